@@ -1,0 +1,74 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+#
+# `make demo` and `make test` each work as the first command on a fresh machine: the environment is made on the way.
+# Everything after `?=` can be given on the command line: `make test ARGS="-k floors"`, `make test TESTS=tests/test_data.py`.
+
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+# More arguments for `pip install torch`. The CPU build alone, where there is no GPU (Linux):
+#   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+# Test processes; each runs one thread.
+WORKERS ?= 2
+TESTS ?= tests
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# The settings and the tests are named because pytest reads the PATH of `--shared PATH` as a place to look for both until
+# it has found the conftest.py that defines the option.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadgroup $(TESTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-oldest lint format check build clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# Why torch comes first and alone: it is by far the largest requirement and the only one with builds per accelerator. A
+# bare `torch` is the newest one with gigabytes of CUDA packages, even where there is no GPU. Pinned and installed on its
+# own, it can come from another index (TORCH_ARGS), and the second command finds it there and leaves it. (-qq: errors show;
+# pip's warnings about indexes without a page for some package, one line each, do not.)
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"$(PYTHON) is Python {v[0]}.{v[1]}; trl-draft-opd needs 3.11 or newer. Name another: make PYTHON=python3.11 ...")'
+	@echo "Preparing $(VENV); this happens once and takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  1/2 $(TORCH)"
+	@$(PIP) install -qq $(TORCH_ARGS) $(TORCH)
+	@echo "  2/2 trl-draft-opd and its requirements, at the versions in $(CONSTRAINTS)"
+	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[test,plots]'
+	@touch $@
+
+install: $(STAMP)  ## Make the environment and do nothing else
+
+demo: $(STAMP)  ## Run the demo
+	@$(BIN)/trl-draft-opd demo $(ARGS)
+
+test: $(STAMP)  ## Run the tests, without the slow ones
+	$(PYTEST) $(ARGS)
+
+test-slow: $(STAMP)  ## Run the slow tests alone
+	$(PYTEST) -m slow $(ARGS)
+
+test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
+
+lint: $(STAMP)  ## Check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)  ## Format the code and mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test  ## What must pass before a commit: format, lint, tests
+
+build: $(STAMP)  ## Build the sdist and the wheel into dist/
+	$(BIN)/python -m build
+
+clean:  ## Remove builds and caches; keep environments and outputs
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache
+	find $(wildcard trl_draft_opd tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What holds for every test: no network, nothing written outside temporary folders, one thread, fixed seeds.
+
+Two options decide which tests run: `--shared PATH` gives tests real text and a real small target (without it they are
+skipped, and say so), `--run-slow` adds the slow ones. This file builds no model and no data: see `tiny.py`.
+"""
+
+import os
+import random
+import tempfile
+from pathlib import Path
+
+
+_HF_HOME = tempfile.TemporaryDirectory(prefix="trl-draft-opd-tests-")
+
+# Before any Hugging Face library is imported, because they read these once; subprocesses inherit them.
+os.environ.update(
+    CI="1",  # TRL sends no usage ping
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=_HF_HOME.name,
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+SHARED_FOLDERS = ("targets", "data")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("trl-draft-opd")
+    group.addoption(
+        "--shared",
+        metavar="PATH",
+        default=None,
+        help="Folder that holds targets/ and data/. Without it, tests on real text are skipped. With pytest alone write "
+        "`--shared=PATH`; `make test ARGS=...` takes `--shared PATH` too.",
+    )
+    group.addoption("--run-slow", action="store_true", default=False, help="Run the tests marked slow too.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _shared_path(config)
+    # The order of a sum depends on the number of threads.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+    if config.getoption("--run-slow") or "slow" in config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def _shared_path(config: pytest.Config) -> Path | None:
+    given = config.getoption("--shared")
+    if given is None:
+        return None
+    path = (config.invocation_params.dir / given).resolve()
+    missing = [name for name in SHARED_FOLDERS if not (path / name).is_dir()]
+    if missing:
+        raise pytest.UsageError(
+            f"--shared {given}: {path} has no folder {' and no folder '.join(missing)}. Give the folder that holds "
+            f"{' and '.join(SHARED_FOLDERS)}, or leave --shared out to skip the tests which need it."
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_dir(pytestconfig: pytest.Config) -> Path:
+    """Folder given with `--shared`, holding `targets/` and `data/`."""
+    path = _shared_path(pytestconfig)
+    if path is None:
+        pytest.skip("needs real text and a real target: give their folder with --shared PATH")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,96 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""Load a drafter without knowing its family. Decides by the checkpoint's config and leaves the loading to the family."""
+
+from pathlib import Path
+
+import torch
+
+from .base import Drafter
+from .dflash import DFlashDraftModel
+from .eagle3 import Eagle3DraftModel
+from .importing import CheckpointSource, read_drafter_config
+
+
+_CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
+
+
+class AutoDrafter:
+    """
+    Loads a drafter of either family in any published layout.
+
+    | layout | recognised by |
+    |---|---|
+    | EAGLE-3, flat: this package, SafeAILab, SpecForge, AngelSlim | `architectures`: `LlamaForCausalLMEagle3`, `Eagle3LlamaForCausalLM`, or `LlamaForCausalLM` with `draft_vocab_size` |
+    | DFlash, flat: this package, z-lab, SpecForge | `architectures`: `DFlashDraftModel` |
+    | speculators, both families | `speculators_model_type`: `eagle3`, `dflash` |
+    | DFlash of transformers | `architectures`: `MuseGlimmerAssistantModel` |
+
+    `model_type` plays no part: published drafters say llama or qwen3 there. Variants that compute something else (DFlash2,
+    DSpark, Domino, P-EAGLE, sliding windows, more than one EAGLE-3 layer, ...) are refused with the reason.
+
+    Example:
+
+    ```python
+    >>> from trl_draft_opd import AutoDrafter
+
+    >>> drafter = AutoDrafter.from_pretrained("z-lab/Qwen3-4B-DFlash-b16")
+    ```
+    """
+
+    def __init__(self):
+        raise TypeError(
+            "`AutoDrafter` is not made itself. Load a drafter with `AutoDrafter.from_pretrained(...)`, or make a fresh one with "
+            "`Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        num_target_layers: int | None = None,
+        allow_pickle_weights: bool = False,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Drafter:
+        """
+        Load a drafter; the arguments are those of [`Drafter.from_pretrained`].
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Folder or Hub id.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Precision of the weights in memory.
+            num_target_layers (`int`, *optional*):
+                Layers of the target, for EAGLE-3 checkpoints whose config names no layer ids.
+            allow_pickle_weights (`bool`, *optional*, defaults to `False`):
+                Read a `pytorch_model.bin` (tensors only) when there is no safetensors file.
+            revision, subfolder, token, cache_dir, local_files_only:
+                As in `transformers`.
+
+        Returns:
+            [`Eagle3DraftModel`] or [`DFlashDraftModel`]
+
+        Raises:
+            ValueError: If the checkpoint is of no supported kind, or its weights do not fit.
+            OSError: If the folder or repository does not exist, or lacks config or weights.
+        """
+        source = CheckpointSource(
+            str(pretrained_model_name_or_path), revision, subfolder, token, cache_dir, local_files_only
+        )
+        family = read_drafter_config(source, num_target_layers=num_target_layers).family
+        return _CLASSES[family].from_pretrained(
+            pretrained_model_name_or_path,
+            dtype=dtype,
+            num_target_layers=num_target_layers,
+            allow_pickle_weights=allow_pickle_weights,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )

@@ -1,0 +1,297 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The DFlash drafter: fills a block of masks in one pass, reading the target's features as injected keys and values in
+every layer. Knows nothing of rollouts or losses.
+
+Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(..., assistant_model=drafter,
+speculation_type="dflash")` works; with `anchor_positions` the same forward runs any number of blocks of a batch at once.
+
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H = hidden
+                size, F = feature width
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
+
+from ..attention import anchored_attention
+from ..base import ChooseDrafts, DraftContext, Drafter, Embed, Project, Proposal
+from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target, spread_layer_ids
+from .configuration_dflash import DFlashDraftConfig
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `(B, heads, n, d)` states by the angles of their positions, `(B, n, d)` each."""
+    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+
+class DFlashAttention(nn.Module):
+    """Qwen3-style attention whose keys and values come from the context features and from the block."""
+
+    def __init__(self, config: DFlashDraftConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def query(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Return rotated queries `(B, heads, n, d)` of `(B, n, H)` states."""
+        split = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        return rotate(self.q_norm(split).transpose(1, 2), cos, sin)
+
+    def key_value(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rotated keys and values `(B, kv_heads, n, d)` of `(B, n, H)` states."""
+        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return rotate(key, cos, sin), value
+
+
+class DFlashLayer(nn.Module):
+    """One decoder layer under its published tensor names."""
+
+    def __init__(self, config: DFlashDraftConfig):
+        super().__init__()
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DFlashAttention(config)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def add_attention(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Add the attention's output to the residual and run the MLP."""
+        hidden = residual + self.self_attn.o_proj(mixed)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DFlashDraftModel(Drafter):
+    """
+    DFlash drafter.
+
+    Source: [DFlash](https://huggingface.co/papers/2602.06036), section 3.
+
+    Example:
+
+    ```python
+    >>> from trl_draft_opd import DFlashDraftModel
+
+    >>> drafter = DFlashDraftModel.from_target("Qwen/Qwen3-4B", mask_token_id=151669)
+    ```
+    """
+
+    config_class = DFlashDraftConfig
+    config: DFlashDraftConfig
+    main_input_name = "noise_embeds"
+    _no_split_modules = ["DFlashLayer"]
+    owns_head = False
+
+    def __init__(self, config: DFlashDraftConfig):
+        super().__init__(config)
+        if config.target_layer_ids is None or config.mask_token_id is None:
+            raise ValueError(
+                f"`target_layer_ids` ({config.target_layer_ids}) and `mask_token_id` ({config.mask_token_id}) must both be set. "
+                "Build the drafter with `DFlashDraftModel.from_target(target, mask_token_id=...)`."
+            )
+        feature_width = len(config.target_layer_ids) * config.target_hidden_size
+        self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
+
+    @classmethod
+    def from_target(
+        cls,
+        target: Any,
+        *,
+        mask_token_id: int,
+        num_hidden_layers: int = 5,
+        block_size: int = 16,
+        target_layer_ids: list[int] | None = None,
+    ) -> "DFlashDraftModel":
+        """
+        Make a fresh drafter of the target's shape.
+
+        Args:
+            target (`str`, `PreTrainedModel` or `FrozenTarget`):
+                The target to draft for.
+            mask_token_id (`int`):
+                An id inside the target's embedding that no text uses; [`FrozenTarget.find_mask_token_id`] looks for one.
+            num_hidden_layers (`int`, *optional*, defaults to 5):
+                Layers of the drafter, as published.
+            block_size (`int`, *optional*, defaults to 16):
+                Anchor and drafts, as published: 15 drafts.
+            target_layer_ids (`list[int]`, *optional*):
+                0-based layers to read. Defaults to five ids spread over layers `1..N - 3`, the published rule.
+
+        Raises:
+            ValueError: If the target has fewer than 7 layers and no ids are given, or an id or size is out of range.
+        """
+        model = cls.resolve_target(target)
+        shape = shape_from_target(model.config)
+        num_layers = shape["num_target_layers"]
+        require_layer_ids(target_layer_ids, num_layers)
+        layer_ids = target_layer_ids or spread_layer_ids(num_layers, 5)
+        check_layer_ids(layer_ids, num_layers)
+        special = shape["eos_token_id"] if isinstance(shape["eos_token_id"], list) else [shape["eos_token_id"]]
+        special = [*special, shape["bos_token_id"], shape["pad_token_id"]]
+        if mask_token_id in special:
+            raise ValueError(
+                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id that text never uses."
+            )
+        config = DFlashDraftConfig(
+            **shape,
+            target_layer_ids=list(layer_ids),
+            num_hidden_layers=num_hidden_layers,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+        )
+        return cls(config)
+
+    @property
+    def max_drafts(self) -> int | None:
+        return self.config.block_size - 1
+
+    @property
+    def default_num_drafts(self) -> int:
+        return self.config.block_size - 1
+
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """Always `None`: DFlash drafts over the target's full vocabulary, through the target's head."""
+        return None
+
+    def encode_context(
+        self, target_features: torch.Tensor, next_embeds: torch.Tensor, position_ids: torch.Tensor
+    ) -> DraftContext:
+        injected = self.hidden_norm(self.fc(target_features.to(self.fc.weight.dtype)))
+        cos, sin = self.rotary_emb(injected, position_ids)
+        pairs = [layer.self_attn.key_value(injected, cos, sin) for layer in self.layers]
+        return DraftContext(keys=[key for key, _ in pairs], values=[value for _, value in pairs], fused=None)
+
+    def draft_hidden(
+        self,
+        target_features: torch.Tensor,
+        input_ids: torch.Tensor,
+        anchor_positions: torch.Tensor,
+        drafts: torch.Tensor,
+        embed: Embed,
+    ) -> torch.Tensor:
+        anchors = anchor_positions.clamp(min=1)
+        noise_embeds = self._noise_embeds(input_ids.gather(1, anchors), drafts.shape[-1], embed)
+        output = self(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchors)
+        return output.last_hidden_state.unflatten(1, (anchors.shape[1], -1))[:, :, 1:]
+
+    def forward(
+        self,
+        noise_embeds: torch.Tensor,
+        context_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = None,
+        anchor_positions: torch.LongTensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """
+        Run blocks over the injected context: one block per sequence as transformers' generation does, or many.
+
+        Args:
+            noise_embeds (`torch.Tensor` of shape `(B, S, H)`, or `(B, A * S, H)` with `anchor_positions`):
+                Embeddings of the anchor and the masks of each block.
+            context_hidden_states (`torch.Tensor` of shape `(B, n, F)`):
+                The target's features: those not yet in `past_key_values`, or of the whole text with `anchor_positions`.
+            attention_mask (`torch.Tensor` of shape `(B, cached + n + S)`, *optional*):
+                0 hides a key from every query. Without `anchor_positions` only.
+            position_ids (`torch.LongTensor` of shape `(B, n + S)`, *optional*):
+                Positions of the new context and the block. Without `anchor_positions` only.
+            past_key_values (`DFlashCache`, *optional*):
+                Keys and values of earlier context. Without `anchor_positions` only.
+            use_cache (`bool`, *optional*):
+                Accepted for the native signature; the cache is used iff it is given.
+            anchor_positions (`torch.LongTensor` of shape `(B, A)`, *optional*):
+                Anchors of the packed blocks, at least 1: entry `i` of the context is visible to a block iff `i` is before its
+                anchor, and blocks do not see each other.
+
+        Returns:
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block is
+            the anchor's and proposes nothing.
+        """
+        if anchor_positions is not None:
+            context_ids = torch.arange(context_hidden_states.shape[1], device=noise_embeds.device)
+            context_ids = context_ids.expand(context_hidden_states.shape[:2])
+            context = self.encode_context(context_hidden_states, noise_embeds, context_ids)
+            hidden = self._run_blocks(context, anchor_positions, noise_embeds)
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        injected = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
+        num_context, block = injected.shape[1], noise_embeds.shape[1]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + num_context + block, device=noise_embeds.device)[None]
+        hidden = noise_embeds.to(injected.dtype)
+        cos, sin = self.rotary_emb(hidden, position_ids)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        for index, layer in enumerate(self.layers):
+            normed = layer.input_layernorm(hidden)
+            query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
+            key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, index)
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        context: DraftContext,
+        anchor_positions: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+        project: Project,
+        choose: ChooseDrafts,
+    ) -> Proposal:
+        anchors = anchor_positions.clamp(min=1)
+        noise_embeds = self._noise_embeds(anchor_tokens, self.config.block_size - 1, embed)
+        hidden = self._run_blocks(context, anchors, noise_embeds.flatten(1, 2))
+        # The block is always as wide as in training; fewer drafts only means fewer slots are read.
+        slots = hidden.unflatten(1, (anchors.shape[1], -1))[:, :, 1 : 1 + num_drafts]
+        drafts, probs = choose(project(slots).float(), 0)
+        return Proposal(drafts, probs)
+
+    def _noise_embeds(self, anchor_tokens: torch.Tensor, num_masks: int, embed: Embed) -> torch.Tensor:
+        """Embed `[anchor, mask, ...]` for every anchor, `(B, A, 1 + num_masks, H)`."""
+        masks = anchor_tokens.new_full((*anchor_tokens.shape, num_masks), self.config.mask_token_id)
+        return embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
+
+    def _run_blocks(self, context: DraftContext, anchors: torch.Tensor, noise_embeds: torch.Tensor) -> torch.Tensor:
+        """Run `(B, A * S, H)` packed block inputs over the context and return states of the same shape."""
+        num_anchors = anchors.shape[1]
+        block = noise_embeds.shape[1] // num_anchors
+        offsets = torch.arange(block, device=anchors.device)
+        hidden = noise_embeds.to(self.fc.weight.dtype)
+        cos, sin = self.rotary_emb(hidden, (anchors[..., None] + offsets).flatten(1))
+        split = (num_anchors, block)
+        for index, layer in enumerate(self.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            key, value = attention.key_value(normed, cos, sin)
+            mixed = anchored_attention(
+                attention.query(normed, cos, sin).unflatten(2, split),
+                context.keys[index],
+                context.values[index],
+                key.unflatten(2, split),
+                value.unflatten(2, split),
+                anchors,
+                attention.head_dim**-0.5,
+            )
+            hidden = layer.add_attention(hidden, mixed.flatten(1, 2))
+        return self.norm(hidden)

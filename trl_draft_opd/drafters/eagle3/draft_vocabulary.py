@@ -1,0 +1,185 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Choose the reduced vocabulary of an EAGLE-3 head from token counts, and check the two maps that describe it.
+
+Knows token ids, counts and the maps `d2t` and `t2d`. Refuses to know any model, head or tokenizer: slicing the target's rows
+and renormalising the target are the work of others.
+
+Shape letters:  V = the target's vocabulary, DV = draft vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+
+@dataclass(frozen=True, eq=False)
+class DraftVocabulary:
+    """
+    Tokens that a drafter can propose.
+
+    Args:
+        d2t (`torch.LongTensor` of shape `(DV,)`):
+            Offsets: draft id `i` stands for the target's id `i + d2t[i]`. These ids increase strictly.
+        t2d (`torch.BoolTensor` of shape `(V,)`):
+            Whether a target id is in the draft vocabulary.
+        coverage (`float`):
+            Share of the counted tokens that are in it, in `[0, 1]`. A committed token outside is always a rejection.
+    """
+
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+    coverage: float
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Target ids of the draft vocabulary, ascending (`torch.LongTensor` of shape `(DV,)`)."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+
+def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.Tensor:
+    """
+    Count the supervised tokens of a dataset.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Rows with `input_ids` and `completion_mask`, as `tokenize_sft_dataset` returns them.
+        vocab_size (`int`):
+            The target's vocabulary V.
+
+    Returns:
+        `torch.LongTensor` of shape `(V,)`: how often each id is supervised.
+
+    Raises:
+        ValueError: If a supervised id is outside `0..V-1`.
+    """
+    counts_V = np.zeros(vocab_size, dtype=np.int64)
+    for batch in dataset.select_columns(["input_ids", "completion_mask"]).with_format("numpy").iter(batch_size=1000):
+        token_ids = np.concatenate(batch["input_ids"])
+        token_ids = token_ids[np.concatenate(batch["completion_mask"]).astype(bool)].astype(np.int64)
+        is_outside = (token_ids < 0) | (token_ids >= vocab_size)
+        if is_outside.any():
+            raise ValueError(
+                f"Token id {token_ids[is_outside][0]} is outside the target's vocabulary of {vocab_size} tokens. Tokenize the "
+                "dataset with the target's own tokenizer."
+            )
+        counts_V += np.bincount(token_ids, minlength=vocab_size)
+    return torch.from_numpy(counts_V)
+
+
+def build_draft_vocabulary(
+    token_counts: torch.Tensor, draft_vocab_size: int, always_include: Iterable[int] = ()
+) -> DraftVocabulary:
+    """
+    Keep the most frequent tokens; of equally frequent ones, and of those never counted, the lowest ids.
+
+    Args:
+        token_counts (`torch.LongTensor` of shape `(V,)`):
+            How often the target writes each token, see [`count_tokens`].
+        draft_vocab_size (`int`):
+            Tokens to keep (DV), in `1..V-1`.
+        always_include (`Iterable[int]`, *optional*, defaults to `()`):
+            Ids kept whatever their count, such as the EOS ids.
+
+    Returns:
+        [`DraftVocabulary`] on the CPU.
+
+    Raises:
+        ValueError: If the counts are not one non-negative integer per token, or all zero; if `draft_vocab_size` is out of
+            range; or if `always_include` does not fit.
+    """
+    counts_V, forced = _check_counts(token_counts), sorted(set(always_include))
+    vocab_size = len(counts_V)
+    _check_size(draft_vocab_size, vocab_size, forced)
+    by_count_V = torch.sort(counts_V, descending=True, stable=True).indices  # stable: ties keep the lowest id first
+    is_forced_V = torch.zeros(vocab_size, dtype=torch.bool)
+    is_forced_V[forced] = True
+    chosen_V = torch.cat([by_count_V[is_forced_V[by_count_V]], by_count_V[~is_forced_V[by_count_V]]])
+    token_ids_DV = chosen_V[:draft_vocab_size].sort().values
+    t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d_V[token_ids_DV] = True
+    coverage = counts_V[token_ids_DV].sum().item() / counts_V.sum().item()
+    return DraftVocabulary(d2t=token_ids_DV - torch.arange(draft_vocab_size), t2d=t2d_V, coverage=coverage)
+
+
+def _check_counts(token_counts: torch.Tensor) -> torch.Tensor:
+    if token_counts.dim() != 1 or token_counts.is_floating_point() or token_counts.dtype == torch.bool:
+        raise ValueError(
+            f"`token_counts` must hold one integer per token of the target's vocabulary, got shape {tuple(token_counts.shape)} "
+            f"and {token_counts.dtype}. `count_tokens` returns them."
+        )
+    if (token_counts < 0).any():
+        first = int((token_counts < 0).nonzero()[0])
+        raise ValueError(f"`token_counts` must not be negative, got {int(token_counts[first])} for token {first}.")
+    if not token_counts.any():
+        raise ValueError(
+            "`token_counts` are all zero: there is no text to choose a vocabulary from. Count the SFT dataset."
+        )
+    return token_counts.detach().cpu().long()
+
+
+def _check_size(draft_vocab_size: int, vocab_size: int, forced: list[int]) -> None:
+    if draft_vocab_size == vocab_size:
+        raise ValueError(
+            f"`draft_vocab_size` is the target's vocabulary of {vocab_size}. Use `None` for the full vocabulary."
+        )
+    if not 1 <= draft_vocab_size < vocab_size:
+        raise ValueError(
+            f"`draft_vocab_size` must lie in 1..{vocab_size - 1} (the target has {vocab_size} tokens), got {draft_vocab_size}."
+        )
+    outside = [token_id for token_id in forced if not 0 <= token_id < vocab_size]
+    if outside:
+        raise ValueError(f"`always_include` holds {outside}, outside the target's vocabulary of {vocab_size} tokens.")
+    if len(forced) > draft_vocab_size:
+        raise ValueError(
+            f"`always_include` holds {len(forced)} tokens, more than `draft_vocab_size={draft_vocab_size}`. Raise the latter."
+        )
+
+
+def check_draft_vocabulary(d2t: torch.Tensor, t2d: torch.Tensor, vocab_size: int) -> None:
+    """
+    Check that the two maps of a checkpoint describe one and the same draft vocabulary.
+
+    Args:
+        d2t (`torch.LongTensor` of shape `(DV,)`):
+            Offsets, see [`DraftVocabulary`].
+        t2d (`torch.BoolTensor` of shape `(V,)`):
+            Whether a target id is in the draft vocabulary.
+        vocab_size (`int`):
+            The target's vocabulary V.
+
+    Raises:
+        ValueError: With a list of everything that is inconsistent.
+    """
+    faults = []
+    if d2t.dtype != torch.int64 or d2t.dim() != 1:
+        faults.append(f"`d2t` must be 1-D int64, is {d2t.dim()}-D {d2t.dtype}")
+    if t2d.dtype != torch.bool or t2d.shape != (vocab_size,):
+        faults.append(f"`t2d` must be bool of shape ({vocab_size},), is {t2d.dtype} of shape {tuple(t2d.shape)}")
+    if not faults:
+        faults = _find_disagreements(d2t.cpu(), t2d.cpu(), vocab_size)
+    if faults:
+        raise ValueError(
+            f"The draft vocabulary is inconsistent: {'; '.join(faults)}. `d2t` holds offsets (target id = draft id + d2t[draft "
+            "id]), not ids. Rebuild it with `build_draft_vocabulary`."
+        )
+
+
+def _find_disagreements(d2t_DV: torch.Tensor, t2d_V: torch.Tensor, vocab_size: int) -> list[str]:
+    faults = []
+    token_ids_DV = d2t_DV + torch.arange(len(d2t_DV))
+    if not (token_ids_DV.diff() > 0).all():
+        faults.append("the target ids of `d2t` do not increase strictly")
+    if t2d_V.sum() != len(d2t_DV):
+        faults.append(f"`t2d` marks {int(t2d_V.sum())} tokens, `d2t` has {len(d2t_DV)}")
+    is_outside_DV = (token_ids_DV < 0) | (token_ids_DV >= vocab_size)
+    if is_outside_DV.any():
+        faults.append(f"`d2t` leads to id {int(token_ids_DV[is_outside_DV][0])}, outside 0..{vocab_size - 1}")
+    elif not t2d_V[token_ids_DV].all():
+        faults.append(f"`t2d` does not mark id {int(token_ids_DV[~t2d_V[token_ids_DV]][0])}, which `d2t` leads to")
+    return faults

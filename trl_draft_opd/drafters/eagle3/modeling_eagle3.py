@@ -1,0 +1,333 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The EAGLE-3 drafter: one attention layer that reads fused target features at the first step and its own hidden state
+and drafted token at every later one. Knows nothing of rollouts or losses.
+
+Pair `i` holds the target's feature at position `i` and the token at position `i + 1`. A block at anchor `a` starts from
+pair `a - 1`, whose token is the anchor; step `k` has RoPE position `a - 1 + k - 1` and proposes the token at `a + k`.
+
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, K = drafts per block, H = hidden size,
+                F = feature width, DV = draft vocabulary, h = heads, g = key/value heads, d = head dimension
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from ..attention import anchored_attention
+from ..base import ChooseDrafts, DraftContext, Drafter, Embed, Project, Proposal
+from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target
+from .configuration_eagle3 import Eagle3DraftConfig
+from .draft_vocabulary import DraftVocabulary
+
+
+class Eagle3Attention(nn.Module):
+    """Projections of the drafter's one attention layer; its input is twice the hidden size (token and state)."""
+
+    def __init__(self, config: Eagle3DraftConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """Turn `(B, n, heads * d)` into `(B, heads, n, d)`."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class Eagle3Layer(nn.Module):
+    """The drafter's decoder layer under its published tensor names."""
+
+    def __init__(self, config: Eagle3DraftConfig):
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Eagle3Attention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def attention_input(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Join the normed token embedding and the normed state, `(..., 2H)`."""
+        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+
+
+class Eagle3DraftModel(Drafter):
+    """
+    EAGLE-3 drafter.
+
+    Source: Li et al., [EAGLE-3](https://huggingface.co/papers/2503.01840), section 3.
+
+    Example:
+
+    ```python
+    >>> from trl_draft_opd import Eagle3DraftModel
+
+    >>> drafter = Eagle3DraftModel.from_target("Qwen/Qwen3-4B")
+    ```
+    """
+
+    config_class = Eagle3DraftConfig
+    config: Eagle3DraftConfig
+    _no_split_modules = ["Eagle3Layer"]
+    owns_head = True
+
+    def __init__(self, config: Eagle3DraftConfig):
+        super().__init__(config)
+        if config.target_layer_ids is None:
+            raise ValueError(
+                "`target_layer_ids` is not set, so the width of the fused features is unknown. Build the drafter with "
+                "`Eagle3DraftModel.from_target(target)`."
+            )
+        num_taps = len(config.target_layer_ids)
+        feature_width = num_taps * config.target_hidden_size
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                LlamaRMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(num_taps)
+            )
+        if config.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(feature_width, eps=config.rms_norm_eps)
+        self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
+        self.midlayer = Eagle3Layer(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        if config.has_reduced_vocabulary:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            is_first = torch.arange(config.vocab_size) < config.draft_vocab_size
+            self.register_buffer("t2d", is_first)
+        self.post_init()
+
+    @classmethod
+    def from_target(
+        cls,
+        target: Any,
+        *,
+        target_layer_ids: list[int] | None = None,
+        draft_vocabulary: DraftVocabulary | None = None,
+        ttt_steps: int = 7,
+        fc_norm: bool = False,
+        norm_output: bool = False,
+    ) -> "Eagle3DraftModel":
+        """
+        Make a fresh drafter of the target's shape; its head starts from the target's rows.
+
+        Args:
+            target (`str`, `PreTrainedModel` or `FrozenTarget`):
+                The target to draft for.
+            target_layer_ids (`list[int]`, *optional*):
+                0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` for `N` layers, the convention every engine
+                falls back to.
+            draft_vocabulary ([`DraftVocabulary`], *optional*):
+                Reduced vocabulary, see `build_draft_vocabulary`. Defaults to the target's full vocabulary, which loses no target mass.
+            ttt_steps (`int`, *optional*, defaults to 7):
+                Steps of training-time test, as published; the default number of drafts.
+            fc_norm (`bool`, *optional*, defaults to `False`), norm_output (`bool`, *optional*, defaults to `False`):
+                The EAGLE-3.1 options; off because EAGLE's own code and llama.cpp do not read them.
+
+        Raises:
+            ValueError: If the target has fewer than 7 layers and no ids are given, ids are out of range, or the
+                draft vocabulary belongs to another vocabulary.
+        """
+        model = cls.resolve_target(target)
+        shape = shape_from_target(model.config)
+        num_layers = shape["num_target_layers"]
+        require_layer_ids(target_layer_ids, num_layers)
+        layer_ids = target_layer_ids or [1, num_layers // 2 - 1, num_layers - 4]
+        check_layer_ids(layer_ids, num_layers)
+        head = model.get_output_embeddings().weight.detach().float()
+        if draft_vocabulary is not None and draft_vocabulary.t2d.numel() != shape["vocab_size"]:
+            raise ValueError(
+                f"The draft vocabulary was built over {draft_vocabulary.t2d.numel()} tokens but the target has "
+                f"{shape['vocab_size']}. Count tokens again with `count_tokens(dataset, vocab_size={shape['vocab_size']})`."
+            )
+        config = Eagle3DraftConfig(
+            **shape,
+            target_layer_ids=list(layer_ids),
+            draft_vocab_size=None if draft_vocabulary is None else draft_vocabulary.d2t.numel(),
+            ttt_steps=ttt_steps,
+            fc_norm=fc_norm,
+            norm_output=norm_output,
+        )
+        drafter = cls(config)
+        with torch.no_grad():
+            if draft_vocabulary is None:
+                drafter.lm_head.weight.copy_(head)
+            else:
+                drafter.d2t.copy_(draft_vocabulary.d2t)
+                drafter.t2d.copy_(draft_vocabulary.t2d)
+                drafter.lm_head.weight.copy_(head[draft_vocabulary.token_ids.to(head.device)])
+        return drafter
+
+    @property
+    def max_drafts(self) -> int | None:
+        return None
+
+    @property
+    def default_num_drafts(self) -> int:
+        return self.config.ttt_steps
+
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """Target ids of the head's rows, `(DV,)`; `None` for the full vocabulary."""
+        if not self.config.has_reduced_vocabulary:
+            return None
+        return torch.arange(self.config.draft_vocab_size, device=self.d2t.device) + self.d2t
+
+    def fuse(self, target_features: torch.Tensor) -> torch.Tensor:
+        """Fuse the tapped layers, `(B, n, F)` to `(B, n, H)`."""
+        if self.config.fc_norm:
+            chunks = target_features.chunk(len(self.fc_norm), dim=-1)
+            target_features = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+        if self.config.norm_before_fc:
+            target_features = self.input_norm(target_features)
+        return self.fc(target_features.to(self.fc.weight.dtype))
+
+    def encode_context(
+        self, target_features: torch.Tensor, next_embeds: torch.Tensor, position_ids: torch.Tensor
+    ) -> DraftContext:
+        fused = self.fuse(target_features)
+        attention = self.midlayer.self_attn
+        joined = self.midlayer.attention_input(next_embeds.to(fused.dtype), fused)
+        key = attention.split_heads(attention.k_proj(joined))
+        value = attention.split_heads(attention.v_proj(joined))
+        cos, sin = self.rotary_emb(key, position_ids)
+        _, key = apply_rotary_pos_emb(key, key, cos, sin)
+        return DraftContext(keys=[key], values=[value], fused=fused)
+
+    def draft_hidden(
+        self,
+        target_features: torch.Tensor,
+        input_ids: torch.Tensor,
+        anchor_positions: torch.Tensor,
+        drafts: torch.Tensor,
+        embed: Embed,
+    ) -> torch.Tensor:
+        return self(target_features, input_ids, anchor_positions, drafts, embed)
+
+    def forward(
+        self,
+        target_features: torch.Tensor,
+        input_ids: torch.Tensor,
+        anchor_positions: torch.Tensor,
+        drafts: torch.Tensor,
+        embed: Embed,
+    ) -> torch.Tensor:
+        """See [`Drafter.draft_hidden`]; slot `k` reads the recorded drafts before it, never a fresh argmax."""
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        # The last entry has no next token; it lies before no anchor, so whatever it holds is never seen.
+        next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
+        context = self.encode_context(target_features, embed(next_ids), position_ids)
+        anchors = anchor_positions.clamp(min=1)
+        anchor_tokens = input_ids.gather(1, anchors)
+        hidden: list[torch.Tensor] = []
+
+        def recorded(slot_hidden: torch.Tensor, slot: int) -> torch.Tensor:
+            hidden.append(slot_hidden)
+            return drafts[:, :, slot - 1]
+
+        self._unroll(context, anchors, anchor_tokens, drafts.shape[-1], embed, recorded)
+        return torch.stack(hidden, dim=2)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        context: DraftContext,
+        anchor_positions: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+        project: Project,
+        choose: ChooseDrafts,
+    ) -> Proposal:
+        drafts: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
+
+        def chosen(slot_hidden: torch.Tensor, slot: int) -> torch.Tensor:
+            ids, slot_probs = choose(self.lm_head(slot_hidden)[:, :, None].float(), slot - 1)
+            drafts.append(self._to_target_ids(ids[:, :, 0]))
+            if slot_probs is not None:
+                probs.append(self._to_target_probs(slot_probs[:, :, 0]))
+            return drafts[-1]
+
+        self._unroll(context, anchor_positions.clamp(min=1), anchor_tokens, num_drafts, embed, chosen)
+        return Proposal(torch.stack(drafts, dim=2), torch.stack(probs, dim=2) if probs else None)
+
+    def _unroll(
+        self,
+        context: DraftContext,
+        anchors: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+        next_token: Callable[[torch.Tensor, int], torch.Tensor],
+    ) -> None:
+        """Run the steps of all blocks; `next_token(hidden (B, A, H), slot)` takes each slot's state and names its draft."""
+        width = context.fused.shape[-1]
+        state = context.fused.gather(1, (anchors - 1)[..., None].expand(-1, -1, width))
+        tokens = anchor_tokens
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for slot in range(1, num_drafts + 1):
+            embeds = embed(tokens).to(state.dtype)
+            block_state = self._step(context, anchors, state, embeds, slot, keys, values)
+            slot_hidden = self.norm(block_state)
+            tokens = next_token(slot_hidden, slot)
+            state = slot_hidden if self.config.norm_output else block_state
+
+    def _step(
+        self,
+        context: DraftContext,
+        anchors: torch.Tensor,
+        state: torch.Tensor,
+        embeds: torch.Tensor,
+        slot: int,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Run one step of every block, appending its key and value to the block's own, and return `(B, A, H)`."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        joined = layer.attention_input(embeds, state)
+        query = attention.split_heads(attention.q_proj(joined))
+        cos, sin = self.rotary_emb(query, anchors + slot - 2)
+        if slot == 1:
+            # The first step's own key is the context entry at `a - 1`.
+            query, _ = apply_rotary_pos_emb(query, query, cos, sin)
+            block_key = block_value = None
+        else:
+            key = attention.split_heads(attention.k_proj(joined))
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            keys.append(key)
+            values.append(attention.split_heads(attention.v_proj(joined)))
+            block_key, block_value = torch.stack(keys, dim=3), torch.stack(values, dim=3)
+        mixed = anchored_attention(
+            query[:, :, :, None],
+            context.keys[0],
+            context.values[0],
+            block_key,
+            block_value,
+            anchors,
+            attention.head_dim**-0.5,
+        )
+        residual = layer.hidden_norm(state) if self.config.norm_before_residual else state
+        hidden = residual + attention.o_proj(mixed[:, :, 0])
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def _to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        if not self.config.has_reduced_vocabulary:
+            return draft_ids
+        return draft_ids + self.d2t[draft_ids]
+
+    def _to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
+        token_ids = self.draft_token_ids
+        if token_ids is None:
+            return draft_probs
+        probs = draft_probs.new_zeros(*draft_probs.shape[:-1], self.config.vocab_size)
+        probs[..., token_ids] = draft_probs
+        return probs

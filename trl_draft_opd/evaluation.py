@@ -1,0 +1,256 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+How good a drafter is: tau with its interval, acceptance per slot, speed against plain decoding in the same run, and
+whether every output is the target's own. Uses the rollout that training uses.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+
+from .drafters.base import Drafter
+from .rollout.live import LiveSettings, rollout_live
+from .rollout.types import Rollout
+from .target import FrozenTarget
+from .trajectories import generate_responses
+from .verification import SamplingSettings
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """
+    Result of [`evaluate_drafter`].
+
+    Attributes:
+        tau (`float`): Accepted length, the bonus counted: pooled `sum (r + 1) / blocks` over blocks inside the text.
+        tau_low (`float`), tau_high (`float`): 95 % interval by bootstrap over prompts.
+        acceptance_per_slot (`list[float]`): Share of counted blocks that keep at least `k` drafts, for `k = 1..K`.
+        tokens_per_target_forward (`float`): Response tokens per target pass of a row, its prefill included.
+        speedup (`float` or `None`): Plain decoding time over speculative time, same batches, same process; `None` if not compared.
+        num_different (`int` or `None`): Responses that differ from the target's own; `None` if not compared.
+        different_prompts (`list[int]`): Indices of those prompts.
+        num_prompts (`int`), num_tokens (`int`), num_blocks (`int`), num_drafts (`int`), batch_size (`int`): Sizes of the run.
+        temperature (`float`): Of the target.
+        accepted_sums (`list[int]`), block_counts (`list[int]`): Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
+    """
+
+    tau: float
+    tau_low: float
+    tau_high: float
+    acceptance_per_slot: list[float]
+    tokens_per_target_forward: float
+    speedup: float | None
+    num_different: int | None
+    different_prompts: list[int]
+    num_prompts: int
+    num_tokens: int
+    num_blocks: int
+    num_drafts: int
+    batch_size: int
+    temperature: float
+    accepted_sums: list[int]
+    block_counts: list[int]
+
+    def to_dict(self) -> dict:
+        """Return plain numbers and lists, ready for JSON."""
+        return asdict(self)
+
+    def table(self, title: str) -> Table:
+        """Return a table to print with `rich`."""
+        table = Table("measure", "value", title=title)
+        table.add_row("tau (accepted length, with bonus)", f"{self.tau:.3f}  [{self.tau_low:.3f}, {self.tau_high:.3f}]")
+        table.add_row("acceptance per slot", " ".join(f"{rate:.2f}" for rate in self.acceptance_per_slot))
+        table.add_row("tokens per target forward", f"{self.tokens_per_target_forward:.3f}")
+        if self.speedup is not None:
+            table.add_row(f"speed against plain decoding (batch {self.batch_size})", f"{self.speedup:.2f}x")
+        if self.num_different is not None:
+            same = self.num_prompts - self.num_different
+            table.add_row("outputs equal to the target's own", f"{same} of {self.num_prompts}")
+        table.add_row("prompts, tokens, blocks", f"{self.num_prompts}, {self.num_tokens}, {self.num_blocks}")
+        return table
+
+
+def bootstrap_tau(
+    accepted_sums: Sequence[int], block_counts: Sequence[int], *, num_resamples: int, seed: int
+) -> tuple[float, float]:
+    """
+    Return the 95 % interval of pooled tau, resampling prompts.
+
+    Args:
+        accepted_sums (`Sequence[int]`): Per prompt, `sum (r + 1)` over counted blocks.
+        block_counts (`Sequence[int]`): Per prompt, counted blocks.
+    """
+    sums, counts, picks = _resamples(accepted_sums, block_counts, num_resamples, seed)
+    taus = sums[picks].sum(dim=1) / counts[picks].sum(dim=1).clamp(min=1)
+    return _interval(taus)
+
+
+def paired_gain(
+    before: EvaluationReport, after: EvaluationReport, *, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """
+    Return the relative gain in tau of `after` over `before` and its 95 % interval, resampling the prompts both share.
+
+    Raises:
+        ValueError: If the reports cover different numbers of prompts.
+    """
+    if before.num_prompts != after.num_prompts:
+        raise ValueError(
+            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same prompts in the same order."
+        )
+    first, first_counts, picks = _resamples(before.accepted_sums, before.block_counts, num_resamples, seed)
+    second, second_counts, _ = _resamples(after.accepted_sums, after.block_counts, num_resamples, seed)
+    ratio_before = first[picks].sum(dim=1) / first_counts[picks].sum(dim=1).clamp(min=1)
+    ratio_after = second[picks].sum(dim=1) / second_counts[picks].sum(dim=1).clamp(min=1)
+    low, high = _interval(ratio_after / ratio_before.clamp(min=1e-9) - 1)
+    return after.tau / before.tau - 1, low, high
+
+
+def _resamples(
+    accepted_sums: Sequence[int], block_counts: Sequence[int], num_resamples: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(block_counts), (num_resamples, len(block_counts)), generator=generator)
+    return torch.tensor(accepted_sums, dtype=torch.float64), torch.tensor(block_counts, dtype=torch.float64), picks
+
+
+def _interval(values: torch.Tensor) -> tuple[float, float]:
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def evaluate_drafter(
+    target: FrozenTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_drafts: int | None = None,
+    max_new_tokens: int = 256,
+    sampling: SamplingSettings | None = None,
+    draft_sampling: str = "greedy",
+    batch_size: int = 1,
+    ignore_eos: bool = False,
+    compare_with_target: bool = True,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> EvaluationReport:
+    """
+    Measure a drafter on prompts.
+
+    Args:
+        target ([`FrozenTarget`]): The target. Load it in float32 where outputs must agree to the last token.
+        drafter ([`Drafter`]): The drafter.
+        prompts (`Sequence[Sequence[int]]`): Token ids, chat template applied.
+        num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
+        max_new_tokens (`int`, *optional*, defaults to 256): Longest response.
+        sampling ([`SamplingSettings`], *optional*): Greedy by default.
+        draft_sampling (`str`, *optional*, defaults to `"greedy"`): See [`DraftOPDConfig`].
+        batch_size (`int`, *optional*, defaults to 1): Prompts decoded together.
+        ignore_eos (`bool`, *optional*, defaults to `False`):
+            Decode exactly `max_new_tokens` tokens, to compare with an engine that counts past the end of sequence.
+        compare_with_target (`bool`, *optional*, defaults to `True`):
+            Also decode plainly, batch by batch in turns, for speed and, at temperature 0, for equality. Needs `ignore_eos=False`.
+        num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
+        seed (`int`, *optional*, defaults to 0): Of draws and bootstrap.
+        show_progress (`bool`, *optional*, defaults to `True`): Draw a progress bar.
+
+    Returns:
+        [`EvaluationReport`]
+
+    Raises:
+        ValueError: If there is no prompt, or none is long enough to hold a whole block.
+    """
+    sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+    compare = compare_with_target and not ignore_eos
+    num_drafts = num_drafts or drafter.default_num_drafts
+    settings = LiveSettings(
+        num_drafts=num_drafts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        draft_sampling=draft_sampling,
+        eos_token_ids=[] if ignore_eos else target.eos_token_ids,
+        keep_branch_hidden=False,
+    )
+    tally = _Tally(num_drafts)
+    generator = torch.Generator().manual_seed(seed)
+    with Progress(disable=not show_progress, transient=True) as progress:
+        task = progress.add_task("Evaluating", total=len(prompts))
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            begun = time.perf_counter()
+            rollout = rollout_live(target, drafter, batch, settings, generator)
+            tally.speculative_seconds += time.perf_counter() - begun
+            tally.add(rollout)
+            if compare:
+                begun = time.perf_counter()
+                own = generate_responses(
+                    target,
+                    batch,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    batch_size=batch_size,
+                    seed=seed,
+                    show_progress=False,
+                )
+                tally.plain_seconds += time.perf_counter() - begun
+                pairs = zip(rollout.responses(), own, strict=True)
+                tally.different += [start + i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
+            progress.advance(task, len(batch))
+    return tally.report(sampling, batch_size, compare, num_resamples, seed)
+
+
+class _Tally:
+    """Sums over batches of an evaluation."""
+
+    def __init__(self, num_drafts: int):
+        self.num_drafts = num_drafts
+        self.accepted_sums: list[int] = []
+        self.block_counts: list[int] = []
+        self.kept_at_slot = torch.zeros(num_drafts, dtype=torch.long)
+        self.num_tokens = self.num_passes = 0
+        self.speculative_seconds = self.plain_seconds = 0.0
+        self.different: list[int] = []
+
+    def add(self, rollout: Rollout) -> None:
+        counted = rollout.is_counted
+        self.accepted_sums += ((rollout.accepted + 1) * counted).sum(dim=1).tolist()
+        self.block_counts += counted.sum(dim=1).tolist()
+        slots = torch.arange(1, self.num_drafts + 1, device=counted.device)
+        self.kept_at_slot += (rollout.accepted[counted][:, None] >= slots).sum(dim=0).cpu()
+        self.num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
+        self.num_passes += int(rollout.num_rounds.sum()) + len(rollout.lengths)
+
+    def report(
+        self, sampling: SamplingSettings, batch_size: int, compare: bool, num_resamples: int, seed: int
+    ) -> EvaluationReport:
+        num_blocks = sum(self.block_counts)
+        if num_blocks == 0:
+            raise ValueError(
+                f"No response among {len(self.block_counts)} prompts is longer than a block of {self.num_drafts} drafts, so tau cannot be "
+                "measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
+            )
+        low, high = bootstrap_tau(self.accepted_sums, self.block_counts, num_resamples=num_resamples, seed=seed)
+        can_compare_text = compare and sampling.is_greedy
+        return EvaluationReport(
+            tau=sum(self.accepted_sums) / num_blocks,
+            tau_low=low,
+            tau_high=high,
+            acceptance_per_slot=(self.kept_at_slot / num_blocks).tolist(),
+            tokens_per_target_forward=self.num_tokens / self.num_passes,
+            speedup=self.plain_seconds / self.speculative_seconds if compare else None,
+            num_different=len(self.different) if can_compare_text else None,
+            different_prompts=self.different if can_compare_text else [],
+            num_prompts=len(self.block_counts),
+            num_tokens=self.num_tokens,
+            num_blocks=num_blocks,
+            num_drafts=self.num_drafts,
+            batch_size=batch_size,
+            temperature=sampling.temperature,
+            accepted_sums=self.accepted_sums,
+            block_counts=self.block_counts,
+        )

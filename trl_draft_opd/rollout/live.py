@@ -1,0 +1,342 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Live rollout: the pair decodes together. One forward of the target per round verifies a block of every unfinished row.
+
+Rejected drafts stay in the target's cache as masked slots until a compaction drops them; the drafter's context is
+indexed by position, so there they are simply overwritten. Knows nothing of losses or trainers.
+
+Shape letters:  B = unfinished rows, P = longest prompt, K = drafts per block, C = cached slots, V = vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from ..drafters.base import DraftContext, Drafter, Proposal
+from ..target import FrozenTarget, TargetReading
+from ..verification import SamplingSettings, choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
+from .sampler import draws_drafts, greedy_chooser, sampling_chooser
+from .types import Rollout
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """
+    How a live rollout decodes.
+
+    Attributes:
+        num_drafts (`int`): Drafts per block, K.
+        max_new_tokens (`int`): Longest response.
+        sampling ([`SamplingSettings`]): Temperature, top-k and top-p; temperature 0 decodes greedily.
+        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's law).
+        eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
+        keep_branch_hidden (`bool`): Record the target's hidden states on draft-induced states.
+    """
+
+    num_drafts: int
+    max_new_tokens: int
+    sampling: SamplingSettings
+    draft_sampling: str
+    eos_token_ids: Sequence[int]
+    keep_branch_hidden: bool
+
+
+@dataclass
+class _Block:
+    """One verified block of one row."""
+
+    anchor: int
+    drafts: torch.Tensor
+    accepted: int
+    branch_hidden: torch.Tensor | None
+
+
+@torch.no_grad()
+def rollout_live(
+    target: FrozenTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    settings: LiveSettings,
+    generator: torch.Generator,
+    on_finished: Callable[[int], object] | None = None,
+) -> Rollout:
+    """
+    Decode a batch of prompts speculatively until every row ends.
+
+    The text is the target's own: its greedy continuation at temperature 0, a draw from its law otherwise, whatever the
+    drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
+    Decoding](https://huggingface.co/papers/2211.17192), section 2.3.
+
+    Args:
+        target ([`FrozenTarget`]): The target.
+        drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
+        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
+        settings ([`LiveSettings`]): How to decode.
+        generator (`torch.Generator`): CPU source of all draws; untouched at temperature 0.
+        on_finished (`Callable`, *optional*): Called with the number of rows that ended since the last call, for a progress bar.
+
+    Returns:
+        [`Rollout`] with one row per prompt, in order.
+
+    Raises:
+        ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many drafts, or the
+            target's cache cannot be rolled back.
+    """
+    _check(target, drafter, prompts, settings)
+    was_training = drafter.training
+    drafter.eval()
+    try:
+        batch = _LiveBatch(target, drafter, prompts, settings, generator)
+        num_open = len(prompts)
+        while True:
+            if on_finished is not None and len(batch.active) < num_open:
+                on_finished(num_open - len(batch.active))
+            num_open = len(batch.active)
+            if not num_open:
+                break
+            batch.run_round()
+        return batch.finish()
+    finally:
+        drafter.train(was_training)
+
+
+def _check(
+    target: FrozenTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], settings: LiveSettings
+) -> None:
+    target.require_rollback()
+    empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
+    if not len(prompts) or empty:
+        raise ValueError(f"Every prompt needs at least one token; {len(prompts)} prompts given, empty rows: {empty[:10]}.")
+    if settings.num_drafts < 1 or settings.max_new_tokens < 1:
+        raise ValueError(
+            f"`num_drafts` and `max_new_tokens` must be at least 1, got {settings.num_drafts} and {settings.max_new_tokens}."
+        )
+    if drafter.max_drafts is not None and settings.num_drafts > drafter.max_drafts:
+        raise ValueError(
+            f"`num_drafts` {settings.num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, or train "
+            "a drafter with a larger `block_size`."
+        )
+    limit = target.config.max_position_embeddings
+    needed = max(len(prompt) for prompt in prompts) + settings.max_new_tokens + settings.num_drafts
+    if needed > limit:
+        raise ValueError(
+            f"Prompt, response and one block may take {needed} positions but the target has {limit}. Lower `max_prompt_length` or "
+            "`max_completion_length`."
+        )
+
+
+class _LiveBatch:
+    """
+    State of one batch. Per-row lists cover all prompts; tensors cover the unfinished rows only, named by `self.active`.
+    """
+
+    def __init__(
+        self,
+        target: FrozenTarget,
+        drafter: Drafter,
+        prompts: Sequence[Sequence[int]],
+        settings: LiveSettings,
+        generator: torch.Generator,
+    ):
+        self.target, self.drafter, self.settings, self.generator = target, drafter, settings, generator
+        self.layer_ids = drafter.config.target_layer_ids
+        self.device = target.device
+        self.eos = torch.tensor(list(settings.eos_token_ids), dtype=torch.long, device=self.device)
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.blocks: list[list[_Block]] = [[] for _ in prompts]
+        self.texts: list[torch.Tensor | None] = [None] * len(prompts)
+        self.active = list(range(len(prompts)))
+        self.num_target_forwards = 0
+        self._prefill(prompts)
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read the left-padded prompts, commit the first token of each and encode the drafter's context."""
+        K = self.settings.num_drafts
+        lengths = torch.tensor(self.prompt_lengths, device=self.device)
+        right = pad_sequence([torch.tensor(list(p), dtype=torch.long) for p in prompts], batch_first=True).to(self.device)
+        width = right.shape[1]
+        shift = (width - lengths)[:, None]
+        index = torch.arange(width, device=self.device)[None]
+        is_token = index >= shift
+        left = right.gather(1, (index - shift).clamp(min=0))
+        self.cache = DynamicCache(config=self.target.config)
+        self.cache_mask = is_token.long()
+        reading = self._step(left, (index - shift).clamp(min=0))
+        first = self._choose_next(self.target.project(reading.last_hidden[:, -1:]))[:, 0]
+        capacity = width + self.settings.max_new_tokens + K + 1
+        self.text = right.new_zeros(len(prompts), capacity)
+        self.text[:, :width] = right
+        self.text.scatter_(1, lengths[:, None], first[:, None])
+        self.limit = lengths + self.settings.max_new_tokens
+        self.length = lengths + 1
+        # From left padding to positions: entry p of a row lies `shift` slots to the right.
+        source = (index + shift).clamp(max=width - 1)
+        features = reading.features.gather(1, source[..., None].expand_as(reading.features))
+        self.context = self._encode(features, torch.arange(width, device=self.device).expand(len(prompts), -1))
+        self.context = self.context.extended(capacity)
+        ended = torch.isin(first, self.eos) | (self.length >= self.limit)
+        self._retire(ended)
+
+    def _encode(self, features: torch.Tensor, position_ids: torch.Tensor) -> DraftContext:
+        next_ids = self.text.gather(1, position_ids + 1)
+        features = features.to(self.drafter.device)
+        return self.drafter.encode_context(features, self.target.embed(next_ids), position_ids)
+
+    # -- one round -----------------------------------------------------------------------------------------------------
+
+    def run_round(self) -> None:
+        """Draft a block for every unfinished row, verify all of them in one target forward, and commit."""
+        anchors = self.length - 1
+        proposal = self._propose(anchors)
+        drafts = proposal.drafts[:, 0]
+        block = torch.cat([self.text.gather(1, anchors[:, None]), drafts], dim=1)
+        positions = anchors[:, None] + torch.arange(block.shape[1], device=self.device)
+        self.cache_mask = torch.cat([self.cache_mask, torch.ones_like(block)], dim=1)
+        reading = self._step(block, positions)
+        accepted, next_tokens = self._verify(proposal, self.target.project(reading.last_hidden))
+        self._record(anchors, drafts, accepted, reading)
+        self._commit(anchors, drafts, accepted, next_tokens, reading.features, positions)
+
+    def _propose(self, anchors: torch.Tensor) -> Proposal:
+        settings = self.settings
+        choose = greedy_chooser()
+        if draws_drafts(settings.sampling, settings.draft_sampling):
+            choose = sampling_chooser(settings.sampling, self._uniforms(len(self.active), 1, settings.num_drafts))
+        return self.drafter.propose(
+            self.context.prefix(int(anchors.max())),
+            anchors[:, None],
+            self.text.gather(1, anchors[:, None]),
+            settings.num_drafts,
+            self.target.embed,
+            self.target.project,
+            choose,
+        )
+
+    def _verify(self, proposal: Proposal, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return accepted drafts and the bonus or correction token of every row."""
+        drafts = proposal.drafts[:, 0]
+        if self.settings.sampling.is_greedy:
+            return verify_greedy(drafts, logits.argmax(dim=-1))
+        draft_probs = None if proposal.probs is None else proposal.probs[:, 0]
+        target_probs = token_probs(logits, self.settings.sampling)
+        rows, num_drafts = drafts.shape
+        return verify_sampled(
+            drafts, draft_probs, target_probs, self._uniforms(rows, num_drafts), self._uniforms(rows)
+        )
+
+    def _record(
+        self, anchors: torch.Tensor, drafts: torch.Tensor, accepted: torch.Tensor, reading: TargetReading
+    ) -> None:
+        kept = reading.last_hidden[:, :-1] if self.settings.keep_branch_hidden else None
+        anchor_list, accepted_list = anchors.tolist(), accepted.tolist()
+        for index, row in enumerate(self.active):
+            # A clone, so that a block does not keep the whole batch's states alive.
+            hidden = None if kept is None else kept[index].clone()
+            self.blocks[row].append(_Block(anchor_list[index], drafts[index], accepted_list[index], hidden))
+
+    def _commit(
+        self,
+        anchors: torch.Tensor,
+        drafts: torch.Tensor,
+        accepted: torch.Tensor,
+        next_tokens: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Write accepted drafts and the next token, roll both caches back to them, and retire rows that ended."""
+        K = drafts.shape[1]
+        slots = torch.arange(K + 1, device=self.device)
+        candidates = torch.cat([drafts, next_tokens[:, None]], dim=1).scatter(1, accepted[:, None], next_tokens[:, None])
+        self.text.scatter_(1, positions + 1, candidates)
+        is_committed = slots <= accepted[:, None]
+        is_eos = torch.isin(candidates, self.eos) & is_committed
+        first_eos = torch.where(is_eos, slots, K + 1).amin(dim=1)
+        new_length = torch.minimum(anchors + 2 + torch.minimum(accepted, first_eos), self.limit)
+        self.length = new_length
+        # The anchor and the accepted drafts are text; every other new slot of the cache is masked out.
+        self.cache_mask[:, -(K + 1) :] = is_committed.long()
+        self.context.write(self._encode(features, positions), positions)
+        self._retire((first_eos <= accepted) | (new_length >= self.limit))
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def _step(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TargetReading:
+        self.num_target_forwards += 1
+        return self.target.step(input_ids, self.cache_mask, position_ids, self.cache, self.layer_ids)
+
+    def _uniforms(self, *shape: int) -> torch.Tensor:
+        draws = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return draws.to(self.device)
+
+    def _choose_next(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.settings.sampling.is_greedy:
+            return logits.argmax(dim=-1)
+        return choose_tokens(token_probs(logits, self.settings.sampling), self._uniforms(*logits.shape[:-1]))
+
+    def _retire(self, ended: torch.Tensor) -> None:
+        """Take finished rows out of the batch, and drop masked slots when they outgrow the live ones."""
+        if ended.any():
+            for index in ended.nonzero()[:, 0].tolist():
+                self.texts[self.active[index]] = self.text[index, : int(self.length[index])].clone()
+            keep = (~ended).nonzero()[:, 0]
+            self.active = [self.active[index] for index in keep.tolist()]
+            if not self.active:
+                return
+            self.text, self.length, self.limit = self.text[keep], self.length[keep], self.limit[keep]
+            self.context = self.context.rows(keep)
+            self.cache.batch_select_indices(keep)
+            self.cache_mask = self.cache_mask[keep]
+        live = int(self.cache_mask.sum(dim=1).max())
+        # A quarter of waste costs less attention than a copy of the cache in every round.
+        if self.cache_mask.shape[1] > 1.25 * live + 4 * (self.settings.num_drafts + 1):
+            self._compact(live)
+
+    def _compact(self, live: int) -> None:
+        """Move every row's live slots together, keeping their order, and drop the rest of the cache."""
+        order = self.cache_mask.argsort(dim=1, stable=True)[:, -live:]
+        self.cache_mask = self.cache_mask.gather(1, order)
+        for layer in self.cache.layers:
+            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+
+    def finish(self) -> Rollout:
+        """Pad texts and blocks of all rows and apply the rules for blocks at the end of a text."""
+        lengths = torch.tensor([len(text) for text in self.texts], device=self.device)
+        input_ids = pad_sequence(self.texts, batch_first=True, padding_value=self.target.pad_token_id)
+        mask = (torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]).long()
+        K = self.settings.num_drafts
+        num_rows, num_blocks = len(self.blocks), max(1, max(len(chain) for chain in self.blocks))
+        anchors = input_ids.new_full((num_rows, num_blocks), -1)
+        raw_accepted = torch.zeros_like(anchors)
+        drafts = input_ids.new_zeros(num_rows, num_blocks, K)
+        hidden = None
+        if self.settings.keep_branch_hidden:
+            hidden = torch.zeros(
+                num_rows, num_blocks, K, self.target.config.hidden_size, dtype=self.target.causal_lm.dtype, device=self.device
+            )
+        for row, chain in enumerate(self.blocks):
+            for number, block in enumerate(chain):
+                anchors[row, number], raw_accepted[row, number] = block.anchor, block.accepted
+                drafts[row, number] = block.drafts
+                if hidden is not None:
+                    hidden[row, number] = block.branch_hidden
+        outcome = settle_blocks(raw_accepted, anchors, (lengths - 1)[:, None], K)
+        is_block = anchors >= 0
+        return Rollout(
+            input_ids=input_ids,
+            attention_mask=mask,
+            prompt_lengths=torch.tensor(self.prompt_lengths, device=self.device),
+            lengths=lengths,
+            anchors=anchors,
+            drafts=drafts,
+            accepted=outcome.accepted * is_block,
+            is_censored=outcome.is_censored & is_block,
+            is_counted=outcome.is_counted & is_block,
+            branch_hidden=hidden,
+            num_target_forwards=self.num_target_forwards,
+        )

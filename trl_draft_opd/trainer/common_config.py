@@ -1,0 +1,166 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Settings both trainers share. A default lives here or in one of the two config files, and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._trl import _BaseConfig
+from ..losses import LOSS_TYPES
+from ..rollout.sampler import check_draft_sampling
+from ..verification import SamplingSettings
+
+
+@dataclass
+class DraftTrainingConfig(_BaseConfig):
+    r"""
+    Base of [`DraftSFTConfig`] and [`DraftOPDConfig`].
+
+    Parameters:
+        > Parameters that control the target
+
+        target_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments for loading the target by id or path, e.g. a `quantization_config`.
+        target_model_revision (`str`, *optional*):
+            Revision of the target.
+        target_dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision of the target's weights. `"auto"` keeps the checkpoint's: the target is only read. Use
+            `"float32"` where losslessness must hold to the last token.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run model code that comes with the target. Off, because it executes whatever the repository holds.
+
+        > Parameters that control the data
+
+        max_prompt_length (`int`, *optional*, defaults to `1024`):
+            Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task.
+        max_completion_length (`int`, *optional*, defaults to `2048`):
+            Longest response the target writes in rollouts and evaluation; 2048 is the paper's non-thinking setting.
+        chat_template (`str`, *optional*):
+            Jinja template in place of the tokenizer's. Must be the one the drafter will be served with.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of the chat template, e.g. `{"enable_thinking": false}`.
+        dataset_num_proc (`int`, *optional*):
+            Processes used to tokenize.
+
+        > Parameters that control the loss
+
+        accepted_loss (`str`, *optional*, defaults to `"forward_kl"`):
+            Divergence on accepted slots: one of `forward_kl`, `reverse_kl`, `jsd`, `tv`, `lk`, `lk_hybrid`, `ce`. Forward KL covers the
+            target where drafts are good, the paper's choice.
+        loss_chunk_bytes (`int`, *optional*, defaults to `67108864`):
+            Bytes of float32 logits alive at a time in the loss, per chunk; 64 MiB is 110 rows of a vocabulary of 152k.
+
+        > Parameters that control drafting
+
+        num_drafts (`int`, *optional*):
+            Drafts per block in rollouts and evaluation. Defaults to what the drafter was built for: `block_size - 1` or `ttt_steps`.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature of the target in rollouts and evaluation; 0 decodes greedily, as the paper does.
+        top_k (`int`, *optional*, defaults to `0`), top_p (`float`, *optional*, defaults to `1.0`):
+            Filters of the target's law at a temperature above 0; off, as 0 and 1.0.
+        draft_sampling (`str`, *optional*, defaults to `"greedy"`):
+            `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drafts are drawn from its law.
+
+        > Parameters that control evaluation
+
+        eval_rollouts (`bool`, *optional*, defaults to `True`):
+            Decode the evaluation prompts and report tau and acceptance per slot; the loss alone does not tell them.
+
+    > [!NOTE]
+    > Defaults that differ from TRL's: `gradient_checkpointing=False` (the blocks' keys and values are side results that a second
+    > forward would repeat), `bf16` only where an accelerator is present, `learning_rate=3e-4`, `lr_scheduler_type="cosine"`,
+    > `warmup_steps=0.05` (all three the paper's), `remove_unused_columns=False`, `ddp_find_unused_parameters=False`
+    > (every parameter is used in every step).
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs", "chat_template_kwargs"]
+
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Activation checkpointing; not supported by drafters, which are small."}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up: number of steps, or share of all steps when below 1."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop dataset columns the model's forward does not name; must stay off."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP look for unused parameters; drafters have none."}
+    )
+    target_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments for loading the target by id or path."}
+    )
+    target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
+    target_dtype: str = field(default="auto", metadata={"help": "Precision of the target's weights, e.g. `float32`."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the target's repository."}
+    )
+    max_prompt_length: int = field(default=1024, metadata={"help": "Prompts with more tokens are skipped."})
+    max_completion_length: int = field(
+        default=2048, metadata={"help": "Longest response in rollouts and evaluation, in tokens."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja chat template in place of the tokenizer's."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, as JSON on the command line."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes used to tokenize."})
+    accepted_loss: str = field(
+        default="forward_kl", metadata={"help": f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}."}
+    )
+    loss_chunk_bytes: int = field(
+        default=64 * 2**20, metadata={"help": "Bytes of float32 logits alive at a time in the loss."}
+    )
+    num_drafts: int | None = field(
+        default=None, metadata={"help": "Drafts per block in rollouts and evaluation; the drafter's own if unset."}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the target; 0 decodes greedily."})
+    top_k: int = field(default=0, metadata={"help": "Keep the k most likely tokens; 0 keeps all."})
+    top_p: float = field(default=1.0, metadata={"help": "Keep the smallest set of tokens with this mass; 1.0 keeps all."})
+    draft_sampling: str = field(
+        default="greedy", metadata={"help": "`greedy`: drafts are argmax; `sample`: drawn from the drafter's law."}
+    )
+    eval_rollouts: bool = field(
+        default=True, metadata={"help": "Decode the evaluation prompts and report tau and acceptance per slot."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
+            self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
+        super().__post_init__()
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "`gradient_checkpointing=True` is not supported: drafters are one to a few layers. Lower "
+                "`per_device_train_batch_size` or `loss_chunk_bytes` to save memory."
+            )
+        check_loss_type("accepted_loss", self.accepted_loss)
+        check_draft_sampling(self.draft_sampling)
+        self.sampling_settings()
+        for name in ("max_prompt_length", "max_completion_length", "loss_chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_drafts is not None and self.num_drafts < 1:
+            raise ValueError(f"`num_drafts` must be at least 1, got {self.num_drafts}.")
+
+    def sampling_settings(self) -> SamplingSettings:
+        """Return the target's sampling law as one object; raises `ValueError` when a value is out of range."""
+        return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def check_loss_type(name: str, loss_type: str) -> None:
+    """Raise `ValueError` unless `loss_type`, given for the setting `name`, is known."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"`{name}` must be one of {LOSS_TYPES}, got {loss_type!r}.")
+
+
+def check_position_decay(position_decay: float) -> None:
+    """Raise `ValueError` unless the decay lies in (0, 1]."""
+    if not 0 < position_decay <= 1:
+        raise ValueError(f"`position_decay` must be in (0, 1], got {position_decay}. 1 weighs all slots alike.")

@@ -1,0 +1,44 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Shows what a rollout drafted: text, accepted and rejected drafts by colour. Display only.
+"""
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ..rollout.types import Rollout
+
+
+ACCEPTED, REJECTED, COMMITTED = "green", "red strike", "bold"
+
+
+def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """
+    Return one response with its blocks: accepted drafts green, the target's own tokens bold, rejected drafts struck red.
+    """
+    start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
+    ids = rollout.input_ids[row].tolist()
+    styled = Text(tokenizer.decode(ids[start : start + 1]), style=COMMITTED)
+    for block in range(int(rollout.num_rounds[row])):
+        anchor, accepted = int(rollout.anchors[row, block]), int(rollout.accepted[row, block])
+        kept_end = anchor + accepted + 1
+        styled.append(tokenizer.decode(ids[anchor + 1 : kept_end]), style=ACCEPTED)
+        if not bool(rollout.is_censored[row, block]):
+            refused = rollout.drafts[row, block, accepted:].tolist()
+            styled.append(tokenizer.decode(refused), style=REJECTED)
+        if kept_end < end:
+            styled.append(tokenizer.decode(ids[kept_end : kept_end + 1]), style=COMMITTED)
+    return styled
+
+
+def print_rollout(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, step: int, console: Console
+) -> None:
+    """Print the first rows of a rollout, prompt above and response below."""
+    for row in range(min(num_rows, len(rollout.lengths))):
+        prompt = tokenizer.decode(rollout.input_ids[row, : int(rollout.prompt_lengths[row])].tolist())
+        body = Text.assemble(Text(prompt, style="dim"), "\n", render_row(rollout, row, tokenizer))
+        legend = f"[{ACCEPTED}]accepted[/] [{REJECTED}]rejected[/] [{COMMITTED}]target's own[/]"
+        console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))

@@ -1,0 +1,298 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Draft-OPD: on-policy distillation of a drafter from the target, on the states its own drafting induces.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from .._trl import _BaseTrainer, _ForwardRedirection
+from ..anchors import keyed_generator, random_anchors, replay_errors
+from ..data import PromptCollator, tokenize_prompt_dataset
+from ..drafters.base import Drafter
+from ..rollout.live import LiveSettings, rollout_live
+from ..rollout.replay import TargetText, redraft, rollout_replay
+from ..rollout.types import Rollout
+from ..target import FrozenTarget
+from .completions import print_rollout
+from .draft_opd_config import DraftOPDConfig
+from .metrics import MetricSums, rollout_sums
+from .setup import check_finite, check_launch, check_mask_token, load_drafter, load_target, require_tokenizer
+from .step import StepLoss, StreamSettings, step_loss, weight_sums
+
+
+class DraftOPDTrainer(_BaseTrainer):
+    """
+    Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an error
+    position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
+
+    Source: [Draft-OPD](https://huggingface.co/papers/2605.29343). Start from a drafter whose supervised training has reached its plateau.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_draft_opd import DraftOPDTrainer
+
+    trainer = DraftOPDTrainer(
+        model="z-lab/Qwen3-4B-DFlash-b16",
+        target_model="Qwen/Qwen3-4B",
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+
+    Args:
+        model (`str`, `Path` or [`Drafter`]):
+            The drafter, or the id or path of one in any published layout.
+        target_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+            The target to draft for; frozen.
+        args ([`DraftOPDConfig`], *optional*):
+            Settings.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows with a `prompt` or `messages`. Completions are ignored unless `completions_from_target=True` declares them the target's.
+        eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
+            As `train_dataset`; always decoded live.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The target's tokenizer; loaded beside the target by default.
+        callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the way out.
+    """
+
+    _tag_names = ["trl", "draft-opd", "speculative-decoding"]
+    _name = "DraftOPD"
+    _paper = {
+        "title": "Draft-OPD: On-Policy Distillation for Speculative Draft Models",
+        "id": "2605.29343",
+        "citation": "@article{draftopd2026, title={Draft-OPD: On-Policy Distillation for Speculative Draft Models}, year={2026}, eprint={2605.29343}}",
+    }
+    # The loss is divided by weight sums of the whole optimiser step, accumulation included.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | Path | Drafter,
+        target_model: str | Path | PreTrainedModel | FrozenTarget,
+        args: DraftOPDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        args = args or DraftOPDConfig("drafter-opd")
+        self.target = load_target(target_model, args, processing_class)
+        # A target that cannot branch is refused now rather than after a rollout.
+        self.target.require_rollback()
+        drafter = load_drafter(model, self.target, args)
+        self.tokenizer = require_tokenizer(self.target)
+        self.num_drafts = args.num_drafts or drafter.default_num_drafts
+        self.streams = {
+            "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
+            "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.position_decay),
+        }
+        self.target.place(args.device)
+        train_dataset = self._prepare_dataset(train_dataset, args, drafter, args.completions_from_target)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_dataset(part, args, drafter, False) for name, part in eval_dataset.items()
+            }
+        else:
+            eval_dataset = self._prepare_dataset(eval_dataset, args, drafter, False)
+        super().__init__(
+            model=drafter,
+            args=args,
+            data_collator=PromptCollator(self.target.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_launch(self.accelerator, args.n_gpu)
+        self._redirect = _ForwardRedirection()
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._console = Console()
+        self.model.add_model_tags(self._tag_names)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset | None,
+        args: DraftOPDConfig,
+        drafter: Drafter,
+        keep_completions: bool,
+    ) -> Dataset | IterableDataset | None:
+        """Tokenize prompts, and completions where they are the target's own."""
+        if dataset is None:
+            return None
+        rows = tokenize_prompt_dataset(
+            dataset,
+            self.tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            chat_template=args.chat_template,
+            chat_template_kwargs=args.chat_template_kwargs,
+            keep_completions=keep_completions,
+            eos_token_ids=self.target.eos_token_ids,
+            vocab_size=self.target.vocab_size,
+            num_proc=args.dataset_num_proc,
+        )
+        check_mask_token(drafter, self.target, rows, "prompt_ids")
+        return rows
+
+    # -- rollout -------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """Fetch the prompts of one optimiser step, roll them out with the current drafter, and sum the weights over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        epoch = int(self.state.epoch or 0)
+        prepared = [self._roll_out(batch, epoch) for batch in batches]
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
+        if prepared and self._is_logging_step():
+            print_rollout(
+                prepared[0]["rollout"],
+                self.tokenizer,
+                num_rows=self.args.num_completions_to_print,
+                step=self.state.global_step,
+                console=self._console,
+            )
+        return prepared, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+
+    def _roll_out(self, batch: dict[str, torch.Tensor], epoch: int) -> dict[str, Any]:
+        """Draft along every prompt's response and mark which slots belong to which stream."""
+        drafter = self.accelerator.unwrap_model(self.model)
+        needs_branches = self.args.rejected_scope == "suffix" and self.args.rejected_weight > 0
+        keep_now = needs_branches and self.args.anchor_mode == "error"
+        sample_ids = batch["sample_ids"].tolist()
+        with self.accelerator.autocast():
+            if self.args.rollout == "replay":
+                text = self._stored_text(batch)
+                rollout = rollout_replay(
+                    self.target, drafter, text, num_drafts=self.num_drafts, keep_branch_hidden=keep_now
+                )
+            else:
+                generator = keyed_generator(self.args.seed, self.state.global_step, sample_ids[0])
+                rollout = self._decode(drafter, batch, keep_now, generator)
+            self._sums["train"].add(rollout_sums(rollout))
+            if self.args.anchor_mode == "random":
+                anchors = random_anchors(rollout, sample_ids, seed=self.args.seed, epoch=epoch)
+                rollout = redraft(self.target, drafter, rollout, anchors, keep_branch_hidden=needs_branches)
+        anchors = replay_errors(
+            rollout, rejected_scope=self.args.rejected_scope, eos_token_ids=self.target.eos_token_ids
+        )
+        return {"rollout": rollout, "anchors": anchors, "sample_ids": batch["sample_ids"]}
+
+    def _decode(
+        self, drafter: Drafter, batch: dict[str, torch.Tensor], keep_branch_hidden: bool, generator: torch.Generator
+    ) -> Rollout:
+        """Decode a batch of prompts live, with a progress bar over its rows."""
+        settings = LiveSettings(
+            num_drafts=self.num_drafts,
+            max_new_tokens=self.args.max_completion_length,
+            sampling=self.args.sampling_settings(),
+            draft_sampling=self.args.draft_sampling,
+            eos_token_ids=self.target.eos_token_ids,
+            keep_branch_hidden=keep_branch_hidden,
+        )
+        lengths = batch["prompt_mask"].sum(dim=1).tolist()
+        prompts = [row[:length] for row, length in zip(batch["prompt_ids"].tolist(), lengths, strict=True)]
+        is_hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
+        with tqdm(total=len(prompts), desc="rollout", leave=False, disable=is_hidden) as bar:
+            return rollout_live(self.target, drafter, prompts, settings, generator, on_finished=bar.update)
+
+    def _stored_text(self, batch: dict[str, torch.Tensor]) -> TargetText:
+        """Join prompts and stored responses into right-padded rows."""
+        prompt_lengths = batch["prompt_mask"].sum(dim=1)
+        rows = []
+        for index, length in enumerate(prompt_lengths.tolist()):
+            response = batch["completion_ids"][index][batch["completion_mask"][index]]
+            rows.append(torch.cat([batch["prompt_ids"][index, :length], response]))
+        pad = self.target.pad_token_id
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
+        mask = (torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]).long()
+        return TargetText(input_ids, mask, prompt_lengths)
+
+    def _is_logging_step(self) -> bool:
+        every = max(int(self.state.logging_steps or 1), 1)
+        return self.args.log_completions and self.is_world_process_zero() and self.state.global_step % every == 0
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the optimiser step's loss; `num_items_in_batch` holds the weight sums."""
+        if return_outputs:
+            raise ValueError("`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`.")
+        with self.accelerator.autocast():
+            result = self._redirect(model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch)
+        check_finite(result.loss, inputs["sample_ids"], self.state.global_step)
+        self._sums["train"].add(result.sums)
+        # DDP averages gradients over ranks, the weight sums already cover all of them.
+        return result.loss * self.accelerator.num_processes
+
+    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
+        rollout: Rollout = inputs["rollout"]
+        return step_loss(
+            self.accelerator.unwrap_model(self.model),
+            self.target,
+            rollout.input_ids,
+            rollout.attention_mask,
+            inputs["anchors"],
+            rollout.branch_hidden,
+            self.streams,
+            sums,
+            self.args.loss_chunk_bytes,
+        )
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        drafter = self.accelerator.unwrap_model(self.model)
+        needs_branches = self.args.rejected_scope == "suffix" and self.args.rejected_weight > 0
+        generator = torch.Generator().manual_seed(self.args.seed)
+        with torch.no_grad(), self.accelerator.autocast():
+            rollout = self._decode(drafter, inputs, needs_branches, generator)
+            anchors = replay_errors(
+                rollout, rejected_scope=self.args.rejected_scope, eos_token_ids=self.target.eos_token_ids
+            )
+            sums = weight_sums([anchors], self.streams, drafter.draft_token_ids)
+            result = self._step_loss({"rollout": rollout, "anchors": anchors}, sums)
+        self._sums["eval"].add(result.sums)
+        self._sums["eval"].add(rollout_sums(rollout))
+        return result.loss.detach(), None, None
+
+    # -- logs ----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics gathered since the last log; what `evaluate` returns includes them."""
+        is_eval = next(iter(logs)).startswith("eval_")
+        metrics = self._sums["eval" if is_eval else "train"].pop()
+        logs.update({f"eval_{name}" if is_eval else name: value for name, value in metrics.items()})
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: transformers' estimate counts a language model's tokens, which says nothing about blocks."""
+        return 0

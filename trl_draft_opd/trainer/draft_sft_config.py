@@ -1,0 +1,56 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""Settings of supervised drafter training."""
+
+from dataclasses import dataclass, field
+
+from .common_config import DraftTrainingConfig, check_position_decay
+
+
+@dataclass
+class DraftSFTConfig(DraftTrainingConfig):
+    r"""
+    Configuration of [`DraftSFTTrainer`]: the settings of [`DraftTrainingConfig`], and these.
+
+    Parameters:
+        max_length (`int`, *optional*, defaults to `4096`):
+            Rows are cut behind this many tokens.
+        regenerate (`bool`, *optional*, defaults to `False`):
+            Have the target rewrite every completion before training. A drafter should learn the target's own text; turn it on when
+            the dataset was written by someone else.
+        num_anchors (`int`, *optional*):
+            Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, whose step 1 runs over all of
+            them anyway, and to 64 for DFlash, where every anchor costs a block: about half the positions of a short answer.
+        position_decay (`float`, *optional*):
+            Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3 (EAGLE's training code) and 0.87 for DFlash (DFlash's
+            exp(-(k-1)/7)).
+    """
+
+    max_length: int = field(default=4096, metadata={"help": "Rows are cut behind this many tokens."})
+    regenerate: bool = field(
+        default=False, metadata={"help": "Have the target rewrite every completion before training."}
+    )
+    num_anchors: int | None = field(
+        default=None, metadata={"help": "Anchors per row and epoch; 0 takes every position; family default if unset."}
+    )
+    position_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay per slot, in (0, 1]; family default if unset."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.position_decay is not None:
+            check_position_decay(self.position_decay)
+        if self.num_anchors is not None and self.num_anchors < 0:
+            raise ValueError(f"`num_anchors` must be at least 0 (0 takes every position), got {self.num_anchors}.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
+
+    def anchors_per_row(self, family: str) -> int | None:
+        """Return the anchors sampled per row for a drafter family, `None` for every position."""
+        defaults = {"eagle3": 0, "dflash": 64}
+        return (defaults[family] if self.num_anchors is None else self.num_anchors) or None
+
+    def decay(self, family: str) -> float:
+        """Return the weight decay per slot for a drafter family."""
+        defaults = {"eagle3": 0.8, "dflash": 0.87}
+        return defaults[family] if self.position_decay is None else self.position_decay

@@ -1,0 +1,251 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Supervised training of a drafter on text its target wrote.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from .._trl import _BaseTrainer, _ForwardRedirection
+from ..anchors import sample_anchors
+from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
+from ..drafters.base import Drafter
+from ..rollout.live import LiveSettings, rollout_live
+from ..target import FrozenTarget
+from ..trajectories import generate_responses
+from .draft_sft_config import DraftSFTConfig
+from .metrics import MetricSums, rollout_sums
+from .setup import check_finite, check_launch, check_mask_token, load_drafter, load_target, require_tokenizer
+from .step import StepLoss, StreamSettings, step_loss, weight_sums
+
+
+class DraftSFTTrainer(_BaseTrainer):
+    """
+    Trainer of a drafter on completions of its target: blocks are drafted at sampled anchors, teacher-forced on the text.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_draft_opd import DraftSFTTrainer, Eagle3DraftModel
+
+    target = "Qwen/Qwen3-4B"
+    trainer = DraftSFTTrainer(
+        model=Eagle3DraftModel.from_target(target),
+        target_model=target,
+        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, `Path` or [`Drafter`]):
+            The drafter, or the id or path of one in any published layout.
+        target_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+            The target to draft for; frozen.
+        args ([`DraftSFTConfig`], *optional*):
+            Settings.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows as [`tokenize_sft_dataset`] reads them: `messages`, `prompt` and `completion`, `text`, or token ids.
+        eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
+            As `train_dataset`. Its prompts are decoded to measure tau.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The target's tokenizer; loaded beside the target by default.
+        callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the way out.
+    """
+
+    _tag_names = ["trl", "draft-sft", "speculative-decoding"]
+    _name = "DraftSFT"
+    # The loss is divided by weight sums of the whole optimiser step, accumulation included.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | Path | Drafter,
+        target_model: str | Path | PreTrainedModel | FrozenTarget,
+        args: DraftSFTConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        args = args or DraftSFTConfig("drafter-sft")
+        self.target = load_target(target_model, args, processing_class)
+        drafter = load_drafter(model, self.target, args)
+        self.tokenizer = require_tokenizer(self.target)
+        self.num_drafts = args.num_drafts or drafter.default_num_drafts
+        family = drafter.config.family
+        self.num_anchors = args.anchors_per_row(family)
+        self.streams = {
+            "accepted": StreamSettings(args.accepted_loss, 1.0, args.decay(family)),
+            # Supervised text has no rejections.
+            "rejected": StreamSettings(args.accepted_loss, 0.0, 1.0),
+        }
+        self.target.place(args.device)
+        train_dataset = self._prepare_dataset(train_dataset, args, drafter)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare_dataset(part, args, drafter) for name, part in eval_dataset.items()}
+        else:
+            eval_dataset = self._prepare_dataset(eval_dataset, args, drafter)
+        super().__init__(
+            model=drafter,
+            args=args,
+            data_collator=TextCollator(self.target.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_launch(self.accelerator, args.n_gpu)
+        self._redirect = _ForwardRedirection()
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self.model.add_model_tags(self._tag_names)
+
+    def _prepare_dataset(
+        self, dataset: Dataset | IterableDataset | None, args: DraftSFTConfig, drafter: Drafter
+    ) -> Dataset | IterableDataset | None:
+        """Tokenize a dataset, its completions rewritten by the target first if asked for."""
+        if dataset is None:
+            return None
+        common = {
+            "max_prompt_length": args.max_prompt_length,
+            "chat_template": args.chat_template,
+            "chat_template_kwargs": args.chat_template_kwargs,
+            "eos_token_ids": self.target.eos_token_ids,
+            "vocab_size": self.target.vocab_size,
+            "num_proc": args.dataset_num_proc,
+        }
+        if args.regenerate:
+            prompts = tokenize_prompt_dataset(dataset, self.tokenizer, keep_completions=False, **common)
+            dataset = self._regenerate(prompts, args)
+        rows = tokenize_sft_dataset(dataset, self.tokenizer, max_length=args.max_length, **common)
+        check_mask_token(drafter, self.target, rows, "input_ids")
+        return rows
+
+    def _regenerate(self, prompts: Dataset | IterableDataset, args: DraftSFTConfig) -> Dataset:
+        if isinstance(prompts, IterableDataset):
+            raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
+        prompt_ids = list(prompts["prompt_ids"])
+        responses = generate_responses(
+            self.target,
+            prompt_ids,
+            max_new_tokens=args.max_completion_length,
+            sampling=args.sampling_settings(),
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed,
+            show_progress=not args.disable_tqdm,
+        )
+        return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """Fetch the micro-batches of one optimiser step, sample their anchors, and sum the weights over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        epoch = int(self.state.epoch or 0)
+        for batch in batches:
+            batch["anchors"] = self._sample_anchors(batch, epoch)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        sums = weight_sums([batch["anchors"] for batch in batches], self.streams, unwrapped.draft_token_ids)
+        return batches, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+
+    def _sample_anchors(self, batch: dict[str, torch.Tensor], epoch: int) -> Any:
+        return sample_anchors(
+            batch["input_ids"],
+            batch["completion_mask"],
+            batch["sample_ids"].tolist(),
+            num_anchors=self.num_anchors,
+            num_drafts=self.num_drafts,
+            seed=self.args.seed,
+            epoch=epoch,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the optimiser step's loss; `num_items_in_batch` holds the weight sums."""
+        if return_outputs:
+            raise ValueError("`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`.")
+        with self.accelerator.autocast():
+            result = self._redirect(model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch)
+        check_finite(result.loss, inputs["sample_ids"], self.state.global_step)
+        self._sums["train"].add(result.sums)
+        # DDP averages gradients over ranks, the weight sums already cover all of them.
+        return result.loss * self.accelerator.num_processes
+
+    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
+        return step_loss(
+            self.accelerator.unwrap_model(self.model),
+            self.target,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["anchors"],
+            None,
+            self.streams,
+            sums,
+            self.args.loss_chunk_bytes,
+        )
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the loss on a batch's text, and add tau and acceptance on its prompts to the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        # Epoch 0, so that every evaluation looks at the same anchors.
+        inputs["anchors"] = self._sample_anchors(inputs, epoch=0)
+        drafter = self.accelerator.unwrap_model(self.model)
+        sums = weight_sums([inputs["anchors"]], self.streams, drafter.draft_token_ids)
+        with torch.no_grad(), self.accelerator.autocast():
+            result = self._step_loss(inputs, sums)
+        self._sums["eval"].add(result.sums)
+        if self.args.eval_rollouts:
+            settings = LiveSettings(
+                num_drafts=self.num_drafts,
+                max_new_tokens=self.args.max_completion_length,
+                sampling=self.args.sampling_settings(),
+                draft_sampling=self.args.draft_sampling,
+                eos_token_ids=self.target.eos_token_ids,
+                keep_branch_hidden=False,
+            )
+            generator = torch.Generator().manual_seed(self.args.seed)
+            rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, generator)
+            self._sums["eval"].add(rollout_sums(rollout))
+        return result.loss.detach(), None, None
+
+    @staticmethod
+    def _prompts(inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+        """Return what stands before each row's first completion token."""
+        starts = inputs["completion_mask"].long().argmax(dim=1).tolist()
+        return [row[: max(start, 1)] for row, start in zip(inputs["input_ids"].tolist(), starts, strict=True)]
+
+    # -- logs ----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics gathered since the last log; what `evaluate` returns includes them."""
+        is_eval = next(iter(logs)).startswith("eval_")
+        metrics = self._sums["eval" if is_eval else "train"].pop()
+        logs.update({f"eval_{name}" if is_eval else name: value for name, value in metrics.items()})
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: transformers' estimate counts a language model's tokens, which says nothing about blocks."""
+        return 0

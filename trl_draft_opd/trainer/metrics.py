@@ -1,0 +1,52 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once.
+"""
+
+from collections import defaultdict
+
+from accelerate.utils import gather_object
+
+from ..rollout.types import Rollout
+
+
+class MetricSums:
+    """Running numerators and denominators by metric name."""
+
+    def __init__(self):
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, sums: dict[str, tuple[float, float]]) -> None:
+        """Add numerators and denominators."""
+        for name, (numerator, denominator) in sums.items():
+            self._sums[name][0] += numerator
+            self._sums[name][1] += denominator
+
+    def pop(self) -> dict[str, float]:
+        """Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective."""
+        merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for sums in gather_object([dict(self._sums)]):
+            for name, (numerator, denominator) in sums.items():
+                merged[name][0] += numerator
+                merged[name][1] += denominator
+        self._sums.clear()
+        return {name: numerator / denominator for name, (numerator, denominator) in sorted(merged.items()) if denominator}
+
+
+def rollout_sums(rollout: Rollout) -> dict[str, tuple[float, float]]:
+    """
+    Return tau, acceptance per slot and lengths of a rollout as sums.
+
+    tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`.
+    """
+    counted = rollout.is_counted
+    num_counted = float(counted.sum())
+    accepted = rollout.accepted[counted]
+    sums = {
+        "tau": (float(accepted.sum()) + num_counted, num_counted),
+        "response_length": (float((rollout.lengths - rollout.prompt_lengths).sum()), float(len(rollout.lengths))),
+        "rounds": (float(rollout.num_rounds.sum()), float(len(rollout.lengths))),
+    }
+    for slot in range(1, rollout.drafts.shape[-1] + 1):
+        sums[f"acceptance/slot_{slot}"] = (float((accepted >= slot).sum()), num_counted)
+    return sums

@@ -1,0 +1,161 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+One training step as pure functions, shared by both trainers: anchors in, a loss normalised per stream out.
+
+Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block, H = hidden size, N = rows
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..anchors import AnchorBatch
+from ..drafters.base import Drafter
+from ..losses import Head, RowLosses, chunked_divergence, position_weights, stream_scale
+from ..target import FrozenTarget
+
+
+STREAMS = ("accepted", "rejected")
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """
+    How one stream is weighed.
+
+    Attributes:
+        loss_type (`str`): Divergence of its rows.
+        weight (`float`): Its share of the loss, lambda.
+        decay (`float`): Weight decay per slot, in (0, 1].
+    """
+
+    loss_type: str
+    weight: float
+    decay: float
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """
+    The loss of one micro-batch.
+
+    Attributes:
+        loss (`torch.Tensor`): Scalar with gradient: this micro-batch's share of the optimiser step's loss.
+        sums (`dict[str, tuple[float, float]]`): Numerator and denominator of each metric, to be summed before dividing.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, tuple[float, float]]
+
+
+def row_weights(
+    anchors: AnchorBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Return the weight of every slot in a stream, `(B, A, K)`, zero outside of it.
+
+    Under `ce` a committed token outside the draft vocabulary cannot be learnt, so its slot weighs nothing.
+    """
+    mask = anchors.is_accepted if stream == "accepted" else anchors.is_rejected
+    weights = mask * position_weights(mask.shape[-1], settings.decay).to(mask.device)
+    if settings.loss_type == "ce" and draft_token_ids is not None:
+        known = torch.isin(anchors.labels, draft_token_ids.to(mask.device)) | (anchors.labels < 0)
+        weights = weights * known
+    return weights
+
+
+def weight_sums(
+    batches: list[AnchorBatch], settings: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the sum of each stream's weights over micro-batches, `(2,)` in the order of `STREAMS`, float64."""
+    sums = [
+        sum(float(row_weights(batch, name, settings[name], draft_token_ids).sum(dtype=torch.float64)) for batch in batches)
+        for name in STREAMS
+    ]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def step_loss(
+    drafter: Drafter,
+    target: FrozenTarget,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    anchors: AnchorBatch,
+    branch_hidden: torch.Tensor | None,
+    settings: dict[str, StreamSettings],
+    global_weight_sums: torch.Tensor,
+    chunk_bytes: int,
+) -> StepLoss:
+    """
+    Run the drafter from every anchor of a micro-batch and compare it with the target on the same states.
+
+    Args:
+        drafter ([`Drafter`]): Gradient flows into it.
+        target ([`FrozenTarget`]): Reads the text once.
+        input_ids (`torch.LongTensor` of shape `(B, L)`), attention_mask (`torch.LongTensor` of shape `(B, L)`): The text.
+        anchors ([`AnchorBatch`]): Where to draft and which slots belong to which stream.
+        branch_hidden (`torch.Tensor` of shape `(B, A, K, H)`, *optional*):
+            The target's hidden states on draft-induced states; needed when a slot lies behind a first rejection.
+        settings (`dict`): [`StreamSettings`] of both streams.
+        global_weight_sums (`torch.Tensor` of shape `(2,)`): Weight sums over the whole optimiser step.
+        chunk_bytes (`int`): See `chunked_divergence`.
+
+    Returns:
+        [`StepLoss`]
+    """
+    reading = target.read_text(input_ids, attention_mask, drafter.config.target_layer_ids)
+    device = drafter.device
+    hidden = drafter.draft_hidden(
+        reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed
+    )
+    own_head = Head.linear(drafter.lm_head.weight) if drafter.owns_head else None
+    target_head = Head(target.project, (), target.vocab_size)
+    total_weight = sum(settings[name].weight for name in STREAMS)
+    # Connected to every parameter, so that ranks without rows still take part in the gradient exchange.
+    loss = 0.0 * hidden.sum()
+    if own_head is not None:
+        loss = loss + 0.0 * drafter.lm_head.weight.sum()
+    sums: dict[str, tuple[float, float]] = {}
+    for index, name in enumerate(STREAMS):
+        weights = row_weights(anchors, name, settings[name], drafter.draft_token_ids)
+        picked = weights > 0
+        rows = chunked_divergence(
+            hidden[picked],
+            own_head or target_head,
+            _target_rows(reading.last_hidden, branch_hidden, anchors, picked),
+            target_head,
+            labels_N=anchors.labels[picked],
+            weights_N=weights[picked],
+            loss_type=settings[name].loss_type,
+            draft_token_ids=drafter.draft_token_ids,
+            chunk_bytes=chunk_bytes,
+        )
+        scale = stream_scale(float(global_weight_sums[index]), settings[name].weight, total_weight)
+        loss = loss + scale * rows.total
+        sums |= _stream_sums(name, rows, weights[picked], drafter)
+    return StepLoss(loss, sums)
+
+
+def _target_rows(
+    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: AnchorBatch, picked: torch.Tensor
+) -> torch.Tensor:
+    """Return the target's hidden state for every picked slot: from the committed text, or from the block's branch."""
+    row, block, slot = picked.nonzero(as_tuple=True)
+    # Slot k (index k - 1) is predicted by the token before it, at a + k - 1.
+    positions = (anchors.anchors[row, block] + slot).clamp(0, last_hidden.shape[1] - 1)
+    rows = last_hidden[row, positions]
+    is_branch = anchors.is_branch[picked]
+    if is_branch.any():
+        assert branch_hidden is not None, "slots behind a first rejection need the target's branch states"
+        rows = torch.where(is_branch[:, None], branch_hidden[row, block, slot].to(rows), rows)
+    return rows
+
+
+def _stream_sums(
+    name: str, rows: RowLosses, weights: torch.Tensor, drafter: Drafter
+) -> dict[str, tuple[float, float]]:
+    total = float(weights.sum())
+    sums = {f"loss/{name}": (float((rows.rows_N * weights).sum()), total), f"slots/{name}": (float(len(weights)), 1.0)}
+    if drafter.draft_token_ids is not None:
+        sums[f"lost_target_mass/{name}"] = (float((rows.lost_mass_N * weights).sum()), total)
+    return sums
