@@ -34,6 +34,7 @@ FLOORS = {
     "trainer": 5,
     "cli": 6,
     "demo": 6,
+    "__main__": 7,
 }
 # Imports along one floor that are meant: (importer, imported).
 SAME_FLOOR = {("cli", "demo")}

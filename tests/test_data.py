@@ -2,6 +2,7 @@
 """Tests of `trl_draft_opd/data.py`. The tokenizer and its templates are built on the spot; every word is one token."""
 
 import warnings
+from itertools import groupby
 
 import pytest
 import torch
@@ -19,55 +20,30 @@ from trl_draft_opd.data import (
 
 
 SPECIAL = ["<pad>", "<bos>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"]
-WORDS = [
-    "[UNK]",
-    "\n",
-    "system",
-    "user",
-    "assistant",
-    "tool",
-    "None",
-    "hi",
-    "there",
-    "add",
-    "two",
-    "four",
-    "five",
-    "sum",
-    "hithere",
-]
+WORDS = ["[UNK]", "\n", *"system user assistant tool None hi there add two four five sum hithere".split()]
 VOCAB = {token: i for i, token in enumerate(SPECIAL + WORDS)}
 EOS = VOCAB["<|im_end|>"]
 
 TURN = "<|im_start|>{{ m['role'] }}\n{{ content }}<|im_end|>\n"
-CHATML = (
-    "{% for m in messages %}{% set content = m['content'] %}" + TURN + "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-STRIPS_THINKING = (
-    "{% for m in messages %}{% set content = m['content'] %}"
+LOOP = "{% for m in messages %}{% set content = m['content'] %}"
+PROMPT = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+CHATML = LOOP + TURN + PROMPT + "{% endif %}"
+STRIPS = (
     "{% if m['role'] == 'assistant' and not loop.last %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    + TURN
-    + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OPTIONAL_THINKING = (
-    CHATML.removesuffix("{% endif %}") + "{% if not enable_thinking %}<think>\n</think>{% endif %}{% endif %}"
-)
-OPENS_THINKING = CHATML.removesuffix("{% endif %}") + "<think>{% endif %}"
-REFUSES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}" + CHATML
-)
+STRIPS_THINKING = LOOP + STRIPS + TURN + PROMPT + "{% endif %}"
+OPTIONAL_THINKING = LOOP + TURN + PROMPT + "{% if not enable_thinking %}<think>\n</think>{% endif %}{% endif %}"
+OPENS_THINKING = LOOP + TURN + PROMPT + "<think>{% endif %}"
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
 
 
 def make_tokenizer(template=CHATML, adds_bos=False):
     backend = Tokenizer(models.WordLevel(VOCAB, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
+    lines, words = pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", VOCAB["<bos>"])]
-        )
+        special = [("<bos>", VOCAB["<bos>"])]
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
@@ -77,32 +53,22 @@ def make_tokenizer(template=CHATML, adds_bos=False):
     )
 
 
+SETTINGS = dict.fromkeys(["max_prompt_length", "chat_template", "chat_template_kwargs", "num_proc"])
+SETTINGS |= {"eos_token_ids": [EOS], "vocab_size": len(VOCAB)}
+
+
 def tokenize_sft(rows, tokenizer=None, **changes):
-    settings = {
-        "max_length": None,
-        "max_prompt_length": None,
-        "chat_template": None,
-        "chat_template_kwargs": None,
-        "eos_token_ids": [EOS],
-        "vocab_size": len(VOCAB),
-        "num_proc": None,
-    }
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return tokenize_sft_dataset(dataset, tokenizer or make_tokenizer(), **{**settings, **changes})
+    return tokenize_sft_dataset(dataset, tokenizer or make_tokenizer(), **{**SETTINGS, "max_length": None, **changes})
 
 
 def tokenize_prompts(rows, tokenizer=None, **changes):
-    settings = {
-        "max_prompt_length": None,
-        "chat_template": None,
-        "chat_template_kwargs": None,
-        "keep_completions": False,
-        "eos_token_ids": [EOS],
-        "vocab_size": len(VOCAB),
-        "num_proc": None,
-    }
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return tokenize_prompt_dataset(dataset, tokenizer or make_tokenizer(), **{**settings, **changes})
+    settings = {**SETTINGS, "keep_completions": False, **changes}
+    return tokenize_prompt_dataset(dataset, tokenizer or make_tokenizer(), **settings)
+
+
+RESPONSES = ((tokenize_sft, {}), (tokenize_prompts, {"keep_completions": True}))
 
 
 def tokens(token_ids):
@@ -111,13 +77,10 @@ def tokens(token_ids):
 
 
 def written(row):
-    """Return the supervised tokens of a row, with `|` between spans."""
-    spans, previous = [], -2
-    for index, (token_id, mark) in enumerate(zip(row["input_ids"], row["completion_mask"], strict=True)):
-        if mark:
-            spans.append(([] if previous == index - 1 else ["|"]) + [token_id])
-            previous = index
-    return " ".join(item if item == "|" else tokens([item]) for span in spans for item in span).removeprefix("| ")
+    """Return the supervised tokens of a row; `.` stands for every run of tokens that the target did not write."""
+    marked = zip(row["input_ids"], row["completion_mask"], strict=True)
+    runs = [(mark, tokens(token_id for token_id, _ in run)) for mark, run in groupby(marked, key=lambda pair: pair[1])]
+    return " ".join(run if mark else "." for mark, run in runs)
 
 
 def chat(*contents):
@@ -127,29 +90,20 @@ def chat(*contents):
 # Prompts and completions
 
 
-def test_a_string_completion_is_supervised_with_an_appended_eos():
-    row = tokenize_sft([{"prompt": "add two", "completion": " four"}])[0]
-    assert tokens(row["input_ids"]) == "add two four <|im_end|>"
-    assert row["completion_mask"] == [0, 0, 1, 1]
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("add two", " four", "add two four <|im_end|>"),
+        ("add two", " four<|im_end|>\n five", "add two four <|im_end|>"),  # the target stops at its EOS
+        ("hi", "there", "hi there <|im_end|>"),  # not the one token "hithere", which the target never read
+    ],
+)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_string_completion_continues_its_prompt_and_ends_with_one_eos(prompt, completion, expected, adds_bos):
+    row = tokenize_sft([{"prompt": prompt, "completion": completion}], make_tokenizer(adds_bos=adds_bos))[0]
+    assert tokens(row["input_ids"]) == ("<bos> " if adds_bos else "") + expected
+    assert written(row) == ". " + expected.removeprefix(prompt).strip()
     assert row["sample_id"] == 0
-
-
-def test_a_string_completion_ends_with_its_first_eos():
-    row = tokenize_sft([{"prompt": "add two", "completion": " four<|im_end|>\n five"}])[0]
-    assert tokens(row["input_ids"]) == "add two four <|im_end|>"
-
-
-def test_a_completion_that_merges_with_its_prompt_is_tokenized_alone():
-    # "hi" + "there" would be the one token "hithere", which the target never read.
-    row = tokenize_sft([{"prompt": "hi", "completion": "there"}])[0]
-    assert tokens(row["input_ids"]) == "hi there <|im_end|>"
-
-
-@pytest.mark.parametrize("completion", [" there", "there"])
-def test_special_tokens_are_added_once_and_in_front(completion):
-    row = tokenize_sft([{"prompt": "hi", "completion": completion}], make_tokenizer(adds_bos=True))[0]
-    assert tokens(row["input_ids"]) == "<bos> hi there <|im_end|>"
-    assert row["completion_mask"] == [0, 0, 1, 1]
 
 
 def test_a_completion_without_eos_needs_a_tokenizer_with_eos():
@@ -160,26 +114,22 @@ def test_a_completion_without_eos_needs_a_tokenizer_with_eos():
 
 
 def test_every_token_of_a_text_but_the_first_is_supervised():
-    row = tokenize_sft([{"text": "add two four"}])[0]
-    assert tokens(row["input_ids"]) == "add two four"
-    assert row["completion_mask"] == [0, 1, 1]
+    assert written(tokenize_sft([{"text": "add two four"}])[0]) == ". two four"
 
 
 def test_stored_ids_are_taken_as_they_are():
     masked = tokenize_sft([{"input_ids": [7, 8, 9, 10], "completion_mask": [1, 0, 1, 1]}])[0]
     assert (masked["input_ids"], masked["completion_mask"]) == ([7, 8, 9, 10], [0, 0, 1, 1])
+    assert tokenize_sft([{"input_ids": [7, 8], "completion_mask": [False, True]}])["completion_mask"][:] == [[0, 1]]
     stored = tokenize_sft([{"prompt_ids": [7, 8], "completion_ids": [9, EOS, 9]}])[0]
     assert (stored["input_ids"], stored["completion_mask"]) == ([7, 8, 9, EOS, 9], [0, 0, 1, 1, 1])
-
-
-def test_boolean_masks_are_read():
-    row = tokenize_sft([{"input_ids": [7, 8, 9], "completion_mask": [False, False, True]}])[0]
-    assert row["completion_mask"] == [0, 0, 1]
+    pair = tokenize_prompts([{"prompt_ids": [7, 8], "completion_ids": [9, EOS, 9]}], keep_completions=True)[0]
+    assert (pair["prompt_ids"], pair["completion_ids"]) == ([7, 8], [9, EOS, 9])
 
 
 def test_other_columns_are_ignored_and_ids_come_before_text():
     row = tokenize_sft([{"source": "a", "text": "hi there", "messages": chat("hi", "four"), "prompt": "five"}])[0]
-    assert written(row) == "four <|im_end|>"
+    assert written(row) == ". four <|im_end|> ."
     assert set(row) == {"input_ids", "completion_mask", "sample_id"}
     row = tokenize_sft([{"messages": chat("hi", "four"), "prompt_ids": [7], "completion_ids": [8]}])[0]
     assert row["input_ids"] == [7, 8]
@@ -193,68 +143,52 @@ def test_an_assistant_turn_ends_with_its_eos_and_not_with_the_newline_behind_it(
     assert (
         tokens(row["input_ids"]) == "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / there <|im_end|> /"
     )
-    assert written(row) == "there <|im_end|>"
+    assert written(row) == ". there <|im_end|> ."
 
 
-def test_every_assistant_turn_is_supervised():
+@pytest.mark.parametrize("template", [CHATML, STRIPS_THINKING])
+def test_every_assistant_turn_is_supervised(template):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row = tokenize_sft([{"messages": chat("hi", "there", "add two", "four")}])[0]
-    assert written(row) == "there <|im_end|> | four <|im_end|>"
+        row = tokenize_sft([{"messages": chat("hi", "there", "add two", "four")}], make_tokenizer(template))[0]
+    assert written(row) == ". there <|im_end|> . four <|im_end|> ."
 
 
-def test_turns_behind_the_last_answer_are_cut():
-    row = tokenize_sft([{"messages": chat("hi", "there", "add")}])[0]
-    assert tokens(row["input_ids"]).endswith("there <|im_end|> /")
-
-
-def test_an_assistant_turn_that_opens_a_chat_is_not_supervised():
+def test_what_stands_behind_the_last_answer_is_cut_and_an_opening_answer_is_not_supervised():
     greeting = {"role": "assistant", "content": "five"}
-    row = tokenize_sft([{"messages": [greeting, *chat("hi", "there")]}])[0]
-    assert written(row) == "there <|im_end|>"
+    row = tokenize_sft([{"messages": [greeting, *chat("hi", "there", "add")]}])[0]
+    assert written(row) == ". there <|im_end|> ."
+    assert row["completion_mask"][-3:] == [1, 1, 0]
 
 
 def test_of_a_chat_completion_only_the_completion_is_supervised():
     messages = chat("hi", "there", "add two", "four")
     row = tokenize_sft([{"prompt": messages[:3], "completion": messages[3:]}])[0]
-    assert written(row) == "four <|im_end|>"
+    assert written(row) == ". four <|im_end|> ."
     assert row["input_ids"] == tokenize_sft([{"messages": messages}])[0]["input_ids"]
 
 
-def test_a_template_that_strips_thinking_leaves_only_the_last_turn_supervised():
-    thinking = chat("hi", "<think> sum </think> there", "add two", "<think> sum </think> four")
-    rows = [{"messages": thinking}, {"messages": chat("hi", "<think> sum </think> there")}]
+def test_a_template_that_rewrites_a_turn_leaves_only_the_last_turn_supervised():
+    first = chat("hi", "<think> sum </think> there")
+    rows = [{"messages": first + chat("add two", "four", "add", "<think> sum </think> five")}, {"messages": first}]
     with pytest.warns(
         UserWarning, match="^1 of 2 rows have assistant turns that the chat template rewrites"
     ) as caught:
         dataset = tokenize_sft(rows, make_tokenizer(STRIPS_THINKING))
     assert len(caught) == 1
-    assert written(dataset[0]) == "<think> sum </think> four <|im_end|>"
+    assert written(dataset[0]) == ". <think> sum </think> five <|im_end|> ."
     assert tokens(dataset[0]["input_ids"]).count("<think>") == 1
-    assert written(dataset[1]) == "<think> sum </think> there <|im_end|>"
+    assert written(dataset[1]) == ". <think> sum </think> there <|im_end|> ."
 
 
-def test_a_template_that_could_strip_thinking_keeps_turns_that_have_none():
-    row = tokenize_sft([{"messages": chat("hi", "there", "add two", "four")}], make_tokenizer(STRIPS_THINKING))[0]
-    assert written(row) == "there <|im_end|> | four <|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("enable_thinking", "end"), [(True, "assistant /"), (False, "assistant / <think> / </think>")]
-)
-def test_template_variables_reach_the_template(enable_thinking, end):
-    tokenizer, kwargs = make_tokenizer(OPTIONAL_THINKING), {"enable_thinking": enable_thinking}
-    prompt = tokenize_prompts([{"prompt": chat("hi")}], tokenizer, chat_template_kwargs=kwargs)[0]
-    assert tokens(prompt["prompt_ids"]).endswith(end)
-    row = tokenize_sft([{"messages": chat("hi", "<think>\n</think> there")}], tokenizer, chat_template_kwargs=kwargs)[
-        0
-    ]
-    assert written(row) == ("<think> / </think> there <|im_end|>" if enable_thinking else "there <|im_end|>")
-
-
-def test_a_chat_template_replaces_the_tokenizers_own():
-    row = tokenize_prompts([{"prompt": chat("hi")}], chat_template=OPENS_THINKING)[0]
-    assert tokens(row["prompt_ids"]).endswith("assistant / <think>")
+@pytest.mark.parametrize(("enable_thinking", "end"), [(True, "/"), (False, "/ <think> / </think>")])
+def test_a_template_and_its_variables_are_used(enable_thinking, end):
+    settings = {"chat_template": OPTIONAL_THINKING, "chat_template_kwargs": {"enable_thinking": enable_thinking}}
+    prompt = tokenize_prompts([{"prompt": chat("hi")}], **settings)[0]
+    assert tokens(prompt["prompt_ids"]).endswith("assistant " + end)
+    rows = [{"messages": chat("hi", "<think>\n</think> there")}]
+    row = tokenize_sft(rows, **settings)[0]
+    assert written(row) == (". <think> / </think> there <|im_end|> ." if enable_thinking else ". there <|im_end|> .")
 
 
 def test_an_answer_that_does_not_continue_the_generation_prompt_is_skipped():
@@ -263,20 +197,17 @@ def test_an_answer_that_does_not_continue_the_generation_prompt_is_skipped():
     with pytest.warns(UserWarning, match="Skipped 2 of 3 rows: 2 have an answer that does not continue"):
         dataset = tokenize_sft([plain, thinking, plain], tokenizer)
     assert dataset["sample_id"][:] == [1]
-    assert written(dataset[0]) == "sum </think> there <|im_end|>"
+    assert written(dataset[0]) == ". sum </think> there <|im_end|> ."
     with pytest.raises(ValueError, match="None is left of 1 rows: 1 have an answer"):
         tokenize_prompts([plain], tokenizer, keep_completions=True)
 
 
-def test_an_assistant_turn_without_eos_is_reported():
+def test_any_of_several_eos_ids_ends_a_turn_and_a_turn_without_eos_is_reported():
+    row = tokenize_sft([{"messages": chat("hi", "there <think> four")}], eos_token_ids={EOS, VOCAB["<think>"]})[0]
+    assert written(row) == ". there <think> ."
     with pytest.warns(UserWarning, match="^1 of 1 rows have an assistant turn without an EOS"):
         row = tokenize_sft([{"messages": chat("hi", "there")}], eos_token_ids=[VOCAB["<bos>"]])[0]
-    assert written(row) == "there <|im_end|> /"
-
-
-def test_any_of_several_eos_ids_ends_a_turn():
-    row = tokenize_sft([{"messages": chat("hi", "there <think> four")}], eos_token_ids={EOS, VOCAB["<think>"]})[0]
-    assert written(row) == "there <think>"
+    assert written(row) == ". there <|im_end|> /"
 
 
 def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
@@ -284,25 +215,22 @@ def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there", "name": "five"}]
     row = tokenize_sft([{"messages": messages}], make_tokenizer(template))[0]
     assert "None" not in tokens(row["input_ids"])
-    assert written(row) == "there five <|im_end|>"
+    assert written(row) == ". there five <|im_end|> ."
 
 
 def test_what_the_template_refuses_names_the_row():
     rows = [{"prompt": chat("hi")}, {"prompt": [{"role": "system", "content": "hi"}]}]
-    with pytest.raises(ValueError, match="Row 1 of the dataset: no system turn here"):
+    with pytest.raises(ValueError, match="Row 1 of the dataset: no system here"):
         tokenize_prompts(rows, make_tokenizer(REFUSES_SYSTEM))
 
 
 # Prompts
 
 
-def test_a_chat_prompt_ends_with_the_generation_prompt():
+def test_a_chat_prompt_ends_with_the_generation_prompt_and_a_string_prompt_stays_as_it_is():
     row = tokenize_prompts([{"prompt": chat("hi")}])[0]
     assert tokens(row["prompt_ids"]) == "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant /"
     assert set(row) == {"prompt_ids", "sample_id"}
-
-
-def test_a_string_prompt_is_not_put_into_the_template():
     row = tokenize_prompts([{"prompt": "hi there"}], make_tokenizer(adds_bos=True))[0]
     assert tokens(row["prompt_ids"]) == "<bos> hi there"
 
@@ -313,37 +241,30 @@ def test_the_prompt_of_a_chat_ends_with_its_last_user_turn(messages):
     assert row["prompt_ids"] == tokenize_prompts([{"prompt": messages[:3]}])[0]["prompt_ids"]
 
 
-def test_a_tool_turn_belongs_to_the_prompt():
-    messages = [*chat("hi", "there"), {"role": "tool", "content": "four"}, {"role": "assistant", "content": "five"}]
-    row = tokenize_prompts([{"messages": messages}], keep_completions=True)[0]
-    assert "tool / four <|im_end|>" in tokens(row["prompt_ids"])
-    assert tokens(row["completion_ids"]) == "five <|im_end|>"
+TOOL_CHAT = [*chat("hi", "there"), {"role": "tool", "content": "two"}, {"role": "assistant", "content": "five"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt_end", "completion"),
+    [
+        ({"messages": chat("hi", "there", "add two", "four")}, "user / add two", "four <|im_end|>"),
+        ({"messages": TOOL_CHAT}, "tool / two", "five <|im_end|>"),
+        ({"prompt": TOOL_CHAT[:1], "completion": TOOL_CHAT[1:]}, "user / hi", "there <|im_end|>"),
+    ],
+)
+def test_a_chat_is_split_into_a_prompt_and_the_one_turn_that_answers_it(row, prompt_end, completion):
+    pair, text_ids = tokenize_prompts([row], keep_completions=True)[0], tokenize_sft([row])[0]["input_ids"]
+    assert tokens(pair["prompt_ids"]).endswith(prompt_end + " <|im_end|> / <|im_start|> assistant /")
+    assert tokens(pair["completion_ids"]) == completion
+    joined_ids = pair["prompt_ids"] + pair["completion_ids"]
+    assert joined_ids == text_ids[: len(joined_ids)]
 
 
 def test_completions_are_dropped_unless_they_are_to_be_kept():
     rows = [{"prompt": "add two", "completion": " four"}]
-    assert set(tokenize_prompts(rows).column_names) == {"prompt_ids", "sample_id"}
     row = tokenize_prompts(rows, keep_completions=True)[0]
     assert (tokens(row["prompt_ids"]), tokens(row["completion_ids"])) == ("add two", "four <|im_end|>")
-
-
-def test_stored_responses_keep_their_ids():
-    row = tokenize_prompts([{"prompt_ids": [7, 8], "completion_ids": [9, 10]}], keep_completions=True)[0]
-    assert (row["prompt_ids"], row["completion_ids"]) == ([7, 8], [9, 10])
-
-
-def test_prompt_and_completion_of_a_chat_join_to_the_text_that_sft_sees():
-    rows = [{"messages": chat("hi", "there", "add two", "four")}]
-    row, text = tokenize_prompts(rows, keep_completions=True)[0], tokenize_sft(rows)[0]
-    joined = row["prompt_ids"] + row["completion_ids"]
-    assert joined == text["input_ids"][: len(joined)]
-    assert tokens(row["completion_ids"]) == "four <|im_end|>"
-
-
-def test_only_the_first_turn_of_a_chat_completion_answers_the_prompt():
-    rows = [{"prompt": chat("hi"), "completion": chat("hi", "there", "add two", "four")[1:]}]
-    row = tokenize_prompts(rows, keep_completions=True)[0]
-    assert tokens(row["completion_ids"]) == "there <|im_end|>"
+    assert tokenize_prompts(rows).to_list() == [{"prompt_ids": row["prompt_ids"], "sample_id": 0}]
 
 
 def test_keeping_completions_of_a_dataset_without_any_is_an_error():
@@ -361,19 +282,19 @@ def test_keeping_completions_of_a_dataset_without_any_is_an_error():
     ],
 )
 def test_rows_without_a_completion_are_skipped_and_counted(rows):
-    with pytest.warns(UserWarning, match="Skipped 1 of 2 rows: 1 have no completion"):
-        assert tokenize_prompts(rows, keep_completions=True)["sample_id"][:] == [0]
-    with pytest.warns(UserWarning, match="Skipped 1 of 2 rows: 1 have no"):
-        assert tokenize_sft(rows)["sample_id"][:] == [0]
+    for tokenize, changes in RESPONSES:
+        with pytest.warns(UserWarning, match="Skipped 1 of 2 rows: 1 have no (completion|supervised token)"):
+            assert tokenize(rows, **changes)["sample_id"][:] == [0]
 
 
 # Lengths and skips
 
 
 def test_a_text_is_cut_at_the_right():
-    row = tokenize_sft([{"prompt": "add two", "completion": " four five sum"}], max_length=4)[0]
-    assert tokens(row["input_ids"]) == "add two four five"
-    assert row["completion_mask"] == [0, 0, 1, 1]
+    assert (
+        written(tokenize_sft([{"prompt": "add two", "completion": " four five sum"}], max_length=4)[0])
+        == ". four five"
+    )
 
 
 def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning():
@@ -388,9 +309,9 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning()
     assert dataset["sample_id"][:] == [0, 3]
     assert [tokens(i) for i in dataset["input_ids"]] == ["add two four", "hi there <|im_end|>"]
     (message,) = [str(w.message) for w in caught]
-    assert message.startswith("Skipped 2 of 4 rows:")
-    assert "1 have a prompt longer than `max_prompt_length`" in message
-    assert "1 have no supervised token" in message
+    assert message.startswith(
+        "Skipped 2 of 4 rows: 1 have a prompt longer than `max_prompt_length`; 1 have no supervised"
+    )
 
 
 def test_a_prompt_at_the_limit_is_kept():
@@ -405,22 +326,15 @@ def test_a_row_whose_only_supervised_token_has_no_context_is_not_trained_on(row)
         tokenize_sft([row])
 
 
-def test_no_warning_when_all_rows_are_kept():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokenize_sft([{"messages": chat("hi", "there")}])
-        tokenize_prompts([{"prompt": "hi"}])
-
-
 # Bad input
 
 
 @pytest.mark.parametrize("tokenize", [tokenize_sft, tokenize_prompts])
 def test_an_empty_dataset_is_an_error(tokenize):
-    with pytest.raises(ValueError, match="The dataset is empty"):
-        tokenize([])
-    with pytest.raises(ValueError, match="The dataset is empty"):
-        tokenize(Dataset.from_dict({"prompt": [], "completion": []}))
+    stream = IterableDataset.from_generator(lambda: iter(()))
+    for dataset in ([], Dataset.from_dict({"prompt": [], "completion": []}), stream):
+        with pytest.raises(ValueError, match="The dataset is empty"):
+            tokenize(dataset)
 
 
 @pytest.mark.parametrize("tokenize", [tokenize_sft, tokenize_prompts])
@@ -429,48 +343,38 @@ def test_a_dataset_without_the_columns_is_told_what_is_there_and_what_is_read(to
         tokenize([{"question": "hi", "answer": "there"}])
 
 
+def test_what_is_not_one_split_is_an_error():
+    for dataset in ({"prompt": ["hi"]}, DatasetDict({"train": Dataset.from_list([{"prompt": "hi"}])})):
+        with pytest.raises(ValueError, match=f"got `{type(dataset).__name__}`"):
+            tokenize_prompts(dataset)
+
+
 @pytest.mark.parametrize(
-    "dataset", [{"prompt": ["hi"]}, DatasetDict({"train": Dataset.from_list([{"prompt": "hi"}])})]
+    ("good", "bad"),
+    [
+        ({"prompt": "hi", "completion": " there"}, {"prompt": "", "completion": " there"}),
+        ({"prompt": "hi", "completion": " there"}, {"prompt": " ", "completion": " there"}),  # no token
+        ({"prompt": "hi", "completion": " there"}, {"prompt": None, "completion": " there"}),
+        ({"prompt": chat("hi"), "completion": chat("", "hi")[1:]}, {"prompt": [], "completion": chat("", "hi")[1:]}),
+        ({"messages": chat("hi", "there")}, {"messages": []}),
+        ({"messages": chat("hi", "there")}, {"messages": [{"role": "assistant", "content": "hi"}]}),
+        ({"prompt_ids": [7], "completion_ids": [8]}, {"prompt_ids": [], "completion_ids": [8]}),
+    ],
 )
-def test_what_is_not_one_split_is_an_error(dataset):
-    with pytest.raises(ValueError, match=f"got `{type(dataset).__name__}`"):
-        tokenize_prompts(dataset)
-
-
-@pytest.mark.parametrize("prompt", ["", None, []])
-def test_an_empty_prompt_names_its_row(prompt):
-    full = chat("hi") if prompt == [] else "hi"
-    with pytest.raises(ValueError, match="Row 1 of the dataset: the prompt is empty"):
-        tokenize_prompts([{"prompt": full}, {"prompt": prompt}])
-
-
-def test_a_chat_without_anything_to_answer_is_an_empty_prompt():
-    rows = [{"messages": [{"role": "assistant", "content": "hi"}]}]
-    for tokenize in (tokenize_sft, tokenize_prompts):
-        with pytest.raises(ValueError, match="Row 0 of the dataset: the prompt is empty"):
-            tokenize(rows)
-
-
-def test_empty_stored_prompts_name_their_row():
-    rows = [{"prompt_ids": [7], "completion_ids": [8]}, {"prompt_ids": [], "completion_ids": [8]}]
-    for tokenize in (tokenize_sft, tokenize_prompts):
+def test_an_empty_prompt_names_its_row(good, bad):
+    for tokenize, changes in (*RESPONSES, (tokenize_prompts, {})):
         with pytest.raises(ValueError, match="Row 1 of the dataset: the prompt is empty"):
-            tokenize(rows)
-    with pytest.raises(ValueError, match="Row 1 of the dataset: the prompt is empty"):
-        tokenize_prompts(rows, keep_completions=True)
+            tokenize([good, bad], **changes)
 
 
 @pytest.mark.parametrize("token_id", [-1, len(VOCAB)])
 @pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
 def test_stored_ids_outside_the_vocabulary_name_row_and_id(token_id, column):
-    rows = [
-        {"prompt_ids": [7], "completion_ids": [8]},
-        {"prompt_ids": [7], "completion_ids": [8], column: [9, token_id]},
-    ]
-    with pytest.raises(ValueError, match=f"Row 1 .*token id {token_id} in `{column}` is outside"):
-        tokenize_sft(rows)
-    with pytest.raises(ValueError, match=f"Row 1 .*token id {token_id} in `{column}` is outside"):
-        tokenize_prompts(rows, keep_completions=True)
+    row = {"prompt_ids": [7], "completion_ids": [8]}
+    rows = [row, {**row, column: [9, token_id]}]
+    for tokenize, changes in RESPONSES:
+        with pytest.raises(ValueError, match=f"Row 1 .*token id {token_id} in `{column}` is outside"):
+            tokenize(rows, **changes)
 
 
 def test_ids_of_a_tokenizer_larger_than_the_target_are_an_error():
@@ -531,15 +435,15 @@ def test_an_iterable_dataset_is_read_lazily_and_gives_the_same_rows():
     assert list(lazy) == expected
 
 
-def test_an_empty_iterable_dataset_is_an_error():
-    with pytest.raises(ValueError, match="The dataset is empty"):
-        tokenize_prompts(IterableDataset.from_generator(lambda: iter(())))
+def test_a_column_of_the_same_name_is_replaced_in_a_stream_too():
+    stream = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9], "sample_id": 5}]).to_iterable_dataset()
+    assert list(tokenize_sft(stream)) == [{"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1], "sample_id": 0}]
+    assert list(tokenize_prompts(stream)) == [{"prompt_ids": [7, 8], "sample_id": 0}]
 
 
 def test_a_formatted_dataset_is_read_whole():
     dataset = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9]}])
-    row = tokenize_sft(dataset.with_format("torch", columns=["prompt_ids"]))[0]
-    assert row["input_ids"] == [7, 8, 9]
+    assert tokenize_sft(dataset.with_format("torch", columns=["prompt_ids"]))["input_ids"][:] == [[7, 8, 9]]
 
 
 def test_a_cached_result_is_found_again(tmp_path):
@@ -565,12 +469,7 @@ def test_texts_are_padded_on_the_right_and_masks_follow_lengths():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["completion_mask"].tolist() == [[False, True, True], [False, True, False]]
     assert batch["sample_ids"].tolist() == [4, 2]
-    assert {name: tensor.dtype for name, tensor in batch.items()} == {
-        "input_ids": torch.int64,
-        "attention_mask": torch.int64,
-        "completion_mask": torch.bool,
-        "sample_ids": torch.int64,
-    }
+    assert [tensor.dtype for tensor in batch.values()] == [torch.int64, torch.int64, torch.bool, torch.int64]
 
 
 def test_prompts_and_completions_are_padded_apart():
@@ -583,21 +482,16 @@ def test_prompts_and_completions_are_padded_apart():
     assert batch["prompt_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["completion_ids"].tolist() == [[9, 0, 0], [9, 10, EOS]]
     assert batch["completion_mask"].tolist() == [[True, False, False], [True, True, True]]
-    assert batch["completion_mask"].dtype == torch.bool
-    assert batch["prompt_mask"].dtype == torch.int64
+    assert (batch["prompt_mask"].dtype, batch["completion_mask"].dtype) == (torch.int64, torch.bool)
     assert batch["sample_ids"].tolist() == [0, 1]
-
-
-def test_prompts_alone_make_a_batch_without_completions():
-    batch = PromptCollator(pad_token_id=0)([{"prompt_ids": [7], "sample_id": 3}])
-    assert set(batch) == {"prompt_ids", "prompt_mask", "sample_ids"}
 
 
 def test_collators_take_the_rows_of_a_tokenized_dataset():
     texts = tokenize_sft([{"text": "hi there"}, {"text": "add two four"}])
     assert TextCollator(pad_token_id=0)(list(texts))["input_ids"].shape == (2, 3)
-    prompts = tokenize_prompts([{"prompt": "hi there"}, {"prompt": "add"}])
-    assert PromptCollator(pad_token_id=0)(list(prompts))["prompt_ids"].shape == (2, 2)
+    batch = PromptCollator(pad_token_id=0)(list(tokenize_prompts([{"prompt": "hi there"}, {"prompt": "add"}])))
+    assert batch["prompt_ids"].shape == (2, 2)
+    assert set(batch) == {"prompt_ids", "prompt_mask", "sample_ids"}
 
 
 def test_prompts_are_padded_on_the_left_for_generation():

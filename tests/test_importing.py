@@ -323,7 +323,7 @@ def test_an_index_that_does_not_match_its_shards_is_refused(tmp_path):
         Eagle3DraftModel.from_pretrained(tmp_path)
     path.write_text(json.dumps(index))
     shutil.copy(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(ValueError, match="repeats .*'fc.weight'"):
+    with pytest.raises(ValueError, match="repeats .*'lm_head.weight'"):
         Eagle3DraftModel.from_pretrained(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="'model-00002-of-00002.safetensors', which is missing"):
@@ -476,6 +476,13 @@ def test_an_embedding_of_another_shape_is_refused(tmp_path):
     config, tensors = specforge(eagle3())
     message = refusal(tmp_path, config, tensors | {"embed_tokens.weight": torch.zeros(V, 2 * H)})
     assert "'embed_tokens.weight' has shape (48, 32), but the target's would be (48, 16)" in message
+
+
+def test_a_mask_embedding_of_its_own_is_refused(tmp_path):
+    (tmp_path / "mask_embedding.pt").write_bytes(b"")
+    assert "has a mask_embedding.pt" in refusal(tmp_path, *zlab(dflash()), DFlashDraftModel)
+    config, tensors = specforge(eagle3())
+    Eagle3DraftModel.from_pretrained(write(tmp_path, config, tensors))
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):

@@ -299,12 +299,11 @@ def tokenize_sft_dataset(
     Turn text that the target wrote into token ids, with marks on the tokens it wrote.
 
     Rows are, first match first: `input_ids` with `completion_mask`; `prompt_ids` with `completion_ids`; `messages`;
-    `prompt` with `completion` (both strings or both lists of messages); `text`. Other columns are ignored, ids taken as
-    they are. A string completion ends with its first EOS; where it has none, the tokenizer's is appended. Assistant
-    turns (of `completion`, where there is one) are marked up to and including their EOS, save one that opens the chat;
-    only the last one if the template rewrites earlier ones. A `text` is marked throughout, with no EOS appended. The
-    first token of a row is never marked. Warnings count skipped rows and rewritten chats, but for an
-    `IterableDataset`, which is read lazily.
+    `prompt` with `completion` (both strings or both lists of messages); `text`. Other columns are ignored, token ids
+    taken as they are. A string completion ends with its first EOS; where it has none, the tokenizer's is appended. Of a
+    chat, assistant turns behind the prompt are marked up to and including their EOS; only the last if the template
+    rewrites earlier ones. A `text` is marked throughout and gets no EOS. The first token of a row is never marked.
+    Warnings count skipped rows and rewritten chats, except those of an `IterableDataset`, which is read lazily.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):

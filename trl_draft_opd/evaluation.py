@@ -84,9 +84,9 @@ def bootstrap_tau(
         accepted_sums (`Sequence[int]`): Per prompt, `sum (r + 1)` over counted blocks.
         block_counts (`Sequence[int]`): Per prompt, counted blocks.
     """
-    sums, counts, picks = _resamples(accepted_sums, block_counts, num_resamples, seed)
-    taus = sums[picks].sum(dim=1) / counts[picks].sum(dim=1).clamp(min=1)
-    return _interval(taus)
+    taus = _resampled_taus(accepted_sums, block_counts, num_resamples, seed)
+    # A resample may miss every prompt that has a block: it says nothing about tau.
+    return _interval(taus[taus.isfinite()])
 
 
 def paired_gain(
@@ -102,20 +102,22 @@ def paired_gain(
         raise ValueError(
             f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same prompts in the same order."
         )
-    first, first_counts, picks = _resamples(before.accepted_sums, before.block_counts, num_resamples, seed)
-    second, second_counts, _ = _resamples(after.accepted_sums, after.block_counts, num_resamples, seed)
-    ratio_before = first[picks].sum(dim=1) / first_counts[picks].sum(dim=1).clamp(min=1)
-    ratio_after = second[picks].sum(dim=1) / second_counts[picks].sum(dim=1).clamp(min=1)
-    low, high = _interval(ratio_after / ratio_before.clamp(min=1e-9) - 1)
+    # The same seed picks the same prompts for both.
+    tau_before = _resampled_taus(before.accepted_sums, before.block_counts, num_resamples, seed)
+    tau_after = _resampled_taus(after.accepted_sums, after.block_counts, num_resamples, seed)
+    gains = tau_after / tau_before - 1
+    low, high = _interval(gains[gains.isfinite()])
     return after.tau / before.tau - 1, low, high
 
 
-def _resamples(
+def _resampled_taus(
     accepted_sums: Sequence[int], block_counts: Sequence[int], num_resamples: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
+    """Return pooled tau of each resample of the prompts, NaN where it holds no block."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(block_counts), (num_resamples, len(block_counts)), generator=generator)
-    return torch.tensor(accepted_sums, dtype=torch.float64), torch.tensor(block_counts, dtype=torch.float64), picks
+    sums, counts = (torch.tensor(values, dtype=torch.float64)[picks].sum(dim=1) for values in (accepted_sums, block_counts))
+    return sums / counts
 
 
 def _interval(values: torch.Tensor) -> tuple[float, float]:

@@ -2,11 +2,11 @@
 """
 Full-vocabulary divergences between the target's and the drafter's next-token distributions, row by row and in chunks.
 
-Each chunk is projected, compared and differentiated in one go, and only the gradient of its hidden states is kept. This file
-knows hidden states, heads, labels and weights; it refuses to know anchors, streams, trainers and process groups.
+Each chunk is projected, compared and differentiated in one go, and only the gradient of its hidden states is kept.
+This file knows hidden states, heads, labels and weights; it refuses to know anchors, trainers and process groups.
 
-Shape letters:  N = rows, M = rows of nonzero weight, C = rows of one chunk, H = hidden size, V = vocabulary of the target,
-D = vocabulary of the drafter (`D == V` unless it is reduced), K = drafts per block
+Shape letters:  N = rows, M = rows of nonzero weight, C = rows of one chunk, H = hidden size, V = vocabulary of the
+target, D = vocabulary of the drafter (`D == V` unless it is reduced), K = drafts per block
 """
 
 import math
@@ -45,15 +45,14 @@ class Head:
     @classmethod
     def linear(cls, weight: Tensor, bias: Tensor | None = None) -> "Head":
         """
-        Build a linear head, computed in the dtype of `weight`, or of autocast (then hold a frozen `weight` in that dtype, or
-        each chunk casts it anew).
+        Build a linear head, computed in the dtype of `weight` or of autocast.
 
         Args:
-            weight (`torch.Tensor` of shape `(vocab_size, H)`), bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*):
-                Those of the two that require a gradient become the head's `parameters`.
+            weight (`torch.Tensor` of shape `(vocab_size, H)`), bias (`torch.Tensor`, *optional*):
+                Those that require a gradient become `parameters`. Under autocast, each chunk casts a frozen weight
+                anew: hold it in the dtype of autocast.
         """
         parameters = tuple(tensor for tensor in (weight, bias) if tensor is not None and tensor.requires_grad)
-
         return cls(lambda hidden_CH: F.linear(hidden_CH.to(weight.dtype), weight, bias), parameters, weight.shape[0])
 
 
@@ -66,7 +65,7 @@ class RowLosses:
         total (`torch.Tensor` of shape `()`):
             Differentiable `sum_n weights_n * loss_n` in nats, connected to the graph even without rows.
         rows_N (`torch.Tensor` of shape `(N,)`), lost_mass_N (`torch.Tensor` of shape `(N,)`):
-            Losses before weighting, in nats, and the probability that the target puts outside the drafter's vocabulary.
+            Losses before weighting, in nats, and the target's probability outside the drafter's vocabulary.
     """
 
     total: Tensor
@@ -78,7 +77,7 @@ def divergence(
     draft_logits_NV: Tensor, target_logits_NV: Tensor | None, labels_N: Tensor | None, loss_type: str
 ) -> Tensor:
     """
-    Compare the drafter's next-token distribution `q` with the target's `p` at temperature 1, one value in nats per row.
+    Compare the drafter's next-token distribution `q` with the target's `p` at temperature 1, in nats per row.
 
     With `alpha = sum_v min(p(v), q(v))`, the probability that speculative sampling accepts a draft:
 
@@ -92,8 +91,8 @@ def divergence(
     | `"ce"` | `-log q(label)` |
 
     Source: Leviathan et al., [Fast Inference from Transformers via Speculative
-    Decoding](https://huggingface.co/papers/2211.17192), section 3 for `alpha`; Samarin et al., [LK Losses: Direct Acceptance
-    Rate Optimization for Speculative Decoding](https://huggingface.co/papers/2602.23881) for `lk` and `lk_hybrid`.
+    Decoding](https://huggingface.co/papers/2211.17192), section 3 for `alpha`; Samarin et al., [LK Losses: Direct
+    Acceptance Rate Optimization](https://huggingface.co/papers/2602.23881) for `lk` and `lk_hybrid`.
 
     Args:
         draft_logits_NV (`torch.Tensor` of shape `(N, V)`):
@@ -142,21 +141,21 @@ def chunked_divergence(
         hidden_NH (`torch.Tensor` of shape `(N, H)`), head (`Head`):
             What the drafter's head reads, and that head, with `D` logits. It may be the target's as well.
         target_hidden_NH (`torch.Tensor` of shape `(N, H_target)`, *optional*), target_head (`Head`, *optional*):
-            What the target's head reads at the same rows, and that head, with `V` logits. Both may be `None` under `"ce"`.
+            What the target's head reads at these rows, and that head, with `V` logits. Optional under `"ce"` only.
         labels_N (`torch.LongTensor` of shape `(N,)`, *optional*), loss_type (`str`):
             As in [`divergence`], in target ids; `-1` stands for the target's argmax over the drafter's vocabulary.
         weights_N (`torch.Tensor` of shape `(N,)`):
             Weight of each row, a constant. Rows of weight `0` are never projected, whatever they hold.
         draft_token_ids (`torch.LongTensor` of shape `(D,)`, *optional*):
-            Distinct target ids of the drafter's logits, in order; the target is renormalised over them. `None` for all.
+            Distinct target ids of the drafter's logits; the target is renormalised over them. `None` for the full one.
         chunk_bytes (`int`):
-            Size of a chunk's float32 logits, at least one row of the larger vocabulary. Up to 9 such tensors live at once.
+            Size of a chunk's float32 logits (at least one row, larger vocabulary); up to 9 such tensors live at once.
 
     Returns:
         `RowLosses`: the weighted sum, and the detached values per row.
 
     Raises:
-        ValueError: If the arguments do not fit together, or a label the drafter lacks has a nonzero weight under `"ce"`.
+        ValueError: If arguments do not fit together, or a label the drafter lacks has a nonzero weight under `"ce"`.
     """
     _check_sources(loss_type, target_head is not None, labels_N)
     _check_shapes(hidden_NH, head, target_hidden_NH, target_head, labels_N, weights_N, draft_token_ids)
@@ -204,8 +203,8 @@ def stream_scale(weight_sum: Tensor | float, stream_weight: float, total_stream_
 
     Args:
         weight_sum (`torch.Tensor` or `float`):
-            Sum of the stream's row weights over the whole optimiser step (all micro-batches, all ranks), at least 0. Used
-            as it is: decayed weights of few slots may well sum to less than 1.
+            Sum of the stream's row weights over the whole optimiser step (all micro-batches, all ranks), at least 0.
+            Used as it is: decayed weights of few slots may well sum to less than 1.
         stream_weight (`float`), total_stream_weight (`float`):
             Weight of this stream, at least 0, and of all streams together, empty ones included, above 0.
 
@@ -343,6 +342,6 @@ def _check_labels(labels_M, draft_labels_M, vocab_size, has_target):
     is_wrong_M = (draft_labels_M < (NO_TOKEN if has_target else 0)) | (draft_labels_M >= vocab_size)
     if is_wrong_M.any():
         raise ValueError(
-            f"{int(is_wrong_M.sum())} labels, the first of them {int(labels_M[is_wrong_M][0])}, are not in the drafter's "
-            f"vocabulary of {vocab_size} tokens (nor -1 beside a target). Give their rows the weight 0 under 'ce'."
+            f"{int(is_wrong_M.sum())} labels, the first of them {int(labels_M[is_wrong_M][0])}, are not among the "
+            f"drafter's {vocab_size} tokens (nor -1 beside a target). Give their rows the weight 0 under 'ce'."
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from rich.progress import track
+from transformers import GenerationConfig
 
 from .data import left_pad_prompts
 from .target import FrozenTarget
@@ -64,17 +65,21 @@ def _generate_batch(
 ) -> list[list[int]]:
     """Decode one left-padded batch with `generate` and cut each row behind its end of sequence."""
     input_ids, mask = left_pad_prompts(prompts, target.pad_token_id, target.device)
-    options: dict[str, float | int | bool] = {"do_sample": not sampling.is_greedy}
-    if not sampling.is_greedy:
-        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    output = target.causal_lm.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=target.eos_token_ids or None,
         pad_token_id=target.pad_token_id,
-        **options,
+        do_sample=not sampling.is_greedy,
     )
+    if not sampling.is_greedy:
+        config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    own_config = target.causal_lm.generation_config
+    # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the law.
+    target.causal_lm.generation_config = config
+    try:
+        output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask)
+    finally:
+        target.causal_lm.generation_config = own_config
     eos = set(target.eos_token_ids)
     answers = []
     for row in output[:, input_ids.shape[1] :].tolist():

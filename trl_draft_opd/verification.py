@@ -116,7 +116,7 @@ def choose_tokens(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     # A parallel scan may rise in the last bit where nothing was added: no impossible token may be hit or set the end.
     cumulative.masked_fill_(~(probs > 0), -1.0)
     is_behind = cumulative > (uniforms.double() * cumulative.amax(dim=-1)).unsqueeze(-1)
-    is_drawable = is_behind.any(dim=-1) & (uniforms >= 0) & (uniforms < 1)
+    is_drawable = is_behind.any(dim=-1) & (uniforms >= 0)  # none lies behind u >= 1, or behind NaN
     if not is_drawable.all():
         raise ValueError(f"{int((~is_drawable).sum())} rows lack positive mass (NaN logits?) or a uniform in [0, 1).")
     return is_behind.to(torch.uint8).argmax(dim=-1)  # the first maximum

@@ -48,14 +48,16 @@ def anchored_attention(
     g, L = context_key.shape[1], context_key.shape[2]
     query_BgrASd = query.reshape(B, g, h // g, A, S, d)
     flat_query = query_BgrASd.reshape(B, g, -1, d)
-    scores_BgrASL = (flat_query @ context_key.transpose(-1, -2) * scaling).float().view(B, g, h // g, A, S, L)
+    # Low precision is raised to float32 for the softmax; float64 stays what it is.
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    scores_BgrASL = (flat_query @ context_key.transpose(-1, -2)).to(softmax_dtype).view(B, g, h // g, A, S, L) * scaling
     is_visible_BAL = torch.arange(L, device=query.device) < anchor_positions[..., None]
     scores_BgrASL = scores_BgrASL.masked_fill(~is_visible_BAL[:, None, None, :, None, :], float("-inf"))
     if block_key is None or block_value is None:
         weights = scores_BgrASL.softmax(dim=-1).to(query.dtype)
         mixed = weights.reshape(B, g, -1, L) @ context_value
     else:
-        block_scores = torch.einsum("bgrasd,bgatd->bgrast", query_BgrASd, block_key).float() * scaling
+        block_scores = torch.einsum("bgrasd,bgatd->bgrast", query_BgrASd, block_key).to(softmax_dtype) * scaling
         weights = torch.cat([scores_BgrASL, block_scores], dim=-1).softmax(dim=-1).to(query.dtype)
         mixed = (weights[..., :L].reshape(B, g, -1, L) @ context_value).view(B, g, h // g, A, S, d)
         mixed = mixed + torch.einsum("bgrast,bgatd->bgrasd", weights[..., L:], block_value)

@@ -25,6 +25,8 @@ CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
+# Engines embed masks with this file instead of the target's embedding.
+MASK_EMBEDDING_FILE = "mask_embedding.pt"
 
 # Beginnings of published names -> ours, after a leading `model.` is taken off.
 _RENAMED = {
@@ -186,6 +188,11 @@ def read_drafter_tensors(
         ValueError: If a file is unsafe or incomplete, two names become one, a tensor is not finite or of a type that is
             no floating-point weight, or the vocabulary maps are inconsistent.
     """
+    if imported.family == "dflash" and source.find(MASK_EMBEDDING_FILE) is not None:
+        raise ValueError(
+            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}: a mask embedding of its own is not supported, because drafters here "
+            "embed masks with the target's embedding."
+        )
     tensors: dict[str, torch.Tensor] = {}
     published_names: dict[str, str] = {}
     vocab_size, hidden_size = (imported.config_kwargs[key] for key in ("vocab_size", "hidden_size"))

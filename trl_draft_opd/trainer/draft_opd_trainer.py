@@ -11,8 +11,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from .._trl import _BaseTrainer, _ForwardRedirection
 from ..anchors import keyed_generator, random_anchors, replay_errors
@@ -147,7 +149,8 @@ class DraftOPDTrainer(_BaseTrainer):
             vocab_size=self.target.vocab_size,
             num_proc=args.dataset_num_proc,
         )
-        check_mask_token(drafter, self.target, rows, "prompt_ids")
+        for column in ("prompt_ids", "completion_ids") if keep_completions else ("prompt_ids",):
+            check_mask_token(drafter, self.target, rows, column)
         return rows
 
     # -- rollout -------------------------------------------------------------------------------------------------------
@@ -284,13 +287,26 @@ class DraftOPDTrainer(_BaseTrainer):
         self._sums["eval"].add(rollout_sums(rollout))
         return result.loss.detach(), None, None
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate one dataset and add the metrics gathered on it, under its own prefix."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = self._sums["eval"].pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
     # -- logs ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered since the last log; what `evaluate` returns includes them."""
-        is_eval = next(iter(logs)).startswith("eval_")
-        metrics = self._sums["eval" if is_eval else "train"].pop()
-        logs.update({f"eval_{name}" if is_eval else name: value for name, value in metrics.items()})
+        """Add the metrics gathered in training since the last log."""
+        if not next(iter(logs)).startswith("eval_"):
+            logs.update(self._sums["train"].pop())
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

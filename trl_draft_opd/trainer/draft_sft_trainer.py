@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from .._trl import _BaseTrainer, _ForwardRedirection
 from ..anchors import sample_anchors
@@ -237,13 +239,26 @@ class DraftSFTTrainer(_BaseTrainer):
         starts = inputs["completion_mask"].long().argmax(dim=1).tolist()
         return [row[: max(start, 1)] for row, start in zip(inputs["input_ids"].tolist(), starts, strict=True)]
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate one dataset and add the metrics gathered on it, under its own prefix."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = self._sums["eval"].pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
     # -- logs ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered since the last log; what `evaluate` returns includes them."""
-        is_eval = next(iter(logs)).startswith("eval_")
-        metrics = self._sums["eval" if is_eval else "train"].pop()
-        logs.update({f"eval_{name}" if is_eval else name: value for name, value in metrics.items()})
+        """Add the metrics gathered in training since the last log."""
+        if not next(iter(logs)).startswith("eval_"):
+            logs.update(self._sums["train"].pop())
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

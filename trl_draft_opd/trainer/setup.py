@@ -162,6 +162,6 @@ def check_finite(loss: torch.Tensor, sample_ids: torch.Tensor, global_step: int)
     """
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"The loss is {float(loss)} at step {global_step} on samples {sample_ids.tolist()} (row indices of the dataset). Nothing was "
+            f"The loss is {loss.item()} at step {global_step} on samples {sample_ids.tolist()} (row indices of the dataset). Nothing was "
             "updated. Look at these rows, lower `learning_rate`, or use `bf16` instead of `fp16`."
         )

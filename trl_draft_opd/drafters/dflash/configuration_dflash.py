@@ -89,7 +89,7 @@ class DFlashDraftConfig(PreTrainedConfig):
                 "id that the target's embedding has and no text uses."
             )
         if self.target_layer_ids is not None:
-            check_layer_ids(self.target_layer_ids, self.num_target_layers or self.target_layer_ids[-1] + 2)
+            check_layer_ids(self.target_layer_ids, self.num_target_layers or max(self.target_layer_ids, default=0) + 2)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat portable profile, the form written to `config.json`."""

@@ -139,7 +139,7 @@ class DFlashDraftModel(Drafter):
         shape = shape_from_target(model.config)
         num_layers = shape["num_target_layers"]
         require_layer_ids(target_layer_ids, num_layers)
-        layer_ids = target_layer_ids or spread_layer_ids(num_layers, 5)
+        layer_ids = spread_layer_ids(num_layers, 5) if target_layer_ids is None else target_layer_ids
         check_layer_ids(layer_ids, num_layers)
         special = shape["eos_token_id"] if isinstance(shape["eos_token_id"], list) else [shape["eos_token_id"]]
         special = [*special, shape["bos_token_id"], shape["pad_token_id"]]
@@ -186,9 +186,10 @@ class DFlashDraftModel(Drafter):
         embed: Embed,
     ) -> torch.Tensor:
         anchors = anchor_positions.clamp(min=1)
-        noise_embeds = self._noise_embeds(input_ids.gather(1, anchors), drafts.shape[-1], embed)
+        # The block is as wide as `propose` makes it, however few slots are asked for: slots see the masks behind them.
+        noise_embeds = self._noise_embeds(input_ids.gather(1, anchors), self.config.block_size - 1, embed)
         output = self(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchors)
-        return output.last_hidden_state.unflatten(1, (anchors.shape[1], -1))[:, :, 1:]
+        return output.last_hidden_state.unflatten(1, (anchors.shape[1], -1))[:, :, 1 : 1 + drafts.shape[-1]]
 
     def forward(
         self,

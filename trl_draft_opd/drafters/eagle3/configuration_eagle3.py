@@ -99,7 +99,7 @@ class Eagle3DraftConfig(PreTrainedConfig):
         if self.ttt_steps < 1:
             raise ValueError(f"`ttt_steps` must be at least 1, got {self.ttt_steps}. The published setting is 7.")
         if self.target_layer_ids is not None:
-            check_layer_ids(self.target_layer_ids, self.num_target_layers or self.target_layer_ids[-1] + 2)
+            check_layer_ids(self.target_layer_ids, self.num_target_layers or max(self.target_layer_ids, default=0) + 2)
 
     @property
     def has_reduced_vocabulary(self) -> bool:

@@ -139,7 +139,7 @@ class Eagle3DraftModel(Drafter):
         shape = shape_from_target(model.config)
         num_layers = shape["num_target_layers"]
         require_layer_ids(target_layer_ids, num_layers)
-        layer_ids = target_layer_ids or [1, num_layers // 2 - 1, num_layers - 4]
+        layer_ids = [1, num_layers // 2 - 1, num_layers - 4] if target_layer_ids is None else target_layer_ids
         check_layer_ids(layer_ids, num_layers)
         head = model.get_output_embeddings().weight.detach().float()
         if draft_vocabulary is not None and draft_vocabulary.t2d.numel() != shape["vocab_size"]:

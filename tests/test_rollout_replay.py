@@ -1,0 +1,120 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Replay draws the same blocks as live decoding, from the text alone. Knows no trainer.
+"""
+
+import pytest
+import torch
+from oracle import greedy_text, plant
+from tiny import VOCAB, make_drafter, make_prompts, make_target
+from transformers import MistralConfig, MistralForCausalLM
+
+from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
+
+
+FIELDS = (
+    "input_ids",
+    "attention_mask",
+    "prompt_lengths",
+    "lengths",
+    "anchors",
+    "drafts",
+    "accepted",
+    "is_censored",
+    "is_counted",
+)
+
+
+def roll_out(target, drafter, prompts, eos_token_ids=(), max_new_tokens=20):
+    settings = LiveSettings(4, max_new_tokens, SamplingSettings(0.0, 0, 1.0), "greedy", eos_token_ids, True)
+    return rollout_live(target, drafter, prompts, settings, torch.Generator())
+
+
+def text_of(rollout):
+    return TargetText(rollout.input_ids, rollout.attention_mask, rollout.prompt_lengths)
+
+
+def assert_same_blocks(rollout, replayed):
+    is_block = rollout.is_block
+    for name in FIELDS:
+        first, second = getattr(rollout, name), getattr(replayed, name)
+        if name == "drafts":
+            # What stands in a row's missing blocks is nobody's draft.
+            first, second = first[is_block], second[is_block]
+        assert torch.equal(first, second), name
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_replay_of_live_text_is_the_live_rollout(family, num_rows, target):
+    drafter = make_drafter(family, target)
+    prompts = make_prompts(num_rows, seed=num_rows)
+    eos = [roll_out(target, drafter, prompts).responses()[0][11]]
+    live = roll_out(target, drafter, prompts, eos)
+    replayed = rollout_replay(target, drafter, text_of(live), num_drafts=4, keep_branch_hidden=True)
+    assert_same_blocks(live, replayed)
+    is_block = live.is_block
+    torch.testing.assert_close(replayed.branch_hidden[is_block], live.branch_hidden[is_block], rtol=1e-5, atol=1e-4)
+    assert replayed.num_target_forwards == 2
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
+    generator = torch.Generator().manual_seed(seed)
+    prompts = make_prompts(6, seed=seed)
+    truths = [greedy_text(target, prompt, 26) for prompt in prompts]
+    wrong = [set((torch.rand(40, generator=generator) < rate).nonzero()[:, 0].tolist()) for rate in (0, 0.05, 0.1, 0.2, 0.4, 1)]
+    drafter = make_drafter("dflash", target)
+    plant(monkeypatch, drafter, truths, lambda row: wrong[row])
+    # An EOS that several rows meet, some of them inside an accepted block.
+    eos = [truths[0][len(prompts[0]) + 7], truths[2][len(prompts[2]) + 12]]
+    live = roll_out(target, drafter, prompts, eos)
+    replayed = rollout_replay(target, drafter, text_of(live), num_drafts=4, keep_branch_hidden=False)
+    assert_same_blocks(live, replayed)
+    assert replayed.branch_hidden is None and replayed.num_target_forwards == 1
+    assert live.is_censored.any() and (live.accepted == 4).any() and (live.is_block & (live.accepted == 0)).any()
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_redrafting_at_the_chains_own_anchors_gives_the_chain(family, target):
+    drafter = make_drafter(family, target)
+    live = roll_out(target, drafter, make_prompts(3))
+    again = redraft(target, drafter, live, live.anchors, keep_branch_hidden=True)
+    assert_same_blocks(live, again)
+    shifted = redraft(target, drafter, live, live.anchors[:, :4], keep_branch_hidden=False)
+    assert torch.equal(shifted.drafts, live.drafts[:, :4])
+
+
+def test_a_response_of_one_token_has_no_block(target):
+    text = TargetText(torch.tensor([[9, 8, 7]]), torch.ones(1, 3, dtype=torch.long), torch.tensor([2]))
+    replayed = rollout_replay(target, make_drafter("dflash", target), text, num_drafts=4, keep_branch_hidden=True)
+    assert replayed.anchors.tolist() == [[-1]] and int(replayed.num_rounds) == 0
+    assert not replayed.is_counted.any() and not replayed.is_censored.any() and replayed.drafts.shape == (1, 1, 4)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_replay_restores_the_drafters_mode(is_training, target):
+    drafter = make_drafter("eagle3", target).train(is_training)
+    text = TargetText(torch.tensor([[9, 8, 7, 6]]), torch.ones(1, 4, dtype=torch.long), torch.tensor([2]))
+    rollout = rollout_replay(target, drafter, text, num_drafts=4, keep_branch_hidden=False)
+    redraft(target, drafter, rollout, rollout.anchors, keep_branch_hidden=False)
+    assert drafter.training is is_training
+
+
+def test_a_sliding_window_target_can_be_replayed_but_not_branched():
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=VOCAB, num_key_value_heads=1, head_dim=8, sliding_window=6, **shape)
+    target = FrozenTarget(MistralForCausalLM(config).eval())
+    drafter = make_drafter("dflash", target)
+    ids = torch.tensor([greedy_text(target, [9, 10], 12)])
+    text = TargetText(ids, torch.ones_like(ids), torch.tensor([2]))
+    assert int(rollout_replay(target, drafter, text, num_drafts=4, keep_branch_hidden=False).num_rounds) > 0
+    with pytest.raises(ValueError, match="sliding window of 6 tokens"):
+        rollout_replay(target, drafter, text, num_drafts=4, keep_branch_hidden=True)

@@ -1,0 +1,425 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Both trainers end to end on tiny models: what moves, what is logged, what is saved, and what must change nothing.
+"""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from oracle import greedy_text, plant
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny import VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
+from transformers import MistralConfig, MistralForCausalLM
+
+from trl_draft_opd import (
+    AutoDrafter,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    DraftVocabulary,
+    FrozenTarget,
+)
+
+
+OPD_VARIANTS = {
+    "live": {},
+    "replay": {"rollout": "replay", "completions_from_target": True},
+    "random": {"anchor_mode": "random"},
+    "first": {"rejected_scope": "first"},
+    "replay_first": {"rollout": "replay", "completions_from_target": True, "rejected_scope": "first"},
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def rows(target):
+    """Prompts with the target's own greedy responses of 12 tokens."""
+    prompts = make_prompts(6)
+    responses = [greedy_text(target, prompt, 12)[len(prompt) :] for prompt in prompts]
+    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": responses})
+
+
+def words(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def make_args(kind, output_dir, **changes):
+    options = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_completion_length": 12,
+    }
+    return (DraftSFTConfig if kind == "sft" else DraftOPDConfig)(**options | changes)
+
+
+def make_trainer(kind, output_dir, drafter, target, rows, eval_rows=None, callbacks=None, **changes):
+    trainer_class = DraftSFTTrainer if kind == "sft" else DraftOPDTrainer
+    args = make_args(kind, output_dir, **changes)
+    tokenizer = None if isinstance(target, str | Path | FrozenTarget) else make_tokenizer()
+    return trainer_class(drafter, target, args, rows, eval_rows, tokenizer, callbacks)
+
+
+def weights(drafter):
+    return {name: tensor.detach().clone() for name, tensor in drafter.named_parameters()}
+
+
+def assert_equal(first, second, tolerance=0.0):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_every_tensor_moved(before, after):
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+# -- training moves everything -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_every_tensor_moves(tmp_path, target, rows, kind, family, bf16):
+    drafter = make_drafter(family, target)
+    before, frozen = weights(drafter), {n: p.clone() for n, p in target.causal_lm.named_parameters()}
+    trainer = make_trainer(kind, tmp_path, drafter, target, rows, bf16=bf16)
+    assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
+    trainer.train()
+    assert_every_tensor_moved(before, weights(drafter))
+    assert all(parameter.dtype == torch.float32 for parameter in drafter.parameters())
+    assert all(torch.equal(frozen[n], p) and p.grad is None for n, p in target.causal_lm.named_parameters())
+
+
+@pytest.mark.parametrize("variant", list(OPD_VARIANTS))
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_every_variant_of_opd_trains(tmp_path, target, rows, family, variant):
+    drafter = make_drafter(family, target)
+    before = weights(drafter)
+    trainer = make_trainer("opd", tmp_path, drafter, target, rows, **OPD_VARIANTS[variant])
+    trainer.train()
+    assert_every_tensor_moved(before, weights(drafter))
+    log = trainer.state.log_history[0]
+    assert 1 <= log["tau"] <= 5 and log["loss/rejected"] > 0 and log["slots/rejected"] > 0
+    assert "acceptance/slot_4" in log and log["response_length"] == 12
+
+
+def test_replay_trains_exactly_as_live_at_temperature_0(tmp_path, target, rows):
+    final = []
+    for variant in ("live", "replay"):
+        drafter = make_drafter("eagle3", target)
+        make_trainer("opd", tmp_path, drafter, target, rows, optim="sgd", **OPD_VARIANTS[variant]).train()
+        final.append(weights(drafter))
+    assert_equal(*final, tolerance=1e-6)
+
+
+def test_a_reduced_vocabulary_trains_and_reports_what_it_loses(tmp_path, target, rows):
+    is_known = torch.arange(VOCAB) % 3 != 0
+    ids = is_known.nonzero()[:, 0]
+    vocabulary = DraftVocabulary(d2t=ids - torch.arange(len(ids)), t2d=is_known, coverage=1.0)
+    for kind in ("sft", "opd"):
+        drafter = make_drafter("eagle3", target, draft_vocabulary=vocabulary)
+        before = weights(drafter)
+        trainer = make_trainer(kind, tmp_path, drafter, target, rows)
+        trainer.train()
+        assert_every_tensor_moved(before, weights(drafter))
+        name = "lost_target_mass/accepted" if kind == "sft" else "lost_target_mass/rejected"
+        assert 0 < trainer.state.log_history[0][name] < 1
+
+
+def test_a_sliding_window_target_trains_by_replay_of_first_rejections(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=VOCAB, num_key_value_heads=1, head_dim=8, sliding_window=6, **shape)
+    target = FrozenTarget(MistralForCausalLM(config).eval(), make_tokenizer())
+    prompts = make_prompts(2)
+    rows = Dataset.from_dict(
+        {"prompt_ids": prompts, "completion_ids": [greedy_text(target, p, 12)[len(p) :] for p in prompts]}
+    )
+    drafter = make_drafter("dflash", target)
+    before = weights(drafter)
+    make_trainer("opd", tmp_path, drafter, target, rows, **OPD_VARIANTS["replay_first"]).train()
+    assert_every_tensor_moved(before, weights(drafter))
+
+
+def test_training_raises_tau_on_what_it_trains_on(tmp_path, target, rows):
+    drafter = make_drafter("eagle3", target)
+    trainer = make_trainer(
+        "opd", tmp_path, drafter, target, rows, rows, max_steps=25, per_device_train_batch_size=6, lr_scheduler_type="constant"
+    )
+    before = trainer.evaluate()["eval_tau"]
+    trainer.train()
+    assert trainer.evaluate()["eval_tau"] > before + 0.5
+
+
+# -- what must change nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_gradient_accumulation_changes_nothing(tmp_path, target, rows, kind):
+    # Rows of unequal weight: responses of 3 to 12 tokens.
+    rows = rows.map(lambda row, i: {"completion_ids": row["completion_ids"][: 3 + 2 * i]}, with_indices=True)
+    options = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    if kind == "opd":
+        options |= OPD_VARIANTS["replay"]
+    final = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        drafter = make_drafter("eagle3", target)
+        before = weights(drafter)
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            drafter,
+            target,
+            rows,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **options,
+        )
+        trainer.train()
+        assert_every_tensor_moved(before, weights(drafter))
+        final.append((weights(drafter), [log["loss"] for log in trainer.state.log_history if "loss" in log]))
+    for other, losses in final[1:]:
+        assert_equal(final[0][0], other, tolerance=1e-6)
+        assert losses == pytest.approx(final[0][1], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_a_resumed_run_continues_bit_exactly(tmp_path, target, rows, kind):
+    # Three steps an epoch: the checkpoint lies in the middle of the first, the end in the second.
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    if kind == "sft":
+        options["num_anchors"] = 3
+    drafter = make_drafter("dflash", target)
+    trainer = make_trainer(kind, tmp_path, drafter, target, rows, **options)
+    trainer.train()
+    resumed = make_drafter("dflash", target, seed=9)
+    again = make_trainer(kind, tmp_path, resumed, target, rows, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(weights(drafter), weights(resumed))
+    assert again.state.global_step == 5
+
+
+def test_paths_and_instances_train_alike(tmp_path, target, rows):
+    target.causal_lm.save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    make_drafter("dflash", target).save_pretrained(tmp_path / "drafter")
+    pairs = [
+        (make_drafter("dflash", target), target),
+        (make_drafter("dflash", target), target.causal_lm),
+        (str(tmp_path / "drafter"), str(tmp_path / "target")),
+        (tmp_path / "drafter", tmp_path / "target"),
+    ]
+    final = []
+    for model, target_model in pairs:
+        trainer = make_trainer("opd", tmp_path / "out", model, target_model, rows, max_steps=1)
+        trainer.train()
+        final.append(weights(trainer.model))
+    for other in final[1:]:
+        assert_equal(final[0], other)
+    assert trainer.model.config.target_model_name_or_path == str(tmp_path / "target")
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_evaluate_returns_tau_acceptance_and_loss_parts(monkeypatch, tmp_path, target, rows, kind):
+    drafter = make_drafter("dflash", target)
+    truths = [greedy_text(target, row["prompt_ids"], 30) for row in rows.select(range(3))]
+    starts = [len(row["prompt_ids"]) for row in rows.select(range(3))]
+    trainer = make_trainer(kind, tmp_path, drafter, target, rows, rows.select(range(3)))
+    # Every third draft of a chain is wrong: blocks keep 2 and commit 3 tokens.
+    plant(monkeypatch, drafter, truths, lambda row: set(range(starts[row] + 3, 60, 3)))
+    metrics = trainer.evaluate()
+    assert metrics["eval_tau"] == 3.0
+    assert [metrics[f"eval_acceptance/slot_{slot}"] for slot in (1, 2, 3, 4)] == [1, 1, 0, 0]
+    assert metrics["eval_loss/accepted"] > 0 and metrics["eval_response_length"] == 12
+    assert ("eval_loss/rejected" in metrics) == (kind == "opd")
+    assert trainer.evaluate()["eval_tau"] == 3.0
+
+
+def test_supervised_evaluation_can_do_without_rollouts(tmp_path, target, rows):
+    trainer = make_trainer("sft", tmp_path, make_drafter("dflash", target), target, rows, rows, eval_rollouts=False)
+    metrics = trainer.evaluate()
+    assert "eval_tau" not in metrics and metrics["eval_loss"] == pytest.approx(metrics["eval_loss/accepted"], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_several_evaluation_sets_keep_their_own_metrics(tmp_path, target, rows, kind):
+    drafter = make_drafter("eagle3", target)
+    parts = {"short": rows.select([0]), "all": rows}
+    trainer = make_trainer(kind, tmp_path, drafter, target, rows, parts)
+    metrics = trainer.evaluate()
+    for name, part in parts.items():
+        alone = make_trainer(kind, tmp_path, drafter, target, rows, part).evaluate()
+        for key in ("tau", "rounds", "loss/accepted", "acceptance/slot_1"):
+            assert metrics[f"eval_{name}_{key}"] == alone[f"eval_{key}"], (name, key)
+    assert metrics["eval_short_loss/accepted"] != metrics["eval_all_loss/accepted"] and "eval_tau" not in metrics
+
+
+def test_the_best_model_by_tau_is_loaded_at_the_end(tmp_path, target, rows):
+    drafter = make_drafter("eagle3", target)
+    trainer = make_trainer(
+        "opd",
+        tmp_path,
+        drafter,
+        target,
+        rows,
+        rows,
+        max_steps=4,
+        learning_rate=0.05,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_tau",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    taus = [log["eval_tau"] for log in trainer.state.log_history if "eval_tau" in log]
+    assert len(taus) == 4 and len(set(taus)) > 1 and trainer.state.best_metric == max(taus)
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == f"checkpoint-{taus.index(max(taus)) + 1}"
+    assert_equal(weights(drafter), weights(AutoDrafter.from_pretrained(best)))
+    # Metrics of training and of evaluation do not mix.
+    steps = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(steps) == 4 and all("tau" in log and "eval_tau" not in log for log in steps)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_a_checkpoint_holds_the_drafter_alone(tmp_path, target, rows, family):
+    drafter = make_drafter(family, target)
+    trainer = make_trainer("opd", tmp_path, drafter, target, rows, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == drafter.state_dict().keys()
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["model.safetensors"]
+    assert not {"pytorch_model.bin", "generation_config.json"} & {path.name for path in folder.iterdir()}
+    assert "config.json" in {path.name for path in folder.iterdir()}
+    target_shapes = {tuple(p.shape) for p in target.causal_lm.get_input_embeddings().parameters()}
+    assert family == "eagle3" or not target_shapes & {tuple(tensor.shape) for tensor in saved.values()}
+    trainer.save_model(tmp_path / "final")
+    assert_equal(weights(drafter), weights(AutoDrafter.from_pretrained(tmp_path / "final")))
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_regenerate_trains_on_the_targets_own_text(tmp_path, target):
+    prompts = [[9, 10, 11], [12, 13]]
+    foreign = Dataset.from_dict({"prompt": [words(p) for p in prompts], "completion": ["w20 w21", "w22 w23 w24"]})
+    trainer = make_trainer("sft", tmp_path, make_drafter("dflash", target), target, foreign, regenerate=True, max_steps=1)
+    expected = [greedy_text(target, prompt, 12) for prompt in prompts]
+    assert trainer.train_dataset["input_ids"][:] == expected
+    assert [sum(mask) for mask in trainer.train_dataset["completion_mask"]] == [12, 12]
+    trainer.train()
+    kept = make_trainer("sft", tmp_path, make_drafter("dflash", target), target, foreign)
+    assert kept.train_dataset["input_ids"][0][:5] == [9, 10, 11, 20, 21]
+
+
+def test_opd_ignores_completions_unless_they_are_declared_the_targets(tmp_path, target, rows):
+    foreign = rows.map(lambda row: {"completion_ids": [7, 7, 7]})
+    seen = []
+    for data in (rows, foreign):
+        drafter = make_drafter("dflash", target)
+        trainer = make_trainer("opd", tmp_path, drafter, target, data, max_steps=1)
+        assert "completion_ids" not in trainer.train_dataset.column_names
+        trainer.train()
+        seen.append(weights(drafter))
+    assert_equal(*seen)
+    declared = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, foreign, completions_from_target=True)
+    assert declared.train_dataset["completion_ids"][0] == [7, 7, 7]
+
+
+CHAT = [{"role": "user", "content": "w9 w10"}]
+ANSWER = [{"role": "assistant", "content": "w20 w21 w22"}]
+
+
+@pytest.mark.parametrize(
+    "columns,prompt_ids",
+    [
+        ({"prompt": "w9 w10"}, [9, 10]),
+        ({"prompt": "w9 w10", "completion": "w20 w21"}, [9, 10]),
+        ({"prompt": CHAT}, [1, 4, 9, 10, 2, 1, 5]),
+        ({"prompt": CHAT, "completion": ANSWER}, [1, 4, 9, 10, 2, 1, 5]),
+        ({"messages": CHAT + ANSWER}, [1, 4, 9, 10, 2, 1, 5]),
+        ({"prompt_ids": [9, 10]}, [9, 10]),
+    ],
+)
+def test_opd_reads_every_kind_of_prompt(tmp_path, target, columns, prompt_ids):
+    rows = Dataset.from_list([columns] * 2)
+    trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, max_steps=1)
+    assert trainer.train_dataset["prompt_ids"][0] == prompt_ids
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "w9 w10", "completion": "w20 w21 w22"},
+        {"prompt": CHAT, "completion": ANSWER},
+        {"messages": CHAT + ANSWER},
+        {"text": "w9 w10 w20 w21 w22"},
+    ],
+)
+def test_sft_reads_every_kind_of_row(tmp_path, target, columns):
+    rows = Dataset.from_list([columns] * 2)
+    trainer = make_trainer("sft", tmp_path, make_drafter("dflash", target), target, rows, max_steps=1)
+    input_ids, mask = trainer.train_dataset[0]["input_ids"], trainer.train_dataset[0]["completion_mask"]
+    written = [token for token, marked in zip(input_ids, mask, strict=True) if marked]
+    assert written == ([10, 20, 21, 22] if "text" in columns else [20, 21, 22, 2])
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/accepted"] > 0
+
+
+# -- display -----------------------------------------------------------------------------------------------------------
+
+
+def test_logged_completions_show_accepted_and_rejected_drafts_by_colour(monkeypatch, tmp_path, target):
+    prompt, drafter = [9, 10, 11], make_drafter("dflash", target)
+    truth = greedy_text(target, prompt, 30)
+    plant(monkeypatch, drafter, [truth, truth], lambda row: {6})
+    rows = Dataset.from_dict({"prompt_ids": [prompt] * 2})
+    trainer = make_trainer(
+        "opd", tmp_path, drafter, target, rows, max_steps=1, log_completions=True, num_completions_to_print=1
+    )
+    trainer._console = Console(file=StringIO(), record=True, width=200, force_terminal=True, color_system="standard")
+    trainer.train()
+    styled = trainer._console.export_text(styles=True, clear=False)
+    plain = trainer._console.export_text()
+    assert plain.count("step 0, row 0") == 1 and "row 1" not in plain and "w9 w10 w11" in plain
+    # The first block keeps two drafts and loses two; \x1b[32m is green, 9 strikes through and 31 is red.
+    decode = trainer.tokenizer.decode
+    assert f"\x1b[32m{decode(truth[4:6])}\x1b[0m" in styled
+    assert f"\x1b[9;31m{decode([(truth[6] + 1) % VOCAB, truth[7]])}\x1b[0m" in styled
+    assert f"\x1b[1m{decode(truth[6:7])}\x1b[0m" in styled
+
+
+def test_nothing_is_printed_unless_asked_for(tmp_path, target, rows):
+    trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, max_steps=1)
+    trainer._console = Console(file=StringIO(), record=True)
+    trainer.train()
+    assert trainer._console.export_text() == ""

@@ -1,0 +1,139 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The demo's own target: a tokenizer and a small Qwen3 trained on the demo's chats, saved as any other checkpoint.
+
+Knows chats and transformers. Refuses to know drafters: what comes out of here is an ordinary model folder.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from .corpus import Chat
+
+
+PAD, START, END, MASK = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Train a byte-level BPE tokenizer with a ChatML template; every digit is a token.
+
+    Args:
+        chats (`Sequence[Chat]`): Chats to learn merges from.
+        vocab_size (`int`): Tokens, the 256 bytes and 4 special ones included.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END, MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((message["content"] for chat in chats for message in chat), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        mask_token=MASK,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def make_target(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Qwen3ForCausalLM:
+    """Return an untrained Qwen3 of eight layers, so that both drafter families find their default layers."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train_target(
+    chats: Sequence[Chat],
+    folder: Path,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> float:
+    """
+    Train tokenizer and target on chats, save both, and return the mean loss of the last twentieth of the steps.
+
+    Args:
+        chats (`Sequence[Chat]`): Chats; read again from the start when the steps need more.
+        folder (`Path`): Where the checkpoint goes.
+        vocab_size (`int`), hidden_size (`int`): Sizes of the tokenizer and of the model.
+        num_steps (`int`), batch_size (`int`), learning_rate (`float`): Of AdamW; the rate rises over 50 steps, then falls to 0.
+        seed (`int`): Of weights and order.
+
+    Returns:
+        `float`: cross-entropy per token of prompts and answers, in nats.
+    """
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(chats, vocab_size)
+    model = make_target(tokenizer, hidden_size).train()
+    texts = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = min(50, num_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 1 - max(step - warmup, 0) / max(num_steps - warmup, 1))
+    )
+    losses = []
+    for batch in track(_batches(texts, batch_size, num_steps, seed), "Training the target", total=num_steps):
+        rows = [torch.tensor(ids) for ids in batch]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad_sequence(rows, batch_first=True, padding_value=-100)
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    last = losses[-max(num_steps // 20, 1) :]
+    return sum(last) / len(last)
+
+
+def _batches(texts: list[list[int]], batch_size: int, num_steps: int, seed: int):
+    """Yield batches of texts of similar length, in random order."""
+    rng = random.Random(seed)
+    batches: list[list[list[int]]] = []
+    for _ in range(num_steps):
+        if not batches:
+            # A little noise on the lengths gives every epoch other batches.
+            order = sorted(texts, key=lambda ids: len(ids) + rng.uniform(-8, 8))
+            batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            rng.shuffle(batches)
+        yield batches.pop()
