@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dev-prompts", type=int, default=64, help="training prompts held out to find the plateau")
     parser.add_argument("--test-prompts", type=int, default=320, help="GSM8K test prompts, at most 640")
     parser.add_argument("--compared-prompts", type=int, default=32, help="test prompts also decoded plainly")
+    parser.add_argument("--sft-anchors", type=int, default=48, help="anchors per response in SFT")
     parser.add_argument("--max-sft-epochs", type=int, default=20)
     parser.add_argument("--opd-epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32, help="prompts per update")
@@ -112,7 +113,9 @@ class PlateauCallback(TrainerCallback):
         self.taus.append(report.tau)
         epoch = len(self.taus)
         earlier = int(epoch / 1.2)
-        print(f"SFT epoch {epoch}: tau on held-out prompts {report.tau:.3f} [{report.tau_low:.3f}, {report.tau_high:.3f}]")
+        print(
+            f"SFT epoch {epoch}: tau on held-out prompts {report.tau:.3f} [{report.tau_low:.3f}, {report.tau_high:.3f}]"
+        )
         # Over the mean of two epochs, because one evaluation alone is noisy at this size.
         if epoch >= 6 and earlier >= 2:
             now, then = sum(self.taus[-2:]) / 2, sum(self.taus[earlier - 2 : earlier]) / 2
@@ -151,8 +154,8 @@ def common_settings(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def sft_trainer(args, target, drafter, rows, folder, **options) -> DraftSFTTrainer:
-    """Return an SFT trainer with 48 anchors per response, about as many as a chain has."""
-    config = DraftSFTConfig(**common_settings(args, folder), num_anchors=48, **options)
+    """Return an SFT trainer."""
+    config = DraftSFTConfig(**common_settings(args, folder), num_anchors=args.sft_anchors, **options)
     return DraftSFTTrainer(drafter, target, config, rows)
 
 
@@ -204,7 +207,10 @@ def counted_flops(args, target: FrozenTarget, rows: Dataset, start: Path, make_t
 def train_arms(args: argparse.Namespace, target: FrozenTarget, rows: Dataset, start: Path) -> dict[str, Path]:
     """Go on from SFT by Draft-OPD and by SFT for the same counted FLOPs; return the folders by arm."""
     steps = args.opd_epochs * (len(rows) // args.batch_size)
-    folders = {args.opd_name: args.out / args.family / args.opd_name, "sft_continued": args.out / args.family / "sft_continued"}
+    folders = {
+        args.opd_name: args.out / args.family / args.opd_name,
+        "sft_continued": args.out / args.family / "sft_continued",
+    }
     makers = {args.opd_name: opd_trainer, "sft_continued": sft_trainer}
     flops_path = args.out / args.family / "flops.json"
     if not flops_path.exists():
@@ -245,7 +251,9 @@ def evaluate_all(args: argparse.Namespace, target: FrozenTarget, folders: dict[s
         compared[name] = read_report(
             folder / f"compared-{len(few)}.json", partial(measure, args, target, drafter, few, compare=True)
         )
-    print(f"\n| {args.family} | tau | 95 % | over SFT | over continued SFT | acceptance per slot | equal outputs | speed, batch 8 |")
+    print(
+        f"\n| {args.family} | tau | 95 % | over SFT | over continued SFT | acceptance per slot | equal outputs | speed, batch 8 |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, report in reports.items():
         gains = [paired_gain(reports[base], report) for base in ("sft", "sft_continued")]

@@ -41,7 +41,9 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
     for step in range(num_steps):
         start = step * PROMPTS_PER_STEP % len(chats)
         prompts = [
-            target.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+            target.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
             for chat in chats[start : start + PROMPTS_PER_STEP]
         ]
 

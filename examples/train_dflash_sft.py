@@ -21,7 +21,9 @@ class ExampleArguments:
 
     target_model: str = field(metadata={"help": "Hub id or path of the target."})
     dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
-    target_layer_ids: list[int] | None = field(default=None, metadata={"help": "Layers to read; the published rule if unset."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Layers to read; the published rule if unset."}
+    )
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the drafter; 5 as published."})
     block_size: int = field(default=16, metadata={"help": "Anchor and drafts; 16 as published."})
 

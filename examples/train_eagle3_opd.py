@@ -28,7 +28,9 @@ class ExampleArguments:
 
 if __name__ == "__main__":
     args, config = TrlParser((ExampleArguments, DraftOPDConfig)).parse_args_and_config()
-    dataset = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
+    dataset = load_dataset("json", data_files=args.dataset, split="train").train_test_split(
+        args.num_eval_prompts, seed=0
+    )
     trainer = DraftOPDTrainer(args.model, args.target_model, config, dataset["train"], dataset["test"])
     before = trainer.evaluate()["eval_tau"]
     trainer.train()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datasets import load_dataset
 from trl import TrlParser
 
-from trl_draft_opd import Eagle3DraftModel, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
+from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer, Eagle3DraftModel, FrozenTarget
 
 
 @dataclass
@@ -21,7 +21,9 @@ class ExampleArguments:
 
     target_model: str = field(metadata={"help": "Hub id or path of the target."})
     dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
-    target_layer_ids: list[int] | None = field(default=None, metadata={"help": "Layers to read; the published rule if unset."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Layers to read; the published rule if unset."}
+    )
 
 
 if __name__ == "__main__":

@@ -35,13 +35,21 @@ EAGLE3_NAMES = {
 DFLASH_LAYER = [
     *ATTENTION,
     *MLP,
-    *[f"{name}.weight" for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")],
+    *[
+        f"{name}.weight"
+        for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
+    ],
 ]
 NAMES = {
     "eagle3": EAGLE3_NAMES,
     "eagle3 reduced": EAGLE3_NAMES | {"d2t", "t2d"},
     "eagle3.1": EAGLE3_NAMES | {f"fc_norm.{i}.weight" for i in range(3)},
-    "dflash": {"fc.weight", "hidden_norm.weight", "norm.weight", *[f"layers.{i}.{n}" for i in range(2) for n in DFLASH_LAYER]},
+    "dflash": {
+        "fc.weight",
+        "hidden_norm.weight",
+        "norm.weight",
+        *[f"layers.{i}.{n}" for i in range(2) for n in DFLASH_LAYER],
+    },
     "dflash one layer": {"fc.weight", "hidden_norm.weight", "norm.weight", *[f"layers.0.{n}" for n in DFLASH_LAYER]},
 }
 
@@ -103,7 +111,9 @@ def test_saving_again_writes_the_same_bytes(case, tmp_path):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("case", "architecture"), [("eagle3", "LlamaForCausalLMEagle3"), ("dflash", "DFlashDraftModel")])
+@pytest.mark.parametrize(
+    ("case", "architecture"), [("eagle3", "LlamaForCausalLMEagle3"), ("dflash", "DFlashDraftModel")]
+)
 def test_the_config_names_the_class_and_layers_that_engines_look_for(case, architecture, tmp_path):
     drafter = make(case)
     drafter.save_pretrained(tmp_path)
@@ -139,5 +149,7 @@ def test_weights_that_do_not_fit_are_all_listed():
     tensors = drafter.state_dict()
     tensors["extra.weight"] = tensors.pop("norm.weight")
     tensors["fc.weight"] = tensors["fc.weight"][:, 1:]
-    with pytest.raises(ValueError, match=r"missing \['norm.weight'\], unexpected \['extra.weight'\], wrong shape \['fc.weight"):
+    with pytest.raises(
+        ValueError, match=r"missing \['norm.weight'\], unexpected \['extra.weight'\], wrong shape \['fc.weight"
+    ):
         drafter.load_exact(tensors)

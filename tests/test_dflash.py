@@ -111,7 +111,9 @@ def test_packed_blocks_equal_the_native_forward_with_a_growing_cache():
     chain = [3, 4, 8, 11]
     with torch.no_grad():
         native = native_chain(drafter, features[0], input_ids[0], chain, embed_block)
-        packed = drafter.draft_hidden(features[:1], input_ids[:1], torch.tensor([chain]), no_drafts()[:1], TARGET.embed)
+        packed = drafter.draft_hidden(
+            features[:1], input_ids[:1], torch.tensor([chain]), no_drafts()[:1], TARGET.embed
+        )
     torch.testing.assert_close(packed[0], native, **TOLERANCE)
 
 
@@ -173,7 +175,9 @@ def test_the_drafter_computes_what_transformers_own_model_computes():
     with torch.no_grad():
         theirs = native_chain(assistant, features[1], input_ids[1], chain, embed_block)
         ours = native_chain(drafter, features[1], input_ids[1], chain, embed_block)
-        packed = drafter.draft_hidden(features[1:], input_ids[1:], torch.tensor([chain]), no_drafts()[:1], TARGET.embed)
+        packed = drafter.draft_hidden(
+            features[1:], input_ids[1:], torch.tensor([chain]), no_drafts()[:1], TARGET.embed
+        )
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     torch.testing.assert_close(packed[0], theirs, **TOLERANCE)
 
@@ -314,7 +318,8 @@ def make_layers(num_layers):
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "expected"), [(7, [1, 2, 3, 4]), (8, [1, 2, 3, 4, 5]), (12, [1, 3, 5, 7, 9]), (36, [1, 9, 17, 25, 33])]
+    ("num_layers", "expected"),
+    [(7, [1, 2, 3, 4]), (8, [1, 2, 3, 4, 5]), (12, [1, 3, 5, 7, 9]), (36, [1, 9, 17, 25, 33])],
 )
 def test_layer_ids_are_spread_by_the_published_rule(num_layers, expected):
     drafter = DFlashDraftModel.from_target(make_layers(num_layers), mask_token_id=MASK, num_hidden_layers=1)
@@ -371,7 +376,13 @@ def test_a_mask_token_with_another_meaning_is_refused(mask_token_id):
 
 
 def test_what_cannot_be_built_or_served_is_refused():
-    shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     with pytest.raises(ValueError, match="Only full-attention DFlash drafters"):
         DFlashDraftConfig(**shape, num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
     with pytest.raises(ValueError, match=r"`target_layer_ids` \(None\) and `mask_token_id` \(3\) must both be set"):

@@ -6,12 +6,15 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
+from trl_draft_opd.drafters import importing
 from trl_draft_opd.drafters.dflash import DFlashDraftConfig, DFlashDraftModel
 from trl_draft_opd.drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from trl_draft_opd.drafters.importing import CheckpointSource
@@ -423,6 +426,27 @@ def test_a_cached_repository_without_weights_says_so(tmp_path):
         DFlashDraftModel.from_pretrained("user/drafter", cache_dir=tmp_path, local_files_only=True)
     source = CheckpointSource("user/drafter", None, "", None, tmp_path, True)
     assert source.find("model.safetensors") is None and source.find("config.json").is_file()
+
+
+def test_an_unreachable_hub_is_not_taken_for_a_missing_file(tmp_path, monkeypatch):
+    cached_repository(tmp_path, *zlab(dflash()), "")
+    offline = CheckpointSource("user/drafter", None, "", None, tmp_path, True)
+    online = CheckpointSource("user/drafter", None, "", None, tmp_path, False)
+    with pytest.raises(LocalEntryNotFoundError):
+        CheckpointSource("user/other", None, "", None, tmp_path, True).find("model.safetensors")
+    monkeypatch.setattr(importing, "is_offline_mode", lambda: False)
+    for error, source, found in (
+        (LocalEntryNotFoundError("no connection"), online, LocalEntryNotFoundError),
+        (LocalEntryNotFoundError("not in the cache"), offline, None),
+        (EntryNotFoundError("404"), online, None),
+        (PermissionError("gated"), online, PermissionError),
+    ):
+        monkeypatch.setattr(importing, "hf_hub_download", Mock(side_effect=error))
+        if found is None:
+            assert source.find("absent") is None
+        else:
+            with pytest.raises(found):
+                source.find("absent")
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Tests of `trl_draft_opd/target.py` against the model's own public outputs, on four families.
 """
 
-import gc
 import weakref
 
 import pytest
@@ -26,6 +25,8 @@ from trl_draft_opd import FrozenTarget
 
 LAYER_IDS = [0, 3, 6]
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
+# Features of these random targets are not normed: entries of about 20, up to 100.
+FEATURE_TOLERANCE = {"rtol": 1e-5, "atol": 3e-4}
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -130,7 +131,7 @@ def test_a_padded_row_reads_as_it_does_alone(target):
     batch = target.read_text(input_ids, mask, LAYER_IDS)
     for row, length in enumerate(lengths.tolist()):
         alone = target.read_text(input_ids[row : row + 1, :length], mask[row : row + 1, :length], LAYER_IDS)
-        torch.testing.assert_close(batch.features[row, :length], alone.features[0], **TOLERANCE)
+        torch.testing.assert_close(batch.features[row, :length], alone.features[0], **FEATURE_TOLERANCE)
         torch.testing.assert_close(batch.last_hidden[row, :length], alone.last_hidden[0], **TOLERANCE)
 
 
@@ -146,11 +147,11 @@ def test_steps_over_masked_holes_equal_a_clean_run(target):
     mask = torch.cat([mask, torch.ones(1, 3, dtype=torch.long)], dim=1)
     block = torch.cat([input_ids[:1, 4:6], rejected], dim=1)
     middle = target.step(block, mask, positions(4, 7), cache, LAYER_IDS)
-    torch.testing.assert_close(middle.features[:, :2], clean.features[:, 4:6], **TOLERANCE)
+    torch.testing.assert_close(middle.features[:, :2], clean.features[:, 4:6], **FEATURE_TOLERANCE)
     mask[:, -1] = 0
     mask = torch.cat([mask, torch.ones(1, 3, dtype=torch.long)], dim=1)
     last = target.step(input_ids[:1, 6:9], mask, positions(6, 9), cache, LAYER_IDS)
-    torch.testing.assert_close(last.features, clean.features[:, 6:9], **TOLERANCE)
+    torch.testing.assert_close(last.features, clean.features[:, 6:9], **FEATURE_TOLERANCE)
     torch.testing.assert_close(last.last_hidden, clean.last_hidden[:, 6:9], **TOLERANCE)
     assert cache.get_seq_length() == mask.shape[1] == 11
 
@@ -183,19 +184,17 @@ def test_nothing_is_kept_but_the_layers_asked_for(target):
     with target._tapped(LAYER_IDS) as taps:
         with torch.no_grad():
             target.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        gc.collect()
         assert sorted(taps) == LAYER_IDS
         assert [index for index, output in sorted(outputs.items()) if output() is not None] == LAYER_IDS
     for handle in handles:
         handle.remove()
-    assert not any(layer._forward_hooks for layer in target.layers if not hasattr(layer, "_hf_hook")) or all(
-        "keep" not in hook.__qualname__ for layer in target.layers for hook in layer._forward_hooks.values()
-    )
 
 
-def test_taps_are_taken_away_when_the_forward_fails():
+def test_taps_are_taken_away_even_when_the_forward_fails():
     target = make_target("llama")
     before = [len(layer._forward_hooks) for layer in target.layers]
+    target.read_text(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.long), LAYER_IDS)
+    assert [len(layer._forward_hooks) for layer in target.layers] == before
     with pytest.raises(RuntimeError), target._tapped(LAYER_IDS):
         raise RuntimeError
     assert [len(layer._forward_hooks) for layer in target.layers] == before
@@ -358,5 +357,7 @@ def test_a_target_is_loaded_by_path_wrapped_or_handed_back(tmp_path):
     assert FrozenTarget.load(tmp_path, dtype="bfloat16").causal_lm.dtype == torch.bfloat16
     assert FrozenTarget.load(loaded) is loaded
     assert FrozenTarget.load(model).causal_lm is model
-    with pytest.raises(ValueError, match=r"`target_model_init_kwargs` \['device_map'\] were given with an instantiated"):
+    with pytest.raises(
+        ValueError, match=r"`target_model_init_kwargs` \['device_map'\] were given with an instantiated"
+    ):
         FrozenTarget.load(model, init_kwargs={"device_map": "auto"})

@@ -51,7 +51,9 @@ TARGETS = {
     ),
     # Embedding scale, attention and final soft caps; full attention in every layer.
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**_SHAPE, layer_types=["full_attention"] * 8, final_logit_softcapping=5.0, query_pre_attn_scalar=8)
+        Gemma2Config(
+            **_SHAPE, layer_types=["full_attention"] * 8, final_logit_softcapping=5.0, query_pre_attn_scalar=8
+        )
     ),
 }
 
@@ -69,7 +71,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = TEMPLATE
     return fast

@@ -134,7 +134,9 @@ def replay_errors(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Seque
     # Behind a drafted end of sequence there is no text to draft; the slot that drafted it still counts.
     is_rejected &= (drafted_eos.cumsum(dim=-1) - drafted_eos) == 0
     positions, _ = _slot_positions(rollout.anchors, num_drafts, rollout.input_ids.shape[1])
-    on_text = (slots <= accepted + 1) & (rollout.anchors[..., None] + slots < rollout.lengths[:, None, None]) & is_block
+    on_text = (
+        (slots <= accepted + 1) & (rollout.anchors[..., None] + slots < rollout.lengths[:, None, None]) & is_block
+    )
     committed = rollout.input_ids.gather(1, positions.flatten(1)).view_as(positions)
     return AnchorBatch(
         anchors=rollout.anchors,

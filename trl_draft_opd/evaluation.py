@@ -62,7 +62,9 @@ class EvaluationReport:
     def table(self, title: str) -> Table:
         """Return a table to print with `rich`."""
         table = Table("measure", "value", title=title)
-        table.add_row("tau (accepted length, with bonus)", f"{self.tau:.3f}  [{self.tau_low:.3f}, {self.tau_high:.3f}]")
+        table.add_row(
+            "tau (accepted length, with bonus)", f"{self.tau:.3f}  [{self.tau_low:.3f}, {self.tau_high:.3f}]"
+        )
         table.add_row("acceptance per slot", " ".join(f"{rate:.2f}" for rate in self.acceptance_per_slot))
         table.add_row("tokens per target forward", f"{self.tokens_per_target_forward:.3f}")
         if self.speedup is not None:
@@ -116,7 +118,9 @@ def _resampled_taus(
     """Return pooled tau of each resample of the prompts, NaN where it holds no block."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(block_counts), (num_resamples, len(block_counts)), generator=generator)
-    sums, counts = (torch.tensor(values, dtype=torch.float64)[picks].sum(dim=1) for values in (accepted_sums, block_counts))
+    sums, counts = (
+        torch.tensor(values, dtype=torch.float64)[picks].sum(dim=1) for values in (accepted_sums, block_counts)
+    )
     return sums / counts
 
 

@@ -158,7 +158,9 @@ class FrozenTarget:
             ValueError: If there is none.
         """
         if self.tokenizer is None:
-            raise ValueError("The target has no tokenizer to look for a mask token in. Pass `mask_token_id=` yourself.")
+            raise ValueError(
+                "The target has no tokenizer to look for a mask token in. Pass `mask_token_id=` yourself."
+            )
         if self.tokenizer.mask_token_id is not None:
             return self.tokenizer.mask_token_id
         vocabulary = self.tokenizer.get_vocab()
@@ -180,16 +182,18 @@ class FrozenTarget:
             ValueError: For recurrent, linear-attention and sliding-window targets, saying which and what serves them.
         """
         reason = None
+        layer_types = set(getattr(self.config, "layer_types", None) or [])
         if self.causal_lm._is_stateful:
             reason = "keeps a recurrent state, which cannot be rolled back to before a rejected draft"
-        layer_types = set(getattr(self.config, "layer_types", None) or [])
-        if layer_types - {"full_attention"}:
+        elif layer_types - {"full_attention"}:
             reason = f"has layers of type {sorted(layer_types - {'full_attention'})}, whose cache drops or mixes what a rejected draft must not touch"
         elif not layer_types and getattr(self.config, "sliding_window", None) is not None:
             reason = f"uses a sliding window of {self.config.sliding_window} tokens, counted in cache slots that include rejected drafts"
         if reason is not None:
             raise ValueError(
-                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full attention in every layer."
+                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full attention in every layer. "
+                "Such a target trains without them: supervised with `eval_rollouts=False`, or with `rollout='replay'`, "
+                "`rejected_scope='first'` and no `eval_dataset`."
             )
 
     def place(self, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from oracle import greedy_text
-from tiny import make_drafter, make_prompts, make_target
+from tiny import MASK, make_drafter, make_prompts, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 
@@ -24,8 +24,10 @@ def train_all(folder: Path, num_processes: int) -> dict[str, torch.Tensor]:
     """Train every pair of trainer and family; return all final weights, the logged losses and tau."""
     torch.set_num_threads(1)
     target = make_target()
-    prompts = make_prompts(8, seed=4)
-    responses = [greedy_text(target, prompt, 14)[len(prompt) :] for prompt in prompts]
+    texts = [(prompt, greedy_text(target, prompt, 14)[len(prompt) :]) for prompt in make_prompts(14, seed=4)]
+    # A random target may write its mask token.
+    texts = [(prompt, response) for prompt, response in texts if MASK not in response][:8]
+    prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
     # Ids that end some responses early: ranks hold different numbers of blocks and slots.
     target.causal_lm.generation_config.eos_token_id = [responses[0][2], responses[1][5], responses[3][8]]
     cut = [response[: 2 + row * 3 % 13] for row, response in enumerate(responses)]

@@ -50,7 +50,8 @@ def anchored_attention(
     flat_query = query_BgrASd.reshape(B, g, -1, d)
     # Low precision is raised to float32 for the softmax; float64 stays what it is.
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
-    scores_BgrASL = (flat_query @ context_key.transpose(-1, -2)).to(softmax_dtype).view(B, g, h // g, A, S, L) * scaling
+    scores = (flat_query @ context_key.transpose(-1, -2)).to(softmax_dtype) * scaling
+    scores_BgrASL = scores.view(B, g, h // g, A, S, L)
     is_visible_BAL = torch.arange(L, device=query.device) < anchor_positions[..., None]
     scores_BgrASL = scores_BgrASL.masked_fill(~is_visible_BAL[:, None, None, :, None, :], float("-inf"))
     if block_key is None or block_value is None:

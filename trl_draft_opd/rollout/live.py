@@ -103,13 +103,13 @@ def rollout_live(
         drafter.train(was_training)
 
 
-def _check(
-    target: FrozenTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], settings: LiveSettings
-) -> None:
+def _check(target: FrozenTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], settings: LiveSettings) -> None:
     target.require_rollback()
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
     if not len(prompts) or empty:
-        raise ValueError(f"Every prompt needs at least one token; {len(prompts)} prompts given, empty rows: {empty[:10]}.")
+        raise ValueError(
+            f"Every prompt needs at least one token; {len(prompts)} prompts given, empty rows: {empty[:10]}."
+        )
     if settings.num_drafts < 1 or settings.max_new_tokens < 1:
         raise ValueError(
             f"`num_drafts` and `max_new_tokens` must be at least 1, got {settings.num_drafts} and {settings.max_new_tokens}."
@@ -158,7 +158,9 @@ class _LiveBatch:
         """Read the left-padded prompts, commit the first token of each and encode the drafter's context."""
         K = self.settings.num_drafts
         lengths = torch.tensor(self.prompt_lengths, device=self.device)
-        right = pad_sequence([torch.tensor(list(p), dtype=torch.long) for p in prompts], batch_first=True).to(self.device)
+        right = pad_sequence([torch.tensor(list(p), dtype=torch.long) for p in prompts], batch_first=True).to(
+            self.device
+        )
         width = right.shape[1]
         shift = (width - lengths)[:, None]
         index = torch.arange(width, device=self.device)[None]
@@ -251,7 +253,9 @@ class _LiveBatch:
         """Write accepted drafts and the next token, roll both caches back to them, and retire rows that ended."""
         K = drafts.shape[1]
         slots = torch.arange(K + 1, device=self.device)
-        candidates = torch.cat([drafts, next_tokens[:, None]], dim=1).scatter(1, accepted[:, None], next_tokens[:, None])
+        candidates = torch.cat([drafts, next_tokens[:, None]], dim=1).scatter(
+            1, accepted[:, None], next_tokens[:, None]
+        )
         self.text.scatter_(1, positions + 1, candidates)
         is_committed = slots <= accepted[:, None]
         is_eos = torch.isin(candidates, self.eos) & is_committed
@@ -317,7 +321,12 @@ class _LiveBatch:
         hidden = None
         if self.settings.keep_branch_hidden:
             hidden = torch.zeros(
-                num_rows, num_blocks, K, self.target.config.hidden_size, dtype=self.target.causal_lm.dtype, device=self.device
+                num_rows,
+                num_blocks,
+                K,
+                self.target.config.hidden_size,
+                dtype=self.target.causal_lm.dtype,
+                device=self.device,
             )
         for row, chain in enumerate(self.blocks):
             for number, block in enumerate(chain):

@@ -78,8 +78,9 @@ class DraftTrainingConfig(_BaseConfig):
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs", "chat_template_kwargs"]
 
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Activation checkpointing; not supported by drafters, which are small."}
+    # Unset and not False: transformers from 5.20 on calls any value of the old name deprecated.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Activation checkpointing; not supported by drafters, which are small."}
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -122,7 +123,9 @@ class DraftTrainingConfig(_BaseConfig):
     )
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the target; 0 decodes greedily."})
     top_k: int = field(default=0, metadata={"help": "Keep the k most likely tokens; 0 keeps all."})
-    top_p: float = field(default=1.0, metadata={"help": "Keep the smallest set of tokens with this mass; 1.0 keeps all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Keep the smallest set of tokens with this mass; 1.0 keeps all."}
+    )
     draft_sampling: str = field(
         default="greedy", metadata={"help": "`greedy`: drafts are argmax; `sample`: drawn from the drafter's law."}
     )
@@ -135,6 +138,7 @@ class DraftTrainingConfig(_BaseConfig):
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
         super().__post_init__()
+        self.gradient_checkpointing = bool(self.gradient_checkpointing)
         if self.gradient_checkpointing:
             raise ValueError(
                 "`gradient_checkpointing=True` is not supported: drafters are one to a few layers. Lower "

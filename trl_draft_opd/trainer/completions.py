@@ -20,7 +20,8 @@ def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -
     """
     start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
     ids = rollout.input_ids[row].tolist()
-    styled = Text(tokenizer.decode(ids[start : start + 1]), style=COMMITTED)
+    # Appended, because a style of the whole text would lie under every part.
+    styled = Text().append(tokenizer.decode(ids[start : start + 1]), style=COMMITTED)
     for block in range(int(rollout.num_rounds[row])):
         anchor, accepted = int(rollout.anchors[row, block]), int(rollout.accepted[row, block])
         kept_end = anchor + accepted + 1

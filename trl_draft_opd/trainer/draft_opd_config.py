@@ -46,7 +46,8 @@ class DraftOPDConfig(DraftTrainingConfig):
     """
 
     rollout: str = field(
-        default="live", metadata={"help": "`live`: decode every prompt; `replay`: draft along stored target responses."}
+        default="live",
+        metadata={"help": "`live`: decode every prompt; `replay`: draft along stored target responses."},
     )
     completions_from_target: bool = field(
         default=False, metadata={"help": "Declare that the dataset's completions were written by this target."}
@@ -55,7 +56,8 @@ class DraftOPDConfig(DraftTrainingConfig):
         default="error", metadata={"help": "`error`: the anchors of the drafter's chain; `random`: the ablation."}
     )
     rejected_scope: str = field(
-        default="suffix", metadata={"help": "`suffix`: every slot from the first rejection on; `first`: that slot alone."}
+        default="suffix",
+        metadata={"help": "`suffix`: every slot from the first rejection on; `first`: that slot alone."},
     )
     rejected_loss: str = field(default="reverse_kl", metadata={"help": "Divergence on rejected slots."})
     accepted_weight: float = field(default=1.0, metadata={"help": "Weight of the accepted stream."})

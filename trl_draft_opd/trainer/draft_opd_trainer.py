@@ -96,8 +96,10 @@ class DraftOPDTrainer(_BaseTrainer):
     ):
         args = args or DraftOPDConfig("drafter-opd")
         self.target = load_target(target_model, args, processing_class)
-        # A target that cannot branch is refused now rather than after a rollout.
-        self.target.require_rollback()
+        is_forward_only = args.rollout == "replay" and (args.rejected_scope == "first" or args.rejected_weight == 0)
+        # Replay of first rejections reads committed text alone; else a target that cannot branch is refused before a rollout.
+        if not is_forward_only or eval_dataset is not None:
+            self.target.require_rollback()
         drafter = load_drafter(model, self.target, args)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
@@ -244,9 +246,13 @@ class DraftOPDTrainer(_BaseTrainer):
     ) -> torch.Tensor:
         """Return this micro-batch's share of the optimiser step's loss; `num_items_in_batch` holds the weight sums."""
         if return_outputs:
-            raise ValueError("`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`.")
+            raise ValueError(
+                "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
+            )
         with self.accelerator.autocast():
-            result = self._redirect(model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch)
+            result = self._redirect(
+                model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch
+            )
         check_finite(result.loss, inputs["sample_ids"], self.state.global_step)
         self._sums["train"].add(result.sums)
         # DDP averages gradients over ranks, the weight sums already cover all of them.
@@ -269,7 +275,11 @@ class DraftOPDTrainer(_BaseTrainer):
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
         inputs = self._prepare_inputs(inputs)

@@ -84,6 +84,9 @@ class DraftSFTTrainer(_BaseTrainer):
     ):
         args = args or DraftSFTConfig("drafter-sft")
         self.target = load_target(target_model, args, processing_class)
+        if eval_dataset is not None and args.eval_rollouts:
+            # Now rather than after the first epoch.
+            self.target.require_rollback()
         drafter = load_drafter(model, self.target, args)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
@@ -184,9 +187,13 @@ class DraftSFTTrainer(_BaseTrainer):
     ) -> torch.Tensor:
         """Return this micro-batch's share of the optimiser step's loss; `num_items_in_batch` holds the weight sums."""
         if return_outputs:
-            raise ValueError("`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`.")
+            raise ValueError(
+                "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
+            )
         with self.accelerator.autocast():
-            result = self._redirect(model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch)
+            result = self._redirect(
+                model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch
+            )
         check_finite(result.loss, inputs["sample_ids"], self.state.global_step)
         self._sums["train"].add(result.sums)
         # DDP averages gradients over ranks, the weight sums already cover all of them.
@@ -208,7 +215,11 @@ class DraftSFTTrainer(_BaseTrainer):
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss on a batch's text, and add tau and acceptance on its prompts to the metrics."""
         inputs = self._prepare_inputs(inputs)

@@ -30,7 +30,9 @@ class MetricSums:
                 merged[name][0] += numerator
                 merged[name][1] += denominator
         self._sums.clear()
-        return {name: numerator / denominator for name, (numerator, denominator) in sorted(merged.items()) if denominator}
+        return {
+            name: numerator / denominator for name, (numerator, denominator) in sorted(merged.items()) if denominator
+        }
 
 
 def rollout_sums(rollout: Rollout) -> dict[str, tuple[float, float]]:

@@ -69,7 +69,10 @@ def weight_sums(
 ) -> torch.Tensor:
     """Return the sum of each stream's weights over micro-batches, `(2,)` in the order of `STREAMS`, float64."""
     sums = [
-        sum(float(row_weights(batch, name, settings[name], draft_token_ids).sum(dtype=torch.float64)) for batch in batches)
+        sum(
+            float(row_weights(batch, name, settings[name], draft_token_ids).sum(dtype=torch.float64))
+            for batch in batches
+        )
         for name in STREAMS
     ]
     return torch.tensor(sums, dtype=torch.float64)
