@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from trl_draft_opd import (
     AutoDrafter,
@@ -104,14 +105,15 @@ def fresh_drafter(args: argparse.Namespace, target: FrozenTarget) -> Drafter:
 class PlateauCallback(TrainerCallback):
     """Measures tau on held-out prompts after every epoch and stops once 20 % more compute gives less than 1 %."""
 
-    def __init__(self, args: argparse.Namespace, target: FrozenTarget, prompts: list[list[int]]):
-        self.args, self.target, self.prompts = args, target, prompts
-        self.taus: list[float] = []
+    def __init__(self, args: argparse.Namespace, target: FrozenTarget, prompts: list[list[int]], path: Path):
+        self.args, self.target, self.prompts, self.path = args, target, prompts, path
+        self.taus: list[float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         report = measure(self.args, self.target, model, self.prompts, compare=False)
-        self.taus.append(report.tau)
-        epoch = len(self.taus)
+        epoch = round(state.epoch)
+        self.taus = [*self.taus[: epoch - 1], report.tau]
+        self.path.write_text(json.dumps(self.taus), encoding="utf-8")
         earlier = int(epoch / 1.2)
         print(
             f"SFT epoch {epoch}: tau on held-out prompts {report.tau:.3f} [{report.tau_low:.3f}, {report.tau_high:.3f}]"
@@ -144,7 +146,6 @@ def common_settings(args: argparse.Namespace, folder: Path) -> dict:
         "output_dir": str(folder),
         "per_device_train_batch_size": args.batch_size // 2,
         "gradient_accumulation_steps": 2,
-        "save_strategy": "no",
         "logging_steps": 25,
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),
@@ -155,7 +156,8 @@ def common_settings(args: argparse.Namespace, folder: Path) -> dict:
 
 def sft_trainer(args, target, drafter, rows, folder, **options) -> DraftSFTTrainer:
     """Return an SFT trainer."""
-    config = DraftSFTConfig(**common_settings(args, folder), num_anchors=args.sft_anchors, **options)
+    settings = {"save_strategy": "no"} | common_settings(args, folder) | options
+    config = DraftSFTConfig(num_anchors=args.sft_anchors, **settings)
     return DraftSFTTrainer(drafter, target, config, rows)
 
 
@@ -163,6 +165,7 @@ def opd_trainer(args, target, drafter, rows, folder, **options) -> DraftOPDTrain
     """Return an OPD trainer that drafts along the stored responses, which at temperature 0 are those of live decoding."""
     config = DraftOPDConfig(
         **common_settings(args, folder),
+        save_strategy="no",
         rollout="replay",
         completions_from_target=True,
         rejected_scope=args.rejected_scope,
@@ -178,17 +181,20 @@ def train_sft(args: argparse.Namespace, target: FrozenTarget, rows: Dataset) -> 
         dev = read_prompts(
             args.shared / "data" / "gsm8k_train.jsonl", target, args.dev_prompts, start=7473 - args.dev_prompts
         )
-        plateau = PlateauCallback(args, target, dev)
+        plateau = PlateauCallback(args, target, dev, folder / "dev_taus.json")
         # A constant rate, so that the plateau is the method's and not the schedule's.
         options = {
             "learning_rate": args.sft_learning_rate,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 20,
             "num_train_epochs": args.max_sft_epochs,
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
         }
+        folder.mkdir(parents=True, exist_ok=True)
         trainer = sft_trainer(args, target, fresh_drafter(args, target), rows, folder, **options)
         trainer.add_callback(plateau)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
         trainer.model.save_pretrained(folder)
         history = {"dev_tau_per_epoch": plateau.taus, "steps": trainer.state.global_step}
         (folder / "history.json").write_text(json.dumps(history), encoding="utf-8")

@@ -28,13 +28,12 @@ def greedy_text(target: FrozenTarget, prompt: list[int], num_tokens: int) -> lis
 def planted_drafts(truth: list[int], anchor: int, num_drafts: int, wrong_positions: set[int]) -> list[int]:
     """Return the true tokens behind an anchor, another token at every wrong position."""
     return [
-        (truth[p] + 1) % VOCAB if p in wrong_positions else truth[p] for p in range(anchor + 1, anchor + 1 + num_drafts)
+        (truth[p] + 1) % VOCAB if p in wrong_positions else truth[p]
+        for p in range(anchor + 1, anchor + 1 + num_drafts)
     ]
 
 
-def plant(
-    monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callable[[int], set[int]]
-) -> None:
+def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callable[[int], set[int]]) -> None:
     """Make live rollouts, replay and redrafting draft along `truths`, wrong at the positions `wrong(row)` names."""
 
     def blocks(rows: list[int], anchors: torch.Tensor, num_drafts: int) -> Proposal:

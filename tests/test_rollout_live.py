@@ -86,12 +86,14 @@ def test_greedy_text_is_the_targets_own(family, kind):
     assert roll_out(target, drafter, prompts[1:2]).responses() == own[1:2]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_accepted_and_wrong_drafts_in_one_batch_leave_the_text_alone(monkeypatch, target, seed):
     generator = torch.Generator().manual_seed(seed)
     prompts = make_prompts(5, seed=seed)
-    truths = [greedy_text(target, prompt, 40) for prompt in prompts]
-    wrong = [set((torch.rand(60, generator=generator) < rate).nonzero()[:, 0].tolist()) for rate in (0, 0.1, 0.3, 0.6, 1)]
+    truths = [greedy_text(target, prompt, 36) for prompt in prompts]
+    wrong = [
+        set((torch.rand(60, generator=generator) < rate).nonzero()[:, 0].tolist()) for rate in (0, 0.1, 0.3, 0.6, 1)
+    ]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, truths, lambda row: wrong[row])
     rollout = roll_out(target, drafter, prompts, max_new_tokens=30)
@@ -103,7 +105,7 @@ def test_accepted_and_wrong_drafts_in_one_batch_leave_the_text_alone(monkeypatch
 
 def test_an_eos_inside_a_block_ends_the_row_there(monkeypatch, target):
     prompts = make_prompts(3)
-    truths = [greedy_text(target, prompt, 40) for prompt in prompts]
+    truths = [greedy_text(target, prompt, 36) for prompt in prompts]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, truths, lambda row: set())
     # Anchors of a perfect drafter stand at 0, 5, 10 of the response: index 7 is the second draft of a block.
@@ -149,7 +151,9 @@ def test_a_first_token_that_is_eos_leaves_no_block(target):
     drafter = make_drafter("eagle3", target)
     rollout = roll_out(target, drafter, prompts, max_new_tokens=8, eos_token_ids=eos, keep_branch_hidden=True)
     assert rollout.responses() == [cut(text, eos) for text in free] and rollout.responses()[row] == eos
-    assert int(rollout.num_rounds[row]) == 0 and not rollout.is_counted[row].any() and not rollout.is_censored[row].any()
+    assert (
+        int(rollout.num_rounds[row]) == 0 and not rollout.is_counted[row].any() and not rollout.is_censored[row].any()
+    )
     alone = roll_out(target, drafter, prompts[row : row + 1], eos_token_ids=eos, keep_branch_hidden=True)
     assert alone.responses() == [eos] and alone.num_target_forwards == 1
     assert alone.anchors.tolist() == [[-1]] and alone.drafts.shape == (1, 1, 4)
@@ -309,7 +313,9 @@ def chi_square_p(counts, law):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_text_has_the_targets_law(family, draft_sampling, sampling):
     target, num_rows, prompt = small_target(), 3000, [1, 4]
-    drafter = make_drafter(family, target, **({"ttt_steps": 2} if family == "eagle3" else {"block_size": 3, "mask_token_id": 3}))
+    drafter = make_drafter(
+        family, target, **({"ttt_steps": 2} if family == "eagle3" else {"block_size": 3, "mask_token_id": 3})
+    )
     counts = torch.zeros(6**3, dtype=torch.float64)
     accepted = set()
     for seed in range(2):
@@ -414,7 +420,11 @@ def test_counts_below_one_are_refused(changes, target):
 def test_an_unknown_draft_sampling_is_refused(target):
     with pytest.raises(ValueError, match=r"`draft_sampling` must be one of .* got 'argmax'"):
         roll_out(
-            target, make_drafter("dflash", target), [[9]], sampling=SamplingSettings(1.0, 0, 1.0), draft_sampling="argmax"
+            target,
+            make_drafter("dflash", target),
+            [[9]],
+            sampling=SamplingSettings(1.0, 0, 1.0),
+            draft_sampling="argmax",
         )
 
 

@@ -65,12 +65,15 @@ def test_replay_of_live_text_is_the_live_rollout(family, num_rows, target):
     assert replayed.num_target_forwards == 2
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
     generator = torch.Generator().manual_seed(seed)
     prompts = make_prompts(6, seed=seed)
     truths = [greedy_text(target, prompt, 26) for prompt in prompts]
-    wrong = [set((torch.rand(40, generator=generator) < rate).nonzero()[:, 0].tolist()) for rate in (0, 0.05, 0.1, 0.2, 0.4, 1)]
+    wrong = [
+        set((torch.rand(40, generator=generator) < rate).nonzero()[:, 0].tolist())
+        for rate in (0, 0.05, 0.1, 0.2, 0.4, 1)
+    ]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, truths, lambda row: wrong[row])
     # An EOS that several rows meet, some of them inside an accepted block.

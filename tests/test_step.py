@@ -21,7 +21,10 @@ CASES = ["dflash", "eagle3", "reduced"]
 
 
 def streams(accepted="forward_kl", rejected="reverse_kl", weights=(1.0, 1.0), decay=0.5):
-    return {"accepted": StreamSettings(accepted, weights[0], 1.0), "rejected": StreamSettings(rejected, weights[1], decay)}
+    return {
+        "accepted": StreamSettings(accepted, weights[0], 1.0),
+        "rejected": StreamSettings(rejected, weights[1], decay),
+    }
 
 
 @pytest.fixture
@@ -43,9 +46,7 @@ def make_pair(case, dtype):
         # Every third token is missing; the end of sequence is in.
         is_known = torch.tensor([i % 3 != 0 for i in range(VOCAB)])
         ids = is_known.nonzero()[:, 0]
-        options["draft_vocabulary"] = DraftVocabulary(
-            d2t=ids - torch.arange(len(ids)), t2d=is_known, coverage=1.0
-        )
+        options["draft_vocabulary"] = DraftVocabulary(d2t=ids - torch.arange(len(ids)), t2d=is_known, coverage=1.0)
     drafter = make_drafter("dflash" if case == "dflash" else "eagle3", target, **options).to(dtype)
     # Random drafters start with small projections: losses need something to differ by.
     with torch.no_grad():
@@ -138,7 +139,9 @@ def assert_close(first, second, tolerance):
     assert grads.keys() == other_grads.keys()
     for name, grad in grads.items():
         scale = max(1.0, float(grad.abs().max()))
-        torch.testing.assert_close(grad, other_grads[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            grad, other_grads[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def replay(rollout, scope="suffix", eos=(EOS,)):
@@ -260,7 +263,15 @@ def test_metrics_are_sums_that_divide_to_the_means_of_each_stream(monkeypatch, e
     anchors, settings = replay(rollout), streams()
     sums = weight_sums([anchors], settings, drafter.draft_token_ids)
     result = step_loss(
-        drafter, target, rollout.input_ids, rollout.attention_mask, anchors, rollout.branch_hidden, settings, sums, 2**20
+        drafter,
+        target,
+        rollout.input_ids,
+        rollout.attention_mask,
+        anchors,
+        rollout.branch_hidden,
+        settings,
+        sums,
+        2**20,
     )
     means = {name: top / bottom for name, (top, bottom) in result.sums.items()}
     assert float(result.loss) == pytest.approx((means["loss/accepted"] + means["loss/rejected"]) / 2, rel=1e-6)

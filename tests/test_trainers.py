@@ -88,7 +88,9 @@ def weights(drafter):
 def assert_equal(first, second, tolerance=0.0):
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            first[name], second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_every_tensor_moved(before, after):
@@ -163,7 +165,9 @@ def test_a_sliding_window_target_trains_by_replay_of_first_rejections(tmp_path):
     assert_every_tensor_moved(before, weights(drafter))
     for kind, variant in (("opd", "replay"), ("opd", "live"), ("sft", None)):
         options = OPD_VARIANTS.get(variant, {})
-        with pytest.raises(ValueError, match="sliding window of 6 tokens.*`rollout='replay'`, `rejected_scope='first'`"):
+        with pytest.raises(
+            ValueError, match="sliding window of 6 tokens.*`rollout='replay'`, `rejected_scope='first'`"
+        ):
             make_trainer(kind, tmp_path, drafter, target, rows, rows, **options)
     make_trainer("sft", tmp_path, drafter, target, rows, rows, eval_rollouts=False).train()
 
@@ -171,7 +175,15 @@ def test_a_sliding_window_target_trains_by_replay_of_first_rejections(tmp_path):
 def test_training_raises_tau_on_what_it_trains_on(tmp_path, target, rows):
     drafter = make_drafter("eagle3", target)
     trainer = make_trainer(
-        "opd", tmp_path, drafter, target, rows, rows, max_steps=10, per_device_train_batch_size=4, lr_scheduler_type="constant"
+        "opd",
+        tmp_path,
+        drafter,
+        target,
+        rows,
+        rows,
+        max_steps=10,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="constant",
     )
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
@@ -339,7 +351,9 @@ def test_a_checkpoint_holds_the_drafter_alone(tmp_path, target, rows, family):
 def test_regenerate_trains_on_the_targets_own_text(tmp_path, target):
     prompts = [[9, 10, 11], [12, 13]]
     foreign = Dataset.from_dict({"prompt": [words(p) for p in prompts], "completion": ["w20 w21", "w22 w23 w24"]})
-    trainer = make_trainer("sft", tmp_path, make_drafter("dflash", target), target, foreign, regenerate=True, max_steps=1)
+    trainer = make_trainer(
+        "sft", tmp_path, make_drafter("dflash", target), target, foreign, regenerate=True, max_steps=1
+    )
     expected = [greedy_text(target, prompt, 12) for prompt in prompts]
     assert trainer.train_dataset["input_ids"][:] == expected
     assert [sum(mask) for mask in trainer.train_dataset["completion_mask"]] == [12, 12]
@@ -358,7 +372,9 @@ def test_opd_ignores_completions_unless_they_are_declared_the_targets(tmp_path, 
         trainer.train()
         seen.append(weights(drafter))
     assert_equal(*seen)
-    declared = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, foreign, completions_from_target=True)
+    declared = make_trainer(
+        "opd", tmp_path, make_drafter("dflash", target), target, foreign, completions_from_target=True
+    )
     assert declared.train_dataset["completion_ids"][0] == [7, 7, 7]
 
 

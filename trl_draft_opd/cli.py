@@ -63,9 +63,6 @@ class DraftScriptArguments:
     target_layer_ids: list[int] | None = _unset("Fresh drafter: 0-based target layers to read, ascending.")
 
 
-# -- flags --------------------------------------------------------------------------------------------------------------
-
-
 def refuse_unknown(unknown: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raise `ValueError` that names unknown flags or keys, each with the nearest known one."""
     words = list(unknown)
@@ -78,13 +75,16 @@ def refuse_unknown(unknown: Iterable[str], known: Sequence[str], where: str) -> 
         raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists what there is.")
 
 
-def command_parser(command: str, required: str = "", words: str = "", integers: str = "") -> argparse.ArgumentParser:
-    """Return the parser of a command with plain flags, named in strings."""
+def command_parser(command: str, required: str, integers: str) -> argparse.ArgumentParser:
+    """Return the parser of a command with its required and its whole-number flags, and those every command has."""
     description = COMMANDS[command].__doc__
     parser = argparse.ArgumentParser(prog=f"trl-draft-opd {command}", description=description, allow_abbrev=False)
-    for names, options in ((required, {"required": True}), (words, {}), (integers, {"type": int, "metavar": "N"})):
-        for name in names.split():
-            parser.add_argument(f"--{name}", **options)
+    for name in required.split():
+        parser.add_argument(f"--{name}", required=True)
+    for name in integers.split():
+        parser.add_argument(f"--{name}", type=int, metavar="N")
+    parser.add_argument("--dataset-config", help="name of the dataset's configuration")
+    parser.add_argument("--split", default="train", help="split of the dataset")
     return parser
 
 
@@ -122,17 +122,8 @@ def parse_training(command: str, config_class: type, argv: Sequence[str]) -> tup
     return script, training
 
 
-# -- data and models ----------------------------------------------------------------------------------------------------
-
-
 def load_rows(name: str, config: str | None, split: str) -> Dataset:
-    """
-    Load one split of a Hub dataset, of a folder, or of a file, which is one split called `train`.
-
-    Raises:
-        ValueError: If the split does not exist.
-        OSError: If there is no such dataset.
-    """
+    """Load one split of a Hub dataset, of a folder, or of a file, which is one split called `train`."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name)
@@ -195,9 +186,6 @@ def _reader(target: FrozenTarget) -> dict:
     return {"tokenizer": tokenizer, "eos_token_ids": target.eos_token_ids, "vocab_size": target.vocab_size}
 
 
-# -- commands -----------------------------------------------------------------------------------------------------------
-
-
 def run_sft(argv: Sequence[str]) -> int:
     """Train a drafter on text its target wrote."""
     from .trainer.draft_sft_config import DraftSFTConfig
@@ -205,14 +193,14 @@ def run_sft(argv: Sequence[str]) -> int:
 
     script, args = parse_training("sft", DraftSFTConfig, argv)
     fresh = given(script, FRESH_OPTIONS)
-    if (script.model_name_or_path is None) == (script.family is None):
-        raise ValueError("Give either `model_name_or_path` to go on from a drafter or `family` to make a fresh one.")
-    if script.model_name_or_path is not None and fresh:
-        raise ValueError(f"{sorted(fresh)} belong to a fresh drafter, but `model_name_or_path` names a trained one.")
+    if (script.model_name_or_path is None) == (script.family is None) or (script.model_name_or_path and fresh):
+        raise ValueError(
+            "Give either `model_name_or_path` to go on from a drafter, or `family` to make a fresh one, to which "
+            f"{', '.join(FRESH_OPTIONS)} belong."
+        )
     if args.regenerate and script.draft_vocab_size is not None:
         raise ValueError(
-            "`draft_vocab_size` counts the tokens of the dataset's completions, which `regenerate` replaces. Give a dataset "
-            "that the target wrote, or leave one of the two out."
+            "`draft_vocab_size` counts the dataset's completions, which `regenerate` replaces. Leave one of the two out."
         )
     return train(DraftSFTTrainer, script, args)
 
@@ -263,11 +251,10 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
 def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     integers = "block-size num-hidden-layers mask-token-id ttt-steps draft-vocab-size seed"
-    parser = command_parser("init", "target output", "dataset-config", integers)
+    parser = command_parser("init", "target output", integers)
     parser.add_argument("--family", required=True, choices=FAMILY_OPTIONS)
     parser.add_argument("--target-layer-ids", type=int, nargs="+", metavar="N", help="0-based, ascending")
     parser.add_argument("--dataset", help="text of the target, whose commonest tokens --draft-vocab-size keeps")
-    parser.add_argument("--split", default="train")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parse_flags(parser, argv)
     if (options.draft_vocab_size is None) != (options.dataset is None):
@@ -293,8 +280,7 @@ def run_init(argv: Sequence[str]) -> int:
 def run_evaluate(argv: Sequence[str]) -> int:
     """Measure a drafter; exit code 1 when a greedy float32 output is not the target's own."""
     integers = "num-prompts max-new-tokens num-drafts top-k batch-size seed"
-    parser = command_parser("evaluate", "target drafter dataset", "dataset-config", integers)
-    parser.add_argument("--split", default="train")
+    parser = command_parser("evaluate", "target drafter dataset", integers)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--draft-sampling", choices=("greedy", "sample"))
@@ -338,11 +324,10 @@ def run_evaluate(argv: Sequence[str]) -> int:
 def run_demo(argv: Sequence[str]) -> int:
     """Run the whole method in minutes on a CPU: a tiny target, a drafter by SFT, Draft-OPD, tau before and after."""
     integers = "num-prompts max-new-tokens sft-epochs opd-epochs seed"
-    parser = command_parser("demo", words="dataset-config", integers=integers)
+    parser = command_parser("demo", "", integers)
     parser.add_argument("--family", choices=FAMILY_OPTIONS)
     parser.add_argument("--target", help="a real target's Hub id or path in place of the tiny one; needs --dataset")
     parser.add_argument("--dataset", help="rows with a prompt or messages, for --target")
-    parser.add_argument("--split", default="train")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     options = parse_flags(parser, argv)
     if (options.target is None) != (options.dataset is None):

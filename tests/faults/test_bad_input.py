@@ -138,7 +138,9 @@ def test_an_instance_without_a_tokenizer(tmp_path, target, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_is_no_drafter(tmp_path, target, kind):
-    with pytest.raises(TypeError, match="`model` must be a drafter, its id or its path, got Qwen3ForCausalLM.*from_target"):
+    with pytest.raises(
+        TypeError, match="`model` must be a drafter, its id or its path, got Qwen3ForCausalLM.*from_target"
+    ):
         make_trainer(kind, tmp_path, make_causal_lm(), target)
 
 
@@ -202,7 +204,9 @@ def test_no_step_of_training_time_test(target):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_drafts_than_the_drafters_blocks_hold(tmp_path, target, kind):
-    with refuses("`num_drafts` 5 exceeds the 4 drafts of the drafter's blocks. Lower it, or make a drafter with a larger"):
+    with refuses(
+        "`num_drafts` 5 exceeds the 4 drafts of the drafter's blocks. Lower it, or make a drafter with a larger"
+    ):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, num_drafts=5)
 
 
@@ -280,7 +284,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, target, kin
     text = greedy_text(target, [9, 10], 8)
     columns = {"prompt_ids": [[9, 10]] * 2, "completion_ids": [text[2:]] * 2}
     trainer = make_trainer(kind, tmp_path, drafter, target, columns)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0 on samples \[[01], [01]\].*Nothing was updated"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 0 on samples \[[01], [01]\].*Nothing was updated"
+    ):
         trainer.train()
     assert all(torch.equal(before[n], p) or n == "norm.weight" for n, p in drafter.named_parameters())
     assert torch.equal(before["norm.weight"][1:], drafter.norm.weight[1:])
@@ -299,7 +305,10 @@ def test_an_unknown_setting_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     "changes,match",
     [
-        ({"gradient_checkpointing": True}, "`gradient_checkpointing=True` is not supported.*Lower `per_device_train_batch_size`"),
+        (
+            {"gradient_checkpointing": True},
+            "`gradient_checkpointing=True` is not supported.*Lower `per_device_train_batch_size`",
+        ),
         ({"activation_checkpointing": True}, "`gradient_checkpointing=True` is not supported"),
         ({"accepted_loss": "kl"}, r"`accepted_loss` must be one of \('forward_kl', .*got 'kl'"),
         ({"position_decay": 0.0}, r"`position_decay` must be in \(0, 1\], got 0.0. 1 weighs all slots alike"),

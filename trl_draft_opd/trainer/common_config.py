@@ -78,7 +78,7 @@ class DraftTrainingConfig(_BaseConfig):
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs", "chat_template_kwargs"]
 
-    # Unset and not False: transformers from 5.20 on calls any value of the old name deprecated.
+    # Unset and not False: newer transformers call any value under this name deprecated.
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Activation checkpointing; not supported by drafters, which are small."}
     )

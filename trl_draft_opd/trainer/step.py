@@ -52,12 +52,12 @@ def row_weights(
     anchors: AnchorBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    Return the weight of every slot in a stream, `(B, A, K)`, zero outside of it.
+    Return the weight of every slot in a stream, `(B, A, K)`, zero outside of it and throughout a stream without a share.
 
     Under `ce` a committed token outside the draft vocabulary cannot be learnt, so its slot weighs nothing.
     """
     mask = anchors.is_accepted if stream == "accepted" else anchors.is_rejected
-    weights = mask * position_weights(mask.shape[-1], settings.decay).to(mask.device)
+    weights = mask * position_weights(mask.shape[-1], settings.decay).to(mask.device) * float(settings.weight > 0)
     if settings.loss_type == "ce" and draft_token_ids is not None:
         known = torch.isin(anchors.labels, draft_token_ids.to(mask.device)) | (anchors.labels < 0)
         weights = weights * known
@@ -114,10 +114,8 @@ def step_loss(
     own_head = Head.linear(drafter.lm_head.weight) if drafter.owns_head else None
     target_head = Head(target.project, (), target.vocab_size)
     total_weight = sum(settings[name].weight for name in STREAMS)
-    # Connected to every parameter, so that ranks without rows still take part in the gradient exchange.
-    loss = 0.0 * hidden.sum()
-    if own_head is not None:
-        loss = loss + 0.0 * drafter.lm_head.weight.sum()
+    # Each total below reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
+    loss = hidden.new_zeros(())
     sums: dict[str, tuple[float, float]] = {}
     for index, name in enumerate(STREAMS):
         weights = row_weights(anchors, name, settings[name], drafter.draft_token_ids)

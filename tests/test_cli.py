@@ -1,0 +1,289 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""The command line: what it refuses and how it says so, and each command once on a tiny pair, offline."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tiny import make_causal_lm, make_target, make_tokenizer
+
+from trl_draft_opd import AutoDrafter, __version__, evaluate_drafter
+from trl_draft_opd.cli import load_rows, main, make_drafter
+
+
+TRAINING = "--max_steps 1 --warmup_steps 0 --use_cpu --report_to none --save_strategy no --disable_tqdm true".split()
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("target")
+    make_causal_lm().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"prompt": f"w{8 + i} w9 w10", "completion": " ".join(f"w{10 + i + j}" for j in range(12))} for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def drafter_folder(target_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("drafter"))
+    small = ["--num-hidden-layers", "1", "--block-size", "4", "--seed", "3"]
+    assert main(["init", "--family", "dflash", "--target", target_folder, "--output", folder, *small]) == 0
+    return folder
+
+
+def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """Run a command that a user got wrong and return the one line it says."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+# ---- what needs no model ----------------------------------------------------------------------------------------------
+
+
+def test_help_and_version_load_no_heavy_library():
+    code = (
+        "import sys\nfrom trl_draft_opd.cli import main\n"
+        "for argv in (['--help'], ['--version'], ['evaluate', '--help'], ['demo', '--help']):\n"
+        "    try:\n        main(argv)\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"trl-draft-opd {__version__}" in done.stdout
+    for command in ("demo", "init", "sft", "opd", "evaluate"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_draft_opd", "demo", "--sed", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--sed (did you mean --seed?)" in done.stderr
+
+
+def test_an_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as end:
+        main(["train"])
+    assert end.value.code == 2
+    assert "evaluate" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture):
+    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d"]
+    error = _error(["opd", *needed, "--positon_decay", "0.5", "--use_cpu"], capsys)
+    assert "--positon_decay (did you mean --position-decay?)" in error
+
+
+def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture):
+    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d"]
+    assert "--position_dec " in _error(["opd", *needed, "--position_dec", "0.5", "--use_cpu"], capsys)
+
+
+def test_an_unknown_key_of_the_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "target_model_name_or_path: t\ndataset_name: d\nuse_cpu: true\nrejected_scop: first\nlearning_rate: 1e-4\n"
+    )
+    for words in (["--config", str(config)], [f"--config={config}"]):
+        error = _error(["opd", *words], capsys)
+        assert "config file: --rejected_scop (did you mean --rejected-scope?)" in error
+        assert "learning" not in error
+
+
+def test_a_missing_config_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert "missing.yaml" in _error(["sft", "--config", str(tmp_path / "missing.yaml")], capsys)
+    assert "needs the path" in _error(["sft", "--config"], capsys)
+
+
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path):
+    with pytest.raises(OSError, match="missing.yaml"):
+        main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")])
+
+
+def test_other_exceptions_are_not_turned_into_one_line(monkeypatch: pytest.MonkeyPatch):
+    def broken(argv):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setitem(main.__globals__["COMMANDS"], "demo", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        main(["demo"])
+
+
+def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
+    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d", "--use_cpu"]
+    assert "`position_decay` must be in (0, 1]" in _error(["opd", *needed, "--position_decay", "2"], capsys)
+
+
+def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytest.CaptureFixture):
+    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d", "--use_cpu"]
+    for wrong in (
+        ["sft"],
+        ["sft", "--family", "dflash", "--model_name_or_path", "m"],
+        ["sft", "--model_name_or_path", "m", "--block_size", "4"],
+    ):
+        assert "either `model_name_or_path`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
+    regenerated = ["--family", "eagle3", "--draft_vocab_size", "9", "--regenerate"]
+    assert "which `regenerate` replaces" in _error(["sft", *needed, *regenerated], capsys)
+    assert "got ['family']" in _error(["opd", *needed, "--family", "dflash"], capsys)
+    assert "go together" in _error(["demo", "--target", "t"], capsys)
+    init = ["init", "--family", "eagle3", "--target", "t", "--output", "o"]
+    assert "go together" in _error([*init, "--draft-vocab-size", "9"], capsys)
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_from_files_and_saved_folders_alike(tmp_path: Path, rows_file: str):
+    expected = load_rows(rows_file, None, "train")
+    assert expected.num_rows == 6
+    assert load_rows(rows_file, None, "train[:2]").num_rows == 2
+    expected.to_parquet(tmp_path / "rows.parquet")
+    expected.to_csv(tmp_path / "rows.csv")
+    expected.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": expected, "dev": expected.select([1])}).save_to_disk(tmp_path / "two")
+    for name in ("rows.parquet", "rows.csv", "one", "two"):
+        assert load_rows(str(tmp_path / name), None, "train").to_list() == expected.to_list(), name
+    assert load_rows(str(tmp_path / "two"), None, "dev").to_list() == expected.to_list()[1:2]
+    with pytest.raises(ValueError, match="holds the splits .'dev', 'train'., not 'test'"):
+        load_rows(str(tmp_path / "two"), None, "test")
+    with pytest.raises(FileNotFoundError, match="no dataset file"):
+        load_rows(str(tmp_path / "none.json"), None, "train")
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_unset_options_of_a_fresh_drafter_are_the_library_own():
+    config = make_drafter(make_target(), "eagle3", {}, None).config
+    assert (config.ttt_steps, config.draft_vocab_size, config.target_layer_ids) == (7, 64, [1, 3, 4])
+    config = make_drafter(make_target(), "dflash", {}, None).config
+    assert (config.num_hidden_layers, config.block_size, config.mask_token_id) == (5, 16, 3)
+
+
+def test_an_option_of_the_other_family_is_refused():
+    with pytest.raises(ValueError, match=r"\['ttt_steps'\] mean nothing to a drafter of family 'dflash'"):
+        make_drafter(make_target(), "dflash", {"ttt_steps": 3, "target_layer_ids": [1]}, None)
+    with pytest.raises(ValueError, match="got 'medusa'"):
+        make_drafter(make_target(), "medusa", {}, None)
+
+
+def test_init_saves_what_was_asked_for(drafter_folder: str):
+    drafter = AutoDrafter.from_pretrained(drafter_folder)
+    assert (drafter.config.family, drafter.config.block_size, drafter.config.num_hidden_layers) == ("dflash", 4, 1)
+
+
+def test_init_with_the_same_seed_makes_the_same_drafter(drafter_folder: str, target_folder: str, tmp_path: Path):
+    flags = ["--num-hidden-layers", "1", "--block-size", "4", "--seed", "3"]
+    main(["init", "--family", "dflash", "--target", target_folder, "--output", str(tmp_path), *flags])
+    first, second = (AutoDrafter.from_pretrained(folder).state_dict() for folder in (drafter_folder, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sft_makes_an_eagle3_drafter_with_the_commonest_tokens(
+    target_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = tmp_path / "sft.yaml"
+    config.write_text(
+        f"target_model_name_or_path: {target_folder}\ndataset_name: {rows_file}\nfamily: eagle3\nttt_steps: 2\n"
+    )
+    out = tmp_path / "out"
+    words = ["--config", str(config), "--draft_vocab_size", "12", "--output_dir", str(out), *TRAINING]
+    assert main(["sft", *words]) == 0
+    drafter = AutoDrafter.from_pretrained(out)
+    assert (drafter.config.ttt_steps, drafter.config.draft_vocab_size) == (2, 12)
+    # Counted by hand: w15..w21 occur six times each, the next ones on either side five times; EOS is kept always.
+    assert {15, 16, 17, 18, 19, 20, 21, 2} <= set(drafter.draft_token_ids.tolist())
+    assert "Draft vocabulary of 12 tokens covers" in capsys.readouterr().out
+
+
+def test_opd_goes_on_from_a_drafter_and_changes_it(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path
+):
+    words = [
+        "--model_name_or_path",
+        drafter_folder,
+        "--target_model_name_or_path",
+        target_folder,
+        "--dataset_name",
+        rows_file,
+    ]
+    limits = ["--max_completion_length", "12", "--dataset_test_split", "train[:1]", "--eval_strategy", "steps"]
+    assert main(["opd", *words, *limits, "--output_dir", str(tmp_path), *TRAINING]) == 0
+    before, after = (AutoDrafter.from_pretrained(folder).state_dict() for folder in (drafter_folder, tmp_path))
+    assert before.keys() == after.keys()
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _evaluate(target: str, drafter: str, rows: str, *more: str) -> int:
+    return main(
+        ["evaluate", "--target", target, "--drafter", drafter, "--dataset", rows, "--max-new-tokens", "12", *more]
+    )
+
+
+def test_evaluate_prints_the_table_and_writes_the_numbers(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    path = tmp_path / "report.json"
+    flags = ["--num-prompts", "3", "--num-drafts", "2", "--batch-size", "2", "--json", str(path)]
+    assert _evaluate(target_folder, drafter_folder, rows_file, *flags) == 0
+    assert "3 of 3" in capsys.readouterr().out
+    report = json.loads(path.read_text("utf-8"))
+    assert (report["num_prompts"], report["num_drafts"], report["batch_size"], report["temperature"]) == (3, 2, 2, 0.0)
+
+
+def test_evaluate_passes_the_sampling_law_on(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
+    path = tmp_path / "report.json"
+    law = ["--temperature", "0.7", "--top-k", "5", "--draft-sampling", "sample", "--seed", "4", "--ignore-eos"]
+    assert _evaluate(target_folder, drafter_folder, rows_file, *law, "--json", str(path)) == 0
+    report = json.loads(path.read_text("utf-8"))
+    assert report["temperature"] == 0.7
+    assert report["num_tokens"] == 6 * 12
+    assert report["speedup"] is None
+
+
+def test_evaluate_fails_when_a_float32_output_is_not_the_target_own(
+    target_folder: str, drafter_folder: str, rows_file: str, monkeypatch: pytest.MonkeyPatch
+):
+    def with_a_difference(*args, **kwargs):
+        report = evaluate_drafter(*args, **kwargs)
+        return type(report)(**report.to_dict() | {"num_different": 1, "different_prompts": [0]})
+
+    monkeypatch.setattr("trl_draft_opd.evaluation.evaluate_drafter", with_a_difference)
+    assert _evaluate(target_folder, drafter_folder, rows_file, "--num-prompts", "1") == 1
+    assert _evaluate(target_folder, drafter_folder, rows_file, "--num-prompts", "1", "--target-dtype", "bfloat16") == 0
+
+
+def test_a_drafter_of_another_target_is_refused(target_folder: str, rows_file: str, tmp_path: Path, capsys):
+    other = make_target()
+    other.config.vocab_size = 128
+    make_drafter(other, "dflash", {"block_size": 4}, None).save_pretrained(tmp_path)
+    error = _error(["evaluate", "--target", target_folder, "--drafter", str(tmp_path), "--dataset", rows_file], capsys)
+    assert "vocab_size 128 but the target has 64" in error
+
+
+def test_a_file_that_does_not_exist_is_one_line(target_folder: str, drafter_folder: str, capsys):
+    words = ["--target", target_folder, "--drafter", drafter_folder, "--dataset", "nowhere.jsonl"]
+    assert "There is no dataset file 'nowhere.jsonl'" in _error(["evaluate", *words], capsys)
+
+
+def test_a_dataset_of_the_library_is_read_like_any_other(tmp_path: Path):
+    Dataset.from_dict({"text": ["w8 w9"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds the splits"):
+        load_rows(str(tmp_path / "saved"), None, "validation")

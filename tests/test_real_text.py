@@ -1,0 +1,136 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Losslessness on real text: a small real target and GSM8K prompts, for those who give `--shared PATH`.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_draft_opd import (
+    AutoDrafter,
+    DFlashDraftModel,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    Eagle3DraftModel,
+    FrozenTarget,
+    SamplingSettings,
+    evaluate_drafter,
+    generate_responses,
+)
+from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+
+
+GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+FAMILIES = ("eagle3", "dflash")
+
+
+@pytest.fixture(scope="module")
+def target(shared_dir: Path) -> FrozenTarget:
+    return FrozenTarget.load(shared_dir / "targets" / "gsm8k-qwen3-7m", dtype=torch.float32)
+
+
+def read_prompts(shared_dir: Path, target: FrozenTarget, count: int) -> list[list[int]]:
+    with (shared_dir / "data" / "gsm8k_test.jsonl").open(encoding="utf-8") as lines:
+        questions = [json.loads(line)["question"] for line in lines][:count]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    return [target.tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
+
+
+def fresh(family: str, target: FrozenTarget) -> Drafter:
+    torch.manual_seed(0)
+    if family == "eagle3":
+        return Eagle3DraftModel.from_target(target, ttt_steps=5)
+    return DFlashDraftModel.from_target(target, mask_token_id=3, num_hidden_layers=2, block_size=8)
+
+
+def briefly_trained(family: str, target: FrozenTarget, folder: Path, rows: Dataset, num_steps: int) -> Drafter:
+    drafter = fresh(family, target)
+    config = DraftSFTConfig(
+        str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=8,
+        learning_rate=2e-3,
+        num_anchors=24,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    DraftSFTTrainer(drafter, target, config, rows).train()
+    return drafter
+
+
+def decode(target: FrozenTarget, drafter: Drafter, prompts: list, batch_size: int, max_new_tokens: int) -> list[list[int]]:
+    settings = LiveSettings(drafter.default_num_drafts, max_new_tokens, GREEDY, "greedy", target.eos_token_ids, False)
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        texts += rollout_live(target, drafter, batch, settings, torch.Generator()).responses()
+    return texts
+
+
+def own_texts(target: FrozenTarget, prompts: list, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    return generate_responses(
+        target,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=GREEDY,
+        batch_size=batch_size,
+        seed=0,
+        show_progress=False,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_briefly_trained_drafter_keeps_the_text_of_real_prompts(family, shared_dir, target, tmp_path):
+    prompts = read_prompts(shared_dir, target, 16)
+    texts = own_texts(target, prompts, 48, 8)
+    rows = Dataset.from_list([{"prompt_ids": p, "completion_ids": r} for p, r in zip(prompts, texts, strict=True)])
+    drafter = briefly_trained(family, target, tmp_path, rows, num_steps=25)
+    report = evaluate_drafter(target, drafter, prompts[:8], max_new_tokens=48, batch_size=8, show_progress=False)
+    assert report.num_different == 0
+    # Nothing is proved by a drafter whose drafts are never kept.
+    assert report.tau > 1.2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_drafter_starts_draft_opd_on_real_prompts(family, shared_dir, target, tmp_path):
+    fresh(family, target).save_pretrained(tmp_path / "drafter")
+    questions = [{"prompt": [{"role": "user", "content": f"What is {i} plus {i}?"}]} for i in range(4)]
+    config = DraftOPDConfig(
+        str(tmp_path / "opd"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        max_completion_length=24,
+        target_dtype="float32",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    path = shared_dir / "targets" / "gsm8k-qwen3-7m"
+    trainer = DraftOPDTrainer(str(tmp_path / "drafter"), str(path), config, Dataset.from_list(questions))
+    trainer.train()
+    trainer.save_model()
+    assert AutoDrafter.from_pretrained(tmp_path / "opd").config.num_target_layers == target.num_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_trained", [False, True], ids=["random", "trained"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_the_targets_own_on_100_real_prompts(family, is_trained, shared_dir, target, tmp_path):
+    prompts = read_prompts(shared_dir, target, 100)
+    expected = own_texts(target, prompts, 96, 20)
+    drafter = fresh(family, target)
+    if is_trained:
+        pairs = zip(prompts, expected, strict=True)
+        rows = Dataset.from_list([{"prompt_ids": p, "completion_ids": r} for p, r in pairs])
+        drafter = briefly_trained(family, target, tmp_path, rows, num_steps=60)
+    for batch_size in (1, 8):
+        assert decode(target, drafter, prompts, batch_size, 96) == expected
