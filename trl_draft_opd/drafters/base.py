@@ -33,7 +33,7 @@ class DraftContext:
     """
     What a drafter keeps of the committed text, indexed by position: entry `i` belongs to position `i` of its row.
 
-    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything: rejected
+    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything finite: rejected
     drafts are rolled back by being overwritten.
 
     Attributes:
