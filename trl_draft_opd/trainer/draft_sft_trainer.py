@@ -240,7 +240,8 @@ class DraftSFTTrainer(_BaseTrainer):
                 keep_branch_hidden=False,
             )
             generator = torch.Generator().manual_seed(self.args.seed)
-            rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, generator)
+            with self.accelerator.autocast():
+                rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, generator)
             self._sums["eval"].add(rollout_sums(rollout))
         return result.loss.detach(), None, None
 
