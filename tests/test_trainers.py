@@ -104,7 +104,7 @@ def assert_every_tensor_moved(before, after):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
 @pytest.mark.parametrize("kind", ["sft", "opd"])
-def test_every_tensor_moves(tmp_path, target, rows, kind, family, bf16):
+def test_every_trainable_tensor_moves_in_training(tmp_path, target, rows, kind, family, bf16):
     drafter = make_drafter(family, target)
     before, frozen = weights(drafter), {n: p.clone() for n, p in target.causal_lm.named_parameters()}
     trainer = make_trainer(kind, tmp_path, drafter, target, rows, bf16=bf16)

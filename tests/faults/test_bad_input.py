@@ -214,14 +214,14 @@ def test_more_drafts_than_the_drafters_blocks_hold(tmp_path, target, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_dataset(tmp_path, target, kind):
+def test_an_empty_dataset_is_an_error_at_once(tmp_path, target, kind):
     with refuses("The dataset is empty. Check its split and its filters"):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, {"prompt": [], "completion": []})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("empty", ["", None])
-def test_an_empty_prompt(tmp_path, target, kind, empty):
+def test_an_empty_prompt_names_its_row(tmp_path, target, kind, empty):
     columns = {"prompt": ["w9", empty], "completion": ["w20", "w21"]}
     with refuses("Row 1 of the dataset: the prompt is empty.*Fill it or drop the row"):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, columns)
@@ -240,7 +240,7 @@ def test_long_prompts_are_skipped_and_counted(tmp_path, target, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_missing_columns(tmp_path, target, kind):
+def test_missing_columns_name_the_accepted_forms(tmp_path, target, kind):
     with refuses(r"The dataset has columns \['question'\], but needs .*`messages`.*Rename or map them"):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, {"question": ["w9"]})
 
@@ -265,7 +265,7 @@ def test_ids_outside_the_vocabulary(tmp_path, target, kind):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, columns)
 
 
-def test_regenerating_a_stream(tmp_path, target):
+def test_regenerating_a_streamed_dataset_is_refused(tmp_path, target):
     rows = IterableDataset.from_generator(lambda: iter([{"prompt": "w9", "completion": "w10"}]))
     with refuses("`regenerate=True` needs a dataset of known length, got an `IterableDataset`"):
         args = make_args("sft", tmp_path, regenerate=True)

@@ -34,7 +34,8 @@ def results_table(before: EvaluationReport, after: EvaluationReport, family: str
         "after Draft-OPD",
         title=f"{family}, {before.num_drafts} drafts per block, {before.num_prompts} held-out prompts, temperature 0",
         caption="tau: tokens per verification, the target's own included. [..]: 95 % interval over prompts.\n"
-        "equal outputs: the target's own text to the last token. speed: against plain decoding.",
+        "equal outputs: the target's own text to the last token. speed: against plain decoding, "
+        f"{before.batch_size} prompts at a time.",
     )
     reports = (before, after)
     rows = {

@@ -53,10 +53,11 @@ class DemoSettings:
         target (`str`, *optional*): Hub id or path of a real target; by default a tiny one is trained first.
         dataset (`str`, *optional*): Name of the real target's prompts, for the record.
         num_prompts (`int`), num_test_prompts (`int`): Prompts to train on, and others to measure on.
+        test_batch_size (`int`): Prompts decoded together in the measurement, its speed included.
         max_new_tokens (`int`): Longest response.
         num_drafts (`int`): Drafts per block.
         sft_epochs (`int`), opd_epochs (`int`), batch_size (`int`): Of the drafter's training; prompts per update.
-        sft_learning_rate (`float`): Of SFT; Draft-OPD takes the library's.
+        sft_learning_rate (`float`), opd_learning_rate (`float`): Peak rates, higher than the library's: the drafter is tiny.
         num_chats (`int`), vocab_size (`int`), hidden_size (`int`): Of the tiny target's corpus and model.
         target_steps (`int`), target_batch_size (`int`), target_learning_rate (`float`): Of the tiny target's training.
         seed (`int`): Of everything.
@@ -66,14 +67,16 @@ class DemoSettings:
     family: str = "dflash"
     target: str | None = None
     dataset: str | None = None
-    num_prompts: int = 1200
+    num_prompts: int = 960
     num_test_prompts: int = 98
+    test_batch_size: int = 14
     max_new_tokens: int = 128
     num_drafts: int = 7
-    sft_epochs: int = 6
-    opd_epochs: int = 3
-    batch_size: int = 32
+    sft_epochs: int = 5
+    opd_epochs: int = 1
+    batch_size: int = 16
     sft_learning_rate: float = 2e-3
+    opd_learning_rate: float = 1e-3
     num_chats: int = 7000
     vocab_size: int = 768
     hidden_size: int = 96
@@ -85,7 +88,14 @@ class DemoSettings:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"`family` must be one of {FAMILIES}, got {self.family!r}.")
-        for name in ("num_prompts", "num_test_prompts", "max_new_tokens", "sft_epochs", "opd_epochs"):
+        for name in (
+            "num_prompts",
+            "num_test_prompts",
+            "max_new_tokens",
+            "sft_epochs",
+            "opd_epochs",
+            "test_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
@@ -150,7 +160,7 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
         with _phase(console, "3/5 drafter by SFT", folders["drafter-sft"], key, seconds) as is_needed:
             if is_needed:
                 _train_sft(settings, target, train_rows, folders["drafter-sft"], console)
-        key |= settings.named("opd_epochs")
+        key |= settings.named("opd_epochs", "opd_learning_rate")
         with _phase(console, "4/5 Draft-OPD", folders["drafter-opd"], key, seconds) as is_needed:
             if is_needed:
                 _train_opd(settings, target, train_rows, folders, console)
@@ -290,7 +300,7 @@ def _train_sft(settings: DemoSettings, target: FrozenTarget, rows: Dataset, fold
         num_train_epochs=settings.sft_epochs,
         learning_rate=settings.sft_learning_rate,
         # About as many blocks as a response has in decoding; another epoch draws others.
-        num_anchors=24,
+        num_anchors=16,
     )
     _train(DraftSFTTrainer(_fresh_drafter(settings, target), target, config, rows), folder, console)
 
@@ -301,6 +311,7 @@ def _train_opd(
     config = DraftOPDConfig(
         **_trainer_settings(settings, folders["drafter-opd"]),
         num_train_epochs=settings.opd_epochs,
+        learning_rate=settings.opd_learning_rate,
         # The responses are written already; at temperature 0 the blocks are those of live decoding.
         rollout="replay",
         completions_from_target=True,
@@ -341,7 +352,9 @@ def _measure(
 ) -> EvaluationReport:
     drafter = AutoDrafter.from_pretrained(folder, num_target_layers=target.num_layers).eval().to(target.device)
     begun = time.perf_counter()
-    report = evaluate_drafter(target, drafter, prompts, max_new_tokens=settings.max_new_tokens, batch_size=1)
+    report = evaluate_drafter(
+        target, drafter, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.test_batch_size
+    )
     seconds[f"5/5 measuring {folder.name}"] = round(time.perf_counter() - begun, 1)
     return report
 

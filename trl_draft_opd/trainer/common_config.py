@@ -137,6 +137,9 @@ class DraftTrainingConfig(_BaseConfig):
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
+        if not torch.accelerator.is_available():
+            # There is nothing to pin memory for, and torch warns about it in every epoch.
+            self.dataloader_pin_memory = False
         super().__post_init__()
         self.gradient_checkpointing = bool(self.gradient_checkpointing)
         if self.gradient_checkpointing:
