@@ -72,15 +72,15 @@ class DemoSettings:
     test_batch_size: int = 14
     max_new_tokens: int = 128
     num_drafts: int = 7
-    sft_epochs: int = 5
+    sft_epochs: int = 8
     opd_epochs: int = 1
     batch_size: int = 16
-    sft_learning_rate: float = 2e-3
+    sft_learning_rate: float = 4e-3
     opd_learning_rate: float = 1e-3
     num_chats: int = 7000
     vocab_size: int = 768
     hidden_size: int = 96
-    target_steps: int = 450
+    target_steps: int = 400
     target_batch_size: int = 16
     target_learning_rate: float = 4e-3
     seed: int = 0
@@ -299,6 +299,7 @@ def _train_sft(settings: DemoSettings, target: FrozenTarget, rows: Dataset, fold
         **_trainer_settings(settings, folder),
         num_train_epochs=settings.sft_epochs,
         learning_rate=settings.sft_learning_rate,
+        adam_beta2=0.95,
         # About as many blocks as a response has in decoding; another epoch draws others.
         num_anchors=16,
     )
@@ -315,6 +316,8 @@ def _train_opd(
         # The responses are written already; at temperature 0 the blocks are those of live decoding.
         rollout="replay",
         completions_from_target=True,
+        # A DFlash slot sees no draft before it: with few updates, the slots behind a rejection only blur the first ones.
+        rejected_scope="first" if settings.family == "dflash" else "suffix",
     )
     trainer = DraftOPDTrainer(str(folders["drafter-sft"]), target, config, rows)
     _train(trainer, folders["drafter-opd"], console)
