@@ -2,13 +2,14 @@
 """
 Drafts whose fate is known in advance: the target's own greedy continuation, wrong at chosen positions.
 
-Knows the target alone; a drafter's `propose` is replaced, so both rollout engines meet the same blocks.
+Knows the target alone; how a drafter drafts is replaced, so both rollout engines meet the same blocks.
 """
 
 from collections.abc import Callable
 
 import torch
 from tiny import VOCAB
+from torch.nn.functional import one_hot
 
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.drafters.base import Drafter, Proposal
@@ -43,12 +44,27 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
         ]
         return Proposal(torch.tensor(drafts, device=anchors.device), None)
 
-    def propose(context, anchor_positions, anchor_tokens, num_drafts, embed, project, choose):
-        # Replay drafts for all rows; those that are done repeat their last anchor.
-        capped = [anchor_positions[row].clamp(max=len(truth) - 1 - num_drafts) for row, truth in enumerate(truths)]
-        return blocks(list(range(len(truths))), torch.stack(capped), num_drafts)
+    def draft_along(context, anchor_positions, anchor_tokens, num_drafts, embed, decide):
+        # Padding repeats an early anchor; anchors near a truth's end are asked for fewer slots.
+        anchors = torch.stack([anchor_positions[row].clamp(1, len(truth) - 1) for row, truth in enumerate(truths)])
+        for slot in range(1, num_drafts + 1):
+            drafts = [
+                [
+                    planted_drafts([*truth, *[0] * num_drafts], anchor, slot, wrong(row))[-1]
+                    for anchor in anchors[row].tolist()
+                ]
+                for row, truth in enumerate(truths)
+            ]
+            # The hidden state is the draft itself; the head below turns it into logits.
+            decided = decide(torch.tensor(drafts, dtype=torch.float32)[..., None], slot)
+            if decided is None:
+                return
+            anchors = anchors if decided[1] is None else anchors.gather(1, decided[1])
 
-    monkeypatch.setattr(drafter, "propose", propose, raising=False)
+    monkeypatch.setattr(drafter, "draft_along", draft_along, raising=False)
+    monkeypatch.setattr(
+        drafter, "draft_logits", lambda hidden, project: one_hot(hidden[..., 0].long(), VOCAB).float(), raising=False
+    )
     # A live batch loses rows as they end; it alone knows which are left.
     monkeypatch.setattr(
         live._LiveBatch,

@@ -37,14 +37,15 @@ def make_rollout(rounds, prompt=PROMPT, response=RESPONSE, num_padding=2):
     return Rollout(
         input_ids=torch.tensor([ids + [0] * num_padding]),
         attention_mask=torch.tensor([[1] * len(ids) + [0] * num_padding]),
-        prompt_lengths=torch.tensor([prompt]),
-        lengths=torch.tensor([len(ids)]),
+        completion_mask=torch.tensor([[False] * prompt + [True] * len(response) + [False] * num_padding]),
         anchors=anchors,
         drafts=drafts,
         accepted=outcome.accepted * is_block,
         is_censored=outcome.is_censored & is_block,
         is_counted=outcome.is_counted & is_block,
         branch_hidden=None,
+        has_suffix=True,
+        num_refused=0,
         num_target_forwards=len(rounds) + 1,
     )
 

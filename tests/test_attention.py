@@ -24,10 +24,10 @@ def make_inputs(queries, block_keys, dtype=torch.float64):
     return [(2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes]
 
 
-def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS):
-    if block_key.shape[3] == 0:
-        block_key = block_value = None
-    return anchored_attention(query, context_key, context_value, block_key, block_value, anchors, SCALING)
+def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1):
+    keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
+    values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
+    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING)
 
 
 def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS):

@@ -54,11 +54,13 @@ def make_case(loss_type, is_reduced=False, dtype=torch.float64, num_rows=NUM_ROW
         target_hidden=draw(num_rows, TARGET_HIDDEN),
         target_weight=2 * draw(VOCAB, TARGET_HIDDEN),
         arguments=dict(
+            target_rows_N=None,
             labels_N=labels,
             weights_N=draw(num_rows).abs() + 0.1,
             loss_type=loss_type,
             draft_token_ids=torch.tensor(DRAFT_TOKEN_IDS) if is_reduced else None,
-            chunk_bytes=4 * VOCAB * 3,  # three rows
+            # One row of temporaries, and three rows of logits over both vocabularies.
+            chunk_bytes=dtype.itemsize * (4 * VOCAB + 3 * (VOCAB + draft_vocab)),
         ),
     )
 
@@ -116,8 +118,9 @@ def record_calls(head):
     calls = []
 
     def project(hidden):
-        calls.append((hidden, head.project(hidden)))
-        return calls[-1][1]
+        logits = head.project(hidden)
+        calls.append((hidden, logits.clone()))  # the loss overwrites them by their gradient
+        return logits
 
     return replace(head, project=project), calls
 
@@ -260,7 +263,7 @@ def test_three_losses_agree_with_the_chunked_divergence_of_trl(beta, loss_type):
 
 
 @ALL_LOSSES
-@pytest.mark.parametrize("chunk_bytes", [0, 4 * VOCAB * 4, 10**9])
+@pytest.mark.parametrize("chunk_bytes", [0, 8 * VOCAB * 15, 10**9])
 def test_the_chunk_size_changes_nothing(loss_type, chunk_bytes):
     case = make_case(loss_type, is_reduced=True)
     expected, actual = run_chunked(case), run_chunked(case, chunk_bytes=chunk_bytes)
@@ -300,6 +303,7 @@ def test_the_target_is_renormalised_over_the_drafters_vocabulary():
         Head(project=lambda hidden: hidden, parameters=(), vocab_size=2),
         log_probs([0.15, 0.2, 0.6, 0.05]),
         Head(project=lambda hidden: hidden, parameters=(), vocab_size=4),
+        target_rows_N=None,
         labels_N=None,
         weights_N=torch.ones(1),
         loss_type="tv",
@@ -523,6 +527,7 @@ def test_the_gradient_of_a_bfloat16_head_does_not_lose_small_chunks():
         Head.linear(weight),
         None,
         None,
+        target_rows_N=None,
         labels_N=torch.zeros(600, dtype=torch.long),
         weights_N=torch.ones(600),
         loss_type="ce",

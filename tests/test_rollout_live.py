@@ -14,6 +14,7 @@ from tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, m
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.anchors import replay_errors
 from trl_draft_opd.rollout import live
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.verification import token_probs
@@ -245,10 +246,12 @@ def test_a_mismatch_at_the_last_token_is_an_ordinary_rejection(monkeypatch, targ
 def test_branch_states_are_those_of_a_packed_forward(family, kind):
     target = make_target(kind)
     rollout = roll_out(target, make_drafter(family, target), make_prompts(3), keep_branch_hidden=True)
-    packed = target.score_branches(rollout.input_ids, rollout.attention_mask, rollout.anchors, rollout.drafts)
-    is_block = rollout.is_block
-    assert rollout.branch_hidden.shape == packed.shape and is_block.sum() > 30
-    torch.testing.assert_close(rollout.branch_hidden[is_block], packed[is_block], rtol=1e-4, atol=1e-4)
+    is_branch = replay_errors(rollout, rejected_scope="suffix", eos_token_ids=[]).is_branch
+    reading = target.read_text(rollout.input_ids, rollout.attention_mask, (), keep_cache=True)
+    packed = target.score_branches(reading, rollout.anchors, rollout.drafts, is_branch)
+    assert rollout.branch_hidden.shape == packed.shape and is_branch.sum() > 30
+    torch.testing.assert_close(rollout.branch_hidden[is_branch], packed[is_branch], rtol=1e-4, atol=1e-4)
+    assert not packed[~is_branch].any()
 
 
 def test_branch_states_are_those_of_the_target_on_prompt_text_and_drafts(target):

@@ -10,15 +10,16 @@ from tiny import VOCAB, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.anchors import replay_errors
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
+from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 
 
+GREEDY = SamplingSettings(0.0, 0, 1.0)
 FIELDS = (
     "input_ids",
     "attention_mask",
-    "prompt_lengths",
-    "lengths",
+    "completion_mask",
     "anchors",
     "drafts",
     "accepted",
@@ -28,12 +29,23 @@ FIELDS = (
 
 
 def roll_out(target, drafter, prompts, eos_token_ids=(), max_new_tokens=20):
-    settings = LiveSettings(4, max_new_tokens, SamplingSettings(0.0, 0, 1.0), "greedy", eos_token_ids, True)
+    settings = LiveSettings(4, max_new_tokens, GREEDY, "greedy", eos_token_ids, True)
     return rollout_live(target, drafter, prompts, settings, torch.Generator())
 
 
+def replay_settings(keep_branch_hidden, segment_length=1):
+    return ReplaySettings(4, GREEDY, "greedy", keep_branch_hidden, 0, 0, segment_length, 4 * VOCAB * 7)
+
+
 def text_of(rollout):
-    return TargetText(rollout.input_ids, rollout.attention_mask, rollout.prompt_lengths)
+    return TargetText(
+        rollout.input_ids, rollout.attention_mask, rollout.completion_mask, range(len(rollout.input_ids))
+    )
+
+
+def text_of_ids(ids, prompt_length):
+    ids = torch.tensor([ids])
+    return TargetText(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None] >= prompt_length, [0])
 
 
 def assert_same_blocks(rollout, replayed):
@@ -41,8 +53,11 @@ def assert_same_blocks(rollout, replayed):
     for name in FIELDS:
         first, second = getattr(rollout, name), getattr(replayed, name)
         if name == "drafts":
-            # What stands in a row's missing blocks is nobody's draft.
-            first, second = first[is_block], second[is_block]
+            # What stands in a row's missing blocks is nobody's draft, nor what stands in slots that were not drafted.
+            slots = torch.arange(1, first.shape[-1] + 1)
+            last = rollout.accepted + 1 - rollout.is_censored.long()
+            is_draft = is_block[..., None] & (replayed.has_suffix | (slots <= last[..., None]))
+            first, second = first[is_draft], second[is_draft]
         assert torch.equal(first, second), name
 
 
@@ -51,17 +66,19 @@ def target():
     return make_target()
 
 
+@pytest.mark.parametrize("segment_length", [1, 3, 100])
 @pytest.mark.parametrize("num_rows", [1, 5])
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
-def test_replay_of_live_text_is_the_live_rollout(family, num_rows, target):
+def test_replay_of_live_text_is_the_live_rollout(family, num_rows, segment_length, target):
     drafter = make_drafter(family, target)
     prompts = make_prompts(num_rows, seed=num_rows)
     eos = [roll_out(target, drafter, prompts).responses()[0][11]]
     live = roll_out(target, drafter, prompts, eos)
-    replayed = rollout_replay(target, drafter, text_of(live), num_drafts=4, keep_branch_hidden=True)
+    replayed = rollout_replay(target, drafter, text_of(live), replay_settings(True, segment_length))
     assert_same_blocks(live, replayed)
-    is_block = live.is_block
-    torch.testing.assert_close(replayed.branch_hidden[is_block], live.branch_hidden[is_block], rtol=1e-5, atol=1e-4)
+    is_branch = replay_errors(live, rejected_scope="suffix", eos_token_ids=[]).is_branch
+    assert is_branch.any()
+    torch.testing.assert_close(replayed.branch_hidden[is_branch], live.branch_hidden[is_branch], rtol=1e-5, atol=1e-4)
     assert replayed.num_target_forwards == 2
 
 
@@ -79,7 +96,7 @@ def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
     # An EOS that several rows meet, some of them inside an accepted block.
     eos = [truths[0][len(prompts[0]) + 7], truths[2][len(prompts[2]) + 12]]
     live = roll_out(target, drafter, prompts, eos)
-    replayed = rollout_replay(target, drafter, text_of(live), num_drafts=4, keep_branch_hidden=False)
+    replayed = rollout_replay(target, drafter, text_of(live), replay_settings(False, 5))
     assert_same_blocks(live, replayed)
     assert replayed.branch_hidden is None and replayed.num_target_forwards == 1
     assert live.is_censored.any() and (live.accepted == 4).any() and (live.is_block & (live.accepted == 0)).any()
@@ -89,15 +106,15 @@ def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
 def test_redrafting_at_the_chains_own_anchors_gives_the_chain(family, target):
     drafter = make_drafter(family, target)
     live = roll_out(target, drafter, make_prompts(3))
-    again = redraft(target, drafter, live, live.anchors, keep_branch_hidden=True)
+    again = redraft(target, drafter, text_of(live), live.anchors, replay_settings(True))
     assert_same_blocks(live, again)
-    shifted = redraft(target, drafter, live, live.anchors[:, :4], keep_branch_hidden=False)
+    shifted = redraft(target, drafter, text_of(live), live.anchors[:, :4], replay_settings(True))
     assert torch.equal(shifted.drafts, live.drafts[:, :4])
 
 
 def test_a_response_of_one_token_has_no_block(target):
-    text = TargetText(torch.tensor([[9, 8, 7]]), torch.ones(1, 3, dtype=torch.long), torch.tensor([2]))
-    replayed = rollout_replay(target, make_drafter("dflash", target), text, num_drafts=4, keep_branch_hidden=True)
+    text = text_of_ids([9, 8, 7], 2)
+    replayed = rollout_replay(target, make_drafter("dflash", target), text, replay_settings(True))
     assert replayed.anchors.tolist() == [[-1]] and int(replayed.num_rounds) == 0
     assert not replayed.is_counted.any() and not replayed.is_censored.any() and replayed.drafts.shape == (1, 1, 4)
 
@@ -105,9 +122,9 @@ def test_a_response_of_one_token_has_no_block(target):
 @pytest.mark.parametrize("is_training", [True, False])
 def test_replay_restores_the_drafters_mode(is_training, target):
     drafter = make_drafter("eagle3", target).train(is_training)
-    text = TargetText(torch.tensor([[9, 8, 7, 6]]), torch.ones(1, 4, dtype=torch.long), torch.tensor([2]))
-    rollout = rollout_replay(target, drafter, text, num_drafts=4, keep_branch_hidden=False)
-    redraft(target, drafter, rollout, rollout.anchors, keep_branch_hidden=False)
+    text = text_of_ids([9, 8, 7, 6], 2)
+    rollout = rollout_replay(target, drafter, text, replay_settings(False))
+    redraft(target, drafter, text, rollout.anchors, replay_settings(False))
     assert drafter.training is is_training
 
 
@@ -116,8 +133,7 @@ def test_a_sliding_window_target_can_be_replayed_but_not_branched():
     config = MistralConfig(vocab_size=VOCAB, num_key_value_heads=1, head_dim=8, sliding_window=6, **shape)
     target = FrozenTarget(MistralForCausalLM(config).eval())
     drafter = make_drafter("dflash", target)
-    ids = torch.tensor([greedy_text(target, [9, 10], 12)])
-    text = TargetText(ids, torch.ones_like(ids), torch.tensor([2]))
-    assert int(rollout_replay(target, drafter, text, num_drafts=4, keep_branch_hidden=False).num_rounds) > 0
+    text = text_of_ids(greedy_text(target, [9, 10], 12), 2)
+    assert int(rollout_replay(target, drafter, text, replay_settings(False)).num_rounds) > 0
     with pytest.raises(ValueError, match="sliding window of 6 tokens"):
-        rollout_replay(target, drafter, text, num_drafts=4, keep_branch_hidden=True)
+        rollout_replay(target, drafter, text, replay_settings(True))

@@ -3,6 +3,7 @@
 Tests of `trl_draft_opd/target.py` against the model's own public outputs, on four families.
 """
 
+import copy
 import weakref
 
 import pytest
@@ -25,6 +26,7 @@ from trl_draft_opd import FrozenTarget
 
 LAYER_IDS = [0, 3, 6]
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
+EXACT = {"rtol": 0, "atol": 1e-9}
 # Features of these random targets are not normed: entries of about 20, up to 100.
 FEATURE_TOLERANCE = {"rtol": 1e-5, "atol": 3e-4}
 SMALL = {
@@ -156,18 +158,27 @@ def test_steps_over_masked_holes_equal_a_clean_run(target):
     assert cache.get_seq_length() == mask.shape[1] == 11
 
 
-@pytest.mark.parametrize("num_drafts", [1, 4])
-def test_packed_branches_equal_one_forward_each(target, num_drafts):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_drafts", [1, 2, 4])
+def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
+    if dtype == torch.float64 and target.config.model_type not in ("qwen3", "llama"):
+        dtype = torch.float32  # The expert kernels know no float64, and Gemma 2 rounds to float32 inside.
     input_ids, mask, _ = make_rows()
-    anchors = torch.tensor([[1, 5, 8], [3, -1, 2], [0, 6, -1]])
+    anchors = torch.tensor([[1, 4, 3], [3, -1, 2], [0, 2, -1]])
+    accepted = torch.tensor([[0, 1, 2], [0, 0, 3], [1, 0, 0]]).clamp(max=num_drafts)
     drafts = torch.randint(4, VOCAB, (3, 3, num_drafts), generator=torch.Generator().manual_seed(1))
-    hidden = target.score_branches(input_ids, mask, anchors, drafts)
-    assert hidden.shape == (3, 3, num_drafts, 32) and hidden.isfinite().all()
-    for row, block in (anchors >= 0).nonzero().tolist():
-        anchor = int(anchors[row, block])
-        branch = torch.cat([input_ids[row, : anchor + 1], drafts[row, block, :-1]])[None]
-        alone = target.read_text(branch, torch.ones_like(branch), []).last_hidden[0, anchor:]
-        torch.testing.assert_close(hidden[row, block], alone, **TOLERANCE)
+    slots = torch.arange(1, num_drafts + 1)
+    committed = input_ids.gather(1, (anchors[..., None] + slots).clamp(0, 8).flatten(1)).view_as(drafts)
+    drafts = torch.where(slots <= accepted[..., None], committed, drafts)
+    is_branch = (slots > accepted[..., None] + 1) & (anchors >= 0)[..., None]
+    exact = FrozenTarget(copy.deepcopy(target.causal_lm).to(dtype))
+    reading = exact.read_text(input_ids, mask, LAYER_IDS, keep_cache=True)
+    hidden = exact.score_branches(reading, anchors, drafts, is_branch)
+    assert hidden.shape == (3, 3, num_drafts, 32) and not hidden[~is_branch].any()
+    for row, block, slot in is_branch.nonzero().tolist():
+        branch = torch.cat([input_ids[row, : anchors[row, block] + 1], drafts[row, block, :slot]])[None]
+        alone = exact.read_text(branch, torch.ones_like(branch), []).last_hidden[0, -1]
+        torch.testing.assert_close(hidden[row, block, slot], alone, **(TOLERANCE if dtype == torch.float32 else EXACT))
 
 
 def test_nothing_is_kept_but_the_layers_asked_for(target):
@@ -274,7 +285,8 @@ def test_a_target_that_cannot_be_rolled_back_is_read_but_not_branched(case):
     with pytest.raises(ValueError, match=f"{reason}.*Live rollouts and evaluation need full attention"):
         target.require_rollback()
     with pytest.raises(ValueError, match=reason):
-        target.score_branches(input_ids, torch.ones_like(input_ids), torch.tensor([[1]]), torch.tensor([[[4, 5]]]))
+        reading = target.read_text(input_ids, torch.ones_like(input_ids), [0])
+        target.score_branches(reading, torch.tensor([[1]]), torch.tensor([[[4, 5]]]), torch.tensor([[[False, True]]]))
 
 
 def test_a_target_of_full_attention_can_be_rolled_back(target):

@@ -27,11 +27,13 @@ from trl_draft_opd import (
 
 
 OPD_VARIANTS = {
-    "live": {},
-    "replay": {"rollout": "replay", "completions_from_target": True},
+    "live": {"rollout": "live"},
+    "replay": {},
+    "own": {"completions_from_target": True},
     "random": {"anchor_mode": "random"},
+    "live_random": {"rollout": "live", "anchor_mode": "random"},
     "first": {"rejected_scope": "first"},
-    "replay_first": {"rollout": "replay", "completions_from_target": True, "rejected_scope": "first"},
+    "live_first": {"rollout": "live", "rejected_scope": "first"},
 }
 
 
@@ -130,11 +132,95 @@ def test_every_variant_of_opd_trains(tmp_path, target, rows, family, variant):
 
 def test_replay_trains_exactly_as_live_at_temperature_0(tmp_path, target, rows):
     final = []
-    for variant in ("live", "replay"):
+    for variant in ("live", "replay", "own"):
         drafter = make_drafter("eagle3", target)
         make_trainer("opd", tmp_path, drafter, target, rows, optim="sgd", **OPD_VARIANTS[variant]).train()
         final.append(weights(drafter))
+    assert_equal(final[0], final[1], tolerance=1e-6)
+    assert_equal(final[1], final[2], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_random_anchors_train_alike_from_live_and_stored_text(tmp_path, target, rows, family):
+    final = []
+    for variant in ("live_random", "random"):
+        drafter = make_drafter(family, target)
+        make_trainer("opd", tmp_path, drafter, target, rows, optim="sgd", **OPD_VARIANTS[variant]).train()
+        final.append(weights(drafter))
     assert_equal(*final, tolerance=1e-6)
+
+
+def test_the_target_answers_each_prompt_once_and_the_answers_are_kept(monkeypatch, tmp_path, target, rows):
+    asked = []
+    generate = target.causal_lm.generate
+    monkeypatch.setattr(
+        target.causal_lm, "generate", lambda **kw: asked.append(len(kw["input_ids"])) or generate(**kw)
+    )
+    options = {"max_steps": -1, "num_train_epochs": 2}
+    make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, **options).train()
+    assert sum(asked) == len(rows) and len(asked) == 1
+    # Another run, and one that brings its own folder, find them there.
+    make_trainer("opd", tmp_path, make_drafter("eagle3", target), target, rows, **options).train()
+    folder = str(tmp_path / "trajectories")
+    make_trainer("opd", tmp_path / "b", make_drafter("dflash", target), target, rows, trajectories=folder).train()
+    assert len(asked) == 1 and not (tmp_path / "b" / "trajectories").exists()
+
+
+def test_a_run_shorter_than_an_epoch_asks_only_for_what_it_trains_on(monkeypatch, tmp_path, target, rows):
+    trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, max_steps=1)
+    trainer.train()
+    assert len(trainer._responses.store) == 2
+
+
+def test_readings_beyond_the_budget_are_made_again_with_the_same_result(tmp_path, target, rows):
+    final = []
+    for reading_bytes in (1, 2**30):
+        drafter = make_drafter("eagle3", target)
+        options = {"gradient_accumulation_steps": 2, "reading_bytes": reading_bytes}
+        make_trainer("opd", tmp_path, drafter, target, rows, **options).train()
+        final.append(weights(drafter))
+    assert_equal(*final)
+
+
+def test_sampled_drafts_train_along_sampled_text(tmp_path, target, rows):
+    for variant in ("replay", "random", "live_random"):
+        drafter = make_drafter("eagle3", target)
+        before = weights(drafter)
+        options = {"temperature": 0.8, "draft_sampling": "sample"} | OPD_VARIANTS[variant]
+        trainer = make_trainer("opd", tmp_path / "sampled", drafter, target, rows, **options)
+        trainer.train()
+        assert_every_tensor_moved(before, weights(drafter))
+        assert trainer.state.log_history[0]["refused_responses"] == 0
+
+
+def test_text_the_target_would_not_write_is_refused_before_training(tmp_path, target, rows):
+    foreign = rows.map(lambda row: {"completion_ids": [7, 8, 9, 10]})
+    drafter = make_drafter("dflash", target)
+    before = weights(drafter)
+    trainer = make_trainer("opd", tmp_path, drafter, target, foreign, completions_from_target=True)
+    with pytest.raises(ValueError, match="did not write these responses"):
+        trainer.train()
+    assert_equal(before, weights(drafter))
+
+
+def test_trajectories_of_another_target_are_refused(tmp_path, target, rows):
+    make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows).train()
+    other = make_target(seed=5)
+    trainer = make_trainer("opd", tmp_path, make_drafter("dflash", other), other, rows)
+    with pytest.raises(ValueError, match="weights"):
+        trainer.train()
+
+
+def test_every_answer_of_a_chat_has_a_chain_of_its_own(tmp_path, target):
+    turn = [7, 8, 9]
+    first = greedy_text(target, turn, 6)
+    second = greedy_text(target, first + turn, 6)
+    marks = [0] * 3 + [1] * 6 + [0] * 3 + [1] * 6
+    rows = Dataset.from_dict({"input_ids": [second], "completion_mask": [marks]})
+    options = {"completions_from_target": True, "max_steps": 1, "per_device_train_batch_size": 1}
+    trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["response_length"] == 12
 
 
 def test_a_reduced_vocabulary_trains_and_reports_what_it_loses(tmp_path, target, rows):
@@ -161,7 +247,7 @@ def test_a_sliding_window_target_trains_by_replay_of_first_rejections(tmp_path):
     )
     drafter = make_drafter("dflash", target)
     before = weights(drafter)
-    make_trainer("opd", tmp_path, drafter, target, rows, **OPD_VARIANTS["replay_first"]).train()
+    make_trainer("opd", tmp_path, drafter, target, rows, **OPD_VARIANTS["first"]).train()
     assert_every_tensor_moved(before, weights(drafter))
     for kind, variant in (("opd", "replay"), ("opd", "live"), ("sft", None)):
         options = OPD_VARIANTS.get(variant, {})
@@ -375,7 +461,7 @@ def test_opd_ignores_completions_unless_they_are_declared_the_targets(tmp_path, 
     declared = make_trainer(
         "opd", tmp_path, make_drafter("dflash", target), target, foreign, completions_from_target=True
     )
-    assert declared.train_dataset["completion_ids"][0] == [7, 7, 7]
+    assert declared.train_dataset["input_ids"][0][-3:] == [7, 7, 7]
 
 
 CHAT = [{"role": "user", "content": "w9 w10"}]

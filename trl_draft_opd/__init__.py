@@ -24,9 +24,17 @@ _PUBLIC = {
     "DraftSFTTrainer": "trainer.draft_sft_trainer",
     "EvaluationReport": "evaluation",
     "FrozenTarget": "target",
+    "Origin": "trajectories",
     "SamplingSettings": "verification",
+    "ServerSettings": "trajectories",
+    "Trajectory": "trajectories",
+    "TrajectoryStore": "trajectories",
+    "audit_responses": "trajectories",
+    "check_responses": "trajectories",
     "evaluate_drafter": "evaluation",
     "generate_responses": "trajectories",
+    "import_responses": "trajectories",
+    "write_trajectories": "trajectories",
 }
 
 __all__ = ["__version__", *_PUBLIC]

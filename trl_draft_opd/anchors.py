@@ -117,8 +117,12 @@ def replay_errors(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Seque
         eos_token_ids (`Sequence[int]`): Ids that end a response.
 
     Raises:
-        ValueError: If `rejected_scope` is unknown.
+        ValueError: If `rejected_scope` is unknown, or `"suffix"` is asked of a rollout without suffixes.
     """
+    if rejected_scope == "suffix" and not rollout.has_suffix:
+        raise ValueError(
+            "The rollout holds no drafts behind its first rejections. Roll out with `keep_branch_hidden=True`."
+        )
     if rejected_scope not in REJECTED_SCOPES:
         raise ValueError(f"`rejected_scope` must be one of {REJECTED_SCOPES}, got {rejected_scope!r}.")
     num_drafts = rollout.drafts.shape[-1]
@@ -135,7 +139,7 @@ def replay_errors(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Seque
     is_rejected &= (drafted_eos.cumsum(dim=-1) - drafted_eos) == 0
     positions, _ = _slot_positions(rollout.anchors, num_drafts, rollout.input_ids.shape[1])
     on_text = (
-        (slots <= accepted + 1) & (rollout.anchors[..., None] + slots < rollout.lengths[:, None, None]) & is_block
+        (slots <= accepted + 1) & (rollout.anchors[..., None] + slots <= rollout.block_ends[..., None]) & is_block
     )
     committed = rollout.input_ids.gather(1, positions.flatten(1)).view_as(positions)
     return AnchorBatch(
@@ -150,17 +154,18 @@ def replay_errors(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Seque
 
 def random_anchors(rollout: Rollout, sample_ids: Sequence[int], *, seed: int, epoch: int) -> torch.Tensor:
     """
-    Draw as many anchors per response as its chain has, uniform without replacement (the paper's ablation).
+    Draw as many anchors per row as its chains have, uniform without replacement (the paper's ablation).
 
     Returns:
         `torch.LongTensor` of the shape of `rollout.anchors`, ascending, -1 for padding.
     """
     anchors = torch.full_like(rollout.anchors, -1)
+    is_eligible = rollout.completion_mask[:, :-1] & rollout.completion_mask[:, 1:]
     for row, sample_id in enumerate(sample_ids):
-        first, last = int(rollout.prompt_lengths[row]), int(rollout.lengths[row]) - 2
-        count = min(int(rollout.num_rounds[row]), max(last - first + 1, 0))
-        order = torch.randperm(max(last - first + 1, 0), generator=keyed_generator(seed, epoch, int(sample_id)))
-        anchors[row, :count] = (first + order[:count].sort().values).to(anchors.device)
+        positions = is_eligible[row].nonzero()[:, 0]
+        order = torch.randperm(len(positions), generator=keyed_generator(seed, epoch, int(sample_id)))
+        chosen = positions[order[: int(rollout.num_rounds[row])].to(positions.device)].sort().values
+        anchors[row, : len(chosen)] = chosen
     return anchors
 
 

@@ -321,6 +321,77 @@ def run_evaluate(argv: Sequence[str]) -> int:
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
 
 
+def run_generate(argv: Sequence[str]) -> int:
+    """Write the target's responses to prompts once, to train on them many times; the same command resumes."""
+    integers = (
+        "max-new-tokens top-k batch-size concurrency shard-size max-prompt-length num-prompts num-proc check-rows seed"
+    )
+    parser = command_parser("generate", "target dataset output", integers)
+    parser.add_argument("--engine", choices=("transformers", "vllm", "sglang", "dataset"))
+    parser.add_argument("--base-url", metavar="URL", help="address of the vLLM or SGLang server")
+    parser.add_argument("--model", metavar="NAME", help="name the server serves the target under")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the server's key")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--chat-template-kwargs", type=json.loads, metavar="JSON")
+    parser.add_argument("--target-dtype")
+    parser.add_argument("--revision", help="revision of the target")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    options = parse_flags(parser, argv)
+    needs_server = options.engine in ("vllm", "sglang")
+    server_flags = given(options, ("base_url", "model", "api_key_file", "timeout", "concurrency"))
+    if needs_server != (options.base_url is not None) or (server_flags and not needs_server):
+        raise ValueError(
+            f"`--engine vllm` and `--engine sglang` need `--base-url`, other engines take no flag of a server; got {sorted(server_flags)}."
+        )
+    import torch
+
+    from .target import FrozenTarget
+    from .trainer.draft_opd_config import DraftOPDConfig
+    from .trajectories import CHECKED_ROWS, ServerSettings, summarize_store, write_trajectories
+    from .verification import SamplingSettings
+
+    law = {name: getattr(DraftOPDConfig, name) for name in ("temperature", "top_k", "top_p")}
+    server = None
+    if needs_server:
+        key = None if options.api_key_file is None else options.api_key_file.read_text("utf-8").strip()
+        server = ServerSettings(
+            api_key=key, **given(options, ("base_url", "engine", "model", "concurrency", "timeout"))
+        )
+    rows = load_rows(options.dataset, options.dataset_config, options.split)
+    if options.num_prompts is not None:
+        rows = rows.select(range(min(options.num_prompts, len(rows))))
+    target = FrozenTarget.load(
+        options.target,
+        dtype=options.target_dtype or DraftOPDConfig.target_dtype,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    # Beside a server, the accelerator is the server's.
+    if not needs_server and torch.accelerator.is_available():
+        target.place(torch.accelerator.current_accelerator())
+    names = ("engine", "chat_template_kwargs", "num_proc", "batch_size", "shard_size", "seed")
+    store = write_trajectories(
+        target,
+        rows,
+        options.output,
+        sampling=SamplingSettings(**law | given(options, law)),
+        max_new_tokens=options.max_new_tokens or DraftOPDConfig.max_completion_length,
+        max_prompt_length=options.max_prompt_length or DraftOPDConfig.max_prompt_length,
+        server=server,
+        **given(options, names),
+    )
+    # Text decoded in this process needs no check by the same target.
+    num_checked = 0 if options.engine in (None, "transformers") else CHECKED_ROWS
+    summary = summarize_store(store, target, num_checked if options.check_rows is None else options.check_rows)
+    print("\n".join(summary["lines"]))
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    return 0
+
+
 def run_demo(argv: Sequence[str]) -> int:
     """Run the whole method in minutes on a CPU: a tiny target, a drafter by SFT, Draft-OPD, tau before and after."""
     integers = "num-prompts max-new-tokens sft-epochs opd-epochs seed"
@@ -352,7 +423,14 @@ def run_demo(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": run_demo, "init": run_init, "sft": run_sft, "opd": run_opd, "evaluate": run_evaluate}
+COMMANDS = {
+    "demo": run_demo,
+    "generate": run_generate,
+    "init": run_init,
+    "sft": run_sft,
+    "opd": run_opd,
+    "evaluate": run_evaluate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

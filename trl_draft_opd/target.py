@@ -28,10 +28,21 @@ class TargetReading:
     Attributes:
         features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
         last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
+        cache ([`~transformers.DynamicCache`] or `None`): Keys and values of what was read, where they were asked for.
     """
 
     features: torch.Tensor
     last_hidden: torch.Tensor
+    cache: DynamicCache | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by features and hidden states."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
+
+    def without_cache(self) -> "TargetReading":
+        """Return the same reading with its cache let go."""
+        return TargetReading(self.features, self.last_hidden)
 
 
 class FrozenTarget:
@@ -233,7 +244,11 @@ class FrozenTarget:
 
     @torch.no_grad()
     def read_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, layer_ids: Sequence[int]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        layer_ids: Sequence[int],
+        keep_cache: bool = False,
     ) -> TargetReading:
         """
         Read right-padded text.
@@ -242,12 +257,14 @@ class FrozenTarget:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Right-padded token ids.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
             layer_ids (`Sequence[int]`): Layers to tap, ascending.
+            keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for [`score_branches`].
 
         Returns:
             `TargetReading` over all `L` positions.
         """
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self._forward(input_ids, attention_mask, position_ids, None, layer_ids)
+        cache = DynamicCache(config=self.config) if keep_cache else None
+        return self._forward(input_ids, attention_mask, position_ids, cache, layer_ids)
 
     @torch.no_grad()
     def step(
@@ -272,39 +289,56 @@ class FrozenTarget:
 
     @torch.no_grad()
     def score_branches(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, anchors: torch.Tensor, drafts: torch.Tensor
+        self, reading: TargetReading, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
     ) -> torch.Tensor:
         """
-        Return the target's hidden states on draft-induced states, in one packed forward.
+        Return the target's hidden states on draft-induced states, in one packed forward on top of the text's cache.
 
-        Each block's branch `d_1..d_{K-1}` is appended to the text; its tokens attend to the committed prefix up to
-        their anchor and to their own branch, at the positions the drafts were proposed for.
+        The branch of a block starts at its first rejected draft, on the committed prefix before it. Its tokens attend to that
+        prefix and to their own branch, at the positions the drafts were proposed for; blocks do not see each other.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Right-padded committed text.
-            attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
+            reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
             anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries mark padding.
             drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
+            is_branch (`torch.BoolTensor` of shape `(B, A, K)`):
+                Slots whose state holds a rejected draft: per block one run of slots, its first slot at least the second.
 
         Returns:
-            `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`.
+            `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero outside
+            `is_branch`.
+
+        Raises:
+            ValueError: If the target cannot branch, see [`require_rollback`].
         """
         self.require_rollback()
-        B, L = input_ids.shape
-        A, K = drafts.shape[1:]
-        safe_anchors = anchors.clamp(min=0)
-        offsets = torch.arange(1, K, device=input_ids.device)
-        branch_positions = (safe_anchors[..., None] + offsets).flatten(1)
-        packed_ids = torch.cat([input_ids, drafts[..., : K - 1].flatten(1)], dim=1)
-        text_positions = torch.arange(L, device=input_ids.device).expand(B, L)
-        mask = _branch_mask(attention_mask, safe_anchors, K - 1)
+        assert reading.cache is not None, "branches are scored on top of the text's cache"
+        B, A, K = drafts.shape
+        hidden = reading.last_hidden.new_zeros(B, A, K, reading.last_hidden.shape[-1])
+        num_tokens = is_branch.flatten(1).sum(dim=1)
+        width = int(num_tokens.max())
+        if width == 0:
+            return hidden
+        # The tokens of a row's branches, packed to the front in order of block and slot.
+        order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        is_token = torch.arange(width, device=order.device) < num_tokens[:, None]
+        block, slot = order // K, order % K  # the slot's index: slot k stands at k - 1
+        # The state of slot k ends with the draft before it, which stands at position a + k - 1.
+        tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
+        positions = (anchors.gather(1, block) + slot).clamp(min=0)
+        first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
+        mask = _branch_mask(positions - slot + first_slot, block, slot, is_token, reading.last_hidden.shape[1])
+        tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
+        scored = self._forward(tokens, self._attention_mask(mask), positions, reading.cache, ()).last_hidden
+        row = torch.arange(B, device=order.device)[:, None].expand_as(order)
+        hidden[row[is_token], block[is_token], slot[is_token]] = scored[is_token]
+        return hidden
+
+    def _attention_mask(self, is_visible: torch.Tensor) -> torch.Tensor:
+        """Return a boolean mask `(B, n, C)` in the additive form every attention implementation takes."""
         dtype = self.causal_lm.dtype
-        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        positions = torch.cat([text_positions, branch_positions], dim=1)
-        hidden = self._forward(packed_ids, additive[:, None], positions, None, ()).last_hidden
-        first = hidden[:, :L].gather(1, safe_anchors[..., None].expand(-1, -1, hidden.shape[-1]))
-        later = hidden[:, L:].unflatten(1, (A, K - 1))
-        return torch.cat([first[:, :, None], later], dim=2)
+        hidden = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
+        return hidden.masked_fill_(~is_visible, torch.finfo(dtype).min)[:, None]
 
     def _forward(
         self,
@@ -324,7 +358,7 @@ class FrozenTarget:
             )
         last_hidden = output.last_hidden_state
         features = [taps[i] for i in layer_ids]
-        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden)
+        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden, cache)
 
     @contextmanager
     def _tapped(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
@@ -369,19 +403,15 @@ class FrozenTarget:
             )
 
 
-def _branch_mask(attention_mask: torch.Tensor, anchors: torch.Tensor, width: int) -> torch.Tensor:
-    """Return `(B, L + A * width, L + A * width)`, true where a packed query may see a key."""
-    B, L = attention_mask.shape
-    A = anchors.shape[1]
-    device = attention_mask.device
-    index = torch.arange(L, device=device)
-    is_text = attention_mask.bool()
-    mask = torch.zeros(B, L + A * width, L + A * width, dtype=torch.bool, device=device)
-    # Padding queries see position 0 as well, because a row without any key turns into NaN.
-    mask[:, :L, :L] = (index[:, None] >= index) & (is_text[:, None, :] | (index == 0))
-    sees_prefix = index <= anchors[..., None]
-    mask[:, L:, :L] = sees_prefix[:, :, None].expand(B, A, width, L).reshape(B, A * width, L)
-    block = torch.arange(A, device=device).repeat_interleave(width)
-    step = torch.arange(width, device=device).repeat(A)
-    mask[:, L:, L:] = (block[:, None] == block) & (step[:, None] >= step)
-    return mask
+def _branch_mask(
+    prefix_ends: torch.Tensor, block: torch.Tensor, slot: torch.Tensor, is_token: torch.Tensor, length: int
+) -> torch.Tensor:
+    """
+    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its branch's
+    first token), or a token of its own branch up to itself.
+    """
+    index = torch.arange(length, device=block.device)
+    # Position 0 is text in every row, so that no query is left without a key.
+    sees_text = (index < prefix_ends[..., None]) | (index == 0)
+    sees_branch = (block[:, :, None] == block[:, None]) & (slot[:, :, None] >= slot[:, None]) & is_token[:, None]
+    return torch.cat([sees_text, sees_branch], dim=2)

@@ -331,21 +331,17 @@ def test_a_setting_out_of_range(tmp_path, kind, changes, match):
 @pytest.mark.parametrize(
     "changes,match",
     [
-        ({"rollout": "replay"}, "`rollout='replay'` drafts along stored responses.*`completions_from_target=True`"),
+        ({"rollout": "live", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
+        ({"trajectories": "t", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
+        ({"generation_batch_size": 0}, "`generation_batch_size` must be at least 1, got 0"),
+        ({"replay_segment_length": 0}, "`replay_segment_length` must be at least 1, got 0"),
+        ({"warn_mismatch_share": 0.5}, "Mismatch shares must rise within .*0.5.*0.1"),
         ({"rollout": "offline"}, r"`rollout` must be one of \('live', 'replay'\), got 'offline'"),
         ({"anchor_mode": "all"}, r"`anchor_mode` must be one of \('error', 'random'\), got 'all'"),
         ({"rejected_scope": "last"}, r"`rejected_scope` must be one of \('suffix', 'first'\), got 'last'"),
         ({"rejected_loss": "k3"}, "`rejected_loss` must be one of .*got 'k3'"),
         ({"accepted_weight": -1.0}, "must not be negative nor both 0, got -1.0 and 1.0"),
         ({"accepted_weight": 0.0, "rejected_weight": 0.0}, "must not be negative nor both 0, got 0.0 and 0.0"),
-        (
-            {"draft_sampling": "sample", "temperature": 1.0, "anchor_mode": "random"},
-            "can only be replayed from a live rollout's own chain. Use `draft_sampling='greedy'`",
-        ),
-        (
-            {"draft_sampling": "sample", "temperature": 1.0, "rollout": "replay", "completions_from_target": True},
-            "can only be replayed from a live rollout's own chain",
-        ),
     ],
 )
 def test_an_opd_setting_out_of_range(tmp_path, changes, match):

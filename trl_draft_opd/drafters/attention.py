@@ -3,63 +3,269 @@
 Attention of drafted blocks over the committed context. Pure tensor math shared by every drafter family, by training,
 replay and serving, so that what is trained is what is served. Knows nothing of masks made by a model or of caches.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = queries per block, T = block keys,
-                h = query heads, g = key/value heads, r = query heads per key/value head (h = g r), d = head dimension
+The softmax over context and block is computed in two parts that are merged by their log-sum-exp: the context part by a
+fused kernel in tiles of anchors, the small block part by plain products. Nothing of the size of all pairs ever exists, and the
+cost is linear in the number of anchors. The backward pass hands the merged output and log-sum-exp to the same kernels.
+
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = queries per block, T = keys of a block,
+                Q = A S = queries per sequence, h = query heads, g = key/value heads, r = h / g, d = head dimension
 """
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
+
+# Queries of one tile: large enough to fill the kernel, small enough that tiles hug the diagonal.
+TILE_QUERIES = 256
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def anchored_attention(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    block_key: torch.Tensor | None,
-    block_value: torch.Tensor | None,
-    anchor_positions: torch.Tensor,
+    query: Tensor,
+    context_key: Tensor,
+    context_value: Tensor,
+    block_keys: Sequence[Tensor],
+    block_values: Sequence[Tensor],
+    anchor_positions: Tensor,
     scaling: float,
-) -> torch.Tensor:
+    is_block_causal: bool = False,
+) -> Tensor:
     """
-    Let every block attend to the context before its anchor and to all its own block keys.
+    Let every block attend to the context before its anchor and to its own block keys.
 
     A context entry is visible to a block iff its index is smaller than the block's anchor; blocks never see each
-    other. The cost is linear in the number of block keys: no mask over all pairs of blocks is built.
+    other. Differentiable once.
 
     Args:
         query (`torch.Tensor` of shape `(B, h, A, S, d)`):
             Queries, positions already rotated in.
-        context_key (`torch.Tensor` of shape `(B, g, L, d)`):
-            Keys of the context, one per committed position.
-        context_value (`torch.Tensor` of shape `(B, g, L, d)`):
-            Values of the context.
-        block_key (`torch.Tensor` of shape `(B, g, A, T, d)` or `None`):
-            Keys of the block itself; `None` when the block has none yet.
-        block_value (`torch.Tensor` of shape `(B, g, A, T, d)` or `None`):
-            Values of the block itself.
+        context_key (`torch.Tensor` of shape `(B, g, L, d)`), context_value (same shape):
+            Keys and values of the context, one per committed position; finite.
+        block_keys (`Sequence[torch.Tensor]` of shapes `(B, g, A, T_i, d)`), block_values (same shapes):
+            Keys and values of the block itself, in as many pieces as it was made in; empty when it has none yet.
         anchor_positions (`torch.LongTensor` of shape `(B, A)`):
-            Anchor of each block, at least 1, so that every query sees a key.
+            Anchor of each block, at least 1, so that every query sees a key. Cheapest when ascending.
         scaling (`float`):
             Factor on the scores, usually `d ** -0.5`.
+        is_block_causal (`bool`, *optional*, defaults to `False`):
+            Whether query `s` sees the block keys `0..s` only; there is then one piece, of `S` keys.
 
     Returns:
         `torch.Tensor` of shape `(B, A, S, h * d)`.
     """
-    B, h, A, S, d = query.shape
-    g, L = context_key.shape[1], context_key.shape[2]
-    query_BgrASd = query.reshape(B, g, h // g, A, S, d)
-    flat_query = query_BgrASd.reshape(B, g, -1, d)
-    # Low precision is raised to float32 for the softmax; float64 stays what it is.
-    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (flat_query @ context_key.transpose(-1, -2)).to(softmax_dtype) * scaling
-    scores_BgrASL = scores.view(B, g, h // g, A, S, L)
-    is_visible_BAL = torch.arange(L, device=query.device) < anchor_positions[..., None]
-    scores_BgrASL = scores_BgrASL.masked_fill(~is_visible_BAL[:, None, None, :, None, :], float("-inf"))
-    if block_key is None or block_value is None:
-        weights = scores_BgrASL.softmax(dim=-1).to(query.dtype)
-        mixed = weights.reshape(B, g, -1, L) @ context_value
-    else:
-        block_scores = torch.einsum("bgrasd,bgatd->bgrast", query_BgrASd, block_key).to(softmax_dtype) * scaling
-        weights = torch.cat([scores_BgrASL, block_scores], dim=-1).softmax(dim=-1).to(query.dtype)
-        mixed = (weights[..., :L].reshape(B, g, -1, L) @ context_value).view(B, g, h // g, A, S, d)
-        mixed = mixed + torch.einsum("bgrast,bgatd->bgrasd", weights[..., L:], block_value)
-    return mixed.reshape(B, h, A, S, d).permute(0, 2, 3, 1, 4).reshape(B, A, S, h * d)
+    assert not is_block_causal or [key.shape[3] for key in block_keys] == [query.shape[3]]
+    dtype = context_value.dtype
+    pieces = [piece.to(dtype) for piece in (*block_keys, *block_values)]
+    return _AnchoredAttention.apply(
+        anchor_positions, scaling, is_block_causal, query.to(dtype), context_key.to(dtype), context_value, *pieces
+    )
+
+
+class _Tile(NamedTuple):
+    """Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, `None` if they see all."""
+
+    start: int
+    stop: int
+    length: int
+    mask: Tensor | None
+
+
+def _tiles(anchors_BA: Tensor, num_queries: int, dtype: torch.dtype) -> Iterator[_Tile]:
+    """Cut the anchors into tiles, each with the context its farthest anchor sees."""
+    longest = anchors_BA.amax(dim=0).tolist()
+    step = max(1, TILE_QUERIES // num_queries)
+    for start in range(0, len(longest), step):
+        stop = min(start + step, len(longest))
+        length = max(longest[start:stop])
+        if anchors_BA.numel() == 1:
+            yield _Tile(start, stop, length, None)
+            continue
+        index = torch.arange(length, device=anchors_BA.device)
+        is_hidden = index >= anchors_BA[:, start:stop, None]
+        mask = torch.zeros(is_hidden.shape, dtype=dtype, device=index.device).masked_fill_(is_hidden, float("-inf"))
+        # One row per query, all heads alike: (B, 1, Q, length).
+        yield _Tile(start, stop, length, mask.repeat_interleave(num_queries, dim=1)[:, None])
+
+
+class _AnchoredAttention(torch.autograd.Function):
+    """Two parts, one softmax. Saved are the inputs, the output and one log-sum-exp per query."""
+
+    @staticmethod
+    def forward(ctx, anchors, scaling, is_block_causal, query, context_key, context_value, *pieces):
+        B, h, A, S, d = query.shape
+        keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
+        with torch.autocast(query.device.type, enabled=False):
+            # Laid out as it is returned, so that saving it for the backward pass costs nothing.
+            out = query.new_empty(B, A * S, h, d)
+            lse = query.new_empty(B, h, A * S, dtype=_softmax_dtype(query))
+            flat = query.flatten(2, 3)
+            for tile in _tiles(anchors, S, query.dtype):
+                part = slice(tile.start * S, tile.stop * S)
+                tile_key, tile_value = context_key[:, :, : tile.length], context_value[:, :, : tile.length]
+                tile_out, lse[:, :, part] = _context(flat[:, :, part], tile_key, tile_value, tile.mask, scaling)
+                out[:, part] = tile_out.transpose(1, 2)
+            weights = None
+            if keys:
+                scores = _block_scores(query, keys, scaling, is_block_causal)
+                merged = torch.logaddexp(lse, scores.logsumexp(dim=-1).flatten(2, 3))
+                out *= (lse - merged).exp_().transpose(1, 2)[..., None].to(out.dtype)
+                weights = scores.sub_(merged.unflatten(2, (A, S))[..., None]).exp_().to(query.dtype)
+                lse = merged
+                out += _mix_block(weights, values).transpose(1, 2)
+        ctx.save_for_backward(anchors, query, context_key, context_value, out, lse, weights, *pieces)
+        ctx.scaling = scaling
+        return out.view(B, A, S, h * d)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        anchors, query, context_key, context_value, out, lse, weights, *pieces = ctx.saved_tensors
+        keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
+        B, h, A, S, d = query.shape
+        with torch.autocast(query.device.type, enabled=False):
+            grad = grad.to(query.dtype).reshape(B, A * S, h, d).transpose(1, 2)
+            out = out.view(B, A * S, h, d).transpose(1, 2)
+            flat = query.flatten(2, 3)
+            grad_query = torch.empty_like(flat)
+            grad_key, grad_value = torch.zeros_like(context_key), torch.zeros_like(context_value)
+            for tile in _tiles(anchors, S, query.dtype):
+                part = slice(tile.start * S, tile.stop * S)
+                # With the merged output and log-sum-exp, the kernel's own formulas give the gradients of the merged softmax.
+                tile_grads = _context_backward(
+                    grad[:, :, part],
+                    flat[:, :, part],
+                    context_key[:, :, : tile.length],
+                    context_value[:, :, : tile.length],
+                    out[:, :, part],
+                    lse[:, :, part],
+                    tile.mask,
+                    ctx.scaling,
+                )
+                grad_query[:, :, part] = tile_grads[0]
+                grad_key[:, :, : tile.length] += tile_grads[1]
+                grad_value[:, :, : tile.length] += tile_grads[2]
+            grad_query = grad_query.view_as(query)
+            grad_keys, grad_values = [], []
+            if keys:
+                delta = (grad * out).sum(dim=-1, dtype=lse.dtype).unflatten(2, (A, S))
+                grad_block, grad_keys, grad_values = _block_backward(
+                    grad.unflatten(2, (A, S)), query, keys, values, weights, delta, ctx.scaling
+                )
+                grad_query += grad_block
+        return None, None, None, grad_query, grad_key, grad_value, *grad_keys, *grad_values
+
+
+def _softmax_dtype(tensor: Tensor) -> torch.dtype:
+    """Low precision is raised to float32 for the softmax; float64 stays what it is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# -- the context part: a kernel per device, with one meaning ---------------------------------------------------------------
+
+
+def _context(query, key, value, mask, scaling) -> tuple[Tensor, Tensor]:
+    """Return the attention output `(B, h, Q, d)` and log-sum-exp `(B, h, Q)` over the context alone."""
+    if query.device.type == "cpu":
+        return _flash(query, key, value, attn_mask=mask, scale=scaling)
+    return _context_by_products(query, key, value, mask, scaling)
+
+
+def _context_backward(grad, query, key, value, out, lse, mask, scaling) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value for given output and log-sum-exp, which may be merged ones."""
+    if query.device.type == "cpu":
+        return _flash_backward(grad, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=scaling)
+    return _context_by_products_backward(grad, query, key, value, out, lse, mask, scaling)
+
+
+def _context_by_products(query, key, value, mask, scaling) -> tuple[Tensor, Tensor]:
+    """The same from matrix products alone, for every device; one tile's scores exist at a time."""
+    scores = _grouped_scores(query, key, mask, scaling)
+    lse = scores.logsumexp(dim=-1)
+    weights = scores.sub_(lse[..., None]).exp_().to(value.dtype)
+    return (weights @ value[:, :, None]).flatten(1, 2), lse.flatten(1, 2)
+
+
+def _context_by_products_backward(grad, query, key, value, out, lse, mask, scaling):
+    groups = (key.shape[1], -1)
+    scores = _grouped_scores(query, key, mask, scaling)
+    weights = scores.sub_(lse.unflatten(1, groups)[..., None]).exp_()
+    grad_g, query_g = grad.unflatten(1, groups), query.unflatten(1, groups)
+    delta = (grad * out).sum(dim=-1, dtype=weights.dtype).unflatten(1, groups)
+    grad_weights = (grad_g @ value[:, :, None].transpose(-1, -2)).to(weights.dtype)
+    grad_scores = grad_weights.sub_(delta[..., None]).mul_(weights).mul_(scaling).to(query.dtype)
+    grad_query = (grad_scores @ key[:, :, None]).flatten(1, 2)
+    grad_key = (grad_scores.transpose(-1, -2) @ query_g).sum(dim=2)
+    grad_value = (weights.to(grad.dtype).transpose(-1, -2) @ grad_g).sum(dim=2)
+    return grad_query, grad_key, grad_value
+
+
+def _grouped_scores(query, key, mask, scaling) -> Tensor:
+    """Return masked scores `(B, g, r, Q, L)` in the softmax's precision."""
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).to(_softmax_dtype(query)) * scaling
+    return scores if mask is None else scores + mask[:, :, None]
+
+
+# -- the block part --------------------------------------------------------------------------------------------------------
+
+
+def _block_scores(query, keys, scaling, is_causal) -> Tensor:
+    """Return the scores of every query with its own block's keys, `(B, h, A, S, T)`."""
+    dtype = _softmax_dtype(query)
+    scores = torch.cat([_pairwise(query, key).to(dtype) for key in keys], dim=-1).mul_(scaling)
+    if is_causal:
+        is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores.masked_fill_(is_later, float("-inf"))
+    return scores
+
+
+def _pairwise(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of `(B, h, A, S, d)` with `(B, g, A, T, d)` rows of the same block, `(B, h, A, S, T)`."""
+    S, T = left.shape[3], right.shape[3]
+    grouped = left.unflatten(1, (right.shape[1], -1))
+    if S == T == 1:
+        # A batch of dot products: the matrix kernel is slow on 1 x 1 results.
+        return (grouped * right[:, :, None]).sum(dim=-1, keepdim=True).flatten(1, 2)
+    return (grouped @ right[:, :, None].transpose(-1, -2)).flatten(1, 2)
+
+
+def _mix_block(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Return the block's share of the output, `(B, h, Q, d)`."""
+    mixed: Tensor | None = None
+    for weight, value in zip(weights.split([v.shape[3] for v in values], dim=-1), values, strict=True):
+        part = _spread(weight, value)
+        mixed = part if mixed is None else mixed.add_(part)
+    return mixed.flatten(2, 3)
+
+
+def _spread(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return `(B, h, A, S, T)` weights times `(B, g, A, T, d)` rows of the same block, `(B, h, A, S, d)`."""
+    grouped = weight.unflatten(1, (rows.shape[1], -1))
+    return (grouped * rows[:, :, None] if rows.shape[3] == 1 else grouped @ rows[:, :, None]).flatten(1, 2)
+
+
+def _gather_back(weight: Tensor, rows: Tensor, num_groups: int) -> Tensor:
+    """Return the transposed product `(B, g, A, T, d)` of `(B, h, A, S, T)` weights and `(B, h, A, S, d)` rows, summed over a group."""
+    weight, rows = weight.unflatten(1, (num_groups, -1)), rows.unflatten(1, (num_groups, -1))
+    if weight.shape[-2:] == (1, 1):
+        return (weight * rows).sum(dim=2)
+    return (weight.transpose(-1, -2) @ rows).sum(dim=2)
+
+
+def _block_backward(grad, query, keys, values, weights, delta, scaling):
+    """Return the gradients of the query and of every key and value piece of the block part."""
+    grad_query: Tensor | None = None
+    grad_keys, grad_values = [], []
+    for weight, key, value in zip(weights.split([k.shape[3] for k in keys], dim=-1), keys, values, strict=True):
+        num_groups = key.shape[1]
+        grad_values.append(_gather_back(weight, grad, num_groups))
+        grad_scores = (_pairwise(grad, value) - delta[..., None]).mul_(weight).mul_(scaling).to(query.dtype)
+        part = _spread(grad_scores, key)
+        grad_query = part if grad_query is None else grad_query.add_(part)
+        grad_keys.append(_gather_back(grad_scores, query, num_groups))
+    return grad_query, grad_keys, grad_values

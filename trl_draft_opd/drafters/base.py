@@ -26,6 +26,8 @@ Embed = Callable[[torch.Tensor], torch.Tensor]
 Project = Callable[[torch.Tensor], torch.Tensor]
 # Chooses tokens from draft logits: `(logits (B, A, S, DV), first_slot) -> (ids (B, A, S), probs (B, A, S, DV) or None)`.
 ChooseDrafts = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
+# Says how blocks go on behind a slot, see `Drafter.draft_along`: `(hidden (B, A, H), slot) -> (tokens, columns)`, `(B, A')` each.
+DecideSlot = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None] | None]
 
 
 @dataclass
@@ -206,6 +208,42 @@ class Drafter(PreTrainedModel):
         Returns:
             `Proposal`
         """
+
+    @abstractmethod
+    def draft_along(
+        self,
+        context: DraftContext,
+        anchor_positions: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+        decide: DecideSlot,
+    ) -> None:
+        """
+        Run blocks slot by slot along tokens that are handed in, without gradient, and drop blocks whose fate is known.
+
+        Args:
+            context (`DraftContext`), anchor_positions (`torch.LongTensor` of shape `(B, A)`), anchor_tokens (same shape):
+                As for [`propose`].
+            num_drafts (`int`): K, at least 1.
+            embed (`Callable`): The target's embedding.
+            decide (`Callable`):
+                Called with the hidden states `(B, A, H)` of slot 1, then of slot 2 and so on. Returns the token of that
+                slot for every block that goes on, and the columns, `(B, A')` each, at which those blocks stand among the `A` it was
+                given (`None` for all of them as they stand); or `None` alone when no block goes on.
+        """
+
+    @abstractmethod
+    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
+        """Turn hidden states `(..., H)` into draft logits `(..., DV)`, through the head the family drafts with."""
+
+    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Turn ids of the drafter's vocabulary into the target's."""
+        return draft_ids
+
+    def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
+        """Turn probabilities over the drafter's vocabulary `(..., DV)` into ones over the target's, `(..., V)`."""
+        return draft_probs
 
     @classmethod
     def from_pretrained(

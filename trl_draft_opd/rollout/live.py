@@ -312,7 +312,8 @@ class _LiveBatch:
         """Pad texts and blocks of all rows and apply the rules for blocks at the end of a text."""
         lengths = torch.tensor([len(text) for text in self.texts], device=self.device)
         input_ids = pad_sequence(self.texts, batch_first=True, padding_value=self.target.pad_token_id)
-        mask = (torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]).long()
+        index = torch.arange(input_ids.shape[1], device=self.device)
+        mask = (index < lengths[:, None]).long()
         K = self.settings.num_drafts
         num_rows, num_blocks = len(self.blocks), max(1, max(len(chain) for chain in self.blocks))
         anchors = input_ids.new_full((num_rows, num_blocks), -1)
@@ -339,13 +340,14 @@ class _LiveBatch:
         return Rollout(
             input_ids=input_ids,
             attention_mask=mask,
-            prompt_lengths=torch.tensor(self.prompt_lengths, device=self.device),
-            lengths=lengths,
+            completion_mask=mask.bool() & (index >= torch.tensor(self.prompt_lengths, device=self.device)[:, None]),
             anchors=anchors,
             drafts=drafts,
             accepted=outcome.accepted * is_block,
             is_censored=outcome.is_censored & is_block,
             is_counted=outcome.is_counted & is_block,
             branch_hidden=hidden,
+            has_suffix=True,
+            num_refused=0,
             num_target_forwards=self.num_target_forwards,
         )

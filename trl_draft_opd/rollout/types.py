@@ -5,7 +5,7 @@ What a rollout hands on: the text, and every block that was drafted along it. Da
 Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = the target's hidden size
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,28 +20,34 @@ class Rollout:
     Attributes:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Prompt and response, right-padded.
         attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
-        prompt_lengths (`torch.LongTensor` of shape `(B,)`): Tokens of each prompt; the response starts there.
-        lengths (`torch.LongTensor` of shape `(B,)`): Tokens of each row; its last token is at `lengths - 1`.
+        completion_mask (`torch.BoolTensor` of shape `(B, L)`):
+            Tokens the target wrote. Each run of them is one response with a chain of its own: one per row from live decoding,
+            one per answer of a stored chat.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchor of each block; -1 where a row has fewer blocks.
-        drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafted tokens; slot `k` stands at index `k - 1`.
+        drafts (`torch.LongTensor` of shape `(B, A, K)`):
+            Drafted tokens; slot `k` stands at index `k - 1`. Behind the first rejection there are drafts only if
+            `has_suffix`; else these entries hold any id.
         accepted (`torch.LongTensor` of shape `(B, A)`): Accepted drafts inside the text, 0..K.
         is_censored (`torch.BoolTensor` of shape `(B, A)`): The text ended before the block's fate was known.
         is_counted (`torch.BoolTensor` of shape `(B, A)`): The block lies inside the text by geometry alone; tau counts these.
         branch_hidden (`torch.Tensor` of shape `(B, A, K, H)` or `None`):
             Input of the target's head at the draft-induced state of each slot; `None` when not recorded.
+        has_suffix (`bool`): Whether the slots behind the first rejection were drafted.
+        num_refused (`int`): Rows left without blocks because their text is impossible under the sampling settings.
         num_target_forwards (`int`): Forward passes of the target for the whole batch, the prefill included.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    prompt_lengths: torch.Tensor
-    lengths: torch.Tensor
+    completion_mask: torch.Tensor
     anchors: torch.Tensor
     drafts: torch.Tensor
     accepted: torch.Tensor
     is_censored: torch.Tensor
     is_counted: torch.Tensor
     branch_hidden: torch.Tensor | None
+    has_suffix: bool
+    num_refused: int
     num_target_forwards: int
 
     @property
@@ -54,26 +60,49 @@ class Rollout:
         """Verification rounds of each row, `(B,)`."""
         return self.is_block.sum(dim=1)
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each row, `(B,)`."""
+        return self.attention_mask.sum(dim=1)
+
+    @property
+    def prompt_lengths(self) -> torch.Tensor:
+        """Tokens before the first response of each row, `(B,)`."""
+        return self.completion_mask.to(torch.uint8).argmax(dim=1)
+
+    @property
+    def block_ends(self) -> torch.Tensor:
+        """Index of the last token of the response each block lies in, `(B, A)`; anything for padding."""
+        return response_ends(self.completion_mask).gather(1, self.anchors.clamp(min=0))
+
     def responses(self) -> list[list[int]]:
-        """Return the response token ids of each row."""
-        ids, starts, ends = self.input_ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist()
-        return [row[start:end] for row, start, end in zip(ids, starts, ends, strict=True)]
+        """Return the token ids the target wrote, row by row."""
+        pairs = zip(self.input_ids, self.completion_mask, strict=True)
+        return [ids[is_written].tolist() for ids, is_written in pairs]
 
     def rows(self, start: int, stop: int) -> "Rollout":
         """Return rows `start..stop-1`, cut to their own longest text and chain."""
         length = int(self.lengths[start:stop].max())
         num_blocks = max(int(self.num_rounds[start:stop].max()), 1)
-        hidden = self.branch_hidden
-        return Rollout(
-            input_ids=self.input_ids[start:stop, :length],
-            attention_mask=self.attention_mask[start:stop, :length],
-            prompt_lengths=self.prompt_lengths[start:stop],
-            lengths=self.lengths[start:stop],
-            anchors=self.anchors[start:stop, :num_blocks],
-            drafts=self.drafts[start:stop, :num_blocks],
-            accepted=self.accepted[start:stop, :num_blocks],
-            is_censored=self.is_censored[start:stop, :num_blocks],
-            is_counted=self.is_counted[start:stop, :num_blocks],
-            branch_hidden=None if hidden is None else hidden[start:stop, :num_blocks],
-            num_target_forwards=self.num_target_forwards,
+        cuts = {"input_ids": length, "attention_mask": length, "completion_mask": length}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(
+            self, **{name: tensor[start:stop, : cuts.get(name, num_blocks)] for name, tensor in tensors.items()}
         )
+
+
+def response_ends(completion_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Return the index of the last token of the run each token the target wrote belongs to.
+
+    Args:
+        completion_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens the target wrote.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, L)`; the index of a later run's end, or `L`, at tokens it did not write.
+    """
+    length = completion_mask.shape[1]
+    is_end = completion_mask.clone()
+    is_end[:, :-1] &= ~completion_mask[:, 1:]
+    index = torch.arange(length, device=completion_mask.device).expand_as(completion_mask)
+    return torch.where(is_end, index, length).flip(1).cummin(dim=1).values.flip(1)

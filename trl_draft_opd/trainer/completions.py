@@ -27,7 +27,8 @@ def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -
         kept_end = anchor + accepted + 1
         styled.append(tokenizer.decode(ids[anchor + 1 : kept_end]), style=ACCEPTED)
         if not bool(rollout.is_censored[row, block]):
-            refused = rollout.drafts[row, block, accepted:].tolist()
+            drafted_end = rollout.drafts.shape[-1] if rollout.has_suffix else accepted + 1
+            refused = rollout.drafts[row, block, accepted:drafted_end].tolist()
             styled.append(tokenizer.decode(refused), style=REJECTED)
         if kept_end < end:
             styled.append(tokenizer.decode(ids[kept_end : kept_end + 1]), style=COMMITTED)

@@ -15,13 +15,27 @@ class DraftOPDConfig(DraftTrainingConfig):
     Parameters:
         > Parameters that control the rollout
 
-        rollout (`str`, *optional*, defaults to `"live"`):
-            `"live"`: the pair decodes every prompt in every step. `"replay"`: the blocks are drafted along responses the
-            target already wrote, which are the same blocks at temperature 0 without any generation; needs
-            `completions_from_target=True`.
+        rollout (`str`, *optional*, defaults to `"replay"`):
+            `"replay"`: the target answers every prompt once, and each step drafts along its answers with the current drafter: the
+            blocks of live decoding (exactly at temperature 0, in law above it) without its cost. `"live"`: the pair decodes every
+            prompt in every step.
+        trajectories (`str`, *optional*):
+            Folder that keeps the target's answers, as `trl-draft-opd generate` writes it; answers missing there are added. Defaults
+            to `trajectories` in `output_dir`.
         completions_from_target (`bool`, *optional*, defaults to `False`):
-            Declare that the dataset's completions were written by this target under these sampling settings. Otherwise they are
-            ignored: Draft-OPD never walks text the target did not write.
+            Declare that the dataset's completions were written by this target under these sampling settings, and walk them as they
+            are. Otherwise they are ignored: Draft-OPD never walks text the target did not write.
+        generation_batch_size (`int`, *optional*, defaults to `32`):
+            Prompts the target answers together. Larger batches cost less per token until the device's memory is full.
+        replay_segment_length (`int`, *optional*):
+            Tokens per segment of a response that is walked in parallel with the others. Defaults to 1 for EAGLE-3 (one pass over all
+            positions, whose later steps run only where the earlier drafts were right) and to 16 for DFlash, whose blocks cost
+            more than a few more rounds. Changes speed and nothing else.
+        reading_bytes (`int`, *optional*, defaults to `2147483648`):
+            Bytes of the target's hidden states kept from a replay for the loss of the same step; micro-batches beyond them are read twice.
+        warn_mismatch_share (`float`, *optional*, defaults to `0.01`), max_mismatch_share (`float`, *optional*, defaults to `0.1`):
+            Share of response tokens, of the first step, that are not the target's own choice, from which on a replay warns, and
+            refuses. Another engine's rounding moves well under 1 %; another model, template or temperature far more than 10 %.
         anchor_mode (`str`, *optional*, defaults to `"error"`):
             `"error"`: the anchors of the drafter's own chain. `"random"`: as many positions drawn at random, the ablation.
         rejected_scope (`str`, *optional*, defaults to `"suffix"`):
@@ -46,11 +60,25 @@ class DraftOPDConfig(DraftTrainingConfig):
     """
 
     rollout: str = field(
-        default="live",
-        metadata={"help": "`live`: decode every prompt; `replay`: draft along stored target responses."},
+        default="replay",
+        metadata={"help": "`replay`: draft along the target's answers, written once; `live`: decode every prompt."},
     )
+    trajectories: str | None = field(default=None, metadata={"help": "Folder that keeps the target's answers."})
     completions_from_target: bool = field(
         default=False, metadata={"help": "Declare that the dataset's completions were written by this target."}
+    )
+    generation_batch_size: int = field(default=32, metadata={"help": "Prompts the target answers together."})
+    replay_segment_length: int | None = field(
+        default=None, metadata={"help": "Tokens per segment walked in parallel; family default if unset."}
+    )
+    reading_bytes: int = field(
+        default=2 * 2**30, metadata={"help": "Bytes of target hidden states kept from a replay for the loss."}
+    )
+    warn_mismatch_share: float = field(
+        default=0.01, metadata={"help": "Share of tokens the target would not write from which on a replay warns."}
+    )
+    max_mismatch_share: float = field(
+        default=0.1, metadata={"help": "Share of tokens the target would not write from which on a replay refuses."}
     )
     anchor_mode: str = field(
         default="error", metadata={"help": "`error`: the anchors of the drafter's chain; `random`: the ablation."}
@@ -86,14 +114,23 @@ class DraftOPDConfig(DraftTrainingConfig):
                 f"`accepted_weight` and `rejected_weight` must not be negative nor both 0, got {self.accepted_weight} and "
                 f"{self.rejected_weight}."
             )
-        if self.rollout == "replay" and not self.completions_from_target:
+        if self.completions_from_target and (self.rollout == "live" or self.trajectories is not None):
             raise ValueError(
-                "`rollout='replay'` drafts along stored responses. Give a dataset whose completions this target wrote and set "
-                "`completions_from_target=True`, or use `rollout='live'`."
+                "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and `trajectories` would "
+                "put aside. Leave one of the two out."
             )
-        draws = self.draft_sampling == "sample" and self.temperature > 0
-        if draws and (self.rollout == "replay" or self.anchor_mode == "random"):
+        for name in ("generation_batch_size", "reading_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.replay_segment_length is not None and self.replay_segment_length < 1:
+            raise ValueError(f"`replay_segment_length` must be at least 1, got {self.replay_segment_length}.")
+        if not 0 <= self.warn_mismatch_share <= self.max_mismatch_share <= 1:
             raise ValueError(
-                "Drafts drawn with `draft_sampling='sample'` can only be replayed from a live rollout's own chain. Use "
-                "`draft_sampling='greedy'`, or `rollout='live'` with `anchor_mode='error'`."
+                "Mismatch shares must rise within [0, 1], got `warn_mismatch_share` "
+                f"{self.warn_mismatch_share} and `max_mismatch_share` {self.max_mismatch_share}."
             )
+
+    def segment_length(self, family: str) -> int:
+        """Return the tokens per segment of a replay for a drafter family."""
+        defaults = {"eagle3": 1, "dflash": 16}
+        return defaults[family] if self.replay_segment_length is None else self.replay_segment_length

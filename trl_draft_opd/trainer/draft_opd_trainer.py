@@ -18,15 +18,17 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .._trl import _BaseTrainer, _ForwardRedirection
 from ..anchors import keyed_generator, random_anchors, replay_errors
-from ..data import PromptCollator, tokenize_prompt_dataset
+from ..data import PromptCollator, TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.live import LiveSettings, rollout_live
-from ..rollout.replay import TargetText, redraft, rollout_replay
+from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
-from ..target import FrozenTarget
+from ..target import FrozenTarget, TargetReading
+from .batches import prompt_rows, regroup_by_length, text_of, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
 from .metrics import MetricSums, rollout_sums
+from .responses import ResponseSource
 from .setup import check_finite, check_launch, check_mask_token, load_drafter, load_target, require_tokenizer
 from .step import StepLoss, StreamSettings, step_loss, weight_sums
 
@@ -61,7 +63,8 @@ class DraftOPDTrainer(_BaseTrainer):
         args ([`DraftOPDConfig`], *optional*):
             Settings.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with a `prompt` or `messages`. Completions are ignored unless `completions_from_target=True` declares them the target's.
+            Rows with a `prompt` or `messages`. Completions are ignored unless `completions_from_target=True` declares them the
+            target's: the answers of a chat are then walked one by one. Otherwise the target answers every prompt once.
         eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
             As `train_dataset`; always decoded live.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -103,12 +106,14 @@ class DraftOPDTrainer(_BaseTrainer):
         drafter = load_drafter(model, self.target, args)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
+        self.segment_length = args.segment_length(drafter.config.family)
         self.streams = {
             "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
             "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.position_decay),
         }
         self.target.place(args.device)
-        train_dataset = self._prepare_dataset(train_dataset, args, drafter, args.completions_from_target)
+        keep_completions = args.completions_from_target and args.rollout == "replay"
+        train_dataset = self._prepare_dataset(train_dataset, args, drafter, keep_completions)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepare_dataset(part, args, drafter, False) for name, part in eval_dataset.items()
@@ -118,13 +123,21 @@ class DraftOPDTrainer(_BaseTrainer):
         super().__init__(
             model=drafter,
             args=args,
-            data_collator=PromptCollator(self.target.pad_token_id),
+            data_collator=self._collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         check_launch(self.accelerator, args.n_gpu)
+        self._responses = ResponseSource(
+            self.target,
+            args,
+            self._prompts_to_answer(),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            show_progress=not args.disable_tqdm and self.accelerator.is_local_main_process,
+        )
         self._redirect = _ForwardRedirection()
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._console = Console()
@@ -137,23 +150,39 @@ class DraftOPDTrainer(_BaseTrainer):
         drafter: Drafter,
         keep_completions: bool,
     ) -> Dataset | IterableDataset | None:
-        """Tokenize prompts, and completions where they are the target's own."""
+        """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
         if dataset is None:
             return None
-        rows = tokenize_prompt_dataset(
-            dataset,
-            self.tokenizer,
-            max_prompt_length=args.max_prompt_length,
-            chat_template=args.chat_template,
-            chat_template_kwargs=args.chat_template_kwargs,
-            keep_completions=keep_completions,
-            eos_token_ids=self.target.eos_token_ids,
-            vocab_size=self.target.vocab_size,
-            num_proc=args.dataset_num_proc,
-        )
-        for column in ("prompt_ids", "completion_ids") if keep_completions else ("prompt_ids",):
-            check_mask_token(drafter, self.target, rows, column)
+        common = {
+            "max_prompt_length": args.max_prompt_length,
+            "chat_template": args.chat_template,
+            "chat_template_kwargs": args.chat_template_kwargs,
+            "eos_token_ids": self.target.eos_token_ids,
+            "vocab_size": self.target.vocab_size,
+            "num_proc": args.dataset_num_proc,
+        }
+        if keep_completions:
+            max_length = args.max_prompt_length + args.max_completion_length
+            rows = tokenize_sft_dataset(dataset, self.tokenizer, max_length=max_length, **common)
+            check_mask_token(drafter, self.target, rows, "input_ids")
+        else:
+            rows = tokenize_prompt_dataset(dataset, self.tokenizer, keep_completions=False, **common)
+            check_mask_token(drafter, self.target, rows, "prompt_ids")
         return rows
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad prompts, or texts where the dataset's responses are walked."""
+        collator = TextCollator if "input_ids" in rows[0] else PromptCollator
+        return collator(self.target.pad_token_id)(rows)
+
+    def _prompts_to_answer(self) -> Dataset | None:
+        """Return the training prompts if the run comes to all of them; a shorter one has only its own answered."""
+        args, rows = self.args, self.train_dataset
+        if not isinstance(rows, Dataset) or args.completions_from_target:
+            return None
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        num_rows = args.max_steps * per_step if args.max_steps > 0 else args.num_train_epochs * len(rows)
+        return rows if num_rows >= len(rows) else None
 
     # -- rollout -------------------------------------------------------------------------------------------------------
 
@@ -163,7 +192,11 @@ class DraftOPDTrainer(_BaseTrainer):
         """Fetch the prompts of one optimiser step, roll them out with the current drafter, and sum the weights over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
-        prepared = [self._roll_out(batch, epoch) for batch in batches]
+        if self.args.rollout == "replay":
+            texts = regroup_by_length(self._responses.texts(batches), self.target.pad_token_id)
+            prepared = self._replay(texts, epoch)
+        else:
+            prepared = [self._roll_out_live(batch, epoch) for batch in batches]
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
         if prepared and self._is_logging_step():
@@ -176,29 +209,65 @@ class DraftOPDTrainer(_BaseTrainer):
             )
         return prepared, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
 
-    def _roll_out(self, batch: dict[str, torch.Tensor], epoch: int) -> dict[str, Any]:
-        """Draft along every prompt's response and mark which slots belong to which stream."""
+    def _replay(self, texts: list[TargetText], epoch: int) -> list[dict[str, Any]]:
+        """Draft along the responses of every micro-batch; readings of the target are kept for the loss while they fit."""
         drafter = self.accelerator.unwrap_model(self.model)
-        needs_branches = self.args.rejected_scope == "suffix" and self.args.rejected_weight > 0
-        keep_now = needs_branches and self.args.anchor_mode == "error"
-        sample_ids = batch["sample_ids"].tolist()
-        with self.accelerator.autocast():
-            if self.args.rollout == "replay":
-                text = self._stored_text(batch)
-                rollout = rollout_replay(
-                    self.target, drafter, text, num_drafts=self.num_drafts, keep_branch_hidden=keep_now
+        free_bytes = self.args.reading_bytes
+        prepared = []
+        for text in texts:
+            with self.accelerator.autocast():
+                reading = self.target.read_text(
+                    text.input_ids,
+                    text.attention_mask,
+                    drafter.config.target_layer_ids,
+                    keep_cache=self._needs_branches,
                 )
-            else:
-                generator = keyed_generator(self.args.seed, self.state.global_step, sample_ids[0])
-                rollout = self._decode(drafter, batch, keep_now, generator)
-            self._sums["train"].add(rollout_sums(rollout))
-            if self.args.anchor_mode == "random":
-                anchors = random_anchors(rollout, sample_ids, seed=self.args.seed, epoch=epoch)
-                rollout = redraft(self.target, drafter, rollout, anchors, keep_branch_hidden=needs_branches)
+                rollout = rollout_replay(self.target, drafter, text, self._replay_settings(epoch), reading)
+                batch = self._mark(rollout, text, epoch, reading)
+            free_bytes -= reading.num_bytes
+            prepared.append(batch | {"reading": reading.without_cache() if free_bytes >= 0 else None})
+        return prepared
+
+    def _roll_out_live(self, batch: dict[str, torch.Tensor], epoch: int) -> dict[str, Any]:
+        """Decode every prompt together with the current drafter."""
+        sample_ids = batch["sample_ids"].tolist()
+        generator = keyed_generator(self.args.seed, self.state.global_step, sample_ids[0])
+        keep_now = self._needs_branches and self.args.anchor_mode == "error"
+        with self.accelerator.autocast():
+            rollout = self._decode(self.accelerator.unwrap_model(self.model), batch, keep_now, generator)
+            return self._mark(rollout, text_of_rollout(rollout, sample_ids), epoch, None) | {"reading": None}
+
+    def _mark(self, rollout: Rollout, text: TargetText, epoch: int, reading: TargetReading | None) -> dict[str, Any]:
+        """Count a rollout and say which slots belong to which stream; for the ablation, of blocks at random anchors."""
+        self._sums["train"].add(rollout_sums(rollout))
+        if self.args.anchor_mode == "random":
+            anchors = random_anchors(rollout, text.sample_ids, seed=self.args.seed, epoch=epoch)
+            drafter = self.accelerator.unwrap_model(self.model)
+            settings = self._replay_settings(epoch, keep_branch_hidden=self._needs_branches)
+            rollout = redraft(self.target, drafter, text, anchors, settings, reading)
         anchors = replay_errors(
             rollout, rejected_scope=self.args.rejected_scope, eos_token_ids=self.target.eos_token_ids
         )
-        return {"rollout": rollout, "anchors": anchors, "sample_ids": batch["sample_ids"]}
+        return {"rollout": rollout, "anchors": anchors, "sample_ids": torch.tensor(text.sample_ids)}
+
+    @property
+    def _needs_branches(self) -> bool:
+        """Whether slots behind a first rejection carry weight."""
+        return self.args.rejected_scope == "suffix" and self.args.rejected_weight > 0
+
+    def _replay_settings(self, epoch: int, keep_branch_hidden: bool | None = None) -> ReplaySettings:
+        if keep_branch_hidden is None:
+            keep_branch_hidden = self._needs_branches and self.args.anchor_mode == "error"
+        return ReplaySettings(
+            num_drafts=self.num_drafts,
+            sampling=self.args.sampling_settings(),
+            draft_sampling=self.args.draft_sampling,
+            keep_branch_hidden=keep_branch_hidden,
+            seed=self.args.seed,
+            epoch=epoch,
+            segment_length=self.segment_length,
+            chunk_bytes=self.args.loss_chunk_bytes,
+        )
 
     def _decode(
         self, drafter: Drafter, batch: dict[str, torch.Tensor], keep_branch_hidden: bool, generator: torch.Generator
@@ -212,24 +281,10 @@ class DraftOPDTrainer(_BaseTrainer):
             eos_token_ids=self.target.eos_token_ids,
             keep_branch_hidden=keep_branch_hidden,
         )
-        lengths = batch["prompt_mask"].sum(dim=1).tolist()
-        prompts = [row[:length] for row, length in zip(batch["prompt_ids"].tolist(), lengths, strict=True)]
+        prompts = prompt_rows(batch)
         is_hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         with tqdm(total=len(prompts), desc="rollout", leave=False, disable=is_hidden) as bar:
             return rollout_live(self.target, drafter, prompts, settings, generator, on_finished=bar.update)
-
-    def _stored_text(self, batch: dict[str, torch.Tensor]) -> TargetText:
-        """Join prompts and stored responses into right-padded rows."""
-        prompt_lengths = batch["prompt_mask"].sum(dim=1)
-        rows = []
-        for index, length in enumerate(prompt_lengths.tolist()):
-            response = batch["completion_ids"][index][batch["completion_mask"][index]]
-            rows.append(torch.cat([batch["prompt_ids"][index, :length], response]))
-        pad = self.target.pad_token_id
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
-        mask = (torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]).long()
-        return TargetText(input_ids, mask, prompt_lengths)
 
     def _is_logging_step(self) -> bool:
         every = max(int(self.state.logging_steps or 1), 1)
@@ -270,6 +325,7 @@ class DraftOPDTrainer(_BaseTrainer):
             self.streams,
             sums,
             self.args.loss_chunk_bytes,
+            inputs["reading"],
         )
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -284,15 +340,14 @@ class DraftOPDTrainer(_BaseTrainer):
         """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
         inputs = self._prepare_inputs(inputs)
         drafter = self.accelerator.unwrap_model(self.model)
-        needs_branches = self.args.rejected_scope == "suffix" and self.args.rejected_weight > 0
         generator = torch.Generator().manual_seed(self.args.seed)
         with torch.no_grad(), self.accelerator.autocast():
-            rollout = self._decode(drafter, inputs, needs_branches, generator)
+            rollout = self._decode(drafter, inputs, self._needs_branches, generator)
             anchors = replay_errors(
                 rollout, rejected_scope=self.args.rejected_scope, eos_token_ids=self.target.eos_token_ids
             )
             sums = weight_sums([anchors], self.streams, drafter.draft_token_ids)
-            result = self._step_loss({"rollout": rollout, "anchors": anchors}, sums)
+            result = self._step_loss({"rollout": rollout, "anchors": anchors, "reading": None}, sums)
         self._sums["eval"].add(result.sums)
         self._sums["eval"].add(rollout_sums(rollout))
         return result.loss.detach(), None, None

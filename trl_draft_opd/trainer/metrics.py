@@ -46,8 +46,9 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[float, float]]:
     accepted = rollout.accepted[counted]
     sums = {
         "tau": (float(accepted.sum()) + num_counted, num_counted),
-        "response_length": (float((rollout.lengths - rollout.prompt_lengths).sum()), float(len(rollout.lengths))),
-        "rounds": (float(rollout.num_rounds.sum()), float(len(rollout.lengths))),
+        "response_length": (float(rollout.completion_mask.sum()), float(len(rollout.anchors))),
+        "rounds": (float(rollout.num_rounds.sum()), float(len(rollout.anchors))),
+        "refused_responses": (float(rollout.num_refused), float(len(rollout.anchors))),
     }
     for slot in range(1, rollout.drafts.shape[-1] + 1):
         sums[f"acceptance/slot_{slot}"] = (float((accepted >= slot).sum()), num_counted)

@@ -12,7 +12,7 @@ import torch
 from ..anchors import AnchorBatch
 from ..drafters.base import Drafter
 from ..losses import Head, RowLosses, chunked_divergence, position_weights, stream_scale
-from ..target import FrozenTarget
+from ..target import FrozenTarget, TargetReading
 
 
 STREAMS = ("accepted", "rejected")
@@ -88,6 +88,7 @@ def step_loss(
     settings: dict[str, StreamSettings],
     global_weight_sums: torch.Tensor,
     chunk_bytes: int,
+    reading: TargetReading | None = None,
 ) -> StepLoss:
     """
     Run the drafter from every anchor of a micro-batch and compare it with the target on the same states.
@@ -102,11 +103,13 @@ def step_loss(
         settings (`dict`): [`StreamSettings`] of both streams.
         global_weight_sums (`torch.Tensor` of shape `(2,)`): Weight sums over the whole optimiser step.
         chunk_bytes (`int`): See `chunked_divergence`.
+        reading ([`TargetReading`], *optional*): The target's reading of the text at the drafter's layers, made here if not given.
 
     Returns:
         [`StepLoss`]
     """
-    reading = target.read_text(input_ids, attention_mask, drafter.config.target_layer_ids)
+    if reading is None:
+        reading = target.read_text(input_ids, attention_mask, drafter.config.target_layer_ids)
     device = drafter.device
     hidden = drafter.draft_hidden(
         reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed
@@ -120,11 +123,13 @@ def step_loss(
     for index, name in enumerate(STREAMS):
         weights = row_weights(anchors, name, settings[name], drafter.draft_token_ids)
         picked = weights > 0
+        states, target_rows = _target_states(reading.last_hidden, branch_hidden, anchors, picked)
         rows = chunked_divergence(
             hidden[picked],
             own_head or target_head,
-            _target_rows(reading.last_hidden, branch_hidden, anchors, picked),
+            states,
             target_head,
+            target_rows_N=target_rows,
             labels_N=anchors.labels[picked],
             weights_N=weights[picked],
             loss_type=settings[name].loss_type,
@@ -137,19 +142,30 @@ def step_loss(
     return StepLoss(loss, sums)
 
 
-def _target_rows(
+def _target_states(
     last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: AnchorBatch, picked: torch.Tensor
-) -> torch.Tensor:
-    """Return the target's hidden state for every picked slot: from the committed text, or from the block's branch."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the distinct target states of the picked slots, `(M, H)`, and which of them each slot is compared with, `(N,)`.
+
+    On the committed text, slots of different blocks that propose for one position share its state.
+    """
     row, block, slot = picked.nonzero(as_tuple=True)
+    B, L, H = last_hidden.shape
     # Slot k (index k - 1) is predicted by the token before it, at a + k - 1.
-    positions = (anchors.anchors[row, block] + slot).clamp(0, last_hidden.shape[1] - 1)
-    rows = last_hidden[row, positions]
+    state = row * L + (anchors.anchors[row, block] + slot).clamp(0, L - 1)
     is_branch = anchors.is_branch[picked]
+    pool = last_hidden.reshape(B * L, H)
     if is_branch.any():
         assert branch_hidden is not None, "slots behind a first rejection need the target's branch states"
-        rows = torch.where(is_branch[:, None], branch_hidden[row, block, slot].to(rows), rows)
-    return rows
+        A, K = picked.shape[1:]
+        state = torch.where(is_branch, B * L + (row * A + block) * K + slot, state)
+    distinct, target_rows = state.unique(return_inverse=True)
+    is_on_text = distinct < B * L
+    states = pool[distinct[is_on_text]]
+    if branch_hidden is not None:
+        states = torch.cat([states, branch_hidden.flatten(0, 2)[distinct[~is_on_text] - B * L].to(states)])
+    return states, target_rows
 
 
 def _stream_sums(

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
 from ..attention import anchored_attention
-from ..base import ChooseDrafts, DraftContext, Drafter, Embed, Project, Proposal
+from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
 
@@ -260,13 +260,46 @@ class DFlashDraftModel(Drafter):
         project: Project,
         choose: ChooseDrafts,
     ) -> Proposal:
-        anchors = anchor_positions.clamp(min=1)
-        noise_embeds = self._noise_embeds(anchor_tokens, self.config.block_size - 1, embed)
-        hidden = self._run_blocks(context, anchors, noise_embeds.flatten(1, 2))
-        # The block is always as wide as in training; fewer drafts only means fewer slots are read.
-        slots = hidden.unflatten(1, (anchors.shape[1], -1))[:, :, 1 : 1 + num_drafts]
-        drafts, probs = choose(project(slots).float(), 0)
+        slots = self._slot_hidden(context, anchor_positions, anchor_tokens, num_drafts, embed)
+        drafts, probs = choose(self.draft_logits(slots, project).float(), 0)
         return Proposal(drafts, probs)
+
+    @torch.no_grad()
+    def draft_along(
+        self,
+        context: DraftContext,
+        anchor_positions: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+        decide: DecideSlot,
+    ) -> None:
+        slots = self._slot_hidden(context, anchor_positions, anchor_tokens, num_drafts, embed)
+        columns = torch.arange(slots.shape[1], device=slots.device).expand(slots.shape[:2])
+        for slot in range(1, num_drafts + 1):
+            index = columns[..., None].expand(-1, -1, slots.shape[-1])
+            decided = decide(slots[:, :, slot - 1].gather(1, index), slot)
+            if decided is None:
+                return
+            # A slot reads no draft, so the tokens are of no use here.
+            columns = columns if decided[1] is None else columns.gather(1, decided[1])
+
+    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
+        return project(hidden)
+
+    def _slot_hidden(
+        self,
+        context: DraftContext,
+        anchor_positions: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+    ) -> torch.Tensor:
+        """Return the hidden states of the first `num_drafts` slots of every block, `(B, A, K, H)`."""
+        noise_embeds = self._noise_embeds(anchor_tokens, self.config.block_size - 1, embed)
+        hidden = self._run_blocks(context, anchor_positions.clamp(min=1), noise_embeds.flatten(1, 2))
+        # The block is always as wide as in training; fewer drafts only means fewer slots are read.
+        return hidden.unflatten(1, (anchor_positions.shape[1], -1))[:, :, 1 : 1 + num_drafts]
 
     def _noise_embeds(self, anchor_tokens: torch.Tensor, num_masks: int, embed: Embed) -> torch.Tensor:
         """Embed `[anchor, mask, ...]` for every anchor, `(B, A, 1 + num_masks, H)`."""
@@ -289,8 +322,8 @@ class DFlashDraftModel(Drafter):
                 attention.query(normed, cos, sin).unflatten(2, split),
                 context.keys[index],
                 context.values[index],
-                key.unflatten(2, split),
-                value.unflatten(2, split),
+                [key.unflatten(2, split)],
+                [value.unflatten(2, split)],
                 anchors,
                 attention.head_dim**-0.5,
             )

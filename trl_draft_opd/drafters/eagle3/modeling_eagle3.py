@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ..attention import anchored_attention
-from ..base import ChooseDrafts, DraftContext, Drafter, Embed, Project, Proposal
+from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
 from .draft_vocabulary import DraftVocabulary
@@ -228,9 +228,9 @@ class Eagle3DraftModel(Drafter):
         anchor_tokens = input_ids.gather(1, anchors)
         hidden: list[torch.Tensor] = []
 
-        def recorded(slot_hidden: torch.Tensor, slot: int) -> torch.Tensor:
+        def recorded(slot_hidden: torch.Tensor, slot: int) -> tuple[torch.Tensor, None]:
             hidden.append(slot_hidden)
-            return drafts[:, :, slot - 1]
+            return drafts[:, :, slot - 1], None
 
         self._unroll(context, anchors, anchor_tokens, drafts.shape[-1], embed, recorded)
         return torch.stack(hidden, dim=2)
@@ -249,15 +249,30 @@ class Eagle3DraftModel(Drafter):
         drafts: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
 
-        def chosen(slot_hidden: torch.Tensor, slot: int) -> torch.Tensor:
-            ids, slot_probs = choose(self.lm_head(slot_hidden)[:, :, None].float(), slot - 1)
-            drafts.append(self._to_target_ids(ids[:, :, 0]))
+        def chosen(slot_hidden: torch.Tensor, slot: int) -> tuple[torch.Tensor, None]:
+            ids, slot_probs = choose(self.draft_logits(slot_hidden, project)[:, :, None].float(), slot - 1)
+            drafts.append(self.to_target_ids(ids[:, :, 0]))
             if slot_probs is not None:
-                probs.append(self._to_target_probs(slot_probs[:, :, 0]))
-            return drafts[-1]
+                probs.append(self.to_target_probs(slot_probs[:, :, 0]))
+            return drafts[-1], None
 
         self._unroll(context, anchor_positions.clamp(min=1), anchor_tokens, num_drafts, embed, chosen)
         return Proposal(torch.stack(drafts, dim=2), torch.stack(probs, dim=2) if probs else None)
+
+    @torch.no_grad()
+    def draft_along(
+        self,
+        context: DraftContext,
+        anchor_positions: torch.Tensor,
+        anchor_tokens: torch.Tensor,
+        num_drafts: int,
+        embed: Embed,
+        decide: DecideSlot,
+    ) -> None:
+        self._unroll(context, anchor_positions.clamp(min=1), anchor_tokens, num_drafts, embed, decide)
+
+    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
     def _unroll(
         self,
@@ -266,9 +281,9 @@ class Eagle3DraftModel(Drafter):
         anchor_tokens: torch.Tensor,
         num_drafts: int,
         embed: Embed,
-        next_token: Callable[[torch.Tensor, int], torch.Tensor],
+        decide: DecideSlot,
     ) -> None:
-        """Run the steps of all blocks; `next_token(hidden (B, A, H), slot)` takes each slot's state and names its draft."""
+        """Run the steps of all blocks; `decide` takes each slot's states and names its tokens and the blocks that go on."""
         width = context.fused.shape[-1]
         state = context.fused.gather(1, (anchors - 1)[..., None].expand(-1, -1, width))
         tokens = anchor_tokens
@@ -278,8 +293,16 @@ class Eagle3DraftModel(Drafter):
             embeds = embed(tokens).to(state.dtype)
             block_state = self._step(context, anchors, state, embeds, slot, keys, values)
             slot_hidden = self.norm(block_state)
-            tokens = next_token(slot_hidden, slot)
+            decided = decide(slot_hidden, slot)
+            if decided is None:
+                return
+            tokens, columns = decided
             state = slot_hidden if self.config.norm_output else block_state
+            if columns is not None:
+                anchors = anchors.gather(1, columns)
+                state = state.gather(1, columns[..., None].expand(-1, -1, width))
+                keys = [_pick_columns(key, columns) for key in keys]
+                values = [_pick_columns(value, columns) for value in values]
 
     def _step(
         self,
@@ -299,19 +322,17 @@ class Eagle3DraftModel(Drafter):
         if slot == 1:
             # The first step's own key is the context entry at `a - 1`.
             query, _ = apply_rotary_pos_emb(query, query, cos, sin)
-            block_key = block_value = None
         else:
             key = attention.split_heads(attention.k_proj(joined))
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            keys.append(key)
-            values.append(attention.split_heads(attention.v_proj(joined)))
-            block_key, block_value = torch.stack(keys, dim=3), torch.stack(values, dim=3)
+            keys.append(key[:, :, :, None])
+            values.append(attention.split_heads(attention.v_proj(joined))[:, :, :, None])
         mixed = anchored_attention(
             query[:, :, :, None],
             context.keys[0],
             context.values[0],
-            block_key,
-            block_value,
+            keys,
+            values,
             anchors,
             attention.head_dim**-0.5,
         )
@@ -319,15 +340,20 @@ class Eagle3DraftModel(Drafter):
         hidden = residual + attention.o_proj(mixed[:, :, 0])
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    def _to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         if not self.config.has_reduced_vocabulary:
             return draft_ids
         return draft_ids + self.d2t[draft_ids]
 
-    def _to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
+    def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
         token_ids = self.draft_token_ids
         if token_ids is None:
             return draft_probs
         probs = draft_probs.new_zeros(*draft_probs.shape[:-1], self.config.vocab_size)
         probs[..., token_ids] = draft_probs
         return probs
+
+
+def _pick_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the blocks in `columns` (`(B, A')`) of `(B, g, A, 1, d)` keys or values."""
+    return block.gather(2, columns[:, None, :, None, None].expand(-1, block.shape[1], -1, 1, block.shape[-1]))

@@ -1,0 +1,293 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Every fast path has a plain reference in `benchmarks/reference`, and they agree: attention, loss, drafting, decoding,
+replay, branch states, and whole training steps of both families.
+"""
+
+import pytest
+import torch
+from tiny import EOS, make_drafter, make_prompts, make_target
+
+from benchmarks.reference import attention, drafting, loss, rollout, step
+from trl_draft_opd import SamplingSettings, build_draft_vocabulary
+from trl_draft_opd.anchors import replay_errors, sample_anchors
+from trl_draft_opd.drafters.attention import anchored_attention
+from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+
+
+FAMILIES = ("eagle3", "dflash")
+GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+CHUNK_BYTES = 4096
+NUM_DRAFTS = 4
+
+
+def replay_settings(**options) -> ReplaySettings:
+    return ReplaySettings(
+        **{
+            "num_drafts": NUM_DRAFTS,
+            "sampling": GREEDY,
+            "draft_sampling": "greedy",
+            "keep_branch_hidden": True,
+            "seed": 0,
+            "epoch": 0,
+            "segment_length": 3,
+            "chunk_bytes": CHUNK_BYTES,
+        }
+        | options
+    )
+
+
+def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+
+def to_text(texts: list[list[int]], prompt_lengths: list[int]) -> TargetText:
+    marks = [[i >= start for i in range(len(row))] for row, start in zip(texts, prompt_lengths, strict=True)]
+    ones = [[1] * len(row) for row in texts]
+    return TargetText(pad(texts, 0), pad(ones, 0), pad(marks, False), list(range(len(texts))))
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def drafter(request, target):
+    return make_drafter(request.param, target)
+
+
+@pytest.fixture(scope="module")
+def decoded(target, drafter):
+    """Texts and blocks of plain speculative decoding, one prompt at a time, and where the responses begin."""
+    prompts = make_prompts(5)
+    options = {"num_drafts": NUM_DRAFTS, "max_new_tokens": 17, "eos_token_ids": [EOS]}
+    pairs = [rollout.decode(target.causal_lm, drafter, prompt, **options) for prompt in prompts]
+    texts, chains = zip(*pairs, strict=True)
+    return prompts, list(texts), list(chains)
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attend", [attention.sdpa_attention, attention.written_out_attention])
+@pytest.mark.parametrize("sizes, is_block_causal", [([], False), ([1, 1], False), ([3], False), ([3], True)])
+def test_attention_in_two_parts_equals_one_dense_mask(attend, sizes, is_block_causal):
+    heads, kv_heads, length, num_anchors, num_queries, dim = 4, 2, 13, 5, 3, 8
+    query = torch.randn(2, heads, num_anchors, num_queries, dim, requires_grad=True)
+    context = [torch.randn(2, kv_heads, length, dim, requires_grad=True) for _ in range(2)]
+    pieces = [[torch.randn(2, kv_heads, num_anchors, n, dim, requires_grad=True) for n in sizes] for _ in range(2)]
+    anchors = torch.randint(1, length + 1, (2, num_anchors))
+    arguments = (query, *context, *pieces, anchors, dim**-0.5, is_block_causal)
+    leaves = [query, *context, *pieces[0], *pieces[1]]
+    fast, plain = anchored_attention(*arguments), attention.dense_attention(*arguments, attend=attend)
+    torch.testing.assert_close(fast, plain)
+    weight = torch.randn_like(plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, leaves, weight), torch.autograd.grad(plain, leaves, weight), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_dense_mask_shows_a_block_its_prefix_and_itself():
+    visible = attention.visible_pairs(torch.tensor([[1, 3]]), 4, 2, [2], is_block_causal=True)[0]
+    assert visible.long().tolist() == [
+        [1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 0, 1, 1],
+    ]
+
+
+# ---- loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_reduced", [False, True])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_chunked_divergences_equal_those_of_full_logits(loss_type, is_reduced):
+    rows, width, vocab = 11, 6, 23
+    token_ids = torch.arange(1, vocab, 2) if is_reduced else None
+    hidden = torch.randn(rows, width, requires_grad=True)
+    head = torch.nn.Parameter(torch.randn(vocab if token_ids is None else len(token_ids), width))
+    states, target_weight = torch.randn(4, width), torch.randn(vocab, width)
+    target_rows = torch.arange(rows) % 4
+    labels = torch.randint(vocab, (rows,)) if token_ids is None else token_ids[torch.randint(len(token_ids), (rows,))]
+    labels[::3] = -1
+    weights = torch.rand(rows)
+    weights[2] = 0
+    options = {"labels": labels, "weights": weights, "loss_type": loss_type, "draft_token_ids": token_ids}
+    plain = loss.full_loss(hidden, head, states[target_rows], target_weight, **options)
+    fast = chunked_divergence(
+        hidden,
+        Head.linear(head),
+        states,
+        Head.linear(target_weight),
+        target_rows_N=target_rows,
+        labels_N=labels,
+        weights_N=weights,
+        loss_type=loss_type,
+        draft_token_ids=token_ids,
+        chunk_bytes=200,
+    ).total
+    torch.testing.assert_close(fast, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, [hidden, head]), torch.autograd.grad(plain, [hidden, head]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# ---- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def assert_same_blocks(result, chains: list[list[rollout.Block]]) -> None:
+    for row, chain in enumerate(chains):
+        count = int(result.num_rounds[row])
+        assert result.anchors[row, :count].tolist() == [block.anchor for block in chain]
+        assert result.drafts[row, :count].tolist() == [block.drafts for block in chain]
+        assert result.accepted[row, :count].tolist() == [block.accepted for block in chain]
+        assert result.is_censored[row, :count].tolist() == [block.is_censored for block in chain]
+
+
+def test_batched_decoding_equals_one_prompt_at_a_time(target, drafter, decoded):
+    prompts, texts, chains = decoded
+    settings = LiveSettings(NUM_DRAFTS, 17, GREEDY, "greedy", [EOS], keep_branch_hidden=False)
+    result = rollout_live(target, drafter, prompts, settings, torch.Generator())
+    responses = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
+    assert result.responses() == responses
+    assert_same_blocks(result, chains)
+
+
+@pytest.mark.parametrize("segment_length", [1, 3, 100])
+def test_replay_in_segments_equals_replay_block_by_block(target, drafter, decoded, segment_length):
+    prompts, texts, chains = decoded
+    lengths = [len(prompt) for prompt in prompts]
+    plain = [
+        rollout.replay(target.causal_lm, drafter, text, length, NUM_DRAFTS)
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+    assert plain == chains
+    result = rollout_replay(target, drafter, to_text(texts, lengths), replay_settings(segment_length=segment_length))
+    # Behind the end of a text nothing is drafted along it: only what was judged can be compared.
+    for row, chain in enumerate(plain):
+        count = int(result.num_rounds[row])
+        assert result.anchors[row, :count].tolist() == [block.anchor for block in chain]
+        assert result.accepted[row, :count].tolist() == [block.accepted for block in chain]
+        for index, block in enumerate(chain):
+            inside = min(NUM_DRAFTS, len(texts[row]) - 1 - block.anchor) if block.is_censored else NUM_DRAFTS
+            assert result.drafts[row, index, :inside].tolist() == block.drafts[:inside]
+
+
+def test_packed_branches_equal_one_forward_per_branch(target, drafter, decoded):
+    prompts, texts, _ = decoded
+    text = to_text(texts, [len(prompt) for prompt in prompts])
+    result = rollout_replay(target, drafter, text, replay_settings())
+    anchors = replay_errors(result, rejected_scope="suffix", eos_token_ids=[EOS])
+    compared = 0
+    for row, block, slot in anchors.is_branch.nonzero().tolist():
+        anchor, drafts = int(result.anchors[row, block]), result.drafts[row, block].tolist()
+        plain = rollout.branch_states(target.causal_lm, texts[row], rollout.Block(anchor, drafts, 0, False))
+        torch.testing.assert_close(result.branch_hidden[row, block, slot], plain[slot], rtol=1e-4, atol=1e-5)
+        compared += 1
+    assert compared > 10
+
+
+# ---- drafting with gradient, and whole steps ----------------------------------------------------------------------------
+
+
+def gradients(total: torch.Tensor, drafter) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*drafter.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
+
+
+def assert_same_gradients(ours: dict, theirs: dict) -> None:
+    for name, gradient in theirs.items():
+        ours_here = ours[name]
+        if gradient is None:
+            assert ours_here is None or not ours_here.any(), name
+            continue
+        largest = float(gradient.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(
+            ours_here, gradient, rtol=1e-3, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def make_variant(family: str, target, variant: str):
+    """Return a drafter with one of the options that change what is computed."""
+    if variant == "reduced vocabulary":
+        vocabulary = build_draft_vocabulary(torch.arange(64).flip(0), 24)
+        return make_drafter(family, target, draft_vocabulary=vocabulary)
+    return make_drafter(family, target, **({} if variant == "plain" else {variant: True}))
+
+
+@pytest.mark.parametrize(
+    "family, variant",
+    [("eagle3", "plain"), ("eagle3", "fc_norm"), ("eagle3", "norm_output"), ("dflash", "plain")],
+)
+def test_packed_drafting_equals_the_layers_written_out(target, family, variant):
+    drafter = make_variant(family, target, variant)
+    text = make_prompts(1, seed=3, longest=1)[0] * 3 + make_prompts(1, seed=5)[0] + list(range(7, 20))
+    anchors, drafts = [1, 4, 5, len(text) - 1], torch.randint(7, 60, (4, NUM_DRAFTS))
+    reading = drafting.read_text(target.causal_lm, text, drafter.config.target_layer_ids)
+    plain, _ = drafting.draft_states(drafter, target.causal_lm, reading.features, text, anchors, NUM_DRAFTS, drafts)
+    fast = drafter.draft_hidden(
+        reading.features[None], torch.tensor([text]), torch.tensor([anchors]), drafts[None], target.embed
+    )
+    torch.testing.assert_close(fast[0], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["forward_kl", "ce"])
+def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_type):
+    prompts, texts, _ = decoded
+    lengths = [len(prompt) for prompt in prompts]
+    text = to_text(texts, lengths)
+    anchors = sample_anchors(
+        text.input_ids, text.completion_mask, text.sample_ids, num_anchors=6, num_drafts=NUM_DRAFTS, seed=0, epoch=0
+    )
+    streams = {"accepted": StreamSettings(loss_type, 1.0, 0.8), "rejected": StreamSettings(loss_type, 0.0, 1.0)}
+    sums = weight_sums([anchors], streams, drafter.draft_token_ids)
+    ours = step_loss(
+        drafter, target, text.input_ids, text.attention_mask, anchors, None, streams, sums, CHUNK_BYTES
+    ).loss
+    places = [[a for a in row if a >= 0] for row in anchors.anchors.tolist()]
+    pairs = [(ids, [i >= start for i in range(len(ids))]) for ids, start in zip(texts, lengths, strict=True)]
+    plain = step.sft_step(target.causal_lm, drafter, pairs, places, NUM_DRAFTS, step.Stream(loss_type, 1.0, 0.8))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(ours, drafter), gradients(plain, drafter))
+
+
+@pytest.mark.parametrize("scope", ["suffix", "first"])
+@pytest.mark.parametrize(
+    "family, variant", [("eagle3", "plain"), ("eagle3", "reduced vocabulary"), ("dflash", "plain")]
+)
+def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
+    drafter = make_variant(family, target, variant)
+    prompts = make_prompts(4, seed=2)
+    settings = LiveSettings(NUM_DRAFTS, 15, GREEDY, "greedy", [EOS], keep_branch_hidden=False)
+    texts = rollout_live(target, drafter, prompts, settings, torch.Generator())
+    responses = texts.responses()
+    joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    lengths = [len(prompt) for prompt in prompts]
+    text = to_text(joined, lengths)
+    result = rollout_replay(target, drafter, text, replay_settings(keep_branch_hidden=scope == "suffix"))
+    anchors = replay_errors(result, rejected_scope=scope, eos_token_ids=[EOS])
+    assert anchors.is_rejected.any()
+    streams = {"accepted": ("forward_kl", 1.0, 1.0), "rejected": ("reverse_kl", 0.5, 0.8)}
+    fast_streams = {name: StreamSettings(*values) for name, values in streams.items()}
+    sums = weight_sums([anchors], fast_streams, drafter.draft_token_ids)
+    arguments = (text.input_ids, text.attention_mask, anchors, result.branch_hidden, fast_streams, sums, CHUNK_BYTES)
+    ours = step_loss(drafter, target, *arguments).loss
+    plain = step.opd_step(
+        target.causal_lm,
+        drafter,
+        list(zip(joined, lengths, strict=True)),
+        NUM_DRAFTS,
+        {name: step.Stream(*values) for name, values in streams.items()},
+        rejected_scope=scope,
+        eos_token_ids=[EOS],
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(ours, drafter), gradients(plain, drafter))

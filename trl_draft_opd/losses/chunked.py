@@ -1,0 +1,364 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The weighted divergence of many rows from hidden states, with one chunk of logits alive at a time.
+
+Each chunk is projected, compared and differentiated in one go: its logits are overwritten by their gradient, and only
+what that becomes behind the head is kept. This file knows hidden states, heads, labels and weights; it refuses to know
+anchors, trainers and process groups.
+
+Shape letters:  N = rows, M = target states (in private code also rows of nonzero weight), C = rows of one chunk,
+S = target states of one chunk, b = rows of one block of a chunk, H = hidden size, V = vocabulary of the target,
+D = vocabulary of the drafter (`D == V` unless it is reduced)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .divergences import NO_TOKEN, accumulation_dtype, check_labels, check_sources, differentiate, differentiate_ce
+
+
+NUM_TEMPORARIES = 4  # rows of logits in the accumulation dtype that comparing one row takes, at most
+BLOCK_SHARE = 4  # one part in four of the budget is theirs: small blocks suit the cache of a CPU, few suit a GPU
+
+
+@dataclass(frozen=True)
+class Head:
+    """
+    Project hidden states to logits, and name the parameters that this projection trains.
+
+    Args:
+        project (`Callable`):
+            Maps hidden states `(n, H)` to finite logits `(n, vocab_size)`, each row on its own, called once per chunk.
+            These logits are overwritten by their gradient, so its backward pass must not need them: it may end in a
+            product, a scale or a soft cap, not in `log_softmax` (autograd then raises a `RuntimeError`).
+        parameters (`tuple[nn.Parameter, ...]`):
+            All trainable parameters that `project` reads (one left out gets no gradient); empty for a frozen head.
+        vocab_size (`int`):
+            Number of logits per row.
+        num_buffers (`int`, defaults to `1`):
+            Tensors of logits that `project` and its backward pass hold at once, the result included: 1 for a product,
+            2 if it is scaled, 4 if it is soft-capped. Too small a number only exceeds `chunk_bytes`.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    parameters: tuple[nn.Parameter, ...]
+    vocab_size: int
+    num_buffers: int = 1
+    # Set by `linear`, where `project` is nothing but a product with this matrix. `replace` drops it with the projection.
+    weight: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    def linear(cls, weight: Tensor, bias: Tensor | None = None) -> "Head":
+        """
+        Build a linear head, computed in the dtype of `weight` or of autocast.
+
+        Args:
+            weight (`torch.Tensor` of shape `(vocab_size, H)`), bias (`torch.Tensor`, *optional*):
+                Those that require a gradient become `parameters`. Under autocast, each chunk casts a frozen weight
+                anew: hold it in the dtype of autocast.
+        """
+        parameters = tuple(tensor for tensor in (weight, bias) if tensor is not None and tensor.requires_grad)
+        head = cls(lambda hidden_CH: F.linear(hidden_CH.to(weight.dtype), weight, bias), parameters, weight.shape[0])
+        object.__setattr__(head, "weight", weight)
+        return head
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """
+    Hold the weighted loss of a set of rows, two detached values of each row (`0` where its weight is `0`), and counts.
+
+    Args:
+        total (`torch.Tensor` of shape `()`):
+            Differentiable `sum_n weights_n * loss_n` in nats, connected to the graph even without rows.
+        rows_N (`torch.Tensor` of shape `(N,)`), lost_mass_N (`torch.Tensor` of shape `(N,)`):
+            Losses before weighting, in nats, and the target's probability outside the drafter's vocabulary.
+        num_head_rows (`int`), num_target_head_rows (`int`):
+            Hidden states that went through the drafter's head and through the target's.
+    """
+
+    total: Tensor
+    rows_N: Tensor
+    lost_mass_N: Tensor
+    num_head_rows: int
+    num_target_head_rows: int
+
+
+def chunked_divergence(
+    hidden_NH: Tensor,
+    head: Head,
+    target_hidden_MH: Tensor | None,
+    target_head: Head | None,
+    *,
+    target_rows_N: Tensor | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor,
+    loss_type: str,
+    draft_token_ids: Tensor | None,
+    chunk_bytes: int,
+) -> RowLosses:
+    """
+    Compute the weighted sum of [`divergence`] from hidden states, with one chunk of logits alive at a time.
+
+    First-order gradients are taken together with the loss (none under `torch.no_grad()`), and for the head only if it
+    trains; the target is frozen. In float16 they are rounded before any loss scaling: prefer bfloat16.
+
+    Args:
+        hidden_NH (`torch.Tensor` of shape `(N, H)`), head (`Head`):
+            What the drafter's head reads, and that head, with `D` logits. It may be the target's as well.
+        target_hidden_MH (`torch.Tensor` of shape `(M, H_target)`, *optional*), target_head (`Head`, *optional*):
+            What the target's head reads at its distinct states, and that head, with `V` logits. Each state that a row
+            of nonzero weight names is projected once, however many do. Optional under `"ce"` only.
+        target_rows_N (`torch.LongTensor` of shape `(N,)`, *optional*):
+            Index of the state each row is compared with, in `0..M-1`. `None` where row `n` has state `n` to itself.
+        labels_N (`torch.LongTensor` of shape `(N,)`, *optional*), loss_type (`str`):
+            As in [`divergence`], in target ids; `-1` stands for the target's argmax over the drafter's vocabulary.
+        weights_N (`torch.Tensor` of shape `(N,)`):
+            Weight of each row, a constant. Rows of weight `0` are never projected, whatever they hold.
+        draft_token_ids (`torch.LongTensor` of shape `(D,)`, *optional*):
+            Distinct target ids of the drafter's logits; the target is renormalised over them. `None` for the full one.
+        chunk_bytes (`int`):
+            Budget of all logit-sized tensors alive at a time, counted in float32 (float64 if given so). Exceeded only
+            if one row does not fit. Beside them live a few tensors of the size of the inputs, and the gradient of a
+            head that trains: its sum, and one chunk's share of it unless the head is `Head.linear` without a cast.
+
+    Returns:
+        `RowLosses`: the weighted sum, the detached values per row in the order given, and the counts.
+
+    Raises:
+        ValueError: If arguments do not fit together, or a label the drafter lacks has a nonzero weight under `"ce"`.
+    """
+    check_sources(loss_type, target_head is not None, labels_N)
+    _check_shapes(hidden_NH, head, target_hidden_MH, target_head, labels_N, weights_N, draft_token_ids)
+    kept_M = weights_N.nonzero().squeeze(1)
+    _check_target_rows(target_rows_N, kept_M, target_hidden_MH, len(hidden_NH))
+    if loss_type == "ce":
+        draft_labels_N = labels_N if draft_token_ids is None else _map_labels(labels_N, draft_token_ids)
+        check_labels(labels_N[kept_M], draft_labels_N[kept_M], head.vocab_size, target_head is not None)
+        labels_N = draft_labels_N
+        if draft_token_ids is None and not (labels_N[kept_M] == NO_TOKEN).any():
+            target_head = None  # nothing would be read from it: spare its projection
+    item_bytes = accumulation_dtype(hidden_NH).itemsize
+    rows_per_chunk, rows_per_block = _fit_budget(
+        chunk_bytes // item_bytes, head, target_head, draft_token_ids is not None
+    )
+    comparison = _Comparison(head, target_head, target_hidden_MH, labels_N, loss_type, draft_token_ids, rows_per_block)
+    chunks = _cut_chunks(kept_M, target_rows_N, rows_per_chunk)
+    if not torch.is_grad_enabled():
+        return RowLosses(*_GradInForward.apply(comparison, chunks, weights_N, hidden_NH.detach()))
+    # The parameters travel as inputs so that autograd, and through it DDP, sees that this loss trains them.
+    parameters = dict.fromkeys(parameter for parameter in head.parameters if parameter.requires_grad)
+    return RowLosses(*_GradInForward.apply(comparison, chunks, weights_N, hidden_NH, *parameters))
+
+
+class _GradInForward(torch.autograd.Function):
+    """Differentiate every chunk while its logits exist; the backward pass only scales what was stored."""
+
+    @staticmethod
+    def forward(ctx, comparison, chunks, weights_N, hidden_NH, *parameters):
+        wants_hidden_grad = ctx.needs_input_grad[3]
+        wants_grad = wants_hidden_grad or len(parameters) > 0
+        weights_N = weights_N.to(accumulation_dtype(hidden_NH))
+        rows_N, lost_mass_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
+        hidden_grad_NH = torch.zeros_like(hidden_NH) if wants_hidden_grad else None
+        # A sum over many chunks would lose its small terms in bfloat16.
+        parameter_grads = [torch.zeros_like(tensor, dtype=accumulation_dtype(tensor)) for tensor in parameters]
+        num_head_rows = num_target_head_rows = 0
+        target = None
+        for states_S, rows_C, places_C in chunks:
+            if states_S is not None and comparison.target_head is not None:
+                target = None  # makes room for the next logits
+                target = comparison.read_target(states_S)
+                num_target_head_rows += len(states_S)
+            hidden_CH = hidden_NH[rows_C].requires_grad_(wants_hidden_grad)
+            with torch.set_grad_enabled(wants_grad):
+                logits_CD = comparison.head.project(hidden_CH)
+            num_head_rows += len(rows_C)
+            weights_C = weights_N[rows_C] if wants_grad else None
+            losses_C = comparison.compare(logits_CD.detach(), weights_C, target, rows_C, places_C)
+            rows_N[rows_C] = losses_C.to(rows_N.dtype)
+            if target is not None:
+                lost_mass_N[rows_C] = target.lost_mass_S[places_C].to(rows_N.dtype).clamp(0, 1)
+            if wants_grad:
+                grad_CH = _pull_back(comparison.head, logits_CD, hidden_CH, parameters, parameter_grads)
+            if wants_hidden_grad:
+                hidden_grad_NH[rows_C] = grad_CH
+            del logits_CD  # before the next chunk's exist
+        ctx.save_for_backward(
+            hidden_grad_NH, *(g.to(p.dtype) for g, p in zip(parameter_grads, parameters, strict=True))
+        )
+        ctx.mark_non_differentiable(rows_N, lost_mass_N)
+        return (rows_N * weights_N).sum(), rows_N, lost_mass_N, num_head_rows, num_target_head_rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, *_):
+        return None, None, None, *(None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What rows are compared with: the target's logits, or under `ce` only the token it would choose."""
+
+    logits_SD: Tensor | None
+    choices_S: Tensor | None
+    lost_mass_S: Tensor
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What all chunks share. Blocks of few rows keep the temporaries small, and on the CPU in its cache."""
+
+    head: Head
+    target_head: Head | None
+    target_hidden_MH: Tensor | None
+    labels_N: Tensor | None
+    loss_type: str
+    draft_token_ids: Tensor | None
+    rows_per_block: int
+
+    def read_target(self, states_S):
+        with torch.no_grad():
+            logits_SD = self.target_head.project(self.target_hidden_MH[states_S])
+            if self.draft_token_ids is None:
+                lost_mass_S = torch.zeros(len(states_S), device=states_S.device)
+            else:
+                logits_SD, lost_mass_S = self._reduce(logits_SD)
+            if self.loss_type == "ce":
+                return _Target(None, logits_SD.argmax(dim=1), lost_mass_S)
+            return _Target(logits_SD, None, lost_mass_S)
+
+    def _reduce(self, logits_SV):
+        """Return the logits of the drafter's vocabulary, and the probability of all others."""
+        logits_SD = logits_SV.new_empty(len(logits_SV), len(self.draft_token_ids))
+        lost_mass_S = logits_SV.new_empty(len(logits_SV), dtype=accumulation_dtype(logits_SV))
+        for block in self._blocks(len(logits_SV)):
+            probs_bV = logits_SV[block].softmax(1, lost_mass_S.dtype)
+            lost_mass_S[block] = 1 - probs_bV.index_select(1, self.draft_token_ids).sum(dim=1)
+            logits_SD[block] = logits_SV[block].index_select(1, self.draft_token_ids)
+        return logits_SD, lost_mass_S
+
+    def compare(self, logits_CD, weights_C, target, rows_C, places_C):
+        """Return the losses of a chunk; given weights, overwrite its logits with the gradient of the weighted sum."""
+        dtype = accumulation_dtype(logits_CD)
+        labels_C = self.labels_N[rows_C] if self.loss_type == "ce" else None
+        if labels_C is not None and target is not None:
+            labels_C = torch.where(labels_C == NO_TOKEN, target.choices_S[places_C], labels_C)
+        losses_C = logits_CD.new_empty(len(rows_C), dtype=dtype)
+        for block in self._blocks(len(rows_C)):
+            log_q_bD = logits_CD[block].log_softmax(1, dtype)
+            if labels_C is not None:
+                losses_C[block], grad_bD = differentiate_ce(log_q_bD, labels_C[block])
+            else:
+                log_p_bD = target.logits_SD.index_select(0, places_C[block])
+                log_p_bD = log_p_bD.log_softmax(1, accumulation_dtype(log_p_bD))
+                losses_C[block], grad_bD = differentiate(log_q_bD, log_p_bD, self.loss_type)
+            if weights_C is not None:
+                torch.mul(grad_bD, weights_C[block].unsqueeze(1).to(dtype), out=logits_CD[block])
+        return losses_C
+
+    def _blocks(self, num_rows):
+        return [slice(first, first + self.rows_per_block) for first in range(0, num_rows, self.rows_per_block)]
+
+
+def _fit_budget(num_logits, head, target_head, is_reduced):
+    """Return how many rows, and as many target states, make a chunk of at most `num_logits`, and how many a block."""
+    draft_vocab, target_vocab = head.vocab_size, target_head.vocab_size if target_head else 0
+    temporaries = NUM_TEMPORARIES * max(draft_vocab, target_vocab)
+    rows_per_block = max(1, num_logits // BLOCK_SHARE // temporaries)
+    while_reading = target_vocab * target_head.num_buffers if target_head else 0
+    if target_head and is_reduced:
+        while_reading = max(while_reading, target_vocab + draft_vocab)
+    while_comparing = draft_vocab * (head.num_buffers + (target_head is not None))
+    rows_per_chunk = (num_logits - rows_per_block * temporaries) // max(while_reading, while_comparing)
+    return max(1, rows_per_chunk), rows_per_block
+
+
+def _cut_chunks(kept_M, target_rows_N, size):
+    """
+    Order rows by their target state and cut them into even chunks of at most `size` rows and as many states.
+
+    Yield the states (`None`: those of the chunk before), the rows, and the place of each row's state among the states.
+    """
+    if target_rows_N is None:
+        states, places_M = kept_M, torch.arange(len(kept_M), device=kept_M.device)
+    else:
+        ordered_states_M, order_M = target_rows_N[kept_M].sort(stable=True)
+        kept_M = kept_M[order_M]
+        states, places_M = ordered_states_M.unique_consecutive(return_inverse=True)
+    cuts = _even_cuts(len(states), size)
+    row_cuts = torch.searchsorted(places_M, torch.tensor(cuts, device=places_M.device)).tolist()
+    for (first, end), (first_row, end_row) in zip(pairwise(cuts), pairwise(row_cuts), strict=True):
+        states_S = states[first:end]
+        for start, stop in pairwise(_even_cuts(end_row - first_row, size)):
+            rows = slice(first_row + start, first_row + stop)
+            yield states_S, kept_M[rows], places_M[rows] - first
+            states_S = None
+
+
+def _even_cuts(length, size):
+    num_parts = -(-length // size)
+    return [length * part // num_parts for part in range(num_parts + 1)] if num_parts else [0]
+
+
+def _pull_back(head, logits_CD, hidden_CH, parameters, parameter_grads):
+    """Send the gradient that stands in `logits_CD` through the head; return what arrives at the hidden states."""
+    grad_CD = logits_CD.detach()
+    wanted = [hidden_CH] if hidden_CH.requires_grad else []
+    summed_later = []
+    for parameter, summed in zip(parameters, parameter_grads, strict=True):
+        if parameter is head.weight and parameter.dtype == grad_CD.dtype == summed.dtype:
+            # One product adds to the sum in place, where autograd would fill and add another tensor of this size.
+            summed.addmm_(grad_CD.T, hidden_CH.detach().to(summed.dtype))
+        else:
+            wanted.append(parameter)
+            summed_later.append(summed)
+    grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD)) if wanted else []
+    grad_CH = grads.pop(0) if hidden_CH.requires_grad else None
+    for summed, grad in zip(summed_later, grads, strict=True):
+        summed.add_(grad)
+    return grad_CH
+
+
+def _map_labels(labels_N, draft_token_ids):
+    """Turn target ids into drafter ids; `NO_TOKEN` stays, ids that the drafter lacks become `NO_TOKEN - 1`."""
+    sorted_ids, order = draft_token_ids.sort()
+    places_N = torch.searchsorted(sorted_ids, labels_N).clamp(max=len(sorted_ids) - 1)
+    draft_labels_N = torch.where(sorted_ids[places_N] == labels_N, order[places_N], NO_TOKEN - 1)
+    return torch.where(labels_N == NO_TOKEN, labels_N, draft_labels_N)
+
+
+def _check_shapes(hidden_NH, head, target_hidden_MH, target_head, labels_N, weights_N, draft_token_ids):
+    if (target_hidden_MH is None) != (target_head is None):
+        raise ValueError("Pass `target_hidden_MH` and `target_head` together, or neither: one of them is None.")
+    shapes = [hidden_NH.shape[:-1], *(tensor.shape for tensor in (weights_N, labels_N) if tensor is not None)]
+    if hidden_NH.dim() != 2 or len(set(shapes)) > 1:
+        raise ValueError(f"Hidden states, weights and labels must share one axis of rows, got {shapes}. Flatten them.")
+    if weights_N.requires_grad:
+        raise ValueError("`weights_N` requires a gradient but is a constant of this loss. Detach it.")
+    num_logits = (target_head or head).vocab_size if draft_token_ids is None else len(draft_token_ids)
+    if head.vocab_size != num_logits:
+        found = f"has {head.vocab_size} logits, expected {num_logits}"
+        raise ValueError(f"The drafter's head {found}. Pass their target ids as `draft_token_ids`, one per logit.")
+
+
+def _check_target_rows(target_rows_N, kept_M, target_hidden_MH, num_rows):
+    num_states = num_rows if target_hidden_MH is None else len(target_hidden_MH)
+    if target_rows_N is None:
+        if num_states != num_rows:
+            found = f"{num_states} target states for {num_rows} rows"
+            raise ValueError(f"Got {found}. Pass the index of each row's state as `target_rows_N`.")
+        return
+    if target_rows_N.shape != (num_rows,) or target_rows_N.dtype != torch.long:
+        found = f"{target_rows_N.dtype} of shape {tuple(target_rows_N.shape)}"
+        raise ValueError(f"`target_rows_N` is {found}, expected one torch.int64 index for each of {num_rows} rows.")
+    used_M = target_rows_N[kept_M]
+    is_wrong_M = (used_M < 0) | (used_M >= num_states)
+    if is_wrong_M.any():
+        found = f"names state {int(used_M[is_wrong_M][0])}, but there are {num_states}"
+        raise ValueError(f"`target_rows_N` {found}. Count the rows of `target_hidden_MH` from 0.")

@@ -1,0 +1,123 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Where the texts of a replay come from: the dataset's own responses, a trajectory store, or the target, asked once per prompt.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from ..rollout.replay import TargetText
+from ..target import FrozenTarget
+from ..trajectories import Origin, TrajectoryStore, check_responses, generate_missing
+from .batches import join_responses, prompt_rows, response_pairs, text_of
+from .draft_opd_config import DraftOPDConfig
+
+
+class ResponseSource:
+    """
+    Turns batches of rows into text the target wrote.
+
+    Args:
+        target ([`FrozenTarget`]): Writer of the responses.
+        args ([`DraftOPDConfig`]): Settings.
+        prompts (`Dataset`, *optional*):
+            Tokenized prompts of the training set. When the target has to write anyway, it also answers prompts from here that have no
+            response yet, up to a whole generation batch; `None` where the run will not come to all of them.
+        rank (`int`), num_ranks (`int`): Ranks answer different prompts of the pool.
+        show_progress (`bool`): Draw a progress bar over responses.
+    """
+
+    def __init__(
+        self,
+        target: FrozenTarget,
+        args: DraftOPDConfig,
+        prompts: Dataset | None,
+        rank: int,
+        num_ranks: int,
+        show_progress: bool,
+    ):
+        self.target, self.args = target, args
+        self.prompts, self.rank, self.num_ranks = prompts, rank, num_ranks
+        self.show_progress = show_progress
+        self._next_row = rank
+        self._is_checked = False
+        self._store: TrajectoryStore | None = None
+
+    @property
+    def store(self) -> TrajectoryStore:
+        """The store of this run, opened on first use."""
+        if self._store is None:
+            origin = Origin.of(
+                self.target,
+                sampling=self.args.sampling_settings(),
+                max_new_tokens=self.args.max_completion_length,
+                chat_template=self.args.chat_template,
+                chat_template_kwargs=self.args.chat_template_kwargs,
+            )
+            folder = self.args.trajectories or Path(self.args.output_dir) / "trajectories"
+            self._store = TrajectoryStore.open(folder, origin)
+        return self._store
+
+    def texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:
+        """
+        Return the text of every micro-batch of an optimiser step.
+
+        Raises:
+            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is another target's.
+        """
+        if self.args.completions_from_target:
+            texts = [text_of(batch) for batch in batches]
+        else:
+            self._answer(batches)
+            texts = [self._join(batch) for batch in batches]
+        if not self._is_checked:
+            # Once, on the first step's rows, before anything is trained on them.
+            check_responses(
+                self.target,
+                [pair for text in texts for pair in response_pairs(text)],
+                self.args.sampling_settings(),
+                warn_above=self.args.warn_mismatch_share,
+                refuse_above=self.args.max_mismatch_share,
+            )
+            self._is_checked = True
+        return texts
+
+    def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
+        prompts = prompt_rows(batch)
+        responses = [self.store.find(prompt) for prompt in prompts]
+        device = batch["prompt_ids"].device
+        return join_responses(prompts, responses, batch["sample_ids"].tolist(), self.target.pad_token_id, device)
+
+    def _answer(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Have the target answer the prompts of these batches that have no response yet, and fill the generation batch up."""
+        prompts = [prompt for batch in batches for prompt in prompt_rows(batch)]
+        if not self.store.missing(prompts):
+            return
+        # Another rank, or another run on the same store, may have answered meanwhile.
+        self.store.refresh()
+        missing = self.store.missing(prompts)
+        size = self.args.generation_batch_size
+        missing += self._more_prompts(size - len(missing), {tuple(prompt) for prompt in missing})
+        generate_missing(
+            self.store,
+            self.target,
+            missing,
+            batch_size=size,
+            seed=self.args.seed,
+            shard_size=size,
+            show_progress=self.show_progress,
+        )
+
+    def _more_prompts(self, count: int, taken: set[tuple[int, ...]]) -> list[list[int]]:
+        """Return up to `count` further prompts of this rank's share that have no response yet."""
+        found: list[list[int]] = []
+        while self.prompts is not None and len(found) < count and self._next_row < len(self.prompts):
+            prompt = self.prompts[self._next_row]["prompt_ids"]
+            self._next_row += self.num_ranks
+            if tuple(prompt) not in taken and self.store.find(prompt) is None:
+                found.append(prompt)
+                taken.add(tuple(prompt))
+        return found

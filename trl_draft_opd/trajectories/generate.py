@@ -1,0 +1,178 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The target's responses by transformers' own `generate`, in batches of similar length. Knows no drafter and no server.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import transformers
+from rich.progress import Progress
+from transformers import GenerationConfig
+
+from ..data import left_pad_prompts
+from ..target import FrozenTarget
+from ..verification import SamplingSettings
+from .audit import score_responses
+from .shards import Trajectory, prompt_key
+from .store import ShardBuffer, TrajectoryStore
+
+
+@torch.no_grad()
+def generate_responses(
+    target: FrozenTarget,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingSettings,
+    batch_size: int,
+    seed: int,
+    show_progress: bool,
+) -> list[list[int]]:
+    """
+    Have the target answer prompts by plain decoding, in batches of similar length, and keep nothing on disk.
+
+    Args:
+        target ([`FrozenTarget`]): The target.
+        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
+        max_new_tokens (`int`): Longest response.
+        sampling ([`SamplingSettings`]): Temperature 0 decodes greedily.
+        batch_size (`int`): Prompts decoded together.
+        seed (`int`): Seeds the draws of each batch; unused at temperature 0.
+        show_progress (`bool`): Whether to draw a progress bar.
+
+    Returns:
+        `list[list[int]]`: response ids in the order of the prompts, the end-of-sequence id included where one was written.
+
+    Raises:
+        ValueError: If a prompt is empty.
+    """
+    empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(f"Prompts must hold at least one token; rows {empty[:10]} are empty. Drop them.")
+    responses: list[list[int]] = [[] for _ in prompts]
+    with Progress(disable=not show_progress) as progress:
+        task = progress.add_task("Target responses", total=len(prompts))
+        for number, rows in enumerate(_batches(prompts, batch_size)):
+            batch = [prompts[row] for row in rows]
+            answers = _generate_batch(target, batch, max_new_tokens, sampling, seed + number)
+            for row, answer in zip(rows, answers, strict=True):
+                responses[row] = answer
+            progress.advance(task, len(rows))
+    return responses
+
+
+@torch.no_grad()
+def generate_missing(
+    store: TrajectoryStore,
+    target: FrozenTarget,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    seed: int,
+    shard_size: int,
+    show_progress: bool,
+) -> int:
+    """
+    Have the target answer the prompts that the store has no response for, under the store's law.
+
+    Every `shard_size` responses are written at once, so a killed process loses at most as many, and the next one goes on
+    from there. Sampled responses come with their tokens' log-probabilities under the law, from one forward pass per batch;
+    greedy ones have none: under a greedy law they are 0.
+
+    Args:
+        store ([`TrajectoryStore`]): Where responses go; its origin names law and longest response.
+        target ([`FrozenTarget`]): The target of that origin.
+        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
+        batch_size (`int`): Prompts decoded together.
+        seed (`int`): Seeds the draws, together with the prompts of a batch; unused at temperature 0.
+        shard_size (`int`): Responses per shard.
+        show_progress (`bool`): Whether to draw a progress bar.
+
+    Returns:
+        `int`: responses written.
+
+    Raises:
+        ValueError: If a prompt is empty or leaves no room for a response in the target's positions.
+    """
+    missing = store.missing(prompts)
+    origin = store.origin
+    provenance = {
+        "engine": "transformers",
+        "engine_version": transformers.__version__,
+        "dtype": str(target.causal_lm.dtype).removeprefix("torch."),
+        "seed": seed,
+        "logprobs": None if origin.sampling.is_greedy else "law",
+    }
+    with (
+        ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer,
+        Progress(disable=not show_progress) as progress,
+    ):
+        task = progress.add_task("Target responses", total=len(missing))
+        for rows in _batches(missing, batch_size):
+            batch = [missing[row] for row in rows]
+            # By prompt and not by number: a resumed run draws as the uninterrupted one where batches are the same.
+            batch_seed = seed + int(prompt_key(batch[0])[:8], 16)
+            answers = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, batch_seed)
+            buffer.add(_as_trajectories(target, batch, answers, origin.sampling))
+            progress.advance(task, len(rows))
+    return buffer.num_written
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Group rows of similar length."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _as_trajectories(
+    target: FrozenTarget, prompts: list[list[int]], answers: list[list[int]], sampling: SamplingSettings
+) -> list[Trajectory]:
+    logprobs: list[list[float] | None] = [None] * len(answers)
+    if not sampling.is_greedy:
+        for row, scores in score_responses(target, list(zip(prompts, answers, strict=True)), sampling):
+            # Decoding and scoring round differently: a token at the edge of a filter may fall outside now.
+            if scores.logprobs.isfinite().all():
+                logprobs[row] = scores.logprobs.clamp(max=0).tolist()
+    eos = set(target.eos_token_ids)
+    return [
+        Trajectory(list(prompt), answer, values, "stop" if answer[-1] in eos else "length")
+        for prompt, answer, values in zip(prompts, answers, logprobs, strict=True)
+    ]
+
+
+def _generate_batch(
+    target: FrozenTarget,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingSettings,
+    seed: int,
+) -> list[list[int]]:
+    """Decode one left-padded batch with `generate` and cut each row behind its end of sequence."""
+    input_ids, mask = left_pad_prompts(prompts, target.pad_token_id, target.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=target.eos_token_ids or None,
+        pad_token_id=target.pad_token_id,
+        do_sample=not sampling.is_greedy,
+    )
+    if not sampling.is_greedy:
+        config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    own_config = target.causal_lm.generation_config
+    # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the law.
+    target.causal_lm.generation_config = config
+    try:
+        # Global state, because `generate` takes no generator; forked so that training draws stay untouched.
+        with torch.random.fork_rng(enabled=not sampling.is_greedy):
+            if not sampling.is_greedy:
+                torch.manual_seed(seed)
+            output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask)
+    finally:
+        target.causal_lm.generation_config = own_config
+    eos = set(target.eos_token_ids)
+    answers = []
+    for row in output[:, input_ids.shape[1] :].tolist():
+        end = next((index + 1 for index, token in enumerate(row) if token in eos), len(row))
+        answers.append(row[:end])
+    return answers
