@@ -27,9 +27,11 @@ target = FrozenTarget.load(sys.argv[1])
 prompts = load_dataset("json", data_files=sys.argv[2], split="train").train_test_split(64, seed=0)
 drafter = Eagle3DraftModel.from_target(target)
 
-sft = DraftSFTTrainer(drafter, target, DraftSFTConfig("drafter-sft", regenerate=True), prompts["train"])
+# The target answers every prompt once; both stages train on these answers.
+answers = {"trajectories": "answers"}
+sft = DraftSFTTrainer(drafter, target, DraftSFTConfig("drafter-sft", regenerate=True, **answers), prompts["train"])
 sft.train()
-opd = DraftOPDTrainer(drafter, target, DraftOPDConfig("drafter-opd"), prompts["train"], prompts["test"])
+opd = DraftOPDTrainer(drafter, target, DraftOPDConfig("drafter-opd", **answers), prompts["train"], prompts["test"])
 opd.train()
 opd.save_model()
 

@@ -3,7 +3,7 @@
 What holds for every test: no network, nothing written outside temporary folders, one thread, fixed seeds.
 
 Two options decide which tests run: `--shared PATH` gives tests real text and a real small target (without it they are
-skipped, and say so), `--run-slow` adds the slow ones. This file builds no model and no data: see `tiny.py`.
+skipped, and say so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone. This file builds no model and no data: see `tiny.py`.
 """
 
 import os
@@ -55,12 +55,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "shared_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
-    if config.getoption("--run-slow") or "slow" in config.getoption("-m"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    asked = config.getoption("-m")
+    runs = {"conformance": "conformance" in asked, "slow": config.getoption("--run-slow") or "slow" in asked}
+    left_out = [name for name, is_asked in runs.items() if not is_asked]
+    dropped = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
 
 
 def _shared_path(config: pytest.Config) -> Path | None:

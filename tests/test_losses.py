@@ -60,7 +60,7 @@ def make_case(loss_type, is_reduced=False, dtype=torch.float64, num_rows=NUM_ROW
             loss_type=loss_type,
             draft_token_ids=torch.tensor(DRAFT_TOKEN_IDS) if is_reduced else None,
             # One row of temporaries, and three rows of logits over both vocabularies.
-            chunk_bytes=dtype.itemsize * (4 * VOCAB + 3 * (VOCAB + draft_vocab)),
+            chunk_bytes=dtype.itemsize * (5 * VOCAB + 3 * (VOCAB + draft_vocab)),
         ),
     )
 
@@ -338,7 +338,7 @@ def test_cross_entropy_runs_without_a_target_if_every_label_is_given():
     head, labels = Head.linear(case.weight, case.bias), torch.tensor(DRAFT_TOKEN_IDS * 2)[:NUM_ROWS]
     losses = chunked_divergence(case.hidden, head, None, None, **(case.arguments | dict(labels_N=labels)))
     expected = run_chunked(case, labels_N=labels)
-    assert torch.equal(losses.rows_N, expected.rows_N)
+    assert_near(losses.rows_N, expected.rows_N, 1e-12)
     assert losses.lost_mass_N.eq(0).all() and expected.lost_mass_N.gt(0).all()
     with pytest.raises(ValueError, match="first of them -1"):
         chunked_divergence(case.hidden, head, None, None, **case.arguments)
@@ -368,7 +368,7 @@ def test_each_row_that_counts_is_projected_once_and_at_most_one_chunk_at_a_time(
     weights = case.arguments["weights_N"].index_fill(0, torch.tensor([0, 4, 6]), 0)
     (head, calls), (target_head, target_calls) = map(record_calls, map(Head.linear, (case.weight, case.target_weight)))
     run_chunked(case, head, target_head, weights_N=weights).total.backward()
-    assert [len(hidden) for hidden, _ in calls] == [len(hidden) for hidden, _ in target_calls] == [3, 3, 2]
+    assert [len(hidden) for hidden, _ in calls] == [len(hidden) for hidden, _ in target_calls] == [2, 3, 3]
 
 
 def test_cross_entropy_with_all_labels_leaves_the_targets_head_alone():

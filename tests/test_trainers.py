@@ -140,6 +140,30 @@ def test_replay_trains_exactly_as_live_at_temperature_0(tmp_path, target, rows):
     assert_equal(final[1], final[2], tolerance=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_a_compiled_drafter_trains_as_a_plain_one(tmp_path, target, rows, kind):
+    final = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        drafter = make_drafter("dflash", target)
+        make_trainer(kind, tmp_path, drafter, target, rows, optim="sgd", **options).train()
+        final.append(weights(drafter))
+    compiled = [module for module in drafter.modules() if module._compiled_call_impl is not None]
+    assert len(compiled) == 2 * 5 + 2  # per layer an MLP and four norms, and two norms around them
+    assert_equal(*final, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_a_bfloat16_target_trains_a_float32_drafter(tmp_path, rows, kind):
+    target = make_target()
+    target.causal_lm.to(torch.bfloat16)
+    drafter = make_drafter("eagle3", target)
+    before = weights(drafter)
+    options = {} if kind == "sft" else {"max_mismatch_share": 1.0, "warn_mismatch_share": 1.0}
+    make_trainer(kind, tmp_path, drafter, target, rows, **options).train()
+    assert_every_tensor_moved(before, weights(drafter))
+    assert all(tensor.dtype == torch.float32 for tensor in weights(drafter).values())
+
+
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
 def test_random_anchors_train_alike_from_live_and_stored_text(tmp_path, target, rows, family):
     final = []

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .drafters.base import Drafter
     from .target import FrozenTarget
     from .trainer.common_config import DraftTrainingConfig
+    from .trajectories import ServerSettings
 
 
 USAGE = "trl-draft-opd [--debug] COMMAND [FLAGS]"
@@ -321,6 +322,22 @@ def run_evaluate(argv: Sequence[str]) -> int:
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
 
 
+def read_server(options: argparse.Namespace) -> ServerSettings | None:
+    """Return the server that the flags of `generate` name, or `None`; refuse flags that do not go together."""
+    flags = given(options, ("base_url", "model", "api_key_file", "timeout", "concurrency"))
+    if options.engine not in ("vllm", "sglang") and not flags:
+        return None
+    if options.engine not in ("vllm", "sglang") or "base_url" not in flags:
+        raise ValueError(
+            f"`--engine vllm` and `--engine sglang` need `--base-url`, other engines take no flag of a server; got {sorted(flags)}."
+        )
+    from .trajectories import ServerSettings
+
+    if "api_key_file" in flags:
+        flags["api_key"] = flags.pop("api_key_file").read_text("utf-8").strip()
+    return ServerSettings(engine=options.engine, **flags)
+
+
 def run_generate(argv: Sequence[str]) -> int:
     """Write the target's responses to prompts once, to train on them many times; the same command resumes."""
     integers = (
@@ -340,26 +357,15 @@ def run_generate(argv: Sequence[str]) -> int:
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     options = parse_flags(parser, argv)
-    needs_server = options.engine in ("vllm", "sglang")
-    server_flags = given(options, ("base_url", "model", "api_key_file", "timeout", "concurrency"))
-    if needs_server != (options.base_url is not None) or (server_flags and not needs_server):
-        raise ValueError(
-            f"`--engine vllm` and `--engine sglang` need `--base-url`, other engines take no flag of a server; got {sorted(server_flags)}."
-        )
+    server = read_server(options)
     import torch
 
     from .target import FrozenTarget
     from .trainer.draft_opd_config import DraftOPDConfig
-    from .trajectories import CHECKED_ROWS, ServerSettings, summarize_store, write_trajectories
+    from .trajectories import CHECKED_ROWS, summarize_store, write_trajectories
     from .verification import SamplingSettings
 
     law = {name: getattr(DraftOPDConfig, name) for name in ("temperature", "top_k", "top_p")}
-    server = None
-    if needs_server:
-        key = None if options.api_key_file is None else options.api_key_file.read_text("utf-8").strip()
-        server = ServerSettings(
-            api_key=key, **given(options, ("base_url", "engine", "model", "concurrency", "timeout"))
-        )
     rows = load_rows(options.dataset, options.dataset_config, options.split)
     if options.num_prompts is not None:
         rows = rows.select(range(min(options.num_prompts, len(rows))))
@@ -370,7 +376,7 @@ def run_generate(argv: Sequence[str]) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     # Beside a server, the accelerator is the server's.
-    if not needs_server and torch.accelerator.is_available():
+    if server is None and torch.accelerator.is_available():
         target.place(torch.accelerator.current_accelerator())
     names = ("engine", "chat_template_kwargs", "num_proc", "batch_size", "shard_size", "seed")
     store = write_trajectories(

@@ -333,7 +333,7 @@ def test_a_setting_out_of_range(tmp_path, kind, changes, match):
     [
         ({"rollout": "live", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
         ({"trajectories": "t", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
-        ({"generation_batch_size": 0}, "`generation_batch_size` must be at least 1, got 0"),
+        ({"reading_bytes": -1}, "`reading_bytes` must not be negative, got -1"),
         ({"replay_segment_length": 0}, "`replay_segment_length` must be at least 1, got 0"),
         ({"warn_mismatch_share": 0.5}, "Mismatch shares must rise within .*0.5.*0.1"),
         ({"rollout": "offline"}, r"`rollout` must be one of \('live', 'replay'\), got 'offline'"),

@@ -118,6 +118,8 @@ class Drafter(PreTrainedModel):
 
     #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
     owns_head: bool = False
+    #: Whether a slot reads the drafts before it (EAGLE-3), or all slots of a block are drafted at once (DFlash).
+    reads_drafts: bool = True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .divergences import NO_TOKEN, accumulation_dtype, check_labels, check_sources, differentiate, differentiate_ce
 
 
-NUM_TEMPORARIES = 4  # rows of logits in the accumulation dtype that comparing one row takes, at most
+NUM_TEMPORARIES = 5  # rows of logits in the accumulation dtype that comparing one row takes, at most
 BLOCK_SHARE = 4  # one part in four of the budget is theirs: small blocks suit the cache of a CPU, few suit a GPU
 
 
@@ -245,21 +245,21 @@ class _Comparison:
 
     def compare(self, logits_CD, weights_C, target, rows_C, places_C):
         """Return the losses of a chunk; given weights, overwrite its logits with the gradient of the weighted sum."""
-        dtype = accumulation_dtype(logits_CD)
         labels_C = self.labels_N[rows_C] if self.loss_type == "ce" else None
         if labels_C is not None and target is not None:
             labels_C = torch.where(labels_C == NO_TOKEN, target.choices_S[places_C], labels_C)
-        losses_C = logits_CD.new_empty(len(rows_C), dtype=dtype)
+        losses_C = logits_CD.new_empty(len(rows_C), dtype=accumulation_dtype(logits_CD))
         for block in self._blocks(len(rows_C)):
-            log_q_bD = logits_CD[block].log_softmax(1, dtype)
             if labels_C is not None:
-                losses_C[block], grad_bD = differentiate_ce(log_q_bD, labels_C[block])
+                found = differentiate_ce(logits_CD[block], labels_C[block])
             else:
-                log_p_bD = target.logits_SD.index_select(0, places_C[block])
-                log_p_bD = log_p_bD.log_softmax(1, accumulation_dtype(log_p_bD))
-                losses_C[block], grad_bD = differentiate(log_q_bD, log_p_bD, self.loss_type)
+                target_logits_bD = target.logits_SD.index_select(0, places_C[block])
+                found = differentiate(logits_CD[block], target_logits_bD, self.loss_type)
+                del target_logits_bD
+            losses_C[block], grad_bD = found
             if weights_C is not None:
-                torch.mul(grad_bD, weights_C[block].unsqueeze(1).to(dtype), out=logits_CD[block])
+                torch.mul(grad_bD, weights_C[block].unsqueeze(1).to(grad_bD.dtype), out=logits_CD[block])
+            del found, grad_bD  # before the next block's temporaries exist
         return losses_C
 
     def _blocks(self, num_rows):

@@ -65,60 +65,65 @@ def divergence(
     return _compare_rows(draft_logits_NV, target_logits_NV, labels_N, loss_type)
 
 
-def differentiate(log_q_NV, log_p_NV, loss_type):
+def differentiate(draft_logits_NV: Tensor, target_logits_NV: Tensor, loss_type: str) -> tuple[Tensor, Tensor]:
     """
-    Return the losses of `_compare_rows` and their gradient with respect to the drafter's logits, in closed form.
+    Return the losses of [`divergence`] and their gradient with respect to the drafter's logits, in closed form.
 
-    With `g` the gradient with respect to `q`, that of the logits is `q (g - sum q g)`. Both arguments are overwritten.
+    With `g` the gradient with respect to `q`, that of the logits is `q (g - sum q g)`. Neither argument is changed; at
+    most 5 tensors of their shape are alive at a time. `"ce"` has a function of its own.
     """
+    log_q_NV, q_NV = _normalise(draft_logits_NV)
+    log_p_NV, p_NV = _normalise(target_logits_NV)
     if loss_type == "forward_kl":
-        p_NV = log_p_NV.exp()
         losses_N = log_p_NV.sub_(log_q_NV).mul_(p_NV).sum(dim=1)
-        return losses_N, log_q_NV.exp_().sub_(p_NV)
+        return losses_N, q_NV.sub_(p_NV)
     if loss_type == "reverse_kl":
-        q_NV = log_q_NV.exp()
         log_ratio_NV = log_q_NV.sub_(log_p_NV)
-        losses_N = torch.mul(q_NV, log_ratio_NV, out=log_p_NV).sum(dim=1)
+        losses_N = torch.mul(q_NV, log_ratio_NV, out=p_NV).sum(dim=1)
         return losses_N, log_ratio_NV.sub_(losses_N.unsqueeze(1)).mul_(q_NV)
     if loss_type == "jsd":
         log_m_NV = torch.logaddexp(log_p_NV, log_q_NV).sub_(math.log(2))
-        temporary_NV = log_p_NV.exp()
-        target_half_N = log_p_NV.sub_(log_m_NV).mul_(temporary_NV).sum(dim=1)
-        q_NV = torch.exp(log_q_NV, out=temporary_NV)
+        target_half_N = log_p_NV.sub_(log_m_NV).mul_(p_NV).sum(dim=1)
         log_ratio_NV = log_q_NV.sub_(log_m_NV)
-        draft_half_N = torch.mul(q_NV, log_ratio_NV, out=log_p_NV).sum(dim=1)
+        draft_half_N = torch.mul(q_NV, log_ratio_NV, out=p_NV).sum(dim=1)
         grad_NV = log_ratio_NV.sub_(draft_half_N.unsqueeze(1)).mul_(q_NV).div_(2)
         return (target_half_N + draft_half_N) / 2, grad_NV
     if loss_type == "lk":
-        # What `minimum` takes from `q` moves with it: all of it, half of it at a tie.
-        share_NV = torch.minimum(log_p_NV, log_q_NV)
+        # In the log domain alpha cannot underflow. What it holds of `q` moves with `q`: at a tie, half of it.
+        share_NV = torch.minimum(log_p_NV, log_q_NV, out=p_NV)
         log_alpha_N = share_NV.logsumexp(dim=1)
         share_NV.sub_(log_alpha_N.unsqueeze(1)).exp_()
         share_NV.mul_(log_p_NV.sub_(log_q_NV).sign_().add_(1).div_(2))
-        return -log_alpha_N, log_q_NV.exp_().mul_(share_NV.sum(dim=1, keepdim=True)).sub_(share_NV)
-    return _differentiate_tv(log_q_NV, log_p_NV, loss_type)
-
-
-def _differentiate_tv(log_q_NV, log_p_NV, loss_type):
-    p_NV = log_p_NV.exp()
+        return -log_alpha_N, q_NV.mul_(share_NV.sum(dim=1, keepdim=True)).sub_(share_NV)
     kl_N = log_p_NV.sub_(log_q_NV).mul_(p_NV).sum(dim=1) if loss_type == "lk_hybrid" else None
-    q_NV = log_q_NV.exp_()
     gap_NV = p_NV.sub_(q_NV)
     tv_N = torch.abs(gap_NV, out=log_p_NV).sum(dim=1) / 2
     sign_NV = torch.sign(gap_NV, out=log_p_NV)
-    grad_NV = sign_NV.sub_((sign_NV * q_NV).sum(dim=1, keepdim=True)).mul_(q_NV).div_(-2)
+    mean_N1 = torch.mul(sign_NV, q_NV, out=log_q_NV).sum(dim=1, keepdim=True)
+    grad_NV = sign_NV.sub_(mean_N1).mul_(q_NV).div_(-2)
     if loss_type == "tv":
         return tv_N, grad_NV
     kl_share_N = torch.exp(-LK_HYBRID_DECAY * (1 - tv_N))
-    losses_N = kl_share_N * kl_N + (1 - kl_share_N) * tv_N
     kl_share_N1 = kl_share_N.unsqueeze(1)
-    return losses_N, grad_NV.mul_(1 - kl_share_N1).sub_(gap_NV.mul_(kl_share_N1))
+    grad_NV.mul_(1 - kl_share_N1).sub_(gap_NV.mul_(kl_share_N1))
+    return kl_share_N * kl_N + (1 - kl_share_N) * tv_N, grad_NV
 
 
-def differentiate_ce(log_q_NV, labels_N):
+def differentiate_ce(draft_logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy with labels in the vocabulary, and its gradient with respect to the drafter's logits."""
+    log_q_NV, q_NV = _normalise(draft_logits_NV)
     labels_N1 = labels_N.unsqueeze(1)
-    losses_N = -log_q_NV.gather(1, labels_N1).squeeze(1)
-    return losses_N, log_q_NV.exp_().scatter_add_(1, labels_N1, -torch.ones_like(losses_N).unsqueeze(1))
+    losses_N1 = -log_q_NV.gather(1, labels_N1)
+    return losses_N1.squeeze(1), q_NV.scatter_add_(1, labels_N1, -torch.ones_like(losses_N1))
+
+
+def _normalise(logits_NV):
+    """Return log-probabilities and probabilities, with one `exp` for both."""
+    log_probs_NV = logits_NV.to(accumulation_dtype(logits_NV)) - logits_NV.amax(dim=1, keepdim=True)
+    probs_NV = log_probs_NV.exp()
+    # Not `log_softmax`: on the CPU it adds up a row in few lanes, and loses digits of a large vocabulary.
+    sums_N1 = probs_NV.sum(dim=1, keepdim=True)
+    return log_probs_NV.sub_(sums_N1.log()), probs_NV.div_(sums_N1)
 
 
 def _compare_rows(draft_logits_NV, target_logits_NV, labels_N, loss_type):

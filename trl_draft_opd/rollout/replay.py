@@ -173,6 +173,10 @@ class _Walk:
         self.draws = draws_drafts(settings.sampling, settings.draft_sampling)
         self.accepted = torch.full_like(ids, -1)
         self.refused_drafts = torch.zeros_like(ids)
+        # Where a slot reads no draft, a block's suffix is at hand as soon as its fate is known: only the head is left to run.
+        self.suffixes = None
+        if settings.keep_branch_hidden and not drafter.reads_drafts:
+            self.suffixes = ids.new_zeros(*ids.shape, settings.num_drafts)
         self.is_refused_row = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     def _encode_text(self) -> DraftContext:
@@ -238,25 +242,33 @@ class _Walk:
             return
         row_index = torch.arange(len(ids), device=ids.device)[:, None]
 
+        is_running = is_open
+
         def decide(hidden: Tensor, slot: int) -> tuple[Tensor, Tensor] | None:
-            nonlocal current
+            nonlocal current, is_running
             safe = current.clamp(min=0)
-            is_inside = (current >= 0) & (current + slot <= self.ends.gather(1, safe))
-            position = (safe + slot).clamp(max=ids.shape[1] - 1)
-            rows = row_index.expand_as(current)[is_inside]
-            committed = ids.gather(1, position)
-            drafts, is_kept = self._judge(hidden[is_inside], rows, safe[is_inside], slot)
-            self.accepted[rows, safe[is_inside]] = slot - 1 + is_kept.long()
-            self.refused_drafts[rows, safe[is_inside]] = drafts
-            goes_on = torch.zeros_like(is_inside)
-            goes_on[is_inside] = is_kept
-            # The next slot must lie inside the text too; its block is censored otherwise.
-            goes_on &= current + slot < self.ends.gather(1, safe)
+            ends = self.ends.gather(1, safe)
+            # A block whose text has ended is censored: it runs on as one that was refused does.
+            is_running &= current + slot <= ends
+            rows, anchors = row_index.expand_as(current)[is_running], safe[is_running]
+            drafts, is_kept = self._judge(hidden[is_running], rows, anchors, slot)
+            self.accepted[rows, anchors] = slot - 1 + is_kept.long()
+            self.refused_drafts[rows, anchors] = drafts
+            goes_on = current >= 0
+            if self.suffixes is None:
+                goes_on = torch.zeros_like(is_running).masked_scatter_(is_running, is_kept) & (current + slot < ends)
+            else:
+                is_free = goes_on & ~is_running
+                rows, anchors = row_index.expand_as(current)[is_free], safe[is_free]
+                self.suffixes[rows, anchors, slot - 1] = self._choose(hidden[is_free], rows, anchors, slot)
+            is_running = torch.zeros_like(is_running).masked_scatter_(is_running, is_kept)
             if slot == num_drafts or not goes_on.any():
                 return None
-            keep, is_open = pack_columns(goes_on)
-            current = torch.where(is_open, current.gather(1, keep), -1)
-            return committed.gather(1, keep), keep
+            keep, is_block = pack_columns(goes_on)
+            committed = ids.gather(1, (safe + slot).clamp(max=ids.shape[1] - 1)).gather(1, keep)
+            current = torch.where(is_block, current.gather(1, keep), -1)
+            is_running = is_running.gather(1, keep) & is_block
+            return committed, keep
 
         tokens = ids.gather(1, current.clamp(min=0))
         self.drafter.draft_along(self.context, current, tokens, num_drafts, self.target.embed, decide)
@@ -318,7 +330,11 @@ class _Walk:
         drafts = torch.where(slots == accepted[..., None] + 1, refused, drafts)
         hidden = None
         if self.settings.keep_branch_hidden:
-            self._draft_suffixes(anchors, drafts, num_known)
+            if self.suffixes is None:
+                self._draft_suffixes(anchors, drafts, num_known)
+            else:
+                suffixes = self.suffixes[torch.arange(len(ids), device=ids.device)[:, None], safe]
+                drafts = torch.where(slots > num_known[..., None], suffixes, drafts)
             is_branch = (slots > accepted[..., None] + 1) & (is_block & ~is_censored)[..., None]
             hidden = self.target.score_branches(self.reading, anchors, drafts, is_branch)
         return Rollout(
@@ -358,7 +374,7 @@ class _Walk:
 
     def _choose(self, hidden: Tensor, rows: Tensor, anchors: Tensor, slot: int) -> Tensor:
         """Return the draft of `slot` at each of N blocks from the drafter's own law."""
-        chosen = []
+        chosen = torch.zeros_like(rows)
         for part in torch.arange(len(rows), device=rows.device).split(self._chunk_rows()):
             logits = self.drafter.draft_logits(hidden[part], self.target.project)
             if self.draws:
@@ -366,5 +382,5 @@ class _Walk:
                 draft_ids = choose_tokens(law, self._uniforms(rows[part], anchors[part], slot, DRAFT))
             else:
                 draft_ids = logits.argmax(dim=-1)
-            chosen.append(self.drafter.to_target_ids(draft_ids))
-        return torch.cat(chosen)
+            chosen[part] = self.drafter.to_target_ids(draft_ids)
+        return chosen

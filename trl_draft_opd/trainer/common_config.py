@@ -45,6 +45,14 @@ class DraftTrainingConfig(_BaseConfig):
         dataset_num_proc (`int`, *optional*):
             Processes used to tokenize.
 
+        > Parameters that control the target's answers
+
+        trajectories (`str`, *optional*):
+            Folder that keeps the target's answers to the prompts, as `trl-draft-opd generate` writes it; answers missing there
+            are added. Defaults to `trajectories` in `output_dir`. Give SFT and Draft-OPD the same folder to have them written once.
+        generation_batch_size (`int`, *optional*, defaults to `32`):
+            Prompts the target answers together. Larger batches cost less per token until the device's memory is full.
+
         > Parameters that control the loss
 
         accepted_loss (`str`, *optional*, defaults to `"forward_kl"`):
@@ -112,6 +120,8 @@ class DraftTrainingConfig(_BaseConfig):
         default=None, metadata={"help": "Arguments of the chat template, as JSON on the command line."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes used to tokenize."})
+    trajectories: str | None = field(default=None, metadata={"help": "Folder that keeps the target's answers."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Prompts the target answers together."})
     accepted_loss: str = field(
         default="forward_kl", metadata={"help": f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}."}
     )
@@ -150,7 +160,7 @@ class DraftTrainingConfig(_BaseConfig):
         check_loss_type("accepted_loss", self.accepted_loss)
         check_draft_sampling(self.draft_sampling)
         self.sampling_settings()
-        for name in ("max_prompt_length", "max_completion_length", "loss_chunk_bytes"):
+        for name in ("max_prompt_length", "max_completion_length", "generation_batch_size", "loss_chunk_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.num_drafts is not None and self.num_drafts < 1:

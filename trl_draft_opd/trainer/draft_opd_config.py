@@ -19,14 +19,9 @@ class DraftOPDConfig(DraftTrainingConfig):
             `"replay"`: the target answers every prompt once, and each step drafts along its answers with the current drafter: the
             blocks of live decoding (exactly at temperature 0, in law above it) without its cost. `"live"`: the pair decodes every
             prompt in every step.
-        trajectories (`str`, *optional*):
-            Folder that keeps the target's answers, as `trl-draft-opd generate` writes it; answers missing there are added. Defaults
-            to `trajectories` in `output_dir`.
         completions_from_target (`bool`, *optional*, defaults to `False`):
             Declare that the dataset's completions were written by this target under these sampling settings, and walk them as they
             are. Otherwise they are ignored: Draft-OPD never walks text the target did not write.
-        generation_batch_size (`int`, *optional*, defaults to `32`):
-            Prompts the target answers together. Larger batches cost less per token until the device's memory is full.
         replay_segment_length (`int`, *optional*):
             Tokens per segment of a response that is walked in parallel with the others. Defaults to 1 for EAGLE-3 (one pass over all
             positions, whose later steps run only where the earlier drafts were right) and to 16 for DFlash, whose blocks cost
@@ -63,11 +58,9 @@ class DraftOPDConfig(DraftTrainingConfig):
         default="replay",
         metadata={"help": "`replay`: draft along the target's answers, written once; `live`: decode every prompt."},
     )
-    trajectories: str | None = field(default=None, metadata={"help": "Folder that keeps the target's answers."})
     completions_from_target: bool = field(
         default=False, metadata={"help": "Declare that the dataset's completions were written by this target."}
     )
-    generation_batch_size: int = field(default=32, metadata={"help": "Prompts the target answers together."})
     replay_segment_length: int | None = field(
         default=None, metadata={"help": "Tokens per segment walked in parallel; family default if unset."}
     )
@@ -119,9 +112,8 @@ class DraftOPDConfig(DraftTrainingConfig):
                 "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and `trajectories` would "
                 "put aside. Leave one of the two out."
             )
-        for name in ("generation_batch_size", "reading_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.reading_bytes < 0:
+            raise ValueError(f"`reading_bytes` must not be negative, got {self.reading_bytes}. 0 keeps nothing.")
         if self.replay_segment_length is not None and self.replay_segment_length < 1:
             raise ValueError(f"`replay_segment_length` must be at least 1, got {self.replay_segment_length}.")
         if not 0 <= self.warn_mismatch_share <= self.max_mismatch_share <= 1:

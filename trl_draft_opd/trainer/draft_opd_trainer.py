@@ -24,12 +24,20 @@ from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
 from ..target import FrozenTarget, TargetReading
-from .batches import prompt_rows, regroup_by_length, text_of, text_of_rollout
+from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
 from .metrics import MetricSums, rollout_sums
 from .responses import ResponseSource
-from .setup import check_finite, check_launch, check_mask_token, load_drafter, load_target, require_tokenizer
+from .setup import (
+    check_finite,
+    check_launch,
+    check_mask_token,
+    compile_drafter,
+    load_drafter,
+    load_target,
+    require_tokenizer,
+)
 from .step import StepLoss, StreamSettings, step_loss, weight_sums
 
 
@@ -120,6 +128,7 @@ class DraftOPDTrainer(_BaseTrainer):
             }
         else:
             eval_dataset = self._prepare_dataset(eval_dataset, args, drafter, False)
+        compile_drafter(drafter, args)
         super().__init__(
             model=drafter,
             args=args,

@@ -20,10 +20,18 @@ from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
-from ..trajectories import generate_responses
 from .draft_sft_config import DraftSFTConfig
 from .metrics import MetricSums, rollout_sums
-from .setup import check_finite, check_launch, check_mask_token, load_drafter, load_target, require_tokenizer
+from .responses import answer_all
+from .setup import (
+    check_finite,
+    check_launch,
+    check_mask_token,
+    compile_drafter,
+    load_drafter,
+    load_target,
+    require_tokenizer,
+)
 from .step import StepLoss, StreamSettings, step_loss, weight_sums
 
 
@@ -103,6 +111,7 @@ class DraftSFTTrainer(_BaseTrainer):
             eval_dataset = {name: self._prepare_dataset(part, args, drafter) for name, part in eval_dataset.items()}
         else:
             eval_dataset = self._prepare_dataset(eval_dataset, args, drafter)
+        compile_drafter(drafter, args)
         super().__init__(
             model=drafter,
             args=args,
@@ -141,17 +150,7 @@ class DraftSFTTrainer(_BaseTrainer):
     def _regenerate(self, prompts: Dataset | IterableDataset, args: DraftSFTConfig) -> Dataset:
         if isinstance(prompts, IterableDataset):
             raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
-        prompt_ids = list(prompts["prompt_ids"])
-        responses = generate_responses(
-            self.target,
-            prompt_ids,
-            max_new_tokens=args.max_completion_length,
-            sampling=args.sampling_settings(),
-            batch_size=args.per_device_eval_batch_size,
-            seed=args.seed,
-            show_progress=not args.disable_tqdm,
-        )
-        return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
+        return answer_all(self.target, args, prompts)
 
     # -- training ------------------------------------------------------------------------------------------------------
 

@@ -7,13 +7,64 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from ..rollout.replay import TargetText
 from ..target import FrozenTarget
 from ..trajectories import Origin, TrajectoryStore, check_responses, generate_missing
 from .batches import join_responses, prompt_rows, response_pairs, text_of
+from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
+
+
+def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> TrajectoryStore:
+    """
+    Open the trajectory store of a run.
+
+    Raises:
+        ValueError: If it holds responses of another target, tokenizer, template or law, or is damaged.
+    """
+    origin = Origin.of(
+        target,
+        sampling=args.sampling_settings(),
+        max_new_tokens=args.max_completion_length,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    return TrajectoryStore.open(args.trajectories or Path(args.output_dir) / "trajectories", origin)
+
+
+def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset) -> Dataset:
+    """
+    Return every prompt with the target's response; each rank writes its share of those not in the store. Collective.
+
+    Args:
+        target ([`FrozenTarget`]), args ([`DraftTrainingConfig`]): Writer and settings.
+        prompts (`Dataset`): Rows with `prompt_ids`.
+
+    Returns:
+        `Dataset` with `prompt_ids` and `completion_ids`, in the order of `prompts`.
+    """
+    state = PartialState()
+    store = open_store(target, args)
+    prompt_ids = list(prompts["prompt_ids"])
+    missing = store.missing(prompt_ids)
+    # All ranks cut the same list into shares, so nobody may write before everybody has looked.
+    state.wait_for_everyone()
+    generate_missing(
+        store,
+        target,
+        missing[state.process_index :: state.num_processes],
+        batch_size=args.generation_batch_size,
+        seed=args.seed,
+        shard_size=args.generation_batch_size,
+        show_progress=not args.disable_tqdm and state.is_local_main_process,
+    )
+    state.wait_for_everyone()
+    store.refresh()
+    responses = [store.find(prompt) for prompt in prompt_ids]
+    return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
 
 
 class ResponseSource:
@@ -50,15 +101,7 @@ class ResponseSource:
     def store(self) -> TrajectoryStore:
         """The store of this run, opened on first use."""
         if self._store is None:
-            origin = Origin.of(
-                self.target,
-                sampling=self.args.sampling_settings(),
-                max_new_tokens=self.args.max_completion_length,
-                chat_template=self.args.chat_template,
-                chat_template_kwargs=self.args.chat_template_kwargs,
-            )
-            folder = self.args.trajectories or Path(self.args.output_dir) / "trajectories"
-            self._store = TrajectoryStore.open(folder, origin)
+            self._store = open_store(self.target, self.args)
         return self._store
 
     def texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:

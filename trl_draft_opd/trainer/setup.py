@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
@@ -130,6 +132,24 @@ def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | 
                 f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization). The drafter could not tell a mask from "
                 "text; choose an id that text never uses."
             )
+
+
+def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> None:
+    """
+    Compile the drafter's feed-forward and norm layers in place if `torch_compile` asks for it.
+
+    The attention is fused already, and heads and losses run in chunks outside of the drafter.
+    """
+    if not args.torch_compile:
+        return
+    for module in drafter.modules():
+        if isinstance(module, (LlamaMLP, LlamaRMSNorm, Qwen3MLP, Qwen3RMSNorm)):
+            # Rollouts and steps differ in the number of rows every time.
+            module.compile(
+                backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode, dynamic=True
+            )
+    # Else accelerate would compile the model as a whole, whose forward is redirected to the training step.
+    args.torch_compile_backend = args.torch_compile_mode = None
 
 
 def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:

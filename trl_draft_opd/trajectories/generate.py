@@ -96,6 +96,8 @@ def generate_missing(
         ValueError: If a prompt is empty or leaves no room for a response in the target's positions.
     """
     missing = store.missing(prompts)
+    if not missing:
+        return 0
     origin = store.origin
     provenance = {
         "engine": "transformers",

@@ -145,7 +145,9 @@ def _settle_logprobs(logprobs: list[Any], num_tokens: int) -> list[float] | None
 
 
 def _read_vllm(answer: Any, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> tuple:
-    (choice,) = answer["choices"]
+    choice = answer["choices"][0]
+    if len(answer["choices"]) != 1:
+        raise WrongAnswer(f"{len(answer['choices'])} responses were returned, one was asked for")
     echoed = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     if echoed is not None and echoed != prompt_ids:
         raise WrongAnswer(f"the server read another prompt, of {len(echoed)} ids in place of {len(prompt_ids)}")

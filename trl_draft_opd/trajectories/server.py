@@ -154,7 +154,6 @@ def ask_server(
                 progress.advance(task)
             else:
                 failures.append((number, result))
-                crew.stop_sending()
     if failures:
         _report(failures, buffer.num_written, len(missing), store)
     return buffer.num_written
@@ -231,6 +230,7 @@ class _Crew:
                 try:
                     self._done.put((number, self._ask(self._prompts[number])))
                 except (OSError, HTTPException, ValueError) as error:
+                    self.stop_sending()
                     self._done.put((number, error))
         finally:
             self._done.put(None)

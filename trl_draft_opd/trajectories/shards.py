@@ -71,10 +71,9 @@ def build_table(rows: Iterable[Trajectory], origin: Origin) -> pa.Table:
     """
     rows = list(rows)
     for index, row in enumerate(rows):
-        ids = [*row[0], *row[1]]
-        wrong = next((i for i in ids if not isinstance(i, Integral) or not 0 <= i < origin.vocab_size), None)
-        if wrong is not None:
-            raise ValueError(_outside_vocabulary(index, wrong, origin))
+        wrong = [i for i in (*row[0], *row[1]) if not isinstance(i, Integral) or not 0 <= i < origin.vocab_size]
+        if wrong:
+            raise ValueError(_outside_vocabulary(index, wrong[0], origin))
     prompts, completions, logprobs, reasons = zip(*rows, strict=True) if rows else ((), (), (), ())
     columns = [[prompt_key(ids) for ids in prompts], prompts, completions, reasons, logprobs]
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], SCHEMA)

@@ -91,6 +91,7 @@ class DFlashDraftModel(Drafter):
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
     owns_head = False
+    reads_drafts = False
 
     def __init__(self, config: DFlashDraftConfig):
         super().__init__(config)
@@ -261,7 +262,7 @@ class DFlashDraftModel(Drafter):
         choose: ChooseDrafts,
     ) -> Proposal:
         slots = self._slot_hidden(context, anchor_positions, anchor_tokens, num_drafts, embed)
-        drafts, probs = choose(self.draft_logits(slots, project).float(), 0)
+        drafts, probs = choose(self.draft_logits(slots, project), 0)
         return Proposal(drafts, probs)
 
     @torch.no_grad()

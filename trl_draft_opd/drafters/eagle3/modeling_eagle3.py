@@ -10,7 +10,6 @@ Shape letters:  B = sequences, L = context length, A = anchors per sequence, K =
                 F = feature width, DV = draft vocabulary, h = heads, g = key/value heads, d = head dimension
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -250,7 +249,7 @@ class Eagle3DraftModel(Drafter):
         probs: list[torch.Tensor] = []
 
         def chosen(slot_hidden: torch.Tensor, slot: int) -> tuple[torch.Tensor, None]:
-            ids, slot_probs = choose(self.draft_logits(slot_hidden, project)[:, :, None].float(), slot - 1)
+            ids, slot_probs = choose(self.draft_logits(slot_hidden, project)[:, :, None], slot - 1)
             drafts.append(self.to_target_ids(ids[:, :, 0]))
             if slot_probs is not None:
                 probs.append(self.to_target_probs(slot_probs[:, :, 0]))

