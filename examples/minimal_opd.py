@@ -72,6 +72,7 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
                 draft_head,
                 rollout.branch_hidden[slots],
                 target_head,
+                target_rows_N=None,  # one target state per slot
                 labels_N=blocks.labels[slots],
                 weights_N=row_weights,
                 loss_type=loss_type,

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Improve EAGLE-3 by Draft-OPD: the pair decodes the prompts together, and the drafter learns from what the target rejected.
+Improve EAGLE-3 by Draft-OPD: the drafter drafts along the answers of its target and learns from what the target rejects.
 
     accelerate launch examples/train_eagle3_opd.py --target_model Qwen/Qwen3-4B --model drafter-sft \
         --dataset prompts.jsonl --output_dir drafter-opd
