@@ -18,12 +18,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+CONFORMANCE := .venv-conformance
+CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check --no-input
 # The settings and the tests are named because pytest reads the PATH of `--shared PATH` as a place to look for both until
 # it has found the conftest.py that defines the option.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadgroup $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest lint format check build clean
+.PHONY: help install demo test test-slow test-oldest conformance lint format check build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +57,18 @@ test-slow: $(STAMP)  ## Run the slow tests alone
 
 test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
+
+# --no-deps, because vLLM and speculators ask for companions of torch that pull CUDA and that nothing here uses. The list is whole.
+$(CONFORMANCE)/.installed: setup.cfg pyproject.toml constraints-conformance.txt
+	@echo "Preparing $(CONFORMANCE): vLLM for the CPU and speculators; this happens once and takes some minutes."
+	@$(PYTHON) -m venv $(CONFORMANCE)
+	@$(CONFORMANCE_PIP) install -qq $(TORCH_ARGS) $(shell grep '^torch==' constraints-conformance.txt)
+	@$(CONFORMANCE_PIP) install -qq --no-deps -r constraints-conformance.txt
+	@$(CONFORMANCE_PIP) install -qq --no-deps -e .
+	@touch $@
+
+conformance: $(CONFORMANCE)/.installed  ## Run the tests against real engines: make conformance ARGS="--shared PATH"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(CONFORMANCE)/bin/python -m pytest -c pyproject.toml -m conformance tests/conformance $(ARGS)
 
 lint: $(STAMP)  ## Check format and lint
 	$(BIN)/ruff format --check .

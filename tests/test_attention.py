@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from trl_draft_opd.drafters import attention
 from trl_draft_opd.drafters.attention import anchored_attention
 
 
@@ -24,24 +25,26 @@ def make_inputs(queries, block_keys, dtype=torch.float64):
     return [(2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes]
 
 
-def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1):
+def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1, is_causal=False):
     keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
     values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
-    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING)
+    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING, is_causal)
 
 
-def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS):
+def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, is_causal=False):
     """Line up the keys of the context and of all blocks, and let a boolean mask say who sees what."""
     num_anchors, queries, block_keys = anchors.shape[1], query.shape[3], block_key.shape[3]
     per_group = HEADS // KV_HEADS
     key = torch.cat([context_key, block_key.flatten(2, 3)], dim=2).repeat_interleave(per_group, dim=1)
     value = torch.cat([context_value, block_value.flatten(2, 3)], dim=2).repeat_interleave(per_group, dim=1)
-    mask = torch.zeros(B, num_anchors * queries, L + num_anchors * block_keys, dtype=torch.bool)
-    for row in range(B):
+    num_rows = query.shape[0]
+    mask = torch.zeros(num_rows, num_anchors * queries, L + num_anchors * block_keys, dtype=torch.bool)
+    own = torch.ones(queries, block_keys, dtype=torch.bool)
+    for row in range(num_rows):
         for block in range(num_anchors):
             rows = slice(block * queries, (block + 1) * queries)
             mask[row, rows, : anchors[row, block]] = True
-            mask[row, rows, L + block * block_keys : L + (block + 1) * block_keys] = True
+            mask[row, rows, L + block * block_keys : L + (block + 1) * block_keys] = own.tril() if is_causal else own
     mixed = scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask[:, None], scale=SCALING)
     return mixed.unflatten(2, (num_anchors, queries)).permute(0, 2, 3, 1, 4).flatten(3)
 
@@ -113,3 +116,191 @@ def test_low_precision_keeps_its_type_and_normalises_in_float32():
     assert output.dtype == torch.bfloat16
     reference = dense_reference(*[tensor.double() for tensor in low])
     torch.testing.assert_close(output.double(), reference, rtol=0.03, atol=0.06)
+
+
+# -- every path through the tiles and the kernels ----------------------------------------------------------------------
+
+
+def values_and_grads(function, inputs, **options):
+    """Return the output, and the gradients of all inputs of any size for one fixed upstream gradient."""
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = function(*inputs, **options)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    output.backward(upstream.to(output.dtype))
+    assert all(tensor.grad is not None or tensor.numel() == 0 for tensor in inputs)
+    assert all(tensor.grad is None or tensor.grad.dtype == tensor.dtype for tensor in inputs)
+    return [output.detach(), *[tensor.grad for tensor in inputs if tensor.numel()]]
+
+
+def assert_all_close(actual, expected, tolerance):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=["fused", "products"])
+def kernel(request, monkeypatch):
+    """The two kernels of the context part; on this device only one of them is used by itself."""
+    if request.param == "products":
+        monkeypatch.setattr(attention, "_context", attention._context_by_products)
+        monkeypatch.setattr(attention, "_context_backward", attention._context_by_products_backward)
+    return request.param
+
+
+@pytest.mark.parametrize("tile_queries", [1, 3, 7])
+@pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (1, 2), (3, 3)])
+def test_tiles_of_any_size_give_what_the_dense_mask_gives(kernel, tile_queries, queries, block_keys, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
+    num_tiles = len(list(attention._tiles(ANCHORS, queries, torch.float64)))
+    assert num_tiles == -(-5 // max(1, tile_queries // queries))
+    inputs = make_inputs(queries, block_keys)
+    assert_all_close(values_and_grads(run, inputs), values_and_grads(dense_reference, inputs), 1e-12)
+
+
+def test_a_tile_reads_no_more_context_than_its_farthest_anchor_sees(monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", 4)
+    tiles = list(attention._tiles(ANCHORS, 2, torch.float64))
+    assert [(tile.start, tile.stop, tile.length) for tile in tiles] == [(0, 2, 4), (2, 4, 7), (4, 5, 7)]
+    lengths, context = [], attention._context
+
+    def watched(query, key, *rest):
+        lengths.append((query.shape[2], key.shape[2]))
+        return context(query, key, *rest)
+
+    monkeypatch.setattr(attention, "_context", watched)
+    run(*make_inputs(2, 2))
+    assert lengths == [(4, 4), (4, 7), (2, 7)]
+
+
+def test_no_gradient_reaches_unseen_entries_through_any_tile(kernel, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", 3)
+    anchors = torch.tensor([[1, 5, 2, 4, 3], [2, 2, 2, 1, 1]])
+    grads = values_and_grads(run, make_inputs(1, 1), anchors=anchors)
+    for grad in grads[2:4]:
+        for row, first_unseen in enumerate([5, 2]):
+            assert grad[row, :, first_unseen:].eq(0).all() and grad[row, :, :first_unseen].ne(0).all()
+
+
+def test_the_order_of_the_anchors_is_free(kernel, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", 4)
+    inputs = make_inputs(2, 2)
+    order = torch.tensor([4, 0, 3, 2, 1])
+    moved = [tensor[:, :, order] if dim in (0, 3, 4) else tensor for dim, tensor in enumerate(inputs)]
+    expected = run(*inputs)[:, order]
+    torch.testing.assert_close(run(*moved, anchors=ANCHORS[:, order]), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_a_block_may_come_in_pieces(queries, pieces):
+    inputs = make_inputs(queries, 5)
+    actual = values_and_grads(run, inputs, pieces=pieces)
+    assert_all_close(actual, values_and_grads(dense_reference, inputs), 1e-12)
+
+
+@pytest.mark.parametrize("tile_queries", [4, 256])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_causal_block_equals_a_triangular_dense_mask(kernel, queries, tile_queries, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
+    inputs = make_inputs(queries, queries)
+    actual = values_and_grads(run, inputs, is_causal=True)
+    assert_all_close(actual, values_and_grads(dense_reference, inputs, is_causal=True), 1e-12)
+    if queries > 1:
+        assert not torch.allclose(actual[0], run(*inputs))
+
+
+def test_a_causal_block_in_pieces_is_refused():
+    with pytest.raises(AssertionError):
+        run(*make_inputs(4, 4), pieces=2, is_causal=True)
+
+
+@pytest.mark.parametrize("block_keys", [0, 3])
+def test_a_single_block_needs_no_mask(kernel, block_keys):
+    inputs = [tensor[:1, :, :1] if dim in (0, 3, 4) else tensor[:1] for dim, tensor in enumerate(make_inputs(3, block_keys))]
+    anchors = torch.tensor([[5]])
+    assert [tile.mask for tile in attention._tiles(anchors, 3, torch.float64)] == [None]
+    actual = values_and_grads(run, inputs, anchors=anchors)
+    assert_all_close(actual, values_and_grads(dense_reference, inputs, anchors=anchors), 1e-12)
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_both_kernels_of_the_context_are_one_function(dtype, tolerance, is_masked):
+    query, key, value, *_ = make_inputs(3, 0, dtype)
+    query = query.flatten(2, 3)
+    mask = attention._Tile(0, 5, L, None).mask
+    if is_masked:
+        (tile,) = attention._tiles(ANCHORS, 3, dtype)
+        mask = tile.mask
+    fused = attention._context(query, key, value, mask, SCALING)
+    products = attention._context_by_products(query, key, value, mask, SCALING)
+    assert_all_close(products, fused, tolerance)
+    assert [tensor.dtype for tensor in products] == [dtype, dtype]
+    # Outputs and log-sum-exps that are not the kernel's own, as the merge with a block hands them in.
+    grad, shift = torch.randn_like(query), torch.rand_like(fused[1])
+    merged = (0.3 * fused[0] + 0.7 * torch.randn_like(query), fused[1] + shift)
+    backward = (grad, query, key, value, *merged, mask, SCALING)
+    expected = attention._context_backward(*backward)
+    assert_all_close(attention._context_by_products_backward(*backward), expected, 10 * tolerance)
+
+
+def test_gradients_pass_a_numerical_check(kernel, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", 4)
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(2, 2)]
+    # Random projections of the Jacobian: all entries would take minutes.
+    assert torch.autograd.gradcheck(lambda *tensors: run(*tensors, pieces=2), inputs, fast_mode=True)
+
+
+def test_a_second_derivative_is_refused():
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(1, 1)]
+    (grad,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("queries", "block_keys"), [(1, 2), (3, 3)])
+def test_float32_keeps_values_and_gradients_to_its_precision(kernel, queries, block_keys):
+    single = make_inputs(queries, block_keys, torch.float32)
+    exact = values_and_grads(dense_reference, [tensor.double() for tensor in single])
+    assert_all_close(values_and_grads(run, single), exact, 2e-5)
+
+
+@pytest.mark.parametrize(("queries", "block_keys"), [(1, 2), (3, 3), (2, 0)])
+def test_bfloat16_gradients_stay_close(kernel, queries, block_keys):
+    low = make_inputs(queries, block_keys, torch.bfloat16)
+    exact = values_and_grads(dense_reference, [tensor.double() for tensor in low])
+    actual = values_and_grads(run, low)
+    for one, other in zip(actual, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        # In norm: a step of bfloat16 is 2 ** -8 of a number, and a small entry is a difference of large ones.
+        assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_under_autocast_precision_follows_the_values(kernel):
+    exact = make_inputs(2, 2)
+    query, context_key, context_value, block_key, block_value = (tensor.float() for tensor in exact)
+    # Rotary angles leave queries and keys in float32 where the projections already gave bfloat16.
+    mixed = [query, context_key, context_value.bfloat16(), block_key, block_value.bfloat16()]
+    rounded = [tensor.bfloat16() for tensor in exact]
+    plain = values_and_grads(run, rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = values_and_grads(run, mixed)
+    assert inside[0].dtype == torch.bfloat16
+    assert [grad.dtype for grad in inside[1:]] == [tensor.dtype for tensor in mixed]
+    # The same numbers as bfloat16 inputs without autocast, bit by bit.
+    assert all(torch.equal(one.bfloat16(), other) for one, other in zip(inside, plain, strict=True))
+
+
+def test_autocast_does_not_lower_float32_inputs(kernel):
+    single = make_inputs(3, 3, torch.float32)
+    plain = values_and_grads(run, single)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = values_and_grads(run, single)
+        output = run(*(tensor.requires_grad_() for tensor in single))
+    # A backward pass outside, as trainers do it.
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
+    outside = [output.detach(), *[tensor.grad for tensor in single]]
+    for one, inner, outer in zip(plain, inside, outside, strict=True):
+        assert torch.equal(one, inner) and torch.equal(one, outer)

@@ -138,8 +138,10 @@ def test_the_closed_form_gradient_is_that_of_autograd(loss_type, scale):
     generator = torch.Generator().manual_seed(1)
     draft_logits, target_logits = (torch.randn(8, 9, generator=generator, dtype=torch.float64) for _ in range(2))
     draft_logits, target_logits = (scale * draft_logits).requires_grad_(), scale * target_logits
-    target_logits[1] = draft_logits[1].detach()  # every token is a tie
-    target_logits[2, 4:] = draft_logits[2, 4:].detach()
+    with torch.no_grad():
+        target_logits[1] = draft_logits[1]  # every token is a tie
+        draft_logits[2], target_logits[2] = 0, 0  # all but two are
+        draft_logits[2, 3] = target_logits[2, 5] = math.log(2)
     labels = torch.tensor([0, -1, 8, -1, 4, 4, -1, 2])
     weights = torch.rand(8, generator=generator, dtype=torch.float64) + 0.1
     losses = compare_logits(draft_logits, target_logits, labels, loss_type, weights)
@@ -206,22 +208,18 @@ def test_no_row_of_the_target_is_counted_where_it_is_not_read():
     + [(kind, loss_type) for kind in ("reduced", "bfloat16", "soft-capped", "trained") for loss_type in ("jsd", "ce")],
 )
 def test_all_logits_alive_together_stay_within_the_budget(kind, loss_type, is_shared):
-    chunk_bytes, vocab, peaks = 4 * 2048 * 40, 2048, []
-    for num_rows in (128, 384):
-        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-        problem = Problem(kind == "reduced", dtype, num_rows=num_rows, num_states=num_rows // 4, vocab=vocab, hidden=2)
-        weight = problem.weight if kind == "trained" else problem.weight.detach()
-        is_capped = kind == "soft-capped"
-        head = soft_capped(weight) if is_capped else Head.linear(weight)
-        target_head = soft_capped(problem.target_weight) if is_capped else Head.linear(problem.target_weight)
-        with PeakBytes() as tracker:
-            problem.run(loss_type, head, target_head, is_shared=is_shared, chunk_bytes=chunk_bytes).total.backward()
-        # Rows and states come with a hidden state or two, their gradient, an index, a weight, a loss, a label each.
-        beside = num_rows * (4 * 2 * 4 + 20 * 8) + (2 * 4 * weight.numel() if kind == "trained" else 0)
-        assert tracker.peak <= chunk_bytes + beside
-        peaks.append(tracker.peak - beside)
-    assert max(peaks) > chunk_bytes / 8  # the tracker sees the logits
-    assert peaks[1] - peaks[0] < chunk_bytes / 10
+    num_rows, vocab = 384, 2048
+    chunk_bytes = 4 * vocab * 40
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    problem = Problem(kind == "reduced", dtype, num_rows=num_rows, num_states=num_rows // 4, vocab=vocab, hidden=2)
+    weight = problem.weight if kind == "trained" else problem.weight.detach()
+    make_head = soft_capped if kind == "soft-capped" else Head.linear
+    head, target_head = make_head(weight), make_head(problem.target_weight)
+    with PeakBytes() as tracker:
+        problem.run(loss_type, head, target_head, is_shared=is_shared, chunk_bytes=chunk_bytes).total.backward()
+    # Rows and states come with a hidden state or two, their gradient, an index, a weight, a loss, a label each.
+    beside = num_rows * (4 * 2 * 4 + 20 * 8) + (2 * 4 * weight.numel() if kind == "trained" else 0)
+    assert chunk_bytes / 8 < tracker.peak - beside <= chunk_bytes
 
 
 def test_the_tracker_of_bytes_sees_what_is_alive_together():

@@ -23,7 +23,8 @@ from .divergences import NO_TOKEN, accumulation_dtype, check_labels, check_sourc
 
 
 NUM_TEMPORARIES = 5  # rows of logits in the accumulation dtype that comparing one row takes, at most
-BLOCK_SHARE = 4  # one part in four of the budget is theirs: small blocks suit the cache of a CPU, few suit a GPU
+# What part of the budget is for them: small blocks of rows stay in the cache of a CPU, few blocks suit a GPU.
+BLOCK_SHARE, BLOCK_SHARE_CPU = 1 / 4, 1 / 16
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,10 @@ def chunked_divergence(
         labels_N = draft_labels_N
         if draft_token_ids is None and not (labels_N[kept_M] == NO_TOKEN).any():
             target_head = None  # nothing would be read from it: spare its projection
-    item_bytes = accumulation_dtype(hidden_NH).itemsize
-    rows_per_chunk, rows_per_block = _fit_budget(
-        chunk_bytes // item_bytes, head, target_head, draft_token_ids is not None
-    )
+    num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
+    block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
+    is_reduced = draft_token_ids is not None
+    rows_per_chunk, rows_per_block = _fit_budget(num_logits, block_share, head, target_head, is_reduced)
     comparison = _Comparison(head, target_head, target_hidden_MH, labels_N, loss_type, draft_token_ids, rows_per_block)
     chunks = _cut_chunks(kept_M, target_rows_N, rows_per_chunk)
     if not torch.is_grad_enabled():
@@ -266,11 +267,11 @@ class _Comparison:
         return [slice(first, first + self.rows_per_block) for first in range(0, num_rows, self.rows_per_block)]
 
 
-def _fit_budget(num_logits, head, target_head, is_reduced):
+def _fit_budget(num_logits, block_share, head, target_head, is_reduced):
     """Return how many rows, and as many target states, make a chunk of at most `num_logits`, and how many a block."""
     draft_vocab, target_vocab = head.vocab_size, target_head.vocab_size if target_head else 0
     temporaries = NUM_TEMPORARIES * max(draft_vocab, target_vocab)
-    rows_per_block = max(1, num_logits // BLOCK_SHARE // temporaries)
+    rows_per_block = max(1, int(num_logits * block_share) // temporaries)
     while_reading = target_vocab * target_head.num_buffers if target_head else 0
     if target_head and is_reduced:
         while_reading = max(while_reading, target_vocab + draft_vocab)
