@@ -59,7 +59,7 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
             decided = decide(torch.tensor(drafts, dtype=torch.float32)[..., None], slot)
             if decided is None:
                 return
-            anchors = anchors if decided[1] is None else anchors.gather(1, decided[1])
+            anchors = anchors if decided[1] is None else anchors.gather(1, decided[1].clamp(min=0))
 
     monkeypatch.setattr(drafter, "draft_along", draft_along, raising=False)
     monkeypatch.setattr(

@@ -232,7 +232,7 @@ class Drafter(PreTrainedModel):
             decide (`Callable`):
                 Called with the hidden states `(B, A, H)` of slot 1, then of slot 2 and so on. Returns the token of that
                 slot for every block that goes on, and the columns, `(B, A')` each, at which those blocks stand among the `A` it was
-                given (`None` for all of them as they stand); or `None` alone when no block goes on.
+                given (-1 for padding; `None` for all of them as they stand); or `None` alone when no block goes on.
         """
 
     @abstractmethod

@@ -268,7 +268,7 @@ class _Walk:
             committed = ids.gather(1, (safe + slot).clamp(max=ids.shape[1] - 1)).gather(1, keep)
             current = torch.where(is_block, current.gather(1, keep), -1)
             is_running = is_running.gather(1, keep) & is_block
-            return committed, keep
+            return committed, torch.where(is_block, keep, -1)
 
         tokens = ids.gather(1, current.clamp(min=0))
         self.drafter.draft_along(self.context, current, tokens, num_drafts, self.target.embed, decide)

@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 from ..attention import anchored_attention
 from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
+from ..packing import BlockPacking
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
 
@@ -189,7 +190,7 @@ class DFlashDraftModel(Drafter):
         anchors = anchor_positions.clamp(min=1)
         # The block is as wide as `propose` makes it, however few slots are asked for: slots see the masks behind them.
         noise_embeds = self._noise_embeds(input_ids.gather(1, anchors), self.config.block_size - 1, embed)
-        output = self(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchors)
+        output = self(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchor_positions)
         return output.last_hidden_state.unflatten(1, (anchors.shape[1], -1))[:, :, 1 : 1 + drafts.shape[-1]]
 
     def forward(
@@ -219,8 +220,8 @@ class DFlashDraftModel(Drafter):
             use_cache (`bool`, *optional*):
                 Accepted for the native signature; the cache is used iff it is given.
             anchor_positions (`torch.LongTensor` of shape `(B, A)`, *optional*):
-                Anchors of the packed blocks, at least 1: entry `i` of the context is visible to a block iff `i` is before its
-                anchor, and blocks do not see each other.
+                Anchors of the packed blocks; entries below 1 mark padding, whose states are 0. Entry `i` of the context is visible to
+                a block iff `i` is before its anchor, and blocks do not see each other.
 
         Returns:
             `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block is
@@ -283,7 +284,7 @@ class DFlashDraftModel(Drafter):
             if decided is None:
                 return
             # A slot reads no draft, so the tokens are of no use here.
-            columns = columns if decided[1] is None else columns.gather(1, decided[1])
+            columns = columns if decided[1] is None else columns.gather(1, decided[1].clamp(min=0))
 
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
         return project(hidden)
@@ -298,7 +299,7 @@ class DFlashDraftModel(Drafter):
     ) -> torch.Tensor:
         """Return the hidden states of the first `num_drafts` slots of every block, `(B, A, K, H)`."""
         noise_embeds = self._noise_embeds(anchor_tokens, self.config.block_size - 1, embed)
-        hidden = self._run_blocks(context, anchor_positions.clamp(min=1), noise_embeds.flatten(1, 2))
+        hidden = self._run_blocks(context, anchor_positions, noise_embeds.flatten(1, 2))
         # The block is always as wide as in training; fewer drafts only means fewer slots are read.
         return hidden.unflatten(1, (anchor_positions.shape[1], -1))[:, :, 1 : 1 + num_drafts]
 
@@ -308,25 +309,31 @@ class DFlashDraftModel(Drafter):
         return embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
 
     def _run_blocks(self, context: DraftContext, anchors: torch.Tensor, noise_embeds: torch.Tensor) -> torch.Tensor:
-        """Run `(B, A * S, H)` packed block inputs over the context and return states of the same shape."""
-        num_anchors = anchors.shape[1]
-        block = noise_embeds.shape[1] // num_anchors
-        offsets = torch.arange(block, device=anchors.device)
-        hidden = noise_embeds.to(self.fc.weight.dtype)
-        cos, sin = self.rotary_emb(hidden, (anchors[..., None] + offsets).flatten(1))
-        split = (num_anchors, block)
+        """Run `(B, A * S, H)` block inputs over the context and return states of the same shape, 0 for padding (anchors below 1)."""
+        packing = BlockPacking(anchors >= 1)
+        block = noise_embeds.shape[1] // anchors.shape[1]
+        padded = noise_embeds.to(self.fc.weight.dtype).unflatten(1, (anchors.shape[1], block))
+        hidden = packing.pack(padded)
+        positions = packing.pack(anchors)[:, None] + torch.arange(block, device=anchors.device)
+        cos, sin = self.rotary_emb(hidden, positions)
+        visible = anchors.clamp(min=1)
+
+        def spread(states: torch.Tensor) -> torch.Tensor:
+            """Turn `(N, heads, S, d)` into `(B, heads, A, S, d)`."""
+            return packing.unpack(states).transpose(1, 2)
+
         for index, layer in enumerate(self.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
             key, value = attention.key_value(normed, cos, sin)
             mixed = anchored_attention(
-                attention.query(normed, cos, sin).unflatten(2, split),
+                spread(attention.query(normed, cos, sin)),
                 context.keys[index],
                 context.values[index],
-                [key.unflatten(2, split)],
-                [value.unflatten(2, split)],
-                anchors,
+                [spread(key)],
+                [spread(value)],
+                visible,
                 attention.head_dim**-0.5,
             )
-            hidden = layer.add_attention(hidden, mixed.flatten(1, 2))
-        return self.norm(hidden)
+            hidden = layer.add_attention(hidden, packing.pack(mixed))
+        return packing.unpack(self.norm(hidden)).flatten(1, 2)

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from ..attention import anchored_attention
 from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
+from ..packing import BlockPacking
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
 from .draft_vocabulary import DraftVocabulary
@@ -223,15 +224,14 @@ class Eagle3DraftModel(Drafter):
         # The last entry has no next token; it lies before no anchor, so whatever it holds is never seen.
         next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
         context = self.encode_context(target_features, embed(next_ids), position_ids)
-        anchors = anchor_positions.clamp(min=1)
-        anchor_tokens = input_ids.gather(1, anchors)
+        anchor_tokens = input_ids.gather(1, anchor_positions.clamp(min=1))
         hidden: list[torch.Tensor] = []
 
         def recorded(slot_hidden: torch.Tensor, slot: int) -> tuple[torch.Tensor, None]:
             hidden.append(slot_hidden)
             return drafts[:, :, slot - 1], None
 
-        self._unroll(context, anchors, anchor_tokens, drafts.shape[-1], embed, recorded)
+        self._unroll(context, anchor_positions, anchor_tokens, drafts.shape[-1], embed, recorded)
         return torch.stack(hidden, dim=2)
 
     @torch.no_grad()
@@ -255,7 +255,7 @@ class Eagle3DraftModel(Drafter):
                 probs.append(self.to_target_probs(slot_probs[:, :, 0]))
             return drafts[-1], None
 
-        self._unroll(context, anchor_positions.clamp(min=1), anchor_tokens, num_drafts, embed, chosen)
+        self._unroll(context, anchor_positions, anchor_tokens, num_drafts, embed, chosen)
         return Proposal(torch.stack(drafts, dim=2), torch.stack(probs, dim=2) if probs else None)
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class Eagle3DraftModel(Drafter):
         embed: Embed,
         decide: DecideSlot,
     ) -> None:
-        self._unroll(context, anchor_positions.clamp(min=1), anchor_tokens, num_drafts, embed, decide)
+        self._unroll(context, anchor_positions, anchor_tokens, num_drafts, embed, decide)
 
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
         return self.lm_head(hidden.to(self.lm_head.weight.dtype))
@@ -282,24 +282,32 @@ class Eagle3DraftModel(Drafter):
         embed: Embed,
         decide: DecideSlot,
     ) -> None:
-        """Run the steps of all blocks; `decide` takes each slot's states and names its tokens and the blocks that go on."""
+        """
+        Run the steps of all blocks; `decide` takes each slot's states and names its tokens and the blocks that go on.
+
+        Anchors below 1 mark padding: it is spared every layer but the attention, and its states are 0.
+        """
         width = context.fused.shape[-1]
-        state = context.fused.gather(1, (anchors - 1)[..., None].expand(-1, -1, width))
+        packing = BlockPacking(anchors >= 1)
+        state = packing.pack(context.fused.gather(1, (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, width)))
         tokens = anchor_tokens
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for slot in range(1, num_drafts + 1):
-            embeds = embed(tokens).to(state.dtype)
-            block_state = self._step(context, anchors, state, embeds, slot, keys, values)
+            embeds = embed(packing.pack(tokens)).to(state.dtype)
+            block_state = self._step(context, anchors, packing, state, embeds, slot, keys, values)
             slot_hidden = self.norm(block_state)
-            decided = decide(slot_hidden, slot)
+            decided = decide(packing.unpack(slot_hidden), slot)
             if decided is None:
                 return
             tokens, columns = decided
             state = slot_hidden if self.config.norm_output else block_state
             if columns is not None:
-                anchors = anchors.gather(1, columns)
-                state = state.gather(1, columns[..., None].expand(-1, -1, width))
+                is_padding, columns = columns < 0, columns.clamp(min=0)
+                padded = packing.unpack(state).gather(1, columns[..., None].expand(-1, -1, width))
+                anchors = anchors.gather(1, columns).masked_fill(is_padding, -1)
+                packing = BlockPacking(anchors >= 1)
+                state = packing.pack(padded)
                 keys = [_pick_columns(key, columns) for key in keys]
                 values = [_pick_columns(value, columns) for value in values]
 
@@ -307,36 +315,42 @@ class Eagle3DraftModel(Drafter):
         self,
         context: DraftContext,
         anchors: torch.Tensor,
+        packing: BlockPacking,
         state: torch.Tensor,
         embeds: torch.Tensor,
         slot: int,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Run one step of every block, appending its key and value to the block's own, and return `(B, A, H)`."""
+        """Run one step of the N blocks, appending its padded key and value to the blocks' own, and return `(N, H)`."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         joined = layer.attention_input(embeds, state)
-        query = attention.split_heads(attention.q_proj(joined))
-        cos, sin = self.rotary_emb(query, anchors + slot - 2)
+        query = attention.split_heads(attention.q_proj(joined)[None])
+        cos, sin = self.rotary_emb(query, packing.pack(anchors)[None] + slot - 2)
+
+        def spread(states: torch.Tensor) -> torch.Tensor:
+            """Turn `(1, heads, N, d)` into `(B, heads, A, 1, d)`."""
+            return packing.unpack(states[0].transpose(0, 1)).transpose(1, 2)[:, :, :, None]
+
         if slot == 1:
             # The first step's own key is the context entry at `a - 1`.
             query, _ = apply_rotary_pos_emb(query, query, cos, sin)
         else:
-            key = attention.split_heads(attention.k_proj(joined))
+            key = attention.split_heads(attention.k_proj(joined)[None])
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            keys.append(key[:, :, :, None])
-            values.append(attention.split_heads(attention.v_proj(joined))[:, :, :, None])
+            keys.append(spread(key))
+            values.append(spread(attention.split_heads(attention.v_proj(joined)[None])))
         mixed = anchored_attention(
-            query[:, :, :, None],
+            spread(query),
             context.keys[0],
             context.values[0],
             keys,
             values,
-            anchors,
+            anchors.clamp(min=1),
             attention.head_dim**-0.5,
         )
         residual = layer.hidden_norm(state) if self.config.norm_before_residual else state
-        hidden = residual + attention.o_proj(mixed[:, :, 0])
+        hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
