@@ -219,7 +219,7 @@ def test_all_logits_alive_together_stay_within_the_budget(kind, loss_type, is_sh
         problem.run(loss_type, head, target_head, is_shared=is_shared, chunk_bytes=chunk_bytes).total.backward()
     # Rows and states come with a hidden state or two, their gradient, an index, a weight, a loss, a label each.
     beside = num_rows * (4 * 2 * 4 + 20 * 8) + (2 * 4 * weight.numel() if kind == "trained" else 0)
-    assert chunk_bytes / 8 < tracker.peak - beside <= chunk_bytes
+    assert chunk_bytes / 16 < tracker.peak - beside <= chunk_bytes
 
 
 def test_the_tracker_of_bytes_sees_what_is_alive_together():

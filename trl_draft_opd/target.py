@@ -242,6 +242,14 @@ class FrozenTarget:
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    @property
+    def num_logit_buffers(self) -> int:
+        """Tensors of the logits' size that [`project`] and its backward pass hold at once, for memory budgets."""
+        if getattr(self.config, "final_logit_softcapping", None) is not None:
+            return 4
+        is_scaled = getattr(self.config, "logits_scaling", None) or getattr(self.config, "logit_scale", None)
+        return 2 if is_scaled else 1
+
     @torch.no_grad()
     def read_text(
         self,

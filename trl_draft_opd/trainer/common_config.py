@@ -59,7 +59,8 @@ class DraftTrainingConfig(_BaseConfig):
             Divergence on accepted slots: one of `forward_kl`, `reverse_kl`, `jsd`, `tv`, `lk`, `lk_hybrid`, `ce`. Forward KL covers the
             target where drafts are good, the paper's choice.
         loss_chunk_bytes (`int`, *optional*, defaults to `67108864`):
-            Bytes of float32 logits alive at a time in the loss, per chunk; 64 MiB is 110 rows of a vocabulary of 152k.
+            Bytes of logits, gradients and temporaries alive at a time in the loss; 64 MiB is about 50 rows of a vocabulary of
+            152k. More fills a GPU better, less saves memory; the result is the same.
 
         > Parameters that control drafting
 
@@ -126,7 +127,7 @@ class DraftTrainingConfig(_BaseConfig):
         default="forward_kl", metadata={"help": f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}."}
     )
     loss_chunk_bytes: int = field(
-        default=64 * 2**20, metadata={"help": "Bytes of float32 logits alive at a time in the loss."}
+        default=64 * 2**20, metadata={"help": "Bytes of logits alive at a time in the loss, all buffers together."}
     )
     num_drafts: int | None = field(
         default=None, metadata={"help": "Drafts per block in rollouts and evaluation; the drafter's own if unset."}

@@ -115,7 +115,7 @@ def step_loss(
         reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed
     )
     own_head = Head.linear(drafter.lm_head.weight) if drafter.owns_head else None
-    target_head = Head(target.project, (), target.vocab_size)
+    target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
     total_weight = sum(settings[name].weight for name in STREAMS)
     # Each total below reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
     loss = hidden.new_zeros(())
