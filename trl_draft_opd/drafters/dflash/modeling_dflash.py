@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 from ..attention import anchored_attention
 from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
+from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
@@ -69,7 +70,7 @@ class DFlashLayer(nn.Module):
     def add_attention(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Add the attention's output to the residual and run the MLP."""
         hidden = residual + self.self_attn.o_proj(mixed)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + run_mlp(self.mlp, self.post_attention_layernorm(hidden))
 
 
 class DFlashDraftModel(Drafter):

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from ..attention import anchored_attention
 from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
+from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
@@ -351,7 +352,7 @@ class Eagle3DraftModel(Drafter):
         )
         residual = layer.hidden_norm(state) if self.config.norm_before_residual else state
         hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         if not self.config.has_reduced_vocabulary:
