@@ -215,7 +215,9 @@ def test_a_causal_block_in_pieces_is_refused():
 
 @pytest.mark.parametrize("block_keys", [0, 3])
 def test_a_single_block_needs_no_mask(kernel, block_keys):
-    inputs = [tensor[:1, :, :1] if dim in (0, 3, 4) else tensor[:1] for dim, tensor in enumerate(make_inputs(3, block_keys))]
+    inputs = [
+        tensor[:1, :, :1] if dim in (0, 3, 4) else tensor[:1] for dim, tensor in enumerate(make_inputs(3, block_keys))
+    ]
     anchors = torch.tensor([[5]])
     assert [tile.mask for tile in attention._tiles(anchors, 3, torch.float64)] == [None]
     actual = values_and_grads(run, inputs, anchors=anchors)
@@ -274,8 +276,8 @@ def test_bfloat16_gradients_stay_close(kernel, queries, block_keys):
     actual = values_and_grads(run, low)
     for one, other in zip(actual, exact, strict=True):
         assert one.dtype == torch.bfloat16
-        # In norm: a step of bfloat16 is 2 ** -8 of a number, and a small entry is a difference of large ones.
-        assert (one.double() - other).norm() < 0.02 * other.norm()
+        # In norm: a step of bfloat16 is 2 ** -8 of a score, scores reach 10, and a small entry is a difference of large ones.
+        assert (one.double() - other).norm() < 0.04 * other.norm()
 
 
 def test_under_autocast_precision_follows_the_values(kernel):

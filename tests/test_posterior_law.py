@@ -185,7 +185,9 @@ def blocks_of(rollout, row: int, has_suffix: bool) -> tuple:
 def live_law(name: str) -> dict[tuple, float]:
     """Return the joint law of text and blocks under live decoding."""
     case = CASES[name]()
-    settings = LiveSettings(case.num_drafts, case.max_new_tokens, case.sampling, case.draft_sampling, [case.eos], False)
+    settings = LiveSettings(
+        case.num_drafts, case.max_new_tokens, case.sampling, case.draft_sampling, [case.eos], False
+    )
 
     def run(prompts, tapes):
         def uniforms(batch, *shape):
@@ -275,7 +277,9 @@ def make_exact(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def make_pair(family: str, vocab_size: int, seed: int = 3, draft_ids: tuple[int, ...] = ()) -> tuple[FrozenTarget, nn.Module]:
+def make_pair(
+    family: str, vocab_size: int, seed: int = 3, draft_ids: tuple[int, ...] = ()
+) -> tuple[FrozenTarget, nn.Module]:
     """Return a random pair whose laws overlap but differ; `draft_ids` makes an EAGLE-3 drafter of a reduced vocabulary."""
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -361,9 +365,7 @@ def test_a_bent_acceptance_ratio_is_found(monkeypatch):
     def bent(committed, choices, draft_law, target_law, accept_uniforms, draft_uniforms, is_in_text):
         # u < ratio ** 0.9 in place of u < ratio
         bent_uniforms = accept_uniforms ** (1 / 0.9)
-        return sample_posterior(
-            committed, choices, draft_law, target_law, bent_uniforms, draft_uniforms, is_in_text
-        )
+        return sample_posterior(committed, choices, draft_law, target_law, bent_uniforms, draft_uniforms, is_in_text)
 
     monkeypatch.setattr(replay, "sample_posterior", bent)
     assert_found("eagle3")

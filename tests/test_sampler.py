@@ -144,7 +144,7 @@ NEIGHBOURS = {
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
-def test_neighbours_are_independent(name):
+def test_draws_of_neighbouring_keys_are_independent(name):
     first, second = (draws.flatten() for draws in NEIGHBOURS[name]())
     correlation = float(torch.corrcoef(torch.stack([first, second]))[0, 1])
     assert abs(correlation) < MOST_DEVIATIONS / math.sqrt(len(first))

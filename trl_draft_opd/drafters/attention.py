@@ -217,7 +217,7 @@ def _grouped_scores(query, key, mask, scaling) -> Tensor:
 def _block_scores(query, keys, scaling, is_causal) -> Tensor:
     """Return the scores of every query with its own block's keys, `(B, h, A, S, T)`."""
     dtype = _softmax_dtype(query)
-    scores = torch.cat([_pairwise(query, key).to(dtype) for key in keys], dim=-1).mul_(scaling)
+    scores = torch.cat([_pairwise(query.to(dtype), key.to(dtype)) for key in keys], dim=-1).mul_(scaling)
     if is_causal:
         is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores.masked_fill_(is_later, float("-inf"))

@@ -44,8 +44,18 @@ def shape_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
 
     Head size and key/value heads are the target's because engines keep both models' caches in one layout; vocabulary and
     positions are the target's because engines refuse or cut otherwise.
+
+    Raises:
+        ValueError: If the target has no attention heads or feed-forward layers to take the shape of.
     """
     config = text_config(target_config)
+    needed = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
+    missing = [name for name in needed if getattr(config, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"Target of type {config.model_type!r} has no {missing} in its config, so a drafter cannot take its shape from it. Build the "
+            "drafter's config by hand and pass it to the drafter's class."
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "vocab_size": config.vocab_size,

@@ -93,8 +93,11 @@ def rollout_replay(
             The target's reading of the text at the drafter's layers, made here if not given; with its cache if branches are kept.
 
     Returns:
-        [`Rollout`]. Rows that hold a token of probability 0 under `settings.sampling` where a draft was judged have no
-        blocks and are counted in `num_refused`.
+        [`Rollout`]. Where drafts are drawn, rows that hold a token of probability 0 under `settings.sampling` have no blocks and are
+        counted in `num_refused`.
+
+    Raises:
+        ValueError: If branches are asked of a target that cannot branch.
     """
     was_training = drafter.training
     drafter.eval()
@@ -162,6 +165,8 @@ class _Walk:
     ):
         self.target, self.drafter, self.text, self.settings = target, drafter, text, settings
         ids = text.input_ids
+        if settings.keep_branch_hidden:
+            target.require_rollback()  # Before the work, not after it.
         if reading is None:
             reading = target.read_text(
                 ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=settings.keep_branch_hidden
@@ -173,11 +178,25 @@ class _Walk:
         self.draws = draws_drafts(settings.sampling, settings.draft_sampling)
         self.accepted = torch.full_like(ids, -1)
         self.refused_drafts = torch.zeros_like(ids)
+        self.is_refused_row = self._find_impossible_rows()
         # Where a slot reads no draft, a block's suffix is at hand as soon as its fate is known: only the head is left to run.
         self.suffixes = None
         if settings.keep_branch_hidden and not drafter.reads_drafts:
             self.suffixes = ids.new_zeros(*ids.shape, settings.num_drafts)
-        self.is_refused_row = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def _find_impossible_rows(self) -> Tensor:
+        """Return the rows holding a token of probability 0 under the law they are said to be drawn from, `(B,)`."""
+        ids, is_written = self.text.input_ids, self.text.completion_mask
+        is_refused = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        if not self.draws:
+            return is_refused  # Argmax drafts are compared with the text; no probability is asked for.
+        rows, positions = is_written.nonzero(as_tuple=True)
+        for part in torch.arange(len(rows), device=ids.device).split(self._chunk_rows()):
+            states = self.reading.last_hidden[rows[part], positions[part] - 1]
+            law = token_probs(self.target.project(states), self.settings.sampling)
+            is_possible = law.gather(1, ids[rows[part], positions[part]][:, None])[:, 0] > 0
+            is_refused[rows[part][~is_possible]] = True
+        return is_refused
 
     def _encode_text(self) -> DraftContext:
         ids = self.text.input_ids
@@ -195,7 +214,12 @@ class _Walk:
         is_start = mask.clone()
         is_start[:, 1:] &= ~mask[:, :-1]
         start_of = torch.where(is_start, index, 0).cummax(dim=1).values
-        is_walker = mask & (index < self.ends) & ((index - start_of) % self.settings.segment_length == 0)
+        is_walker = (
+            mask
+            & ~self.is_refused_row[:, None]
+            & (index < self.ends)
+            & ((index - start_of) % self.settings.segment_length == 0)
+        )
         columns, is_open = pack_columns(is_walker)
         anchors = torch.where(is_open, columns, -1)
         while anchors.numel():
@@ -222,6 +246,7 @@ class _Walk:
                 if is_written[start] and not is_written[start - 1] and not is_refused[row]:
                     anchor, end = start, ends[row][start]
                     while anchor < end:
+                        assert accepted[row][anchor] >= 0, "a walk covers every anchor of the chain"
                         anchors.append(anchor)
                         anchor += accepted[row][anchor] + 1
             chains.append(torch.tensor(anchors, dtype=torch.long))
@@ -236,7 +261,7 @@ class _Walk:
         """Draft at `anchors` (`(B, A)`, -1 for padding) along the text, each block until its first refusal, and fill the table."""
         num_drafts = self.settings.num_drafts
         ids = self.text.input_ids
-        columns, is_open = pack_columns(anchors >= 0)
+        columns, is_open = pack_columns((anchors >= 0) & ~self.is_refused_row[:, None])
         current = torch.where(is_open, anchors.gather(1, columns), -1)
         if not current.numel():
             return
@@ -286,10 +311,6 @@ class _Walk:
             draft_law = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
             states = self.reading.last_hidden[rows[part], anchors[part] + slot - 1]
             target_law = token_probs(self.target.project(states), self.settings.sampling).to(draft_law)
-            is_possible = target_law.gather(1, committed[part, None])[:, 0] > 0
-            self.is_refused_row[rows[part][~is_possible]] = True
-            # An impossible row is dropped as a whole; any law lets the walk go on to its end.
-            target_law[~is_possible] = 1 / target_law.shape[1]
             chosen, accepted = sample_posterior(
                 committed[part, None],
                 None,
