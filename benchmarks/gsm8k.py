@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from benchmarks.counters import FlopCount
 from trl_draft_opd import (
     AutoDrafter,
     DFlashDraftModel,
@@ -202,23 +201,8 @@ def train_sft(args: argparse.Namespace, target: FrozenTarget, rows: Dataset) -> 
     return folder
 
 
-class FlopCount(TorchDispatchMode):
-    """Counts FLOPs by torch's own formulas; its `FlopCounterMode` hooks modules, which gradients taken in a forward do not bear."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def counted_flops(args, target: FrozenTarget, rows: Dataset, start: Path, make_trainer) -> float:
-    """Return FLOPs of one update, rollout included, counted over two updates (the CPU's fused attention counts as 0)."""
+    """Return FLOPs of one update, rollout included, counted over two updates, attention included."""
     settings = {"max_steps": 2, "learning_rate": 0.0}
     trainer = make_trainer(args, target, AutoDrafter.from_pretrained(start), rows, args.out / "flops", **settings)
     with FlopCount() as counter:

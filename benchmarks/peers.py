@@ -1,0 +1,213 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Arms of `speculators` 0.9.0 on our tensors and our weights. The only file that knows its API; nothing here changes what it
+computes. Without the package its arms are left out, and a line says so.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from benchmarks.arms import Report
+
+
+VERSION = "0.9.0"
+_SHAPE = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rms_norm_eps rope_parameters hidden_act pad_token_id bos_token_id eos_token_id"
+).split()
+
+
+def has_speculators(report: Report) -> bool:
+    """Whether the arms of speculators can run; if not, say why."""
+    if importlib.util.find_spec("speculators") is None:
+        report.say("  speculators is not installed: its arms are left out (see `make conformance`)")
+        return False
+    found = importlib.metadata.version("speculators")
+    if found != VERSION:
+        report.say(f"  speculators {found} is installed, {VERSION} is compared: its arms are left out")
+        return False
+    return True
+
+
+def ttt_attention(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float
+) -> list[Tensor]:
+    """
+    Run the attention of all TTT steps over one document as `Eagle3DraftModel` with `"sdpa"` does.
+
+    Args:
+        queries, keys, values (`Sequence[torch.Tensor]` of shape `(1, h, L, d)`): One per step, positions rotated in.
+        scaling (`float`): Factor on the scores.
+
+    Returns:
+        `list[torch.Tensor]` of shape `(1, L, h * d)`, one per step.
+    """
+    from speculators.models.attention import ALL_ATTENTION_FUNCTIONS
+    from speculators.models.eagle3.attention import create_combined_mask_mod, extend_dense_mask_for_draft_tokens
+    from torch.nn.attention.flex_attention import create_mask
+
+    length, device = queries[0].shape[2], queries[0].device
+    document_ids = torch.zeros(length, dtype=torch.long, device=device)
+    mask_mod = create_combined_mask_mod(document_ids, length)
+    mask = create_mask(mask_mod, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    module = SimpleNamespace(
+        num_key_value_groups=queries[0].shape[1] // keys[0].shape[1], is_causal=True, training=True
+    )
+    cache, outputs = DynamicCache(), []
+    for query, key, value in zip(queries, keys, values, strict=True):
+        all_keys, all_values = cache.update(key, value, 0)
+        mixed, _ = attend(module, query, all_keys, all_values, mask, dropout=0.0, scaling=scaling)
+        outputs.append(mixed.flatten(2))
+        mask = extend_dense_mask_for_draft_tokens(mask, length)
+    return outputs
+
+
+def eager_kl(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return speculators' eager forward KL per position, `(1, N)`, of logits `(1, N, V)`."""
+    from speculators.losses.eager import kl_div_loss
+
+    return kl_div_loss(logits, targets)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """
+    Texts joined into one row, as the data pipeline of speculators hands them to its models.
+
+    Attributes:
+        input_ids, document_ids, loss_mask, position_ids (`torch.Tensor` of shape `(1, n)`): Tokens, their texts, which are supervised.
+        features (`torch.Tensor` of shape `(1, n, F)`): The target's tapped layers.
+        last_hidden (`torch.Tensor` of shape `(1, n, H)`): The target's last layer, before its final norm.
+    """
+
+    input_ids: Tensor
+    document_ids: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    features: Tensor
+    last_hidden: Tensor
+
+    def arguments(self) -> dict[str, Tensor]:
+        """Return the keyword arguments of both models."""
+        return {
+            "hidden_states": self.features,
+            "input_ids": self.input_ids,
+            "document_ids": self.document_ids,
+            "loss_mask": self.loss_mask,
+            "position_ids": self.position_ids,
+            "verifier_last_hidden_states": self.last_hidden,
+        }
+
+
+def pack(
+    texts: Sequence[Tensor], marks: Sequence[Tensor], features: Tensor, last_hidden: Tensor, family: str
+) -> PackedBatch:
+    """
+    Join texts; EAGLE-3's are shifted by speculators' own function, which pairs a feature with the token behind it.
+
+    Args:
+        texts (`Sequence[torch.LongTensor]`), marks (`Sequence[torch.BoolTensor]`): Each text, and which tokens are supervised.
+        features (`torch.Tensor` of shape `(B, L, F)`), last_hidden (`torch.Tensor` of shape `(B, L, H)`):
+            Right-padded reading of the texts, the latter before the target's final norm.
+        family (`str`): `"eagle3"` or `"dflash"`.
+    """
+    from speculators.models.eagle3.data import shift_batch
+
+    rows = []
+    for index, (ids, mark) in enumerate(zip(texts, marks, strict=True)):
+        row = {
+            "input_ids": ids,
+            "hidden_states": features[index, : len(ids)],
+            "verifier_last_hidden_states": last_hidden[index, : len(ids)],
+            "loss_mask": mark,
+            "lengths": torch.tensor([len(ids)], device=ids.device),
+            "position_ids": torch.arange(len(ids), device=ids.device),
+        }
+        rows.append(shift_batch(row) if family == "eagle3" else row)
+    joined = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0]}
+    lengths = joined["lengths"][0]
+    documents = torch.arange(len(rows), device=lengths.device).repeat_interleave(lengths)
+    return PackedBatch(
+        input_ids=joined["input_ids"],
+        document_ids=documents[None],
+        loss_mask=joined["loss_mask"],
+        position_ids=joined["position_ids"],
+        features=joined["hidden_states"],
+        last_hidden=joined["verifier_last_hidden_states"],
+    )
+
+
+def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head: bool) -> nn.Module:
+    """
+    Build speculators' model of the drafter's family with the drafter's own weights, sdpa attention.
+
+    Args:
+        drafter, target (`PreTrainedModel`): The pair; the target has a linear head behind a final norm.
+        trains_head (`bool`): Whether EAGLE-3's head needs a gradient; speculators' own training leaves it frozen.
+    """
+    config = drafter.config
+    shape = {name: getattr(config, name) for name in _SHAPE} | {"attention_bias": False, "attention_dropout": 0.0}
+    if config.family == "eagle3":
+        from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+
+        layers = LlamaConfig(**shape, attn_implementation="sdpa")
+        flags = {
+            name: getattr(config, name)
+            for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+        }
+        options = {"eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids)} | flags
+        model = Eagle3DraftModel(
+            Eagle3SpeculatorConfig(transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options)
+        )
+    else:
+        from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
+
+        layers = Qwen3Config(**shape, attn_implementation="sdpa")
+        options = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+        options["aux_hidden_state_layer_ids"] = list(config.target_layer_ids)
+        model = DFlashDraftModel(
+            DFlashSpeculatorConfig(transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options)
+        )
+    own = {name.replace("midlayer.", "layers.0."): value for name, value in drafter.state_dict().items()}
+    head = target.get_output_embeddings().weight.detach()
+    own |= {"embed_tokens.weight": target.get_input_embeddings().weight.detach(), "verifier_lm_head.weight": head}
+    own |= {"verifier_norm.weight": target.base_model.norm.weight.detach()}
+    own.setdefault("lm_head.weight", head)
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    assert not unexpected and all("rotary" in name for name in missing), (missing, unexpected)
+    model.lm_head.weight.requires_grad_(trains_head and config.family == "eagle3")
+    return model.train()
+
+
+def eagle3_loss(model: nn.Module, batch: PackedBatch, ttt_steps: int) -> Tensor:
+    """Return the loss of `Eagle3DraftModel`: per step a mean over supervised positions, summed over steps."""
+    from speculators.losses import resolve_loss_config
+
+    config = resolve_loss_config("kl_div", "eager")
+    return model(**batch.arguments(), ttt_steps=ttt_steps, ttt_step_loss_decay=1.0, loss_config=config)[1]
+
+
+def dflash_anchors(batch: PackedBatch, num_anchors: int, block_size: int, seed: int) -> Tensor:
+    """Return the anchors `dflash_loss` draws with this seed, positions in the packed row; no more are asked than there are."""
+    from speculators.models.dflash.utils import select_anchors
+
+    torch.manual_seed(seed)
+    anchors, is_valid = select_anchors(batch.loss_mask, num_anchors, block_size)
+    return anchors[is_valid]
+
+
+def dflash_loss(model: nn.Module, batch: PackedBatch, num_anchors: int, gamma: float, seed: int) -> Tensor:
+    """Return the loss of `DFlashDraftModel`: slots weighed by `exp(-(k - 1) / gamma)`, divided by their plain number."""
+    from speculators.losses import resolve_loss_config
+
+    torch.manual_seed(seed)
+    config = resolve_loss_config("kl_div", "eager")
+    return model(**batch.arguments(), max_anchors=num_anchors, gamma=gamma, loss_config=config)[1]
