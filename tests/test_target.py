@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from trl_draft_opd import FrozenTarget
+from trl_draft_opd import target as target_module
+from trl_draft_opd.target import _rows_of_similar_width
 
 
 LAYER_IDS = [0, 3, 6]
@@ -179,6 +181,29 @@ def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
         branch = torch.cat([input_ids[row, : anchors[row, block] + 1], drafts[row, block, :slot]])[None]
         alone = exact.read_text(branch, torch.ones_like(branch), []).last_hidden[0, -1]
         torch.testing.assert_close(hidden[row, block, slot], alone, **(TOLERANCE if dtype == torch.float32 else EXACT))
+
+
+def test_rows_are_scored_with_others_of_similar_width():
+    widths = torch.tensor([1000, 0, 300, 900, 600, 250, 1])
+    assert _rows_of_similar_width(widths) == [[0, 3, 4], [2, 5], [6]]
+    assert _rows_of_similar_width(torch.tensor([60, 1])) == [[0, 1]] and _rows_of_similar_width(torch.zeros(2)) == []
+
+
+def test_rows_scored_apart_are_those_scored_together(monkeypatch):
+    target = make_target()
+    input_ids, mask, _ = make_rows()
+    anchors = torch.tensor([[1, 4, 3], [3, -1, -1], [0, 2, -1]])
+    drafts = torch.randint(4, VOCAB, (3, 3, 4), generator=torch.Generator().manual_seed(1))
+    is_branch = (torch.arange(1, 5) > 1).expand(3, 3, 4) & (anchors >= 0)[..., None]
+    states, forwards = [], []
+    for tokens in (64, 0):
+        monkeypatch.setattr(target_module, "SIMILAR_TOKENS", tokens)
+        reading = target.read_text(input_ids, mask, LAYER_IDS, keep_cache=True)
+        before = target.num_forwards
+        states.append(target.score_branches(reading, anchors, drafts, is_branch))
+        forwards.append(target.num_forwards - before)
+    assert forwards == [1, 2]
+    torch.testing.assert_close(states[1], states[0], **TOLERANCE)
 
 
 def test_nothing_is_kept_but_the_layers_asked_for(target):

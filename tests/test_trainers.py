@@ -244,7 +244,8 @@ def test_every_answer_of_a_chat_has_a_chain_of_its_own(tmp_path, target):
     options = {"completions_from_target": True, "max_steps": 1, "per_device_train_batch_size": 1}
     trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, **options)
     trainer.train()
-    assert trainer.state.log_history[0]["response_length"] == 12
+    logs = trainer.state.log_history
+    assert logs[0]["response_length"] == 12 and logs[0]["response_mismatch"] == 0
 
 
 def test_a_reduced_vocabulary_trains_and_reports_what_it_loses(tmp_path, target, rows):

@@ -20,6 +20,11 @@ from ._trl import create_model_from_path
 from .drafters.target_shape import text_config
 
 
+# Rows are scored together down to this share of the widest one's branch tokens, and in any case within this many tokens of it:
+# beyond, padding costs more than another forward.
+SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
+
+
 @dataclass(frozen=True)
 class TargetReading:
     """
@@ -75,6 +80,8 @@ class FrozenTarget:
         self.config = text_config(causal_lm.config)
         self.backbone = causal_lm.base_model
         self.layers = self._find_layers()
+        # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
+        self.num_forwards = 0
         self._check_head()
 
     @classmethod
@@ -300,7 +307,8 @@ class FrozenTarget:
         self, reading: TargetReading, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
     ) -> torch.Tensor:
         """
-        Return the target's hidden states on draft-induced states, in one packed forward on top of the text's cache.
+        Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few of them, of
+        rows of similar width, where rows differ widely in the number of branch tokens.
 
         The branch of a block starts at its first rejected draft, on the committed prefix before it. Its tokens attend to that
         prefix and to their own branch, at the positions the drafts were proposed for; blocks do not see each other.
@@ -324,23 +332,44 @@ class FrozenTarget:
         B, A, K = drafts.shape
         hidden = reading.last_hidden.new_zeros(B, A, K, reading.last_hidden.shape[-1])
         num_tokens = is_branch.flatten(1).sum(dim=1)
-        width = int(num_tokens.max())
-        if width == 0:
-            return hidden
+        for rows in _rows_of_similar_width(num_tokens):
+            index = torch.tensor(rows, device=hidden.device)
+            cache = reading.cache if len(rows) == B else self._cache_rows(reading.cache, index)
+            scored = self._score_rows(
+                cache, reading.last_hidden.shape[1], anchors[index], drafts[index], is_branch[index]
+            )
+            hidden[index] = scored.to(hidden)
+        return hidden
+
+    def _score_rows(
+        self, cache: DynamicCache, length: int, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
+    ) -> torch.Tensor:
+        """Score the branches of rows whose text of padded `length` is in `cache`, as [`score_branches`] does."""
+        B, A, K = drafts.shape
+        num_tokens = is_branch.flatten(1).sum(dim=1)
         # The tokens of a row's branches, packed to the front in order of block and slot.
-        order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-        is_token = torch.arange(width, device=order.device) < num_tokens[:, None]
+        order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : int(num_tokens.max())]
+        is_token = torch.arange(order.shape[1], device=order.device) < num_tokens[:, None]
         block, slot = order // K, order % K  # the slot's index: slot k stands at k - 1
         # The state of slot k ends with the draft before it, which stands at position a + k - 1.
         tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
         positions = (anchors.gather(1, block) + slot).clamp(min=0)
         first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
-        mask = _branch_mask(positions - slot + first_slot, block, slot, is_token, reading.last_hidden.shape[1])
+        mask = _branch_mask(positions - slot + first_slot, block, slot, is_token, length)
         tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
-        scored = self._forward(tokens, self._attention_mask(mask), positions, reading.cache, ()).last_hidden
+        scored = self._forward(tokens, self._attention_mask(mask), positions, cache, ()).last_hidden
         row = torch.arange(B, device=order.device)[:, None].expand_as(order)
+        hidden = scored.new_zeros(B, A, K, scored.shape[-1])
         hidden[row[is_token], block[is_token], slot[is_token]] = scored[is_token]
         return hidden
+
+    def _cache_rows(self, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+        """Return a cache of the given rows alone."""
+        picked = DynamicCache(config=self.config)
+        for number, layer in enumerate(cache.layers):
+            picked.update(layer.keys[rows], layer.values[rows], number)
+        return picked
 
     def _attention_mask(self, is_visible: torch.Tensor) -> torch.Tensor:
         """Return a boolean mask `(B, n, C)` in the additive form every attention implementation takes."""
@@ -356,6 +385,7 @@ class FrozenTarget:
         cache: DynamicCache | None,
         layer_ids: Sequence[int],
     ) -> TargetReading:
+        self.num_forwards += 1
         with self._tapped(layer_ids) as taps:
             output = self.backbone(
                 input_ids=input_ids,
@@ -409,6 +439,25 @@ class FrozenTarget:
                 f"The head of target type {self.config.model_type!r} does something to its logits that this package does not know: "
                 "they differ from the model's own. Distilling from it would be wrong; please report the family."
             )
+
+
+def _rows_of_similar_width(widths: torch.Tensor) -> list[list[int]]:
+    """
+    Group rows of similar width, see `SIMILAR_WIDTH`, widest first; rows without any tokens are left out.
+
+    Args:
+        widths (`torch.LongTensor` of shape `(B,)`): Tokens of each row.
+    """
+    counts = widths.tolist()
+    groups: list[list[int]] = []
+    for row in sorted(range(len(counts)), key=lambda row: -counts[row]):
+        if counts[row] == 0:
+            continue
+        widest = counts[groups[-1][0]] if groups else None
+        if widest is None or counts[row] < min(SIMILAR_WIDTH * widest, widest - SIMILAR_TOKENS):
+            groups.append([])
+        groups[-1].append(row)
+    return [sorted(group) for group in groups]
 
 
 def _branch_mask(

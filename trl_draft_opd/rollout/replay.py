@@ -349,7 +349,7 @@ class _Walk:
         num_known = torch.where(is_block, accepted + 1 - is_censored.long(), num_drafts).clamp(max=num_drafts)
         refused = self.refused_drafts.gather(1, safe)[..., None]
         drafts = torch.where(slots == accepted[..., None] + 1, refused, drafts)
-        hidden = None
+        hidden, forwards_before = None, self.target.num_forwards
         if self.settings.keep_branch_hidden:
             if self.suffixes is None:
                 self._draft_suffixes(anchors, drafts, num_known)
@@ -370,7 +370,7 @@ class _Walk:
             branch_hidden=hidden,
             has_suffix=self.settings.keep_branch_hidden,
             num_refused=int(self.is_refused_row.sum()),
-            num_target_forwards=1 + int(hidden is not None),
+            num_target_forwards=1 + self.target.num_forwards - forwards_before,
         )
 
     def _draft_suffixes(self, anchors: Tensor, drafts: Tensor, num_known: Tensor) -> None:

@@ -202,7 +202,10 @@ class DraftOPDTrainer(_BaseTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
         if self.args.rollout == "replay":
+            is_first = self._responses.audit is None
             texts = regroup_by_length(self._responses.texts(batches), self.target.pad_token_id)
+            if is_first:
+                self._sums["train"].add({"response_mismatch": (self._responses.audit.share, 1.0)})
             prepared = self._replay(texts, epoch)
         else:
             prepared = [self._roll_out_live(batch, epoch) for batch in batches]

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ..rollout.replay import TargetText
 from ..target import FrozenTarget
-from ..trajectories import Origin, TrajectoryStore, check_responses, generate_missing
+from ..trajectories import Origin, ResponseAudit, TrajectoryStore, check_responses, generate_missing
 from .batches import join_responses, prompt_rows, response_pairs, text_of
 from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
@@ -94,7 +94,8 @@ class ResponseSource:
         self.prompts, self.rank, self.num_ranks = prompts, rank, num_ranks
         self.show_progress = show_progress
         self._next_row = rank
-        self._is_checked = False
+        # What the check of the first step's rows found.
+        self.audit: ResponseAudit | None = None
         self._store: TrajectoryStore | None = None
 
     @property
@@ -116,16 +117,15 @@ class ResponseSource:
         else:
             self._answer(batches)
             texts = [self._join(batch) for batch in batches]
-        if not self._is_checked:
-            # Once, on the first step's rows, before anything is trained on them.
-            check_responses(
+        if self.audit is None:
+            # Once, before anything is trained on them.
+            self.audit = check_responses(
                 self.target,
                 [pair for text in texts for pair in response_pairs(text)],
                 self.args.sampling_settings(),
                 warn_above=self.args.warn_mismatch_share,
                 refuse_above=self.args.max_mismatch_share,
             )
-            self._is_checked = True
         return texts
 
     def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
