@@ -202,21 +202,6 @@ def flops(run: Callable[[], object]) -> int:
     return counter.total
 
 
-def resident_peak_bytes(run: Callable[[], object]) -> int | None:
-    """
-    Return by how much the process's resident memory peaked above its start; `None` where Linux does not tell.
-
-    Depends on the allocator and on what it kept from before: a second witness beside `peak_bytes`, not a figure.
-    """
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
-        return None
-    clear.write_text("5")
-    before = _status_kilobytes(status, "VmRSS")
-    run()
-    return 1024 * (_status_kilobytes(status, "VmHWM") - before)
-
-
 def _status_kilobytes(path: Path, name: str) -> int:
     lines = path.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -21,9 +21,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from trl_draft_opd import FrozenTarget
-from trl_draft_opd import target as target_module
-from trl_draft_opd.target import _rows_of_similar_width
+from trl_draft_opd import FrozenTarget, target_rows
+from trl_draft_opd.target_rows import rows_of_similar_width
 
 
 LAYER_IDS = [0, 3, 6]
@@ -185,24 +184,29 @@ def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
 
 def test_rows_are_scored_with_others_of_similar_width():
     widths = torch.tensor([1000, 0, 300, 900, 600, 250, 1])
-    assert _rows_of_similar_width(widths) == [[0, 3, 4], [2, 5], [6]]
-    assert _rows_of_similar_width(torch.tensor([60, 1])) == [[0, 1]] and _rows_of_similar_width(torch.zeros(2)) == []
+    assert rows_of_similar_width(widths) == [[0, 3, 4], [2, 5], [6]]
+    assert rows_of_similar_width(torch.tensor([60, 1])) == [[0, 1]] and rows_of_similar_width(torch.zeros(2)) == []
 
 
-def test_rows_scored_apart_are_those_scored_together(monkeypatch):
+def test_rows_read_and_scored_apart_are_those_done_together(monkeypatch):
     target = make_target()
-    input_ids, mask, _ = make_rows()
+    input_ids, mask, lengths = make_rows()
     anchors = torch.tensor([[1, 4, 3], [3, -1, -1], [0, 2, -1]])
     drafts = torch.randint(4, VOCAB, (3, 3, 4), generator=torch.Generator().manual_seed(1))
     is_branch = (torch.arange(1, 5) > 1).expand(3, 3, 4) & (anchors >= 0)[..., None]
-    states, forwards = [], []
+    readings, states, forwards = [], [], []
     for tokens in (64, 0):
-        monkeypatch.setattr(target_module, "SIMILAR_TOKENS", tokens)
-        reading = target.read_text(input_ids, mask, LAYER_IDS, keep_cache=True)
+        monkeypatch.setattr(target_rows, "SIMILAR_TOKENS", tokens)
         before = target.num_forwards
-        states.append(target.score_branches(reading, anchors, drafts, is_branch))
+        readings.append(target.read_text(input_ids, mask, LAYER_IDS, keep_cache=True))
+        states.append(target.score_branches(readings[-1], anchors, drafts, is_branch))
         forwards.append(target.num_forwards - before)
-    assert forwards == [1, 2]
+    # Texts of 9 and 7 tokens apart from one of 4, and then branches of 9 and 6 tokens apart from one of 3.
+    assert forwards == [2, 4]
+    is_text = mask.bool()
+    torch.testing.assert_close(readings[1].features[is_text], readings[0].features[is_text], **FEATURE_TOLERANCE)
+    torch.testing.assert_close(readings[1].last_hidden[is_text], readings[0].last_hidden[is_text], **TOLERANCE)
+    assert not readings[1].features[1, 4:].any()
     torch.testing.assert_close(states[1], states[0], **TOLERANCE)
 
 

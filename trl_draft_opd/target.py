@@ -18,11 +18,23 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 
 from ._trl import create_model_from_path
 from .drafters.target_shape import text_config
+from .target_rows import branch_mask, pad_rows, rows_of_similar_width
 
 
-# Rows are scored together down to this share of the widest one's branch tokens, and in any case within this many tokens of it:
-# beyond, padding costs more than another forward.
-SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
+@dataclass(frozen=True)
+class CachedRows:
+    """
+    Keys and values of some rows of a text.
+
+    Attributes:
+        rows (`torch.LongTensor` of shape `(R,)`): The rows, ascending.
+        length (`int`): Positions in the cache: the rows' longest text.
+        cache ([`~transformers.DynamicCache`]): Their cache.
+    """
+
+    rows: torch.Tensor
+    length: int
+    cache: DynamicCache
 
 
 @dataclass(frozen=True)
@@ -33,20 +45,20 @@ class TargetReading:
     Attributes:
         features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
         last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
-        cache ([`~transformers.DynamicCache`] or `None`): Keys and values of what was read, where they were asked for.
+        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were asked for.
     """
 
     features: torch.Tensor
     last_hidden: torch.Tensor
-    cache: DynamicCache | None = None
+    caches: tuple[CachedRows, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Bytes held by features and hidden states."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
 
-    def without_cache(self) -> "TargetReading":
-        """Return the same reading with its cache let go."""
+    def without_caches(self) -> "TargetReading":
+        """Return the same reading with its caches let go."""
         return TargetReading(self.features, self.last_hidden)
 
 
@@ -275,11 +287,24 @@ class FrozenTarget:
             keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for [`score_branches`].
 
         Returns:
-            `TargetReading` over all `L` positions.
+            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the padding that
+            the longest row of all would give it; positions no row of a group reaches hold 0.
         """
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        cache = DynamicCache(config=self.config) if keep_cache else None
-        return self._forward(input_ids, attention_mask, position_ids, cache, layer_ids)
+        lengths = attention_mask.sum(dim=1)
+        parts, caches = [], []
+        for row_list in rows_of_similar_width(lengths):
+            rows = torch.tensor(row_list, device=input_ids.device)
+            length = int(lengths[rows].max())
+            cache = DynamicCache(config=self.config) if keep_cache else None
+            texts = (tensor[rows, :length] for tensor in (input_ids, attention_mask, position_ids))
+            parts.append((rows, length, self._forward(*texts, cache, layer_ids)))
+            caches += [CachedRows(rows, length, cache)] if keep_cache else []
+        features, last_hidden = (
+            pad_rows([(rows, length, getattr(part, name)) for rows, length, part in parts], input_ids.shape)
+            for name in ("features", "last_hidden")
+        )
+        return TargetReading(features, last_hidden, tuple(caches))
 
     @torch.no_grad()
     def step(
@@ -328,17 +353,17 @@ class FrozenTarget:
             ValueError: If the target cannot branch, see [`require_rollback`].
         """
         self.require_rollback()
-        assert reading.cache is not None, "branches are scored on top of the text's cache"
+        assert reading.caches, "branches are scored on top of the text's cache"
         B, A, K = drafts.shape
         hidden = reading.last_hidden.new_zeros(B, A, K, reading.last_hidden.shape[-1])
         num_tokens = is_branch.flatten(1).sum(dim=1)
-        for rows in _rows_of_similar_width(num_tokens):
-            index = torch.tensor(rows, device=hidden.device)
-            cache = reading.cache if len(rows) == B else self._cache_rows(reading.cache, index)
-            scored = self._score_rows(
-                cache, reading.last_hidden.shape[1], anchors[index], drafts[index], is_branch[index]
-            )
-            hidden[index] = scored.to(hidden)
+        for text in reading.caches:
+            for places in rows_of_similar_width(num_tokens[text.rows]):
+                picked = torch.tensor(places, device=hidden.device)
+                rows = text.rows[picked]
+                cache = text.cache if len(places) == len(text.rows) else self._cache_rows(text.cache, picked)
+                scored = self._score_rows(cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
+                hidden[rows] = scored.to(hidden)
         return hidden
 
     def _score_rows(
@@ -356,7 +381,7 @@ class FrozenTarget:
         tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
         positions = (anchors.gather(1, block) + slot).clamp(min=0)
         first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
-        mask = _branch_mask(positions - slot + first_slot, block, slot, is_token, length)
+        mask = branch_mask(positions - slot + first_slot, block, slot, is_token, length)
         tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
         scored = self._forward(tokens, self._attention_mask(mask), positions, cache, ()).last_hidden
         row = torch.arange(B, device=order.device)[:, None].expand_as(order)
@@ -396,7 +421,7 @@ class FrozenTarget:
             )
         last_hidden = output.last_hidden_state
         features = [taps[i] for i in layer_ids]
-        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden, cache)
+        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden)
 
     @contextmanager
     def _tapped(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
@@ -439,36 +464,3 @@ class FrozenTarget:
                 f"The head of target type {self.config.model_type!r} does something to its logits that this package does not know: "
                 "they differ from the model's own. Distilling from it would be wrong; please report the family."
             )
-
-
-def _rows_of_similar_width(widths: torch.Tensor) -> list[list[int]]:
-    """
-    Group rows of similar width, see `SIMILAR_WIDTH`, widest first; rows without any tokens are left out.
-
-    Args:
-        widths (`torch.LongTensor` of shape `(B,)`): Tokens of each row.
-    """
-    counts = widths.tolist()
-    groups: list[list[int]] = []
-    for row in sorted(range(len(counts)), key=lambda row: -counts[row]):
-        if counts[row] == 0:
-            continue
-        widest = counts[groups[-1][0]] if groups else None
-        if widest is None or counts[row] < min(SIMILAR_WIDTH * widest, widest - SIMILAR_TOKENS):
-            groups.append([])
-        groups[-1].append(row)
-    return [sorted(group) for group in groups]
-
-
-def _branch_mask(
-    prefix_ends: torch.Tensor, block: torch.Tensor, slot: torch.Tensor, is_token: torch.Tensor, length: int
-) -> torch.Tensor:
-    """
-    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its branch's
-    first token), or a token of its own branch up to itself.
-    """
-    index = torch.arange(length, device=block.device)
-    # Position 0 is text in every row, so that no query is left without a key.
-    sees_text = (index < prefix_ends[..., None]) | (index == 0)
-    sees_branch = (block[:, :, None] == block[:, None]) & (slot[:, :, None] >= slot[:, None]) & is_token[:, None]
-    return torch.cat([sees_text, sees_branch], dim=2)

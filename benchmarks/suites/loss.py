@@ -60,11 +60,9 @@ class Problem:
 
     def ours(self, chunk_bytes: int = CHUNK_BYTES) -> dict[str, torch.Tensor]:
         """Run `chunked_divergence` as the trainers do."""
-        # A frozen head needs no parameters; a trained one is a leaf here rather than an `nn.Parameter`.
-        parameters = (self.weight,) if self.weight.requires_grad else ()
         losses = chunked_divergence(
             self.hidden,
-            Head(lambda hidden: hidden @ self.weight.T, parameters, len(self.weight)),
+            Head.linear(self.weight),
             self.target_hidden,
             Head(lambda hidden: hidden @ self.target_weight.T, (), len(self.target_weight)),
             target_rows_N=self.target_rows,

@@ -254,7 +254,7 @@ class OpdStep:
         layer_ids = pair.drafter.config.target_layer_ids
         reading = pair.target.read_text(text.input_ids, text.attention_mask, layer_ids, keep_cache=True)
         rollout = pair.replay(text, keeps_branches=True, reading=reading)
-        return self._update([(rollout, reading.without_cache())])
+        return self._update([(rollout, reading.without_caches())])
 
     def live(self, batch_size: int) -> dict[str, torch.Tensor]:
         """Decode the responses anew, `batch_size` prompts at a time."""

@@ -237,7 +237,7 @@ class DraftOPDTrainer(_BaseTrainer):
                 rollout = rollout_replay(self.target, drafter, text, self._replay_settings(epoch), reading)
                 batch = self._mark(rollout, text, epoch, reading)
             free_bytes -= reading.num_bytes
-            prepared.append(batch | {"reading": reading.without_cache() if free_bytes >= 0 else None})
+            prepared.append(batch | {"reading": reading.without_caches() if free_bytes >= 0 else None})
         return prepared
 
     def _roll_out_live(self, batch: dict[str, torch.Tensor], epoch: int) -> dict[str, Any]:
