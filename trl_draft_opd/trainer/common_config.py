@@ -49,7 +49,8 @@ class DraftTrainingConfig(_BaseConfig):
 
         trajectories (`str`, *optional*):
             Folder that keeps the target's answers to the prompts, as `trl-draft-opd generate` writes it; answers missing there
-            are added. Defaults to `trajectories` in `output_dir`. Give SFT and Draft-OPD the same folder to have them written once.
+            are added. Defaults to `_trajectories` in `output_dir`, which is never pushed. Give SFT and Draft-OPD one folder to have
+            them written once.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Prompts the target answers together. Larger batches cost less per token until the device's memory is full.
 

@@ -18,6 +18,10 @@ from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
 
 
+# Prompts can be private: a push of `output_dir` leaves out what begins with an underscore.
+PRIVATE_FOLDER = "_trajectories"
+
+
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> TrajectoryStore:
     """
     Open the trajectory store of a run.
@@ -32,7 +36,7 @@ def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> TrajectorySto
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    return TrajectoryStore.open(args.trajectories or Path(args.output_dir) / "trajectories", origin)
+    return TrajectoryStore.open(args.trajectories or Path(args.output_dir) / PRIVATE_FOLDER, origin)
 
 
 def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset) -> Dataset:
