@@ -1,0 +1,141 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The laboratory's command. Every phase resumes, so a killed command is simply given again.
+
+    python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 1 --shared PATH       # everything a table needs
+    python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 2 --arm opd tv        # some arms
+    python -m benchmarks.lab table --pair gsm8k-eagle3                            # redo its tables from the JSON
+    python -m benchmarks.lab figure                                               # draw all figures from the JSONs
+    python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the committed one
+    python -m benchmarks.lab live --pair gsm8k-eagle3 --shared PATH               # training on live against replayed rollouts
+
+On a GPU with real models: `--target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 --device cuda --dtype bfloat16 --bf16`.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from .arms import collect, measure_start, run_arm
+from .compare_rollouts import compare_rollouts
+from .figures import draw_all
+from .plan import FOLDER, Pair, read_arms, read_pair
+from .start import make_start
+from .tables import check, load_results, render
+from .workbench import Machine, Workbench, write_json
+
+
+RESULTS = FOLDER / "results"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "live"):
+        add_machine(commands.add_parser(name))
+    run = commands.choices["run"]
+    run.add_argument("--tier", type=int, default=1, help="1: complete, several seeds; 2: one seed, many arms")
+    run.add_argument("--arm", nargs="+", help="arms to run, all of the tier by default")
+    run.add_argument("--seed", type=int, nargs="+", help="seeds to run, the pair's by default")
+    run.add_argument("--commit", action="store_true", help="also write the results into benchmarks/lab/results")
+    table = commands.add_parser("table")
+    table.add_argument("--pair", required=True)
+    table.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    figure = commands.add_parser("figure")
+    figure.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    figure.add_argument("--to", type=Path, default=Path("docs/figures"))
+    against = commands.add_parser("check")
+    against.add_argument("--pair", required=True)
+    against.add_argument("--fresh", type=Path, required=True, help="JSON file of the fresh run")
+    return parser.parse_args(arguments)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add what says where to run, and what a pair is made of."""
+    parser.add_argument("--pair", required=True, help="name in benchmarks/lab/pairs, or the path of a YAML file")
+    parser.add_argument("--shared", type=Path, help="folder that holds targets/ and data/")
+    parser.add_argument("--out", type=Path, default=Path("outputs/lab"))
+    parser.add_argument("--target", help="another target than the pair's, by id or folder")
+    parser.add_argument("--drafter", help="a published drafter to go on from, by id or folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the target")
+    parser.add_argument("--bf16", action="store_true", help="train drafters under bf16 autocast")
+    parser.add_argument("--memo-gb", type=float, default=4.0, help="GB of target readings to keep in memory")
+    parser.add_argument("--generation-batch-size", type=int, default=64)
+    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+
+
+def open_bench(args: argparse.Namespace) -> Workbench:
+    """Return the workbench of a command."""
+    torch.set_num_threads(args.threads)
+    pair = read_pair(args.pair)
+    changes = {"target": args.target} if args.target else {}
+    changes |= {"drafter": {"id": args.drafter}} if args.drafter else {}
+    if changes:
+        # Another pair: it must not find the first one's responses and drafters.
+        name = "-".join([pair.name, *(Path(value).name for value in (args.target, args.drafter) if value)])
+        pair = dataclasses.replace(pair, name=name, **changes)
+    machine = Machine(
+        args.shared,
+        args.out,
+        args.device,
+        args.dtype,
+        int(args.memo_gb * 1e9),
+        args.generation_batch_size,
+        args.micro_batch_size,
+        args.bf16,
+    )
+    return Workbench(pair, machine)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the start, run the arms, write and print the tables."""
+    bench = open_bench(args)
+    pair: Pair = bench.pair
+    if args.tier not in pair.budgets:
+        raise SystemExit(f"Pair {pair.name!r} has no tier {args.tier}; it has {sorted(pair.budgets)}.")
+    arms = read_arms(pair, args.tier)
+    names = args.arm or [arm.name for arm in arms]
+    unknown = sorted(set(names) - {arm.name for arm in arms})
+    if unknown:
+        raise SystemExit(f"Tier {args.tier} has no arms {unknown}; it has {[arm.name for arm in arms]}.")
+    make_start(bench)
+    measure_start(bench)
+    # Seed by seed, so that an interrupted run leaves whole tables.
+    for seed in args.seed or range(pair.seeds[args.tier]):
+        for arm in arms:
+            if arm.name in names:
+                run_arm(bench, arm, args.tier, seed)
+    results = collect(bench)
+    write_json(args.out / f"{pair.name}.json", results)
+    if args.commit:
+        write_json(RESULTS / f"{pair.name}.json", results)
+    print(render(results))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command."""
+    args = parse_arguments(arguments)
+    if args.command == "run":
+        run(args)
+    elif args.command == "live":
+        print(compare_rollouts(open_bench(args)))
+    elif args.command == "table":
+        print(render(load_results(args.results / f"{args.pair}.json")))
+    elif args.command == "figure":
+        results = [load_results(path) for path in sorted(args.results.glob("*.json"))]
+        for path in draw_all(results, args.to):
+            print(path)
+    else:
+        disagreements = check(load_results(args.fresh), load_results(RESULTS / f"{args.pair}.json"))
+        if disagreements:
+            raise SystemExit("\n".join(disagreements))
+        print("The fresh run agrees with the committed one.")
+
+
+if __name__ == "__main__":
+    main()

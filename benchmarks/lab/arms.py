@@ -1,0 +1,176 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Run the arms: from the SFT start, for the tier's budget of counted FLOPs, then measure on prompts nobody trained on.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+import trl_draft_opd
+from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.drafters.base import Drafter
+
+from .diagnose import diagnose_states
+from .measure import measure_drafter
+from .plan import Arm, read_arms
+from .start import common_settings, count_flops, make_start, sft_flops
+from .trainers import OneTokenTrainer, StaleAnchorsTrainer
+from .workbench import Workbench, read_json, write_json
+
+
+SAVE_EVERY = 40  # updates a kill may cost
+DIAGNOSED_PROMPTS = 48
+
+
+def arm_settings(bench: Workbench, arm: Arm) -> dict[str, Any]:
+    """Return the config fields of an arm: the pair's, overridden by the arm's."""
+    pair = bench.pair
+    by_trainer = pair.continued_sft if arm.trainer == "sft" else pair.opd
+    return pair.common | by_trainer | arm.settings | arm.by_family.get(pair.family, {})
+
+
+def make_trainer(
+    bench: Workbench, arm: Arm, drafter: Drafter, rows: Dataset, folder: Path, seed: int, **settings: Any
+) -> DraftSFTTrainer | DraftOPDTrainer:
+    """Return the trainer of an arm; `settings` override everything."""
+    fields = common_settings(bench, folder, seed) | arm_settings(bench, arm) | settings
+    if arm.trainer == "sft":
+        return DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows)
+    fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
+    kind = {"opd": DraftOPDTrainer, "one_token": OneTokenTrainer, "stale": StaleAnchorsTrainer}[arm.trainer]
+    fields = {"completions_from_target": True} | fields
+    trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows)
+    if isinstance(trainer, StaleAnchorsTrainer):
+        trainer.refresh_epochs = arm.refresh_epochs
+    return trainer
+
+
+def arm_flops(bench: Workbench, arm: Arm, start: Path, folder: Path) -> float:
+    """Return the FLOPs of one update of an arm, counted at the start."""
+    path = folder / "flops.json"
+    if not path.exists():
+        rows = bench.training_rows(arm.temperature, arm.pool)
+        drafter = bench.load_drafter(start)
+        make = lambda **fields: make_trainer(bench, arm, drafter, rows, folder / "scratch", 0, **fields)  # noqa: E731
+        write_json(path, count_flops(bench, make))
+    return read_json(path)
+
+
+def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
+    """
+    Return the result of an arm and seed, run on first use; a killed run goes on from its last checkpoint.
+
+    Args:
+        bench ([`Workbench`]): The pair.
+        arm ([`Arm`]): The arm.
+        tier (`int`): Decides the budget.
+        seed (`int`): Of the order of prompts and of all draws; the start is the same for all.
+    """
+    arm_folder = bench.folder / f"tier{tier}" / arm.name
+    folder = arm_folder / f"seed{seed}"
+    if (folder / "result.json").exists():
+        return read_json(folder / "result.json")
+    start = make_start(bench)
+    flops = arm_flops(bench, arm, start, arm_folder)
+    updates = max(1, round(bench.pair.budgets[tier] * arm.budget_share * 1e12 / flops))
+    rows = bench.training_rows(arm.temperature, arm.pool)
+    print(
+        f"{bench.pair.name} tier {tier} {arm.name} seed {seed}: {updates} updates of {flops / 1e9:.1f} GFLOP",
+        flush=True,
+    )
+    options = {"max_steps": updates, "save_strategy": "steps", "save_steps": SAVE_EVERY}
+    trainer = make_trainer(bench, arm, bench.load_drafter(start), rows, folder / "run", seed, **options)
+    run = folder / "run"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(run) if run.exists() else None)
+    trainer.model.save_pretrained(folder / "drafter")
+    shutil.rmtree(run)
+    result = {
+        "arm": arm.name,
+        "tier": tier,
+        "seed": seed,
+        "updates": updates,
+        "flops_per_update": flops,
+        "tflop": updates * flops / 1e12,
+        "settings": {"trainer": arm.trainer} | arm_settings(bench, arm),
+        "log": trainer.state.log_history,
+        "evals": measure_all(bench, trainer.model, arm.temperature, with_states=tier == 1 and seed == 0),
+    }
+    write_json(folder / "result.json", result)
+    taus = " ".join(f"{name} {row['tau']:.3f}" for name, row in result["evals"].items())
+    print(f"{bench.pair.name} tier {tier} {arm.name} seed {seed}: tau {taus}", flush=True)
+    return result
+
+
+def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, with_states: bool) -> dict[str, Any]:
+    """
+    Measure a drafter on every test set, greedily, and at a temperature above 0 on the first one, with drafts by argmax and drawn.
+
+    Args:
+        with_states (`bool`): Also hold the drafter to the target by kind of state, see `diagnose_states`.
+    """
+    evals = {}
+    for name, prompts in bench.pair.tests.items():
+        rows = bench.answered(bench.prompt_ids(prompts), 0.0)
+        evals[name] = measure_drafter(bench.target, drafter, rows)
+        if with_states:
+            few = rows.select(range(min(DIAGNOSED_PROMPTS, len(rows))))
+            evals[name] |= diagnose_states(bench.target, drafter, few)
+    if temperature > 0:
+        name, prompts = next(iter(bench.pair.tests.items()))
+        rows = bench.answered(bench.prompt_ids(prompts), temperature)
+        for draft_sampling in ("greedy", "sample"):
+            options = {"temperature": temperature, "draft_sampling": draft_sampling}
+            evals[f"{name}_t{temperature:g}_{draft_sampling}"] = measure_drafter(
+                bench.target, drafter, rows, **options
+            )
+    return evals
+
+
+def measure_start(bench: Workbench) -> dict[str, Any]:
+    """Return the result of the SFT start, as an arm without updates."""
+    path = bench.folder / "sft" / "result.json"
+    if not path.exists():
+        drafter = bench.load_drafter(make_start(bench))
+        evals = measure_all(bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, with_states=True)
+        result = {"arm": "sft_start", "tier": 1, "seed": 0, "updates": 0, "flops_per_update": 0.0, "tflop": 0.0}
+        write_json(path, result | {"settings": bench.pair.sft.settings, "log": [], "evals": evals})
+    return read_json(path)
+
+
+def collect(bench: Workbench) -> dict[str, Any]:
+    """Return everything measured for a pair so far, in the format of `benchmarks/lab/results`."""
+    start = make_start(bench)
+    flops = sft_flops(bench, start)
+    history = read_json(bench.folder / "sft" / "history.json")
+    plateau = read_json(bench.folder / "sft" / "plateau.json")["updates"]
+    runs = [measure_start(bench)]
+    for tier in bench.pair.budgets:
+        for arm in read_arms(bench.pair, tier):
+            paths = sorted((bench.folder / f"tier{tier}" / arm.name).glob("seed*/result.json"))
+            runs += [read_json(path) for path in paths]
+    return {
+        "pair": bench.pair.name,
+        "family": bench.pair.family,
+        "target": bench.pair.target,
+        "num_drafts": bench.load_drafter(start).default_num_drafts,
+        "made_with": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl_draft_opd": trl_draft_opd.__version__,
+        },
+        "responses": bench.writing_cost(),
+        "sft": {
+            "flops_per_update": flops,
+            "history": [row | {"tflop": row["update"] * flops / 1e12} for row in history],
+            "plateau_update": plateau if plateau < bench.pair.sft.max_updates else None,
+            "cooldown_updates": bench.pair.sft.cooldown_updates,
+        },
+        "budgets": {str(tier): budget for tier, budget in bench.pair.budgets.items()},
+        "runs": runs,
+    }

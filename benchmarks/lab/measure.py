@@ -1,0 +1,92 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+tau of a drafter along the target's own responses to prompts nobody trained on.
+
+At temperature 0 the blocks drafted along the target's greedy text are those of live decoding, above it they have its law,
+so an evaluation is a few forward passes and decodes nothing.
+
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.rollout.types import Rollout
+from trl_draft_opd.trainer.batches import join_responses
+
+
+BATCH_SIZE = 16
+CHUNK_BYTES = 64 * 2**20
+
+
+def measure_drafter(
+    target: FrozenTarget,
+    drafter: Drafter,
+    rows: Dataset,
+    *,
+    temperature: float = 0.0,
+    draft_sampling: str = "greedy",
+) -> dict[str, Any]:
+    """
+    Measure acceptance along stored responses.
+
+    Args:
+        target ([`FrozenTarget`]), drafter ([`Drafter`]): The pair.
+        rows (`Dataset`): `prompt_ids` and `completion_ids`, written by the target at `temperature`.
+        temperature (`float`), draft_sampling (`str`): Law of text and drafts.
+
+    Returns:
+        `dict`: per prompt `rounds` (counted blocks) and `accepted` (drafts they keep), `slot_acceptance` of length K, and `tau`.
+    """
+    rounds, accepted = [], []
+    num_drafts = drafter.default_num_drafts
+    kept = torch.zeros(num_drafts)
+    for rollout in replays(target, drafter, rows, temperature, draft_sampling, keep_branch_hidden=False):
+        counted = rollout.is_counted
+        rounds += counted.sum(dim=1).tolist()
+        accepted += (rollout.accepted * counted).sum(dim=1).tolist()
+        slots = torch.arange(1, num_drafts + 1, device=counted.device)
+        kept += (rollout.accepted[counted][:, None] >= slots).sum(dim=0).cpu()
+    return {
+        "temperature": temperature,
+        "draft_sampling": draft_sampling,
+        "rounds": rounds,
+        "accepted": accepted,
+        "slot_acceptance": (kept / sum(rounds)).tolist(),
+        "tau": 1 + sum(accepted) / sum(rounds),
+    }
+
+
+def replays(
+    target: FrozenTarget,
+    drafter: Drafter,
+    rows: Dataset,
+    temperature: float,
+    draft_sampling: str,
+    *,
+    keep_branch_hidden: bool,
+) -> Iterator[Rollout]:
+    """Yield the rollouts along the responses of `rows`, some rows at a time, in their order."""
+    settings = ReplaySettings(
+        num_drafts=drafter.default_num_drafts,
+        sampling=SamplingSettings(temperature=temperature, top_k=0, top_p=1.0),
+        draft_sampling=draft_sampling,
+        keep_branch_hidden=keep_branch_hidden,
+        seed=0,
+        epoch=0,
+        segment_length=1 if drafter.reads_drafts else 16,
+        chunk_bytes=CHUNK_BYTES,
+    )
+    for start in range(0, len(rows), BATCH_SIZE):
+        part = rows[start : start + BATCH_SIZE]
+        sample_ids = list(range(start, start + len(part["prompt_ids"])))
+        text: TargetText = join_responses(
+            part["prompt_ids"], part["completion_ids"], sample_ids, target.pad_token_id, target.device
+        )
+        yield rollout_replay(target, drafter, text, settings)

@@ -1,0 +1,199 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What the laboratory runs, read from YAML: a pair (target, drafter family, prompts, SFT) and the arms that go on from its SFT.
+
+Knows names and numbers; refuses to know models and trainers. A key that nobody reads is an error, not a comment.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+FOLDER = Path(__file__).parent
+TRAINERS = ("sft", "opd", "one_token", "stale")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """
+    Prompts from a JSONL file under `--shared`, or from the Hub.
+
+    Attributes:
+        field (`str`): Column that holds the user's message.
+        count (`int`): Prompts taken.
+        start (`int`): First row taken; counted from the end if negative.
+        extra_field (`str`, *optional*): A second column, put on a line behind the first where it is not empty.
+        file (`str`, *optional*): JSONL file, relative to `--shared`.
+        hub (`str`, *optional*), config (`str`, *optional*), split (`str`): Dataset on the Hub, if there is no file.
+    """
+
+    field: str
+    count: int
+    start: int = 0
+    extra_field: str | None = None
+    file: str | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+
+    def __post_init__(self):
+        if (self.file is None) == (self.hub is None):
+            raise ValueError(f"A prompt set needs either `file` or `hub`, got {self.file!r} and {self.hub!r}.")
+        if self.count < 1:
+            raise ValueError(f"`count` of a prompt set must be at least 1, got {self.count}.")
+
+
+@dataclass(frozen=True)
+class SftPlan:
+    """
+    How the start of all arms is made: SFT at a constant rate until tau stops rising, then a linear cool-down to 0.
+
+    Attributes:
+        settings (`dict`): Fields of `DraftSFTConfig`.
+        measure_every (`int`): Updates between two measurements of tau on the development prompts.
+        min_updates (`int`), max_updates (`int`): The plateau is not looked for before, and not waited for after.
+        cooldown_updates (`int`): Updates of the cool-down.
+    """
+
+    settings: dict[str, Any]
+    measure_every: int
+    min_updates: int
+    max_updates: int
+    cooldown_updates: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    A target, a drafter family, and prompts.
+
+    Attributes:
+        name (`str`): Name of its YAML file.
+        family (`str`): `"eagle3"` or `"dflash"`.
+        target (`str`): Folder under `--shared` or `--out`, or an id on the Hub.
+        drafter (`dict`): Arguments of the family's `from_target`, or `{"id": ...}` for a published drafter to go on from.
+        max_new_tokens (`int`): Longest response.
+        train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`): Prompts; no test prompt is trained on.
+        prompts_per_update (`int`): Prompts of one optimiser step.
+        sft (`SftPlan`): How the start is made.
+        budgets (`dict[int, float]`): TFLOP of an arm, by tier.
+        common (`dict`), opd (`dict`): Settings of every arm, and of every Draft-OPD arm, which an arm's own override.
+        continued_sft (`dict`): Settings of every SFT arm.
+        seeds (`dict[int, int]`): Seeds of an arm, by tier.
+        arms (`list[str]`, *optional*): The arms it runs; all of a tier by default.
+    """
+
+    name: str
+    family: str
+    target: str
+    drafter: dict[str, Any]
+    max_new_tokens: int
+    train: list[PromptSet]
+    dev: PromptSet
+    tests: dict[str, PromptSet]
+    prompts_per_update: int
+    sft: SftPlan
+    budgets: dict[int, float]
+    seeds: dict[int, int]
+    common: dict[str, Any] = field(default_factory=dict)
+    opd: dict[str, Any] = field(default_factory=dict)
+    continued_sft: dict[str, Any] = field(default_factory=dict)
+    arms: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to go on from SFT.
+
+    Attributes:
+        name (`str`): Its name in tables.
+        tiers (`tuple[int, ...]`): Tiers it belongs to. 1: complete, several seeds. 2: one seed, shorter.
+        trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators) or `"stale"` (anchors kept for some epochs).
+        settings (`dict`): Fields of the trainer's config that differ from the pair's.
+        by_family (`dict[str, dict]`): Fields that differ by drafter family.
+        pool (`int`, *optional*): Train on the first so many prompts only.
+        refresh_epochs (`int`): Epochs between two walks of the chain (`"stale"` only).
+        temperature (`float`), draft_sampling (`str`): Law of text and drafts, in training and evaluation.
+        families (`tuple[str, ...]`): Families it is run for.
+        budget_share (`float`): Share of the tier's budget.
+    """
+
+    name: str
+    tiers: tuple[int, ...]
+    trainer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    by_family: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pool: int | None = None
+    refresh_epochs: int = 1
+    temperature: float = 0.0
+    draft_sampling: str = "greedy"
+    families: tuple[str, ...] = ("eagle3", "dflash")
+    budget_share: float = 1.0
+
+    def __post_init__(self):
+        if self.trainer not in TRAINERS:
+            raise ValueError(f"Arm {self.name!r} has trainer {self.trainer!r}; choose one of {TRAINERS}.")
+        if not 0 < self.budget_share:
+            raise ValueError(f"Arm {self.name!r} has budget_share {self.budget_share}; it must be above 0.")
+
+
+def read_pair(name: str) -> Pair:
+    """
+    Return the pair of a name, or of the path of a YAML file.
+
+    Raises:
+        ValueError: If there is no such pair, or the file has unknown or missing keys.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / "pairs" / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in (FOLDER / "pairs").glob("*.yaml"))
+        raise ValueError(f"There is no pair {name!r}. Choose one of {known}, or give the path of a YAML file.")
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    where = f"pair {path.stem!r}"
+    values = raw | {"name": path.stem}
+    for key, kind in {"dev": PromptSet, "sft": SftPlan}.items():
+        if isinstance(values.get(key), dict):
+            values[key] = build(kind, values[key], f"{where}, {key}")
+    values["train"] = [build(PromptSet, row, f"{where}, train") for row in values.get("train", [])]
+    values["tests"] = {
+        key: build(PromptSet, row, f"{where}, tests") for key, row in (values.get("tests") or {}).items()
+    }
+    return build(Pair, values, where)
+
+
+def read_arms(pair: Pair, tier: int, path: Path = FOLDER / "arms.yaml") -> list[Arm]:
+    """
+    Return the arms of a tier that a pair runs, in the order of the file.
+
+    Raises:
+        ValueError: If the file has unknown keys, an unknown trainer, or a name twice.
+    """
+    arms = []
+    for name, row in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        row = {"name": name} | row
+        row |= {key: tuple(row[key]) for key in ("tiers", "families") if key in row}
+        arms.append(build(Arm, row, f"arm {name!r}"))
+    known = {arm.name for arm in arms}
+    if unknown := sorted(set(pair.arms or []) - known):
+        raise ValueError(f"Pair {pair.name!r} names arms {unknown} that {path} does not have: {sorted(known)}.")
+    wanted = known if pair.arms is None else set(pair.arms)
+    return [arm for arm in arms if tier in arm.tiers and pair.family in arm.families and arm.name in wanted]
+
+
+def build(kind: type, values: dict[str, Any], where: str) -> Any:
+    """Return a dataclass of these values; raise `ValueError` naming keys that are unknown or missing."""
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted(
+        name
+        for name, item in fields.items()
+        if name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        raise ValueError(f"In {where}: unknown keys {unknown}, missing keys {missing}. Known are {sorted(fields)}.")
+    return kind(**values)

@@ -1,0 +1,109 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Trainers that only the laboratory needs: the one-token estimators of the method's released code, and anchors that go stale.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_draft_opd import DraftOPDTrainer
+from trl_draft_opd.losses import position_weights
+from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
+from trl_draft_opd.rollout.types import Rollout
+from trl_draft_opd.trainer.step import StepLoss
+
+
+MAX_LOG_RATIO, MAX_ESTIMATE = 20.0, 10.0  # the released code's bounds; beyond them a draft has no gradient
+
+
+class OneTokenTrainer(DraftOPDTrainer):
+    """
+    Draft-OPD with one-token estimators in place of divergences over the vocabulary.
+
+    Accepted slots: the Bernoulli forward KL of the committed token's probability. Rejected slots: `r - 1 - log r` with `r = p / q`
+    of the drafted token, bounded. One pooled denominator. Drafters with a reduced vocabulary are not served.
+    """
+
+    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
+        rollout: Rollout = inputs["rollout"]
+        anchors, reading = inputs["anchors"], inputs["reading"]
+        drafter = self.accelerator.unwrap_model(self.model)
+        assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
+        if reading is None:
+            reading = self.target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
+        hidden = drafter.draft_hidden(
+            reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, self.target.embed
+        )
+        picked = anchors.is_accepted | anchors.is_rejected
+        states = states_of_slots(reading.last_hidden, rollout.branch_hidden, anchors.anchors, anchors.is_branch)
+        with torch.no_grad():
+            log_p = self.target.project(states[picked]).log_softmax(dim=-1)
+        log_q = drafter.draft_logits(hidden[picked], self.target.project).log_softmax(dim=-1)
+        tokens = torch.where(anchors.is_accepted, anchors.labels, anchors.drafts)[picked][:, None]
+        log_p, log_q = log_p.gather(1, tokens)[:, 0], log_q.gather(1, tokens)[:, 0]
+        is_accepted = anchors.is_accepted[picked]
+        decay = position_weights(self.num_drafts, self.args.position_decay).to(log_q.device)
+        weights = torch.where(is_accepted, 1.0, decay.expand_as(picked)[picked])
+        rows = torch.where(is_accepted, bernoulli_forward_kl(log_p, log_q), bounded_k3(log_p, log_q))
+        pooled = sums[0] * self.args.accepted_weight + sums[1] * self.args.rejected_weight
+        stream = torch.where(is_accepted, self.args.accepted_weight, self.args.rejected_weight)
+        loss = (rows * weights * stream).sum() / pooled.clamp(min=1e-8) + hidden.sum() * 0
+        return StepLoss(loss, {"loss/one_token": (float((rows.detach() * weights).sum()), float(weights.sum()))})
+
+
+def bernoulli_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return `p log(p / q) + (1 - p) log((1 - p) / (1 - q))` of one token's log-probabilities, elementwise."""
+    p, q = log_p.exp().clamp(1e-6, 1 - 1e-6), log_q.exp().clamp(1e-6, 1 - 1e-6)
+    return p * (p.log() - q.log()) + (1 - p) * ((1 - p).log() - (1 - q).log())
+
+
+def bounded_k3(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return `r - 1 - log r` with `r = p / q`, both the logarithm and the result cut off where the released code does."""
+    log_ratio = (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (log_ratio.exp() - log_ratio - 1).clamp(max=MAX_ESTIMATE)
+
+
+def states_of_slots(
+    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: torch.Tensor, is_branch: torch.Tensor
+) -> torch.Tensor:
+    """Return the target's state of every slot, `(B, A, K, H)`: on the committed text, or on the branch where it is one."""
+    B, L, H = last_hidden.shape
+    A, K = is_branch.shape[1:]
+    positions = (anchors[..., None] + torch.arange(K, device=anchors.device)).clamp(0, L - 1)
+    on_text = last_hidden.gather(1, positions.reshape(B, A * K, 1).expand(-1, -1, H)).reshape(B, A, K, H)
+    if branch_hidden is None:
+        return on_text
+    return torch.where(is_branch[..., None], branch_hidden.to(on_text), on_text)
+
+
+class StaleAnchorsTrainer(DraftOPDTrainer):
+    """
+    Draft-OPD that walks each response's chain once in some epochs, and drafts anew from the same anchors in between.
+
+    Set `refresh_epochs` before training.
+    """
+
+    refresh_epochs = 1
+
+    def _replay(self, texts: list[TargetText], epoch: int) -> list[dict[str, Any]]:
+        known = self.__dict__.setdefault("_known_anchors", {})
+        stage = epoch // self.refresh_epochs
+        drafter = self.accelerator.unwrap_model(self.model)
+        prepared = []
+        for text in texts:
+            reading = self.target.read_text(
+                text.input_ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=self._needs_branches
+            )
+            keys = [(stage, sample_id) for sample_id in text.sample_ids]
+            settings = self._replay_settings(epoch)
+            if all(key in known for key in keys):
+                anchors = pad_sequence([known[key] for key in keys], batch_first=True, padding_value=-1)
+                rollout = redraft(self.target, drafter, text, anchors, settings, reading)
+            else:
+                rollout = rollout_replay(self.target, drafter, text, settings, reading)
+                known |= {key: row[row >= 0] for key, row in zip(keys, rollout.anchors, strict=True)}
+            batch = self._mark(rollout, text, epoch, reading)
+            prepared.append(batch | {"reading": reading.without_caches()})
+        return prepared

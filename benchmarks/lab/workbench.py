@@ -1,0 +1,199 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What every phase of the laboratory works with: the pair's target, its prompts, and the responses the target wrote to them once.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+
+from benchmarks.counters import FlopCount
+from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, SamplingSettings
+from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.trajectories import Origin, TrajectoryStore, generate_missing, generate_responses
+
+from .memo import RememberingTarget
+from .plan import Pair, PromptSet
+
+
+MEASURED_RESPONSES = 32  # responses whose writing is counted to say what all cost
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    Where and how it runs; none of it belongs to the question.
+
+    Attributes:
+        shared (`Path`, *optional*): Folder that holds the targets and prompt files that a pair names.
+        out (`Path`): Folder of everything the laboratory writes.
+        device (`str`), dtype (`str`): Of the target.
+        memo_bytes (`int`): Bytes of target readings kept in memory, see [`RememberingTarget`].
+        generation_batch_size (`int`): Prompts the target answers together.
+        micro_batch_size (`int`, *optional*): Prompts per backward pass; an update's all together by default.
+        bf16 (`bool`): Train drafters under bf16 autocast.
+    """
+
+    shared: Path | None
+    out: Path
+    device: str
+    dtype: str
+    memo_bytes: int
+    generation_batch_size: int
+    micro_batch_size: int | None
+    bf16: bool
+
+
+class Workbench:
+    """
+    A pair on a machine. Everything is made on first use and kept under `out/<pair>`.
+
+    Args:
+        pair ([`Pair`]): What to work on.
+        machine ([`Machine`]): Where.
+    """
+
+    def __init__(self, pair: Pair, machine: Machine):
+        self.pair, self.machine = pair, machine
+        self.folder = machine.out / pair.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def target(self) -> RememberingTarget:
+        """The frozen target."""
+        target = RememberingTarget.load(self._target_source(), dtype=getattr(torch, self.machine.dtype))
+        target.place(torch.device(self.machine.device))
+        target.budget_bytes = self.machine.memo_bytes
+        return target
+
+    def _target_source(self) -> str:
+        """Return the target's folder under `out` or `shared`, or its id on the Hub."""
+        for root in (self.machine.out, self.machine.shared):
+            if root is not None and (root / self.pair.target / "config.json").exists():
+                return str(root / self.pair.target)
+        if self.pair.target.startswith("targets/"):
+            raise SystemExit(
+                f"Target {self.pair.target!r} of pair {self.pair.name!r} is neither under --out {self.machine.out} nor under "
+                f"--shared {self.machine.shared}. Give the folder that holds targets/ and data/ with --shared PATH, or train it: "
+                "see docs/laboratory.md."
+            )
+        return self.pair.target
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def messages(self, prompts: PromptSet) -> list[str]:
+        """Return the users' messages of a prompt set."""
+        if prompts.file is None:
+            rows = load_dataset(prompts.hub, prompts.config, split=prompts.split)
+        else:
+            if self.machine.shared is None:
+                raise SystemExit(f"Prompts come from {prompts.file!r}: give the folder it lies in with --shared PATH.")
+            rows = Dataset.from_json(str(self.machine.shared / prompts.file))
+        start = prompts.start if prompts.start >= 0 else len(rows) + prompts.start
+        if start < 0 or start + prompts.count > len(rows):
+            raise SystemExit(
+                f"{prompts.file or prompts.hub} has {len(rows)} rows; {prompts.count} from row {prompts.start} on were asked for."
+            )
+        rows = rows.select(range(start, start + prompts.count))
+        extra = rows[prompts.extra_field] if prompts.extra_field else [""] * len(rows)
+        return ["\n".join(filter(None, pair)) for pair in zip(rows[prompts.field], extra, strict=True)]
+
+    def prompt_ids(self, prompts: PromptSet) -> list[list[int]]:
+        """Return the prompts as token ids, chat template applied."""
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        chats = [[{"role": "user", "content": message}] for message in self.messages(prompts)]
+        return [self.target.tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
+
+    def answered(self, prompt_ids: list[list[int]], temperature: float) -> Dataset:
+        """
+        Return prompts with the target's responses, `prompt_ids` and `completion_ids`; written once, into a store.
+
+        Prompts that occur twice share their response.
+        """
+        sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
+        origin = Origin.of(
+            self.target,
+            sampling=sampling,
+            max_new_tokens=self.pair.max_new_tokens,
+            chat_template=None,
+            chat_template_kwargs=None,
+        )
+        store = TrajectoryStore.open(self.folder / f"responses-t{temperature:g}", origin)
+        size = self.machine.generation_batch_size
+        generate_missing(
+            store,
+            self.target,
+            store.missing(prompt_ids),
+            batch_size=size,
+            seed=0,
+            shard_size=4 * size,
+            show_progress=False,
+        )
+        responses = [store.find(prompt) for prompt in prompt_ids]
+        return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
+
+    def training_rows(self, temperature: float = 0.0, pool: int | None = None) -> Dataset:
+        """Return the training prompts with their responses, or the first `pool` of them; none that is measured on is among them."""
+        held_out = {
+            tuple(ids) for prompts in (self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
+        }
+        prompt_ids = [ids for prompts in self.pair.train for ids in self.prompt_ids(prompts)]
+        prompt_ids = [ids for ids in prompt_ids if tuple(ids) not in held_out]
+        # So that a smaller pool holds every kind.
+        order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(0)).tolist()
+        return self.answered([prompt_ids[row] for row in order[:pool]], temperature)
+
+    def writing_cost(self) -> dict[str, Any]:
+        """Return what writing the training responses cost once, from counting the first of them."""
+        path = self.folder / "writing.json"
+        if not path.exists():
+            rows = self.training_rows()
+            few = rows.select(range(min(MEASURED_RESPONSES, len(rows))))
+            with FlopCount() as counter:
+                generate_responses(
+                    self.target,
+                    few["prompt_ids"],
+                    max_new_tokens=self.pair.max_new_tokens,
+                    sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
+                    batch_size=len(few),
+                    seed=0,
+                    show_progress=False,
+                )
+            tokens, few_tokens = (sum(map(len, part["completion_ids"])) for part in (rows, few))
+            cost = {"num_prompts": len(rows), "tokens": tokens, "tflop": counter.total / 1e12 * tokens / few_tokens}
+            write_json(path, cost)
+        return read_json(path)
+
+    # -- drafters ------------------------------------------------------------------------------------------------------
+
+    def fresh_drafter(self) -> Drafter:
+        """Return the pair's drafter before any training of ours: random, or the published one it names."""
+        options = dict(self.pair.drafter)
+        if "id" in options:
+            return AutoDrafter.from_pretrained(options["id"], num_target_layers=self.target.num_layers)
+        torch.manual_seed(0)
+        if self.pair.family == "eagle3":
+            return Eagle3DraftModel.from_target(self.target, **options)
+        return DFlashDraftModel.from_target(self.target, mask_token_id=self.target.find_mask_token_id(), **options)
+
+    def load_drafter(self, folder: Path) -> Drafter:
+        """Return a trained drafter."""
+        return AutoDrafter.from_pretrained(folder).to(self.machine.device)
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(path)
