@@ -277,7 +277,7 @@ def test_metrics_are_sums_that_divide_to_the_means_of_each_stream(monkeypatch, e
     assert float(result.loss) == pytest.approx((means["loss/accepted"] + means["loss/rejected"]) / 2, rel=1e-6)
     assert means["slots/accepted"] == int(anchors.is_accepted.sum())
     assert 0.05 < means["lost_target_mass/accepted"] < 0.95
-    assert sums.tolist() == [result.sums["loss/accepted"][1], result.sums["loss/rejected"][1]]
+    assert sums.tolist() == [result.sums["loss/accepted"][1], result.sums["loss/rejected"][1], 0.0]
 
 
 # -- cross entropy -----------------------------------------------------------------------------------------------------

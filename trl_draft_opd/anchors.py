@@ -1,13 +1,14 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Where drafting is trained, the thesis of this package: supervised training samples anchors along the text (`sample_anchors`),
-Draft-OPD replays the anchors the drafter's own decoding exposed (`replay_errors`). Both return one `AnchorBatch`.
+Draft-OPD replays the anchors the drafter's own decoding exposed (`replay_errors`). Both return one `AnchorBatch`; `join_blocks` puts
+two of them side by side.
 
 Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +32,8 @@ class AnchorBatch:
         is_rejected (`torch.BoolTensor` of shape `(B, A, K)`): Slots of the rejected stream.
         is_branch (`torch.BoolTensor` of shape `(B, A, K)`):
             Slots behind the first rejection: only a branch of the target, not the committed text, supervises them.
+        is_supervised (`torch.BoolTensor` of shape `(B, A, K)` or `None`):
+            Slots of the supervised stream, whose blocks draft the committed tokens; `None` where there are none.
     """
 
     anchors: torch.Tensor
@@ -39,10 +42,17 @@ class AnchorBatch:
     is_accepted: torch.Tensor
     is_rejected: torch.Tensor
     is_branch: torch.Tensor
+    is_supervised: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "AnchorBatch":
         """Return the batch on `device`."""
-        return AnchorBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return AnchorBatch(
+            **{name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        )
+
+    def as_supervised(self) -> "AnchorBatch":
+        """Return blocks of [`sample_anchors`] or [`draft_text`] with their accepted slots as the supervised stream."""
+        return replace(self, is_accepted=torch.zeros_like(self.is_accepted), is_supervised=self.is_accepted)
 
 
 def sample_anchors(
@@ -86,6 +96,25 @@ def sample_anchors(
     anchors = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1)
     if anchors.shape[1] == 0:
         anchors = input_ids.new_full((len(input_ids), 1), -1)
+    return draft_text(anchors, input_ids, completion_mask, num_drafts=num_drafts)
+
+
+def draft_text(
+    anchors: torch.Tensor, input_ids: torch.Tensor, completion_mask: torch.Tensor, *, num_drafts: int
+) -> AnchorBatch:
+    """
+    Take the committed tokens behind given anchors as the drafts, all accepted, as far as they belong to one completion.
+
+    Args:
+        anchors (`torch.LongTensor` of shape `(B, A)`): Anchor of each block, -1 for padding.
+        input_ids (`torch.LongTensor` of shape `(B, L)`): Right-padded text.
+        completion_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens the target wrote.
+        num_drafts (`int`): K.
+
+    Returns:
+        [`AnchorBatch`] whose rejected stream is empty.
+    """
+    is_completion = completion_mask.bool()
     positions, is_inside = _slot_positions(anchors, num_drafts, input_ids.shape[1])
     flat = positions.flatten(1)
     drafts = input_ids.gather(1, flat).view_as(positions)
@@ -150,6 +179,25 @@ def replay_errors(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Seque
         is_rejected=is_rejected,
         is_branch=is_rejected & (slots > accepted + 1),
     )
+
+
+def join_blocks(first: AnchorBatch, second: AnchorBatch) -> AnchorBatch:
+    """
+    Put the blocks of two batches of the same rows side by side.
+
+    Args:
+        first ([`AnchorBatch`]): `A` blocks per row. Branch states of the target are indexed by its blocks.
+        second ([`AnchorBatch`]): `A'` blocks per row, none of whose slots lies on a branch.
+
+    Returns:
+        [`AnchorBatch`] of `A + A'` blocks per row.
+    """
+    assert not second.is_branch.any(), "branch states belong to the first blocks"
+    parts = [
+        batch if batch.is_supervised is not None else replace(batch, is_supervised=torch.zeros_like(batch.is_accepted))
+        for batch in (first, second)
+    ]
+    return AnchorBatch(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in vars(first)})
 
 
 def random_anchors(rollout: Rollout, sample_ids: Sequence[int], *, seed: int, epoch: int) -> torch.Tensor:

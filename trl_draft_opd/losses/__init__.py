@@ -1,17 +1,21 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Losses: divergences row by row, their chunked form from hidden states, and the weights of rows."""
 
-from .chunked import Head, RowLosses, chunked_divergence
+from .chunked import Head, LabelScores, RowLosses, chunked_divergence, score_labels
 from .divergences import LOSS_TYPES, divergence
-from .weights import position_weights, stream_scale
+from .weights import d_pace_weights, mark_until_fail, position_weights, stream_scale
 
 
 __all__ = [
     "LOSS_TYPES",
     "Head",
+    "LabelScores",
     "RowLosses",
     "chunked_divergence",
+    "d_pace_weights",
     "divergence",
+    "mark_until_fail",
     "position_weights",
+    "score_labels",
     "stream_scale",
 ]

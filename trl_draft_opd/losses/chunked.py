@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .divergences import NO_TOKEN, accumulation_dtype, check_labels, check_sources, differentiate, differentiate_ce
+from .divergences import (
+    NO_TOKEN,
+    accumulation_dtype,
+    check_labels,
+    check_sources,
+    differentiate,
+    differentiate_ce,
+    normalise,
+)
 
 
 NUM_TEMPORARIES = 5  # rows of logits in the accumulation dtype that comparing one row takes, at most
@@ -155,6 +163,66 @@ def chunked_divergence(
     # The parameters travel as inputs so that autograd, and through it DDP, sees that this loss trains them.
     parameters = dict.fromkeys(parameter for parameter in head.parameters if parameter.requires_grad)
     return RowLosses(*_GradInForward.apply(comparison, chunks, weights_N, hidden_NH, *parameters))
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """
+    What the drafter makes of the label of each row, without gradient.
+
+    Args:
+        log_probs_N (`torch.Tensor` of shape `(N,)`):
+            Its log-probability of the label, in nats, float32 or float64; `-inf` where it has no logit for the label.
+        is_top_N (`torch.BoolTensor` of shape `(N,)`):
+            Whether the label is its argmax.
+    """
+
+    log_probs_N: Tensor
+    is_top_N: Tensor
+
+
+def score_labels(
+    hidden_NH: Tensor, head: Head, labels_N: Tensor, *, draft_token_ids: Tensor | None, chunk_bytes: int
+) -> LabelScores:
+    """
+    Read from hidden states how likely the drafter is to draft each label, with one chunk of logits alive at a time.
+
+    Args:
+        hidden_NH (`torch.Tensor` of shape `(N, H)`), head (`Head`):
+            What the drafter's head reads, and that head, with `D` logits.
+        labels_N (`torch.LongTensor` of shape `(N,)`):
+            Target ids. One that the drafter's vocabulary lacks, as `-1`, has probability 0 and is never its argmax.
+        draft_token_ids (`torch.LongTensor` of shape `(D,)`, *optional*), chunk_bytes (`int`):
+            As for [`chunked_divergence`].
+
+    Returns:
+        `LabelScores`, in the order given.
+
+    Raises:
+        ValueError: If arguments do not fit together.
+    """
+    _check_shapes(hidden_NH, head, None, None, labels_N, labels_N, draft_token_ids)
+    draft_labels_N = labels_N if draft_token_ids is None else _map_labels(labels_N, draft_token_ids)
+    is_known_N = (draft_labels_N >= 0) & (draft_labels_N < head.vocab_size)
+    dtype = accumulation_dtype(hidden_NH)
+    log_probs_N = torch.full(labels_N.shape, -torch.inf, dtype=dtype, device=hidden_NH.device)
+    is_top_N = torch.zeros_like(is_known_N)
+    block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
+    rows_per_chunk, rows_per_block = _fit_budget(chunk_bytes // dtype.itemsize, block_share, head, None, False)
+    kept_M = is_known_N.nonzero().squeeze(1)
+    for rows_C in kept_M.split(rows_per_chunk):
+        # Not under `no_grad`: older torch's autocast would keep the head's cast weight for the loss, without its gradient.
+        logits_CD = head.project(hidden_NH[rows_C].detach()).detach()
+        labels_C = draft_labels_N[rows_C]
+        is_top_N[rows_C] = logits_CD.argmax(dim=1) == labels_C
+        for rows_b, logits_bD, labels_b in zip(
+            rows_C.split(rows_per_block), logits_CD.split(rows_per_block), labels_C.split(rows_per_block), strict=True
+        ):
+            log_q_bD = normalise(logits_bD)[0]
+            log_probs_N[rows_b] = log_q_bD.gather(1, labels_b.unsqueeze(1)).squeeze(1).to(dtype)
+            del log_q_bD  # before the next block's exists
+        del logits_CD, logits_bD  # before the next chunk's exist
+    return LabelScores(log_probs_N, is_top_N)
 
 
 class _GradInForward(torch.autograd.Function):

@@ -72,8 +72,8 @@ def differentiate(draft_logits_NV: Tensor, target_logits_NV: Tensor, loss_type: 
     With `g` the gradient with respect to `q`, that of the logits is `q (g - sum q g)`. Neither argument is changed; at
     most 5 tensors of their shape are alive at a time. `"ce"` has a function of its own.
     """
-    log_q_NV, q_NV = _normalise(draft_logits_NV)
-    log_p_NV, p_NV = _normalise(target_logits_NV)
+    log_q_NV, q_NV = normalise(draft_logits_NV)
+    log_p_NV, p_NV = normalise(target_logits_NV)
     if loss_type == "forward_kl":
         losses_N = log_p_NV.sub_(log_q_NV).mul_(p_NV).sum(dim=1)
         return losses_N, q_NV.sub_(p_NV)
@@ -111,13 +111,13 @@ def differentiate(draft_logits_NV: Tensor, target_logits_NV: Tensor, loss_type: 
 
 def differentiate_ce(draft_logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy with labels in the vocabulary, and its gradient with respect to the drafter's logits."""
-    log_q_NV, q_NV = _normalise(draft_logits_NV)
+    log_q_NV, q_NV = normalise(draft_logits_NV)
     labels_N1 = labels_N.unsqueeze(1)
     losses_N1 = -log_q_NV.gather(1, labels_N1)
     return losses_N1.squeeze(1), q_NV.scatter_add_(1, labels_N1, -torch.ones_like(losses_N1))
 
 
-def _normalise(logits_NV):
+def normalise(logits_NV):
     """Return log-probabilities and probabilities, with one `exp` for both."""
     log_probs_NV = logits_NV.to(accumulation_dtype(logits_NV)) - logits_NV.amax(dim=1, keepdim=True)
     probs_NV = log_probs_NV.exp()

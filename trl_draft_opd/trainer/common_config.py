@@ -14,6 +14,9 @@ from ..rollout.sampler import check_draft_sampling
 from ..verification import SamplingSettings
 
 
+SLOT_WEIGHTINGS = ("decay", "d_pace")
+
+
 @dataclass
 class DraftTrainingConfig(_BaseConfig):
     r"""
@@ -59,6 +62,17 @@ class DraftTrainingConfig(_BaseConfig):
         accepted_loss (`str`, *optional*, defaults to `"forward_kl"`):
             Divergence on accepted slots: one of `forward_kl`, `reverse_kl`, `jsd`, `tv`, `lk`, `lk_hybrid`, `ce`. Forward KL covers the
             target where drafts are good, the paper's choice.
+        slot_weighting (`str`, *optional*, defaults to `"decay"`):
+            `"decay"`: slots are weighed by their distance from the anchor, see `position_decay`. `"d_pace"`: slot `j` weighs
+            `sum_{m >= j} prod_{i <= m} ((1 - a) q_i + a)`, with `q_i` the drafter's current probability of the committed token at slot `i` and
+            `a` the floor below: what the block's expected accepted length owes to the slot (Source:
+            [D-PACE](https://huggingface.co/papers/2605.18810)). The sum runs over the block's trained slots that stand for a committed
+            token, and no position decay is applied. Each stream is still divided by its number of slots, not by the sum of these weights,
+            which no rank knows before the first forward pass of a step: the loss is a mean of weighted divergences, and
+            falls or rises with the weights.
+        d_pace_floor (`float`, *optional*, defaults to `0.5`):
+            Floor `a` of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the committed token no
+            probability. Read under `slot_weighting="d_pace"` alone.
         loss_chunk_bytes (`int`, *optional*, defaults to `67108864`):
             Bytes of logits, gradients and temporaries alive at a time in the loss; 64 MiB is about 50 rows of a vocabulary of
             152k. More fills a GPU better, less saves memory; the result is the same.
@@ -127,6 +141,11 @@ class DraftTrainingConfig(_BaseConfig):
     accepted_loss: str = field(
         default="forward_kl", metadata={"help": f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}."}
     )
+    slot_weighting: str = field(
+        default="decay",
+        metadata={"help": "`decay`: by distance from the anchor; `d_pace`: by the drafter's own probabilities."},
+    )
+    d_pace_floor: float = field(default=0.5, metadata={"help": "Floor of D-PACE's weights, in [0, 1]."})
     loss_chunk_bytes: int = field(
         default=64 * 2**20, metadata={"help": "Bytes of logits alive at a time in the loss, all buffers together."}
     )
@@ -160,6 +179,11 @@ class DraftTrainingConfig(_BaseConfig):
                 "`per_device_train_batch_size` or `loss_chunk_bytes` to save memory."
             )
         check_loss_type("accepted_loss", self.accepted_loss)
+        check_choice("slot_weighting", self.slot_weighting, SLOT_WEIGHTINGS)
+        if not 0 <= self.d_pace_floor <= 1:
+            raise ValueError(
+                f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}. 0 goes by the drafter's probabilities alone, 1 by none of them."
+            )
         check_draft_sampling(self.draft_sampling)
         self.sampling_settings()
         for name in ("max_prompt_length", "max_completion_length", "generation_batch_size", "loss_chunk_bytes"):
@@ -172,11 +196,22 @@ class DraftTrainingConfig(_BaseConfig):
         """Return the target's sampling law as one object; raises `ValueError` when a value is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
+    @property
+    def uses_d_pace(self) -> bool:
+        """Whether slots are weighed by D-PACE."""
+        return self.slot_weighting == "d_pace"
+
 
 def check_loss_type(name: str, loss_type: str) -> None:
     """Raise `ValueError` unless `loss_type`, given for the setting `name`, is known."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"`{name}` must be one of {LOSS_TYPES}, got {loss_type!r}.")
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `value`, given for the setting `name`, is one of `known`."""
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
 
 
 def check_position_decay(position_decay: float) -> None:

@@ -4,7 +4,10 @@
 from dataclasses import dataclass, field
 
 from ..anchors import REJECTED_SCOPES
-from .common_config import DraftTrainingConfig, check_loss_type, check_position_decay
+from .common_config import DraftTrainingConfig, check_choice, check_loss_type, check_position_decay
+
+
+SUPERVISED_ANCHORS = ("random", "error")
 
 
 @dataclass
@@ -43,7 +46,16 @@ class DraftOPDConfig(DraftTrainingConfig):
         accepted_weight (`float`, *optional*, defaults to `1.0`), rejected_weight (`float`, *optional*, defaults to `1.0`):
             Weights of the two streams, both 1 in the paper.
         position_decay (`float`, *optional*, defaults to `0.8`):
-            Weight decay per slot on the rejected stream, in (0, 1], counted from the anchor; 0.8 in the paper.
+            Weight decay per slot on the rejected and on the supervised stream, in (0, 1], counted from the anchor; 0.8 in the paper. Not
+            applied under `slot_weighting="d_pace"`, which weighs accepted slots, the first rejected one and supervised slots; it needs
+            `rejected_scope="first"`, because no token is committed behind a first rejection.
+        supervised_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of a third stream: blocks supervised by the committed text on all their slots, as supervised training does, with
+            `accepted_loss`. Off, as in the paper; the three weights share the loss.
+        supervised_anchors (`str`, *optional*, defaults to `"random"`):
+            Anchors of that stream. `"random"`: positions of the response drawn at random; `"error"`: the anchors of the drafter's own chain.
+        num_supervised_anchors (`int`, *optional*, defaults to `24`):
+            Anchors per row that `"random"` draws, keyed by seed, epoch and sample; 0 takes every position.
 
         > Parameters that control logging
 
@@ -84,7 +96,17 @@ class DraftOPDConfig(DraftTrainingConfig):
     accepted_weight: float = field(default=1.0, metadata={"help": "Weight of the accepted stream."})
     rejected_weight: float = field(default=1.0, metadata={"help": "Weight of the rejected stream."})
     position_decay: float = field(
-        default=0.8, metadata={"help": "Weight decay per slot on the rejected stream, in (0, 1]."}
+        default=0.8, metadata={"help": "Weight decay per slot on the rejected and supervised streams, in (0, 1]."}
+    )
+    supervised_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the stream supervised by the committed text; 0 leaves it out."}
+    )
+    supervised_anchors: str = field(
+        default="random",
+        metadata={"help": "Anchors of the supervised stream: `random` positions or the `error` ones."},
+    )
+    num_supervised_anchors: int = field(
+        default=24, metadata={"help": "Random anchors of the supervised stream per row; 0 takes every position."}
     )
     log_completions: bool = field(
         default=False, metadata={"help": "Print sampled responses with drafted, accepted and rejected tokens."}
@@ -99,14 +121,10 @@ class DraftOPDConfig(DraftTrainingConfig):
             "rollout": ("live", "replay"),
             "anchor_mode": ("error", "random"),
             "rejected_scope": REJECTED_SCOPES,
+            "supervised_anchors": SUPERVISED_ANCHORS,
         }.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
-        if min(self.accepted_weight, self.rejected_weight) < 0 or self.accepted_weight + self.rejected_weight == 0:
-            raise ValueError(
-                f"`accepted_weight` and `rejected_weight` must not be negative nor both 0, got {self.accepted_weight} and "
-                f"{self.rejected_weight}."
-            )
+            check_choice(name, getattr(self, name), known)
+        self._check_streams()
         if self.completions_from_target and (self.rollout == "live" or self.trajectories is not None):
             raise ValueError(
                 "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and `trajectories` would "
@@ -121,6 +139,38 @@ class DraftOPDConfig(DraftTrainingConfig):
                 "Mismatch shares must rise within [0, 1], got `warn_mismatch_share` "
                 f"{self.warn_mismatch_share} and `max_mismatch_share` {self.max_mismatch_share}."
             )
+
+    def _check_streams(self) -> None:
+        weights = (self.accepted_weight, self.rejected_weight, self.supervised_weight)
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(
+                "`accepted_weight`, `rejected_weight` and `supervised_weight` must not be negative nor all 0, got "
+                f"{', '.join(map(str, weights))}."
+            )
+        if self.num_supervised_anchors < 0:
+            raise ValueError(
+                f"`num_supervised_anchors` must be at least 0 (0 takes every position), got {self.num_supervised_anchors}."
+            )
+        if self.uses_d_pace and self.trains_suffix:
+            raise ValueError(
+                "`slot_weighting='d_pace'` weighs slots by the drafter's probability of the committed token, and no token is committed "
+                "behind a first rejection. Set `rejected_scope='first'`."
+            )
+
+    @property
+    def trains_suffix(self) -> bool:
+        """Whether slots behind a first rejection carry weight."""
+        return self.rejected_scope == "suffix" and self.rejected_weight > 0
+
+    @property
+    def trains_chain(self) -> bool:
+        """Whether the blocks of the drafter's own chain carry weight."""
+        return self.accepted_weight > 0 or self.rejected_weight > 0
+
+    @property
+    def slot_decay(self) -> float:
+        """Weight decay per slot in use: 1 where D-PACE weighs the slots."""
+        return 1.0 if self.uses_d_pace else self.position_decay
 
     def segment_length(self, family: str) -> int:
         """Return the tokens per segment of a replay for a drafter family."""

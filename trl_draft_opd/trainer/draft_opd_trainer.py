@@ -3,7 +3,7 @@
 Draft-OPD: on-policy distillation of a drafter from the target, on the states its own drafting induces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from .._trl import _BaseTrainer, _ForwardRedirection
-from ..anchors import keyed_generator, random_anchors, replay_errors
+from ..anchors import (
+    AnchorBatch,
+    draft_text,
+    join_blocks,
+    keyed_generator,
+    random_anchors,
+    replay_errors,
+    sample_anchors,
+)
 from ..data import PromptCollator, TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.live import LiveSettings, rollout_live
@@ -38,7 +46,7 @@ from .setup import (
     load_target,
     require_tokenizer,
 )
-from .step import StepLoss, StreamSettings, step_loss, weight_sums
+from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
 class DraftOPDTrainer(_BaseTrainer):
@@ -117,8 +125,11 @@ class DraftOPDTrainer(_BaseTrainer):
         self.segment_length = args.segment_length(drafter.config.family)
         self.streams = {
             "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
-            "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.position_decay),
+            "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.slot_decay),
         }
+        if args.supervised_weight > 0:
+            self.streams["supervised"] = StreamSettings(args.accepted_loss, args.supervised_weight, args.slot_decay)
+        self.slot_rules = SlotRules(d_pace_floor=args.d_pace_floor if args.uses_d_pace else None, is_until_fail=False)
         self.target.place(args.device)
         keep_completions = args.completions_from_target and args.rollout == "replay"
         train_dataset = self._prepare_dataset(train_dataset, args, drafter, keep_completions)
@@ -252,20 +263,47 @@ class DraftOPDTrainer(_BaseTrainer):
     def _mark(self, rollout: Rollout, text: TargetText, epoch: int, reading: TargetReading | None) -> dict[str, Any]:
         """Count a rollout and say which slots belong to which stream; for the ablation, of blocks at random anchors."""
         self._sums["train"].add(rollout_sums(rollout))
+        chain = rollout
         if self.args.anchor_mode == "random":
             anchors = random_anchors(rollout, text.sample_ids, seed=self.args.seed, epoch=epoch)
             drafter = self.accelerator.unwrap_model(self.model)
             settings = self._replay_settings(epoch, keep_branch_hidden=self._needs_branches)
             rollout = redraft(self.target, drafter, text, anchors, settings, reading)
-        anchors = replay_errors(
-            rollout, rejected_scope=self.args.rejected_scope, eos_token_ids=self.target.eos_token_ids
-        )
+        anchors = self._add_supervised(self._error_blocks(rollout), chain, text.sample_ids, epoch)
         return {"rollout": rollout, "anchors": anchors, "sample_ids": torch.tensor(text.sample_ids)}
+
+    def _error_blocks(self, rollout: Rollout) -> AnchorBatch:
+        # A rollout has no suffixes where they carry no weight.
+        rejected_scope = "suffix" if self._needs_branches else "first"
+        return replay_errors(rollout, rejected_scope=rejected_scope, eos_token_ids=self.target.eos_token_ids)
+
+    def _add_supervised(
+        self, blocks: AnchorBatch, chain: Rollout, sample_ids: Sequence[int], epoch: int
+    ) -> AnchorBatch:
+        """Append the blocks of the supervised stream, if it has a share; without one the chain's own need not be drafted."""
+        args = self.args
+        if args.supervised_weight == 0:
+            return blocks
+        # A row without a chain was refused: its text is impossible under the sampling settings.
+        is_written = chain.completion_mask & chain.is_block.any(dim=1, keepdim=True)
+        if args.supervised_anchors == "error":
+            on_text = draft_text(chain.anchors, chain.input_ids, is_written, num_drafts=self.num_drafts)
+        else:
+            on_text = sample_anchors(
+                chain.input_ids,
+                is_written,
+                sample_ids,
+                num_anchors=args.num_supervised_anchors or None,
+                num_drafts=self.num_drafts,
+                seed=args.seed,
+                epoch=epoch,
+            )
+        on_text = on_text.as_supervised()
+        return join_blocks(blocks, on_text) if args.trains_chain else on_text
 
     @property
     def _needs_branches(self) -> bool:
-        """Whether slots behind a first rejection carry weight."""
-        return self.args.rejected_scope == "suffix" and self.args.rejected_weight > 0
+        return self.args.trains_suffix
 
     def _replay_settings(self, epoch: int, keep_branch_hidden: bool | None = None) -> ReplaySettings:
         if keep_branch_hidden is None:
@@ -338,6 +376,7 @@ class DraftOPDTrainer(_BaseTrainer):
             sums,
             self.args.loss_chunk_bytes,
             inputs["reading"],
+            self.slot_rules,
         )
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -355,8 +394,9 @@ class DraftOPDTrainer(_BaseTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         with torch.no_grad(), self.accelerator.autocast():
             rollout = self._decode(drafter, inputs, self._needs_branches, generator)
-            anchors = replay_errors(
-                rollout, rejected_scope=self.args.rejected_scope, eos_token_ids=self.target.eos_token_ids
+            # Epoch 0, so that every evaluation looks at the same positions.
+            anchors = self._add_supervised(
+                self._error_blocks(rollout), rollout, inputs["sample_ids"].tolist(), epoch=0
             )
             sums = weight_sums([anchors], self.streams, drafter.draft_token_ids)
             result = self._step_loss({"rollout": rollout, "anchors": anchors, "reading": None}, sums)

@@ -1,9 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Settings of supervised drafter training."""
 
+import warnings
 from dataclasses import dataclass, field
 
-from .common_config import DraftTrainingConfig, check_position_decay
+from .common_config import DraftTrainingConfig, check_choice, check_position_decay
+
+
+SLOT_SCOPES = ("block", "until_fail")
 
 
 @dataclass
@@ -22,7 +26,12 @@ class DraftSFTConfig(DraftTrainingConfig):
             them anyway, and to 64 for DFlash, where every anchor costs a block: about half the positions of a short answer.
         position_decay (`float`, *optional*):
             Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3 (EAGLE's training code) and 0.87 for DFlash (DFlash's
-            exp(-(k-1)/7)).
+            exp(-(k-1)/7)). Not applied under `slot_weighting="d_pace"`.
+        slot_scope (`str`, *optional*, defaults to `"block"`):
+            `"block"`: every slot is trained. `"until_fail"`: the slots up to and including the first one where the drafter's argmax is not
+            the committed token, which decoding would reach; decided anew in every forward pass (Source:
+            [Spec-AUF](https://huggingface.co/papers/2607.01893)). A committed token outside the draft vocabulary is such a mismatch.
+            The loss is still divided by the weights of all slots, which are known before the first forward pass of a step.
     """
 
     max_length: int = field(default=4096, metadata={"help": "Rows are cut behind this many tokens."})
@@ -35,11 +44,18 @@ class DraftSFTConfig(DraftTrainingConfig):
     position_decay: float | None = field(
         default=None, metadata={"help": "Weight decay per slot, in (0, 1]; family default if unset."}
     )
+    slot_scope: str = field(
+        default="block",
+        metadata={"help": "`block`: train every slot; `until_fail`: up to the drafter's first current mismatch."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.position_decay is not None:
             check_position_decay(self.position_decay)
+            if self.uses_d_pace:
+                warnings.warn(f"`position_decay={self.position_decay}` is ignored under `slot_weighting='d_pace'`.")
+        check_choice("slot_scope", self.slot_scope, SLOT_SCOPES)
         if self.num_anchors is not None and self.num_anchors < 0:
             raise ValueError(f"`num_anchors` must be at least 0 (0 takes every position), got {self.num_anchors}.")
         if self.max_length < 2:
@@ -51,6 +67,8 @@ class DraftSFTConfig(DraftTrainingConfig):
         return (defaults[family] if self.num_anchors is None else self.num_anchors) or None
 
     def decay(self, family: str) -> float:
-        """Return the weight decay per slot for a drafter family."""
+        """Return the weight decay per slot for a drafter family; 1 where D-PACE weighs the slots."""
+        if self.uses_d_pace:
+            return 1.0
         defaults = {"eagle3": 0.8, "dflash": 0.87}
         return defaults[family] if self.position_decay is None else self.position_decay

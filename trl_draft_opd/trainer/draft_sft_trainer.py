@@ -32,7 +32,7 @@ from .setup import (
     load_target,
     require_tokenizer,
 )
-from .step import StepLoss, StreamSettings, step_loss, weight_sums
+from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
 class DraftSFTTrainer(_BaseTrainer):
@@ -105,6 +105,9 @@ class DraftSFTTrainer(_BaseTrainer):
             # Supervised text has no rejections.
             "rejected": StreamSettings(args.accepted_loss, 0.0, 1.0),
         }
+        self.slot_rules = SlotRules(
+            d_pace_floor=args.d_pace_floor if args.uses_d_pace else None, is_until_fail=args.slot_scope == "until_fail"
+        )
         self.target.place(args.device)
         train_dataset = self._prepare_dataset(train_dataset, args, drafter)
         if isinstance(eval_dataset, dict):
@@ -209,6 +212,7 @@ class DraftSFTTrainer(_BaseTrainer):
             self.streams,
             sums,
             self.args.loss_chunk_bytes,
+            slot_rules=self.slot_rules,
         )
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
