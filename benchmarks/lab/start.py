@@ -22,7 +22,7 @@ from .workbench import Workbench, read_json, write_json
 
 PLATEAU_COMPUTE, PLATEAU_GAIN = 1.2, 1.01  # a plateau: less than 1 % of tau for 20 % more compute
 SMOOTHED = 3  # measurements averaged on each side: one alone is noisy
-COUNTED_UPDATES = 5
+COUNTED_UPDATES = 4
 
 
 def common_settings(bench: Workbench, folder: Path, seed: int) -> dict[str, Any]:
