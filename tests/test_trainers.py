@@ -37,6 +37,8 @@ OPD_VARIANTS = {
     "first": {"rejected_scope": "first"},
     "live_first": {"rollout": "live", "rejected_scope": "first"},
 }
+# What branches asks more of a trainer than what does not, so it is what these tests train unless they say otherwise.
+SUFFIX = {"rejected_scope": "suffix"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def make_args(kind, output_dir, **changes):
         "learning_rate": 1e-2,
         "max_completion_length": 12,
     }
-    return (DraftSFTConfig if kind == "sft" else DraftOPDConfig)(**options | changes)
+    return DraftSFTConfig(**options | changes) if kind == "sft" else DraftOPDConfig(**options | SUFFIX | changes)
 
 
 def make_trainer(kind, output_dir, drafter, target, rows, eval_rows=None, callbacks=None, **changes):

@@ -99,9 +99,7 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         "tflop": updates * flops / 1e12,
         "settings": {"trainer": arm.trainer, "pool": arm.pool or len(rows)} | arm_settings(bench, arm),
         "log": trainer.state.log_history,
-        "evals": measure_all(
-            bench, trainer.model, arm.temperature, is_complete=tier == 1, with_states=tier == 1 and seed == 0
-        ),
+        "evals": measure_all(bench, trainer.model, arm.temperature, is_complete=tier == 1 and seed == 0),
     }
     write_json(folder / "result.json", result)
     taus = " ".join(f"{name} {row['tau']:.3f}" for name, row in result["evals"].items())
@@ -109,21 +107,19 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def measure_all(
-    bench: Workbench, drafter: Drafter, temperature: float, *, is_complete: bool, with_states: bool
-) -> dict[str, Any]:
+def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_complete: bool) -> dict[str, Any]:
     """
     Measure a drafter greedily, and at a temperature above 0 on the first test set, with drafts by argmax and drawn.
 
     Args:
-        is_complete (`bool`): On every test set; else on the first one alone.
-        with_states (`bool`): Also hold the drafter to the target by kind of state, see `diagnose_states`.
+        is_complete (`bool`):
+            On every test set, and held to the target by kind of state, see `diagnose_states`; else on the first test set alone.
     """
     evals = {}
     for name, prompts in list(bench.pair.tests.items())[: None if is_complete else 1]:
         rows = bench.answered(bench.prompt_ids(prompts), 0.0)
         evals[name] = measure_drafter(bench.target, drafter, rows)
-        if with_states:
+        if is_complete:
             few = rows.select(range(min(DIAGNOSED_PROMPTS, len(rows))))
             evals[name] |= diagnose_states(bench.target, drafter, few)
     if temperature > 0:
@@ -142,9 +138,7 @@ def measure_start(bench: Workbench) -> dict[str, Any]:
     path = bench.folder / "sft" / "result.json"
     if not path.exists():
         drafter = bench.load_drafter(make_start(bench))
-        evals = measure_all(
-            bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_complete=True, with_states=True
-        )
+        evals = measure_all(bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_complete=True)
         result = {"arm": "sft_start", "tier": 1, "seed": 0, "updates": 0, "flops_per_update": 0.0, "tflop": 0.0}
         write_json(path, result | {"settings": bench.pair.sft.settings, "log": [], "evals": evals})
     return read_json(path)

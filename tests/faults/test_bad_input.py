@@ -340,8 +340,8 @@ def test_a_setting_out_of_range(tmp_path, kind, changes, match):
         ({"anchor_mode": "all"}, r"`anchor_mode` must be one of \('error', 'random'\), got 'all'"),
         ({"rejected_scope": "last"}, r"`rejected_scope` must be one of \('suffix', 'first'\), got 'last'"),
         ({"rejected_loss": "k3"}, "`rejected_loss` must be one of .*got 'k3'"),
-        ({"accepted_weight": -1.0}, "must not be negative nor both 0, got -1.0 and 1.0"),
-        ({"accepted_weight": 0.0, "rejected_weight": 0.0}, "must not be negative nor both 0, got 0.0 and 0.0"),
+        ({"accepted_weight": -1.0}, "must not be negative nor all 0, got -1.0, 1.0, 0.0"),
+        ({"accepted_weight": 0.0, "rejected_weight": 0.0}, "must not be negative nor all 0, got 0.0, 0.0, 0.0"),
     ],
 )
 def test_an_opd_setting_out_of_range(tmp_path, changes, match):

@@ -318,8 +318,6 @@ def _train_opd(
         # The responses are written already; at temperature 0 the blocks are those of live decoding.
         rollout="replay",
         completions_from_target=True,
-        # A DFlash slot sees no draft before it: with few updates, the slots behind a rejection only blur the first ones.
-        rejected_scope="first" if settings.family == "dflash" else "suffix",
     )
     trainer = DraftOPDTrainer(str(folders["drafter-sft"]), target, config, rows)
     _train(trainer, folders["drafter-opd"], console)
