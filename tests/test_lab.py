@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The laboratory: plans, plateaus, counted FLOPs, arms that resume, and a target that remembers without changing anything."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -286,7 +287,7 @@ def test_a_killed_arm_goes_on_to_the_same_drafter(bench, monkeypatch):
     make = arms_module.make_trainer
     monkeypatch.setattr(arms_module, "make_trainer", lambda *args, **kwargs: _dies_at(make(*args, **kwargs), 3))
     arm_folder = bench.folder / "tier1"
-    shutil.copytree(arm_folder / "whole", arm_folder / "killed", ignore=shutil.ignore_patterns("seed*"))
+    shutil.copytree(arm_folder / "whole", arm_folder / "killed", ignore=shutil.ignore_patterns("seed*", "arm.json"))
     with pytest.raises(KeyboardInterrupt):
         run_arm(bench, arms[1], 1, 0)
     monkeypatch.setattr(arms_module, "make_trainer", make)
@@ -308,6 +309,19 @@ def _dies_at(trainer, step: int):
 
     trainer.compute_loss = dying
     return trainer
+
+
+def test_a_result_never_goes_under_another_plans_name(bench):
+    arm = Arm(name="renewed", tiers=(1,), trainer="sft", settings={"learning_rate": 1e-2})
+    run_arm(bench, arm, 1, 0)
+    with pytest.raises(SystemExit, match=r"made by another plan \(settings: .*0.01.*0.02.*Delete that folder"):
+        run_arm(bench, dataclasses.replace(arm, settings={"learning_rate": 2e-2}), 1, 0)
+
+
+def test_a_start_never_goes_under_another_plans_name(bench, shared):
+    changed = make_bench(make_pair(bench.machine.out, max_new_tokens=19), shared, bench.machine.out)
+    with pytest.raises(SystemExit, match=r"max_new_tokens: 20 then, 19 now"):
+        make_start(changed)
 
 
 def test_seeds_differ_and_share_their_start(bench):

@@ -4,6 +4,7 @@ The laboratory's command. Every phase resumes, so a killed command is simply giv
 
     python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 1 --shared PATH       # everything a table needs
     python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 2 --arm opd tv        # some arms
+    python -m benchmarks.lab collect --pair gsm8k-eagle3 --shared PATH --commit   # write what is there so far, run nothing
     python -m benchmarks.lab table --pair gsm8k-eagle3                            # redo its tables from the JSON
     python -m benchmarks.lab figure                                               # draw all figures from the JSONs
     python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the committed one
@@ -34,13 +35,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "live"):
+    for name in ("run", "collect", "live"):
         add_machine(commands.add_parser(name))
+    for name in ("run", "collect"):
+        commands.choices[name].add_argument(
+            "--commit", action="store_true", help="also write the results into benchmarks/lab/results"
+        )
     run = commands.choices["run"]
     run.add_argument("--tier", type=int, default=1, help="1: complete, several seeds; 2: one seed, many arms")
     run.add_argument("--arm", nargs="+", help="arms to run, all of the tier by default")
     run.add_argument("--seed", type=int, nargs="+", help="seeds to run, the pair's by default")
-    run.add_argument("--commit", action="store_true", help="also write the results into benchmarks/lab/results")
     table = commands.add_parser("table")
     table.add_argument("--pair", required=True)
     table.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -110,10 +114,15 @@ def run(args: argparse.Namespace) -> None:
         for arm in arms:
             if arm.name in names:
                 run_arm(bench, arm, args.tier, seed)
+    gather(bench, args)
+
+
+def gather(bench: Workbench, args: argparse.Namespace) -> None:
+    """Write what was measured so far into one file, and print its tables."""
     results = collect(bench)
-    write_json(args.out / f"{pair.name}.json", results)
+    write_json(args.out / f"{bench.pair.name}.json", results)
     if args.commit:
-        write_json(RESULTS / f"{pair.name}.json", results)
+        write_json(RESULTS / f"{bench.pair.name}.json", results)
     print(render(results))
 
 
@@ -122,6 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if args.command == "run":
         run(args)
+    elif args.command == "collect":
+        gather(open_bench(args), args)
     elif args.command == "live":
         print(compare_rollouts(open_bench(args)))
     elif args.command == "table":

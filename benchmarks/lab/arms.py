@@ -3,6 +3,7 @@
 Run the arms: from the SFT start, for the tier's budget of counted FLOPs, then measure on prompts nobody trained on.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .measure import measure_drafter
 from .plan import Arm, read_arms
 from .start import common_settings, count_flops, make_start, sft_flops
 from .trainers import OneTokenTrainer, StaleAnchorsTrainer
-from .workbench import Workbench, read_json, write_json
+from .workbench import Workbench, read_json, require_unchanged, write_json
 
 
 SAVE_EVERY = 40  # updates a kill may cost
@@ -71,9 +72,17 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         arm ([`Arm`]): The arm.
         tier (`int`): Decides the budget.
         seed (`int`): Of the order of prompts and of all draws; the start is the same for all.
+
+    Raises:
+        SystemExit: If the arm's folder was made by another plan.
     """
     arm_folder = bench.folder / f"tier{tier}" / arm.name
     folder = arm_folder / f"seed{seed}"
+    made_of = dataclasses.asdict(
+        dataclasses.replace(arm, tiers=(tier,), settings=arm_settings(bench, arm), by_family={})
+    )
+    made_of["budget"] = bench.pair.budgets[tier]
+    require_unchanged(arm_folder / "arm.json", made_of)
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
     start = make_start(bench)

@@ -5,6 +5,7 @@ The start of all arms: SFT at a constant rate until tau on held-out prompts stop
 Without the cool-down every arm would gain by merely lowering the rate, and nobody could say what it added.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.drafters.base import Drafter
 
 from .measure import measure_drafter
-from .workbench import Workbench, read_json, write_json
+from .workbench import Workbench, read_json, require_unchanged, write_json
 
 
 PLATEAU_COMPUTE, PLATEAU_GAIN = 1.2, 1.01  # a plateau: less than 1 % of tau for 20 % more compute
@@ -88,6 +89,9 @@ class PlateauCallback(TrainerCallback):
 def make_start(bench: Workbench) -> Path:
     """Return the folder of the pair's SFT start, trained on first use; a killed run goes on from its last checkpoint."""
     folder = bench.folder / "sft"
+    pair = dataclasses.asdict(bench.pair)
+    made_of = ("family", "target", "drafter", "max_new_tokens", "train", "dev", "prompts_per_update", "sft")
+    require_unchanged(folder / "plan.json", {key: pair[key] for key in made_of})
     if (folder / "start" / "config.json").exists():
         return folder / "start"
     plan, rows = bench.pair.sft, bench.training_rows()

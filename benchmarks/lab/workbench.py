@@ -197,3 +197,24 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value), encoding="utf-8")
     part.replace(path)
+
+
+def require_unchanged(path: Path, made_of: dict[str, Any]) -> None:
+    """
+    Note in `path` what the work in its folder is made of, or hold it to what was noted when it was begun.
+
+    Raises:
+        SystemExit: If something differs, so that no result goes under another plan's name.
+    """
+    made_of = json.loads(json.dumps(made_of))
+    if not path.exists():
+        write_json(path, made_of)
+        return
+    before = read_json(path)
+    changed = {key: (before.get(key), made_of.get(key)) for key in before.keys() | made_of.keys()}
+    lines = [f"{key}: {was!r} then, {now!r} now" for key, (was, now) in sorted(changed.items()) if was != now]
+    if lines:
+        raise SystemExit(
+            f"What lies in {path.parent} was made by another plan ({'; '.join(lines)}). Delete that folder to make it again, or give "
+            "another --out."
+        )
