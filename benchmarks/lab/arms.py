@@ -106,7 +106,7 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         "updates": updates,
         "flops_per_update": flops,
         "tflop": updates * flops / 1e12,
-        "settings": {"trainer": arm.trainer, "pool": arm.pool or len(rows)} | arm_settings(bench, arm),
+        "settings": {"trainer": arm.trainer} | ({"pool": arm.pool} if arm.pool else {}) | arm_settings(bench, arm),
         "log": trainer.state.log_history,
         "evals": measure_all(bench, trainer.model, arm.temperature, is_complete=tier == 1 and seed == 0),
     }
