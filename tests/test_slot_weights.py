@@ -123,7 +123,7 @@ D_PACE = {"slot_weighting": "d_pace"}
         (DraftSFTConfig, {"slot_weighting": "uniform"}, r"`slot_weighting` must be one of .*, got 'uniform'"),
         (DraftSFTConfig, {"slot_scope": "suffix"}, r"`slot_scope` must be one of .*, got 'suffix'"),
         (DraftOPDConfig, {"d_pace_floor": 1.5}, r"`d_pace_floor` must be in \[0, 1\], got 1.5"),
-        (DraftOPDConfig, D_PACE, "Set `rejected_scope='first'`"),
+        (DraftOPDConfig, D_PACE | {"rejected_scope": "suffix"}, "Set `rejected_scope='first'`"),
         (DraftOPDConfig, {"supervised_anchors": "all"}, r"`supervised_anchors` must be one of .*, got 'all'"),
         (DraftOPDConfig, {"num_supervised_anchors": -1}, "`num_supervised_anchors` must be at least 0"),
         (DraftOPDConfig, {"supervised_weight": -1.0}, "must not be negative nor all 0, got 1.0, 1.0, -1.0"),
