@@ -18,7 +18,7 @@ from benchmarks.lab.compare_rollouts import compare_rollouts
 from benchmarks.lab.diagnose import diagnose_states
 from benchmarks.lab.measure import measure_drafter
 from benchmarks.lab.memo import RememberingTarget
-from benchmarks.lab.plan import FOLDER, Arm, Pair, PromptSet, build, read_arms, read_pair
+from benchmarks.lab.plan import FOLDER, Arm, PromptSet, build, read_arms, read_pair
 from benchmarks.lab.start import count_flops, find_plateau, make_start
 from benchmarks.lab.trainers import bernoulli_forward_kl, bounded_k3
 from benchmarks.lab.workbench import Machine, Workbench
@@ -389,7 +389,3 @@ def test_a_bernoulli_divergence_by_hand():
 
 def test_collecting_twice_gives_the_same_results(bench):
     assert collect(bench) == collect(bench)
-
-
-def test_a_pair_is_plain_data():
-    assert Pair.__dataclass_params__.frozen

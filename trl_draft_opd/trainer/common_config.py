@@ -69,7 +69,7 @@ class DraftTrainingConfig(_BaseConfig):
             [D-PACE](https://huggingface.co/papers/2605.18810)). The sum runs over the block's trained slots that stand for a committed
             token, and no position decay is applied. Each stream is still divided by its number of slots, not by the sum of these weights,
             which no rank knows before the first forward pass of a step: the loss is a mean of weighted divergences, and
-            falls or rises with the weights.
+            falls or rises with the weights. Off: at equal FLOPs D-PACE gained nothing over position decay (docs/results.md, section 4).
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor `a` of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the committed token no
             probability. Read under `slot_weighting="d_pace"` alone.
