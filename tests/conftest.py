@@ -42,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Folder that holds targets/ and data/. Without it, tests on real text are skipped. With pytest alone write "
         "`--shared=PATH`; `make test ARGS=...` takes `--shared PATH` too.",
     )
+    group.addoption(
+        "--drafters",
+        metavar="PATH",
+        default=None,
+        help="Folder with trained drafters, eagle3/ and dflash/, for the tests against real engines. Without it they train short ones.",
+    )
     group.addoption("--run-slow", action="store_true", default=False, help="Run the tests marked slow too.")
 
 

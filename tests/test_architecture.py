@@ -33,6 +33,7 @@ FLOORS = {
     "export": 4,
     "callbacks": 5,
     "trainer": 5,
+    "verify": 5,
     "cli": 6,
     "demo": 6,
     "__main__": 7,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from .measuring import run_evaluate, run_generate
+from .publishing import run_export, run_push, run_verify
 from .reading import FAMILY_OPTIONS, command_parser, given, load_rows, make_drafter, parse_flags, read_prompts
 from .training import run_init, run_opd, run_sft
 
@@ -61,6 +62,9 @@ COMMANDS = {
     "sft": run_sft,
     "opd": run_opd,
     "evaluate": run_evaluate,
+    "export": run_export,
+    "verify": run_verify,
+    "push": run_push,
 }
 
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words behind the program's name; those of the process by default.
 
     Returns:
-        `int`: 0, or 1 when `evaluate` finds an output that is not the target's own, or 2 after a user's error.
+        `int`: 0, or 1 when `evaluate` or `verify` finds what must not be, or 2 after a user's error.
     """
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
     parser = argparse.ArgumentParser(

@@ -1,0 +1,17 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""Publishing a drafter: layouts for every engine, settings to serve it with, a card of what was measured, one push."""
+
+from .source import TargetOfExport, hub_id_of, load_for_export, read_target
+from .write import LAYOUTS, PUBLISHED_NAMES, ExportResult, export_drafter
+
+
+__all__ = [
+    "LAYOUTS",
+    "PUBLISHED_NAMES",
+    "ExportResult",
+    "TargetOfExport",
+    "export_drafter",
+    "hub_id_of",
+    "load_for_export",
+    "read_target",
+]

@@ -1,0 +1,149 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What an export starts from: a drafter, with any LoRA adapter merged into it, and what it needs of the target, its config and
+its embedding. The target's model is never built: one tensor of its file is read.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..drafters.auto import AutoDrafter
+from ..drafters.base import Drafter
+from ..drafters.importing import INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
+from ..drafters.target_shape import text_config
+
+
+ADAPTER_FILE = "adapter_config.json"
+# How families name their input embedding; the head and position embeddings have other names.
+_EMBEDDING_NAME = re.compile(r"(.+\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight")
+# Config entries by which a family scales its embeddings, and the family that does so without one.
+_SCALES = ("embedding_multiplier", "scale_emb", "input_embedding_scale")
+_SCALED_FAMILIES = ("gemma", "recurrent_gemma")
+
+
+@dataclass(frozen=True)
+class TargetOfExport:
+    """
+    What an export takes from the target.
+
+    Attributes:
+        target_id (`str` or `None`): Its Hub id, to be named in configs and card; `None` if only a local path is known.
+        revision (`str` or `None`): Its revision.
+        config ([`~transformers.PreTrainedConfig`]): Its config.
+        embedding (`torch.Tensor` of shape `(V, H)`): Its input embedding, in the precision of its file.
+    """
+
+    target_id: str | None
+    revision: str | None
+    config: PreTrainedConfig
+    embedding: torch.Tensor
+
+
+def hub_id_of(name_or_path: str | None) -> str | None:
+    """Return `name_or_path` if it can be a Hub id and is no path of this machine, else `None`."""
+    if not name_or_path or Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
+        return None
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return None
+    return name_or_path
+
+
+def read_target(
+    name_or_path: str | Path, *, target_id: str | None = None, revision: str | None = None, token: str | None = None
+) -> TargetOfExport:
+    """
+    Read config and embedding of a target.
+
+    Args:
+        name_or_path (`str` or `Path`): Hub id or local folder.
+        target_id (`str`, *optional*): Hub id to name in what is published; by default `name_or_path` if it is one.
+        revision (`str`, *optional*), token (`str`, *optional*): As in `transformers`.
+
+    Raises:
+        OSError: If there is no such target.
+        ValueError: If its weights are pickled, or its embedding is not found.
+    """
+    name = str(name_or_path)
+    config = text_config(AutoConfig.from_pretrained(name, revision=revision, token=token))
+    source = CheckpointSource(name, revision, "", token, None, False)
+    embedding = _read_embedding(source, (config.vocab_size, config.hidden_size))
+    return TargetOfExport(target_id or hub_id_of(name), revision, config, embedding)
+
+
+def _read_embedding(source: CheckpointSource, shape: tuple[int, int]) -> torch.Tensor:
+    files = [SAFETENSORS_FILE]
+    if source.find(SAFETENSORS_FILE) is None:
+        if source.find(INDEX_FILE) is None:
+            raise ValueError(
+                f"The target {str(source)!r} has neither {SAFETENSORS_FILE} nor {INDEX_FILE}. Its embedding is read from safetensors files "
+                "alone, because pickled ones can carry code: convert it with `save_pretrained` first."
+            )
+        weight_map = source.read_json(INDEX_FILE).get("weight_map", {})
+        files = sorted({file for name, file in weight_map.items() if _EMBEDDING_NAME.fullmatch(name)})
+    found = {}
+    for file in files:
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise ValueError(f"{INDEX_FILE} of {str(source)!r} names {file!r}, which is not a plain file name.")
+        with safe_open(source.find(file), framework="pt") as tensors:
+            for name in filter(_EMBEDDING_NAME.fullmatch, tensors.keys()):
+                if tuple(tensors.get_slice(name).get_shape()) == shape:
+                    found[name] = tensors.get_tensor(name)
+    if len(found) != 1:
+        raise ValueError(
+            f"The target {str(source)!r} has {sorted(found) or 'no tensor'} that could be its embedding of shape {shape}. Load the target and pass "
+            "`embedding=target.get_input_embeddings().weight` to `export_drafter`."
+        )
+    return next(iter(found.values()))
+
+
+def embedding_scale(target_config: PreTrainedConfig) -> str | None:
+    """Return how a family scales its embeddings, or `None`: engines hand drafters the bare rows."""
+    for name in _SCALES:
+        if getattr(target_config, name, None) not in (None, 1, 1.0):
+            return f"{name}={getattr(target_config, name)}"
+    if target_config.model_type.startswith(_SCALED_FAMILIES):
+        return f"model_type={target_config.model_type}"
+    return None
+
+
+def load_for_export(
+    name_or_path: str | Path, *, num_target_layers: int | None = None, base: str | Path | None = None
+) -> Drafter:
+    """
+    Load a drafter from any checkpoint; a folder with a LoRA adapter is merged into the drafter it was trained on.
+
+    Args:
+        name_or_path (`str` or `Path`): Folder or Hub id of a drafter, or folder of a PEFT adapter.
+        num_target_layers (`int`, *optional*): See [`AutoDrafter`].
+        base (`str` or `Path`, *optional*): The drafter under the adapter; the one its config names by default.
+
+    Raises:
+        ImportError: If there is an adapter and PEFT is not installed.
+        ValueError: If the adapter names no drafter, or the checkpoint cannot be read.
+        OSError: If a folder or file is missing.
+    """
+    adapter = Path(name_or_path) / ADAPTER_FILE
+    if not adapter.is_file():
+        return AutoDrafter.from_pretrained(name_or_path, num_target_layers=num_target_layers)
+    base = base or json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{str(adapter)!r} names no `base_model_name_or_path`. Give the drafter under the adapter: `--base`."
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"{str(name_or_path)!r} holds a LoRA adapter, and merging it needs PEFT: `pip install trl-draft-opd[peft]`."
+        ) from error
+    drafter = AutoDrafter.from_pretrained(base, num_target_layers=num_target_layers)
+    return PeftModel.from_pretrained(drafter, str(name_or_path)).merge_and_unload()
