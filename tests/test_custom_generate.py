@@ -4,7 +4,10 @@ The decoding function that a published drafter carries: plain decoding's own tex
 decoding, and a file that stands alone.
 """
 
+import ast
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_export import export, make_variant
-from tiny import EOS, PAD, make_causal_lm, make_drafter, make_prompts, make_target
-from transformers import StoppingCriteria, StoppingCriteriaList
+from tiny import EOS, PAD, make_drafter, make_prompts, make_target
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 
-from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
-from trl_draft_opd.export.custom_generate import eagle3
+from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd.anchors import sample_anchors
+from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
@@ -49,14 +54,52 @@ def target():
     return make_target()
 
 
+TRAINED_ON = [[9, 10, 11], [40, 21]]
+
+
+def make_trained(target):
+    """Overfit a drafter to the target's continuations of two prompts, so that blocks are kept in part and in full."""
+    drafter = make_drafter("eagle3", target)
+    texts = [
+        target.causal_lm.generate(as_ids(p), max_new_tokens=40, do_sample=False, eos_token_id=None) for p in TRAINED_ON
+    ]
+    for text, prompt, width in zip(texts, TRAINED_ON, (43, 42), strict=True):
+        assert text.shape == (1, width) and text[0, : len(prompt)].tolist() == prompt
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
+    for step in range(60):
+        text, start = texts[step % 2], len(TRAINED_ON[step % 2])
+        mask = torch.ones_like(text)
+        is_response = (torch.arange(text.shape[1]) >= start)[None]
+        features = target.read_text(text, mask, drafter.config.target_layer_ids).features
+        anchors = sample_anchors(text, is_response, [0], num_anchors=None, num_drafts=4, seed=0, epoch=0)
+        hidden = drafter.draft_hidden(features, text, anchors.anchors, anchors.drafts, target.embed)
+        logits = drafter.draft_logits(hidden, target.project)[anchors.is_accepted]
+        loss = torch.nn.functional.cross_entropy(logits, anchors.labels[anchors.is_accepted])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return drafter.eval()
+
+
+def make_normed(target):
+    """Return a drafter with the two options of speculators that `from_target` does not offer."""
+    config = copy.deepcopy(make_drafter("eagle3", target).config)
+    config.norm_before_fc = config.norm_before_residual = True
+    drafter = Eagle3DraftModel(config)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.normal_()
+    return drafter.eval()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, target):
     place = tmp_path_factory.mktemp("exports")
-    variants = ("eagle3", "eagle3-reduced", "eagle3-norms", "dflash")
-    for variant in variants:
-        drafter = make_variant(variant, target)
-        export(drafter, target, place / variant, dtype=torch.float32)
-    return {variant: str(place / variant) for variant in variants}
+    drafters = {name: make_variant(name, target) for name in ("eagle3", "eagle3-reduced", "eagle3-norms", "dflash")}
+    drafters |= {"eagle3-prenorms": make_normed(target), "trained": make_trained(target)}
+    for name, drafter in drafters.items():
+        export(drafter, target, place / name, dtype=torch.float32)
+    return {name: str(place / name) for name in drafters}
 
 
 def speculate(model, ids, folder, **options):
@@ -67,12 +110,12 @@ def as_ids(prompt):
     return torch.tensor([prompt])
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "eagle3-reduced", "eagle3-norms", "dflash"])
-def test_greedy_text_is_the_targets_own(target, folders, variant):
-    for prompt in make_prompts(4, longest=12):
-        ids = as_ids(prompt)
-        own = target.causal_lm.generate(ids, max_new_tokens=24, do_sample=False)
-        assert torch.equal(speculate(target.causal_lm, ids, folders[variant], max_new_tokens=24, do_sample=False), own)
+def test_dflash_text_is_the_targets_own(target, folders):
+    for prompt in ([17], *make_prompts(2, longest=12)):
+        ids, limits = as_ids(prompt), {"max_new_tokens": 20, "do_sample": False}
+        own, streamer = target.causal_lm.generate(ids, **limits), Collected()
+        assert torch.equal(speculate(target.causal_lm, ids, folders["dflash"], **limits, streamer=streamer), own)
+        assert streamer.tokens == own[0].tolist() and streamer.has_ended
 
 
 def test_greedy_text_of_an_untied_llama_is_its_own(tmp_path):
@@ -86,28 +129,40 @@ def test_greedy_text_of_an_untied_llama_is_its_own(tmp_path):
 
 
 @contextmanager
-def widths_of(model):
-    """Collect the number of new tokens in each forward pass of the target."""
-    widths = []
-    handle = model.register_forward_pre_hook(
-        lambda module, arguments, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield widths
+def blocks_of(model):
+    """Collect what each forward pass of the target reads: the position of its first token, and the tokens."""
+    blocks = []
+
+    def keep(module, arguments, given):
+        blocks.append((int(given["position_ids"][0, 0]), given["input_ids"][0].tolist()))
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    yield blocks
     handle.remove()
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "eagle3-reduced", "eagle3-norms"])
-def test_rounds_are_those_of_our_own_decoding(target, folders, variant):
+@pytest.mark.parametrize("variant", ["eagle3", "eagle3-reduced", "eagle3-norms", "eagle3-prenorms", "trained"])
+def test_text_is_the_targets_own_and_rounds_are_ours_draft_by_draft(target, folders, variant):
     model, drafter = target.causal_lm, AutoDrafter.from_pretrained(folders[variant])
     greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     settings = LiveSettings(4, 24, greedy, "greedy", target.eos_token_ids, False)
-    for prompt in make_prompts(3, seed=5):
+    accepted = 0
+    for prompt in (*TRAINED_ON, [17]):
         rollout = rollout_live(target, drafter, [prompt], settings, torch.Generator())
-        with widths_of(model) as widths:
-            speculate(model, as_ids(prompt), folders[variant], max_new_tokens=24, do_sample=False)
-        assert widths[0] == len(prompt)
-        assert len(widths) - 1 == int(rollout.num_rounds[0])
-        assert max(widths[1:]) == 5
+        own = model.generate(as_ids(prompt), max_new_tokens=24, do_sample=False)
+        with blocks_of(model) as blocks:
+            text = speculate(model, as_ids(prompt), folders[variant], max_new_tokens=24, do_sample=False)
+        assert torch.equal(text, own)
+        assert blocks[0] == (0, prompt)
+        assert len(blocks) - 1 == int(rollout.num_rounds[0])
+        accepted += int(rollout.accepted.sum())
+        for number, (position, block) in enumerate(blocks[1:]):
+            assert position == int(rollout.anchors[0, number])
+            # No draft is made that could not be kept, because the target adds one token of its own.
+            room = len(prompt) + 24 - position - 2
+            drafts = rollout.drafts[0, number, : max(0, min(4, room))].tolist()
+            assert block == [int(rollout.input_ids[0, position]), *drafts]
+    assert accepted > 30 or variant != "trained"
 
 
 @pytest.mark.parametrize(
@@ -125,11 +180,13 @@ def test_right_drafts_are_kept_and_the_first_wrong_one_ends_a_block(target, fold
         assert int(token) == truth[anchor]
         drafts = truth[anchor + 1 : anchor + 1 + count]
         wrong = 1 + anchor % 3
-        return [7 if slot == wrong and draft != 7 else draft for slot, draft in enumerate(drafts)]
+        return torch.tensor([[7 if slot == wrong and draft != 7 else draft for slot, draft in enumerate(drafts)]])[
+            :, :count
+        ]
 
     monkeypatch.setattr(eagle3.Drafter, "draft", planted)
     torch.manual_seed(0)
-    with widths_of(model) as widths:
+    with blocks_of(model) as blocks:
         ours = eagle3.generate(model, drafter=folders["eagle3"], inputs=ids, **options)
     assert ours[0].tolist() == truth
     expected, anchor = [3], 3
@@ -139,7 +196,7 @@ def test_right_drafts_are_kept_and_the_first_wrong_one_ends_a_block(target, fold
         drafts = truth[anchor + 1 : anchor + 1 + count]
         kept = next((k for k, draft in enumerate(drafts) if k == 1 + anchor % 3 and draft != 7), len(drafts))
         anchor += kept + 1
-    assert widths == expected and len(widths) < 12
+    assert [len(block) for _, block in blocks] == expected and len(blocks) < 12
 
 
 @pytest.mark.parametrize(
@@ -151,44 +208,99 @@ def test_right_drafts_are_kept_and_the_first_wrong_one_ends_a_block(target, fold
         {"bad_words_ids": [[17], [23]]},
         {"eos_token_id": [EOS, 17, 40]},
         {"max_length": 19, "max_new_tokens": None},
+        # The processor runs the target between our own passes.
+        {"guidance_scale": 1.3},
+        {"generation_config": GenerationConfig(max_new_tokens=9, repetition_penalty=1.1, eos_token_id=[EOS, 17])},
+        {"prefix_allowed_tokens_fn": lambda row, ids: list(range(8, 30))},
     ],
 )
-def test_processors_and_limits_act_as_in_plain_decoding(target, folders, options):
-    for prompt in make_prompts(3, seed=2):
-        options = {"max_new_tokens": 30, "do_sample": False} | options
+@pytest.mark.parametrize("variant", ["trained", "dflash"])
+def test_processors_and_limits_act_as_in_plain_decoding(target, folders, variant, options):
+    if variant == "dflash" and "guidance_scale" in options:
+        with pytest.raises(ValueError, match="cannot keep to guidance_scale=1.3"):
+            speculate(target.causal_lm, as_ids([33]), folders[variant], **options)
+        return
+    for prompt in (TRAINED_ON[0], [33]):
+        options = {"max_new_tokens": 24, "do_sample": False} | options
+        if "generation_config" in options:
+            options.pop("max_new_tokens")
         own = target.causal_lm.generate(as_ids(prompt), **options)
-        assert torch.equal(speculate(target.causal_lm, as_ids(prompt), folders["eagle3"], **options), own)
+        assert torch.equal(speculate(target.causal_lm, as_ids(prompt), folders[variant], **options), own)
 
 
 @pytest.mark.parametrize("law", [{"temperature": 1.3}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}])
 def test_drawn_text_is_plain_decodings_with_the_same_seed(target, folders, law):
+    # The same random numbers choose the same tokens, so the law is plain decoding's too, whatever the drafts.
     options = {"max_new_tokens": 25, "do_sample": True, "top_k": 0} | law
-    texts = set()
+    texts, num_tokens, num_rounds = set(), 0, 0
     for seed in range(4):
         torch.manual_seed(seed)
-        own = target.causal_lm.generate(as_ids([9, 10, 11]), **options)
+        own = target.causal_lm.generate(as_ids(TRAINED_ON[0]), **options)
         torch.manual_seed(seed)
-        ours = speculate(target.causal_lm, as_ids([9, 10, 11]), folders["eagle3"], **options)
+        with blocks_of(target.causal_lm) as blocks:
+            ours = speculate(target.causal_lm, as_ids(TRAINED_ON[0]), folders["trained"], **options)
         assert torch.equal(ours, own)
         texts.add(tuple(own[0].tolist()))
-    assert len(texts) == 4
+        num_tokens, num_rounds = num_tokens + own.shape[1] - 4, num_rounds + len(blocks) - 1
+    assert len(texts) > 2 and num_rounds < num_tokens
 
 
 def test_stopping_criteria_cut_a_block_where_plain_decoding_stops(target, folders):
-    ids = as_ids([9, 10, 11])
-    text = target.causal_lm.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
-    stop = StoppingCriteriaList([AfterToken(text[10], 3)])
-    options = {"max_new_tokens": 20, "do_sample": False, "stopping_criteria": stop}
-    own = target.causal_lm.generate(ids, **options)
-    assert own.shape[1] <= 11
-    assert torch.equal(speculate(target.causal_lm, ids, folders["eagle3"], **options), own)
+    model, ids = target.causal_lm, as_ids(TRAINED_ON[0])
+    text = model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+    lengths = set()
+    for place in (5, 8, 10, 13):
+        stop = StoppingCriteriaList([AfterToken(text[place], 3)])
+        options = {"max_new_tokens": 20, "do_sample": False, "stopping_criteria": stop}
+        own = model.generate(ids, **options)
+        assert torch.equal(speculate(model, ids, folders["trained"], **options), own)
+        lengths.add(own.shape[1])
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_stop_strings_end_a_text_as_in_plain_decoding(target, folders, is_in_config):
+    model, ids = target.causal_lm, as_ids(TRAINED_ON[0])
+    text = model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+    word = target.tokenizer.decode(text[9])
+    assert word not in target.tokenizer.decode(text[3:9])
+    options = {"max_new_tokens": 20, "do_sample": False, "stop_strings": [word]}
+    if is_in_config:
+        options = {"generation_config": GenerationConfig(**options, eos_token_id=EOS)}
+    own = model.generate(ids, tokenizer=target.tokenizer, **copy.deepcopy(options))
+    assert own.shape == (1, 10)
+    assert torch.equal(speculate(model, ids, folders["trained"], tokenizer=target.tokenizer, **options), own)
+    assert not is_in_config or options["generation_config"].stop_strings == [word]
+    with pytest.raises(ValueError, match="Pass `tokenizer=`"):
+        speculate(model, ids, folders["trained"], **options)
 
 
 def test_a_streamer_gets_every_token_once_and_the_end(target, folders):
     streamer = Collected()
-    ids = as_ids([9, 10, 11])
-    text = speculate(target.causal_lm, ids, folders["eagle3"], max_new_tokens=12, do_sample=False, streamer=streamer)
+    ids = as_ids(TRAINED_ON[0])
+    text = speculate(target.causal_lm, ids, folders["trained"], max_new_tokens=12, do_sample=False, streamer=streamer)
     assert streamer.tokens == text[0].tolist() and streamer.has_ended
+
+
+def test_a_call_inside_of_a_call_leaves_both_as_they_are(target, folders):
+    model, folder = target.causal_lm, folders["trained"]
+    options = {"max_new_tokens": 20, "do_sample": False}
+
+    class Nested(Collected):
+        inner = None
+
+        def put(self, tokens):
+            super().put(tokens)
+            if len(self.tokens) == 10:
+                self.inner = speculate(model, as_ids(TRAINED_ON[1]), folder, **options)
+
+    with blocks_of(model) as apart:
+        texts = [speculate(model, as_ids(prompt), folder, **options) for prompt in TRAINED_ON]
+    streamer = Nested()
+    with blocks_of(model) as nested:
+        outer = speculate(model, as_ids(TRAINED_ON[0]), folder, **options, streamer=streamer)
+    assert torch.equal(outer, texts[0]) and torch.equal(streamer.inner, texts[1])
+    assert sorted(map(str, nested)) == sorted(map(str, apart)) and nested != apart
 
 
 def test_a_left_padded_prompt_gives_the_text_of_plain_decoding(target, folders):
@@ -199,12 +311,18 @@ def test_a_left_padded_prompt_gives_the_text_of_plain_decoding(target, folders):
 
 
 def test_a_dict_result_holds_sequences_and_scores_of_plain_decoding(target, folders):
-    options = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
-    own = target.causal_lm.generate(as_ids([9, 10]), **options)
-    ours = speculate(target.causal_lm, as_ids([9, 10]), folders["eagle3"], **options)
+    options = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
+    plain = speculate(target.causal_lm, as_ids(TRAINED_ON[0]), folders["trained"], **options)
+    assert plain.scores is None and plain.logits is None
+    options |= {"output_scores": True, "output_logits": True, "repetition_penalty": 1.1}
+    own = target.causal_lm.generate(as_ids(TRAINED_ON[0]), **options)
+    ours = speculate(target.causal_lm, as_ids(TRAINED_ON[0]), folders["trained"], **options)
     assert torch.equal(ours.sequences, own.sequences)
-    assert len(ours.scores) == len(own.scores)
-    torch.testing.assert_close(torch.cat(ours.scores), torch.cat(own.scores), atol=1e-4, rtol=1e-4)
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(own[name])
+        torch.testing.assert_close(torch.cat(ours[name]), torch.cat(own[name]), atol=1e-4, rtol=1e-4)
+    # All but the last token, which no pass has read, and no rejected draft.
+    assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
 
 
 @pytest.mark.parametrize(
@@ -213,7 +331,14 @@ def test_a_dict_result_holds_sequences_and_scores_of_plain_decoding(target, fold
         ([[9], [10]], {}, "One sequence at a time, got 2"),
         ([[9]], {"num_beams": 2}, "num_beams=2"),
         ([[9]], {"cache_implementation": "static"}, "fresh DynamicCache"),
+        ([[9]], {"use_cache": False}, "fresh DynamicCache"),
+        ([[9]], {"num_return_sequences": 2, "do_sample": True}, "One sequence at a time, got 2"),
         ([[9]], {"num_drafts": 0}, "`num_drafts` must be at least 1"),
+        ([[9]], {"position_ids": torch.tensor([[4]])}, "`position_ids` must count"),
+        ([[9]], {"inputs_embeds": torch.zeros(1, 1, 32)}, r"not with \['inputs_embeds'\]"),
+        ([[9]], {"return_dict_in_generate": True, "output_attentions": True}, r"not with \['output_attentions'\]"),
+        ([[9, 9]], {"attention_mask": torch.tensor([[1, 0]])}, "hides tokens inside of the prompt"),
+        ([[9]], {"assistant_model": 1}, "has no part in EAGLE-3"),
     ],
 )
 def test_what_blocks_cannot_do_is_refused(target, folders, ids, options, message):
@@ -221,12 +346,88 @@ def test_what_blocks_cannot_do_is_refused(target, folders, ids, options, message
         speculate(target.causal_lm, torch.tensor(ids), folders["eagle3"], max_new_tokens=4, **options)
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "dflash"])
-def test_a_drafter_of_another_target_is_refused(tmp_path, target, folders, variant):
-    other = make_causal_lm("llama")
-    other.config.num_hidden_layers = 9
-    with pytest.raises(ValueError, match="made for another target"):
-        speculate(other, as_ids([9]), folders[variant], max_new_tokens=4)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 2}, "cannot keep to num_beams=2"),
+        ({"num_drafts": 2}, "drafts whole blocks, 4 drafts for this drafter"),
+        ({"inputs": torch.tensor([[9], [10]])}, "batch_size = 1"),
+        ({"assistant_model": 1}, "is what this function supplies"),
+    ],
+)
+def test_what_dflash_decoding_cannot_do_is_refused(target, folders, options, message):
+    options = {"inputs": as_ids([9]), "max_new_tokens": 4} | options
+    with pytest.raises(ValueError, match=message):
+        dflash.generate(target.causal_lm, drafter=folders["dflash"], **options)
+
+
+def test_hooks_are_taken_off_a_target_that_failed(target, folders):
+    def fail(ids, scores):
+        raise RuntimeError("broken")
+
+    layers = target.causal_lm.get_decoder().layers
+    with pytest.raises(RuntimeError, match="broken"):
+        speculate(target.causal_lm, as_ids([9]), folders["eagle3"], logits_processor=[fail])
+    assert [len(layer._forward_hooks) for layer in layers] == [0] * 8
+
+
+def test_a_target_with_an_encoder_is_refused(folders):
+    config = T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="has an encoder"):
+        speculate(T5ForConditionalGeneration(config), as_ids([9]), folders["eagle3"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("module, variant", [(eagle3, "eagle3"), (dflash, "dflash")])
+@pytest.mark.parametrize("name, value", [("num_hidden_layers", 9), ("hidden_size", 64), ("vocab_size", 65)])
+def test_a_drafter_of_another_target_is_refused(target, folders, module, variant, name, value):
+    other = copy.deepcopy(target.causal_lm)
+    setattr(other.config, name, value)
+    with pytest.raises(ValueError, match=f"made for another target.*{value}"):
+        module.generate(other, drafter=folders[variant], inputs=as_ids([9]), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "source, error, message",
+    [
+        ("{missing}", ValueError, "neither a folder on this machine nor a Hub id"),
+        ("org/nowhere", OSError, "Could not get 'config.json' of the drafter 'org/nowhere'"),
+        ("{empty}", OSError, "holds no 'config.json', so it is no published drafter"),
+        ("{dflash}", ValueError, "no EAGLE-3 drafter in the flat layout: architectures .'DFlashDraftModel'"),
+        ("{eagle3}/speculators", ValueError, "no EAGLE-3 drafter in the flat layout"),
+    ],
+)
+def test_what_is_no_published_drafter_is_named_with_the_way_out(tmp_path, target, folders, source, error, message):
+    source = source.format(missing=tmp_path / "a" / "b", empty=tmp_path, **folders)
+    with pytest.raises(error, match=message):
+        eagle3.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
+    if error is OSError or "missing" in source:
+        with pytest.raises(OSError, match="Could not read the folder transformers/"):
+            dflash.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
+
+
+def test_weights_that_do_not_fit_the_config_are_listed(tmp_path, target, folders):
+    folder = Path(shutil.copytree(folders["eagle3"], tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mystery"] = tensors.pop("fc.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['fc.weight'\], unexpected \['mystery'\]"):
+        eagle3.generate(target.causal_lm, drafter=str(folder), inputs=as_ids([9]))
+
+
+def test_a_drafter_is_loaded_once_and_again_when_its_folder_is_replaced(tmp_path, target, folders):
+    model, folder = target.causal_lm, tmp_path / "out"
+    shutil.copytree(folders["eagle3"], folder)
+    first = eagle3.load_drafter(str(folder), model)
+    assert eagle3.load_drafter(str(folder), model) is first
+    shutil.rmtree(folder)
+    shutil.copytree(folders["trained"], folder)
+    again = eagle3.load_drafter(str(folder), model)
+    assert not torch.equal(again.tensors["fc.weight"], first.tensors["fc.weight"])
+    # A checkpoint of training has no embedding.
+    AutoDrafter.from_pretrained(folder).save_pretrained(tmp_path / "checkpoint")
+    assert "embed_tokens.weight" not in load_file(tmp_path / "checkpoint" / "model.safetensors")
+    bare = eagle3.load_drafter(str(tmp_path / "checkpoint"), model)
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in bare.tensors.items())
 
 
 @pytest.mark.parametrize("variant", ["eagle3", "dflash"])
@@ -241,11 +442,24 @@ def test_code_of_an_export_runs_only_when_trusted(target, folders):
 
 
 @pytest.mark.parametrize("family", ["eagle3", "dflash"])
-def test_the_published_file_names_its_repository(tmp_path, target, family):
-    export(make_drafter(family, target), target, tmp_path / "out", repo_id=f"org/tiny-{family}")
-    text = (tmp_path / "out" / "custom_generate" / "generate.py").read_text()
-    assert f"DRAFTER = 'org/tiny-{family}'\n" in text
-    assert "trl_draft_opd" not in text
+def test_the_published_file_names_its_repository_and_imports_no_more_than_it_may(tmp_path, family):
+    write_custom_generate(tmp_path, family, f"org/tiny-{family}")
+    tree = ast.parse((tmp_path / "custom_generate" / "generate.py").read_text())
+    values = [ast.literal_eval(node.value) for node in tree.body if ast.unparse(node).startswith("DRAFTER = ")]
+    assert values == [f"org/tiny-{family}"]
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {"." * node.level + node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    allowed = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "huggingface_hub"}
+    assert {name.split(".")[0] for name in imported} <= allowed
+
+
+@pytest.mark.parametrize("repo_id", ["org/na'me", 'org/"', "org/a\nimport os", "org/../x", "a/b/c", "org/na me"])
+def test_a_name_that_is_no_hub_id_never_gets_into_code(tmp_path, repo_id):
+    with pytest.raises(ValueError):
+        write_custom_generate(tmp_path, "eagle3", repo_id)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="`family` must be one of"):
+        write_custom_generate(tmp_path, "../eagle3", None)
 
 
 ALONE = """

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
-from huggingface_hub.utils import filter_repo_objects
 from oracle import greedy_text, plant
 from rich.console import Console
 from safetensors.torch import load_file
@@ -192,21 +190,6 @@ def test_the_target_answers_each_prompt_once_and_the_answers_are_kept(monkeypatc
     folder = str(tmp_path / "_trajectories")
     make_trainer("opd", tmp_path / "b", make_drafter("dflash", target), target, rows, trajectories=folder).train()
     assert len(asked) == 1 and not (tmp_path / "b" / "_trajectories").exists()
-
-
-def test_a_push_leaves_the_prompts_at_home(monkeypatch, tmp_path, target, rows):
-    pushed = {}
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.update(options))
-    trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, max_steps=1)
-    trainer.train()
-    monkeypatch.setattr(trainer, "init_hf_repo", lambda *args, **options: None)
-    monkeypatch.setattr(trainer, "create_model_card", lambda *args, **options: None)
-    trainer.hub_model_id = "user/drafter"
-    trainer.push_to_hub()
-    paths = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    sent = list(filter_repo_objects(paths, ignore_patterns=pushed["ignore_patterns"]))
-    assert "model.safetensors" in sent and any("shard" in path for path in paths)
-    assert not any("shard" in path or "manifest" in path for path in sent)
 
 
 def test_a_run_shorter_than_an_epoch_asks_only_for_what_it_trains_on(monkeypatch, tmp_path, target, rows):

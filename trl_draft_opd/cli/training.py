@@ -81,11 +81,15 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
         drafter = make_drafter(target, script.family, options, lambda: count_supervised(target, rows, reading))
     trainer = trainer_class(drafter, target, args, train_dataset=rows, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        # Saves first, so that a push that fails loses nothing.
+        commit = trainer.push_to_hub(dataset_name=script.dataset_name)
+    else:
+        trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         print(f"The drafter is in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        if args.push_to_hub:
+            print(f"and published as {commit}")
     return 0
 
 

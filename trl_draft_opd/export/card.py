@@ -13,10 +13,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .record import Measurement, StageRecord, TrainingRecord
+from .record_checks import check_record
 from .serving import (
     SERVING_FILE,
+    drafter_parameters,
     family_of,
     layer_ids_of,
+    measured_facts,
     num_drafts_of,
     placeholder,
     serving_settings,
@@ -30,7 +33,14 @@ CURVE_FILE = "training_curve.png"
 _NOTES = re.compile(r"<!-- notes -->(.*?)<!-- /notes -->", re.DOTALL)
 _FAMILY_NAMES = {"eagle3": "EAGLE-3", "dflash": "DFlash"}
 _METHODS = {"sft": "supervised fine-tuning", "opd": "Draft-OPD (on-policy distillation)"}
-_LICENCES = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+_HUB_LICENCES = frozenset(
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0 artistic-2.0 "
+    "bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 "
+    "cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
+    "cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 "
+    "gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa "
+    "unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other".split()
+)
 
 
 def write_card(
@@ -53,72 +63,89 @@ def write_card(
         repo_id (`str` or `None`): Hub id of the drafter.
         layouts (`Sequence[str]`): Layouts in the folder, the one at its root first.
         target_id (`str`, *optional*), target_architectures (`Sequence[str]`, *optional*): The target.
+
+    Raises:
+        ValueError: If an id is no Hub id, or the record is another drafter's or holds what must not be published. Nothing is
+            written then.
     """
     folder = Path(folder)
+    family = family_of(config)
+    if record is not None:
+        _check_fits(record, config)
     target_id = target_id or (record.target.name if record is not None else None)
     stages = list(record.stages) if record is not None else []
-    measurements = list(record.measurements) if record is not None else []
-    taus = sorted({round(m.tau, 2) for m in measurements})
     serving = serving_settings(
         config,
         target_id=target_id,
         repo_id=repo_id,
         target_architectures=target_architectures,
-        num_target_parameters=record.target.num_parameters if record is not None else None,
-        taus=taus,
+        layouts=layouts,
+        **measured_facts(record, config),
     )
-    family = family_of(config)
-    content = _about(config, record, repo_id, target_id) | {
-        "serving": serving,
-        "speculators_command": f"vllm serve {repo_id or placeholder(config)}-speculators"
-        if "speculators" in layouts
-        else None,
-        "break_even": serving["break_even"],
-        "taus": [f"{tau:.2f}" for tau in taus],
-        "has_curve": _draw_curve(stages, folder),
-        "curve_rows": _curve_rows(stages),
-        "notes": _earlier_notes(folder),
-    }
-    if layouts[0] == "speculators":
-        content["serving"] = serving | {
-            "vllm": {"command": f"vllm serve {repo_id or placeholder(config)}"},
-            "readers": {"vLLM": "yes", "speculators": "yes", "SGLang": "no: it reads the flat layout alone"},
-        }
-        content["speculators_command"] = None
+    content = _content(config, record, serving, repo_id=repo_id, target_id=target_id, layouts=layouts)
+    content |= {"has_curve": _draw_curve(stages, folder), "notes": _earlier_notes(folder)}
     card = ModelCard.from_template(
-        _metadata(family, layouts, stages, target_id),
+        _metadata(family, layouts, stages, target_id, serving["readers"]),
         template_path=str(Path(__file__).parent / "card.md.jinja"),
         **content,
     )
     card.save(folder / CARD_FILE)
 
 
-def _about(
-    config: dict[str, Any], record: TrainingRecord | None, repo_id: str | None, target_id: str | None
+def _content(
+    config: dict[str, Any],
+    record: TrainingRecord | None,
+    serving: dict[str, Any],
+    *,
+    repo_id: str | None,
+    target_id: str | None,
+    layouts: Sequence[str],
 ) -> dict[str, Any]:
-    """Return what the card says of the drafter itself."""
+    """Return what the template names, but for what depends on the folder."""
     family = family_of(config)
-    stages = record.stages if record is not None else []
-    measurements = record.measurements if record is not None else []
-    link = f"[{plain(target_id)}](https://huggingface.co/{target_id})" if target_id else None
-    names = f"{repo_id or placeholder(config)} --target {target_id or 'ORG/TARGET'}"
+    stages = list(record.stages) if record is not None else []
+    measurements = list(record.measurements) if record is not None else []
+    repo = repo_id or placeholder(config)
+    break_even = serving["break_even"]
+    target_link = f"[{plain(target_id)}](https://huggingface.co/{target_id})"
     return {
         "title": plain(repo_id.split("/")[-1] if repo_id else f"{_FAMILY_NAMES[family]} drafter"),
         "family": family,
-        "family_name": ("An " if family == "eagle3" else "A ") + f"**{_FAMILY_NAMES[family]}**",
-        "target_text": link or "a target that is not on the Hub",
+        "article": "An" if family == "eagle3" else "A",
+        "family_name": _FAMILY_NAMES[family],
+        "target_text": target_link if target_id else "a target that is not on the Hub",
         "drafts": num_drafts_of(config),
         "stages_text": _stages_text(stages),
         "facts": _facts(config, record, target_id),
+        "serving": serving,
+        "serves": {name: not answer.startswith("no") for name, answer in serving["readers"].items()},
         "serving_file": SERVING_FILE,
-        "curve_file": CURVE_FILE,
+        "is_placeholder": repo_id is None or target_id is None,
+        "speculators_command": f"vllm serve {repo}-speculators" if "speculators" in layouts[1:] else None,
         "measurements": [_measurement(m) for m in measurements],
         "lossless": _lossless(measurements),
-        "verify_command": f"trl-draft-opd verify {names} --prompts prompts.jsonl --trust-remote-code",
+        "verify_command": f"trl-draft-opd verify {repo} --target {target_id or 'ORG/TARGET'} --prompts prompts.jsonl",
+        "break_even": break_even,
+        "break_even_taus": list(break_even["rows"][0]["speedup"]) if break_even else [],
+        "has_best": bool(break_even and break_even["rows"][0]["best_drafts"]),
         "stages": [_stage(stage) for stage in stages],
+        "curve_file": CURVE_FILE,
+        "curve_rows": _curve_rows(stages),
         "temperature_limit": _temperature_limit(measurements),
         "versions": _versions(record),
     }
+
+
+def _check_fits(record: TrainingRecord, config: dict[str, Any]) -> None:
+    """Raise `ValueError` if a record must not be published, or tells of another drafter."""
+    check_record(record)
+    own = (family_of(config), config["vocab_size"], config["target_hidden_size"])
+    other = (record.family, record.target.vocab_size, record.target.hidden_size)
+    if own != other:
+        raise ValueError(
+            f"The training record is another drafter's: family, vocabulary and target width are {other}, here they are {own}. Give the "
+            "record of this drafter, or none."
+        )
 
 
 def plain(text: Any) -> str:
@@ -128,25 +155,41 @@ def plain(text: Any) -> str:
 
 
 def _metadata(
-    family: str, layouts: Sequence[str], stages: Sequence[StageRecord], target_id: str | None
+    family: str,
+    layouts: Sequence[str],
+    stages: Sequence[StageRecord],
+    target_id: str | None,
+    readers: dict[str, str],
 ) -> ModelCardData:
-    tags = ["speculative-decoding", family, "draft-model", "vllm"]
-    tags += ["sglang"] if layouts[0] == "flat" else []
-    tags += ["speculators"] if "speculators" in layouts else []
+    def reads(name: str) -> bool:
+        return not readers.get(name, "no").startswith("no")
+
+    tags = ["speculative-decoding", family, "draft-model"]
+    tags += [
+        tag for tag, name in (("vllm", "vLLM"), ("sglang", "SGLang"), ("speculators", "speculators")) if reads(name)
+    ]
+    tags += ["transformers"] if reads("transformers (assistant_model)") else []
     tags += ["custom_generate"] if layouts[0] == "flat" and (family == "eagle3" or "transformers" in layouts) else []
     tags += ["trl", "draft-opd"]
     names = list(dict.fromkeys(stage.dataset.name for stage in stages if stage.dataset.name))
-    licences = {stage.dataset.licence for stage in stages if stage.dataset.licence}
-    licence = licences.pop() if len(licences) == 1 else None
     return ModelCardData(
-        # As given for the data; several licences are for the author to weigh.
-        license=licence if licence and _LICENCES.fullmatch(licence) else None,
         base_model=target_id,
         library_name="speculators" if layouts[0] == "speculators" else "transformers",
         pipeline_tag="text-generation",
         datasets=names or None,
         tags=tags,
+        **_licence(stages),
     )
+
+
+def _licence(stages: Sequence[StageRecord]) -> dict[str, str]:
+    """Return the card's licence as it was given for the data; several, or none, are for the author to weigh."""
+    given = {stage.dataset.licence for stage in stages}
+    if len(given) != 1 or None in given:
+        return {}
+    name = given.pop()
+    # The Hub refuses a card that names a licence it does not list.
+    return {"license": name.lower()} if name.lower() in _HUB_LICENCES else {"license": "other", "license_name": name}
 
 
 def _stages_text(stages: Sequence[StageRecord]) -> str:
@@ -163,12 +206,14 @@ def _facts(config: dict[str, Any], record: TrainingRecord | None, target_id: str
         switched = f"; trained with {arguments}" if arguments else "; no switch for thinking was set"
         facts.append(("chat template", f"the target's, sha256 {target.chat_template_sha256[:12]}{switched}"))
     facts.append(("family", _FAMILY_NAMES[family_of(config)]))
+    facts.append(("parameters", f"{drafter_parameters(config):,}, {_not_counted(config)}"))
     if family_of(config) == "dflash":
         facts.append(("block", f"{config['block_size']} slots: the anchor and {num_drafts_of(config)} drafts"))
         facts.append(("layers", str(config["num_hidden_layers"])))
         facts.append(("mask token", str(config["mask_token_id"])))
     else:
         facts.append(("drafts in training", str(num_drafts_of(config))))
+        facts.append(("norms", _norms(config)))
         part = "all" if config["draft_vocab_size"] == config["vocab_size"] else f"{config['draft_vocab_size']}"
         facts.append(("draft vocabulary", f"{part} of {config['vocab_size']} tokens"))
     ids = layer_ids_of(config)
@@ -181,12 +226,25 @@ def _facts(config: dict[str, Any], record: TrainingRecord | None, target_id: str
     return facts
 
 
+def _not_counted(config: dict[str, Any]) -> str:
+    if family_of(config) == "dflash":
+        return "the target's embedding and head, which it uses, not counted"
+    return "the copy of the target's embedding not counted"
+
+
+def _norms(config: dict[str, Any]) -> str:
+    flags = [name for name in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output") if config[name]]
+    return ", ".join(f"`{name}`" for name in flags) or "as in EAGLE-3's own code, no further ones"
+
+
 def _measurement(m: Measurement) -> dict[str, str]:
     law = f"{m.temperature:g}" + (", drawn drafts" if m.draft_sampling == "sample" else "")
+    ending = ", end of sequence ignored" if m.ignore_eos else ""
     return {
         "prompts": f"{plain(m.prompt_set)} ({m.num_prompts})",
         "temperature": law,
         "drafts": str(m.num_drafts),
+        "how": f"{m.target_dtype}, batch {m.batch_size}, at most {m.max_new_tokens} tokens{ending}",
         "tau": f"{m.tau:.3f} [{m.tau_low:.3f}, {m.tau_high:.3f}]",
         "slots": " ".join(f"{rate:.2f}" for rate in m.acceptance_per_slot),
     }
@@ -234,7 +292,14 @@ def _versions(record: TrainingRecord | None) -> str:
 
 def _earlier_notes(folder: Path) -> str:
     path = folder / CARD_FILE
-    found = _NOTES.search(path.read_text("utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return "\n"
+    found = _NOTES.search(path.read_text("utf-8"))
+    if found is None:
+        logger.warning(
+            "%s has no `<!-- notes -->` ... `<!-- /notes -->`, so all of it is replaced. Text between these two survives.",
+            path,
+        )
     return found.group(1) if found else "\n"
 
 

@@ -178,12 +178,45 @@ def transformers_snippet(
     )
 
 
-def readers(config: dict[str, Any], target_architectures: Sequence[str] = ()) -> dict[str, str]:
-    """Return, by consumer, `"yes"` or `"no: "` and why it cannot load this drafter."""
-    refusals = (
-        _eagle3_refusals(config) if family_of(config) == "eagle3" else _dflash_refusals(config, target_architectures)
-    )
-    return {name: f"no: {'; '.join(reasons)}" if reasons else "yes" for name, reasons in refusals.items()}
+def readers(
+    config: dict[str, Any],
+    target_architectures: Sequence[str] = (),
+    layouts: Sequence[str] = ("flat", "speculators", "transformers"),
+) -> dict[str, str]:
+    """
+    Return, by consumer, `"yes"`, `"yes, "` and on which condition, or `"no: "` and why it cannot load this drafter.
+
+    Args:
+        config (`dict`): The flat config.
+        target_architectures (`Sequence[str]`, *optional*): The target's.
+        layouts (`Sequence[str]`, *optional*): Layouts in the repository, the one at its root first.
+    """
+    family = family_of(config)
+    refusals = _eagle3_refusals(config) if family == "eagle3" else _dflash_refusals(target_architectures)
+    conditions = {"EAGLE's code": "if the target's weights lie in several files with an index"}
+    if set(target_architectures) & set(_NOT_IN_VLLM):
+        conditions["vLLM"] = "with `--model-impl transformers`: its own class of this target hands out no layers"
+    elif family == "dflash":
+        conditions["vLLM"] = "with an attention backend that can be non-causal (FlashAttention, FlexAttention)"
+    answers = {}
+    for name, reasons in refusals.items():
+        missing = _missing_layout(name, layouts)
+        if missing is not None:
+            reasons = [missing]
+        condition = f", {conditions[name]}" if name in conditions else ""
+        answers[name] = f"no: {'; '.join(reasons)}" if reasons else f"yes{condition}"
+    return answers
+
+
+def _missing_layout(reader: str, layouts: Sequence[str]) -> str | None:
+    """Return what a reader misses in a repository, or `None`."""
+    root = layouts[0]
+    if reader in ("speculators", "transformers (assistant_model)"):
+        layout = reader.split()[0]
+        return None if layout in layouts else f"the repository does not hold the {layout} layout"
+    if root == "flat" or (reader == "vLLM" and root == "speculators"):
+        return None
+    return f"it reads the flat layout, and the root of this repository is the {root} one"
 
 
 def _eagle3_refusals(config: dict[str, Any]) -> dict[str, list[str]]:
@@ -191,8 +224,7 @@ def _eagle3_refusals(config: dict[str, Any]) -> dict[str, list[str]]:
     layers, ids = config["num_target_layers"], layer_ids_of(config)
     is_default = layers is not None and ids == [1, layers // 2 - 1, layers - 4]
     convention = [] if is_default else [f"it always reads the layers [1, N // 2 - 1, N - 4], the drafter reads {ids}"]
-    normed = [f"it has no {', '.join(flags)}"] if flags else []
-    eagle = convention + normed
+    eagle = convention + ([f"it has no {', '.join(flags)}"] if flags else [])
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         eagle = [*eagle, "it takes the head size for hidden_size / num_attention_heads"]
     if config["rope_scaling"] is not None:
@@ -207,7 +239,7 @@ def _eagle3_refusals(config: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _dflash_refusals(config: dict[str, Any], target_architectures: Sequence[str]) -> dict[str, list[str]]:
+def _dflash_refusals(target_architectures: Sequence[str]) -> dict[str, list[str]]:
     foreign = sorted(set(target_architectures) & set(_NOT_IN_SGLANG_DFLASH))
     return {
         "vLLM": [],
@@ -219,53 +251,100 @@ def _dflash_refusals(config: dict[str, Any], target_architectures: Sequence[str]
     }
 
 
-def drafter_reads(config: dict[str, Any]) -> int:
+def drafter_parameters(config: dict[str, Any]) -> int:
+    """Return how many parameters are trained: neither the target's embedding nor, for DFlash, its head."""
+    hidden, width = config["hidden_size"], config["head_dim"]
+    if family_of(config) == "dflash":
+        # Two norms per layer and two per head size; one norm of the context and one at the end.
+        norms = config["num_hidden_layers"] * (2 * hidden + 2 * width) + 2 * hidden
+        return _fused(config) + config["num_hidden_layers"] * _layer(config) + norms
+    count, target = config["num_aux_hidden_states"], config["target_hidden_size"]
+    norms = 4 * hidden + count * target * (int(config["fc_norm"]) + int(config["norm_before_fc"]))
+    return _fused(config) + _layer(config) + hidden * config["draft_vocab_size"] + norms
+
+
+def _fused(config: dict[str, Any]) -> int:
+    return len(layer_ids_of(config)) * config["target_hidden_size"] * config["hidden_size"]
+
+
+def _layer(config: dict[str, Any]) -> int:
+    """Return the parameters of one layer's matrices; EAGLE-3's projections read embedding and state side by side."""
+    hidden, width = config["hidden_size"], config["head_dim"]
+    queries, keys = width * config["num_attention_heads"], width * config["num_key_value_heads"]
+    inputs = 2 * hidden if family_of(config) == "eagle3" else hidden
+    return inputs * (queries + 2 * keys) + queries * hidden + 3 * hidden * config["intermediate_size"]
+
+
+def drafter_reads(config: dict[str, Any], num_drafts: int | None = None) -> int:
     """
     Return how many parameters are read to draft one block: the layers once per sequential pass, the head where it is used.
 
     EAGLE-3 runs its layer and head once per draft; DFlash runs its layers once, and the target's head on all slots at once.
+
+    Args:
+        config (`dict`): The flat config.
+        num_drafts (`int`, *optional*): Drafts per block; what the drafter was trained for by default.
     """
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    attended = config["head_dim"] * (config["num_attention_heads"] + config["num_key_value_heads"])
-    fused = len(layer_ids_of(config)) * config["target_hidden_size"] * hidden
     if family_of(config) == "dflash":
-        layer = 2 * hidden * attended + 3 * hidden * inner
-        return fused + config["num_hidden_layers"] * layer + hidden * config["vocab_size"]
-    queries = config["head_dim"] * config["num_attention_heads"]
-    keys = config["head_dim"] * config["num_key_value_heads"]
-    layer = 2 * hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
-    return fused + num_drafts_of(config) * (layer + hidden * config["draft_vocab_size"])
+        head = config["hidden_size"] * config["vocab_size"]
+        return _fused(config) + config["num_hidden_layers"] * _layer(config) + head
+    drafts = num_drafts_of(config) if num_drafts is None else num_drafts
+    return _fused(config) + drafts * (_layer(config) + config["hidden_size"] * config["draft_vocab_size"])
 
 
 def break_even(
-    config: dict[str, Any], num_target_parameters: int, taus: Sequence[float] = (), *, ridge_tokens: int = RIDGE_TOKENS
+    config: dict[str, Any],
+    num_target_parameters: int,
+    taus: Sequence[float] = (),
+    acceptance: Sequence[float] = (),
+    *,
+    ridge_tokens: int = RIDGE_TOKENS,
 ) -> dict[str, Any]:
     """
     Estimate from which accepted length on a drafter pays.
 
     A forward on `n` tokens costs the time to read the weights, times `max(1, n / ridge_tokens)`: bound by memory below the
     ridge, by arithmetic above. A round verifies `batch * (K + 1)` tokens and drafts `batch * K`; plain decoding reads
-    `batch` tokens per pass. Attention over the text, sampling and launches are left out, so real engines need more.
+    `batch` tokens per pass. Attention over the text, sampling and launches are left out, so real engines need more. The
+    target counts as reading all its parameters, so mixtures of experts and large untied embeddings need more, too.
 
     Args:
         config (`dict`): The flat config.
         num_target_parameters (`int`): Parameters of the target.
         taus (`Sequence[float]`, *optional*): Accepted lengths to give the speed-up at.
+        acceptance (`Sequence[float]` of length `K`, *optional*):
+            Share of blocks that keep at least `k` drafts. With it, EAGLE-3 is also tried with fewer drafts, whose accepted length is
+            taken to be `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see each other, so a shorter
+            block is another input.
         ridge_tokens (`int`, *optional*): Tokens per forward at the ridge of the hardware's roofline.
 
     Returns:
         `dict` with `draft_cost` (drafting one block at batch 1, in target passes), `ridge_tokens`, and `rows`: per batch size, the
-        break-even tau and, by tau, the expected speed-up.
+        break-even tau, by tau the expected speed-up, and `best_drafts` with its speed-up, or `None` where it cannot be told.
     """
-    drafts, share = num_drafts_of(config), drafter_reads(config) / num_target_parameters
-    # Tokens a drafter's forward reads per row: one at a time, or the whole block.
-    width = drafts + 1 if family_of(config) == "dflash" else 1
+    drafts = num_drafts_of(config)
+    can_vary = family_of(config) == "eagle3" and len(acceptance) == drafts
     rows = []
     for batch in BATCH_SIZES:
-        plain = max(1.0, batch / ridge_tokens)
-        verify = max(1.0, batch * (drafts + 1) / ridge_tokens)
-        draft = share * max(1.0, batch * width / ridge_tokens)
-        needed = (verify + draft) / plain
+        needed = _round_cost(config, num_target_parameters, batch, drafts, ridge_tokens)
+        best = None
+        if can_vary:
+            found = {
+                k: (1 + sum(acceptance[:k])) / _round_cost(config, num_target_parameters, batch, k, ridge_tokens)
+                for k in range(1, drafts + 1)
+            }
+            k = max(found, key=found.__getitem__)
+            best = {"num_drafts": k, "speedup": round(found[k], 2)}
         speedups = {f"{tau:.2f}": round(tau / needed, 2) for tau in taus}
-        rows.append({"batch": batch, "break_even_tau": round(needed, 2), "speedup": speedups})
+        rows.append({"batch": batch, "break_even_tau": round(needed, 2), "speedup": speedups, "best_drafts": best})
+    share = drafter_reads(config) / num_target_parameters
     return {"draft_cost": round(share, 4), "ridge_tokens": ridge_tokens, "rows": rows}
+
+
+def _round_cost(config: dict[str, Any], num_target_parameters: int, batch: int, drafts: int, ridge: int) -> float:
+    """Return what drafting and verifying a block costs, in plain decoding passes of the same batch."""
+    # Tokens a drafter's forward reads per row: one at a time, or the whole block.
+    width = drafts + 1 if family_of(config) == "dflash" else 1
+    verify = max(1.0, batch * (drafts + 1) / ridge)
+    draft = drafter_reads(config, drafts) / num_target_parameters * max(1.0, batch * width / ridge)
+    return (verify + draft) / max(1.0, batch / ridge)

@@ -3,6 +3,7 @@
 Settings both trainers share. A default lives here or in one of the two config files, and nowhere else.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,14 @@ class DraftTrainingConfig(_BaseConfig):
         eval_rollouts (`bool`, *optional*, defaults to `True`):
             Decode the evaluation prompts and report tau and acceptance per slot; the loss alone does not tell them.
 
+        > Parameters that control publishing
+
+        hub_target_id (`str`, *optional*):
+            The target's Hub id, `ORG/NAME`, by which a published drafter names it. Defaults to the id the target was loaded by; needed
+            to push when it was loaded from a folder or given as an instance.
+        dataset_id (`str`, *optional*), dataset_license (`str`, *optional*):
+            Hub id and licence of the training data, for the card. Not guessed: without them the card says that they were not given.
+
     > [!NOTE]
     > Defaults that differ from TRL's: `gradient_checkpointing=False` (the blocks' keys and values are side results that a second
     > forward would repeat), `bf16` only where an accelerator is present, `learning_rate=3e-4`, `lr_scheduler_type="cosine"`,
@@ -164,6 +173,12 @@ class DraftTrainingConfig(_BaseConfig):
         default=True, metadata={"help": "Decode the evaluation prompts and report tau and acceptance per slot."}
     )
 
+    hub_target_id: str | None = field(
+        default=None, metadata={"help": "The target's Hub id, by which a published drafter names it."}
+    )
+    dataset_id: str | None = field(default=None, metadata={"help": "Hub id of the training data, for the card."})
+    dataset_license: str | None = field(default=None, metadata={"help": "Licence of the training data, for the card."})
+
     def __post_init__(self):
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
@@ -197,9 +212,31 @@ class DraftTrainingConfig(_BaseConfig):
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     @property
+    def completions_are_given(self) -> bool:
+        """Whether the text trained on came with the data, and was not written by the target in this run or before it."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings for logs and reports; what could be a credential inside of a dictionary is masked, too."""
+        return {name: _masked(value) for name, value in super().to_dict().items()}
+
+    @property
     def uses_d_pace(self) -> bool:
         """Whether slots are weighed by D-PACE."""
         return self.slot_weighting == "d_pace"
+
+
+_CREDENTIAL = re.compile("token|secret|passw|api_?key|credential|authorization", re.IGNORECASE)
+
+
+def _masked(value: Any) -> Any:
+    """Return a setting with the values of keys that name credentials left out."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: f"<{str(key).upper()}>" if _CREDENTIAL.search(str(key)) and isinstance(inner, str) else _masked(inner)
+        for key, inner in value.items()
+    }
 
 
 def check_loss_type(name: str, loss_type: str) -> None:

@@ -11,12 +11,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
-from .._trl import _BaseTrainer, _ForwardRedirection
+from .._trl import _ForwardRedirection
 from ..anchors import (
     AnchorBatch,
     draft_text,
@@ -35,7 +33,8 @@ from ..target import FrozenTarget, TargetReading
 from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
-from .metrics import MetricSums, rollout_sums
+from .metrics import rollout_sums
+from .publishing import PublishingTrainer
 from .responses import ResponseSource
 from .setup import (
     check_finite,
@@ -49,7 +48,7 @@ from .setup import (
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
-class DraftOPDTrainer(_BaseTrainer):
+class DraftOPDTrainer(PublishingTrainer):
     """
     Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an error
     position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
@@ -93,12 +92,8 @@ class DraftOPDTrainer(_BaseTrainer):
     """
 
     _tag_names = ["trl", "draft-opd", "speculative-decoding"]
+    _method = "opd"
     _name = "DraftOPD"
-    _paper = {
-        "title": "Draft-OPD: On-Policy Distillation for Speculative Draft Models",
-        "id": "2605.29343",
-        "citation": "@article{draftopd2026, title={Draft-OPD: On-Policy Distillation for Speculative Draft Models}, year={2026}, eprint={2605.29343}}",
-    }
     # The loss is divided by weight sums of the whole optimiser step, accumulation included.
     loss_is_scaled_for_ga = True
 
@@ -140,6 +135,7 @@ class DraftOPDTrainer(_BaseTrainer):
         else:
             eval_dataset = self._prepare_dataset(eval_dataset, args, drafter, False)
         compile_drafter(drafter, args)
+        self._prepare_publishing(args, drafter)
         super().__init__(
             model=drafter,
             args=args,
@@ -159,7 +155,6 @@ class DraftOPDTrainer(_BaseTrainer):
             show_progress=not args.disable_tqdm and self.accelerator.is_local_main_process,
         )
         self._redirect = _ForwardRedirection()
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._console = Console()
         self.model.add_model_tags(self._tag_names)
 
@@ -401,31 +396,5 @@ class DraftOPDTrainer(_BaseTrainer):
             sums = weight_sums([anchors], self.streams, drafter.draft_token_ids)
             result = self._step_loss({"rollout": rollout, "anchors": anchors, "reading": None}, sums)
         self._sums["eval"].add(result.sums)
-        self._sums["eval"].add(rollout_sums(rollout))
+        self._count_rollout(rollout, prompt_rows(inputs))
         return result.loss.detach(), None, None
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate one dataset and add the metrics gathered on it, under its own prefix."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = self._sums["eval"].pop()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    # -- logs ----------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered in training since the last log."""
-        if not next(iter(logs)).startswith("eval_"):
-            logs.update(self._sums["train"].pop())
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 0: transformers' estimate counts a language model's tokens, which says nothing about blocks."""
-        return 0

@@ -73,3 +73,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             return 1.0
         defaults = {"eagle3": 0.8, "dflash": 0.87}
         return defaults[family] if self.position_decay is None else self.position_decay
+
+    @property
+    def completions_are_given(self) -> bool:
+        return not self.regenerate

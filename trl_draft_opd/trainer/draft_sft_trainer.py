@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
-from .._trl import _BaseTrainer, _ForwardRedirection
+from .._trl import _ForwardRedirection
 from ..anchors import sample_anchors
 from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
 from .draft_sft_config import DraftSFTConfig
-from .metrics import MetricSums, rollout_sums
+from .publishing import PublishingTrainer
 from .responses import answer_all
 from .setup import (
     check_finite,
@@ -35,7 +33,7 @@ from .setup import (
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
-class DraftSFTTrainer(_BaseTrainer):
+class DraftSFTTrainer(PublishingTrainer):
     """
     Trainer of a drafter on completions of its target: blocks are drafted at sampled anchors, teacher-forced on the text.
 
@@ -75,6 +73,7 @@ class DraftSFTTrainer(_BaseTrainer):
     """
 
     _tag_names = ["trl", "draft-sft", "speculative-decoding"]
+    _method = "sft"
     _name = "DraftSFT"
     # The loss is divided by weight sums of the whole optimiser step, accumulation included.
     loss_is_scaled_for_ga = True
@@ -115,6 +114,7 @@ class DraftSFTTrainer(_BaseTrainer):
         else:
             eval_dataset = self._prepare_dataset(eval_dataset, args, drafter)
         compile_drafter(drafter, args)
+        self._prepare_publishing(args, drafter)
         super().__init__(
             model=drafter,
             args=args,
@@ -126,7 +126,6 @@ class DraftSFTTrainer(_BaseTrainer):
         )
         check_launch(self.accelerator, args.n_gpu)
         self._redirect = _ForwardRedirection()
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self.model.add_model_tags(self._tag_names)
 
     def _prepare_dataset(
@@ -245,7 +244,7 @@ class DraftSFTTrainer(_BaseTrainer):
             generator = torch.Generator().manual_seed(self.args.seed)
             with self.accelerator.autocast():
                 rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, generator)
-            self._sums["eval"].add(rollout_sums(rollout))
+            self._count_rollout(rollout, self._prompts(inputs))
         return result.loss.detach(), None, None
 
     @staticmethod
@@ -253,29 +252,3 @@ class DraftSFTTrainer(_BaseTrainer):
         """Return what stands before each row's first completion token."""
         starts = inputs["completion_mask"].long().argmax(dim=1).tolist()
         return [row[: max(start, 1)] for row, start in zip(inputs["input_ids"].tolist(), starts, strict=True)]
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate one dataset and add the metrics gathered on it, under its own prefix."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = self._sums["eval"].pop()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    # -- logs ----------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered in training since the last log."""
-        if not next(iter(logs)).startswith("eval_"):
-            logs.update(self._sums["train"].pop())
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 0: transformers' estimate counts a language model's tokens, which says nothing about blocks."""
-        return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 
+_FAMILIES = ("eagle3", "dflash")
 _PLACE = "DRAFTER = None\n"
 
 
@@ -22,8 +23,10 @@ def write_custom_generate(folder: str | Path, family: str, repo_id: str | None) 
         repo_id (`str` or `None`): Hub id the folder will have; without one, callers name the drafter: `drafter="..."`.
 
     Raises:
-        ValueError: If `repo_id` cannot be a Hub id.
+        ValueError: If `repo_id` cannot be a Hub id, or there is no such family.
     """
+    if family not in _FAMILIES:
+        raise ValueError(f"`family` must be one of {_FAMILIES}, got {family!r}.")
     source = (Path(__file__).parent / f"{family}.py").read_text("utf-8")
     if source.count(_PLACE) != 1:
         raise ValueError(f"{family}.py must hold {_PLACE!r} once.")

@@ -3,8 +3,11 @@
 Decode with a DFlash drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
 Takes every argument of `generate`, and `drafter`, the folder or Hub id of the drafter, in place of the one named below. Uses
-transformers' own DFlash decoding: one sequence at a time, any target whose cache can be cropped.
+transformers' own DFlash decoding, which reads the `transformers/` folder of the repository: one sequence at a time, any target whose
+cache can be cropped, and whole blocks alone.
 """
+
+from pathlib import Path
 
 import torch
 from transformers import AutoModel
@@ -13,23 +16,33 @@ from transformers import AutoModel
 # Where the drafter lies; filled in when it is published.
 DRAFTER = None
 
+# (source, device, dtype) to (which files, drafter).
 _LOADED: dict = {}
 
 
 def load_drafter(source: str | None, model: torch.nn.Module) -> torch.nn.Module:
-    """Load the drafter in the target's precision, once per place, device and precision."""
+    """Load the drafter in the target's precision, once per place, device and precision; a replaced folder is read again."""
     source = source or DRAFTER
     if source is None:
         raise ValueError(
             'This file does not know where its drafter lies. Pass `drafter="ORG/NAME"`, or its local folder.'
         )
+    source, weights = str(source), Path(source) / "transformers" / "model.safetensors"
+    stamp = (weights.stat().st_ino, weights.stat().st_mtime_ns) if weights.is_file() else None
     device, dtype = model.get_input_embeddings().weight.device, model.dtype
-    key = (str(source), device, dtype)
-    if key not in _LOADED:
-        drafter = AutoModel.from_pretrained(source, subfolder="transformers", dtype=dtype)
-        _LOADED[key] = drafter.to(device).eval()
-    _check(_LOADED[key].config, model.config.get_text_config())
-    return _LOADED[key]
+    key = (source, device, dtype)
+    if key not in _LOADED or _LOADED[key][0] != stamp:
+        try:
+            drafter = AutoModel.from_pretrained(source, subfolder="transformers", dtype=dtype)
+        except OSError as error:
+            raise OSError(
+                f"Could not read the folder transformers/ of the drafter {source!r}: {error} Pass "
+                '`drafter="ORG/NAME"`, or the folder of an export.'
+            ) from error
+        _LOADED[key] = (stamp, drafter.to(device).eval())
+    drafter = _LOADED[key][1]
+    _check(drafter.config, model.config.get_text_config())
+    return drafter
 
 
 def _check(drafter, target) -> None:
@@ -47,21 +60,40 @@ def _check(drafter, target) -> None:
         raise ValueError(f"The drafter was made for another target: (drafter, target) {wrong}.")
 
 
-def generate(model: torch.nn.Module, drafter: str | None = None, **kwargs):
+def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int | None = None, **kwargs):
     """
     Decode with the target, verifying blocks of the drafter; the result is `model.generate`'s own.
 
     Args:
         model (`PreTrainedModel`): The target; transformers passes it.
-        drafter (`str`, *optional*): Folder or Hub id of the drafter.
+        drafter (`str`, *optional*): Folder or Hub id of the drafter; `draft_model` is understood, too.
+        num_drafts (`int`, *optional*): Drafts per block; transformers drafts whole blocks, so only their number fits.
         kwargs: Arguments of `generate`.
 
+    Returns:
+        What `model.generate` returns.
+
     Raises:
-        ValueError: If the drafter is unknown or of another target.
+        ValueError: If the drafter is unknown or of another target, or an argument asks for more than one sequence, beams,
+            guidance, or blocks of another size.
+        OSError: If the drafter cannot be found.
     """
     if kwargs.get("assistant_model") is not None:
         raise ValueError(
             "`assistant_model` is what this function supplies. Leave it out, or call `generate` without `custom_generate`."
         )
-    kwargs["assistant_model"] = load_drafter(drafter, model)
-    return model.generate(speculation_type="dflash", **kwargs)
+    config = kwargs.get("generation_config") or model.generation_config
+    for name in ("num_beams", "guidance_scale"):
+        # transformers would leave out the beams, and feed the guidance with drafts: another text, and no error.
+        value = kwargs.get(name) or getattr(config, name, None) or 1
+        if value != 1:
+            raise ValueError(f"DFlash decoding cannot keep to {name}={value}. Leave it out, or call plain `generate`.")
+    if drafter is None:
+        drafter = kwargs.pop("draft_model", None)
+    loaded = load_drafter(drafter, model)
+    if num_drafts not in (None, loaded.config.block_size - 1):
+        raise ValueError(
+            f"transformers drafts whole blocks, {loaded.config.block_size - 1} drafts for this drafter, got `num_drafts` {num_drafts}. "
+            "Leave it out."
+        )
+    return model.generate(**kwargs | {"assistant_model": loaded, "speculation_type": "dflash"})

@@ -4,17 +4,22 @@ Decode with an EAGLE-3 drafter: `target.generate(**inputs, custom_generate="ORG/
 
 Takes every argument of `generate`, and `drafter` (folder or Hub id, in place of the one named below) and `num_drafts`. One
 sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in the same order and with the same
-random numbers, so the text is that of plain decoding; drafts only decide how many tokens one pass of the target yields.
+random numbers, so the text is that of plain decoding; drafts only decide how many tokens one pass of the target yields. What remains
+is rounding: a pass over several tokens adds up in another order than one over a single token, which float32 hardly ever shows and
+bfloat16 may, where two tokens are all but equally likely.
 """
 
+import copy
 import json
+import threading
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, LlamaConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -23,6 +28,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 DRAFTER = None
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
+_LAYER = (
+    "input_layernorm hidden_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+    "mlp.gate_proj mlp.up_proj mlp.down_proj"
+).split()
+# What `generate` prepares for a target that reads text alone.
+_PREPARED = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+# (source, device, dtype) to (which files, drafter).
 _LOADED: dict = {}
 
 
@@ -33,22 +45,22 @@ class Drafter:
     Shape letters:  n = new positions, H = hidden size, F = width of the fused layers, h / g = heads / key-value heads, d = head size
     """
 
-    def __init__(self, source: str, device: torch.device, dtype: torch.dtype):
-        self.config = json.loads(_file(source, "config.json").read_text("utf-8"))
-        tensors = load_file(_file(source, "model.safetensors"))
-        # The embedding is the target's; the file holds a copy for engines that want one.
-        tensors.pop("embed_tokens.weight", None)
+    keys = values = last_state = None
+
+    def __init__(self, config: dict, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype):
+        self.config, self.dtype = config, dtype
         self.tensors = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
         }
-        self.layer_ids = [int(i) for i in self.config["eagle_config"][_IDS]]
+        self.layer_ids = [int(i) for i in config["eagle_config"][_IDS]]
         names = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "rope_parameters")
-        self.rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: self.config[name] for name in names})).to(device)
-        self.forget()
+        self.rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: config[name] for name in names})).to(device)
 
-    def forget(self) -> None:
-        """Start a new text."""
-        self.keys = self.values = self.last_state = None
+    def for_new_text(self) -> "Drafter":
+        """Return a drafter with the same weights that has read nothing, so that calls in several threads stay apart."""
+        fresh = copy.copy(self)
+        fresh.keys = fresh.values = fresh.last_state = None
+        return fresh
 
     def _norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
         wide = states.float()
@@ -77,8 +89,8 @@ class Drafter:
 
     def read(self, features: torch.Tensor, next_embeds: torch.Tensor) -> None:
         """Append positions of the text: the target's features `(1, n, F)`, and the embedding `(1, n, H)` of the token behind each."""
-        states = self._fuse(features)
-        joined = self._join(next_embeds, states)
+        states = self._fuse(features.to(self.dtype))
+        joined = self._join(next_embeds.to(self.dtype), states)
         start = 0 if self.keys is None else self.keys.shape[2]
         key, value = self._place(self._heads("k", joined), start), self._heads("v", joined)
         self.keys = key if self.keys is None else torch.cat([self.keys, key], dim=2)
@@ -91,12 +103,12 @@ class Drafter:
         cos, sin = self.rotary(states, positions)
         return apply_rotary_pos_emb(states, states, cos, sin)[0]
 
-    def draft(self, token: torch.Tensor, count: int, embed) -> list[int]:
-        """Draft `count` tokens behind the anchor `token` (`(1, 1)`), whose own position has not been read yet."""
+    def draft(self, token: torch.Tensor, count: int, embed) -> torch.Tensor:
+        """Draft the `(1, count)` tokens behind the anchor `token` (`(1, 1)`), which the target has not read yet."""
         state, keys, values, drafts = self.last_state, self.keys, self.values, []
         position = keys.shape[2] - 1
         for step in range(count):
-            joined = self._join(embed(token).to(state.dtype), state)
+            joined = self._join(embed(token).to(self.dtype), state)
             if step > 0:
                 # The first step's key is the text's last entry.
                 keys = torch.cat([keys, self._place(self._heads("k", joined), position + step)], dim=2)
@@ -108,12 +120,13 @@ class Drafter:
             hidden = attended + (self._norm("midlayer.hidden_norm", state) if is_normed else state)
             hidden = hidden + self._mlp(self._norm("midlayer.post_attention_layernorm", hidden))
             normed = self._norm("norm", hidden)
-            draft = int(self._linear("lm_head", normed)[0, -1].argmax())
-            # `d2t` holds the distance from a draft id to the target's.
-            drafts.append(draft + int(self.tensors["d2t"][draft]) if "d2t" in self.tensors else draft)
+            token = self._linear("lm_head", normed)[:, -1].argmax(dim=-1, keepdim=True)
+            if "d2t" in self.tensors:
+                # The distance from a draft id to the target's.
+                token = token + self.tensors["d2t"][token]
+            drafts.append(token)
             state = normed if self.config.get("norm_output") else hidden
-            token = torch.tensor([[drafts[-1]]], device=token.device)
-        return drafts
+        return torch.cat([token[:, :0], *drafts], dim=1)
 
     def _mlp(self, states: torch.Tensor) -> torch.Tensor:
         gate = functional.silu(self._linear("midlayer.mlp.gate_proj", states))
@@ -121,23 +134,65 @@ class Drafter:
 
 
 def _file(source: str, name: str) -> Path:
-    folder = Path(source)
-    return folder / name if folder.is_dir() else Path(hf_hub_download(source, name))
+    folder, way_out = Path(source), 'Pass `drafter="ORG/NAME"`, or the folder of an export.'
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{source!r} holds no {name!r}, so it is no published drafter. {way_out}")
+        return folder / name
+    try:
+        return Path(hf_hub_download(source, name))
+    except HFValidationError as error:
+        raise ValueError(
+            f"The drafter {source!r} is neither a folder on this machine nor a Hub id. {way_out}"
+        ) from error
+    except OSError as error:
+        raise OSError(f"Could not get {name!r} of the drafter {source!r} from the Hub: {error} {way_out}") from error
+
+
+def _read(source: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read config and tensors, and refuse what is not the flat layout of an EAGLE-3 drafter."""
+    config = json.loads(_file(source, "config.json").read_text("utf-8"))
+    if _IDS not in (config.get("eagle_config") or {}):
+        raise ValueError(
+            f"{source!r} is no EAGLE-3 drafter in the flat layout: architectures {config.get('architectures')}, and no `eagle_config`. "
+            "Name a repository or folder that `trl-draft-opd export` made."
+        )
+    tensors = load_file(_file(source, "model.safetensors"))
+    # The embedding is the target's; the file holds a copy for engines that want one. `t2d` is read in training.
+    for name in ("embed_tokens.weight", "t2d"):
+        tensors.pop(name, None)
+    wanted = {f"midlayer.{name}.weight" for name in _LAYER} | {"fc.weight", "norm.weight", "lm_head.weight"}
+    if config.get("fc_norm"):
+        wanted |= {f"fc_norm.{i}.weight" for i in range(len(config["eagle_config"][_IDS]))}
+    if config.get("norm_before_fc"):
+        wanted |= {"input_norm.weight"}
+    if config["draft_vocab_size"] != config["vocab_size"]:
+        wanted |= {"d2t"}
+    if wanted != set(tensors):
+        raise ValueError(
+            f"The weights of {source!r} do not fit its config: missing {sorted(wanted - set(tensors))}, unexpected "
+            f"{sorted(set(tensors) - wanted)}. Download or export it again."
+        )
+    return config, tensors
 
 
 def load_drafter(source: str | None, model: torch.nn.Module) -> Drafter:
-    """Load the drafter in the target's precision, once per place, device and precision."""
+    """Load the drafter in the target's precision, once per place, device and precision; a replaced folder is read again."""
     source = source or DRAFTER
     if source is None:
         raise ValueError(
             'This file does not know where its drafter lies. Pass `drafter="ORG/NAME"`, or its local folder.'
         )
-    device, dtype = model.get_input_embeddings().weight.device, model.dtype
-    key = (str(source), device, dtype)
-    if key not in _LOADED:
-        _LOADED[key] = Drafter(str(source), device, dtype)
-    _check(_LOADED[key].config, model.config.get_text_config())
-    return _LOADED[key]
+    source, weights = str(source), Path(source) / "model.safetensors"
+    stamp = (weights.stat().st_ino, weights.stat().st_mtime_ns) if weights.is_file() else None
+    key = (source, model.get_input_embeddings().weight.device, model.dtype)
+    if key not in _LOADED or _LOADED[key][0] != stamp:
+        config, tensors = _read(source)
+        _check(config, model.config.get_text_config())
+        _LOADED[key] = (stamp, Drafter(config, tensors, *key[1:]))
+    drafter = _LOADED[key][1]
+    _check(drafter.config, model.config.get_text_config())
+    return drafter
 
 
 def _check(drafter: dict, target) -> None:
@@ -148,27 +203,31 @@ def _check(drafter: dict, target) -> None:
         "num_target_layers": (drafter.get("num_target_layers") or target.num_hidden_layers, target.num_hidden_layers),
     }
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    ids = drafter["eagle_config"][_IDS]
+    if max(ids) >= target.num_hidden_layers:
+        wrong["layers read"] = (ids, target.num_hidden_layers)
     if wrong:
         raise ValueError(f"The drafter was made for another target: (drafter, target) {wrong}.")
 
 
 class Taps:
-    """Keeps what some layers of the target gave out in its last forward pass."""
+    """Keeps what some layers of the target gave out in its last forward pass in this thread."""
 
     def __init__(self, model: torch.nn.Module, layer_ids: list[int]):
         layers = model.get_decoder().layers
-        self.outputs = [None] * len(layer_ids)
+        self.thread, self.outputs = threading.get_ident(), [None] * len(layer_ids)
         self.handles = [layers[layer].register_forward_hook(self._keep(i)) for i, layer in enumerate(layer_ids)]
 
     def _keep(self, index: int):
         def hook(module, arguments, output):
-            self.outputs[index] = output[0] if isinstance(output, tuple) else output
+            if threading.get_ident() == self.thread:
+                self.outputs[index] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    def features(self, count: int) -> torch.Tensor:
-        """Return `(1, count, F)`: the first positions of the last pass."""
-        return torch.cat([output[:, :count] for output in self.outputs], dim=-1)
+    def features(self, device: torch.device) -> torch.Tensor:
+        """Return `(1, n, F)` of the last pass, on one device, whichever the layers are on."""
+        return torch.cat([output.to(device) for output in self.outputs], dim=-1)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -181,48 +240,64 @@ def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int
 
     Args:
         model (`PreTrainedModel`): The target; transformers passes it.
-        drafter (`str`, *optional*): Folder or Hub id of the drafter.
+        drafter (`str`, *optional*): Folder or Hub id of the drafter; `draft_model` is understood, too.
         num_drafts (`int`, *optional*): Drafts per block; those of its training by default.
         kwargs: Arguments of `generate`.
 
+    Returns:
+        `torch.LongTensor` of shape `(1, length)`: prompt and response; or, with `return_dict_in_generate`, an output with
+        `sequences`, `past_key_values` and, where asked for, `scores` and `logits`.
+
     Raises:
         ValueError: If the drafter is unknown or of another target, or an argument asks for what blocks cannot do: more than one
-            sequence, beams, a cache that cannot be cropped.
+            sequence, beams, inputs that are not text, a cache that cannot be cropped, hidden states or attentions.
+        OSError: If the drafter cannot be found.
     """
     if kwargs.get("assistant_model") is not None:
         raise ValueError(
             "`assistant_model` has no part in EAGLE-3. Leave it out, or call `generate` without `custom_generate`."
         )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has an encoder; EAGLE-3 drafts for decoders alone. Call plain `generate`."
+        )
+    if drafter is None:
+        drafter = kwargs.pop("draft_model", None)
     loaded = load_drafter(drafter, model)
     count = loaded.config.get("ttt_steps", 3) if num_drafts is None else num_drafts
     if count < 1:
         raise ValueError(f"`num_drafts` must be at least 1, got {count}.")
-
+    kwargs = _with_stop_strings(kwargs)
     # transformers hands a function no streamer.
     streamer = kwargs.get("streamer")
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **rest):
         _check_decoding(model, input_ids, generation_config, rest)
         taps = Taps(model, loaded.layer_ids)
-        loaded.forget()
         try:
-            return _decode(
-                model,
-                loaded,
-                taps,
-                count,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                rest,
-            )
+            decoding = _Decoding(model, loaded.for_new_text(), taps, count, generation_config, rest["past_key_values"])
+            return decoding.run(input_ids, rest.get("attention_mask"), logits_processor, stopping_criteria, streamer)
         finally:
             taps.remove()
-            loaded.forget()
 
     return model.generate(custom_generate=decode, **kwargs)
+
+
+def _with_stop_strings(kwargs: dict) -> dict:
+    """Turn `stop_strings` into a criterion, because transformers hands a function no tokenizer."""
+    config = kwargs.get("generation_config")
+    strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
+    if not strings:
+        return kwargs
+    if kwargs.get("tokenizer") is None:
+        raise ValueError(f"`stop_strings` {strings!r} need the tokenizer. Pass `tokenizer=`.")
+    kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
+    if config is not None:
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings)
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
+    return kwargs
 
 
 def _check_decoding(model, input_ids, generation_config, rest: dict) -> None:
@@ -230,76 +305,115 @@ def _check_decoding(model, input_ids, generation_config, rest: dict) -> None:
         raise ValueError(
             f"One sequence at a time, got {input_ids.shape[0]} with num_beams={generation_config.num_beams}. Call `generate` once per prompt."
         )
+    unread = sorted(
+        name for name, value in rest.items() if name not in _PREPARED and value is not None and value is not False
+    )
+    if unread:
+        raise ValueError(
+            f"Blocks are decoded from `input_ids` and `attention_mask` alone, not with {unread}. Leave them out."
+        )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
     cache = rest.get("past_key_values")
-    if kinds or model._is_stateful or not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+    is_fresh = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not any(cache.is_sliding)
+    if kinds or model._is_stateful or not is_fresh:
         raise ValueError(
             f"Rejected drafts must be cut off the cache, which needs full attention in every layer and a fresh DynamicCache; got layers {sorted(kinds)} "
             f"and {type(cache).__name__}. Leave `cache_implementation`, `past_key_values` and `use_cache` at their defaults."
         )
+    positions, mask = rest.get("position_ids"), rest.get("attention_mask")
+    if positions is not None:
+        shown = torch.ones_like(input_ids[0], dtype=torch.bool) if mask is None else mask[0] != 0
+        if not torch.equal(positions.flatten()[shown], torch.arange(int(shown.sum()), device=positions.device)):
+            raise ValueError("`position_ids` must count the tokens of the prompt from 0. Leave them out.")
 
 
-def _decode(
-    model, drafter, taps, count, input_ids, logits_processor, stopping_criteria, generation_config, streamer, rest
-):
-    """Run rounds until the stopping criteria say so; `rest` holds what `generate` prepared for the model."""
-    cache, embed = rest["past_key_values"], model.get_input_embeddings()
-    mask = rest.get("attention_mask")
-    # A padded prompt is read without its padding, which the processors and the result still see.
-    padding = 0 if mask is None else int((mask[0] == 0).sum())
-    if padding and not bool((mask[0, :padding] == 0).all()):
-        raise ValueError(
-            "`attention_mask` hides tokens inside of the prompt; only padding to the left of it can be hidden."
+class _Decoding:
+    """One call of `generate`: the target and the drafter go in turns until the stopping criteria say so."""
+
+    def __init__(self, model, drafter: Drafter, taps: Taps, count: int, generation_config, cache: DynamicCache):
+        self.model, self.drafter, self.taps, self.count = model, drafter, taps, count
+        self.config, self.cache, self.embed = generation_config, cache, model.get_input_embeddings()
+        self.keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        self.keeps_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+        self.scores, self.logits = (), ()
+
+    def run(self, ids, mask, logits_processor, stopping_criteria, streamer):
+        """Return `ids` (`(1, n)`) and its continuation, in the form that the generation config asks for."""
+        # A padded prompt is read without its padding, which the processors and the result still see.
+        padding = 0 if mask is None else int((mask[0] == 0).sum())
+        if padding and bool((mask[0, :padding] != 0).any()):
+            raise ValueError(
+                "`attention_mask` hides tokens inside of the prompt; only padding to the left of it can be hidden."
+            )
+        pending, is_done = ids[:, padding:], False
+        num_candidates = 1
+        while not is_done:
+            logits, features = self._run_target(pending, num_candidates)
+            before = ids.shape[1]
+            for index in range(num_candidates):
+                # Each token on its own, behind those before it: what processors, criteria and the random numbers see is plain decoding.
+                row = logits[:, index].to(torch.float32, copy=True)
+                processed = logits_processor(ids, row)
+                self._keep(processed, row)
+                token = _choose(processed, self.config.do_sample)
+                ids = torch.cat([ids, token], dim=-1)
+                if streamer is not None:
+                    streamer.put(token[0].cpu())
+                is_done = bool(stopping_criteria(ids, self.scores if self.keeps_scores else None).all())
+                if is_done or index + 1 == num_candidates or int(token) != int(pending[0, index + 1]):
+                    break
+            # The last token was chosen, not read; all others before it are in the cache.
+            self._cut(ids.shape[1] - 1 - padding)
+            if not is_done:
+                num_read = features.shape[1] if num_candidates == 1 else ids.shape[1] - before
+                pending = self._draft(ids, features[:, :num_read])
+                num_candidates = pending.shape[1]
+        if streamer is not None:
+            streamer.end()
+        return self._result(ids)
+
+    def _run_target(self, pending: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the target on `pending` (`(1, n)`); return the last `num_candidates` rows of its logits, and `(1, n, F)` features."""
+        start = self.cache.get_seq_length()
+        positions = torch.arange(start, start + pending.shape[1], device=pending.device)[None]
+        keep = {"logits_to_keep": num_candidates} if self.model._supports_logits_to_keep() else {}
+        output = self.model(
+            input_ids=pending, position_ids=positions, past_key_values=self.cache, use_cache=True, **keep
         )
-    ids, pending, scores, raw = input_ids, input_ids[:, padding:], (), ()
-    start, is_done = 0, False
-    while not is_done:
-        positions = torch.arange(start, start + pending.shape[1], device=ids.device)[None]
-        is_first = start == 0
-        logits = model(
-            input_ids=pending,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **({"logits_to_keep": 1} if is_first and model._supports_logits_to_keep() else {}),
-        ).logits
-        drafts = [] if is_first else pending[0, 1:].tolist()
-        logits = logits[:, -1:] if is_first else logits
-        before = ids.shape[1]
-        for index in range(len(drafts) + 1):
-            row = logits[:, index].to(torch.float32, copy=True)
-            processed = logits_processor(ids, row)
-            token = _choose(processed, generation_config.do_sample)
-            ids = torch.cat([ids, token], dim=-1)
-            scores, raw = (*scores, processed), (*raw, row)
-            if streamer is not None:
-                streamer.put(token[0].cpu())
-            is_done = bool(stopping_criteria(ids, scores).all())
-            if is_done or index == len(drafts) or int(token) != drafts[index]:
-                break
-        # The last token was chosen, not read; all others before it are in the cache.
-        read = pending.shape[1] if is_first else ids.shape[1] - before
-        start += read
-        if not is_done:
-            rejected = cache.get_seq_length() - start
-            if rejected:
-                # A negative number is how many to cut off, in every version.
-                cache.crop(-rejected)
-            drafter.read(taps.features(read), embed(ids[:, -read:]))
-            room = generation_config.max_length - ids.shape[1] - 1 if generation_config.max_length else count
-            anchor = ids[:, -1:]
-            block = drafter.draft(anchor, max(0, min(count, room)), embed)
-            pending = torch.cat([anchor, torch.tensor([block], device=ids.device, dtype=ids.dtype)], dim=-1)
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return ids
-    return GenerateDecoderOnlyOutput(
-        sequences=ids,
-        scores=scores if generation_config.output_scores else None,
-        logits=raw if generation_config.output_logits else None,
-        past_key_values=cache,
-    )
+        # At once: a processor may run the target itself, as guidance does.
+        features = self.taps.features(self.embed.weight.device)
+        return output.logits[:, -num_candidates:].to(pending.device), features
+
+    def _cut(self, length: int) -> None:
+        """Cut rejected drafts off the cache."""
+        rejected = self.cache.get_seq_length() - length
+        if rejected > 0:
+            # A negative number is how many to cut off, in every version.
+            self.cache.crop(-rejected)
+
+    def _draft(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Read the committed tokens' features; return the anchor and the drafts behind it, `(1, 1 + drafts)`."""
+        self.drafter.read(features, self.embed(ids[:, -features.shape[1] :]))
+        # The target adds a token of its own to every block.
+        room = self.count if self.config.max_length is None else self.config.max_length - ids.shape[1] - 1
+        anchor = ids[:, -1:]
+        return torch.cat([anchor, self.drafter.draft(anchor, max(0, min(self.count, room)), self.embed)], dim=-1)
+
+    def _keep(self, processed: torch.Tensor, row: torch.Tensor) -> None:
+        if self.keeps_scores:
+            self.scores = (*self.scores, processed)
+        if self.keeps_logits:
+            self.logits = (*self.logits, row)
+
+    def _result(self, ids: torch.Tensor):
+        if not self.config.return_dict_in_generate:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,
+            scores=self.scores if self.keeps_scores else None,
+            logits=self.logits if self.keeps_logits else None,
+            past_key_values=self.cache,
+        )
 
 
 def _choose(scores: torch.Tensor, is_drawn: bool) -> torch.Tensor:

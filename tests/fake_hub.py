@@ -1,0 +1,198 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+A stand-in for the Hub on this machine: the part of its HTTP API that uploads use, with repositories in memory, a record of
+every request, and failures on demand.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+USER = "someone"
+
+
+@dataclass
+class Repository:
+    """Files by name and branch, and the commits made."""
+
+    private: bool
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    commits: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class FakeHub:
+    """What the server knows, and what it was asked; `failures` are served before anything else."""
+
+    token: str
+    endpoint: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)
+    #: `(part of the path, status or "drop", how often)`
+    failures: list[list] = field(default_factory=list)
+
+    def fail(self, part: str, status: int | str, times: int = 1) -> None:
+        """Answer the next `times` requests whose path holds `part` with a status, or drop the connection."""
+        self.failures.append([part, status, times])
+
+    def failure(self, path: str) -> int | str | None:
+        for entry in self.failures:
+            if entry[0] in path and entry[2] > 0:
+                entry[2] -= 1
+                return entry[1]
+        return None
+
+    def received(self) -> bytes:
+        """Return every byte of content that clients sent, credentials in headers left out."""
+        return b"\n".join(path.encode() + b"\n" + body for _, path, _, body in self.requests)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: FakeHub
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def _answer(self, content=None, status: int = 200, raw: bytes | None = None) -> None:
+        body = raw if raw is not None else json.dumps({} if content is None else content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json" if raw is None else "application/octet-stream")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
+        if status == 429:
+            self.send_header("Retry-After", "0")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(
+            (self.command, self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+        )
+        failure = self.hub.failure(path)
+        if failure == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        if failure is not None:
+            self._answer({"error": "as asked"}, int(failure))
+            return
+        if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self._answer({"error": "Invalid credentials"}, 401)
+            return
+        self._route(path, body)
+
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve
+
+    def _route(self, path: str, body: bytes) -> None:
+        hub, parts = self.hub, path.strip("/").split("/")
+        if path == "/api/whoami-v2":
+            self._answer({"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        elif path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or USER}/{asked['name']}"
+            if name in hub.repositories:
+                self._answer({"error": "exists", "url": f"{hub.endpoint}/{name}", "id": name}, 409)
+                return
+            hub.repositories[name] = Repository(asked.get("visibility", asked.get("private")) in (True, "private"))
+            self._answer({"url": f"{hub.endpoint}/{name}", "id": name})
+        elif path.startswith("/lfs/"):
+            hub.blobs[parts[1]] = body
+            self._answer()
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            actions = [
+                {**each, "actions": {"upload": {"href": f"{hub.endpoint}/lfs/{each['oid']}", "header": {}}}}
+                for each in objects
+            ]
+            self._answer({"transfer": "basic", "objects": actions})
+        elif parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in hub.repositories:
+            self._repository(hub.repositories["/".join(parts[2:4])], "/".join(parts[2:4]), parts[4:], body)
+        else:
+            self._answer({"error": "Repository not found"}, 404)
+
+    def _repository(self, repository: Repository, name: str, parts: list[str], body: bytes) -> None:
+        verb, branch = (parts + ["", ""])[:2]
+        if verb == "branch":
+            repository.branches.setdefault(branch, dict(repository.branches["main"]))
+            self._answer()
+        elif (
+            verb in ("commit", "preupload", "tree", "revision", "xet-write-token")
+            and branch not in repository.branches
+        ):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif verb == "preupload":
+            files = json.loads(body)["files"]
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                for f in files
+            ]
+            self._answer({"files": [mode | {"shouldIgnore": False, "oid": None} for mode in modes]})
+        elif verb == "commit":
+            self._answer(self._commit(repository, name, branch, body))
+        elif verb == "tree":
+            files = repository.branches[branch]
+            self._answer(
+                [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
+            )
+        else:
+            files = repository.branches[branch if verb == "revision" else "main"]
+            siblings = [{"rfilename": path} for path in files]
+            self._answer({"id": name, "sha": "0" * 40, "siblings": siblings, "private": bool(repository.private)})
+
+    def _commit(self, repository: Repository, name: str, branch: str, body: bytes) -> dict:
+        files, commit = dict(repository.branches[branch]), {"branch": branch, "files": {}, "deleted": []}
+        for line in filter(None, body.decode().split("\n")):
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header":
+                commit["summary"] = value["summary"]
+            elif entry["key"] == "file":
+                commit["files"][value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                commit["files"][value["path"]] = self.hub.blobs[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                commit["deleted"].append(value["path"])
+                files.pop(value["path"])
+        repository.branches[branch] = files | commit["files"]
+        repository.commits.append(commit)
+        number = f"{len(repository.commits):040d}"
+        return {
+            "commitOid": number,
+            "commitUrl": f"{self.hub.endpoint}/{name}/commit/{number}",
+            "hookOutput": "",
+            "success": True,
+        }
+
+
+@contextmanager
+def serve_hub(token: str = "hf_" + "x" * 34) -> Iterator[FakeHub]:
+    """Run the stand-in while the block runs."""
+    hub = FakeHub(token)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,311 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""Serving settings: commands that parse, the right numbers for both families, and a break-even table checked by hand."""
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import shlex
+
+import pytest
+import torch
+from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
+
+from trl_draft_opd import build_draft_vocabulary
+from trl_draft_opd.export import export_drafter
+from trl_draft_opd.export.flat import flat_config
+from trl_draft_opd.export.serving import (
+    BATCH_SIZES,
+    break_even,
+    drafter_parameters,
+    drafter_reads,
+    measured_facts,
+    readers,
+    serving_settings,
+)
+
+
+FAMILIES = ("eagle3", "dflash")
+IDS = "eagle_aux_hidden_state_layer_ids"
+# Two families small enough to count by hand; each reads 156 or 160 parameters per block of two drafts.
+SHAPE = {"hidden_size": 2, "target_hidden_size": 2, "intermediate_size": 4, "head_dim": 2, "num_attention_heads": 1}
+SHAPE |= {"num_key_value_heads": 1, "max_position_embeddings": 256}
+BY_HAND = {
+    "eagle3": SHAPE
+    | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "ttt_steps": 2,
+        "draft_vocab_size": 10,
+        "eagle_config": {IDS: [1, 3, 4]},
+    },
+    "dflash": SHAPE
+    | {
+        "architectures": ["DFlashDraftModel"],
+        "block_size": 3,
+        "num_hidden_layers": 1,
+        "vocab_size": 56,
+        "target_layer_ids": [1, 3],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+def config_of(family, target, **options):
+    return flat_config(make_drafter(family, target, **options), target_id="org/target", dtype=torch.bfloat16)
+
+
+def settings_of(family, target, **options):
+    ids = {"target_id": "org/target", "repo_id": f"org/tiny-{family}"}
+    return serving_settings(config_of(family, target), **ids | options)
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vllm_command_survives_a_shell_and_names_the_right_number(target, family):
+    settings = settings_of(family, target, max_model_len=128)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target")
+    parser.add_argument("--speculative-config", type=json.loads)
+    parser.add_argument("--max-model-len", type=int)
+    words = shlex.split(settings["vllm"]["command"])
+    assert words[:2] == ["vllm", "serve"]
+    options = parser.parse_args(words[2:])
+    assert options.target == "org/target" and options.max_model_len == 128
+    assert options.speculative_config == settings["vllm"]["speculative_config"]
+    # The drafters of `tiny` have four drafts: four steps, or a block of five.
+    assert options.speculative_config == {
+        "method": family,
+        "model": f"org/tiny-{family}",
+        "num_speculative_tokens": 4,
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sglang_command_counts_steps_and_drafts_as_sglang_does(target, family):
+    parser = argparse.ArgumentParser()
+    for name in ("model-path", "speculative-algorithm", "speculative-draft-model-path"):
+        parser.add_argument(f"--{name}", required=True)
+    numbers = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens", "context-length")
+    for name in numbers:
+        parser.add_argument(f"--{name}", type=int)
+    words = shlex.split(settings_of(family, target, max_model_len=128)["sglang"]["command"])
+    assert words[:3] == ["python", "-m", "sglang.launch_server"]
+    options = parser.parse_args(words[3:])
+    assert (options.model_path, options.speculative_draft_model_path) == ("org/target", f"org/tiny-{family}")
+    assert options.speculative_algorithm == {"eagle3": "EAGLE3", "dflash": "DFLASH"}[family]
+    # DFlash counts the anchor into its block; EAGLE's chain of four steps makes five tokens to verify.
+    assert options.speculative_num_draft_tokens == 5 and options.context_length == 128
+    chain = (options.speculative_num_steps, options.speculative_eagle_topk)
+    assert chain == ((4, 1) if family == "eagle3" else (None, None))
+
+
+def test_unknown_names_are_placeholders_that_say_so(target):
+    for family, name in (("eagle3", "ORG/NAME-EAGLE3"), ("dflash", "ORG/NAME-DFlash")):
+        settings = settings_of(family, target, repo_id=None, target_id=None)
+        assert settings["repository"] is None and settings["target"] is None
+        assert settings["vllm"]["speculative_config"]["model"] == name
+        assert shlex.split(settings["sglang"]["command"])[4] == "ORG/TARGET"
+
+
+def test_a_path_is_never_put_into_a_command(target):
+    for name in ("/home/canary/target", "./canary", "org/target; rm -rf", "a/b/c"):
+        for option in ("target_id", "repo_id"):
+            with pytest.raises(ValueError):
+                settings_of("eagle3", target, **{option: name})
+
+
+def test_a_context_beyond_the_drafters_is_refused(target):
+    assert settings_of("dflash", target)["context_length"] == 256
+    with pytest.raises(ValueError, match=r"must be in 1\.\.256"):
+        settings_of("dflash", target, max_model_len=257)
+
+
+def test_a_speculators_repository_is_served_by_one_argument(target):
+    settings = settings_of("eagle3", target, layouts=["speculators"])
+    assert shlex.split(settings["vllm"]["command"]) == ["vllm", "serve", "org/tiny-eagle3"]
+    assert settings["transformers"] is None
+    assert settings["readers"]["vLLM"] == "yes" and settings["readers"]["SGLang"].startswith("no: it reads the flat")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_ids_stand_in_both_conventions(target, family):
+    settings = settings_of(family, target)
+    assert settings["target_boundaries"] == [i + 1 for i in settings["target_layer_ids"]]
+    if family == "eagle3":
+        assert settings["target_layer_ids"] == [1, 3, 4]
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+
+
+# ---- transformers -----------------------------------------------------------------------------------------------------
+
+
+def generate_keywords(snippet):
+    calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    found = next(call for call in calls if ast.unparse(call.func) == "target.generate")
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in found.keywords}
+
+
+def test_the_eagle3_snippet_asks_for_the_repositorys_function(target):
+    keywords = generate_keywords(settings_of("eagle3", target)["transformers"])
+    assert (keywords["custom_generate"], keywords["trust_remote_code"]) == ("'org/tiny-eagle3'", "True")
+
+
+def test_the_snippet_carries_the_thinking_mode_of_training(target):
+    snippet = settings_of("eagle3", target, template_arguments={"enable_thinking": False})["transformers"]
+    assert "enable_thinking=False" in snippet
+    assert "enable_thinking" not in settings_of("eagle3", target)["transformers"]
+
+
+def test_a_layout_that_is_absent_gives_no_snippet(target):
+    assert settings_of("dflash", target, layouts=["flat"])["transformers"] is None
+    assert settings_of("eagle3", target, layouts=["flat"])["transformers"] is not None
+    root = settings_of("dflash", target, layouts=["transformers"])["transformers"]
+    assert "subfolder" not in root and 'from_pretrained("org/tiny-dflash", dtype' in root
+
+
+def test_the_dflash_snippet_runs_and_writes_the_targets_own_text(tmp_path):
+    model, tokenizer = make_causal_lm(), make_tokenizer()
+    model.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    drafter = make_drafter("dflash", make_target())
+    export_drafter(drafter, tmp_path / "out", target_config=model.config, target_id="org/target", dtype=torch.float32)
+    snippet = settings_of("dflash", make_target())["transformers"]
+    for name, folder in (("org/target", tmp_path / "target"), ("org/tiny-dflash", tmp_path / "out")):
+        assert name in snippet
+        snippet = snippet.replace(name, str(folder))
+    printed, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(printed):
+        exec(snippet.replace("max_new_tokens=256", "max_new_tokens=12, do_sample=False"), names)
+    own = model.generate(**names["inputs"], max_new_tokens=12, do_sample=False)
+    assert names["output"].tolist() == own.tolist()
+    assert printed.getvalue().strip() == tokenizer.decode(own[0], skip_special_tokens=True)
+
+
+# ---- who can load it --------------------------------------------------------------------------------------------------
+
+
+def test_every_reader_loads_a_plain_drafter(target):
+    for family in FAMILIES:
+        answers = readers(config_of(family, target))
+        assert len(answers) == 6
+        assert all(answer.startswith("yes") for answer in answers.values()), answers
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        (
+            {"norm_before_residual": True},
+            {"SGLang": "norm_before_residual", "EAGLE's code": "", "llama.cpp's converter": ""},
+        ),
+        ({"fc_norm": True}, {"EAGLE's code": "fc_norm", "llama.cpp's converter": "fc_norm"}),
+        ({"eagle_config": {IDS: [0, 3, 5]}}, {"EAGLE's code": "[0, 3, 5]", "llama.cpp's converter": "[0, 3, 5]"}),
+        ({"head_dim": 16}, {"EAGLE's code": "head size"}),
+        ({"rope_scaling": {"rope_type": "llama3"}}, {"EAGLE's code": "RoPE"}),
+    ],
+)
+def test_a_reader_that_cannot_express_a_drafter_says_why(target, changes, refused):
+    answers = readers(config_of("eagle3", target) | changes)
+    assert {name for name, answer in answers.items() if answer.startswith("no")} == set(refused)
+    assert all(reason in answers[name] for name, reason in refused.items())
+
+
+def test_engines_without_a_class_for_the_target_are_named(target):
+    config = config_of("dflash", target)
+    assert readers(config, ["Qwen2ForCausalLM"])["SGLang"].startswith("no: its class for Qwen2ForCausalLM")
+    assert readers(config, ["Qwen3ForCausalLM"])["SGLang"] == "yes"
+    assert readers(config_of("eagle3", target), ["Qwen2ForCausalLM"])["SGLang"] == "yes"
+    assert "--model-impl transformers" in readers(config, ["Gemma3ForCausalLM"])["vLLM"]
+
+
+def test_an_absent_layout_is_not_offered_to_its_readers(target):
+    answers = readers(config_of("dflash", target), layouts=["flat"])
+    assert answers["speculators"] == "no: the repository does not hold the speculators layout"
+    assert answers["transformers (assistant_model)"].startswith("no: the repository does not hold the transformers")
+    assert answers["z-lab's code"] == "yes"
+
+
+# ---- sizes and break-even ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["eagle3", "eagle3-fc_norm", "eagle3-reduced", "dflash"])
+def test_parameters_counted_from_the_config_are_the_drafters_own(target, variant):
+    family, _, kind = variant.partition("-")
+    options = {"fc_norm": True} if kind == "fc_norm" else {}
+    if kind == "reduced":
+        options = {"draft_vocabulary": build_draft_vocabulary(torch.arange(1, 65), 24, target.eos_token_ids)}
+    drafter = make_drafter(family, target, **options)
+    config = flat_config(drafter, target_id=None, dtype=torch.bfloat16)
+    assert drafter_parameters(config) == sum(parameter.numel() for parameter in drafter.parameters())
+
+
+def test_what_a_block_reads_is_counted_by_hand():
+    # EAGLE-3: fc 3*2*2; a pass: q, k, v 4*(2+2+2), o 2*2, mlp 3*2*4, head 2*10; two passes.
+    assert drafter_reads(BY_HAND["eagle3"]) == 12 + 2 * (24 + 4 + 24 + 20) == 156
+    assert drafter_reads(BY_HAND["eagle3"], 1) == 12 + 72
+    # DFlash: fc 2*2*2; one layer: q, k, v 2*6, o 4, mlp 24; the target's head 2*56.
+    assert drafter_reads(BY_HAND["dflash"]) == 8 + (12 + 4 + 24) + 112 == 160
+
+
+@pytest.mark.parametrize(
+    ("family", "num_target_parameters", "wanted"),
+    # The drafter costs a tenth of a target pass; ten tokens are at the ridge. Batch 1: 1 + 0.1. Batch 8: three tokens per row make
+    # 2.4 passes. Batch 32: both sides are past the ridge, so the cost per row no longer changes.
+    [("eagle3", 1560, {1: 1.1, 8: 2.5, 32: 3.1, 256: 3.1}), ("dflash", 1600, {1: 1.1, 8: 2.64, 32: 3.3, 256: 3.3})],
+)
+def test_the_break_even_table_is_what_one_computes_by_hand(family, num_target_parameters, wanted):
+    found = break_even(BY_HAND[family], num_target_parameters, [2.2], ridge_tokens=10)
+    assert found["draft_cost"] == 0.1 and found["ridge_tokens"] == 10
+    rows = {row["batch"]: row for row in found["rows"]}
+    assert tuple(rows) == BATCH_SIZES
+    assert {batch: rows[batch]["break_even_tau"] for batch in wanted} == wanted
+    assert rows[1]["speedup"] == {"2.20": 2.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_break_even_rises_with_the_batch_and_falls_with_the_target(family):
+    small, large = (
+        [row["break_even_tau"] for row in break_even(BY_HAND[family], size)["rows"]] for size in (1600, 160_000)
+    )
+    assert small == sorted(small) and large == sorted(large)
+    assert all(b < a for a, b in zip(small, large, strict=True))
+    assert large[0] == pytest.approx(1, abs=0.01)
+
+
+def test_a_higher_tau_gives_a_higher_speedup():
+    for row in break_even(BY_HAND["eagle3"], 1560, [1.5, 2.0, 3.0])["rows"]:
+        gains = [row["speedup"][tau] for tau in ("1.50", "2.00", "3.00")]
+        assert gains == sorted(gains) and gains[0] < gains[-1]
+
+
+def test_fewer_drafts_are_advised_where_the_last_one_is_hardly_kept():
+    # One draft: 1.9 tokens for 1 + 84/1560; two: 1.95 tokens for 1.1.
+    row = break_even(BY_HAND["eagle3"], 1560, acceptance=[0.9, 0.05])["rows"][0]
+    assert row["best_drafts"] == {"num_drafts": 1, "speedup": 1.8}
+    assert break_even(BY_HAND["eagle3"], 1560, acceptance=[0.9, 0.8])["rows"][0]["best_drafts"]["num_drafts"] == 2
+    assert break_even(BY_HAND["eagle3"], 1560)["rows"][0]["best_drafts"] is None
+    assert break_even(BY_HAND["dflash"], 1600, acceptance=[0.9, 0.05])["rows"][0]["best_drafts"] is None
+
+
+def test_a_table_needs_the_targets_size(target):
+    assert settings_of("eagle3", target)["break_even"] is None
+    assert settings_of("eagle3", target, num_target_parameters=10**6)["break_even"]["rows"]
+
+
+def test_only_measurements_with_the_served_number_of_drafts_count(target):
+    from test_record import make_record
+
+    record = make_record()
+    facts = measured_facts(record, config_of("eagle3", target))
+    assert facts["taus"] == [2.5] and facts["acceptance"] == [0.7, 0.5, 0.2, 0.1]
+    assert facts["num_target_parameters"] == 70_000 and facts["template_arguments"] == {"enable_thinking": False}
+    other = measured_facts(record, config_of("eagle3", target, ttt_steps=3))
+    assert other["taus"] == [] and other["acceptance"] == []
+    assert measured_facts(None, config_of("eagle3", target)) == {}

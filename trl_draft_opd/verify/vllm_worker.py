@@ -1,0 +1,86 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Decode prompts in vLLM and write down what it did: `python -P vllm_worker.py REQUEST.json ANSWER.json`.
+
+A process of its own, because an engine takes a whole process for itself, and perhaps of another environment, because vLLM pins
+other versions than training does. So this file stands alone: it imports vLLM and nothing of this package.
+"""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+# The engine's own counters, summed over all requests.
+_COUNTERS = {
+    "num_rounds": "vllm:spec_decode_num_drafts",
+    "num_accepted": "vllm:spec_decode_num_accepted_tokens",
+    "num_drafted": "vllm:spec_decode_num_draft_tokens",
+    "kept_at_slot": "vllm:spec_decode_num_accepted_tokens_per_pos",
+}
+# Lets the engine write down every round of every request; younger than the counters.
+_PER_REQUEST = "per_request_spec_decode_metrics"
+
+
+def decode(request: dict[str, Any]) -> dict[str, Any]:
+    """
+    Start an engine, decode the prompts greedily to a fixed number of tokens, and return tokens and counters.
+
+    Args:
+        request (`dict`):
+            `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids), `max_new_tokens`,
+            `speculative` (vLLM's `speculative_config`, or `None`), `dtype`, `max_model_len`, `batch_size`, `device`.
+
+    Returns:
+        `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where this
+        vLLM does not tell), and the engine's counters `num_rounds`, `num_accepted`, `num_drafted`, `kept_at_slot`.
+    """
+    import vllm
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {
+        "model": request["model"],
+        "dtype": request["dtype"],
+        "max_model_len": request["max_model_len"],
+        "max_num_seqs": request["batch_size"],
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        # A cached prefix is other arithmetic.
+        "enable_prefix_caching": False,
+    }
+    if request["device"] == "cpu":
+        options["kv_cache_memory_bytes"] = 1 << 28
+    if request["speculative"] is not None:
+        options["speculative_config"] = request["speculative"]
+    if _PER_REQUEST in {field.name for field in fields(EngineArgs)}:
+        options[_PER_REQUEST] = "detailed"
+    engine = LLM(**options)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=False)]
+    kept = [getattr(output, "spec_decode_metrics", None) for output in outputs]
+    return {
+        "version": vllm.__version__,
+        "responses": [list(output.token_ids) for output in outputs],
+        "accepted": None if None in kept else [list(each.per_step_accepted) for each in kept],
+        **_count(engine.get_metrics()),
+    }
+
+
+def _count(metrics: list) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, metric_name in _COUNTERS.items():
+        for metric in metrics:
+            if metric.name in (metric_name, f"{metric_name}_total"):
+                found[name] = list(metric.values) if hasattr(metric, "values") else int(metric.value)
+    return {name: found.get(name) for name in _COUNTERS}
+
+
+if __name__ == "__main__":
+    asked, answer = map(Path, sys.argv[1:])
+    answer.write_text(json.dumps(decode(json.loads(asked.read_text("utf-8")))), encoding="utf-8")
