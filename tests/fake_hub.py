@@ -26,6 +26,11 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     commits: list[dict] = field(default_factory=list)
 
+    def head(self, branch: str) -> str:
+        """Return the id of the last commit that changed a branch."""
+        numbers = [n for n, commit in enumerate(self.commits, 1) if commit["branch"] == branch and not commit["is_pr"]]
+        return f"{numbers[-1] if numbers else 0:040d}"
+
 
 @dataclass
 class FakeHub:
@@ -36,16 +41,17 @@ class FakeHub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)
-    #: `(part of the path, status or "drop", how often)`
+    #: `(part of "METHOD path", status or "drop", how often)`
     failures: list[list] = field(default_factory=list)
 
     def fail(self, part: str, status: int | str, times: int = 1) -> None:
-        """Answer the next `times` requests whose path holds `part` with a status, or drop the connection."""
+        """Answer the next `times` requests whose `METHOD path` holds `part` with a status, or drop the connection."""
         self.failures.append([part, status, times])
 
-    def failure(self, path: str) -> int | str | None:
+    def failure(self, request: str) -> int | str | None:
+        """Return what is to happen to a request, if anything."""
         for entry in self.failures:
-            if entry[0] in path and entry[2] > 0:
+            if entry[0] in request and entry[2] > 0:
                 entry[2] -= 1
                 return entry[1]
         return None
@@ -70,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
         if status == 429:
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", "7")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -81,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             (self.command, self.path, {name.lower(): value for name, value in self.headers.items()}, body)
         )
-        failure = self.hub.failure(path)
+        failure = self.hub.failure(f"{self.command} {path}")
         if failure == "drop":
             self.close_connection = True
             self.connection.close()
@@ -146,24 +152,32 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._answer({"files": [mode | {"shouldIgnore": False, "oid": None} for mode in modes]})
         elif verb == "commit":
-            self._answer(self._commit(repository, name, branch, body))
+            self._commit(repository, name, branch, body)
         elif verb == "tree":
             files = repository.branches[branch]
             self._answer(
                 [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
             )
         else:
-            files = repository.branches[branch if verb == "revision" else "main"]
-            siblings = [{"rfilename": path} for path in files]
-            self._answer({"id": name, "sha": "0" * 40, "siblings": siblings, "private": bool(repository.private)})
+            branch = branch if verb == "revision" else "main"
+            siblings = [{"rfilename": path} for path in repository.branches[branch]]
+            facts = {"id": name, "sha": repository.head(branch), "private": bool(repository.private)}
+            self._answer(facts | {"siblings": siblings})
 
-    def _commit(self, repository: Repository, name: str, branch: str, body: bytes) -> dict:
-        files, commit = dict(repository.branches[branch]), {"branch": branch, "files": {}, "deleted": []}
+    def _commit(self, repository: Repository, name: str, branch: str, body: bytes) -> None:
+        is_pr = "create_pr=1" in self.path
+        files, commit = (
+            dict(repository.branches[branch]),
+            {"branch": branch, "is_pr": is_pr, "files": {}, "deleted": []},
+        )
         for line in filter(None, body.decode().split("\n")):
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "header":
                 commit["summary"] = value["summary"]
+                if value.get("parentCommit", repository.head(branch)) != repository.head(branch):
+                    self._answer({"error": "The branch has moved"}, 412)
+                    return
             elif entry["key"] == "file":
                 commit["files"][value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
@@ -171,15 +185,13 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 commit["deleted"].append(value["path"])
                 files.pop(value["path"])
-        repository.branches[branch] = files | commit["files"]
         repository.commits.append(commit)
+        if not is_pr:
+            repository.branches[branch] = files | commit["files"]
         number = f"{len(repository.commits):040d}"
-        return {
-            "commitOid": number,
-            "commitUrl": f"{self.hub.endpoint}/{name}/commit/{number}",
-            "hookOutput": "",
-            "success": True,
-        }
+        url = f"{self.hub.endpoint}/{name}"
+        done = {"commitOid": number, "commitUrl": f"{url}/commit/{number}", "hookOutput": "", "success": True}
+        self._answer(done | ({"pullRequestUrl": f"{url}/discussions/1"} if is_pr else {}))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def table_rows(text, heading):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_metadata_is_what_the_hub_finds_drafters_by(card, family):
-    data = card(family).data
+    data = card(family, license="mit").data
     assert (data.base_model, data.library_name, data.pipeline_tag) == ("org/target", "transformers", "text-generation")
     assert (data.license, data.datasets) == ("mit", ["org/data"])
     wanted = {"speculative-decoding", family, "draft-model", "vllm", "sglang", "speculators", "custom_generate", "trl"}
@@ -83,18 +83,15 @@ def test_a_tag_goes_with_an_engine_that_can_load_it(card):
     [("MIT", "mit", None), ("acme-1.0", "other", "acme-1.0"), (None, None, None)],
 )
 def test_a_licence_is_given_in_the_hubs_words_or_as_other(card, given, licence, name):
-    record = make_record()
-    stage = replace(record.stages[0], dataset=replace(record.stages[0].dataset, licence=given))
-    data = card(record=replace(record, stages=[stage])).data
+    data = card(license=given).data
     assert (data.license, getattr(data, "license_name", None)) == (licence, name)
 
 
-def test_two_licences_are_left_to_the_author(card):
-    record = make_record()
-    first = record.stages[0]
-    for other in ("cc-by-4.0", None):
-        second = replace(first, dataset=replace(first.dataset, licence=other))
-        assert card(record=replace(record, stages=[first, second])).data.license is None
+def test_the_licence_of_the_data_is_not_taken_for_the_drafters(card):
+    written = card()
+    assert "licence mit" in written.text and written.data.license is None
+    with pytest.raises(ValueError, match="must be an identifier"):
+        card(license="do what you like, really")
 
 
 # ---- facts ------------------------------------------------------------------------------------------------------------

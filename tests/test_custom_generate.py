@@ -8,6 +8,7 @@ import ast
 import copy
 import json
 import shutil
+import string
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -18,7 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_export import export, make_variant
 from tiny import EOS, PAD, make_drafter, make_prompts, make_target
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget, SamplingSettings
 from trl_draft_opd.anchors import sample_anchors
@@ -199,41 +208,41 @@ def test_right_drafts_are_kept_and_the_first_wrong_one_ends_a_block(target, fold
     assert [len(block) for _, block in blocks] == expected and len(blocks) < 12
 
 
+PENALTY = {"repetition_penalty": 1.3}
+
+
 @pytest.mark.parametrize(
-    "options",
+    "variant, options",
     [
-        {"repetition_penalty": 1.7},
-        {"min_new_tokens": 20},
-        {"no_repeat_ngram_size": 2},
-        {"bad_words_ids": [[17], [23]]},
-        {"eos_token_id": [EOS, 17, 40]},
-        {"max_length": 19, "max_new_tokens": None},
+        ("trained", PENALTY),
+        ("dflash", PENALTY),
+        ("trained", {"min_new_tokens": 14, "eos_token_id": [EOS, 4, 60]}),
+        ("dflash", {"min_new_tokens": 14, "eos_token_id": [EOS, 4, 60]}),
+        ("trained", {"no_repeat_ngram_size": 2}),
+        ("trained", {"bad_words_ids": [[17], [23]]}),
+        ("trained", {"max_length": 13, "max_new_tokens": None}),
         # The processor runs the target between our own passes.
-        {"guidance_scale": 1.3},
-        {"generation_config": GenerationConfig(max_new_tokens=9, repetition_penalty=1.1, eos_token_id=[EOS, 17])},
-        {"prefix_allowed_tokens_fn": lambda row, ids: list(range(8, 30))},
+        ("trained", {"guidance_scale": 1.3}),
+        ("trained", {"generation_config": GenerationConfig(max_new_tokens=9, eos_token_id=[EOS, 17], **PENALTY)}),
+        ("trained", {"prefix_allowed_tokens_fn": lambda row, ids: list(range(8, 30))}),
     ],
 )
-@pytest.mark.parametrize("variant", ["trained", "dflash"])
 def test_processors_and_limits_act_as_in_plain_decoding(target, folders, variant, options):
-    if variant == "dflash" and "guidance_scale" in options:
-        with pytest.raises(ValueError, match="cannot keep to guidance_scale=1.3"):
-            speculate(target.causal_lm, as_ids([33]), folders[variant], **options)
-        return
+    model, limits = (
+        target.causal_lm,
+        {} if "generation_config" in options else {"max_new_tokens": 20, "do_sample": False},
+    )
     for prompt in (TRAINED_ON[0], [33]):
-        options = {"max_new_tokens": 24, "do_sample": False} | options
-        if "generation_config" in options:
-            options.pop("max_new_tokens")
-        own = target.causal_lm.generate(as_ids(prompt), **options)
-        assert torch.equal(speculate(target.causal_lm, as_ids(prompt), folders[variant], **options), own)
+        own = model.generate(as_ids(prompt), **limits | options)
+        assert torch.equal(speculate(model, as_ids(prompt), folders[variant], **limits | options), own)
 
 
-@pytest.mark.parametrize("law", [{"temperature": 1.3}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}])
+@pytest.mark.parametrize("law", [{"temperature": 0.4}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.6}])
 def test_drawn_text_is_plain_decodings_with_the_same_seed(target, folders, law):
     # The same random numbers choose the same tokens, so the law is plain decoding's too, whatever the drafts.
     options = {"max_new_tokens": 25, "do_sample": True, "top_k": 0} | law
     texts, num_tokens, num_rounds = set(), 0, 0
-    for seed in range(4):
+    for seed in range(3):
         torch.manual_seed(seed)
         own = target.causal_lm.generate(as_ids(TRAINED_ON[0]), **options)
         torch.manual_seed(seed)
@@ -242,7 +251,7 @@ def test_drawn_text_is_plain_decodings_with_the_same_seed(target, folders, law):
         assert torch.equal(ours, own)
         texts.add(tuple(own[0].tolist()))
         num_tokens, num_rounds = num_tokens + own.shape[1] - 4, num_rounds + len(blocks) - 1
-    assert len(texts) > 2 and num_rounds < num_tokens
+    assert len(texts) == 3 and num_rounds < num_tokens
 
 
 def test_stopping_criteria_cut_a_block_where_plain_decoding_stops(target, folders):
@@ -258,18 +267,27 @@ def test_stopping_criteria_cut_a_block_where_plain_decoding_stops(target, folder
     assert len(lengths) > 1
 
 
+def make_letter_tokenizer():
+    """Return a tokenizer with a letter per token, whose text can be searched for strings."""
+    vocabulary = {f"<{i}>": i for i in range(7)} | dict(zip(string.ascii_letters + "01234", range(7, 64), strict=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 @pytest.mark.parametrize("is_in_config", [False, True])
 def test_stop_strings_end_a_text_as_in_plain_decoding(target, folders, is_in_config):
     model, ids = target.causal_lm, as_ids(TRAINED_ON[0])
     text = model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
-    word = target.tokenizer.decode(text[9])
-    assert word not in target.tokenizer.decode(text[3:9])
+    tokenizer = make_letter_tokenizer()
+    word = tokenizer.decode(text[8:10])
+    assert word not in tokenizer.decode(text[3:9])
     options = {"max_new_tokens": 20, "do_sample": False, "stop_strings": [word]}
     if is_in_config:
         options = {"generation_config": GenerationConfig(**options, eos_token_id=EOS)}
-    own = model.generate(ids, tokenizer=target.tokenizer, **copy.deepcopy(options))
+    own = model.generate(ids, tokenizer=tokenizer, **copy.deepcopy(options))
     assert own.shape == (1, 10)
-    assert torch.equal(speculate(model, ids, folders["trained"], tokenizer=target.tokenizer, **options), own)
+    assert torch.equal(speculate(model, ids, folders["trained"], tokenizer=tokenizer, **options), own)
     assert not is_in_config or options["generation_config"].stop_strings == [word]
     with pytest.raises(ValueError, match="Pass `tokenizer=`"):
         speculate(model, ids, folders["trained"], **options)
@@ -350,6 +368,7 @@ def test_what_blocks_cannot_do_is_refused(target, folders, ids, options, message
     "options, message",
     [
         ({"num_beams": 2}, "cannot keep to num_beams=2"),
+        ({"guidance_scale": 1.3}, "cannot keep to guidance_scale=1.3"),
         ({"num_drafts": 2}, "drafts whole blocks, 4 drafts for this drafter"),
         ({"inputs": torch.tensor([[9], [10]])}, "batch_size = 1"),
         ({"assistant_model": 1}, "is what this function supplies"),
@@ -366,9 +385,10 @@ def test_hooks_are_taken_off_a_target_that_failed(target, folders):
         raise RuntimeError("broken")
 
     layers = target.causal_lm.get_decoder().layers
+    before = [list(layer._forward_hooks) for layer in layers]
     with pytest.raises(RuntimeError, match="broken"):
-        speculate(target.causal_lm, as_ids([9]), folders["eagle3"], logits_processor=[fail])
-    assert [len(layer._forward_hooks) for layer in layers] == [0] * 8
+        speculate(target.causal_lm, as_ids([9]), folders["eagle3"], max_new_tokens=4, logits_processor=[fail])
+    assert [list(layer._forward_hooks) for layer in layers] == before
 
 
 def test_a_target_with_an_encoder_is_refused(folders):
@@ -400,8 +420,8 @@ def test_what_is_no_published_drafter_is_named_with_the_way_out(tmp_path, target
     source = source.format(missing=tmp_path / "a" / "b", empty=tmp_path, **folders)
     with pytest.raises(error, match=message):
         eagle3.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
-    if error is OSError or "missing" in source:
-        with pytest.raises(OSError, match="Could not read the folder transformers/"):
+    if "Hub" in message or error is OSError:
+        with pytest.raises(OSError, match="Could not read the folder transformers/|holds no 'transformers/model.safe"):
             dflash.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
 
 

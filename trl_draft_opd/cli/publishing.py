@@ -19,6 +19,7 @@ def run_export(argv: Sequence[str]) -> int:
     parser.add_argument("--target-id", metavar="ORG/NAME", help="the target's Hub id, where --target is a folder")
     parser.add_argument("--target-revision", metavar="REVISION")
     parser.add_argument("--repo-id", metavar="ORG/NAME", help="where the export will be pushed to")
+    parser.add_argument("--license", metavar="NAME", help="licence of the drafter, for the card")
     parser.add_argument("--base", metavar="PATH", help="the drafter under a LoRA adapter")
     options = parse_flags(parser, argv)
     from ..export import export_drafter, hub_id_of, load_for_export, read_target
@@ -40,7 +41,7 @@ def run_export(argv: Sequence[str]) -> int:
         options.output,
         record=read_record(options.path) if Path(options.path).is_dir() else None,
         **facts,
-        **given(options, ("to", "repo_id")),
+        **given(options, ("to", "repo_id", "license")),
     )
     for layout, folder in result.layouts.items():
         print(f"{layout:12} {folder}")

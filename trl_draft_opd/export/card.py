@@ -52,6 +52,7 @@ def write_card(
     layouts: Sequence[str],
     target_id: str | None = None,
     target_architectures: Sequence[str] = (),
+    license: str | None = None,
 ) -> None:
     """
     Write `README.md`, and the picture of the training curve where there is one to draw.
@@ -63,6 +64,7 @@ def write_card(
         repo_id (`str` or `None`): Hub id of the drafter.
         layouts (`Sequence[str]`): Layouts in the folder, the one at its root first.
         target_id (`str`, *optional*), target_architectures (`Sequence[str]`, *optional*): The target.
+        license (`str`, *optional*): Licence of the drafter, as its author gives it; never guessed from data or target.
 
     Raises:
         ValueError: If an id is no Hub id, or the record is another drafter's or holds what must not be published. Nothing is
@@ -85,7 +87,7 @@ def write_card(
     content = _content(config, record, serving, repo_id=repo_id, target_id=target_id, layouts=layouts)
     content |= {"has_curve": _draw_curve(stages, folder), "notes": _earlier_notes(folder)}
     card = ModelCard.from_template(
-        _metadata(family, layouts, stages, target_id, serving["readers"]),
+        _metadata(family, layouts, stages, target_id, serving["readers"], license),
         template_path=str(Path(__file__).parent / "card.md.jinja"),
         **content,
     )
@@ -160,6 +162,7 @@ def _metadata(
     stages: Sequence[StageRecord],
     target_id: str | None,
     readers: dict[str, str],
+    license: str | None,
 ) -> ModelCardData:
     def reads(name: str) -> bool:
         return not readers.get(name, "no").startswith("no")
@@ -178,18 +181,19 @@ def _metadata(
         pipeline_tag="text-generation",
         datasets=names or None,
         tags=tags,
-        **_licence(stages),
+        **_licence(license),
     )
 
 
-def _licence(stages: Sequence[StageRecord]) -> dict[str, str]:
-    """Return the card's licence as it was given for the data; several, or none, are for the author to weigh."""
-    given = {stage.dataset.licence for stage in stages}
-    if len(given) != 1 or None in given:
+def _licence(given: str | None) -> dict[str, str]:
+    """Return the card's licence in the Hub's words."""
+    if given is None:
         return {}
-    name = given.pop()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", given):
+        raise ValueError(f"`license` must be an identifier such as 'apache-2.0' or 'cc-by-4.0', got {given!r}.")
     # The Hub refuses a card that names a licence it does not list.
-    return {"license": name.lower()} if name.lower() in _HUB_LICENCES else {"license": "other", "license_name": name}
+    listed = given.lower() in _HUB_LICENCES
+    return {"license": given.lower()} if listed else {"license": "other", "license_name": given}
 
 
 def _stages_text(stages: Sequence[StageRecord]) -> str:

@@ -4,7 +4,9 @@ Upload an exported folder to the Hub: one commit that holds what an export wrote
 failed, with the local folder left as it is.
 """
 
+import json
 import logging
+import mmap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,15 +16,16 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.importing import CONFIG_FILE, SAFETENSORS_FILE
 from .rules import check_repo_name
-from .write import PUBLISHED_NAMES
+from .source import hub_id_of
+from .write import CUSTOM_GENERATE, LAYOUTS, PUBLISHED_NAMES
 
 
 try:
@@ -35,9 +38,20 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 NUM_RETRIES = 4
-_FIRST_PAUSE = 1.0
-# Of the server's making, and likely to pass.
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+# Of the server's making, and likely to pass; 412: somebody else committed meanwhile.
+_PASSING = {408, 412, 425, 429, 500, 502, 503, 504}
+_LAYOUT_FOLDERS = LAYOUTS[1:]
+# What a checkpoint holds beside what a run goes on from: arguments (with their token), texts, logs.
+_NOT_RESUMED = {"training_args.bin"}
+# Entries of a checkpoint's JSON files that may be paths of this machine; nothing goes on from them.
+_PATH_ENTRIES = (
+    "_name_or_path",
+    "base_model_name_or_path",
+    "best_model_checkpoint",
+    "name_or_path",
+    "target_model_name_or_path",
+)
 
 
 def validate_repo_id(repo_id: str, family: str | None = None) -> None:
@@ -57,11 +71,10 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
         raise ValueError(
             f"{repo_id!r} cannot be the name of a repository: {error} Use ORG/NAME with letters, digits, '-', '_' and '.'."
         ) from error
-    if ".." in repo_id or "--" in repo_id or repo_id.count("/") > 1:
-        raise ValueError(f"{repo_id!r} cannot be the name of a repository. Use ORG/NAME.")
     if "eagle-" in repo_id.lower():
         raise ValueError(
-            f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1 whenever no method is named. Write EAGLE3 in one word."
+            f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1 whenever no method is named: it would be loaded as another "
+            "architecture. Write EAGLE3 in one word."
         )
     if family is not None:
         for problem in check_repo_name(repo_id, family):
@@ -80,7 +93,28 @@ def published_files(folder: str | Path) -> list[Path]:
     if missing:
         raise ValueError(f"{str(folder)!r} holds no export: {missing} missing. Make one with `trl-draft-opd export`.")
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sorted(path for path in found if path.parts[0] in PUBLISHED_NAMES and "__pycache__" not in path.parts)
+    return sorted(filter(_is_published, found))
+
+
+def _is_published(path: Path) -> bool:
+    """Whether an export writes a file of this name; `path` is relative to its folder."""
+    if len(path.parts) == 1:
+        return path.name in PUBLISHED_NAMES
+    folder, name = path.parts[0], "/".join(path.parts[1:])
+    return (folder in _LAYOUT_FOLDERS and name in (CONFIG_FILE, SAFETENSORS_FILE)) or (
+        folder == CUSTOM_GENERATE and name == "generate.py"
+    )
+
+
+def _is_replaced(name: str) -> bool:
+    """Whether a file in the repository gives way to an export: an earlier one's, or weights that a reader would take for the drafter's."""
+    parts = name.split("/")
+    if parts[0] in PUBLISHED_NAMES:
+        return True
+    other_weights = name.startswith(("model", "pytorch_model")) and name.endswith(
+        (".safetensors", ".bin", ".index.json")
+    )
+    return len(parts) == 1 and (other_weights or name in _NOT_RESUMED)
 
 
 def push_folder(
@@ -91,6 +125,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload drafter",
+    create_pr: bool = False,
     extra_folders: Mapping[str, str | Path] | None = None,
     endpoint: str | None = None,
     num_retries: int = NUM_RETRIES,
@@ -106,41 +141,54 @@ def push_folder(
         private (`bool`, *optional*): Whether a new repository is private; the account's own rule by default.
         revision (`str`, *optional*): Branch; made if it does not exist. The main one by default.
         commit_message (`str`, *optional*): Of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): Propose the commit in a pull request.
         extra_folders (`Mapping[str, str | Path]`, *optional*): Checkpoints to add, by their place in the repository, to resume from.
         endpoint (`str`, *optional*): Address of the Hub.
         num_retries (`int`, *optional*, defaults to 4): Times to try again after errors of network or server.
         sleep (`Callable`, *optional*): Waits a number of seconds between them.
 
     Returns:
-        `str`: Address of the commit.
+        `str`: Address of the commit, or of the pull request.
 
     Raises:
-        ValueError: If the name is refused, the folder holds no export, or a file holds the token.
+        ValueError: If the name is refused, the folder holds no export, a file holds the token, or the repository is public
+            where a private one was asked for. Nothing was uploaded.
         PermissionError: If the token is missing, expired, or may not write there.
-        ConnectionError: If network or server failed to the end.
+        ConnectionError: If network or server failed to the end. The repository is as it was: a commit is made whole or not at all.
     """
     validate_repo_id(repo_id)
     folder = Path(folder)
-    files = {path.as_posix(): folder / path for path in published_files(folder)}
+    files: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in published_files(folder)}
     for place, extra in (extra_folders or {}).items():
-        files |= {f"{place}/{path.as_posix()}": Path(extra) / path for path in _resumable_files(Path(extra))}
+        files |= {f"{place}/{name}": content for name, content in _resumable_files(Path(extra)).items()}
     _refuse_token_in(files, token or get_token())
     api = HfApi(endpoint=endpoint, token=token)
+    makes_branch = revision not in (None, "main") and not revision.startswith("refs/") and not create_pr
 
     def upload() -> str:
-        made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
+        made = _ready_repository(api, repo_id, private)
+        if makes_branch:
             api.create_branch(made, branch=revision, exist_ok=True)
-        ours = PUBLISHED_NAMES | set(extra_folders or {})
-        there = api.list_repo_files(made, revision=revision)
-        stale = sorted(name for name in there if name.split("/")[0] in ours and name not in files)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
-        operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
-        return str(api.create_commit(made, operations, commit_message=commit_message, revision=revision).commit_url)
+        info = api.repo_info(made, revision=revision)
+        there = [sibling.rfilename for sibling in info.siblings or []]
+        stale = [n for n in there if _is_replaced(n) or n.split("/")[0] in (extra_folders or {})]
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()
+        ]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale) if name not in files]
+        commit = api.create_commit(
+            made,
+            operations,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            # What is stale was read from this commit.
+            parent_commit=info.sha,
+        )
+        return str(commit.pr_url if create_pr else commit.commit_url)
 
-    return _with_retries(
-        upload, f"{str(folder)!r} is complete. Try again with `trl-draft-opd push`", num_retries, sleep
-    )
+    way_out = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push {folder} {repo_id}`"
+    return _with_retries(upload, way_out, num_retries, sleep)
 
 
 def create_repository(
@@ -153,7 +201,7 @@ def create_repository(
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
     """
-    Make a repository if it does not exist, and return its full id.
+    Make a repository if it does not exist, and return its full id, `ORG/NAME`.
 
     Raises:
         ValueError, PermissionError, ConnectionError: As [`push_folder`].
@@ -162,61 +210,106 @@ def create_repository(
     api = HfApi(endpoint=endpoint, token=token)
 
     def create() -> str:
-        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return _ready_repository(api, repo_id, private)
 
-    return _with_retries(create, "Nothing was trained yet", num_retries, sleep)
-
-
-def _resumable_files(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint that a run goes on from; no arguments, no text of rollouts."""
-    found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [
-        path
-        for path in found
-        if path.name != "training_args.bin" and not path.parts[0].startswith(("_", "completions", "runs"))
-    ]
+    return _with_retries(create, "Nothing was uploaded", num_retries, sleep)
 
 
-def _refuse_token_in(files: Mapping[str, Path], token: str | None) -> None:
+def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Make the repository if it does not exist, and return its full id; one that is public already is not made private by asking."""
+    made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(made).private:
+        raise ValueError(
+            f"{made!r} exists and is public, but a private repository was asked for. Make it private in its settings, name another, or leave "
+            "`private` out. Nothing was uploaded."
+        )
+    return made
+
+
+def _resumable_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files of a checkpoint that a run goes on from; no arguments, no text of rollouts, no path of this machine."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): _without_paths(path) if path.suffix == ".json" else path
+        for name, path in found.items()
+        if name.name not in _NOT_RESUMED and not name.parts[0].startswith(("_", "completions", "runs"))
+    }
+
+
+def _without_paths(path: Path) -> Path | bytes:
+    """Return a JSON file, or its content without the entries that name folders of this machine."""
+    content = json.loads(path.read_text("utf-8"))
+    entries = content if isinstance(content, dict) else {}
+    paths = {name for name in _PATH_ENTRIES if entries.get(name) is not None and hub_id_of(entries[name]) is None}
+    if not paths:
+        return path
+    return (json.dumps(content | dict.fromkeys(paths), indent=2) + "\n").encode()
+
+
+def _refuse_token_in(files: Mapping[str, Path | bytes], token: str | None) -> None:
     if not token:
         return
-    needle = token.encode()
-    for name, path in files.items():
-        # Weights are numbers; only the header of their file holds text.
-        with path.open("rb") as file:
-            content = file.read(2**20) if path.suffix == ".safetensors" else file.read()
-        if needle in content:
+    for name, content in files.items():
+        if _holds(content, token.encode()):
             raise ValueError(f"{name!r} holds the Hub token. Nothing was uploaded: remove it and revoke the token.")
 
 
-def _with_retries(upload: Callable[[], str], way_out: str, num_retries: int, sleep: Callable[[float], None]) -> str:
+def _holds(content: Path | bytes, needle: bytes) -> bool:
+    """Whether a file holds a text; of weights, only the header is looked at, the rest is numbers."""
+    if isinstance(content, bytes):
+        return needle in content
+    if content.stat().st_size == 0:
+        return False
+    with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        is_weights = content.suffix == ".safetensors"
+        end = 8 + int.from_bytes(data[:8], "little") if is_weights else len(data)
+        return data.find(needle, 0, end) >= 0
+
+
+def _with_retries(action: Callable[[], str], way_out: str, num_retries: int, sleep: Callable[[float], None]) -> str:
+    """Run `action`; try again after errors that pass by themselves, and say of the others what to do."""
     for attempt in range(num_retries + 1):
+        pause = _FIRST_PAUSE * 2**attempt
         try:
-            return upload()
-        except (LocalTokenNotFoundError, GatedRepoError) as error:
+            return action()
+        except OfflineModeIsEnabled as error:
+            raise ConnectionError(f"The Hub is switched off in this process (HF_HUB_OFFLINE=1). {way_out}.") from error
+        except HfHubHTTPError as error:
+            refusal = _refusal(error, way_out)
+            if refusal is not None:
+                raise refusal from error
+            reason, failure = f"status {error.response.status_code}", error
+            asked = error.response.headers.get("Retry-After", "")
+            pause = max(pause, float(asked)) if asked.isdigit() else pause
+        except LocalTokenNotFoundError as error:
             raise PermissionError(
                 f"The Hub asks for a token with write access: run `hf auth login`. {way_out}."
             ) from error
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise PermissionError(
-                f"The Hub does not show the repository to this account: the token is missing, expired or may not write there (`hf auth login`). {way_out}."
-            ) from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else None
-            if status in (401, 403):
-                raise PermissionError(
-                    f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf auth login`. {way_out}."
-                ) from error
-            if status not in _PASSING:
-                raise
-            reason = f"status {status}"
-            failure: Exception = error
         except (TransportError, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
+        except RuntimeError as error:
+            # So the library reports a weights file that did not go through, after attempts of its own.
+            reason, failure = str(error).rstrip("."), error
         if attempt == num_retries:
             raise ConnectionError(
-                f"The upload failed {num_retries + 1} times, the last time with {reason}. {way_out}."
+                f"The upload failed {num_retries + 1} times, the last time with: {reason}. {way_out}."
             ) from failure
         logger.warning("The upload failed (%s); trying again.", reason)
-        sleep(_FIRST_PAUSE * 2**attempt)
+        sleep(min(pause, _LONGEST_PAUSE))
     raise AssertionError("unreachable")
+
+
+def _refusal(error: HfHubHTTPError, way_out: str) -> OSError | None:
+    """Return what to raise for an answer of the Hub that will not change, or `None` for one that may."""
+    status = error.response.status_code
+    if status in _PASSING:
+        return None
+    if status in (401, 403):
+        return PermissionError(
+            f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf auth login`. {way_out}."
+        )
+    if isinstance(error, GatedRepoError | RepositoryNotFoundError):
+        return PermissionError(
+            f"The Hub does not show the repository to this account: the token is missing, expired or may not write there (`hf auth login`). {way_out}."
+        )
+    return OSError(f"The Hub refused (status {status}): {error.server_message or 'no reason given'}. {way_out}.")

@@ -25,7 +25,7 @@ from .card import CARD_FILE, CURVE_FILE, write_card
 from .custom_generate import write_custom_generate
 from .flat import flat_config, flat_tensors
 from .record import RECORD_FILE, TrainingRecord, write_record
-from .serving import SERVING_FILE, serving_settings
+from .serving import SERVING_FILE, measured_facts, serving_settings
 from .source import embedding_scale
 
 
@@ -63,6 +63,7 @@ def export_drafter(
     target_id: str | None = None,
     repo_id: str | None = None,
     record: TrainingRecord | None = None,
+    license: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ExportResult:
     """
@@ -86,6 +87,8 @@ def export_drafter(
             Hub id the folder will have, for commands that can be pasted.
         record ([`TrainingRecord`], *optional*):
             What was trained and measured.
+        license (`str`, *optional*):
+            Licence of the drafter, for the card.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
             Precision of the drafter's weights. Engines read bfloat16 everywhere; another one is for exact copies of a drafter
             published in it.
@@ -122,7 +125,7 @@ def export_drafter(
             # The new card keeps the notes people wrote into the earlier one.
             shutil.copy(folder / CARD_FILE, staged / CARD_FILE)
         architectures = list(getattr(target_config, "architectures", None) or [])
-        write_about(staged, flat, wanted, record, target_id, repo_id, architectures)
+        write_about(staged, flat, wanted, record, target_id, repo_id, architectures, license)
         _put_in_place(staged, folder)
     places = {name: folder if name == asked[0] else folder / name for name in wanted}
     return ExportResult(folder, places, {name: reasons[name] for name in asked if name in reasons})
@@ -222,6 +225,7 @@ def write_about(
     target_id: str | None,
     repo_id: str | None,
     target_architectures: list[str],
+    license: str | None,
 ) -> None:
     """Write what is not the drafter itself: how to serve it, what is known of it, and the card."""
     settings = serving_settings(
@@ -229,8 +233,8 @@ def write_about(
         target_id=target_id,
         repo_id=repo_id,
         target_architectures=target_architectures,
-        num_target_parameters=None if record is None else record.target.num_parameters,
-        taus=[] if record is None else sorted({round(m.tau, 2) for m in record.measurements}),
+        layouts=layouts,
+        **measured_facts(record, flat),
     )
     (folder / SERVING_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if record is not None:
@@ -243,6 +247,7 @@ def write_about(
         layouts=layouts,
         target_id=target_id,
         target_architectures=target_architectures,
+        license=license,
     )
 
 

@@ -101,6 +101,8 @@ class DraftTrainingConfig(_BaseConfig):
             to push when it was loaded from a folder or given as an instance.
         dataset_id (`str`, *optional*), dataset_license (`str`, *optional*):
             Hub id and licence of the training data, for the card. Not guessed: without them the card says that they were not given.
+        hub_license (`str`, *optional*):
+            Licence of the published drafter, e.g. `apache-2.0`. Not guessed: that of data and target may bind it.
 
     > [!NOTE]
     > Defaults that differ from TRL's: `gradient_checkpointing=False` (the blocks' keys and values are side results that a second
@@ -178,6 +180,7 @@ class DraftTrainingConfig(_BaseConfig):
     )
     dataset_id: str | None = field(default=None, metadata={"help": "Hub id of the training data, for the card."})
     dataset_license: str | None = field(default=None, metadata={"help": "Licence of the training data, for the card."})
+    hub_license: str | None = field(default=None, metadata={"help": "Licence of the published drafter."})
 
     def __post_init__(self):
         if self.bf16 is None:

@@ -98,6 +98,11 @@ class PublishingTrainer(_BaseTrainer):
     target: FrozenTarget
     num_drafts: int
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Now rather than at the first save: what could not be written into the record.
+        TrainingRecord.from_dict(self.training_record().to_dict())
+
     def _prepare_publishing(self, args: DraftTrainingConfig, drafter: Drafter) -> None:
         """Refuse now what could not be pushed later, and start logs, measurements and the record."""
         check_publishing(args, drafter, self.target)
@@ -178,12 +183,12 @@ class PublishingTrainer(_BaseTrainer):
 
     # -- the record ----------------------------------------------------------------------------------------------------
 
-    def training_record(self, *, dataset_name: str | None = None, license: str | None = None) -> TrainingRecord:
+    def training_record(self, *, dataset_name: str | None = None) -> TrainingRecord:
         """
         Return what was trained and measured so far, earlier stages included.
 
         Args:
-            dataset_name (`str`, *optional*), license (`str`, *optional*): In place of `dataset_id` and `dataset_license`.
+            dataset_name (`str`, *optional*): Hub id of the training data, in place of `dataset_id`.
         """
         args, drafter = self.args, self.accelerator.unwrap_model(self.model)
         completions = "dataset" if args.completions_are_given else "target"
@@ -196,7 +201,7 @@ class PublishingTrainer(_BaseTrainer):
             steps=self.state.global_step,
             settings=recorded_settings(args),
             dataset=DatasetFacts(
-                hub_id_of(dataset_name or args.dataset_id), license or args.dataset_license, num_rows, completions
+                hub_id_of(dataset_name or args.dataset_id), args.dataset_license, num_rows, completions
             ),
             curve=recorded_curve(self.state.log_history),
         )
@@ -256,7 +261,7 @@ class PublishingTrainer(_BaseTrainer):
 
         Args:
             folder (`str` or `Path`, *optional*): Where to; `_publication` in `output_dir` by default.
-            dataset_name (`str`, *optional*), license (`str`, *optional*): Hub id and licence of the training data, for the card.
+            dataset_name (`str`, *optional*), license (`str`, *optional*): In place of `dataset_id` and `hub_license`.
 
         Returns:
             `Path`: The folder.
@@ -275,7 +280,8 @@ class PublishingTrainer(_BaseTrainer):
             target_config=self.target.causal_lm.config,
             target_id=target_id,
             repo_id=repo_id,
-            record=self.training_record(dataset_name=dataset_name, license=license),
+            record=self.training_record(dataset_name=dataset_name),
+            license=license or self.args.hub_license,
         )
         return folder
 
@@ -295,7 +301,8 @@ class PublishingTrainer(_BaseTrainer):
         write_card(
             self.args.output_dir,
             config=flat_config(drafter, target_id=target_id, dtype=torch.float32),
-            record=self.training_record(dataset_name=kwargs.get("dataset_name"), license=kwargs.get("license")),
+            record=self.training_record(dataset_name=kwargs.get("dataset_name")),
+            license=kwargs.get("license") or self.args.hub_license,
             repo_id=self.hub_model_id or self.args.hub_model_id,
             layouts=["flat"],
             target_id=target_id,
@@ -321,7 +328,7 @@ class PublishingTrainer(_BaseTrainer):
             commit_message (`str`, *optional*), blocking (`bool`, *optional*), token (`str`, *optional*), revision (`str`, *optional*), private (`bool`, *optional*):
                 As in [`~transformers.Trainer.push_to_hub`].
             dataset_name (`str`, *optional*), license (`str`, *optional*):
-                Hub id and licence of the training data, in place of `dataset_id` and `dataset_license`.
+                Hub id of the training data and licence of the drafter, in place of `dataset_id` and `hub_license`.
             kwargs: Accepted for transformers' sake; the card is written from the training record.
 
         Returns:

@@ -58,9 +58,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     if _PER_REQUEST in {field.name for field in fields(EngineArgs)}:
         options[_PER_REQUEST] = "detailed"
     engine = LLM(**options)
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False
-    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=False)]
     kept = [getattr(output, "spec_decode_metrics", None) for output in outputs]

@@ -32,6 +32,11 @@ def load_drafter(source: str | None, model: torch.nn.Module) -> torch.nn.Module:
     device, dtype = model.get_input_embeddings().weight.device, model.dtype
     key = (source, device, dtype)
     if key not in _LOADED or _LOADED[key][0] != stamp:
+        if Path(source).is_dir() and stamp is None:
+            raise FileNotFoundError(
+                f"{source!r} holds no 'transformers/model.safetensors', so it is no published DFlash drafter. Pass "
+                '`drafter="ORG/NAME"`, or the folder of an export.'
+            )
         try:
             drafter = AutoModel.from_pretrained(source, subfolder="transformers", dtype=dtype)
         except OSError as error:
