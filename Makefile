@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-CONFORMANCE := .venv-conformance
+CONFORMANCE ?= .venv-conformance
 CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check --no-input
 # The settings and the tests are named because pytest reads the PATH of `--shared PATH` as a place to look for both until
 # it has found the conftest.py that defines the option.
