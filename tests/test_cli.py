@@ -287,3 +287,45 @@ def test_a_dataset_of_the_library_is_read_like_any_other(tmp_path: Path):
     Dataset.from_dict({"text": ["w8 w9"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="holds the splits"):
         load_rows(str(tmp_path / "saved"), None, "validation")
+
+
+# ---- publishing -------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
+    target_folder: str, drafter_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert main(["export", drafter_folder, "--target", target_folder, "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "speculators  not written: the speculators format names the target" in said
+    exported, trained = AutoDrafter.from_pretrained(out), AutoDrafter.from_pretrained(drafter_folder)
+    assert torch.equal(exported.fc.weight, trained.fc.weight.bfloat16().float())
+    # No path of this machine gets in.
+    assert not [path for path in out.rglob("*") if path.is_file() and target_folder.encode() in path.read_bytes()]
+    named = ["--target", target_folder, "--target-id", "org/target", "--to", "speculators", "--license", "mit"]
+    assert main(["export", drafter_folder, *named, "--output", str(tmp_path / "spec")]) == 0
+    config = json.loads((tmp_path / "spec" / "config.json").read_text("utf-8"))
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "org/target"
+    assert "license: mit" in (tmp_path / "spec" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--repo-id", "org/My-EAGLE-3"], "EAGLE-1"),
+        (["--target-id", "/somewhere/else"], "must be the target's Hub id"),
+        (["--to", "speculators"], "only a Hub id says where"),
+        (["--licence", "mit"], "did you mean --license?"),
+    ],
+)
+def test_an_export_refuses_what_nobody_could_read(target_folder, drafter_folder, tmp_path, capsys, flags, message):
+    words = ["export", drafter_folder, "--target", target_folder, "--output", str(tmp_path / "out"), *flags]
+    assert message in _error(words, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder: str, tmp_path, capsys):
+    assert "holds no export" in _error(["push", str(tmp_path), "org/tiny-dflash"], capsys)
+    assert "cannot be the name" in _error(["push", drafter_folder, "org/../x"], capsys)

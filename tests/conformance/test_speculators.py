@@ -47,9 +47,12 @@ def pair(request, tmp_path, target):
         to="speculators",
         embedding=target.causal_lm.get_input_embeddings().weight,
         target_config=target.causal_lm.config,
-        target_id=str(target.folder),
+        target_id="org/target",
         dtype=torch.float32,
     )
+    # The library fetches the target it is named; here that is a folder.
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"org/target"', f'"{target.folder}"'))
     theirs = [SpeculatorModel.from_pretrained(str(tmp_path / "out")).float().eval() for _ in range(3)]
     return AutoDrafter.from_pretrained(tmp_path / "out"), theirs
 
