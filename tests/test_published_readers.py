@@ -11,11 +11,13 @@ import torch
 from published import boundaries_of, eagle_drafts, engine_parameters, sglang_parameters, vllm_parameters, zlab_hidden
 from safetensors.torch import load_file
 from test_export import VARIANTS, export, make_variant
-from tiny import MASK, make_target
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import MASK, make_drafter, make_prompts, make_target
+from trained import overfit, own_text
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
 from trl_draft_opd.export import export_drafter
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +121,96 @@ def test_every_convention_names_the_layers_the_drafter_reads(tmp_path, num_layer
     for reader in readers:
         assert boundaries_of(flat, reader, num_layers) == trained, reader
     assert boundaries_of(speculators, "speculators", num_layers) == trained
+
+
+# ---- whole decodings ---------------------------------------------------------------------------------------------------
+
+
+PROMPTS, NUM_TOKENS = make_prompts(3, seed=2), 40
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, target):
+    """Drafters that are often right, by family, with their exports."""
+    folder, found = tmp_path_factory.mktemp("pairs"), {}
+    for family in ("eagle3", "dflash"):
+        drafter = overfit(target, make_drafter(family, target), PROMPTS[:2])
+        found[family] = drafter, export(drafter, target, folder / family).layouts
+    return found
+
+
+def rounds_of(target, prompt, draft):
+    """Decode greedily with drafts of a function of the committed text; return the text and the drafts kept per round."""
+    ids = torch.tensor(own_text(target, prompt, 1))
+    kept = []
+    while len(ids) < len(prompt) + NUM_TOKENS:
+        drafts = draft(ids)
+        room = len(prompt) + NUM_TOKENS - len(ids)
+        with torch.no_grad():
+            logits = target.causal_lm(torch.cat([ids, torch.tensor(drafts)])[None]).logits[0, len(ids) - 1 :]
+        own = logits.argmax(-1).tolist()
+        accepted = next((k for k, draft in enumerate(drafts) if draft != own[k]), len(drafts))
+        kept.append(min(accepted, room))
+        ids = torch.cat([ids, torch.tensor(own[: min(accepted + 1, room)])])
+    return ids.tolist(), kept
+
+
+def ours(target, drafter, prompt):
+    settings = LiveSettings(4, NUM_TOKENS, SamplingSettings(0.0, 0, 1.0), "greedy", [], False)
+    rollout = rollout_live(target, drafter, [prompt], settings, torch.Generator())
+    return rollout.input_ids[0].tolist(), rollout.accepted[0][rollout.is_block[0]].tolist()
+
+
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_decoding_with_the_reference_forwards_keeps_what_we_keep(target, pairs, family):
+    drafter, layouts = pairs[family]
+
+    def draft(ids):
+        states = read(target, ids)
+        if family == "eagle3":
+            return eagle_drafts(layouts["flat"], states, ids, num_drafts=4)[0]
+        block = target.embed(torch.tensor([int(ids[-1]), *[MASK] * 4]))
+        with torch.no_grad():
+            return target.project(zlab_hidden(layouts["flat"], states, block)[1:]).argmax(-1).tolist()
+
+    total = 0
+    for prompt in PROMPTS:
+        text, kept = rounds_of(target, prompt, draft)
+        assert (text, kept) == ours(target, drafter, prompt)
+        assert text == own_text(target, prompt, NUM_TOKENS)
+        total += sum(kept)
+    # Drafts are really kept, a good part of all tokens.
+    assert total > NUM_TOKENS
+
+
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_decoding_in_transformers_takes_our_number_of_target_forwards(target, pairs, family):
+    drafter, layouts = pairs[family]
+    model, options = target.causal_lm, {"do_sample": False, "max_new_tokens": NUM_TOKENS, "eos_token_id": None}
+    if family == "dflash":
+        assistant = AutoModel.from_pretrained(layouts["transformers"], dtype=torch.float32)
+        ways = [{"assistant_model": assistant, "speculation_type": "dflash"}]
+    else:
+        ways = []
+    folder = str(layouts["flat"])
+    ways.append({"custom_generate": folder, "drafter": folder, "trust_remote_code": True})
+    for way in ways:
+        for prompt in PROMPTS:
+            ids, calls = torch.tensor([prompt]), []
+            handle = model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            text = model.generate(ids, attention_mask=torch.ones_like(ids), **options, **way)[0].tolist()
+            handle.remove()
+            own, kept = ours(target, drafter, prompt)
+            assert text == own and len(calls) == 1 + len(kept)
+
+
+def test_layers_off_by_one_keep_much_less(target, pairs):
+    # What makes the equalities above a proof.
+    for family in ("eagle3", "dflash"):
+        drafter = pairs[family][0]
+        right = sum(sum(ours(target, drafter, prompt)[1]) for prompt in PROMPTS[:2])
+        ids = list(drafter.config.target_layer_ids)
+        drafter.config.target_layer_ids = [i + 1 for i in ids]
+        wrong = sum(sum(ours(target, drafter, prompt)[1]) for prompt in PROMPTS[:2])
+        drafter.config.target_layer_ids = ids
+        assert wrong < 0.7 * right
