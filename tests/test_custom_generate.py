@@ -11,6 +11,7 @@ import shutil
 import string
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -262,7 +263,10 @@ def test_stopping_criteria_cut_a_block_where_plain_decoding_stops(target, folder
         stop = StoppingCriteriaList([AfterToken(text[place], 3)])
         options = {"max_new_tokens": 20, "do_sample": False, "stopping_criteria": stop}
         own = model.generate(ids, **options)
-        assert torch.equal(speculate(model, ids, folders["trained"], **options), own)
+        ours = speculate(model, ids, folders["trained"], **options, return_dict_in_generate=True)
+        assert torch.equal(ours.sequences, own)
+        # All but the last token, which no pass has read, and no draft behind the end.
+        assert ours.past_key_values.get_seq_length() == own.shape[1] - 1
         lengths.add(own.shape[1])
     assert len(lengths) > 1
 
@@ -321,6 +325,25 @@ def test_a_call_inside_of_a_call_leaves_both_as_they_are(target, folders):
     assert sorted(map(str, nested)) == sorted(map(str, apart)) and nested != apart
 
 
+def test_another_thread_on_the_same_target_changes_no_draft(target, folders):
+    model, options, own = target.causal_lm, {"max_new_tokens": 12, "do_sample": False}, threading.get_ident()
+    with blocks_of(model) as alone:
+        speculate(model, as_ids(TRAINED_ON[0]), folders["trained"], **options)
+
+    def disturb(*arguments):
+        # Behind the tapped layers, before the pass is over.
+        if threading.get_ident() == own:
+            other = threading.Thread(target=model, kwargs={"input_ids": as_ids([50]), "position_ids": as_ids([0])})
+            other.start()
+            other.join()
+
+    handle = model.lm_head.register_forward_hook(disturb)
+    with blocks_of(model) as both:
+        speculate(model, as_ids(TRAINED_ON[0]), folders["trained"], **options)
+    handle.remove()
+    assert [block for block in both if block != (0, [50])] == alone and len(both) == 2 * len(alone)
+
+
 def test_a_left_padded_prompt_gives_the_text_of_plain_decoding(target, folders):
     ids, mask = torch.tensor([[PAD, PAD, 9, 10, 11]]), torch.tensor([[0, 0, 1, 1, 1]])
     options = {"attention_mask": mask, "max_new_tokens": 15, "do_sample": False}
@@ -339,8 +362,6 @@ def test_a_dict_result_holds_sequences_and_scores_of_plain_decoding(target, fold
     for name in ("scores", "logits"):
         assert len(ours[name]) == len(own[name])
         torch.testing.assert_close(torch.cat(ours[name]), torch.cat(own[name]), atol=1e-4, rtol=1e-4)
-    # All but the last token, which no pass has read, and no rejected draft.
-    assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
 
 
 @pytest.mark.parametrize(
