@@ -99,6 +99,8 @@ def test_weights_are_bfloat16_and_the_embedding_a_byte_copy(tmp_path, target):
     assert torch.equal(tensors.pop("embed_tokens.weight"), embedding)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors["fc.weight"], drafter.fc.weight.bfloat16())
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
     # An export in another precision is possible, and does not keep the rules.
     export(drafter, target, tmp_path / "wide", to="flat", dtype=torch.float32)
     assert torch.equal(load_file(tmp_path / "wide" / "model.safetensors")["fc.weight"], drafter.fc.weight)
