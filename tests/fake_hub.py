@@ -57,8 +57,14 @@ class FakeHub:
         return None
 
     def received(self) -> bytes:
-        """Return every byte of content that clients sent, credentials in headers left out."""
-        return b"\n".join(path.encode() + b"\n" + body for _, path, _, body in self.requests)
+        """Return every byte of content that clients sent, files of commits decoded, credentials in headers left out."""
+        parts = []
+        for method, path, _, body in self.requests:
+            parts += [path.encode(), body]
+            if method == "POST" and "/commit/" in path:
+                entries = map(json.loads, filter(None, body.decode().split("\n")))
+                parts += [base64.b64decode(entry["value"]["content"]) for entry in entries if entry["key"] == "file"]
+        return b"\n".join(parts)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 from fake_hub import serve_hub
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from trl_draft_opd.export.hub import create_repository, published_files, push_folder, validate_repo_id
 
@@ -137,14 +137,20 @@ def test_what_readers_would_take_for_the_drafter_gives_way_and_the_rest_stays(hu
     assert set(repository.branches["main"]) == set(content_of(folder)) | kept
 
 
-def test_a_commit_made_meanwhile_is_seen_before_the_next_attempt(hub, folder):
+def test_a_commit_made_meanwhile_is_seen_before_the_next_attempt(hub, folder, monkeypatch):
     push(hub, folder)
-    repository = hub.repositories[REPO]
-    head, moved = repository.head, ["1" * 40, "1" * 40, "2" * 40]
-    # Read, then checked: at the first attempt somebody commits between the two.
-    repository.head = lambda branch: moved.pop(0) if moved else head(branch)
+    repository, commit = hub.repositories[REPO], HfApi.create_commit
+
+    def commit_second(api, *arguments, **options):
+        if len(repository.commits) == 1:
+            others = {"branch": "main", "is_pr": False, "files": {"transformers/config.json": b"another push"}}
+            repository.commits.append(others | {"deleted": []})
+            repository.branches["main"] |= others["files"]
+        return commit(api, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", commit_second)
     push(hub, folder)
-    assert len(repository.commits) == 2 and moved == []
+    assert len(repository.commits) == 3 and set(repository.branches["main"]) == set(content_of(folder))
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------

@@ -5,17 +5,23 @@ and a local folder that no failure touches.
 """
 
 import json
+import threading
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from fake_hub import serve_hub
 from huggingface_hub import constants
-from tiny import make_drafter, make_target
+from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
+from transformers import TrainerCallback
 
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
-from trl_draft_opd.export.hub import push_folder, validate_repo_id
-from trl_draft_opd.export.record import read_record
+from trl_draft_opd.export.hub import push_folder
+from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
+from trl_draft_opd.trainer import publishing
 
 
 CANARY = "hf_CanaryCanaryCanaryCanaryCanary0042"
@@ -41,7 +47,9 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("trl_draft_opd.export.hub._FIRST_PAUSE", 0.0)
+        # Both this package and the library pause between attempts.
+        monkeypatch.setattr("trl_draft_opd.export.hub._LONGEST_PAUSE", 0.0)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         yield hub
 
 
@@ -54,9 +62,20 @@ def rows(count=4):
     )
 
 
-def make_trainer(tmp_path, method="sft", family="dflash", drafter=None, **settings):
+EVERY_SAVE = {
+    "push_to_hub": True,
+    "hub_strategy": "every_save",
+    "hub_always_push": True,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def make_trainer(
+    tmp_path, method="sft", family="dflash", drafter=None, target=None, eval_rows=None, callbacks=None, **settings
+):
     trainer_class, config_class = TRAINERS[method]
-    target = make_target()
+    target = target or make_target()
     settings = {
         "max_steps": 2,
         "warmup_steps": 0,
@@ -72,8 +91,12 @@ def make_trainer(tmp_path, method="sft", family="dflash", drafter=None, **settin
         "hub_token": CANARY,
     } | settings
     args = config_class(str(tmp_path / "out"), **settings)
-    drafter = drafter or make_drafter(family, target)
-    return trainer_class(drafter, target, args, rows(), eval_dataset=rows(2))
+    drafter = drafter or make_drafter(family, make_target())
+    return trainer_class(drafter, target, args, rows(), eval_dataset=eval_rows or rows(2), callbacks=callbacks)
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("method, family", [("sft", "dflash"), ("opd", "eagle3")])
@@ -119,37 +142,10 @@ def test_sft_then_opd_are_both_in_the_record(tmp_path, hub):
     assert [(stage["method"], stage["steps"]) for stage in record["stages"]] == [("sft", 2), ("opd", 1)]
 
 
-def test_private_revision_and_token_are_passed_on(tmp_path, hub):
-    trainer = make_trainer(tmp_path, hub_private_repo=True, hub_revision="dev", hub_token=None)
-    with pytest.raises(PermissionError, match=r"missing, expired.*hf auth login"):
-        trainer.push_to_hub()
-    trainer.push_to_hub(token=CANARY)
-    repository = hub.repositories["someone/tiny-dflash"]
-    assert repository.private is True
-    assert repository.branches["main"] == {} and "config.json" in repository.branches["dev"]
-
-
-@pytest.mark.parametrize("token", [None, "hf_expired"])
-def test_a_missing_or_expired_token_is_explained_before_training(tmp_path, hub, token):
-    with pytest.raises(PermissionError, match="missing, expired or may not write there.*hf auth login"):
-        make_trainer(tmp_path, push_to_hub=True, hub_token=token)
-
-
-@pytest.mark.parametrize("method", TRAINERS)
-def test_a_canary_token_is_in_no_byte_that_is_written_or_sent(tmp_path, hub, monkeypatch, method):
-    monkeypatch.setenv("HF_TOKEN", CANARY)
-    drafter = make_drafter("dflash", make_target())
-    drafter.config.token = CANARY
-    settings = {"hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1, "report_to": "tensorboard"}
-    trainer = make_trainer(tmp_path, method, drafter=drafter, push_to_hub=True, **settings)
-    trainer.train()
-    trainer.push_to_hub()
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    names = {path.name.split(".")[0] for path in written}
-    assert {"events", "optimizer", "config", "README"} <= names
-    assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
-    assert CANARY.encode() not in hub.received()
-    assert any(CANARY in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
+@pytest.mark.parametrize("setting", ["hub_target_id", "dataset_id"])
+def test_a_path_is_no_id_for_target_or_data(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"`{setting}` must be a Hub id, ORG/NAME, got '{tmp_path}/model'"):
+        DraftSFTConfig(str(tmp_path), **{setting: f"{tmp_path}/model"})
 
 
 def test_credentials_inside_of_settings_are_masked_in_logs(tmp_path):
@@ -160,65 +156,97 @@ def test_credentials_inside_of_settings_are_masked_in_logs(tmp_path):
     assert args.target_model_init_kwargs["token"] == CANARY
 
 
-def test_a_file_that_holds_the_token_stops_a_push(tmp_path, hub):
-    trainer = make_trainer(tmp_path)
-    folder = trainer.export()
-    (folder / "README.md").write_text(f"my token is {CANARY}")
-    with pytest.raises(ValueError, match="'README.md' holds the Hub token. Nothing was uploaded"):
-        push_folder(folder, "someone/tiny-dflash", token=CANARY)
-    assert hub.requests == []
-
-
-def test_only_what_an_export_wrote_is_uploaded(tmp_path, hub):
-    trainer = make_trainer(tmp_path, "opd", log_completions=True)
+@pytest.mark.parametrize("method", TRAINERS)
+def test_no_canary_token_and_no_path_is_in_a_byte_that_leaves(tmp_path, hub, monkeypatch, method):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    home = tmp_path / "home"
+    make_causal_lm().save_pretrained(home / "target")
+    make_tokenizer().save_pretrained(home / "target")
+    make_drafter("dflash", make_target()).save_pretrained(home / "drafter")
+    drafter = AutoDrafter.from_pretrained(home / "drafter")
+    drafter.config.token = CANARY
+    saved, save = [], torch.save
+    monkeypatch.setattr(
+        "torch.save", lambda content, *to, **options: (saved.append(content), save(content, *to, **options))
+    )
+    settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "report_to": "tensorboard"}
+    settings["target_model_init_kwargs"] = {"token": CANARY}
+    if method == "opd":
+        settings |= {"log_completions": True}
+    trainer = make_trainer(tmp_path, method, drafter=drafter, target=str(home / "target"), **settings)
     trainer.train()
-    # The target's answers lie in the output folder, and stay there.
-    assert list((tmp_path / "out" / "_trajectories").glob("shard-*"))
-    folder = trainer.export()
-    (folder / "completions.parquet").write_text("what the target said")
-    (folder / "training_args.bin").write_text("pickle")
-    push_folder(folder, "someone/tiny-dflash", token=CANARY)
-    (commit,) = hub.repositories["someone/tiny-dflash"].commits
-    assert set(commit["files"]) == EXPORT | NATIVE
+    trainer.evaluate()
+    trainer.push_to_hub()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"events", "optimizer", "config", "README"} <= {path.name.split(".")[0] for path in written}
+    assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
+    assert saved and trainer.args not in saved
+    assert len(hub.repositories["someone/tiny-dflash"].commits) == 3
+    sent = hub.received()
+    assert b"base_model: org/target" in sent and b'"global_step": 2' in sent
+    assert [word for word in (CANARY, str(tmp_path), "w8 w9", "trajector") if word.encode() in sent] == []
+    assert any(CANARY in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
 
 
-@pytest.mark.parametrize(
-    "part, status", [("/preupload/", 500), ("/lfs/", "drop"), ("/commit/", 503), ("/repos/create", 429)]
-)
-def test_a_passing_failure_is_tried_again(tmp_path, hub, part, status):
-    folder = make_trainer(tmp_path).export()
-    hub.fail(part, status, times=1)
-    push_folder(folder, "someone/tiny-dflash", token=CANARY)
-    assert len(hub.repositories["someone/tiny-dflash"].commits) == 1
+# ---- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_dies_midway_leaves_a_complete_folder_and_a_second_push_succeeds(tmp_path, hub, monkeypatch):
+def test_a_server_that_dies_midway_leaves_a_complete_folder_and_a_second_push_succeeds(tmp_path, hub):
     trainer = make_trainer(tmp_path)
     trainer.train()
-    # The library pauses between attempts of its own, too.
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    hub.fail("/lfs/", "drop", times=10_000)
-    with pytest.raises(ConnectionError, match="_publication' is complete. Try again with `trl-draft-opd push`"):
+    hub.fail("PUT /lfs/", "drop", times=10_000)
+    with pytest.raises(ConnectionError, match="_publication' is complete. Try again with `trl-draft-opd push"):
         trainer.push_to_hub()
     repository = hub.repositories["someone/tiny-dflash"]
     assert repository.commits == [] and repository.branches["main"] == {}
     folder = tmp_path / "out" / "_publication"
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == EXPORT | NATIVE
+    assert files_of(folder) == EXPORT | NATIVE
     AutoDrafter.from_pretrained(tmp_path / "out")
     hub.failures.clear()
     push_folder(folder, "someone/tiny-dflash", token=CANARY)
     assert set(repository.branches["main"]) == EXPORT | NATIVE
 
 
-def test_files_of_an_earlier_export_go_and_others_stay(tmp_path, hub):
-    trainer = make_trainer(tmp_path)
-    folder = trainer.export()
-    push_folder(folder, "someone/tiny-dflash", token=CANARY)
+def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tmp_path, hub):
+    trainer = make_trainer(tmp_path, hub_private_repo=True, hub_revision="dev", hub_token="hf_expired")
+    with pytest.raises(PermissionError, match=r"missing, expired.*hf auth login"):
+        trainer.push_to_hub()
+    assert AutoDrafter.from_pretrained(tmp_path / "out" / "_publication")
+    trainer.push_to_hub(token=CANARY)
     repository = hub.repositories["someone/tiny-dflash"]
-    repository.branches["main"] |= {"speculators/old.safetensors": b"old", "LICENSE": b"mine"}
-    push_folder(folder, "someone/tiny-dflash", token=CANARY)
-    assert repository.commits[1]["deleted"] == ["speculators/old.safetensors"]
-    assert "LICENSE" in repository.branches["main"]
+    assert repository.private is True
+    assert repository.branches["main"] == {} and "config.json" in repository.branches["dev"]
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"hub_model_id": "../secrets"}, ValueError, "cannot be the name"),
+        ({"hub_model_id": "org/my drafter-dflash"}, ValueError, "cannot be the name"),
+        ({"hub_model_id": "org/Qwen3-4B-EAGLE-3"}, ValueError, "by which vLLM takes a drafter for EAGLE-1"),
+        ({"hub_target_id": None}, ValueError, "names its target by its Hub id.*hub_target_id='ORG/NAME'"),
+        ({"hub_token": None}, PermissionError, "missing, expired or may not write there.*hf auth login"),
+        ({"hub_token": "hf_expired"}, PermissionError, "missing, expired or may not write there.*hf auth login"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_the_target_answers(
+    tmp_path, hub, monkeypatch, settings, error, message
+):
+    monkeypatch.setattr("trl_draft_opd.trainer.draft_sft_trainer.answer_all", lambda *_: pytest.fail("answered"))
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, push_to_hub=True, regenerate=True, **settings)
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    "setting, value", [("dataset_license", "see /home/me/terms"), ("target_model_revision", "../x")]
+)
+def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setting, value):
+    with pytest.raises(ValueError, match="training_record.json"):
+        make_trainer(tmp_path, **{setting: value})
+
+
+# ---- strategies -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,18 +259,13 @@ def test_files_of_an_earlier_export_go_and_others_stay(tmp_path, hub):
     ],
 )
 def test_hub_strategies_push_when_and_what_they_say(tmp_path, hub, strategy, commits, folders):
-    trainer = make_trainer(
-        tmp_path,
-        push_to_hub=True,
-        hub_strategy=strategy,
-        hub_always_push=True,
-        save_strategy="steps",
-        save_steps=1,
-    )
+    # The limit deletes a checkpoint as soon as the next one is there, uploaded or not.
+    trainer = make_trainer(tmp_path, **EVERY_SAVE | {"hub_strategy": strategy, "save_total_limit": 1})
     trainer.train()
     trainer.push_to_hub()
     repository = hub.repositories["someone/tiny-dflash"]
-    assert len(repository.commits) == commits
+    summaries = ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
+    assert [commit["summary"] for commit in repository.commits] == summaries[-commits:]
     held = repository.branches["main"]
     assert {name.split("/")[0] for name in held} == {name.split("/")[0] for name in EXPORT | NATIVE} | folders
     assert not [name for name in held if name.endswith("training_args.bin") or "trajector" in name]
@@ -251,41 +274,82 @@ def test_hub_strategies_push_when_and_what_they_say(tmp_path, hub, strategy, com
 
 
 def test_a_failing_push_between_saves_does_not_stop_training(tmp_path, hub, caplog):
-    trainer = make_trainer(
-        tmp_path,
-        push_to_hub=True,
-        hub_strategy="every_save",
-        hub_always_push=True,
-        save_strategy="steps",
-        save_steps=1,
-    )
-    hub.fail("/commit/", 500, times=10_000)
+    trainer = make_trainer(tmp_path, **EVERY_SAVE)
+    hub.fail("/commit/", 413, times=10_000)
     trainer.train()
     assert trainer.state.global_step == 2
-    assert "A push failed, training goes on" in caplog.text
+    assert caplog.text.count("A push failed, training goes on") == 2 and "status 413" in caplog.text
     assert AutoDrafter.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    hub.failures.clear()
+    trainer.push_to_hub()
+    assert len(hub.repositories["someone/tiny-dflash"].commits) == 1
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("../secrets", "cannot be the name"),
-        ("org/my drafter-dflash", "cannot be the name"),
-        ("org/a/b-dflash", "cannot be the name"),
-        ("org/Qwen3-4B-EAGLE-3", "contains 'eagle-', by which vLLM takes a drafter for EAGLE-1"),
-    ],
-)
-def test_bad_repository_names_are_refused_before_training(tmp_path, hub, name, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, push_to_hub=True, hub_model_id=name)
-    with pytest.raises(ValueError, match=message):
-        validate_repo_id(name)
-    assert hub.requests == []
+def test_an_export_that_fails_between_saves_does_not_stop_training(tmp_path, hub, caplog, monkeypatch):
+    trainer = make_trainer(tmp_path, **EVERY_SAVE)
+    (tmp_path / "out" / "_publication").mkdir(parents=True)
+    (tmp_path / "out" / "_publication" / "thesis.tex").write_text("mine")
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert caplog.text.count("Nothing was pushed, training goes on") == 2 and "thesis.tex" in caplog.text
 
 
-def test_a_target_without_an_id_is_refused_before_training(tmp_path, hub):
-    with pytest.raises(ValueError, match="names its target by its Hub id.*hub_target_id='ORG/NAME'"):
-        make_trainer(tmp_path, push_to_hub=True, hub_target_id=None)
+@pytest.mark.parametrize("always, pushed", [(False, 1), (True, 2)])
+def test_one_push_is_in_flight_and_saves_skip_it_or_wait(tmp_path, hub, monkeypatch, always, pushed):
+    started, is_over = [], threading.Event()
+
+    class AfterSaves(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            # A save that waits for the push before it would wait for ever.
+            if always and state.global_step == 2:
+                is_over.set()
+
+        def on_save(self, args, state, control, **others):
+            if state.global_step == 2:
+                is_over.set()
+
+    def push(*arguments, commit_message, **options):
+        started.append(commit_message)
+        assert is_over.wait(20)
+
+    monkeypatch.setattr(publishing, "push_folder", push)
+    make_trainer(tmp_path, callbacks=[AfterSaves()], **EVERY_SAVE | {"hub_always_push": always}).train()
+    assert len(started) == pushed
+
+
+def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, hub, monkeypatch):
+    was_there, is_deleted = [], threading.Event()
+
+    class AfterDeletion(TrainerCallback):
+        def on_save(self, args, state, control, **others):
+            if state.global_step == 2:
+                is_deleted.set()
+
+    def push(*arguments, extra_folders, **options):
+        # As long as an upload may take; training waits for it.
+        is_deleted.wait(0.3)
+        was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.pt").is_file())
+
+    monkeypatch.setattr(publishing, "push_folder", push)
+    settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "hub_always_push": False, "save_total_limit": 1}
+    make_trainer(tmp_path, callbacks=[AfterDeletion()], **settings).train()
+    assert was_there == [True, True] and not (tmp_path / "out" / "checkpoint-1").exists()
+
+
+def test_a_push_in_the_background_hands_back_its_future(tmp_path, hub, caplog):
+    trainer = make_trainer(tmp_path)
+    future = trainer.push_to_hub(blocking=False)
+    assert isinstance(future, Future) and future.result(20).endswith("/commit/" + "1".rjust(40, "0"))
+    assert "Call `evaluate()` before a push" in caplog.text
+
+
+# ---- names, cards, records --------------------------------------------------------------------------------------------
+
+
+def test_a_push_that_was_not_announced_still_names_itself_in_full(tmp_path, hub):
+    make_trainer(tmp_path, "opd", "eagle3", hub_model_id="tiny-eagle3").push_to_hub()
+    (commit,) = hub.repositories["someone/tiny-eagle3"].commits
+    assert b"DRAFTER = 'someone/tiny-eagle3'" in commit["files"]["custom_generate/generate.py"]
 
 
 def test_a_name_from_the_output_folder_says_the_family(tmp_path, hub):
@@ -293,12 +357,67 @@ def test_a_name_from_the_output_folder_says_the_family(tmp_path, hub):
     assert trainer.hub_model_id == "someone/out-DFlash"
 
 
-def test_saves_hold_record_and_no_pickled_arguments(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+@pytest.mark.parametrize("method", TRAINERS)
+def test_saves_hold_record_and_card_and_no_pickled_arguments(tmp_path, method):
+    trainer = make_trainer(tmp_path, method, save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.save_model()
-    trainer.create_model_card(dataset_name="org/data")
-    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
-        assert read_record(folder).stages[0].steps == (1 if folder.name == "checkpoint-1" else 2)
+    for name, steps in (("", 2), ("checkpoint-1", 1), ("checkpoint-2", 2)):
+        folder = tmp_path / "out" / name
+        assert read_record(folder).stages[0].steps == steps
         assert not (folder / "training_args.bin").exists()
-    assert "base_model: org/target" in (tmp_path / "out" / "README.md").read_text()
+        assert "base_model: org/target" in (folder / "README.md").read_text()
+    trainer.create_model_card(model_name="x", dataset_name="org/data", tags=["y"])
+    assert "- org/data" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_prompts_count_once_though_ranks_decode_them_again(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, eval_rows=rows(3))
+    plain = trainer.evaluate()
+    (alone,) = trainer.training_record().measurements
+    monkeypatch.setattr(publishing, "gather_object", lambda found: found[::-1] + found[:2])
+    metrics = trainer.evaluate()
+    (gathered,) = trainer.training_record().measurements
+    assert gathered == alone and gathered.num_prompts == 3
+    prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in trainer.eval_dataset]
+    assert gathered.prompts_sha256 == prompts_digest(prompts)
+    assert metrics["eval_tau"] == plain["eval_tau"] == gathered.tau
+    assert metrics["eval_tau_low"] <= metrics["eval_tau"] <= metrics["eval_tau_high"]
+
+
+def test_prompt_sets_are_named_by_one_word_whatever_users_call_them(tmp_path):
+    trainer = make_trainer(tmp_path, eval_rows={"data/gsm8k.jsonl": rows(2), "retrieval": rows(1), "../": rows(1)})
+    trainer.evaluate()
+    trainer.save_model()
+    measured = read_record(tmp_path / "out").measurements
+    assert [m.prompt_set for m in measured] == ["data-gsm8k-jsonl", "retrieval", "evaluation"]
+
+
+def test_measurements_are_those_of_the_weights_that_were_loaded_again(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        # The loss falls, so the first step's weights win.
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.global_step == 2
+    record = trainer.training_record()
+    (stage,), (measured,) = record.stages, record.measurements
+    assert stage.steps == measured.after_steps == 1
+    assert {point["step"] for point in stage.curve} == {1}
+
+
+def test_a_measurement_before_the_last_updates_is_not_published(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.evaluate()
+    assert len(trainer.training_record().measurements) == 1
+    trainer.train()
+    assert trainer.training_record().measurements == []
+    trainer.evaluate()
+    assert trainer.training_record().measurements[0].after_steps == 2

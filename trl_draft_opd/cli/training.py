@@ -65,12 +65,16 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
     """Load, train, save, and push if asked for."""
     from transformers import set_seed
 
+    from ..export import hub_id_of
     from ..trainer.setup import load_target
 
     rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split)
     held_out = None
     if script.dataset_test_split is not None:
         held_out = load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split)
+    if args.dataset_id is None:
+        # So that a push between two saves knows it, too; a local file or folder is none.
+        args.dataset_id = hub_id_of(script.dataset_name)
     target = load_target(script.target_model_name_or_path, args, None)
     drafter = script.model_name_or_path
     if drafter is None:
@@ -83,7 +87,7 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if args.push_to_hub:
         # Saves first, so that a push that fails loses nothing.
-        commit = trainer.push_to_hub(dataset_name=script.dataset_name)
+        commit = trainer.push_to_hub()
     else:
         trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .._trl import _BaseConfig
 from ..losses import LOSS_TYPES
@@ -207,6 +208,8 @@ class DraftTrainingConfig(_BaseConfig):
         for name in ("max_prompt_length", "max_completion_length", "generation_batch_size", "loss_chunk_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("hub_target_id", "dataset_id"):
+            check_hub_id(name, getattr(self, name))
         if self.num_drafts is not None and self.num_drafts < 1:
             raise ValueError(f"`num_drafts` must be at least 1, got {self.num_drafts}.")
 
@@ -246,6 +249,14 @@ def check_loss_type(name: str, loss_type: str) -> None:
     """Raise `ValueError` unless `loss_type`, given for the setting `name`, is known."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"`{name}` must be one of {LOSS_TYPES}, got {loss_type!r}.")
+
+
+def check_hub_id(name: str, value: str | None) -> None:
+    """Raise `ValueError` unless `value`, given for the setting `name`, is unset or can be a Hub id."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {value!r}.") from error
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

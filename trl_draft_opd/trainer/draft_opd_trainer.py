@@ -115,6 +115,7 @@ class DraftOPDTrainer(PublishingTrainer):
         if not is_forward_only or eval_dataset is not None:
             self.target.require_rollback()
         drafter = load_drafter(model, self.target, args)
+        self._prepare_publishing(args, drafter)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
         self.segment_length = args.segment_length(drafter.config.family)
@@ -135,7 +136,6 @@ class DraftOPDTrainer(PublishingTrainer):
         else:
             eval_dataset = self._prepare_dataset(eval_dataset, args, drafter, False)
         compile_drafter(drafter, args)
-        self._prepare_publishing(args, drafter)
         super().__init__(
             model=drafter,
             args=args,
@@ -396,5 +396,5 @@ class DraftOPDTrainer(PublishingTrainer):
             sums = weight_sums([anchors], self.streams, drafter.draft_token_ids)
             result = self._step_loss({"rollout": rollout, "anchors": anchors, "reading": None}, sums)
         self._sums["eval"].add(result.sums)
-        self._count_rollout(rollout, prompt_rows(inputs))
+        self._count_rollout(rollout, prompt_rows(inputs), inputs["sample_ids"].tolist())
         return result.loss.detach(), None, None

@@ -95,6 +95,7 @@ class DraftSFTTrainer(PublishingTrainer):
             # Now rather than after the first epoch.
             self.target.require_rollback()
         drafter = load_drafter(model, self.target, args)
+        self._prepare_publishing(args, drafter)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
         family = drafter.config.family
@@ -114,7 +115,6 @@ class DraftSFTTrainer(PublishingTrainer):
         else:
             eval_dataset = self._prepare_dataset(eval_dataset, args, drafter)
         compile_drafter(drafter, args)
-        self._prepare_publishing(args, drafter)
         super().__init__(
             model=drafter,
             args=args,
@@ -244,7 +244,7 @@ class DraftSFTTrainer(PublishingTrainer):
             generator = torch.Generator().manual_seed(self.args.seed)
             with self.accelerator.autocast():
                 rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, generator)
-            self._count_rollout(rollout, self._prompts(inputs))
+            self._count_rollout(rollout, self._prompts(inputs), inputs["sample_ids"].tolist())
         return result.loss.detach(), None, None
 
     @staticmethod

@@ -9,8 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +54,21 @@ _RESAMPLES = 2000
 
 def check_publishing(args: DraftTrainingConfig, drafter: Drafter, target: FrozenTarget) -> None:
     """
-    Before training: settle where a run with `push_to_hub=True` publishes to.
+    Settle where a run with `push_to_hub=True` publishes to, before the target answers or anything is trained: checks the names,
+    then the token, by making the repository.
 
     Raises:
-        ValueError: If the repository's name is refused, or the target has no Hub id to be named by.
+        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is public
+            where `hub_private_repo=True`.
+        PermissionError, ConnectionError: If the Hub refuses or cannot be reached.
     """
     if not args.push_to_hub:
         return
     args.hub_model_id = repository_name(args, drafter)
     validate_repo_id(args.hub_model_id, drafter.config.family)
     require_target_id(args, target)
+    if args.process_index == 0:
+        args.hub_model_id = create_repository(args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
 
 
 def repository_name(args: DraftTrainingConfig, drafter: Drafter) -> str:
@@ -75,6 +79,12 @@ def repository_name(args: DraftTrainingConfig, drafter: Drafter) -> str:
     return name if word.lower() in name.lower() else f"{name}-{word}"
 
 
+def target_id_of(args: DraftTrainingConfig, target: FrozenTarget) -> str | None:
+    """Return the Hub id by which a drafter names its target, or `None` where only a path is known."""
+    # A setting is an id even where a folder of that name lies beside the run.
+    return args.hub_target_id or hub_id_of(target.config.name_or_path)
+
+
 def require_target_id(args: DraftTrainingConfig, target: FrozenTarget) -> str:
     """
     Return the Hub id by which a published drafter names its target.
@@ -82,8 +92,8 @@ def require_target_id(args: DraftTrainingConfig, target: FrozenTarget) -> str:
     Raises:
         ValueError: If there is none.
     """
-    found = args.hub_target_id or hub_id_of(target.config.name_or_path)
-    if found is None or hub_id_of(found) is None:
+    found = target_id_of(args, target)
+    if found is None:
         raise ValueError(
             f"A published drafter names its target by its Hub id, in the card and in the speculators config, but this target is known as "
             f"{target.config.name_or_path or 'an instance'!r} only. Set `hub_target_id='ORG/NAME'`."
@@ -101,14 +111,16 @@ class PublishingTrainer(_BaseTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # Now rather than at the first save: what could not be written into the record.
-        TrainingRecord.from_dict(self.training_record().to_dict())
+        record = self.training_record()
+        TrainingRecord.from_dict(replace(record, stages=[*record.stages, self._stage(None)]).to_dict())
 
     def _prepare_publishing(self, args: DraftTrainingConfig, drafter: Drafter) -> None:
         """Refuse now what could not be pushed later, and start logs, measurements and the record."""
         check_publishing(args, drafter, self.target)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._eval_rows: list[tuple[int, int, list[int]]] = []
-        self._measurements: dict[str, Measurement] = {}
+        self._eval_rows: list[_DecodedPrompt] = []
+        self._measurements: dict[tuple[str, int], Measurement] = {}
+        self._best_loaded: tuple[int, int] | None = None
         self._earlier = _read_earlier_record(drafter)
         self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._push: Future | None = None
@@ -125,13 +137,16 @@ class PublishingTrainer(_BaseTrainer):
         """Return 0: transformers' estimate counts a language model's tokens, which says nothing about blocks."""
         return 0
 
-    def _count_rollout(self, rollout: Rollout, prompts: Sequence[Sequence[int]]) -> None:
+    def _count_rollout(self, rollout: Rollout, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int]) -> None:
         """Add a rollout of evaluation prompts to the metrics, and its rows to the measurement."""
         self._sums["eval"].add(rollout_sums(rollout))
         counted = rollout.is_counted
-        accepted = ((rollout.accepted + 1) * counted).sum(dim=1).tolist()
-        blocks = counted.sum(dim=1).tolist()
-        self._eval_rows += [(a, b, list(p)) for a, b, p in zip(accepted, blocks, prompts, strict=True)]
+        accepted = rollout.accepted * counted
+        sums = (accepted + counted.long()).sum(dim=1).tolist()
+        slots = torch.arange(1, rollout.drafts.shape[-1] + 1, device=accepted.device)
+        kept = (accepted[:, :, None] >= slots).sum(dim=1).tolist()
+        rows = zip(sample_ids, prompts, sums, counted.sum(dim=1).tolist(), kept, strict=True)
+        self._eval_rows += [_DecodedPrompt(number, list(prompt), *counts) for number, prompt, *counts in rows]
 
     def evaluation_loop(
         self,
@@ -142,28 +157,25 @@ class PublishingTrainer(_BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate one dataset and add the metrics gathered on it, under its own prefix, tau with its 95 % interval."""
+        self._sums["eval"], self._eval_rows = MetricSums(), []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = self._sums["eval"].pop()
-        rows, self._eval_rows = gather_object(self._eval_rows), []
-        if metrics.get("tau") is not None:
-            low, high = bootstrap_tau(
-                [row[0] for row in rows], [row[1] for row in rows], num_resamples=_RESAMPLES, seed=self.args.seed
-            )
-            metrics |= {"tau_low": low, "tau_high": high}
-            self._measurements[metric_key_prefix] = self._measurement(metric_key_prefix, metrics, rows)
+        # Ranks whose share is short decode some prompts again, which count once.
+        rows = {row.sample_id: row for row in gather_object(self._eval_rows)}
+        if sum(row.num_blocks for row in rows.values()):
+            measured = self._measurement(metric_key_prefix, [rows[number] for number in sorted(rows)])
+            self._measurements[metric_key_prefix, self.state.global_step] = measured
+            metrics |= {"tau": measured.tau, "tau_low": measured.tau_low, "tau_high": measured.tau_high}
+            metrics |= {f"acceptance/slot_{k}": rate for k, rate in enumerate(measured.acceptance_per_slot, 1)}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def _measurement(
-        self, prefix: str, metrics: dict[str, float], rows: list[tuple[int, int, list[int]]]
-    ) -> Measurement:
+    def _measurement(self, prefix: str, rows: "list[_DecodedPrompt]") -> Measurement:
+        sums, blocks = [row.accepted_sum for row in rows], [row.num_blocks for row in rows]
+        low, high = bootstrap_tau(sums, blocks, num_resamples=_RESAMPLES, seed=self.args.seed)
         return Measurement(
-            # One word: a name that users choose may hold anything.
-            prompt_set=re.sub(r"[^A-Za-z0-9_.-]+", "-", prefix.removeprefix("eval_").replace("eval", "evaluation"))[
-                :64
-            ],
-            # Ranks hand their rows over one after the other.
-            prompts_sha256=prompts_digest(sorted(row[2] for row in rows)),
+            prompt_set=_one_word("evaluation" if prefix == "eval" else prefix.removeprefix("eval_")),
+            prompts_sha256=prompts_digest([row.prompt for row in rows]),
             num_prompts=len(rows),
             temperature=self.args.temperature,
             draft_sampling=self.args.draft_sampling,
@@ -171,15 +183,26 @@ class PublishingTrainer(_BaseTrainer):
             max_new_tokens=self.args.max_completion_length,
             batch_size=self.args.per_device_eval_batch_size,
             ignore_eos=False,
-            tau=metrics["tau"],
-            tau_low=metrics["tau_low"],
-            tau_high=metrics["tau_high"],
-            acceptance_per_slot=[metrics[f"acceptance/slot_{k}"] for k in range(1, self.num_drafts + 1)],
-            num_blocks=sum(row[1] for row in rows),
+            tau=sum(sums) / sum(blocks),
+            tau_low=low,
+            tau_high=high,
+            acceptance_per_slot=[sum(row.kept[k] for row in rows) / sum(blocks) for k in range(self.num_drafts)],
+            num_blocks=sum(blocks),
             num_different=None,
             target_dtype=str(self.target.causal_lm.dtype).removeprefix("torch."),
             after_steps=self.state.global_step,
         )
+
+    def _load_best_model(self) -> None:
+        """Load the best weights, and remember whose measurements are theirs."""
+        super()._load_best_model()
+        self._best_loaded = (self.state.global_step, self.state.best_global_step)
+
+    @property
+    def _steps_done(self) -> int:
+        """Optimiser steps behind the weights as they are now: fewer than were run where the best ones were loaded again."""
+        is_best = self._best_loaded is not None and self._best_loaded[0] == self.state.global_step
+        return self._best_loaded[1] if is_best else self.state.global_step
 
     # -- the record ----------------------------------------------------------------------------------------------------
 
@@ -190,65 +213,77 @@ class PublishingTrainer(_BaseTrainer):
         Args:
             dataset_name (`str`, *optional*): Hub id of the training data, in place of `dataset_id`.
         """
-        args, drafter = self.args, self.accelerator.unwrap_model(self.model)
-        completions = "dataset" if args.completions_are_given else "target"
+        args = self.args
+        target = describe_target(
+            self.target.config,
+            name=None,
+            revision=args.target_model_revision,
+            dtype=self.target.causal_lm.dtype,
+            num_parameters=self.target.causal_lm.num_parameters(),
+            chat_template=args.chat_template or _template_text(self.target.tokenizer.chat_template),
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        target = replace(target, name=target_id_of(args, self.target))
+        trained = self.state.global_step > 0
+        stages = list(self._earlier.stages) if self._earlier is not None else []
+        # What was measured before the last updates is not this drafter's.
+        measured = [m for m in self._measurements.values() if m.after_steps == self._steps_done]
+        if not trained and not measured and self._earlier is not None:
+            measured = list(self._earlier.measurements)
+        return TrainingRecord(
+            target=target,
+            family=self.accelerator.unwrap_model(self.model).config.family,
+            stages=[*stages, self._stage(dataset_name)] if trained else stages,
+            measurements=measured,
+            versions=describe_versions(),
+        )
+
+    def _stage(self, dataset_name: str | None) -> StageRecord:
+        """Return this run as a stage of the drafter's making."""
         try:
             num_rows = len(self.train_dataset) if self.train_dataset is not None else None
         except TypeError:  # a stream
             num_rows = None
-        stage = StageRecord(
+        return StageRecord(
             method=self._method,
-            steps=self.state.global_step,
-            settings=recorded_settings(args),
+            steps=self._steps_done,
+            settings=recorded_settings(self.args),
             dataset=DatasetFacts(
-                hub_id_of(dataset_name or args.dataset_id), args.dataset_license, num_rows, completions
+                hub_id_of(dataset_name) if dataset_name else self.args.dataset_id,
+                self.args.dataset_license,
+                num_rows,
+                "dataset" if self.args.completions_are_given else "target",
             ),
-            curve=recorded_curve(self.state.log_history),
-        )
-        target = describe_target(
-            self.target.config,
-            name=args.hub_target_id or self.target.config.name_or_path,
-            revision=args.target_model_revision,
-            dtype=self.target.causal_lm.dtype,
-            num_parameters=self.target.causal_lm.num_parameters(),
-            chat_template=args.chat_template or self.target.tokenizer.chat_template,
-            chat_template_kwargs=args.chat_template_kwargs,
-        )
-        trained = self.state.global_step > 0
-        stages = list(self._earlier.stages) if self._earlier is not None else []
-        measured = list(self._measurements.values())
-        if not trained and self._earlier is not None and not measured:
-            measured = list(self._earlier.measurements)
-        return TrainingRecord(
-            target=target,
-            family=drafter.config.family,
-            stages=[*stages, stage] if trained else stages,
-            # What was measured before the last updates is not this drafter's.
-            measurements=[m for m in measured if m.after_steps in (None, self.state.global_step) or not trained],
-            versions=describe_versions(),
+            curve=recorded_curve(
+                [entry for entry in self.state.log_history if entry.get("step", 0) <= self._steps_done]
+            ),
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the drafter with its record and card, and no pickle of the arguments, which may hold a token."""
+        """Save the drafter with its record and card. In place of transformers' own, which pickles the arguments beside it, token and all."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        with _hidden_token(self.args):
-            super()._save(output_dir, state_dict)
+        folder.mkdir(parents=True, exist_ok=True)
+        drafter = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        drafter.save_pretrained(folder, state_dict=state_dict)
         (folder / ARGS_FILE).unlink(missing_ok=True)
         write_record(self.training_record(), folder)
+        self._write_card(folder)
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
-        Make the repository a run with `push_to_hub=True` publishes to; transformers calls it before training.
+        Make the repository to publish to; transformers calls it before training where `push_to_hub=True`.
 
         Raises:
-            PermissionError, ConnectionError: If the Hub refuses or cannot be reached.
+            ValueError, PermissionError, ConnectionError: As [`push_to_hub`].
         """
         if not self.is_world_process_zero():
             return
         self.hub_model_id = create_repository(
-            self.args.hub_model_id,
+            repository_name(self.args, self.accelerator.unwrap_model(self.model)),
             token=token or self.args.hub_token,
             private=self.args.hub_private_repo if private is None else private,
         )
@@ -289,20 +324,25 @@ class PublishingTrainer(_BaseTrainer):
         """Return the target's embedding as its file holds it, or, of an instance, as it is in memory."""
         name = self.target.config.name_or_path
         if name:
-            return read_target(name, revision=self.args.target_model_revision).embedding
+            token = (self.args.target_model_init_kwargs or {}).get("token")
+            return read_target(name, revision=self.args.target_model_revision, token=token).embedding
         return self.target.causal_lm.get_input_embeddings().weight
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the card of the drafter into `output_dir`; see [`write_card`]. Arguments of transformers' card have no part in it."""
-        if not self.is_world_process_zero():
-            return
-        drafter = self.accelerator.unwrap_model(self.model)
-        target_id = self.args.hub_target_id or hub_id_of(self.target.config.name_or_path)
+        if self.is_world_process_zero():
+            self._write_card(
+                Path(self.args.output_dir), dataset_name=kwargs.get("dataset_name"), license=kwargs.get("license")
+            )
+
+    def _write_card(self, folder: Path, *, dataset_name: str | None = None, license: str | None = None) -> None:
+        """Write the card of a checkpoint, which has the flat layout's names."""
+        target_id = target_id_of(self.args, self.target)
         write_card(
-            self.args.output_dir,
-            config=flat_config(drafter, target_id=target_id, dtype=torch.float32),
-            record=self.training_record(dataset_name=kwargs.get("dataset_name")),
-            license=kwargs.get("license") or self.args.hub_license,
+            folder,
+            config=flat_config(self.accelerator.unwrap_model(self.model), target_id=target_id, dtype=torch.float32),
+            record=self.training_record(dataset_name=dataset_name),
+            license=license or self.args.hub_license,
             repo_id=self.hub_model_id or self.args.hub_model_id,
             layouts=["flat"],
             target_id=target_id,
@@ -335,17 +375,25 @@ class PublishingTrainer(_BaseTrainer):
             `str`, the commit's address, or a `Future` of it if not `blocking`; `None` on other ranks than the first.
 
         Raises:
-            ValueError: If the repository's name is refused or the target has no Hub id; the drafter is saved by then.
+            ValueError: If the repository's name is refused, the target has no Hub id, or the repository is public where a private
+                one is asked for; the drafter is saved by then.
             PermissionError, ConnectionError: If the Hub refuses or cannot be reached; the export lies in `_publication`, complete.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        repo_id = self.hub_model_id or repository_name(self.args, self.accelerator.unwrap_model(self.model))
-        validate_repo_id(repo_id)
         self._finish_current_push()
-        folder = self.export(dataset_name=dataset_name, license=license)
+        if self._earlier is None and not self._measurements:
+            logger.warning(
+                "Nothing was measured, and the card will say so. Call `evaluate()` before a push to have tau on it."
+            )
+        try:
+            if self.hub_model_id is None:
+                # Not asked for before training. Its full name goes into commands that can be pasted.
+                self.init_hf_repo(token=token, private=private)
+        finally:
+            folder = self.export(dataset_name=dataset_name, license=license)
         options = {
             "token": token or self.args.hub_token,
             "private": self.args.hub_private_repo if private is None else private,
@@ -353,12 +401,16 @@ class PublishingTrainer(_BaseTrainer):
             "commit_message": commit_message or "Upload drafter",
         }
         if blocking:
-            return push_folder(folder, repo_id, **options)
-        self._push = self._pushes.submit(push_folder, folder, repo_id, **options)
+            return push_folder(folder, self.hub_model_id, **options)
+        self._push = self._pushes.submit(push_folder, folder, self.hub_model_id, **options)
         return self._push
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish what a save just wrote, in the background; a push that fails is reported and training goes on."""
+        """
+        Publish what a save just wrote, in the background; a push that fails is reported and training goes on.
+
+        One push runs at a time: while one does, saves are not pushed, or, under `hub_always_push`, wait for it.
+        """
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         is_busy = self._push is not None and not self._push.done()
@@ -366,6 +418,11 @@ class PublishingTrainer(_BaseTrainer):
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            folder = self.export()
+        except (ValueError, OSError) as error:
+            logger.warning("Nothing was pushed, training goes on: %s", error)
+            return
         unit = "step" if self.args.save_strategy == SaveStrategy.STEPS else "epoch"
         when = self.state.global_step if unit == "step" else int(self.state.epoch or 0)
         extra = {}
@@ -375,7 +432,7 @@ class PublishingTrainer(_BaseTrainer):
             extra = {Path(checkpoint_folder).name: checkpoint_folder}
         self._push = self._pushes.submit(
             push_folder,
-            self.export(),
+            folder,
             self.hub_model_id,
             token=self.args.hub_token,
             private=self.args.hub_private_repo,
@@ -388,23 +445,34 @@ class PublishingTrainer(_BaseTrainer):
             self._finish_current_push()
 
     def _finish_current_push(self) -> None:
-        """Wait for a push in the background and say if it failed."""
+        """Wait for a push in the background and say if it failed, whatever the reason."""
         if self._push is None:
             return
         push, self._push = self._push, None
-        try:
-            push.result()
-        except (ValueError, OSError) as error:
+        error = push.exception()
+        if error is not None:
             logger.warning("A push failed, training goes on: %s", error)
 
 
-@contextmanager
-def _hidden_token(args: DraftTrainingConfig):
-    token, args.hub_token = args.hub_token, None
-    try:
-        yield
-    finally:
-        args.hub_token = token
+@dataclass(frozen=True)
+class _DecodedPrompt:
+    """What one evaluation prompt adds to a measurement: its tokens, `sum (r + 1)`, blocks, and blocks that keep each slot."""
+
+    sample_id: int
+    prompt: list[int]
+    accepted_sum: int
+    num_blocks: int
+    kept: list[int]
+
+
+def _one_word(name: str) -> str:
+    """Return a user's name for a set of prompts as the record takes it: it may be a path, or a sentence."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-_")[:64] or "evaluation"
+
+
+def _template_text(template: str | dict[str, str] | None) -> str | None:
+    """Return the template that is used where none is named; tokenizers may hold several."""
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _read_earlier_record(drafter: Drafter) -> TrainingRecord | None:
