@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from .counting import Counts
 
@@ -21,6 +21,7 @@ class Outcome:
         chains (`list[list[int]]` or `None`): Accepted drafts of every round that started within the counted tokens.
         counts ([`Counts`] or `None`): The consumer's own counters, where it has some.
         remark (`str`): What a reader should know.
+        device (`str`): Where an engine computes; empty for consumers in this process.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Outcome:
     chains: list[list[int]] | None
     counts: Counts | None
     remark: str
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,27 @@ class VerificationReport:
         return asdict(self) | {"rows": rows, "ok": self.ok}
 
     def table(self, title: str) -> Table:
-        """Return a table to print with `rich`, the notes below it."""
+        """Return a table to print with `rich`, remarks and notes below it."""
         table = Table(
-            "", "tau", "acceptance per slot", "rounds", "outputs equal", "rounds equal", "remark", title=title
+            Column("", no_wrap=True),
+            "tau",
+            "rounds",
+            "outputs equal",
+            "rounds equal",
+            "acceptance per slot",
+            title=title,
         )
         for row in self.rows:
             table.add_row(
                 row.name,
                 "" if math.isnan(row.tau) else f"{row.tau:.4f}",
-                " ".join(f"{rate:.3f}" for rate in row.acceptance_per_slot),
                 str(row.num_rounds or ""),
                 self._share(row.num_different),
                 self._share(row.num_other_chains),
-                row.remark,
+                " ".join(f"{rate:.3f}" for rate in row.acceptance_per_slot),
             )
-        if self.notes:
-            table.caption = "\n".join(self.notes)
+        remarks = [f"{row.name}: {row.remark}" for row in self.rows if row.remark]
+        table.caption, table.caption_justify = "\n".join([*remarks, *self.notes]), "left"
         return table
 
     def _share(self, num_different: int | None) -> str:

@@ -101,7 +101,9 @@ def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
     return responses, chains
 
 
-def replay(scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None) -> list[list[int]]:
+def replay(
+    scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
+) -> list[list[int]]:
     """
     Return the chains a drafter makes along the target's own responses: the estimate that training uses, without generation.
 

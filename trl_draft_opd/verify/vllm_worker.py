@@ -31,15 +31,16 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request (`dict`):
             `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids), `max_new_tokens`,
-            `speculative` (vLLM's `speculative_config`, or `None`), `dtype`, `max_model_len`, `batch_size`, `device`.
+            `speculative` (vLLM's `speculative_config`, or `None`), `dtype`, `max_model_len`, `batch_size`, `cache_bytes`.
 
     Returns:
-        `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where this
+        `dict` with `version`, `device`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where this
         vLLM does not tell), and the engine's counters `num_rounds`, `num_accepted`, `num_drafted`, `kept_at_slot`.
     """
     import vllm
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
     options = {
         "model": request["model"],
@@ -50,9 +51,8 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
         "disable_log_stats": False,
         # A cached prefix is other arithmetic.
         "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": request["cache_bytes"],
     }
-    if request["device"] == "cpu":
-        options["kv_cache_memory_bytes"] = 1 << 28
     if request["speculative"] is not None:
         options["speculative_config"] = request["speculative"]
     if _PER_REQUEST in {field.name for field in fields(EngineArgs)}:
@@ -64,6 +64,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     kept = [getattr(output, "spec_decode_metrics", None) for output in outputs]
     return {
         "version": vllm.__version__,
+        "device": current_platform.device_type,
         "responses": [list(output.token_ids) for output in outputs],
         "accepted": None if None in kept else [list(each.per_step_accepted) for each in kept],
         **_count(engine.get_metrics()),

@@ -1,0 +1,197 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Lay a consumer's outcome beside the reference's: text to the last token, rounds block by block, tau. Every difference gets a reason:
+a near tie, which other kernels break otherwise, or none, and then the consumer computes something else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .counting import Counts, anchors_of, count_rounds, first_difference
+from .report import Outcome, Row
+from .scene import Scene
+
+
+# Float32 logits of two implementations differ by less; a choice between logits closer than this is a near tie.
+NEAR_TIE = 1e-3
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    What consumers are held to.
+
+    Attributes:
+        responses (`list[list[int]]`): The target's own, by plain decoding.
+        chains (`list[list[int]]`): The rounds of our reference loop with the published drafter.
+        is_exact (`bool`): Whether outputs must be equal; `False` where a consumer computes in less than float32.
+    """
+
+    responses: list[list[int]]
+    chains: list[list[int]]
+    is_exact: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    Attributes:
+        row ([`Row`]): For the table.
+        problems (`list[str]`): Differences without an excuse.
+        notes (`list[str]`): Differences with one.
+    """
+
+    row: Row
+    problems: list[str]
+    notes: list[str]
+
+
+def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: float) -> Verdict:
+    """
+    Hold a consumer to the reference.
+
+    Args:
+        scene ([`Scene`]): What was decoded.
+        reference ([`Reference`]): The truth.
+        outcome ([`Outcome`]): What the consumer did.
+        tolerance (`float`): Relative gap in tau that is let pass, as a note.
+    """
+    problems, notes, others = _compare_texts(scene, reference, outcome)
+    counts, expected, num_other_chains = outcome.counts, count_rounds(reference.chains, scene.num_drafts), None
+    if outcome.chains is not None:
+        # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the drafter.
+        same = [row for row in range(len(scene.prompts)) if row not in others]
+        counts, expected = (
+            count_rounds([chains[row] for row in same], scene.num_drafts)
+            for chains in (outcome.chains, reference.chains)
+        )
+        differing = [row for row in same if outcome.chains[row] != reference.chains[row]]
+        num_other_chains = len(differing)
+    if counts is not None:
+        found = _compare_rounds(scene, reference, outcome, counts, expected, tolerance)
+        problems += found[0]
+        notes += found[1]
+    shown = counts or Counts(0, ())
+    row = Row(
+        outcome.name,
+        shown.tau,
+        shown.acceptance_per_slot,
+        shown.num_rounds,
+        None if outcome.responses is None else len(others),
+        num_other_chains,
+        outcome.remark,
+    )
+    return Verdict(row, problems, notes)
+
+
+def _compare_texts(scene: Scene, reference: Reference, outcome: Outcome) -> tuple[list[str], list[str], set[int]]:
+    """Return problems, notes, and the prompts whose response is not the target's own."""
+    if outcome.responses is None:
+        return [], [], set()
+    places = {}
+    for row, (own, other) in enumerate(zip(reference.responses, outcome.responses, strict=True)):
+        place = first_difference(own[: scene.max_new_tokens], other[: scene.max_new_tokens])
+        if place is not None:
+            places[row] = place
+    if not places:
+        return [], [], set()
+    gaps = {row: _target_gap(scene, row, reference.responses[row], place) for row, place in places.items()}
+    told = "; ".join(
+        f"response {row} from token {places[row]} on, where the target's two best logits are {gaps[row]:.2g} apart"
+        for row in list(places)[:_NAMED]
+    )
+    text = f"{outcome.name}: {len(places)} of {len(scene.prompts)} outputs are not the target's own: {told}"
+    if not reference.is_exact:
+        return (
+            [],
+            [f"{text}; it computes in less than float32, so that choices between close tokens may differ."],
+            set(places),
+        )
+    if max(gaps.values()) < NEAR_TIE:
+        return [], [f"{text}; near ties, which kernels that add in another order break otherwise."], set(places)
+    return [f"{text}: no near tie, so the consumer does not decode this target greedily."], [], set(places)
+
+
+def _compare_rounds(
+    scene: Scene, reference: Reference, outcome: Outcome, counts: Counts, expected: Counts, tolerance: float
+) -> tuple[list[str], list[str]]:
+    """Return problems and notes about rounds."""
+    if counts == expected and outcome.chains in (None, reference.chains):
+        return [], []
+    gap = counts.tau / expected.tau - 1
+    text = (
+        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_rounds} rounds instead of "
+        f"{expected.num_rounds}"
+    )
+    told, widest = "", float("inf")
+    if outcome.chains is not None:
+        told, widest = _first_blocks(scene, reference, outcome)
+    if not abs(gap) <= tolerance:
+        return [f"{text}{told}. {_hint(counts, expected)}"], []
+    if outcome.chains is None:
+        return [], [f"{text}; within {tolerance:.0%}, and the consumer does not tell in which rounds."]
+    if widest >= NEAR_TIE * 10 and reference.is_exact:
+        return [f"{text}{told}. No near tie explains it, so the consumer computes something else."], []
+    return [], [f"{text}{told}; near ties of two drafts."]
+
+
+def _first_blocks(scene: Scene, reference: Reference, outcome: Outcome) -> tuple[str, float]:
+    """Describe the first blocks that end elsewhere, and return the widest gap between two best drafts there."""
+    told, widest = [], 0.0
+    for row, (own, other) in enumerate(zip(reference.chains, outcome.chains, strict=True)):
+        index = first_difference(own, other)
+        if index is None:
+            continue
+        if index >= min(len(own), len(other)):
+            widest = float("inf")
+            told.append(f"prompt {row}: {len(other)} rounds instead of {len(own)}")
+            continue
+        anchor, slot = anchors_of(own)[index], min(own[index], other[index]) + 1
+        gap = _draft_gap(scene, row, reference.responses[row], anchor, slot)
+        widest = max(widest, gap)
+        told.append(
+            f"prompt {row}, block at token {anchor}: {other[index]} drafts kept instead of {own[index]}, the two best logits of slot {slot} "
+            f"are {gap:.2g} apart"
+        )
+    more = f"; and in {len(told) - _NAMED} more prompts" if len(told) > _NAMED else ""
+    return (": " + "; ".join(told[:_NAMED]) + more if told else ""), widest
+
+
+def _hint(counts: Counts, expected: Counts) -> str:
+    """Name the likely cause of a gap in tau."""
+    own, wanted = (each.kept_at_slot[0] / max(each.num_rounds, 1) for each in (counts, expected))
+    if abs(own - wanted) > 0.02:
+        return (
+            f"Already the first draft is kept in {own:.1%} of rounds instead of {wanted:.1%}: look at the layer ids as this consumer counts "
+            "them, at d2t, and at the embedding."
+        )
+    return (
+        f"The first draft is kept as often as it should ({own:.1%}), later ones are not: look at what is fed back (norm_output), at the mask "
+        "inside a block (is_causal), and at positions (rope)."
+    )
+
+
+@torch.no_grad()
+def _target_gap(scene: Scene, row: int, response: Sequence[int], place: int) -> float:
+    """Return how far apart the target's two best logits are for token `place` of its response."""
+    ids = torch.tensor([[*scene.prompts[row], *response[:place]]], device=scene.target.device)
+    logits = scene.target.project(scene.target.read_text(ids, torch.ones_like(ids), ()).last_hidden[:, -1])
+    best = logits[0].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+@torch.no_grad()
+def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slot: int) -> float:
+    """Return how far apart the drafter's two best logits are for a slot of the block at token `anchor` of a response."""
+    target, drafter = scene.target, scene.drafter
+    ids = torch.tensor([[*scene.prompts[row], *response]], device=target.device)
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    place = len(scene.prompts[row]) + anchor
+    anchors = torch.tensor([[place]], device=target.device)
+    recorded = ids[:, place + 1 : place + 1 + scene.num_drafts][None]
+    hidden = drafter.draft_hidden(features, ids, anchors, recorded, target.embed)
+    best = drafter.draft_logits(hidden, target.project)[0, 0, slot - 1].float().topk(2).values
+    return float(best[0] - best[1])

@@ -1,0 +1,88 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Decode prompts in SGLang and write down what it did: `python -P sglang_worker.py REQUEST.json ANSWER.json`.
+
+Needs a GPU. Written from SGLang's documentation and source (0.5.23) and never run: no machine with SGLang was at hand. Where its
+answer lacks a field, the consumer is reported as failed and nothing is guessed.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+# Rounds by number of accepted drafts, per request; its name has changed between versions.
+_HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
+_ALGORITHMS = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
+
+
+def decode(request: dict[str, Any]) -> dict[str, Any]:
+    """
+    Start an offline engine, decode the prompts greedily to a fixed number of tokens, and return tokens and counters.
+
+    Args:
+        request (`dict`): As for `vllm_worker.decode`; `speculative` names `method`, `model` and `num_speculative_tokens`.
+
+    Returns:
+        `dict` with `version`, `device`, `responses`, `num_rounds`, `num_accepted`, `kept_at_slot`; `accepted` is `None`, because the engine
+        tells how many rounds kept how many drafts, and not in which order.
+    """
+    import sglang
+
+    options: dict[str, Any] = {
+        "model_path": request["model"],
+        "dtype": request["dtype"],
+        "context_length": request["max_model_len"],
+        "max_running_requests": request["batch_size"],
+        "skip_tokenizer_init": True,
+        "disable_radix_cache": True,
+        "disable_cuda_graph": True,
+    }
+    asked = request["speculative"]
+    num_drafts = 0
+    if asked is not None:
+        num_drafts = asked["num_speculative_tokens"]
+        options |= {
+            "speculative_algorithm": _ALGORITHMS[asked["method"]],
+            "speculative_draft_model_path": asked["model"],
+            # It counts the anchor.
+            "speculative_num_draft_tokens": num_drafts + 1,
+        }
+        if asked["method"] == "eagle3":
+            # One chain and no tree, as everywhere here.
+            options |= {"speculative_num_steps": num_drafts, "speculative_eagle_topk": 1}
+    engine = sglang.Engine(**options)
+    try:
+        sampling = {"temperature": 0.0, "max_new_tokens": request["max_new_tokens"], "ignore_eos": True}
+        outputs = engine.generate(input_ids=request["prompts"], sampling_params=sampling)
+    finally:
+        engine.shutdown()
+    answer = {
+        "version": sglang.__version__,
+        "device": "cuda",
+        "responses": [output["output_ids"] for output in outputs],
+        "accepted": None,
+    }
+    return answer | (_count([output["meta_info"] for output in outputs], num_drafts) if asked is not None else {})
+
+
+def _count(answers: list[dict[str, Any]], num_drafts: int) -> dict[str, Any]:
+    name = next((name for name in _HISTOGRAMS if name in answers[0]), None)
+    if name is None:
+        raise KeyError(f"this SGLang reports none of {_HISTOGRAMS}, but {sorted(answers[0])}")
+    kept = [0] * num_drafts
+    for answer in answers:
+        for accepted, num_rounds in enumerate(answer[name]):
+            for slot in range(accepted):
+                kept[slot] += num_rounds
+    return {
+        "num_rounds": sum(sum(answer[name]) for answer in answers),
+        "num_accepted": sum(kept),
+        "kept_at_slot": kept,
+    }
+
+
+if __name__ == "__main__":
+    asked_path, answer_path = map(Path, sys.argv[1:])
+    answer_path.write_text(json.dumps(decode(json.loads(asked_path.read_text("utf-8")))), encoding="utf-8")
