@@ -226,7 +226,7 @@ def test_a_wrong_layer_id_is_named_beside_the_right_one(copy, published, target,
 def test_a_wrong_layer_id_is_suspected_without_any_checkpoint(copy, target):
     folder = copy("eagle3")
     edit_config(folder, read_other_layer)
-    report = verify_drafter(folder, target, [*TRAINED_ON, *PROMPTS], max_new_tokens=24, consumers=[])
+    report = verify_drafter(folder, target, TRAINED_ON, max_new_tokens=36, consumers=[])
     assert not report.ok
     assert "The layer ids [0, 3, 4] look wrong: with [1, 3, 4] tau is" in report.problems[0]
 

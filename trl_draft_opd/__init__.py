@@ -31,12 +31,14 @@ _PUBLIC = {
     "TrainingRecord": "export.record",
     "Trajectory": "trajectories",
     "TrajectoryStore": "trajectories",
+    "VerificationReport": "verify",
     "audit_responses": "trajectories",
     "check_responses": "trajectories",
     "evaluate_drafter": "evaluation",
     "export_drafter": "export",
     "generate_responses": "trajectories",
     "import_responses": "trajectories",
+    "verify_drafter": "verify",
     "write_trajectories": "trajectories",
 }
 
