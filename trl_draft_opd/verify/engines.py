@@ -90,6 +90,7 @@ def run_engine(
             "prompts": scene.prompts,
             "max_new_tokens": scene.max_new_tokens,
             "speculative": speculative,
+            "has_drafter": speculative is not None or model is not None,
             "dtype": settings.dtype,
             "max_model_len": min(longest, scene.target.config.max_position_embeddings),
             "batch_size": settings.batch_size,

@@ -279,12 +279,18 @@ def _run_consumer(gate: _Gate, name: str) -> None:
     verdict = _excuse(gate, name, outcome, compare(scene, reference, outcome, gate.tolerance))
     gate.add(verdict)
     if name in WORKERS and verdict.row.num_different:
-        # Plain decoding in the same engine tells its arithmetic from the drafter's doing.
-        plain = run_engine(name, scene, gate.engines, speculative=None)
-        same = plain.responses == outcome.responses
-        report.notes.append(
-            f"{name}: its plain decoding writes {'the same' if same else 'other'} outputs, so the difference is {'' if same else 'not '}its own."
-        )
+        report.notes.append(_tell_from_plain(gate, name, outcome))
+
+
+def _tell_from_plain(gate: _Gate, name: str, outcome: Outcome) -> str:
+    """Decode plainly in an engine whose outputs differ: that tells its arithmetic from the drafter's doing."""
+    try:
+        plain = run_engine(name, gate.scene, gate.engines, speculative=None)
+    except EngineFailure as error:
+        return f"{name}: its plain decoding could not be compared: {error}"
+    is_same = plain.responses == outcome.responses
+    writes, whose = ("the same", "its own") if is_same else ("other", "not its own")
+    return f"{name}: its plain decoding writes {writes} outputs, so the difference is {whose}."
 
 
 def _excuse(gate: _Gate, name: str, outcome: Outcome, verdict: Verdict) -> Verdict:

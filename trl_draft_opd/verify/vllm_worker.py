@@ -31,11 +31,12 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request (`dict`):
             `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids), `max_new_tokens`,
-            `speculative` (vLLM's `speculative_config`, or `None`), `dtype`, `max_model_len`, `batch_size`, `cache_bytes`.
+            `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or by the model's own config), `dtype`,
+            `max_model_len`, `batch_size`, `cache_bytes`.
 
     Returns:
-        `dict` with `version`, `device`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where this
-        vLLM does not tell), and the engine's counters `num_rounds`, `num_accepted`, `num_drafted`, `kept_at_slot`.
+        `dict` with `version`, `device`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where nothing
+        is drafted or this vLLM does not tell), and the engine's counters `num_rounds`, `num_accepted`, `num_drafted`, `kept_at_slot`.
     """
     import vllm
     from vllm import LLM, SamplingParams
@@ -55,7 +56,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     }
     if request["speculative"] is not None:
         options["speculative_config"] = request["speculative"]
-    if _PER_REQUEST in {field.name for field in fields(EngineArgs)}:
+    if request["has_drafter"] and _PER_REQUEST in {field.name for field in fields(EngineArgs)}:
         options[_PER_REQUEST] = "detailed"
     engine = LLM(**options)
     sampling = SamplingParams(temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False)
