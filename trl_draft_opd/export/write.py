@@ -6,9 +6,7 @@ All of it is made beside the folder and put in place by one rename, so that no r
 """
 
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from transformers import PreTrainedConfig
 from ..drafters.base import Drafter
 from ..drafters.importing import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
+from ..durable import making_folder
 from . import native, speculators
 from .card import CARD_FILE, CURVE_FILE, write_card
 from .custom_generate import write_custom_generate
@@ -109,10 +108,7 @@ def export_drafter(
     if asked[0] in reasons:
         raise ValueError(f"The drafter cannot be written in the {asked[0]} layout: {reasons[asked[0]]}.")
     wanted = [name for name in asked if name not in reasons]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        staged = Path(scratch) / "export"
-        staged.mkdir()
+    with making_folder(folder) as staged:
         flat = flat_config(drafter, target_id=target_id, dtype=dtype)
         tensors = flat_tensors(drafter, embedding, dtype)
         for name in wanted:
@@ -126,7 +122,6 @@ def export_drafter(
             shutil.copy(folder / CARD_FILE, staged / CARD_FILE)
         architectures = list(getattr(target_config, "architectures", None) or [])
         write_about(staged, flat, wanted, record, target_id, repo_id, architectures, license)
-        _put_in_place(staged, folder)
     places = {name: folder if name == asked[0] else folder / name for name in wanted}
     return ExportResult(folder, places, {name: reasons[name] for name in asked if name in reasons})
 
@@ -268,16 +263,3 @@ def check_folder_is_ours(folder: Path) -> None:
         raise ValueError(
             f"{str(folder)!r} holds {foreign or sorted(held)}, which no export wrote. Name an empty folder, a new one, or an earlier export."
         )
-
-
-def _put_in_place(staged: Path, folder: Path) -> None:
-    """Move the finished export to its place; an earlier one comes back if that fails."""
-    earlier = staged.parent / "earlier"
-    if folder.is_dir():
-        os.rename(folder, earlier)
-    try:
-        os.rename(staged, folder)
-    except OSError:
-        if earlier.is_dir():
-            os.rename(earlier, folder)
-        raise

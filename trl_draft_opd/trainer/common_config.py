@@ -17,6 +17,7 @@ from ..verification import SamplingSettings
 
 
 SLOT_WEIGHTINGS = ("decay", "d_pace")
+ON_NONFINITE = ("stop", "skip")
 
 
 @dataclass
@@ -94,6 +95,15 @@ class DraftTrainingConfig(_BaseConfig):
 
         eval_rollouts (`bool`, *optional*, defaults to `True`):
             Decode the evaluation prompts and report tau and acceptance per slot; the loss alone does not tell them.
+
+        > Parameters that control what is not finite
+
+        on_nonfinite (`str`, *optional*, defaults to `"stop"`):
+            What becomes of an update whose losses or gradients are not finite; the samples are named either way. `"stop"`: training ends
+            before it, because one such update in a small drafter's run is a fault to be found, and the last checkpoint is as it was.
+            `"skip"`: it is left out and counted (`skipped_updates`), and the learning rate goes on.
+        max_skipped_updates (`int`, *optional*, defaults to `10`):
+            Updates skipped in a row after which training ends all the same: by then the weights are at fault, and not the rows.
 
         > Parameters that control publishing
 
@@ -176,6 +186,13 @@ class DraftTrainingConfig(_BaseConfig):
         default=True, metadata={"help": "Decode the evaluation prompts and report tau and acceptance per slot."}
     )
 
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={"help": "Before an update that is not finite: `stop` training, or `skip` the update and count it."},
+    )
+    max_skipped_updates: int = field(
+        default=10, metadata={"help": "Updates skipped in a row after which training stops all the same."}
+    )
     hub_target_id: str | None = field(
         default=None, metadata={"help": "The target's Hub id, by which a published drafter names it."}
     )
@@ -199,6 +216,14 @@ class DraftTrainingConfig(_BaseConfig):
             )
         check_loss_type("accepted_loss", self.accepted_loss)
         check_choice("slot_weighting", self.slot_weighting, SLOT_WEIGHTINGS)
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        if self.max_skipped_updates < 0:
+            raise ValueError(f"`max_skipped_updates` must be at least 0, got {self.max_skipped_updates}.")
+        if self.save_on_each_node:
+            raise ValueError(
+                "`save_on_each_node=True` is not supported: the first process writes checkpoints for all. Put `output_dir` on storage that all "
+                "machines share."
+            )
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(
                 f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}. 0 goes by the drafter's probabilities alone, 1 by none of them."

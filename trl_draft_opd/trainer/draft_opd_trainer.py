@@ -37,7 +37,6 @@ from .metrics import rollout_sums
 from .publishing import PublishingTrainer
 from .responses import ResponseSource
 from .setup import (
-    check_finite,
     check_launch,
     check_mask_token,
     compile_drafter,
@@ -210,7 +209,8 @@ class DraftOPDTrainer(PublishingTrainer):
         if self.args.rollout == "replay":
             is_first = self._responses.audit is None
             texts = regroup_by_length(self._responses.texts(batches), self.target.pad_token_id)
-            if is_first:
+            # A run that goes on checks again, and logs what the uninterrupted one would have.
+            if is_first and self._resumed is None:
                 self._sums["train"].add({"response_mismatch": (self._responses.audit.share, 1.0)})
             prepared = self._replay(texts, epoch)
         else:
@@ -353,7 +353,7 @@ class DraftOPDTrainer(PublishingTrainer):
             result = self._redirect(
                 model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch
             )
-        check_finite(result.loss, inputs["sample_ids"], self.state.global_step)
+        self._guard.note_loss(result.loss, inputs["sample_ids"])
         self._sums["train"].add(result.sums)
         # DDP averages gradients over ranks, the weight sums already cover all of them.
         return result.loss * self.accelerator.num_processes

@@ -22,7 +22,6 @@ from .draft_sft_config import DraftSFTConfig
 from .publishing import PublishingTrainer
 from .responses import answer_all
 from .setup import (
-    check_finite,
     check_launch,
     check_mask_token,
     compile_drafter,
@@ -195,7 +194,7 @@ class DraftSFTTrainer(PublishingTrainer):
             result = self._redirect(
                 model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch
             )
-        check_finite(result.loss, inputs["sample_ids"], self.state.global_step)
+        self._guard.note_loss(result.loss, inputs["sample_ids"])
         self._sums["train"].add(result.sums)
         # DDP averages gradients over ranks, the weight sums already cover all of them.
         return result.loss * self.accelerator.num_processes

@@ -22,6 +22,15 @@ class MetricSums:
             self._sums[name][0] += numerator
             self._sums[name][1] += denominator
 
+    def state(self) -> dict[str, list[float]]:
+        """Return this rank's numerators and denominators, for a checkpoint."""
+        return {name: list(sums) for name, sums in self._sums.items()}
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """Go on from the sums of a checkpoint."""
+        self._sums.clear()
+        self.add({name: (numerator, denominator) for name, (numerator, denominator) in state.items()})
+
     def pop(self) -> dict[str, float]:
         """Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective."""
         merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])

@@ -7,9 +7,11 @@ A base class and no functions, because every part of it takes the place of a met
 
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
-from .._trl import _BaseTrainer
 from ..drafters.base import Drafter
+from ..durable import move_files
 from ..evaluation import bootstrap_tau
 from ..export import export_drafter, hub_id_of, read_target
-from ..export.card import write_card
+from ..export.card import CARD_FILE, write_card
 from ..export.flat import flat_config
 from ..export.hub import create_repository, push_folder, validate_repo_id
 from ..export.record import (
@@ -41,7 +43,10 @@ from ..export.record import (
 from ..rollout.types import Rollout
 from ..target import FrozenTarget
 from .common_config import DraftTrainingConfig
+from .guard import check_weights
 from .metrics import MetricSums, rollout_sums
+from .resuming import ResumingTrainer
+from .sharding import full_weights
 
 
 logger = logging.getLogger(__name__)
@@ -101,11 +106,9 @@ def require_target_id(args: DraftTrainingConfig, target: FrozenTarget) -> str:
     return found
 
 
-class PublishingTrainer(_BaseTrainer):
+class PublishingTrainer(ResumingTrainer):
     """Base of both trainers; expects `target`, `num_drafts` and a `_method`, `"sft"` or `"opd"`."""
 
-    _method = ""
-    target: FrozenTarget
     num_drafts: int
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -117,7 +120,6 @@ class PublishingTrainer(_BaseTrainer):
     def _prepare_publishing(self, args: DraftTrainingConfig, drafter: Drafter) -> None:
         """Refuse now what could not be pushed later, and start logs, measurements and the record."""
         check_publishing(args, drafter, self.target)
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._eval_rows: list[_DecodedPrompt] = []
         self._measurements: dict[tuple[str, int], Measurement] = {}
         self._best_loaded: tuple[int, int] | None = None
@@ -126,12 +128,6 @@ class PublishingTrainer(_BaseTrainer):
         self._push: Future | None = None
 
     # -- logs and measurements -----------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered in training since the last log."""
-        if not next(iter(logs)).startswith("eval_"):
-            logs.update(self._sums["train"].pop())
-        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: transformers' estimate counts a language model's tokens, which says nothing about blocks."""
@@ -259,17 +255,55 @@ class PublishingTrainer(_BaseTrainer):
             ),
         )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the drafter with its record and card. In place of transformers' own, which pickles the arguments beside it, token and all."""
-        if not self.args.should_save:
-            return
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the drafter, whole and in float32 whatever wrapper it is trained in. Collective.
+
+        Args:
+            output_dir (`str`, *optional*): Folder; `output_dir` of the settings by default. Its files are replaced one by one, each whole.
+
+        Raises:
+            FloatingPointError: If a weight is not finite; nothing is written then.
+        """
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        weights = full_weights(self.accelerator, self.model_wrapped)
+
+        def write() -> None:
+            check_weights(weights)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staged:
+                self._save(staged, state_dict=weights, notes_of=folder)
+                move_files(Path(staged), folder)
+            # Written by earlier versions; pickled arguments can hold a token.
+            (folder / ARGS_FILE).unlink(missing_ok=True)
+
+        self._first_rank_decides(write)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(
+        self,
+        output_dir: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        notes_of: Path | None = None,
+    ) -> None:
+        """Write the drafter with its record and card. In place of transformers' own, which pickles the arguments beside it, token and all."""
+        folder = Path(output_dir or self.args.output_dir)
         drafter = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         drafter.save_pretrained(folder, state_dict=state_dict)
-        (folder / ARGS_FILE).unlink(missing_ok=True)
         write_record(self.training_record(), folder)
+        if notes_of is not None and (notes_of / CARD_FILE).is_file():
+            # The new card keeps the notes people wrote into the earlier one.
+            shutil.copy(notes_of / CARD_FILE, folder / CARD_FILE)
         self._write_card(folder)
+
+    def _shared_state(self) -> dict[str, Any]:
+        measured = [[prefix, step, asdict(m)] for (prefix, step), m in self._measurements.items()]
+        return super()._shared_state() | {"measurements": measured}
+
+    def _load_shared_state(self, shared: dict[str, Any]) -> None:
+        super()._load_shared_state(shared)
+        self._measurements = {(prefix, step): Measurement(**m) for prefix, step, m in shared["measurements"]}
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ What both trainers do before the first step: load the pair, check that it belong
 
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,18 +169,4 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
         raise ValueError(
             "Sharding the drafter (FSDP, ZeRO-3) is not supported: rollouts call it outside of its wrapper. Drafters are small; use plain "
             "data parallelism or ZeRO-2."
-        )
-
-
-def check_finite(loss: torch.Tensor, sample_ids: torch.Tensor, global_step: int) -> None:
-    """
-    Stop before an update with a loss that is not finite.
-
-    Raises:
-        FloatingPointError: Naming the step and the samples.
-    """
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"The loss is {loss.item()} at step {global_step} on samples {sample_ids.tolist()} (row indices of the dataset). Nothing was "
-            "updated. Look at these rows, lower `learning_rate`, or use `bf16` instead of `fp16`."
         )

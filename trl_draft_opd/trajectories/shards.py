@@ -8,7 +8,6 @@ Knows the columns, what a row may hold, and how a file is proven to be what was 
 import hashlib
 import io
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..durable import write_file
 from .origin import Origin
 
 
@@ -192,24 +192,6 @@ def _check_logprobs(column: pa.ChunkedArray, completions: _Lists) -> None:
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside its place, to the disk, then under its name."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_shard(folder: Path, table: pa.Table, origin: Origin, provenance: dict[str, Any]) -> str:

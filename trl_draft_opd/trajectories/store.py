@@ -12,8 +12,9 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
+from ..durable import write_file
 from .origin import Origin
-from .shards import SCHEMA, Trajectory, build_table, list_shards, prompt_key, read_shard, write_file, write_shard
+from .shards import SCHEMA, Trajectory, build_table, list_shards, prompt_key, read_shard, write_shard
 
 
 MANIFEST = "manifest.json"

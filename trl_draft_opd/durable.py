@@ -1,0 +1,129 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Files and folders that are there whole or not at all, whenever the process or the machine stops. Knows no format.
+
+Everything is made beside its place under a name that begins with a dot, forced to the disk, and put in place by one rename.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+_HASH_CHUNK = 2**20
+# What a stopped process can leave behind: a folder being made, one being replaced, one being deleted.
+_LEFTOVER = re.compile(r"\.(?P<kind>making|replaced|deleting)-(?P<name>.+)-[0-9a-f]{12}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: beside its place, to the disk, then under its name."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_entry(path.parent)
+
+
+def sync_entry(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def making_folder(folder: Path) -> Iterator[Path]:
+    """
+    Yield an empty folder to fill; on leaving it takes the place of `folder`, and on any error it is removed.
+
+    A folder that was there before is kept until the new one stands in its place. Where the process is stopped between the two
+    renames, [`clear_leftovers`] puts the earlier one back.
+
+    Args:
+        folder (`Path`): The place; its parent is made if missing.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = _beside(folder, "making")
+    staged.mkdir()
+    try:
+        yield staged
+        for path in [*staged.rglob("*"), staged]:
+            sync_entry(path)
+        replaced = None
+        if folder.exists():
+            replaced = _beside(folder, "replaced")
+            os.rename(folder, replaced)
+        try:
+            os.rename(staged, folder)
+        except OSError:
+            if replaced is not None:
+                os.rename(replaced, folder)
+            raise
+        sync_entry(folder.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    finally:
+        if staged.exists():
+            shutil.rmtree(staged)
+
+
+def move_files(staged: Path, folder: Path) -> None:
+    """Put every file of `staged` into `folder`, each in one step; other files there stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(staged.iterdir()):
+        sync_entry(path)
+        os.replace(path, folder / path.name)
+    sync_entry(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; it loses its name first, so that nobody reads half of it."""
+    doomed = _beside(folder, "deleting")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_leftovers(parent: Path, is_ours: "re.Pattern[str]") -> None:
+    """
+    Tidy up what stopped processes left in a folder: put back what was being replaced, delete the rest.
+
+    Args:
+        parent (`Path`): The folder.
+        is_ours (`re.Pattern`): Matches the whole names of the folders that were being made there.
+    """
+    if not parent.is_dir():
+        return
+    for path in sorted(parent.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or not is_ours.fullmatch(match["name"]) or path.is_symlink() or not path.is_dir():
+            continue
+        place = parent / match["name"]
+        if match["kind"] == "replaced" and not place.exists():
+            os.rename(path, place)
+        else:
+            shutil.rmtree(path)
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{kind}-{folder.name}-{uuid.uuid4().hex[:12]}")
