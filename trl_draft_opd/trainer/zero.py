@@ -1,0 +1,179 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What DeepSpeed's ZeRO does to parameters and optimizer state: where the pieces are, and how they are put together.
+
+DeepSpeed is imported where it is in use only: it need not be installed. Stages 1 and 2 keep parameters whole and cut each parameter
+group's masters, laid end to end, into one piece per rank; stage 3 cuts every parameter by itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter under stage 3, of which every rank holds a part."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_managed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter that a ZeRO optimizer holds a master of, or that is sharded."""
+    return is_sharded(tensor) or hasattr(tensor, "_hp_mapping")
+
+
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    """Return the shape of the whole tensor."""
+    return tensor.ds_shape if is_sharded(tensor) else tensor.shape
+
+
+def is_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is one of DeepSpeed's optimizers, which keeps a plain one inside."""
+    return type(optimizer).__module__.startswith("deepspeed.runtime.")
+
+
+def torch_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the parameter groups whose settings the optimizer steps by."""
+    return optimizer.optimizer.param_groups if is_optimizer(optimizer) else optimizer.param_groups
+
+
+@contextmanager
+def gathered(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make sharded parameters whole while the context lasts; nothing to do for others. Collective for sharded ones."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(sharded):
+        yield
+
+
+def full_parameter(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's whole float32 master, or the parameter itself where it has none. Collective."""
+    if not _has_master(parameter):
+        with gathered([parameter]):
+            return parameter.detach().float().clone()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def load_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a whole value, the same on every rank, into a parameter and its master. Collective."""
+    value = value.to(parameter.device)
+    if is_sharded(parameter):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+    else:
+        parameter.data.copy_(value)
+    if not _has_master(parameter):
+        return
+    if is_sharded(parameter):
+        optimizer = parameter._z3_optimizer
+        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        _write_piece(optimizer, parameter, optimizer.fp32_partitioned_groups_flat[group], value)
+    else:
+        parameter.set_full_hp_param(value.float())
+
+
+def parameter_state(optimizer: Any, parameter: torch.Tensor) -> dict[str, Any]:
+    """
+    Return what the optimizer keeps of a parameter: whole tensors, and the numbers it shares with its group. Collective.
+
+    Read off the inner optimizer and not through `safe_get_full_optimizer_state`, which under stages 1 and 2 finds the state
+    of the first parameter group alone.
+    """
+    flat = _flat_piece(optimizer, parameter)
+    state = optimizer.optimizer.state.get(flat, {}) if flat is not None else {}
+    return {key: _join(optimizer, parameter, value) if _is_cut(value, flat) else value for key, value in state.items()}
+
+
+def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, Any]]) -> None:
+    """Write the state of parameters into the inner optimizer, in place of all that it holds."""
+    inner = optimizer.optimizer
+    inner.state.clear()
+    for parameter, entries in states.items():
+        flat = _flat_piece(optimizer, parameter)
+        state = inner.state[flat]
+        group = inner.param_groups[_group_index(optimizer, parameter)]
+        is_on_device = group.get("fused") or group.get("capturable")
+        for key, value in entries.items():
+            if not isinstance(value, torch.Tensor):
+                state[key] = value
+            elif value.dim() == 0:
+                state[key] = value.to(flat.device if is_on_device else "cpu")
+            else:
+                state.setdefault(key, torch.zeros_like(flat))
+                _write_piece(optimizer, parameter, state[key], value)
+
+
+def _has_master(parameter: torch.Tensor) -> bool:
+    """Whether an optimizer steps this parameter: it is trained, and training has been set up."""
+    return parameter.requires_grad and (not is_sharded(parameter) or hasattr(parameter, "_z3_optimizer"))
+
+
+def _is_cut(value: Any, flat: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == flat.shape
+
+
+def _group_index(optimizer: Any, parameter: torch.Tensor) -> int | None:
+    """Return the index of a parameter's group in the inner optimizer, `None` for one that is not trained."""
+    if is_sharded(parameter):
+        if not _has_master(parameter):
+            return None
+        piece, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return optimizer.sub_group_to_group_id[piece]
+    return next(
+        (index for index, group in enumerate(optimizer.bit16_groups) if any(own is parameter for own in group)), None
+    )
+
+
+def _flat_piece(optimizer: Any, parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return this rank's masters of the group that a parameter is in, which key the inner optimizer's state."""
+    if is_sharded(parameter):
+        if not _has_master(parameter):
+            return None
+        piece, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return optimizer.fp32_partitioned_groups_flat[piece]
+    group = _group_index(optimizer, parameter)
+    return None if group is None else optimizer.single_partition_of_fp32_groups[group]
+
+
+def _join(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor of a parameter's shape from the pieces of all ranks. Collective."""
+    if is_sharded(parameter):
+        _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return optimizer._fp32_state_allgather(parameter, flat.narrow(0, start, length).to(parameter.device))
+    whole = torch.zeros(parameter.numel(), dtype=flat.dtype, device=parameter.device)
+    mapping = parameter._hp_mapping
+    if mapping is not None:
+        own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        whole.narrow(0, own.start, own.numel).copy_(flat.narrow(0, there.start, there.numel))
+    torch.distributed.all_reduce(whole, group=parameter._dp_group)
+    return whole.view_as(parameter)
+
+
+def _write_piece(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor, value: torch.Tensor) -> None:
+    """Write this rank's piece of a whole tensor of the parameter's shape into `flat`."""
+    if is_sharded(parameter):
+        _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        rank, num_ranks = (of(parameter) for of in _partition_of(optimizer))
+        # Every rank's part has the same length; the last one is padded.
+        padded = value.new_zeros(length * num_ranks)
+        padded[: value.numel()] = value.flatten()
+        flat.narrow(0, start, length).copy_(padded.narrow(0, length * rank, length))
+        return
+    mapping = parameter._hp_mapping
+    if mapping is not None:
+        own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat.narrow(0, there.start, there.numel).copy_(value.flatten().narrow(0, own.start, own.numel))
+
+
+def _partition_of(optimizer: Any) -> tuple[Any, Any]:
+    """Return the functions that tell a parameter's rank and the number of ranks it is cut for."""
+    return optimizer._get_param_partition_rank, optimizer._get_param_partition_world_size
