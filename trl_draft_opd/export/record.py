@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -341,6 +342,7 @@ def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
     return sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
 
 
+@cache
 def describe_versions() -> dict[str, str]:
     """Return the versions of the packages that training rests on."""
     versions = {}

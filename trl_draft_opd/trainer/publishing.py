@@ -295,7 +295,8 @@ class PublishingTrainer(ResumingTrainer):
         if notes_of is not None and (notes_of / CARD_FILE).is_file():
             # The new card keeps the notes people wrote into the earlier one.
             shutil.copy(notes_of / CARD_FILE, folder / CARD_FILE)
-        self._write_card(folder)
+        # Checkpoints are written often, and a picture takes longer than all else in a small one.
+        self._write_card(folder, draws_curve=notes_of is not None)
 
     def _shared_state(self) -> dict[str, Any]:
         measured = [[prefix, step, asdict(m)] for (prefix, step), m in self._measurements.items()]
@@ -369,7 +370,9 @@ class PublishingTrainer(ResumingTrainer):
                 Path(self.args.output_dir), dataset_name=kwargs.get("dataset_name"), license=kwargs.get("license")
             )
 
-    def _write_card(self, folder: Path, *, dataset_name: str | None = None, license: str | None = None) -> None:
+    def _write_card(
+        self, folder: Path, *, dataset_name: str | None = None, license: str | None = None, draws_curve: bool = True
+    ) -> None:
         """Write the card of a checkpoint, which has the flat layout's names."""
         target_id = target_id_of(self.args, self.target)
         write_card(
@@ -381,6 +384,7 @@ class PublishingTrainer(ResumingTrainer):
             layouts=["flat"],
             target_id=target_id,
             target_architectures=list(self.target.config.architectures or []),
+            draws_curve=draws_curve,
         )
 
     def push_to_hub(
