@@ -62,7 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "shared_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
     asked = config.getoption("-m")
-    runs = {"conformance": "conformance" in asked, "slow": config.getoption("--run-slow") or "slow" in asked}
+    runs = {
+        "conformance": "conformance" in asked,
+        "crash": "crash" in asked,
+        "slow": config.getoption("--run-slow") or "slow" in asked,
+    }
     left_out = [name for name, is_asked in runs.items() if not is_asked]
     dropped = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     if dropped:

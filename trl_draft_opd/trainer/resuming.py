@@ -5,6 +5,7 @@ What makes a run last: checkpoints that survive any stop, continuation bit for b
 A base class and no functions, because every part of it takes the place of a method of transformers' Trainer.
 """
 
+import errno
 import logging
 import uuid
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -209,14 +211,18 @@ class ResumingTrainer(_BaseTrainer):
                 self._export_callbacks()
                 self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
 
-        try:
-            self._first_rank_decides(write)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"Checkpoint {step} could not be written to {str(run_dir)!r} ({error.strerror or error}); what was begun was removed, and earlier "
-                "checkpoints are as they were. Make room or mend the folder, then go on with `resume_from_checkpoint=True`",
-            ) from error
+        def write_or_say_why() -> None:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    getattr(error, "errno", None) or errno.EIO,
+                    f"Checkpoint {step} could not be written ({error}); what was begun was removed, and earlier checkpoints are as they were. "
+                    "Make room or mend the folder, then go on with `resume_from_checkpoint=True`",
+                    str(run_dir),
+                ) from error
+
+        self._first_rank_decides(write_or_say_why)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / checkpoint_name(step)))
         if self.is_world_process_zero():

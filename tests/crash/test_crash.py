@@ -1,0 +1,203 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Whenever a run is stopped, and by whatever, it goes on from its newest whole checkpoint and ends with the same bytes.
+
+A few points of the matrix run by default; all of them, and thirty kills at random times, with `make crash`.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from doomed import STEPS, Events, Progress, in_child, train, wait_for
+from oracle import greedy_text
+from tiny import EOS, MASK, make_drafter, make_prompts, make_target
+
+from trl_draft_opd.trainer.checkpoints import DamagedCheckpoint, list_checkpoints, read_checkpoint
+
+
+COMPARED = ("model.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json")
+KINDS = ("sft", "opd")
+
+
+class Scene:
+    """A pair, its data, and the run that nothing happens to."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind, self.target = folder, kind, make_target()
+        texts = [(len(prompt), greedy_text(self.target, prompt, 10)) for prompt in make_prompts(14)]
+        texts = [(start, text) for start, text in texts if not {EOS, MASK} & set(text)][:4]
+        columns = {"prompt_ids": [text[:n] for n, text in texts], "completion_ids": [text[n:] for n, text in texts]}
+        self.rows = Dataset.from_dict(columns)
+        began = time.time()
+        # All of its checkpoints are kept: they are what the survivors are held to.
+        assert self.run(folder / "whole", save_total_limit=None) == 0, (folder / "whole.log").read_text()
+        self.seconds = time.time() - began
+        self.whole = folder / "whole"
+
+    def run(self, output_dir, resume=None, at=None, end="kill", wait=True, **changes):
+        """Train in a child, to its end or to the chosen event; return how it ended."""
+        events = output_dir.with_suffix(".events")
+
+        def work():
+            torch.manual_seed(0)
+            if resume is None:
+                Events(output_dir, at, end, events)
+            drafter = make_drafter("dflash", self.target, seed=1 if resume is None else 9)
+            progress = Progress(output_dir.with_suffix(".progress"))
+            trajectories = str(self.folder / "answers")
+            train(
+                *(self.kind, output_dir, drafter, self.target, self.rows, progress, resume),
+                **{"trajectories": trajectories} | changes,
+            )
+
+        return in_child(work, output_dir.with_suffix(".log"), wait)
+
+    def num_events(self):
+        return int(self.whole.with_suffix(".events").read_text())
+
+    def check_survival(self, output_dir):
+        """Hold what is left to the undisturbed run, go on from it, and hold the end to it too."""
+        done = Progress(output_dir.with_suffix(".progress")).steps("end")
+        for _, folder in list_checkpoints(output_dir):
+            if is_whole(folder):
+                self.check_same(folder)
+        output_dir.with_suffix(".progress").unlink(missing_ok=True)
+        has_any = any(is_whole(folder) for _, folder in list_checkpoints(output_dir))
+        if not has_any and list_checkpoints(output_dir):
+            raise AssertionError("a checkpoint stands under its name but is not whole, and no other is")
+        if has_any:
+            assert self.run(output_dir, resume=True) == 0, output_dir.with_suffix(".log").read_text()
+            began = Progress(output_dir.with_suffix(".progress")).steps("begin")[0]
+        else:
+            began = 0
+            assert self.run(output_dir) == 0, output_dir.with_suffix(".log").read_text()
+        assert began >= max(done, default=0) - 1, "more than one save interval is lost"
+        self.check_same(output_dir / f"checkpoint-{STEPS}")
+        assert [path.name for path in output_dir.iterdir() if path.name.startswith(".")] == []
+
+    def check_same(self, folder):
+        for name in COMPARED:
+            assert (folder / name).read_bytes() == (self.whole / folder.name / name).read_bytes(), (folder, name)
+
+
+def is_whole(folder):
+    try:
+        return read_checkpoint(folder).is_resumable
+    except DamagedCheckpoint:
+        return False
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def scene(request, tmp_path_factory):
+    return Scene(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def one_scene(tmp_path_factory):
+    return Scene(tmp_path_factory.mktemp("one"), "sft")
+
+
+def spread(count, points):
+    return sorted({1 + point * (count - 1) // (points - 1) for point in range(points)})
+
+
+def test_a_run_killed_at_a_file_operation_goes_on_from_the_last_whole_checkpoint(one_scene, tmp_path):
+    for at in spread(one_scene.num_events(), 5)[1:]:
+        output_dir = tmp_path / str(at)
+        assert one_scene.run(output_dir, at=at) == 128 + signal.SIGKILL
+        one_scene.check_survival(output_dir)
+
+
+def test_a_disk_that_is_full_is_a_clear_error_and_takes_nothing(one_scene, tmp_path):
+    for at in spread(one_scene.num_events(), 4)[2:]:
+        output_dir = tmp_path / str(at)
+        code = one_scene.run(output_dir, at=at, end="full")
+        check_full(one_scene, output_dir, code)
+
+
+def check_full(scene, output_dir, code):
+    log = output_dir.with_suffix(".log").read_text()
+    # Tidying up what is already replaced may fail without harm to anyone.
+    assert code == 1 and "No space left on device" in log, log[-2000:]
+    assert [path.name for path in output_dir.glob(".making*")] == []
+    scene.check_survival(output_dir)
+
+
+def test_sigterm_saves_the_step_at_hand_and_leaves_with_143(one_scene, tmp_path):
+    output_dir = tmp_path / "out"
+    child = one_scene.run(output_dir, wait=False, save_steps=100)
+    progress = Progress(output_dir.with_suffix(".progress"))
+    while not progress.steps("end"):
+        time.sleep(0.005)
+    os.kill(child, signal.SIGTERM)
+    code, log = wait_for(child), output_dir.with_suffix(".log").read_text()
+    last = progress.steps("end")[-1]
+    assert is_whole(output_dir / f"checkpoint-{last}"), log
+    if last < STEPS:  # else it came too late to matter
+        assert code == 143 and "Traceback" not in log and "SIGTERM came: saved after step" in log
+    assert one_scene.run(output_dir, resume=True) == 0, output_dir.with_suffix(".log").read_text()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        final = output_dir / f"checkpoint-{STEPS}" / name
+        assert final.read_bytes() == (one_scene.whole / f"checkpoint-{STEPS}" / name).read_bytes()
+
+
+def test_ctrl_c_in_the_middle_of_a_save_leaves_no_trace_of_it(one_scene, tmp_path):
+    output_dir = tmp_path / "out"
+    assert one_scene.run(output_dir, at=one_scene.num_events() * 2 // 3, end="interrupt") == 1
+    assert "KeyboardInterrupt" in output_dir.with_suffix(".log").read_text()
+    one_scene.check_survival(output_dir)
+
+
+def test_a_write_without_sync_would_be_caught(monkeypatch, one_scene, tmp_path):
+    """The matrix itself: without the protocol's syncs, a kill right after the rename leaves a torn checkpoint."""
+    from trl_draft_opd import durable
+
+    monkeypatch.setattr(durable, "sync_entry", lambda path: None)
+    torn = 0
+    for at in range(2, 30, 3):
+        output_dir = tmp_path / str(at)
+        if one_scene.run(output_dir, at=at) == 0:
+            break
+        torn += any(not is_whole(folder) for _, folder in list_checkpoints(output_dir))
+    assert torn > 0
+
+
+# ---- all of it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("part", range(6))
+def test_a_kill_at_every_single_file_operation_is_survived(scene, tmp_path, part):
+    for at in range(1 + part, scene.num_events() + 1, 6):
+        output_dir = tmp_path / str(at)
+        assert scene.run(output_dir, at=at) == 128 + signal.SIGKILL
+        scene.check_survival(output_dir)
+        shutil.rmtree(output_dir)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("part", range(3))
+def test_a_full_disk_at_every_single_file_operation_is_survived(one_scene, tmp_path, part):
+    for at in range(1 + part, one_scene.num_events() + 1, 3):
+        output_dir = tmp_path / str(at)
+        code = one_scene.run(output_dir, at=at, end="full")
+        check_full(one_scene, output_dir, code)
+        shutil.rmtree(output_dir)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("number", range(30))
+def test_thirty_kills_at_random_times_are_survived(one_scene, tmp_path, number):
+    output_dir = tmp_path / "out"
+    child = one_scene.run(output_dir, wait=False)
+    time.sleep(random.Random(number).uniform(0.05, one_scene.seconds))
+    os.kill(child, signal.SIGKILL)
+    wait_for(child)
+    one_scene.check_survival(output_dir)
