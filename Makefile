@@ -25,7 +25,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadgroup $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest conformance lint format check build clean
+.PHONY: help install demo test test-slow crash test-oldest conformance lint format check build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,9 @@ test: $(STAMP)  ## Run the tests, without the slow ones
 
 test-slow: $(STAMP)  ## Run the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
+
+crash: $(STAMP)  ## Run the crash matrix: a stop at every file operation, thirty kills at random times
+	$(PYTEST) -m crash $(ARGS)
 
 test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt

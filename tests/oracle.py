@@ -8,7 +8,8 @@ Knows the target alone; how a drafter drafts is replaced, so both rollout engine
 from collections.abc import Callable
 
 import torch
-from tiny import VOCAB
+from datasets import Dataset
+from tiny import EOS, MASK, VOCAB, make_prompts
 from torch.nn.functional import one_hot
 
 from trl_draft_opd import FrozenTarget
@@ -70,4 +71,14 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
         live._LiveBatch,
         "_propose",
         lambda self, anchors: blocks(self.active, anchors[:, None], self.settings.num_drafts),
+    )
+
+
+def greedy_rows(target: FrozenTarget, count: int, num_tokens: int) -> Dataset:
+    """Return prompts with the target's own greedy responses, all of `num_tokens`: of a random target, those without EOS and mask."""
+    texts = [(len(prompt), greedy_text(target, prompt, num_tokens)) for prompt in make_prompts(2 * count)]
+    texts = [(start, text) for start, text in texts if not {EOS, MASK} & set(text)][:count]
+    assert len(texts) == count
+    return Dataset.from_dict(
+        {"prompt_ids": [text[:n] for n, text in texts], "completion_ids": [text[n:] for n, text in texts]}
     )

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from oracle import greedy_text
-from tiny import EOS, MASK, make_drafter, make_prompts, make_target
+from oracle import greedy_rows
+from tiny import make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.trainer import publishing, resuming
@@ -44,12 +43,7 @@ def target():
 @pytest.fixture(scope="module")
 def rows(target):
     """Prompts with the target's own responses: two updates of four rows an epoch."""
-    texts = [(len(prompt), greedy_text(target, prompt, 10)) for prompt in make_prompts(14)]
-    texts = [(start, text) for start, text in texts if not {EOS, MASK} & set(text)][:8]
-    assert len(texts) == 8
-    return Dataset.from_dict(
-        {"prompt_ids": [text[:n] for n, text in texts], "completion_ids": [text[n:] for n, text in texts]}
-    )
+    return greedy_rows(target, 8, 10)
 
 
 def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, **changes):

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from doomed import STEPS, Events, Progress, in_child, train, wait_for
-from oracle import greedy_text
-from tiny import EOS, MASK, make_drafter, make_prompts, make_target
+from oracle import greedy_rows
+from tiny import make_drafter, make_target
 
 from trl_draft_opd.trainer.checkpoints import DamagedCheckpoint, list_checkpoints, read_checkpoint
 
@@ -31,10 +30,7 @@ class Scene:
 
     def __init__(self, folder: Path, kind: str):
         self.folder, self.kind, self.target = folder, kind, make_target()
-        texts = [(len(prompt), greedy_text(self.target, prompt, 10)) for prompt in make_prompts(14)]
-        texts = [(start, text) for start, text in texts if not {EOS, MASK} & set(text)][:4]
-        columns = {"prompt_ids": [text[:n] for n, text in texts], "completion_ids": [text[n:] for n, text in texts]}
-        self.rows = Dataset.from_dict(columns)
+        self.rows = greedy_rows(self.target, 4, 10)
         began = time.time()
         # All of its checkpoints are kept: they are what the survivors are held to.
         assert self.run(folder / "whole", save_total_limit=None) == 0, (folder / "whole.log").read_text()
