@@ -38,6 +38,7 @@ from .checkpoints import (
 from .common_config import DraftTrainingConfig
 from .guard import NonFiniteGuard, check_weights
 from .identity import describe_run
+from .memory import explained_memory
 from .metrics import MetricSums
 from .run_state import RankState, RunIdentity, RunState, random_states, set_random_states
 from .sharding import (
@@ -182,6 +183,18 @@ class ResumingTrainer(_BaseTrainer):
         return outcome[0]
 
     # -- an update -----------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run one micro-batch forward and backward; see [`~transformers.Trainer.training_step`]."""
+        settings = (
+            "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
+            "set `gradient_checkpointing=True`",
+            "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
+        )
+        with explained_memory("a training step", [inputs], settings):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered in training since the last log."""
