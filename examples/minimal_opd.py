@@ -14,6 +14,7 @@ import torch
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
 from trl_draft_opd.anchors import replay_errors
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
@@ -48,7 +49,7 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
         ]
 
         # 1. The pair decodes together; the text is the target's own, the blocks are the drafter's.
-        rollout = rollout_live(target, drafter, prompts, settings, torch.Generator().manual_seed(step))
+        rollout = rollout_live(target, drafter, prompts, settings, DrawKeys(0, step, range(len(prompts))))
 
         # 2. Every block of the chain is replayed: accepted slots, and those the target rejected.
         blocks = replay_errors(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)

@@ -22,6 +22,7 @@ FLOORS = {
     "_trl": 1,
     "data": 1,
     "drafters": 1,
+    "draws": 1,
     "durable": 1,
     "losses": 1,
     "target_rows": 1,

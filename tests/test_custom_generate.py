@@ -32,6 +32,7 @@ from transformers import (
 
 from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget, SamplingSettings
 from trl_draft_opd.anchors import sample_anchors
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
@@ -158,7 +159,7 @@ def test_text_is_the_targets_own_and_rounds_are_ours_draft_by_draft(target, fold
     settings = LiveSettings(4, 24, greedy, "greedy", target.eos_token_ids, False)
     accepted = 0
     for prompt in (*TRAINED_ON, [17]):
-        rollout = rollout_live(target, drafter, [prompt], settings, torch.Generator())
+        rollout = rollout_live(target, drafter, [prompt], settings, DrawKeys(0, 0, [0]))
         own = model.generate(as_ids(prompt), max_new_tokens=24, do_sample=False)
         with blocks_of(model) as blocks:
             text = speculate(model, as_ids(prompt), folders[variant], max_new_tokens=24, do_sample=False)

@@ -12,6 +12,7 @@ from tiny import EOS, MASK, make_causal_lm, make_drafter, make_prompts, make_tok
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
 from trl_draft_opd.anchors import sample_anchors
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
@@ -45,7 +46,7 @@ def live(target, drafter, prompt, max_new_tokens, eos_token_ids=(EOS,)):
         eos_token_ids=list(eos_token_ids),
         keep_branch_hidden=False,
     )
-    return rollout_live(target, drafter, [prompt], settings, torch.Generator())
+    return rollout_live(target, drafter, [prompt], settings, DrawKeys(0, 0, [0]))
 
 
 def train(target, drafter, texts, steps):

@@ -21,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings, verification
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout import live, replay
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
@@ -64,9 +65,14 @@ class Tape:
     cells: dict[object, Cell] = field(default_factory=dict)
     siblings: list[list[bool]] = field(default_factory=list)
 
-    def cell(self, key: object = None) -> Cell:
-        """Return the uniform of a key, a new one for a new key or none."""
-        return self.cells.setdefault(len(self.cells) if key is None else key, Cell(self))
+    def cell(self, key: object) -> Cell:
+        """Return the uniform of a key, a new one for a new key."""
+        return self.cells.setdefault(key, Cell(self))
+
+    def new_cell(self, key: object) -> Cell:
+        """Return the uniform of a key that nothing was drawn with yet."""
+        assert key not in self.cells, "a live rollout draws every number once"
+        return self.cell(key)
 
     def next_outcome(self) -> bool:
         if self.num_known == len(self.path):
@@ -122,15 +128,6 @@ class Uniforms:
         if bound <= 0 or factor == 0:
             return bound > 0
         return cell.is_below((bound / factor) ** (1 / self.power))
-
-
-def new_uniforms(tapes: list[Tape], shape: tuple[int, ...]) -> Uniforms:
-    """Return fresh uniforms of a shape whose first dimension is one row per tape."""
-    assert len(tapes) == shape[0]
-    cells = np.empty(shape, dtype=object)
-    for index in np.ndindex(shape):
-        cells[index] = tapes[index[0]].cell()
-    return Uniforms(cells)
 
 
 def follow_all(run, keys: list) -> list[dict[object, float]]:
@@ -190,12 +187,17 @@ def live_law(name: str) -> dict[tuple, float]:
     )
 
     def run(prompts, tapes):
-        def uniforms(batch, *shape):
-            return new_uniforms([tapes[row] for row in batch.active], shape)
+        def uniforms(batch, anchors, slots, purpose):
+            rows, is_single = [tapes[row] for row in batch.active], isinstance(slots, int)
+            cells = np.empty((len(rows), 1 if is_single else len(slots)), dtype=object)
+            for index, (tape, anchor) in enumerate(zip(rows, anchors.tolist(), strict=True)):
+                for column, slot in enumerate([slots] if is_single else slots.tolist()):
+                    cells[index, column] = tape.new_cell((anchor, slot, purpose))
+            return Uniforms(cells[:, 0] if is_single else cells)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(live._LiveBatch, "_uniforms", uniforms)
-            rollout = rollout_live(case.target, case.drafter, prompts, settings, torch.Generator())
+            rollout = rollout_live(case.target, case.drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
         return [blocks_of(rollout, row, case.has_suffix) for row in range(len(prompts))]
 
     return follow_all(run, [PROMPT])[0]
@@ -387,7 +389,7 @@ def test_a_suffix_from_the_targets_law_is_found(monkeypatch):
     def choose_as_target(walk, hidden, rows, anchors, slot):
         states = walk.reading.last_hidden[rows, (anchors + slot - 1).clamp(max=walk.text.input_ids.shape[1] - 1)]
         law = token_probs(walk.target.project(states), walk.settings.sampling)
-        return choose_tokens(law, walk._uniforms(rows, anchors, slot, replay.DRAFT))
+        return choose_tokens(law, walk._uniforms(rows, anchors, slot, replay.REPLAY_DRAFT))
 
     monkeypatch.setattr(replay._Walk, "_choose", choose_as_target)
     assert_found("eagle3")
@@ -395,7 +397,7 @@ def test_a_suffix_from_the_targets_law_is_found(monkeypatch):
 
 
 def test_one_uniform_for_acceptance_and_for_the_refused_draft_is_found(monkeypatch):
-    monkeypatch.setattr(replay, "DRAFT", replay.ACCEPT)
+    monkeypatch.setattr(replay, "REPLAY_DRAFT", replay.REPLAY_ACCEPT)
     assert_found("eagle3")
     assert_found("dflash")
 

@@ -16,6 +16,7 @@ from trained import overfit, own_text
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.export import export_drafter
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
@@ -157,7 +158,7 @@ def rounds_of(target, prompt, draft):
 
 def ours(target, drafter, prompt):
     settings = LiveSettings(4, NUM_TOKENS, SamplingSettings(0.0, 0, 1.0), "greedy", [], False)
-    rollout = rollout_live(target, drafter, [prompt], settings, torch.Generator())
+    rollout = rollout_live(target, drafter, [prompt], settings, DrawKeys(0, 0, [0]))
     return rollout.input_ids[0].tolist(), rollout.accepted[0][rollout.is_block[0]].tolist()
 
 

@@ -24,6 +24,7 @@ from trl_draft_opd import (
     generate_responses,
 )
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
@@ -74,7 +75,7 @@ def decode(
     texts = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        texts += rollout_live(target, drafter, batch, settings, torch.Generator()).responses()
+        texts += rollout_live(target, drafter, batch, settings, DrawKeys(0, 0, range(len(batch)))).responses()
     return texts
 
 

@@ -12,6 +12,7 @@ from benchmarks.reference import attention, drafting, loss, rollout, step
 from trl_draft_opd import SamplingSettings, build_draft_vocabulary
 from trl_draft_opd.anchors import replay_errors, sample_anchors
 from trl_draft_opd.drafters.attention import anchored_attention
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
@@ -154,7 +155,7 @@ def assert_same_blocks(result, chains: list[list[rollout.Block]]) -> None:
 def test_batched_decoding_equals_one_prompt_at_a_time(target, drafter, decoded):
     prompts, texts, chains = decoded
     settings = LiveSettings(NUM_DRAFTS, 17, GREEDY, "greedy", [EOS], keep_branch_hidden=False)
-    result = rollout_live(target, drafter, prompts, settings, torch.Generator())
+    result = rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
     responses = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
     assert result.responses() == responses
     assert_same_blocks(result, chains)
@@ -267,7 +268,7 @@ def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
     drafter = make_variant(family, target, variant)
     prompts = make_prompts(4, seed=2)
     settings = LiveSettings(NUM_DRAFTS, 15, GREEDY, "greedy", [EOS], keep_branch_hidden=False)
-    texts = rollout_live(target, drafter, prompts, settings, torch.Generator())
+    texts = rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
     responses = texts.responses()
     joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     lengths = [len(prompt) for prompt in prompts]

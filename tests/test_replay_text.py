@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from trl_draft_opd.rollout.sampler import greedy_chooser
@@ -331,7 +332,7 @@ def test_every_answer_of_a_greedy_chat_has_the_chain_of_live_decoding(family, ta
     expected = []
     for start, end in runs_of(mask):
         settings = LiveSettings(K, end + 1 - start, GREEDY, "greedy", (), True)
-        alone = rollout_live(target, drafters[family], [ids[:start]], settings, torch.Generator())
+        alone = rollout_live(target, drafters[family], [ids[:start]], settings, DrawKeys(0, 0, [0]))
         assert alone.responses()[0] == ids[start : end + 1]
         expected += blocks_of(alone, 0)
     assert_same_blocks(blocks_of(rollout, 0), expected)
@@ -365,7 +366,7 @@ def test_a_row_with_an_impossible_token_is_refused_and_leaves_the_others_alone(
     settings = replace(DRAWN, sampling=narrow, segment_length=segment_length)
     prompts = make_prompts(3, seed=1)
     live = LiveSettings(K, 16, narrow, "sample", (), False)
-    written = rollout_live(target, drafters[family], prompts, live, torch.Generator().manual_seed(0)).responses()
+    written = rollout_live(target, drafters[family], prompts, live, DrawKeys(0, 0, range(len(prompts)))).responses()
     rows = [one_turn(prompt + response, len(prompt)) for prompt, response in zip(prompts, written, strict=True)]
     clean = rollout_replay(target, drafters[family], make_text(rows), settings)
     assert clean.num_refused == 0 and clean.is_block[:, 0].all()

@@ -13,8 +13,9 @@ from oracle import greedy_text, plant
 from tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd import FrozenTarget, SamplingSettings, draws
 from trl_draft_opd.anchors import replay_errors
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout import live
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.verification import token_probs
@@ -36,8 +37,9 @@ def settings(**changes) -> LiveSettings:
     return LiveSettings(**defaults | changes)
 
 
-def roll_out(target, drafter, prompts, seed=0, **changes):
-    return rollout_live(target, drafter, prompts, settings(**changes), torch.Generator().manual_seed(seed))
+def roll_out(target, drafter, prompts, seed=0, sample_ids=None, **changes):
+    keys = DrawKeys(seed, 0, range(len(prompts)) if sample_ids is None else sample_ids)
+    return rollout_live(target, drafter, prompts, settings(**changes), keys)
 
 
 def generate(target, prompts, max_new_tokens, eos_token_ids=()):
@@ -349,13 +351,63 @@ def test_a_seed_reproduces_a_sampled_rollout(draft_sampling, target):
     assert first.responses() != other.responses()
 
 
-def test_greedy_rollouts_draw_nothing(target):
-    generator = torch.Generator().manual_seed(1)
-    before, ambient = generator.get_state(), torch.get_rng_state()
-    rollout_live(target, make_drafter("dflash", target), make_prompts(2), settings(draft_sampling="sample"), generator)
-    assert torch.equal(before, generator.get_state())
-    torch.manual_seed(1)
-    assert ambient.shape == torch.get_rng_state().shape
+@pytest.mark.parametrize("draft_sampling", ["greedy", "sample"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rows_draws_depend_on_no_other_row(family, draft_sampling, target):
+    drafter = make_drafter(family, target)
+    prompts, sample_ids = make_prompts(5), [31, 4, 4 + 2**40, 0, 7]
+    options = {"sampling": SamplingSettings(1.0, 0, 1.0), "draft_sampling": draft_sampling, "max_new_tokens": 12}
+
+    def rows(order):
+        picked = {"prompts": [prompts[i] for i in order], "sample_ids": [sample_ids[i] for i in order]}
+        rollout = roll_out(target, drafter, **picked, **options)
+        chains = [rollout.is_block[row] for row in range(len(order))]
+        return {
+            i: (rollout.responses()[row], rollout.anchors[row][chain].tolist(), rollout.drafts[row][chain].tolist())
+            for row, (i, chain) in enumerate(zip(order, chains, strict=True))
+        }
+
+    together = rows(range(5))
+    assert len({tuple(response) for response, _, _ in together.values()}) == 5
+    assert rows([3, 1, 4, 0, 2]) == together
+    assert rows([0, 1]) | rows([2, 3, 4]) == together
+    assert rows([2]) == {2: together[2]}
+
+
+def test_draws_are_told_apart_by_every_key(target, monkeypatch):
+    drawn, keyed_uniforms = [], draws.keyed_uniforms
+
+    def recorded(seed, epoch, sample_ids, anchors, slot, purpose):
+        keys = torch.broadcast_tensors(sample_ids, anchors, torch.as_tensor(slot), torch.tensor(purpose))
+        drawn.extend(zip(*(key.flatten().tolist() for key in keys), strict=True))
+        return keyed_uniforms(seed, epoch, sample_ids, anchors, slot, purpose)
+
+    monkeypatch.setattr(draws, "keyed_uniforms", recorded)
+    options = {"sampling": SamplingSettings(1.0, 0, 1.0), "draft_sampling": "sample"}
+    rollout = roll_out(target, make_drafter("eagle3", target), make_prompts(3), **options)
+    # Per row: the first token, and for every block its drafts, their fates, and the token behind the accepted ones.
+    assert len(drawn) == 3 + int(rollout.num_rounds.sum()) * (4 + 4 + 1)
+    assert len(set(drawn)) == len(drawn)
+    assert {purpose for *_, purpose in drawn}.isdisjoint({draws.REPLAY_ACCEPT, draws.REPLAY_DRAFT})
+
+
+def test_another_epoch_draws_other_text(target):
+    drafter, prompts = make_drafter("dflash", target), make_prompts(3)
+    live_settings = settings(sampling=SamplingSettings(1.0, 0, 1.0))
+    first, second = (rollout_live(target, drafter, prompts, live_settings, DrawKeys(0, e, [0, 1, 2])) for e in (0, 1))
+    assert first.responses() != second.responses()
+
+
+def test_rows_without_a_key_are_refused(target):
+    with pytest.raises(ValueError, match="3 prompts need as many sample ids in `keys`, got 2"):
+        roll_out(target, make_drafter("dflash", target), make_prompts(3), sample_ids=[0, 1])
+
+
+def test_greedy_rollouts_draw_nothing(target, monkeypatch):
+    monkeypatch.delattr(draws, "keyed_uniforms")
+    drafter, ambient = make_drafter("dflash", target), torch.get_rng_state()
+    roll_out(target, drafter, make_prompts(2), draft_sampling="sample")
+    assert torch.equal(ambient, torch.get_rng_state())
 
 
 # -- manners -----------------------------------------------------------------------------------------------------------
@@ -387,7 +439,7 @@ def test_finished_rows_are_reported_once_each(target):
         make_drafter("dflash", target),
         prompts,
         settings(max_new_tokens=10, eos_token_ids=eos),
-        torch.Generator(),
+        DrawKeys(0, 0, range(4)),
         on_finished=ended.append,
     )
     assert sum(ended) == 4 and len(ended) > 1

@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.anchors import replay_errors
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 
@@ -30,7 +31,7 @@ FIELDS = (
 
 def roll_out(target, drafter, prompts, eos_token_ids=(), max_new_tokens=20):
     settings = LiveSettings(4, max_new_tokens, GREEDY, "greedy", eos_token_ids, True)
-    return rollout_live(target, drafter, prompts, settings, torch.Generator())
+    return rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
 
 
 def replay_settings(keep_branch_hidden, segment_length=1):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from trl_draft_opd import SamplingSettings
-from trl_draft_opd.rollout.sampler import draws_drafts, greedy_chooser, keyed_uniforms, sampling_chooser
+from trl_draft_opd.draws import keyed_uniforms
+from trl_draft_opd.rollout.sampler import draws_drafts, greedy_chooser, sampling_chooser
 
 
 ALPHA = 1e-6
@@ -81,7 +82,7 @@ def test_draws_lie_between_zero_and_one():
 
 
 def test_the_largest_pattern_still_gives_less_than_one(monkeypatch):
-    monkeypatch.setattr("trl_draft_opd.rollout.sampler._mix", lambda bits: torch.full_like(bits, -1))
+    monkeypatch.setattr("trl_draft_opd.draws._mix", lambda bits: torch.full_like(bits, -1))
     assert float(draw()) == 1 - 2.0**-53
 
 

@@ -12,6 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from trl_draft_opd import DraftVocabulary, SamplingSettings
 from trl_draft_opd.anchors import AnchorBatch, replay_errors, sample_anchors
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.trainer.step import StreamSettings, row_weights, step_loss, weight_sums
 
@@ -64,7 +65,7 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
     settings = LiveSettings(num_drafts, 12, SamplingSettings(0.0, 0, 1.0), "greedy", (), True)
     with monkeypatch.context() as patch:
         plant(patch, drafter, truths, wrong.get)
-        return rollout_live(target, drafter, prompts, settings, torch.Generator())
+        return rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
 
 
 def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**20):
@@ -180,7 +181,7 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)
     settings = LiveSettings(num_drafts, 16, SamplingSettings(0.0, 0, 1.0), "greedy", (), False)
-    rollout = rollout_live(target, drafter, make_prompts(3), settings, torch.Generator())
+    rollout = rollout_live(target, drafter, make_prompts(3), settings, DrawKeys(0, 0, range(3)))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
     hidden = drafter.draft_hidden(reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
     logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)

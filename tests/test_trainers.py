@@ -300,13 +300,15 @@ def test_training_raises_tau_on_what_it_trains_on(tmp_path, target, rows):
 # -- what must change nothing ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sft", "opd"])
-def test_gradient_accumulation_changes_nothing(tmp_path, target, rows, kind):
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [("sft", {}), ("opd", {}), ("opd", {"rollout": "live", "temperature": 1.0, "draft_sampling": "sample"})],
+    ids=["sft", "replay", "live-sampled"],
+)
+def test_gradient_accumulation_changes_nothing(tmp_path, target, rows, kind, variant):
     # Rows of unequal weight: responses of 3 to 12 tokens.
     rows = rows.map(lambda row, i: {"completion_ids": row["completion_ids"][: 3 + 2 * i]}, with_indices=True)
-    options = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    if kind == "opd":
-        options |= OPD_VARIANTS["replay"]
+    options = variant | {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0}
     final = []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
         drafter = make_drafter("eagle3", target)

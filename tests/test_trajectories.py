@@ -225,6 +225,29 @@ def test_a_run_that_dies_is_resumed_without_writing_anything_twice(tmp_path: Pat
     assert [resumed.find(prompt) for prompt in prompts] == [whole.find(prompt) for prompt in prompts]
 
 
+def test_drawn_responses_depend_on_no_batch(tmp_path: Path):
+    target, prompts = make_target(), make_prompts(6)
+    found = []
+    for number, (batch_size, order) in enumerate([(6, 1), (1, 1), (4, -1)]):
+        store = TrajectoryStore.open(tmp_path / str(number), _origin(target, SAMPLED))
+        _generate(store, target, prompts[::order], batch_size=batch_size)
+        found.append([store.find(prompt) for prompt in prompts])
+    assert found[0] == found[1] == found[2]
+    assert len({tuple(response) for response in found[0]}) == 6
+
+
+def test_plain_draws_have_the_targets_law():
+    target, prompt, count = make_target(), [9, 10], 4000
+    options = {"max_new_tokens": 1, "sampling": SAMPLED, "batch_size": 1000, "show_progress": False}
+    drawn = torch.tensor(generate_responses(target, [prompt] * count, seed=3, **options))[:, 0]
+    with torch.no_grad():
+        law = token_probs(target.causal_lm(torch.tensor([prompt])).logits[0, -1], SAMPLED)
+    observed, expected = torch.bincount(drawn, minlength=VOCAB), law * count
+    assert observed[law == 0].sum() == 0
+    # Five standard deviations per token.
+    assert ((observed - expected).abs() <= 5 * (expected * (1 - law)).sqrt() + 1e-9).all()
+
+
 def test_log_probabilities_of_drawn_tokens_are_those_of_the_law(tmp_path: Path):
     target, prompts = make_target(), make_prompts(4)
     store = TrajectoryStore.open(tmp_path, _origin(target, SAMPLED))

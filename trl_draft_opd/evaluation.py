@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .drafters.base import Drafter
+from .draws import DrawKeys
 from .rollout.live import LiveSettings, rollout_live
 from .rollout.types import Rollout
 from .target import FrozenTarget
@@ -183,13 +184,14 @@ def evaluate_drafter(
         keep_branch_hidden=False,
     )
     tally = _Tally(num_drafts)
-    generator = torch.Generator().manual_seed(seed)
     with Progress(disable=not show_progress, transient=True) as progress:
         task = progress.add_task("Evaluating", total=len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
+            # By a prompt's number, so that the batch size changes no draw.
+            keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             begun = time.perf_counter()
-            rollout = rollout_live(target, drafter, batch, settings, generator)
+            rollout = rollout_live(target, drafter, batch, settings, keys)
             tally.speculative_seconds += time.perf_counter() - begun
             tally.add(rollout)
             if compare:

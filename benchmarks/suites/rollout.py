@@ -19,6 +19,7 @@ from benchmarks.stages import StageClock
 from trl_draft_opd import DraftOPDConfig, FrozenTarget, SamplingSettings, generate_responses
 from trl_draft_opd.anchors import replay_errors
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout import live, replay
 from trl_draft_opd.rollout.live import LiveSettings
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText
@@ -60,7 +61,7 @@ class Pair:
             eos_token_ids=[] if ignores_eos else self.target.eos_token_ids,
             keep_branch_hidden=keeps_branches,
         )
-        return live.rollout_live(self.target, self.drafter, prompts, settings, torch.Generator())
+        return live.rollout_live(self.target, self.drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
 
     def replay(self, text: TargetText, *, keeps_branches: bool, reading=None) -> Rollout:
         """Replay texts as the trainer does."""

@@ -306,10 +306,10 @@ def test_an_unknown_setting_is_named(tmp_path, kind):
     "changes,match",
     [
         (
-            {"gradient_checkpointing": True},
-            "`gradient_checkpointing=True` is not supported.*Lower `per_device_train_batch_size`",
+            {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "`use_reentrant=True` .* would lose the gradient",
         ),
-        ({"activation_checkpointing": True}, "`gradient_checkpointing=True` is not supported"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "`every_n_layers` is 2, but .*Leave it out"),
         ({"accepted_loss": "kl"}, r"`accepted_loss` must be one of \('forward_kl', .*got 'kl'"),
         ({"position_decay": 0.0}, r"`position_decay` must be in \(0, 1\], got 0.0. 1 weighs all slots alike"),
         ({"position_decay": 1.5}, r"`position_decay` must be in \(0, 1\], got 1.5"),

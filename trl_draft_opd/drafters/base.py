@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .importing import CheckpointSource, read_drafter_config, read_drafter_tensors
 
 
+Result = TypeVar("Result")
 Embed = Callable[[torch.Tensor], torch.Tensor]
 Project = Callable[[torch.Tensor], torch.Tensor]
 # Chooses tokens from draft logits: `(logits (B, A, S, DV), first_slot) -> (ids (B, A, S), probs (B, A, S, DV) or None)`.
@@ -115,7 +116,10 @@ class Drafter(PreTrainedModel):
     main_input_name = "target_features"
     accepts_loss_kwargs = True
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
+    #: Set by transformers' own switch, `activation_checkpointing_enable` (`gradient_checkpointing_enable` before 5.23).
+    gradient_checkpointing: bool = False
     #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
     owns_head: bool = False
     #: Whether a slot reads the drafts before it (EAGLE-3), or all slots of a block are drafted at once (DFlash).
@@ -126,6 +130,17 @@ class Drafter(PreTrainedModel):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def run_recomputed(self, part: Callable[..., Result], *args: Any) -> Result:
+        """
+        Run `part(*args)`, a layer or a step; with activation checkpointing on, what it keeps for the backward pass is let go and
+        computed again there. Only in training mode and with gradient.
+
+        `part` must have no side result, which a second run would repeat, and be given lists that nobody changes afterwards.
+        """
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(part, *args)
+        return part(*args)
 
     @property
     @abstractmethod

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..drafters.base import DraftContext, Drafter, Proposal
+from ..draws import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys
 from ..target import FrozenTarget, TargetReading
 from ..verification import SamplingSettings, choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
 from .sampler import draws_drafts, greedy_chooser, sampling_chooser
@@ -60,7 +61,7 @@ def rollout_live(
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     settings: LiveSettings,
-    generator: torch.Generator,
+    keys: DrawKeys,
     on_finished: Callable[[int], object] | None = None,
 ) -> Rollout:
     """
@@ -75,7 +76,9 @@ def rollout_live(
         drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
         settings ([`LiveSettings`]): How to decode.
-        generator (`torch.Generator`): CPU source of all draws; untouched at temperature 0.
+        keys ([`DrawKeys`]):
+            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that rounding breaks. Nothing
+            is drawn at temperature 0.
         on_finished (`Callable`, *optional*): Called with the number of rows that ended since the last call, for a progress bar.
 
     Returns:
@@ -83,13 +86,15 @@ def rollout_live(
 
     Raises:
         ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many drafts, or the
-            target's cache cannot be rolled back.
+            target's cache cannot be rolled back, or there is not one sample id per prompt.
     """
     _check(target, drafter, prompts, settings)
+    if len(keys.sample_ids) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many sample ids in `keys`, got {len(keys.sample_ids)}.")
     was_training = drafter.training
     drafter.eval()
     try:
-        batch = _LiveBatch(target, drafter, prompts, settings, generator)
+        batch = _LiveBatch(target, drafter, prompts, settings, keys)
         num_open = len(prompts)
         while True:
             if on_finished is not None and len(batch.active) < num_open:
@@ -139,9 +144,9 @@ class _LiveBatch:
         drafter: Drafter,
         prompts: Sequence[Sequence[int]],
         settings: LiveSettings,
-        generator: torch.Generator,
+        keys: DrawKeys,
     ):
-        self.target, self.drafter, self.settings, self.generator = target, drafter, settings, generator
+        self.target, self.drafter, self.settings, self.keys = target, drafter, settings, keys
         self.layer_ids = drafter.config.target_layer_ids
         self.device = target.device
         self.eos = torch.tensor(list(settings.eos_token_ids), dtype=torch.long, device=self.device)
@@ -169,7 +174,7 @@ class _LiveBatch:
         self.cache = DynamicCache(config=self.target.config)
         self.cache_mask = is_token.long()
         reading = self._step(left, (index - shift).clamp(min=0))
-        first = self._choose_next(self.target.project(reading.last_hidden[:, -1:]))[:, 0]
+        first = self._choose_first(self.target.project(reading.last_hidden[:, -1]), lengths - 1)
         capacity = width + self.settings.max_new_tokens + K + 1
         self.text = right.new_zeros(len(prompts), capacity)
         self.text[:, :width] = right
@@ -200,7 +205,7 @@ class _LiveBatch:
         positions = anchors[:, None] + torch.arange(block.shape[1], device=self.device)
         self.cache_mask = torch.cat([self.cache_mask, torch.ones_like(block)], dim=1)
         reading = self._step(block, positions)
-        accepted, next_tokens = self._verify(proposal, self.target.project(reading.last_hidden))
+        accepted, next_tokens = self._verify(anchors, proposal, self.target.project(reading.last_hidden))
         self._record(anchors, drafts, accepted, reading)
         self._commit(anchors, drafts, accepted, next_tokens, reading.features, positions)
 
@@ -208,7 +213,8 @@ class _LiveBatch:
         settings = self.settings
         choose = greedy_chooser()
         if draws_drafts(settings.sampling, settings.draft_sampling):
-            choose = sampling_chooser(settings.sampling, self._uniforms(len(self.active), 1, settings.num_drafts))
+            uniforms = self._uniforms(anchors, self._slots(settings.num_drafts), LIVE_DRAFT)
+            choose = sampling_chooser(settings.sampling, uniforms[:, None])
         return self.drafter.propose(
             self.context.prefix(int(anchors.max())),
             anchors[:, None],
@@ -219,16 +225,18 @@ class _LiveBatch:
             choose,
         )
 
-    def _verify(self, proposal: Proposal, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _verify(
+        self, anchors: torch.Tensor, proposal: Proposal, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return accepted drafts and the bonus or correction token of every row."""
         drafts = proposal.drafts[:, 0]
         if self.settings.sampling.is_greedy:
             return verify_greedy(drafts, logits.argmax(dim=-1))
         draft_probs = None if proposal.probs is None else proposal.probs[:, 0]
         target_probs = token_probs(logits, self.settings.sampling)
-        rows, num_drafts = drafts.shape
+        accept_uniforms = self._uniforms(anchors, self._slots(drafts.shape[1]), LIVE_ACCEPT)
         return verify_sampled(
-            drafts, draft_probs, target_probs, self._uniforms(rows, num_drafts), self._uniforms(rows)
+            drafts, draft_probs, target_probs, accept_uniforms, self._uniforms(anchors, 0, LIVE_TOKEN)
         )
 
     def _record(
@@ -273,14 +281,18 @@ class _LiveBatch:
         self.num_target_forwards += 1
         return self.target.step(input_ids, self.cache_mask, position_ids, self.cache, self.layer_ids)
 
-    def _uniforms(self, *shape: int) -> torch.Tensor:
-        draws = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return draws.to(self.device)
+    def _slots(self, num_drafts: int) -> torch.Tensor:
+        return torch.arange(1, num_drafts + 1, device=self.device)
 
-    def _choose_next(self, logits: torch.Tensor) -> torch.Tensor:
+    def _uniforms(self, anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int) -> torch.Tensor:
+        return self.keys.uniforms(self.active, anchors, slots, purpose)
+
+    def _choose_first(self, logits: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
+        """Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts."""
         if self.settings.sampling.is_greedy:
             return logits.argmax(dim=-1)
-        return choose_tokens(token_probs(logits, self.settings.sampling), self._uniforms(*logits.shape[:-1]))
+        law = token_probs(logits, self.settings.sampling)
+        return choose_tokens(law, self._uniforms(last_positions, 0, LIVE_TOKEN))
 
     def _retire(self, ended: torch.Tensor) -> None:
         """Take finished rows out of the batch, and drop masked slots when they outgrow the live ones."""

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from ..drafters.base import DraftContext, Drafter
+from ..draws import REPLAY_ACCEPT, REPLAY_DRAFT, keyed_uniforms
 from ..target import FrozenTarget, TargetReading
 from ..verification import SamplingSettings, choose_tokens, sample_posterior, settle_blocks, token_probs
-from .sampler import draws_drafts, keyed_uniforms
+from .sampler import draws_drafts
 from .types import Rollout, response_ends
-
-
-# Purposes that keep the draws of one slot apart.
-ACCEPT, DRAFT = 0, 1
 
 
 @dataclass(frozen=True)
@@ -316,8 +313,8 @@ class _Walk:
                 None,
                 draft_law[:, None],
                 target_law[:, None],
-                self._uniforms(rows[part], anchors[part], slot, ACCEPT)[:, None],
-                self._uniforms(rows[part], anchors[part], slot, DRAFT)[:, None],
+                self._uniforms(rows[part], anchors[part], slot, REPLAY_ACCEPT)[:, None],
+                self._uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT)[:, None],
                 torch.ones_like(committed[part, None], dtype=torch.bool),
             )
             drafts[part], is_kept[part] = chosen[:, 0], accepted == 1
@@ -400,7 +397,7 @@ class _Walk:
             logits = self.drafter.draft_logits(hidden[part], self.target.project)
             if self.draws:
                 law = token_probs(logits, self.settings.sampling)
-                draft_ids = choose_tokens(law, self._uniforms(rows[part], anchors[part], slot, DRAFT))
+                draft_ids = choose_tokens(law, self._uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT))
             else:
                 draft_ids = logits.argmax(dim=-1)
             chosen[part] = self.drafter.to_target_ids(draft_ids)

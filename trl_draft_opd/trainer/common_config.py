@@ -80,6 +80,12 @@ class DraftTrainingConfig(_BaseConfig):
             Bytes of logits, gradients and temporaries alive at a time in the loss; 64 MiB is about 50 rows of a vocabulary of
             152k. More fills a GPU better, less saves memory; the result is the same.
 
+        activation_checkpointing (`bool`, *optional*, defaults to `False`):
+            Compute the inside of each DFlash layer and of each EAGLE-3 step again in the backward pass instead of keeping it: same loss
+            and gradients, one more forward of the drafter's blocks, and about half the memory of the drafter's step (docs/scaling.md).
+            Off, where TRL's trainers have it on: a drafter has one to a few layers, and the target keeps nothing for a backward pass.
+            `gradient_checkpointing`, the older name, is read where this one is unset.
+
         > Parameters that control drafting
 
         num_drafts (`int`, *optional*):
@@ -116,18 +122,18 @@ class DraftTrainingConfig(_BaseConfig):
             Licence of the published drafter, e.g. `apache-2.0`. Not guessed: that of data and target may bind it.
 
     > [!NOTE]
-    > Defaults that differ from TRL's: `gradient_checkpointing=False` (the blocks' keys and values are side results that a second
-    > forward would repeat), `bf16` only where an accelerator is present, `learning_rate=3e-4`, `lr_scheduler_type="cosine"`,
+    > Defaults that differ from TRL's: `activation_checkpointing=False` (drafters are small), `bf16` only where an accelerator is present, `learning_rate=3e-4`, `lr_scheduler_type="cosine"`,
     > `warmup_steps=0.05` (all three the paper's), `remove_unused_columns=False`, `ddp_find_unused_parameters=False`
     > (every parameter is used in every step).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs", "chat_template_kwargs"]
 
-    # Unset and not False: newer transformers call any value under this name deprecated.
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Activation checkpointing; not supported by drafters, which are small."}
+    # transformers renamed it in 5.23; both names work with every version.
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute the drafter's layers again in the backward pass to save memory."}
     )
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Older name of the same."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(
@@ -207,13 +213,14 @@ class DraftTrainingConfig(_BaseConfig):
         if not torch.accelerator.is_available():
             # There is nothing to pin memory for, and torch warns about it in every epoch.
             self.dataloader_pin_memory = False
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
-        self.gradient_checkpointing = bool(self.gradient_checkpointing)
-        if self.gradient_checkpointing:
-            raise ValueError(
-                "`gradient_checkpointing=True` is not supported: drafters are one to a few layers. Lower "
-                "`per_device_train_batch_size` or `loss_chunk_bytes` to save memory."
-            )
+        check_checkpointing_kwargs(self.gradient_checkpointing_kwargs)
+        if self.gradient_checkpointing_kwargs:
+            # torch's own default differs between versions.
+            self.gradient_checkpointing_kwargs.setdefault("use_reentrant", False)
         check_loss_type("accepted_loss", self.accepted_loss)
         check_choice("slot_weighting", self.slot_weighting, SLOT_WEIGHTINGS)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
@@ -268,6 +275,19 @@ def _masked(value: Any) -> Any:
         key: f"<{str(key).upper()}>" if _CREDENTIAL.search(str(key)) and isinstance(inner, str) else _masked(inner)
         for key, inner in value.items()
     }
+
+
+def check_checkpointing_kwargs(options: dict[str, Any] | None) -> None:
+    """Raise `ValueError` at options of activation checkpointing that drafters do not keep to."""
+    if (options or {}).get("use_reentrant"):
+        raise ValueError(
+            "`use_reentrant=True` in the options of activation checkpointing would lose the gradient of the drafter's context, which its "
+            "layers share. Leave it out, or set it to false."
+        )
+    if (options or {}).get("every_n_layers", 1) != 1:
+        raise ValueError(
+            f"`every_n_layers` is {options['every_n_layers']}, but a drafter's layers and steps are all computed again or none is. Leave it out."
+        )
 
 
 def check_loss_type(name: str, loss_type: str) -> None:

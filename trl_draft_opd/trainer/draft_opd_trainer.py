@@ -19,13 +19,13 @@ from ..anchors import (
     AnchorBatch,
     draft_text,
     join_blocks,
-    keyed_generator,
     random_anchors,
     replay_errors,
     sample_anchors,
 )
 from ..data import PromptCollator, TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
+from ..draws import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
@@ -249,10 +249,10 @@ class DraftOPDTrainer(PublishingTrainer):
     def _roll_out_live(self, batch: dict[str, torch.Tensor], epoch: int) -> dict[str, Any]:
         """Decode every prompt together with the current drafter."""
         sample_ids = batch["sample_ids"].tolist()
-        generator = keyed_generator(self.args.seed, self.state.global_step, sample_ids[0])
+        keys = DrawKeys(self.args.seed, epoch, sample_ids)
         keep_now = self._needs_branches and self.args.anchor_mode == "error"
         with self.accelerator.autocast():
-            rollout = self._decode(self.accelerator.unwrap_model(self.model), batch, keep_now, generator)
+            rollout = self._decode(self.accelerator.unwrap_model(self.model), batch, keep_now, keys)
             return self._mark(rollout, text_of_rollout(rollout, sample_ids), epoch, None) | {"reading": None}
 
     def _mark(self, rollout: Rollout, text: TargetText, epoch: int, reading: TargetReading | None) -> dict[str, Any]:
@@ -315,7 +315,7 @@ class DraftOPDTrainer(PublishingTrainer):
         )
 
     def _decode(
-        self, drafter: Drafter, batch: dict[str, torch.Tensor], keep_branch_hidden: bool, generator: torch.Generator
+        self, drafter: Drafter, batch: dict[str, torch.Tensor], keep_branch_hidden: bool, keys: DrawKeys
     ) -> Rollout:
         """Decode a batch of prompts live, with a progress bar over its rows."""
         settings = LiveSettings(
@@ -329,7 +329,7 @@ class DraftOPDTrainer(PublishingTrainer):
         prompts = prompt_rows(batch)
         is_hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         with tqdm(total=len(prompts), desc="rollout", leave=False, disable=is_hidden) as bar:
-            return rollout_live(self.target, drafter, prompts, settings, generator, on_finished=bar.update)
+            return rollout_live(self.target, drafter, prompts, settings, keys, on_finished=bar.update)
 
     def _is_logging_step(self) -> bool:
         every = max(int(self.state.logging_steps or 1), 1)
@@ -386,9 +386,10 @@ class DraftOPDTrainer(PublishingTrainer):
         """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
         inputs = self._prepare_inputs(inputs)
         drafter = self.accelerator.unwrap_model(self.model)
-        generator = torch.Generator().manual_seed(self.args.seed)
+        # Epoch 0, so that every evaluation draws alike.
+        keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())
         with torch.no_grad(), self.accelerator.autocast():
-            rollout = self._decode(drafter, inputs, self._needs_branches, generator)
+            rollout = self._decode(drafter, inputs, self._needs_branches, keys)
             # Epoch 0, so that every evaluation looks at the same positions.
             anchors = self._add_supervised(
                 self._error_blocks(rollout), rollout, inputs["sample_ids"].tolist(), epoch=0

@@ -16,6 +16,7 @@ from .._trl import _ForwardRedirection
 from ..anchors import sample_anchors
 from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
+from ..draws import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
 from .draft_sft_config import DraftSFTConfig
@@ -240,9 +241,10 @@ class DraftSFTTrainer(PublishingTrainer):
                 eos_token_ids=self.target.eos_token_ids,
                 keep_branch_hidden=False,
             )
-            generator = torch.Generator().manual_seed(self.args.seed)
+            # Epoch 0, so that every evaluation draws alike.
+            keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())
             with self.accelerator.autocast():
-                rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, generator)
+                rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, keys)
             self._count_rollout(rollout, self._prompts(inputs), inputs["sample_ids"].tolist())
         return result.loss.detach(), None, None
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 from rich.progress import Progress
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..data import left_pad_prompts
+from ..draws import PLAIN_TOKEN, DrawKeys
 from ..target import FrozenTarget
-from ..verification import SamplingSettings
+from ..verification import SamplingSettings, choose_tokens, token_probs
 from .audit import score_responses
 from .shards import Trajectory, prompt_key
 from .store import ShardBuffer, TrajectoryStore
@@ -38,7 +39,8 @@ def generate_responses(
         max_new_tokens (`int`): Longest response.
         sampling ([`SamplingSettings`]): Temperature 0 decodes greedily.
         batch_size (`int`): Prompts decoded together.
-        seed (`int`): Seeds the draws of each batch; unused at temperature 0.
+        seed (`int`):
+            The draws of a response depend on it and on the prompt's place among `prompts`, not on the batch; unused at temperature 0.
         show_progress (`bool`): Whether to draw a progress bar.
 
     Returns:
@@ -53,9 +55,9 @@ def generate_responses(
     responses: list[list[int]] = [[] for _ in prompts]
     with Progress(disable=not show_progress) as progress:
         task = progress.add_task("Target responses", total=len(prompts))
-        for number, rows in enumerate(_batches(prompts, batch_size)):
+        for rows in _batches(prompts, batch_size):
             batch = [prompts[row] for row in rows]
-            answers = _generate_batch(target, batch, max_new_tokens, sampling, seed + number)
+            answers = _generate_batch(target, batch, max_new_tokens, sampling, DrawKeys(seed, 0, rows))
             for row, answer in zip(rows, answers, strict=True):
                 responses[row] = answer
             progress.advance(task, len(rows))
@@ -85,7 +87,9 @@ def generate_missing(
         target ([`FrozenTarget`]): The target of that origin.
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
         batch_size (`int`): Prompts decoded together.
-        seed (`int`): Seeds the draws, together with the prompts of a batch; unused at temperature 0.
+        seed (`int`):
+            The draws of a response depend on it and on the prompt alone, so neither the batch, the rank nor a resumption changes them;
+            unused at temperature 0.
         shard_size (`int`): Responses per shard.
         show_progress (`bool`): Whether to draw a progress bar.
 
@@ -113,9 +117,9 @@ def generate_missing(
         task = progress.add_task("Target responses", total=len(missing))
         for rows in _batches(missing, batch_size):
             batch = [missing[row] for row in rows]
-            # By prompt and not by number: a resumed run draws as the uninterrupted one where batches are the same.
-            batch_seed = seed + int(prompt_key(batch[0])[:8], 16)
-            answers = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, batch_seed)
+            # By prompt and not by number: a resumed run draws as the uninterrupted one.
+            keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in batch])
+            answers = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, keys)
             buffer.add(_as_trajectories(target, batch, answers, origin.sampling))
             progress.advance(task, len(rows))
     return buffer.num_written
@@ -149,7 +153,7 @@ def _generate_batch(
     prompts: list[Sequence[int]],
     max_new_tokens: int,
     sampling: SamplingSettings,
-    seed: int,
+    keys: DrawKeys,
 ) -> list[list[int]]:
     """Decode one left-padded batch with `generate` and cut each row behind its end of sequence."""
     input_ids, mask = left_pad_prompts(prompts, target.pad_token_id, target.device)
@@ -157,19 +161,15 @@ def _generate_batch(
         max_new_tokens=max_new_tokens,
         eos_token_id=target.eos_token_ids or None,
         pad_token_id=target.pad_token_id,
-        do_sample=not sampling.is_greedy,
+        do_sample=False,
     )
-    if not sampling.is_greedy:
-        config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    # `generate` draws from one global state for the whole batch, so it is handed rows whose argmax is drawn already.
+    draw = LogitsProcessorList([] if sampling.is_greedy else [_KeyedDraw(sampling, keys, input_ids.shape[1])])
     own_config = target.causal_lm.generation_config
     # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the law.
     target.causal_lm.generation_config = config
     try:
-        # Global state, because `generate` takes no generator; forked so that training draws stay untouched.
-        with torch.random.fork_rng(enabled=not sampling.is_greedy):
-            if not sampling.is_greedy:
-                torch.manual_seed(seed)
-            output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask)
+        output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask, logits_processor=draw)
     finally:
         target.causal_lm.generation_config = own_config
     eos = set(target.eos_token_ids)
@@ -178,3 +178,16 @@ def _generate_batch(
         end = next((index + 1 for index, token in enumerate(row) if token in eos), len(row))
         answers.append(row[:end])
     return answers
+
+
+class _KeyedDraw(LogitsProcessor):
+    """Draws each row's next token by its own key and leaves that one possible; prompts are `width` tokens wide, padding included."""
+
+    def __init__(self, sampling: SamplingSettings, keys: DrawKeys, width: int):
+        self.sampling, self.keys, self.width = sampling, keys, width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        steps = input_ids.new_full((len(scores),), input_ids.shape[1] - self.width)
+        uniforms = self.keys.uniforms(range(len(scores)), steps, 0, PLAIN_TOKEN)
+        tokens = choose_tokens(token_probs(scores, self.sampling), uniforms)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)

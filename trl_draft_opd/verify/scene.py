@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from ..drafters.base import Drafter
+from ..draws import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
 from ..rollout.types import Rollout
@@ -95,7 +96,7 @@ def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
     )
     responses, chains = [], []
     for prompt in scene.prompts:
-        rollout = rollout_live(scene.target, scene.drafter, [prompt], settings, torch.Generator())
+        rollout = rollout_live(scene.target, scene.drafter, [prompt], settings, DrawKeys(0, 0, [0]))
         responses += rollout.responses()
         chains += _chains(rollout, scene.max_new_tokens)
     return responses, chains

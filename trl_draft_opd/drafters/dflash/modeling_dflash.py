@@ -318,23 +318,36 @@ class DFlashDraftModel(Drafter):
         positions = packing.pack(anchors)[:, None] + torch.arange(block, device=anchors.device)
         cos, sin = self.rotary_emb(hidden, positions)
         visible = anchors.clamp(min=1)
+        for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
+            hidden = self.run_recomputed(self._run_layer, layer, hidden, (cos, sin), key, value, visible, packing)
+        return packing.unpack(self.norm(hidden)).flatten(1, 2)
+
+    def _run_layer(
+        self,
+        layer: DFlashLayer,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        context_key: torch.Tensor,
+        context_value: torch.Tensor,
+        visible: torch.Tensor,
+        packing: BlockPacking,
+    ) -> torch.Tensor:
+        """Run one layer on `(N, S, H)` states of the blocks; each sees the context before its entry of `visible` (`(B, A)`)."""
+        attention = layer.self_attn
 
         def spread(states: torch.Tensor) -> torch.Tensor:
             """Turn `(N, heads, S, d)` into `(B, heads, A, S, d)`."""
             return packing.unpack(states).transpose(1, 2)
 
-        for index, layer in enumerate(self.layers):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            key, value = attention.key_value(normed, cos, sin)
-            mixed = anchored_attention(
-                spread(attention.query(normed, cos, sin)),
-                context.keys[index],
-                context.values[index],
-                [spread(key)],
-                [spread(value)],
-                visible,
-                attention.head_dim**-0.5,
-            )
-            hidden = layer.add_attention(hidden, packing.pack(mixed))
-        return packing.unpack(self.norm(hidden)).flatten(1, 2)
+        normed = layer.input_layernorm(hidden)
+        key, value = attention.key_value(normed, *rotation)
+        mixed = anchored_attention(
+            spread(attention.query(normed, *rotation)),
+            context_key,
+            context_value,
+            [spread(key)],
+            [spread(value)],
+            visible,
+            attention.head_dim**-0.5,
+        )
+        return layer.add_attention(hidden, packing.pack(mixed))

@@ -10,7 +10,7 @@ Shape letters:  B = sequences, L = context length, A = anchors per sequence, K =
                 F = feature width, DV = draft vocabulary, h = heads, g = key/value heads, d = head dimension
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +41,23 @@ class Eagle3Attention(nn.Module):
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """Turn `(B, n, heads * d)` into `(B, heads, n, d)`."""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class StepResult(NamedTuple):
+    """
+    What one step leaves behind.
+
+    Attributes:
+        state (`torch.Tensor` of shape `(N, H)`): The layer's output.
+        slot_hidden (`torch.Tensor` of shape `(N, H)`): The same behind the norm, ready for the head.
+        key (`torch.Tensor` of shape `(B, g, A, 1, d)` or `None`), value (as `key`):
+            The step's own key and value; `None` for the first step, whose are the context's.
+    """
+
+    state: torch.Tensor
+    slot_hidden: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor | None
 
 
 class Eagle3Layer(nn.Module):
@@ -295,14 +312,15 @@ class Eagle3DraftModel(Drafter):
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for slot in range(1, num_drafts + 1):
-            embeds = embed(packing.pack(tokens)).to(state.dtype)
-            block_state = self._step(context, anchors, packing, state, embeds, slot, keys, values)
-            slot_hidden = self.norm(block_state)
-            decided = decide(packing.unpack(slot_hidden), slot)
+            step = self.run_recomputed(self._step, context, anchors, packing, state, tokens, embed, slot, keys, values)
+            if slot > 1:
+                # New lists: a step that is computed again must find those it was given.
+                keys, values = [*keys, step.key], [*values, step.value]
+            decided = decide(packing.unpack(step.slot_hidden), slot)
             if decided is None:
                 return
             tokens, columns = decided
-            state = slot_hidden if self.config.norm_output else block_state
+            state = step.slot_hidden if self.config.norm_output else step.state
             if columns is not None:
                 is_padding, columns = columns < 0, columns.clamp(min=0)
                 padded = packing.unpack(state).gather(1, columns[..., None].expand(-1, -1, width))
@@ -318,14 +336,15 @@ class Eagle3DraftModel(Drafter):
         anchors: torch.Tensor,
         packing: BlockPacking,
         state: torch.Tensor,
-        embeds: torch.Tensor,
+        tokens: torch.Tensor,
+        embed: Embed,
         slot: int,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
-    ) -> torch.Tensor:
-        """Run one step of the N blocks, appending its padded key and value to the blocks' own, and return `(N, H)`."""
+    ) -> StepResult:
+        """Run one step of the N blocks, which see the keys and values of the steps before it and, but for the first step, their own."""
         layer, attention = self.midlayer, self.midlayer.self_attn
-        joined = layer.attention_input(embeds, state)
+        joined = layer.attention_input(embed(packing.pack(tokens)).to(state.dtype), state)
         query = attention.split_heads(attention.q_proj(joined)[None])
         cos, sin = self.rotary_emb(query, packing.pack(anchors)[None] + slot - 2)
 
@@ -336,11 +355,12 @@ class Eagle3DraftModel(Drafter):
         if slot == 1:
             # The first step's own key is the context entry at `a - 1`.
             query, _ = apply_rotary_pos_emb(query, query, cos, sin)
+            own_key = own_value = None
         else:
             key = attention.split_heads(attention.k_proj(joined)[None])
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            keys.append(spread(key))
-            values.append(spread(attention.split_heads(attention.v_proj(joined)[None])))
+            own_key, own_value = spread(key), spread(attention.split_heads(attention.v_proj(joined)[None]))
+            keys, values = [*keys, own_key], [*values, own_value]
         mixed = anchored_attention(
             spread(query),
             context.keys[0],
@@ -352,7 +372,8 @@ class Eagle3DraftModel(Drafter):
         )
         residual = layer.hidden_norm(state) if self.config.norm_before_residual else state
         hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
-        return hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
+        hidden = hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
+        return StepResult(hidden, self.norm(hidden), own_key, own_value)
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         if not self.config.has_reduced_vocabulary:
