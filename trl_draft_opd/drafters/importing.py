@@ -73,11 +73,12 @@ class CheckpointSource:
 
         Raises:
             OSError: If the folder or repository does not exist, or the Hub cannot be reached.
+            ValueError: If the file is a link out of its folder.
         """
         folder = Path(self.name_or_path)
         if folder.is_dir():
             path = folder / self.subfolder / filename
-            return path if path.is_file() else None
+            return _inside(folder, path) if path.is_file() else None
         if folder.is_absolute() or folder.exists() or self.name_or_path.startswith((".", "~")):
             raise FileNotFoundError(
                 f"There is no folder {self.name_or_path!r}. Give the folder that holds config.json."
@@ -126,6 +127,17 @@ class CheckpointSource:
     def _is_cached(self) -> bool:
         name = f"{self.subfolder}/{CONFIG_FILE}" if self.subfolder else CONFIG_FILE
         return isinstance(try_to_load_from_cache(self.name_or_path, name, self.cache_dir, self.revision), str)
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the drafter's."""
+    file, root = path.resolve(), folder.resolve()
+    # In the cache of the Hub, a snapshot's files are links to blobs beside it.
+    if file.is_relative_to(root) or (root.parent.name == "snapshots" and file.parent == root.parents[1] / "blobs"):
+        return path
+    raise ValueError(
+        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies in."
+    )
 
 
 def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ImportedConfig:

@@ -13,7 +13,17 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from .origin import Origin
-from .shards import SCHEMA, Trajectory, build_table, list_shards, prompt_key, read_shard, write_file, write_shard
+from .shards import (
+    SCHEMA,
+    Trajectory,
+    build_table,
+    list_shards,
+    prompt_key,
+    read_shard,
+    refuse_link,
+    write_file,
+    write_shard,
+)
 
 
 MANIFEST = "manifest.json"
@@ -252,7 +262,7 @@ def _read_manifest(folder: Path) -> Origin:
             f"There is no trajectory store in {folder}: it has no {MANIFEST}. Write one with `trl-draft-opd generate`."
         )
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(refuse_link(path).read_text("utf-8"))
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"it is no manifest of {_FORMAT}.")
         origin = Origin.from_dict(content.get("origin"))
