@@ -255,6 +255,12 @@ class ShardBuffer:
             self.num_written += self.store.add(rows, self.provenance)
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds trajectories, in whatever state."""
+    path = folder / MANIFEST
+    return path.is_file() and f'"format": "{_FORMAT}"' in path.read_text("utf-8", errors="replace")
+
+
 def _read_manifest(folder: Path) -> Origin:
     path = folder / MANIFEST
     if not path.is_file():
