@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
@@ -118,7 +119,7 @@ class CheckpointSource:
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # of the encoding, too
             raise ValueError(f"{filename} of {str(self)!r} is not valid JSON: {error}.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{filename} of {str(self)!r} holds no JSON object but a {type(content).__name__}.")
@@ -292,7 +293,7 @@ def _read_files(source: CheckpointSource, allow_pickle_weights: bool) -> dict[st
     """Read the weights from the safest file there is."""
     path = source.find(SAFETENSORS_FILE)
     if path is not None:
-        return load_file(path)
+        return _read_safetensors(path)
     if source.find(INDEX_FILE) is not None:
         return _read_shards(source)
     path = source.find(PICKLE_FILE)
@@ -306,6 +307,15 @@ def _read_files(source: CheckpointSource, allow_pickle_weights: bool) -> dict[st
             "pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
         )
     return _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
+        ) from error
 
 
 def _read_shards(source: CheckpointSource) -> dict[str, torch.Tensor]:
@@ -322,7 +332,7 @@ def _read_shards(source: CheckpointSource) -> dict[str, torch.Tensor]:
         path = source.find(shard)
         if path is None:
             raise ValueError(f"{INDEX_FILE} of {str(source)!r} names {shard!r}, which is missing. Download it again.")
-        held = load_file(path)
+        held = _read_safetensors(path)
         twice = sorted(set(held) & set(tensors))
         if twice:
             raise ValueError(f"{shard!r} of {str(source)!r} repeats {twice} of an earlier shard.")
