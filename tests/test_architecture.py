@@ -19,6 +19,7 @@ CODE = (PACKAGE, "examples", "benchmarks")
 
 # A file imports only from lower floors, or from its own folder.
 FLOORS = {
+    "chats": 0,
     "_trl": 1,
     "data": 1,
     "drafters": 1,
@@ -63,6 +64,18 @@ ALLOWED_NAMES = {
 
 # Reading a file with one of these runs code from that file.
 UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+UNSAFE_CALLS = {
+    "eval": "runs text as code",
+    "exec": "runs text as code",
+    "os.system": "hands text to a shell; use subprocess with a list",
+    "os.popen": "hands text to a shell; use subprocess with a list",
+    "subprocess.getoutput": "hands text to a shell; use subprocess with a list",
+    "subprocess.getstatusoutput": "hands text to a shell; use subprocess with a list",
+    "yaml.unsafe_load": "makes objects of any class; use yaml.safe_load",
+    "yaml.full_load": "makes objects; use yaml.safe_load",
+}
+# Code of a repository runs in one place, where `verify --trust-remote-code` asked for it.
+TRUSTING_FILE = f"{PACKAGE}/verify/in_process.py"
 
 # Where this project is built is nobody's business. Spelled in pieces so that this file does not match itself.
 WORKPLACE = re.compile(r"(?<![\w.-])/" + r"work(?![\w-])|\bshared/" + r"design\b")
@@ -204,13 +217,42 @@ def _unsafe_offences(name: str, source: str) -> list[str]:
         if module.split(".")[0] in UNSAFE_MODULES or (module, imported) == ("torch", "load"):
             offences.append(f"line {line}: import of {f'{module}.{imported}'.strip('.')}")
     for call, called in _calls(source):
-        if called in {"eval", "exec"}:
-            offences.append(f"line {call.lineno}: {called}() runs text as code")
+        if called in UNSAFE_CALLS:
+            offences.append(f"line {call.lineno}: {called}() {UNSAFE_CALLS[called]}")
         elif called == "torch.load" and not _is_true(call, "weights_only"):
             offences.append(f"line {call.lineno}: torch.load without weights_only=True runs code from the file")
+        elif called in {"yaml.load", "yaml.load_all"} and "SafeLoader" not in ast.unparse(call):
+            offences.append(f"line {call.lineno}: {called} without SafeLoader makes objects of any class")
         elif _is_true(call, "allow_pickle"):
             offences.append(f"line {call.lineno}: allow_pickle=True runs code from the file")
-    return offences
+        elif _is_true(call, "shell"):
+            offences.append(f"line {call.lineno}: shell=True hands text to a shell; give a list")
+    return offences + [
+        f"line {line}: trust_remote_code is True whoever asked" for line in _trusting_lines(name, source)
+    ]
+
+
+def _trusting_lines(name: str, source: str) -> list[int]:
+    """Lines that turn remote code on by themselves: as an argument, a default, a setting or an entry of a dictionary."""
+    word, found = "trust_remote_code", []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _is_true(node, word):
+            found.append(node.lineno)
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            found += [k.lineno for k, v in pairs if _is_constant(k, word) and _is_constant(v, True)]
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and _is_constant(node.value, True):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found += [node.lineno for each in targets if ast.unparse(each).split(".")[-1] == word]
+        elif isinstance(node, ast.arguments):
+            named = [*zip(node.args[len(node.args) - len(node.defaults) :], node.defaults, strict=True)]
+            named += zip(node.kwonlyargs, node.kw_defaults, strict=True)
+            found += [arg.lineno for arg, default in named if arg.arg == word and _is_constant(default, True)]
+    return [] if name == TRUSTING_FILE else found
+
+
+def _is_constant(node: ast.AST | None, value: object) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value
 
 
 def _ambient_offences(name: str, source: str) -> list[str]:
@@ -396,6 +438,33 @@ def test_the_rule_of_unsafe_calls_catches_each_of_them():
     ):
         assert len(_unsafe_offences("", source)) == 1, source
     assert _unsafe_offences("", "model.eval()\ntorch.load(path, weights_only=True)\nnp.load(path)") == []
+
+
+def test_the_rule_of_unsafe_calls_catches_shells_and_loaders_of_objects():
+    for source in (
+        "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.unsafe_load(text)",
+        "subprocess.run(line, shell=True)",
+        "os.system(line)",
+    ):
+        assert len(_unsafe_offences("", source)) == 1, source
+    assert _unsafe_offences("", "yaml.safe_load(t)\nyaml.load(t, yaml.SafeLoader)\nsubprocess.run([a])") == []
+
+
+def test_the_rule_of_remote_code_catches_every_way_to_turn_it_on():
+    for source in (
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "options = {'trust_remote_code': True}",
+        "def load(x, trust_remote_code=True): pass",
+        "def load(*, trust_remote_code=True): pass",
+        "class C:\n    trust_remote_code: bool = True",
+        "options.trust_remote_code = True",
+    ):
+        assert len(_unsafe_offences("", source)) == 1, source
+        assert _unsafe_offences(TRUSTING_FILE, source) == []
+        assert _unsafe_offences("", source.replace("True", "False")) == []
+    assert _unsafe_offences("", "load(x, trust_remote_code=options.trust_remote_code)") == []
 
 
 def test_the_rule_of_ambient_state_catches_each_way():

@@ -8,6 +8,7 @@ size and EOS ids are arguments. Padding stands on the right, except in `left_pad
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .chats import check_generation_prompt, check_roles, check_text, is_out_of_order
+
 
 # Columns that make a row; the first form whose columns are all present is read.
 _RESPONSE_FORMS = (("prompt_ids", "completion_ids"), ("messages",), ("prompt", "completion"))
@@ -35,6 +38,9 @@ _NO_COMPLETION = "have no completion (none given, or no assistant turn that answ
 _NO_SUPERVISION = "have no supervised token behind a first token and within `max_length`"
 _BROKEN_PROMPT = "have an answer that does not continue the chat template's generation prompt; pass it as token ids"
 _HISTORY_REWRITTEN = "have assistant turns that the chat template rewrites later; only their last turn is supervised."
+_ROLES_OUT_OF_ORDER = "have turns out of order (a late system turn, an opening answer, or two turns of one side in a row), read as the template writes them."
+_REPEATED_PROMPT = "repeat an earlier row's prompt: the target answers it once, and each row trains on that answer."
+_REPEATED_ROW = "repeat an earlier row token by token, and are trained on again. Drop them if that is not meant."
 _EOS_MISSING = "have an assistant turn without an EOS, supervised to its end. Check `eos_token_ids` and the template."
 
 
@@ -65,16 +71,34 @@ class _Encoder:
     chat_template_kwargs: dict[str, Any] | None
     eos_token_ids: tuple[int, ...]
     # The cache of `datasets` knows this code by name only: raise it when the same row would give other ids or marks.
-    cache_version: int = 1
+    cache_version: int = 2
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return self.tokenizer(check_text(text), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
-        template_kwargs = {"chat_template": self.chat_template, **(self.chat_template_kwargs or {})}
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **template_kwargs
-        )["input_ids"]
+        return self._apply(messages, add_generation_prompt, tokenize=True, return_dict=True)["input_ids"]
+
+    def _apply(self, messages: list[dict], add_generation_prompt: bool, **options: bool) -> Any:
+        options |= {"chat_template": self.chat_template, **(self.chat_template_kwargs or {})}
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
+
+    def check_template(self) -> None:
+        """Refuse a template that does not end prompts where answers begin."""
+        if self.chat_template is None and self.tokenizer.chat_template is None:
+            raise ValueError(
+                "The dataset holds chats, but the tokenizer has no chat template. Pass `chat_template=` with the one the target is served "
+                "with, or turn the chats into `prompt` and `completion` strings."
+            )
+        check_generation_prompt(partial(self._apply, tokenize=False))
+
+    def check_chat(self, messages: list[dict]) -> tuple[str, ...]:
+        """Refuse what the template would pass over, and return notes on the order of turns."""
+        check_roles(messages, str(self.chat_template or self.tokenizer.chat_template))
+        for message in messages:
+            if isinstance(message.get("content"), str):
+                check_text(message["content"])
+        return (_ROLES_OUT_OF_ORDER,) if is_out_of_order(messages) else ()
 
     def find_end(self, input_ids: list[int], start: int) -> int:
         """Return the index behind the first EOS from `start` on: the target wrote nothing beyond it."""
@@ -99,12 +123,13 @@ class _Encoder:
 
     def encode_chat(self, messages: list[dict], *, first_turn: int) -> _Text:
         """Render a chat and mark its assistant turns from message `first_turn` on, up to and including their EOS."""
+        notes = {*self.check_chat(messages)}
         # An assistant turn that opens the chat answers nothing.
         turns = [i for i in range(max(first_turn, 1), len(messages)) if messages[i]["role"] == "assistant"]
         if not turns:
             raise _Skip(_NO_COMPLETION)
         input_ids = self.render(messages[: turns[-1] + 1], add_generation_prompt=False)
-        spans, notes = [], set()
+        spans = []
         for i in reversed(turns):
             prompt_ids = self.render(messages[:i], add_generation_prompt=True)
             turn_ids = input_ids if i == turns[-1] else self.render(messages[: i + 1], add_generation_prompt=False)
@@ -213,14 +238,16 @@ def _encode_response_row(row, *, form, encoder, vocab_size, max_prompt_length) -
 
 
 def _encode_prompt_row(row, *, form, encoder, vocab_size, max_prompt_length) -> dict[str, Any]:
+    notes = ()
     if form == ("prompt_ids",):
         prompt_ids = row["prompt_ids"]
     elif isinstance(prompt := _read_turns(row, form)[0], str):
         prompt_ids = encoder.tokenize(prompt)
     else:
+        notes = encoder.check_chat(prompt)
         prompt_ids = encoder.render(prompt, add_generation_prompt=True)
     _check_prompt_length(len(_check_ids(prompt_ids, "prompt_ids", vocab_size)), max_prompt_length)
-    return {"prompt_ids": prompt_ids, "notes": ()}
+    return {"prompt_ids": prompt_ids, "notes": notes}
 
 
 def _check_prompt_length(prompt_length: int, max_prompt_length: int | None) -> None:
@@ -233,42 +260,48 @@ def _check_prompt_length(prompt_length: int, max_prompt_length: int | None) -> N
 def _encode_row(row: dict, index: int, *, encode: Callable[[dict], dict], columns: tuple[str, ...]) -> dict[str, Any]:
     """Encode one row; a skipped one stays, empty and marked, so that it can be counted."""
     try:
-        return {**encode(row), "sample_id": index, "skipped": ""}
+        encoded = encode(row)
+        # Of what tells rows apart, as text: a set of the ids themselves would be as large as the dataset.
+        key = hashlib.sha256(repr([encoded[column] for column in columns]).encode()).hexdigest()
+        return {**encoded, "sample_id": index, "skipped": "", "key": key}
     except _Skip as skip:
-        return {**dict.fromkeys(columns, []), "notes": [], "sample_id": index, "skipped": skip.args[0]}
+        return {**dict.fromkeys(columns, []), "notes": [], "sample_id": index, "skipped": skip.args[0], "key": None}
     except (ValueError, TemplateError) as error:
         raise ValueError(f"Row {index} of the dataset: {error}") from error
 
 
 def _find_columns(dataset: Dataset | IterableDataset, forms: tuple[tuple[str, ...], ...]):
-    """Return the columns of the first row, and the first of `forms` among them."""
+    """Return the first row, and the first of `forms` among its columns."""
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(f"Expected one split, a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
-    columns = list(next(iter(dataset.with_format(None)), ()))
-    if not columns:
+    row = next(iter(dataset.with_format(None)), {})
+    if not row:
         raise ValueError("The dataset is empty. Check its split and its filters.")
     for form in forms:
-        if set(form) <= set(columns):
-            return columns, form
+        if set(form) <= set(row):
+            return row, form
     accepted = ", or ".join(" with ".join(f"`{column}`" for column in form) for form in forms)
-    raise ValueError(f"The dataset has columns {columns}, but needs {accepted}. Rename or map them.")
+    raise ValueError(f"The dataset has columns {list(row)}, but needs {accepted}. Rename or map them.")
 
 
-def _tokenize(dataset, forms, encode, new_columns: tuple[str, ...], num_proc: int | None):
+def _tokenize(dataset, forms, encode, encoder: _Encoder, new_columns: tuple[str, ...], num_proc: int | None):
     """Map `encode` over the rows, drop those it skips, and say how many and why."""
-    columns, form = _find_columns(dataset, forms)
+    row, form = _find_columns(dataset, forms)
+    if form[0] in ("messages", "prompt") and isinstance(row[form[0]], list):
+        encoder.check_template()
     types = {column: List(Value("int8" if column == "completion_mask" else "int32")) for column in new_columns}
-    types |= {"sample_id": Value("int64"), "skipped": Value("string"), "notes": List(Value("string"))}
+    types |= {"sample_id": Value("int64"), "notes": List(Value("string"))}
+    types |= {"skipped": Value("string"), "key": Value("string")}
     map_rows = partial(
         dataset.with_format(None).map,
         _encode_row,
         with_indices=True,
-        remove_columns=columns,
+        remove_columns=list(row),
         features=Features(types),
-        fn_kwargs={"encode": partial(encode, form=form), "columns": new_columns},
+        fn_kwargs={"encode": partial(encode, encoder=encoder, form=form), "columns": new_columns},
     )
     if isinstance(dataset, IterableDataset):
-        return map_rows().filter(lambda row: not row["skipped"]).remove_columns(["skipped", "notes"])
+        return map_rows().filter(lambda row: not row["skipped"]).remove_columns(["skipped", "notes", "key"])
     encoded = map_rows(num_proc=num_proc, desc="Tokenizing")
     skipped, notes = encoded["skipped"][:], Counter(chain.from_iterable(encoded["notes"][:]))
     kept, reasons = [i for i, reason in enumerate(skipped) if not reason], Counter(filter(None, skipped))
@@ -277,9 +310,12 @@ def _tokenize(dataset, forms, encode, new_columns: tuple[str, ...], num_proc: in
         raise ValueError(f"None is left of {summary}")
     if reasons:
         warnings.warn(f"Skipped {reasons.total()} of {summary}")
+    repeated = len(kept) - len({key for key in encoded["key"][:] if key is not None})
+    if repeated:
+        notes[_REPEATED_PROMPT if new_columns == ("prompt_ids",) else _REPEATED_ROW] = repeated
     for note, count in notes.items():
         warnings.warn(f"{count} of {len(encoded)} rows {note}")
-    encoded = encoded.remove_columns(["skipped", "notes"])
+    encoded = encoded.remove_columns(["skipped", "notes", "key"])
     return encoded.select(kept) if reasons else encoded
 
 
@@ -303,7 +339,8 @@ def tokenize_sft_dataset(
     taken as they are. A string completion ends with its first EOS; where it has none, the tokenizer's is appended. Of a
     chat, assistant turns behind the prompt are marked up to and including their EOS; only the last if the template
     rewrites earlier ones. A `text` is marked throughout and gets no EOS. The first token of a row is never marked.
-    Warnings count skipped rows and rewritten chats, except those of an `IterableDataset`, which is read lazily.
+    Warnings count skipped and repeated rows, rewritten chats and those with turns out of order, except those of an
+    `IterableDataset`, which is read lazily.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -326,17 +363,18 @@ def tokenize_sft_dataset(
         (index of the row in `dataset`; of an `IterableDataset`, in the stream that this process reads).
 
     Raises:
-        ValueError: If the dataset is empty or lacks the columns, if a row is malformed or has an empty prompt or ids
-            outside the vocabulary (the message names the row), or if no row is left.
+        ValueError: If the dataset is empty or lacks the columns, if a row is malformed or has an empty prompt, damaged text, a role
+            the template does not know or ids outside the vocabulary (the message names the row), if the template does not end prompts
+            where answers begin, or if no row is left.
     """
     encode = partial(
         _encode_sft_row,
-        encoder=_Encoder(tokenizer, chat_template, chat_template_kwargs, tuple(sorted(eos_token_ids))),
         vocab_size=vocab_size,
         max_prompt_length=max_prompt_length,
         max_length=max_length,
     )
-    return _tokenize(dataset, _SFT_FORMS, encode, ("input_ids", "completion_mask"), num_proc)
+    encoder = _Encoder(tokenizer, chat_template, chat_template_kwargs, tuple(sorted(eos_token_ids)))
+    return _tokenize(dataset, _SFT_FORMS, encode, encoder, ("input_ids", "completion_mask"), num_proc)
 
 
 def tokenize_prompt_dataset(
@@ -373,13 +411,13 @@ def tokenize_prompt_dataset(
     """
     encode = partial(
         _encode_response_row if keep_completions else _encode_prompt_row,
-        encoder=_Encoder(tokenizer, chat_template, chat_template_kwargs, tuple(sorted(eos_token_ids))),
         vocab_size=vocab_size,
         max_prompt_length=max_prompt_length,
     )
+    encoder = _Encoder(tokenizer, chat_template, chat_template_kwargs, tuple(sorted(eos_token_ids)))
     if keep_completions:
-        return _tokenize(dataset, _RESPONSE_FORMS, encode, ("prompt_ids", "completion_ids"), num_proc)
-    return _tokenize(dataset, _PROMPT_FORMS, encode, ("prompt_ids",), num_proc)
+        return _tokenize(dataset, _RESPONSE_FORMS, encode, encoder, ("prompt_ids", "completion_ids"), num_proc)
+    return _tokenize(dataset, _PROMPT_FORMS, encode, encoder, ("prompt_ids",), num_proc)
 
 
 def _pad(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:

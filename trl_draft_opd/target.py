@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 
 from ._trl import create_model_from_path
 from .drafters.target_shape import text_config
-from .target_rows import branch_mask, pad_rows, rows_of_similar_width
+from .target_rows import branch_mask, pad_rows, refuse_not_finite, rows_of_similar_width
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class FrozenTarget:
         self.layers = self._find_layers()
         # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
         self.num_forwards = 0
+        self._require_weights()
         self._check_head()
 
     @classmethod
@@ -289,6 +290,9 @@ class FrozenTarget:
         Returns:
             `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the padding that
             the longest row of all would give it; positions no row of a group reaches hold 0.
+
+        Raises:
+            NotFiniteError: If a hidden state of the text is NaN or infinite.
         """
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         lengths = attention_mask.sum(dim=1)
@@ -304,6 +308,7 @@ class FrozenTarget:
             pad_rows([(rows, length, getattr(part, name)) for rows, length, part in parts], input_ids.shape)
             for name in ("features", "last_hidden")
         )
+        refuse_not_finite(last_hidden, attention_mask)
         return TargetReading(features, last_hidden, tuple(caches))
 
     @torch.no_grad()
@@ -450,12 +455,34 @@ class FrozenTarget:
             f"{type(self.backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of transformers are supported."
         )
 
+    def _require_weights(self) -> None:
+        """Refuse a target whose embedding or head cannot be called outside of it."""
+        kind = f"Target of type {self.config.model_type!r}"
+        parts = {"embedding": self.causal_lm.get_input_embeddings(), "head": self.causal_lm.get_output_embeddings()}
+        for name, module in parts.items():
+            weight = getattr(module, "weight", None)
+            if weight is None:
+                raise ValueError(
+                    f"{kind} ({type(self.causal_lm).__name__}) has no {name} with a plain `weight`. Load it with `AutoModelForCausalLM`; where "
+                    f"it is quantised, leave the {name} out (`modules_to_not_convert`)."
+                )
+            if weight.is_meta:
+                raise ValueError(
+                    f"{kind} has its {name} on the meta device: it was offloaded or never loaded. Load it without offloading, in a lower "
+                    f"precision or on more devices; the {name} must stay in memory."
+                )
+            if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation (`modules_to_not_convert`)."
+                )
+
     @torch.no_grad()
     def _check_head(self) -> None:
         """Prove on three tokens that `project` reproduces the model's own logits."""
         probe = torch.arange(3, device=self.device)[None] % self.vocab_size
         expected = self.causal_lm(input_ids=probe, use_cache=False).logits
         hidden = self.backbone(input_ids=probe, use_cache=False).last_hidden_state
+        refuse_not_finite(hidden, torch.ones_like(probe))
         actual = self.project(hidden)
         if actual.shape != expected.shape or not torch.allclose(
             actual.float(), expected.float(), rtol=1e-2, atol=1e-2

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return COMMANDS[options.command](options.flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if options.debug:
             raise
         print(f"trl-draft-opd {options.command}: {error}", file=sys.stderr)

@@ -342,5 +342,5 @@ class Drafter(PreTrainedModel):
     def resolve_target(target: Any) -> PreTrainedModel:
         """Return the causal language model behind an id, a path, a model or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
-            return AutoModelForCausalLM.from_pretrained(target)
+            return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
         return target if isinstance(target, PreTrainedModel) else target.causal_lm

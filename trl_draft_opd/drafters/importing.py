@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
@@ -73,11 +74,12 @@ class CheckpointSource:
 
         Raises:
             OSError: If the folder or repository does not exist, or the Hub cannot be reached.
+            ValueError: If the file is a link out of its folder.
         """
         folder = Path(self.name_or_path)
         if folder.is_dir():
             path = folder / self.subfolder / filename
-            return path if path.is_file() else None
+            return _inside(folder, path) if path.is_file() else None
         if folder.is_absolute() or folder.exists() or self.name_or_path.startswith((".", "~")):
             raise FileNotFoundError(
                 f"There is no folder {self.name_or_path!r}. Give the folder that holds config.json."
@@ -117,7 +119,7 @@ class CheckpointSource:
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # of the encoding, too
             raise ValueError(f"{filename} of {str(self)!r} is not valid JSON: {error}.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{filename} of {str(self)!r} holds no JSON object but a {type(content).__name__}.")
@@ -126,6 +128,17 @@ class CheckpointSource:
     def _is_cached(self) -> bool:
         name = f"{self.subfolder}/{CONFIG_FILE}" if self.subfolder else CONFIG_FILE
         return isinstance(try_to_load_from_cache(self.name_or_path, name, self.cache_dir, self.revision), str)
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the drafter's."""
+    file, root = path.resolve(), folder.resolve()
+    # In the cache of the Hub, a snapshot's files are links to blobs beside it.
+    if file.is_relative_to(root) or (root.parent.name == "snapshots" and file.parent == root.parents[1] / "blobs"):
+        return path
+    raise ValueError(
+        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies in."
+    )
 
 
 def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ImportedConfig:
@@ -280,7 +293,7 @@ def _read_files(source: CheckpointSource, allow_pickle_weights: bool) -> dict[st
     """Read the weights from the safest file there is."""
     path = source.find(SAFETENSORS_FILE)
     if path is not None:
-        return load_file(path)
+        return _read_safetensors(path)
     if source.find(INDEX_FILE) is not None:
         return _read_shards(source)
     path = source.find(PICKLE_FILE)
@@ -294,6 +307,15 @@ def _read_files(source: CheckpointSource, allow_pickle_weights: bool) -> dict[st
             "pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
         )
     return _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
+        ) from error
 
 
 def _read_shards(source: CheckpointSource) -> dict[str, torch.Tensor]:
@@ -310,7 +332,7 @@ def _read_shards(source: CheckpointSource) -> dict[str, torch.Tensor]:
         path = source.find(shard)
         if path is None:
             raise ValueError(f"{INDEX_FILE} of {str(source)!r} names {shard!r}, which is missing. Download it again.")
-        held = load_file(path)
+        held = _read_safetensors(path)
         twice = sorted(set(held) & set(tensors))
         if twice:
             raise ValueError(f"{shard!r} of {str(source)!r} repeats {twice} of an earlier shard.")

@@ -9,12 +9,12 @@ Layer ids are published in two ways: a boundary `b` counts the target layers tha
 whose output is read. This package always means the latter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import LlamaConfig, MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
 
-from .target_shape import require_layer_ids
+from .target_shape import refuse_misspelt, require_layer_ids
 
 
 # First entry of `architectures` -> family and layout, for folders that are not in the speculators format.
@@ -84,6 +84,44 @@ _COPIED = ("hidden_act", "rms_norm_eps", "initializer_range")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
+_NORM_FLAGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+# Every name that is looked at, in whatever section; a misspelt one would leave a default in its place.
+_READ = {
+    *(*_SIZES, *_COPIED, *_TOKEN_IDS, *_NORM_FLAGS, *_REFUSED_EAGLE3, *_REFUSED_DFLASH),
+    *(
+        "architectures",
+        "speculators_model_type",
+        "speculators_config",
+        "eagle_config",
+        "dflash_config",
+        "projector_type",
+    ),
+    *(
+        "transformer_layer_config",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "num_target_layers",
+        "target_hidden_size",
+    ),
+    *(
+        "target_model_name_or_path",
+        "target_model_revision",
+        "eagle_aux_hidden_state_layer_ids",
+        "num_aux_hidden_states",
+    ),
+    *(
+        "aux_hidden_state_layer_ids",
+        "target_layer_ids",
+        "draft_vocab_size",
+        "ttt_steps",
+        "block_size",
+        "mask_token_id",
+    ),
+    *("layer_types", "use_sliding_window", "is_causal", "causal"),
+}
+# What transformers itself writes, read here or not.
+_WRITTEN = {each.name for kind in (LlamaConfig, Qwen3Config, MuseGlimmerAssistantConfig) for each in fields(kind)}
 
 
 @dataclass(frozen=True)
@@ -138,13 +176,14 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
 
     Raises:
         ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
-            contradict each other, or something is missing.
+            contradict each other, a key is misspelt, or something is missing.
     """
     family, layout = _decide(raw)
     nested_name = {"eagle3": "eagle_config", "dflash": "dflash_config"}[family]
     shape = _mapping(raw, "transformer_layer_config") if layout == "speculators" else raw
     sections = _Sections(layout, raw, shape, _mapping(raw, nested_name), nested_name)
     for section in (raw, shape, sections.nested):
+        refuse_misspelt(set(section) - _READ - _WRITTEN, _READ, "config.json")
         for key, (accepted, meaning) in (_REFUSED_EAGLE3 if family == "eagle3" else _REFUSED_DFLASH).items():
             if section.get(key) not in accepted:
                 raise _refusal(key, section[key], meaning)
@@ -333,11 +372,10 @@ def _eagle3_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any
     if count not in (None, len(layer_ids)):
         raise ValueError(f"config.json has num_aux_hidden_states={count}, but the layer ids are {layer_ids}.")
     counts = {key: raw[key] for key in ("draft_vocab_size", "ttt_steps") if raw.get(key) is not None}
-    flags = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
     return {
         "target_layer_ids": layer_ids,
         **{key: _integer(key, value, 1) for key, value in counts.items()},
-        **{flag: _norm_flag(flag, sections) for flag in flags},
+        **{flag: _norm_flag(flag, sections) for flag in _NORM_FLAGS},
     }
 
 

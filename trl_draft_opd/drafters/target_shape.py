@@ -3,6 +3,8 @@
 What a drafter must know of its target's shape: sizes, RoPE, and which layers to tap. Reads configs only, never weights.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
@@ -121,6 +123,27 @@ def require_layer_ids(target_layer_ids: list[int] | None, num_target_layers: int
             f"The target has {num_target_layers} layers; the default layer ids need at least 7. Pass `target_layer_ids=[...]` "
             f"with ascending ids in 0..{num_target_layers - 2}."
         )
+
+
+def refuse_misspelt(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """
+    Refuse names that are a letter or two away from a known one: they would be ignored, and a default stand in their place.
+
+    Args:
+        names (`Iterable[str]`): Names that nobody reads.
+        known (`Iterable[str]`): Names that are read.
+        where (`str`): What to call their place.
+
+    Raises:
+        ValueError: Naming the first such name and the one it resembles.
+    """
+    known = list(known)
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.87)
+        if near:
+            raise ValueError(
+                f"{where} has {name!r}, which nobody reads. Did you mean {near[0]!r}? Rename or remove it."
+            )
 
 
 def portable_base(config: PreTrainedConfig) -> dict[str, Any]:

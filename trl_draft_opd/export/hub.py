@@ -228,7 +228,8 @@ def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 def _resumable_files(folder: Path) -> dict[str, Path | bytes]:
     """Return the files of a checkpoint that a run goes on from; no arguments, no text of rollouts, no path of this machine."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    held = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    found = {path.relative_to(folder): path for path in held}
     return {
         name.as_posix(): _without_paths(path) if path.suffix == ".json" else path
         for name, path in found.items()

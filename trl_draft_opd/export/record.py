@@ -272,7 +272,7 @@ def read_record(folder: str | Path) -> TrainingRecord | None:
         return None
     try:
         content = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of the encoding, too
         raise ValueError(
             f"{str(path)!r} is not valid JSON: {error}. Delete it: the drafter does not need it."
         ) from error

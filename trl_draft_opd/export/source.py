@@ -20,7 +20,7 @@ from ..drafters.importing import INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
 from ..drafters.target_shape import text_config
 
 
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # How families name their input embedding; the head and position embeddings have other names.
 _EMBEDDING_NAME = re.compile(r"(.+\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight")
 # Config entries by which a family scales its embeddings, and the family that does so without one.
@@ -73,7 +73,7 @@ def read_target(
         ValueError: If its weights are pickled, or its embedding is not found.
     """
     name = str(name_or_path)
-    config = text_config(AutoConfig.from_pretrained(name, revision=revision, token=token))
+    config = text_config(AutoConfig.from_pretrained(name, revision=revision, token=token, trust_remote_code=False))
     source = CheckpointSource(name, revision, "", token, None, False)
     embedding = _read_embedding(source, (config.vocab_size, config.hidden_size))
     return TargetOfExport(target_id or hub_id_of(name), revision, config, embedding)
@@ -128,7 +128,7 @@ def load_for_export(
 
     Raises:
         ImportError: If there is an adapter and PEFT is not installed.
-        ValueError: If the adapter names no drafter, or the checkpoint cannot be read.
+        ValueError: If the adapter names no drafter or is pickled, or the checkpoint cannot be read.
         OSError: If a folder or file is missing.
     """
     adapter = Path(name_or_path) / ADAPTER_FILE
@@ -145,5 +145,10 @@ def load_for_export(
         raise ImportError(
             f"{str(name_or_path)!r} holds a LoRA adapter, and merging it needs PEFT: `pip install trl-draft-opd[peft]`."
         ) from error
+    if not (Path(name_or_path) / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(
+            f"{str(name_or_path)!r} has no {ADAPTER_WEIGHTS}. Adapters are read from safetensors alone, because pickled ones can carry code: "
+            "save it again with `save_pretrained`."
+        )
     drafter = AutoDrafter.from_pretrained(base, num_target_layers=num_target_layers)
     return PeftModel.from_pretrained(drafter, str(name_or_path)).merge_and_unload()

@@ -3,8 +3,9 @@
 Settings both trainers share. A default lives here or in one of the two config files, and nowhere else.
 """
 
+import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -205,6 +206,17 @@ class DraftTrainingConfig(_BaseConfig):
     dataset_id: str | None = field(default=None, metadata={"help": "Hub id of the training data, for the card."})
     dataset_license: str | None = field(default=None, metadata={"help": "Licence of the training data, for the card."})
     hub_license: str | None = field(default=None, metadata={"help": "Licence of the published drafter."})
+
+    def __new__(cls, *args: Any, **settings: Any):
+        """Refuse an unknown setting by its nearest name, before the generated `__init__` refuses it without."""
+        known = [setting.name for setting in fields(cls) if setting.init]
+        for name in sorted(set(settings) - set(known)):
+            near = difflib.get_close_matches(name, known, n=1)
+            if near:
+                raise TypeError(
+                    f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}. Did you mean {near[0]!r}?"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self):
         if self.bf16 is None:

@@ -58,6 +58,8 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[float, float]]:
         "response_length": (float(rollout.completion_mask.sum()), float(len(rollout.anchors))),
         "rounds": (float(rollout.num_rounds.sum()), float(len(rollout.anchors))),
         "refused_responses": (float(rollout.num_refused), float(len(rollout.anchors))),
+        # A text that ends with its first token has nothing to draft.
+        "empty_responses": (float((rollout.completion_mask.sum(dim=1) <= 1).sum()), float(len(rollout.anchors))),
     }
     for slot in range(1, rollout.drafts.shape[-1] + 1):
         sums[f"acceptance/slot_{slot}"] = (float((accepted >= slot).sum()), num_counted)

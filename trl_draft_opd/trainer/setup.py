@@ -3,19 +3,30 @@
 What both trainers do before the first step: load the pair, check that it belongs together, prepare data and messages.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
+from ..drafters.importing import CONFIG_FILE
+from ..drafters.importing_config import parse_drafter_config
 from ..drafters.target_shape import check_layer_ids
+from ..export import hub_id_of
+from ..export.serving import SERVING_FILE
 from ..target import FrozenTarget
+from ..trajectories.store import is_store
 from .common_config import DraftTrainingConfig
+
+
+# Files by which a tokenizer lies in a folder.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_target(
@@ -33,8 +44,32 @@ def load_target(
         init_kwargs=args.target_model_init_kwargs,
     )
     if processing_class is not None:
+        check_tokenizer(processing_class, target.config.name_or_path)
         target.tokenizer = processing_class
     return target
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> None:
+    """
+    Check that a tokenizer which was passed in does not contradict the one that lies beside the target, if one does.
+
+    Raises:
+        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no contradiction.
+    """
+    if not folder or not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        return
+    own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    given = tokenizer.get_vocab()
+    tokens = {index: token for token, index in own.items()}
+    moved = [
+        token for token, index in given.items() if own.get(token, index) != index or tokens.get(index, token) != token
+    ]
+    if moved:
+        token = min(moved, key=given.get)
+        raise ValueError(
+            f"`processing_class` is another model's tokenizer: id {given[token]} is {token!r} there and {tokens.get(given[token])!r} in the "
+            f"target's own, in {folder!r}. {len(moved)} tokens differ. Leave `processing_class` out, or load it from the target."
+        )
 
 
 def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftTrainingConfig) -> Drafter:
@@ -42,7 +77,7 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     Load the drafter, or take the instance, and check that it fits the target.
 
     Raises:
-        ValueError: If vocabulary, hidden size or layer ids are another target's.
+        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run would spoil.
         TypeError: If `model` is no drafter.
     """
     if isinstance(model, (str, Path)):
@@ -58,11 +93,52 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
             f"`num_drafts` {args.num_drafts} exceeds the {model.max_drafts} drafts of the drafter's blocks. Lower it, or make a drafter "
             "with a larger `block_size`."
         )
+    check_output_content(Path(args.output_dir), model, target)
     if target.config.name_or_path:
         model.config.target_model_name_or_path = target.config.name_or_path
         model.config.target_model_revision = args.target_model_revision
     model.config.num_target_layers = target.num_layers
     return model
+
+
+def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -> None:
+    """
+    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it beside the new.
+
+    Raises:
+        ValueError: If it holds an export, trajectories, a model that is no drafter, or a drafter of another family or target.
+    """
+    where, way_out = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
+    if (folder / SERVING_FILE).is_file():
+        raise ValueError(f"{where} an export, of which a save would replace one layout alone. {way_out}")
+    if is_store(folder):
+        raise ValueError(f"{where} trajectories. {way_out} To train on them, name the folder in `trajectories`.")
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # There is none, or a save that was cut off left it; it is written again.
+    try:
+        held = parse_drafter_config(raw, num_target_layers=None)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} a model that a save would replace, and it is no drafter of this package: {error} {way_out}"
+        ) from error
+    theirs = _describe_pair(held.family, held.config_kwargs)
+    ours = _describe_pair(drafter.config.family, drafter.config.to_dict() | {"num_target_layers": target.num_layers})
+    ours["target"] = hub_id_of(target.config.name_or_path)
+    differ = {
+        name: (theirs[name], value)
+        for name, value in ours.items()
+        if None not in (value, theirs[name]) and value != theirs[name]
+    }
+    if differ:
+        raise ValueError(f"{where} a drafter of another family or target, (there, here): {differ}. {way_out}")
+
+
+def _describe_pair(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells drafters of different families and targets apart."""
+    sizes = {name: config.get(name) for name in ("vocab_size", "hidden_size", "num_target_layers")}
+    return {"family": family, "target": hub_id_of(config.get("target_model_name_or_path"))} | sizes
 
 
 def check_pair(drafter: Drafter, target: FrozenTarget) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 from rich.progress import Progress
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..data import left_pad_prompts
@@ -98,6 +99,7 @@ def generate_missing(
 
     Raises:
         ValueError: If a prompt is empty or leaves no room for a response in the target's positions.
+        NotFiniteError: If the target reads the first batch as NaN, whose argmax is a token, too.
     """
     missing = store.missing(prompts)
     if not missing:
@@ -115,8 +117,10 @@ def generate_missing(
         Progress(disable=not show_progress) as progress,
     ):
         task = progress.add_task("Target responses", total=len(missing))
-        for rows in _batches(missing, batch_size):
+        for number, rows in enumerate(_batches(missing, batch_size)):
             batch = [missing[row] for row in rows]
+            if number == 0:
+                _read(target, batch)
             # By prompt and not by number: a resumed run draws as the uninterrupted one.
             keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in batch])
             answers = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, keys)
@@ -130,6 +134,13 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def _read(target: FrozenTarget, prompts: list[Sequence[int]]) -> None:
+    """Read prompts for the sake of the check in [`FrozenTarget.read_text`]."""
+    ids = [torch.tensor(prompt, device=target.device) for prompt in prompts]
+    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+    target.read_text(pad_sequence(ids, batch_first=True, padding_value=target.pad_token_id), mask, ())
 
 
 def _as_trajectories(

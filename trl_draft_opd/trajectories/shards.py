@@ -246,11 +246,18 @@ def read_shard(folder: Path, name: str, origin: Origin, columns: Sequence[str]) 
         ) from error
 
 
+def refuse_link(path: Path) -> Path:
+    """Return the path of a store's file, or raise `ValueError` if it is a link out of the store."""
+    if path.resolve().parent != path.parent.resolve():
+        raise ValueError(f"{path.name} is a link to {str(path.resolve())!r}, outside of its folder.")
+    return path
+
+
 def _read_proven(folder: Path, name: str, origin: Origin) -> pa.Table:
-    sidecar = json.loads((folder / f"{name}.json").read_text("utf-8"))
+    sidecar = json.loads(refuse_link(folder / f"{name}.json").read_text("utf-8"))
     if sidecar["origin"] != origin.digest:
         raise ValueError("it is of another origin (target, tokenizer, template or sampling settings) than its folder")
-    data = (folder / f"{name}.parquet").read_bytes()
+    data = refuse_link(folder / f"{name}.parquet").read_bytes()
     if len(data) != sidecar["bytes"]:
         raise ValueError(f"it has {len(data)} bytes, {sidecar['bytes']} were written")
     if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:

@@ -14,7 +14,16 @@ from datasets.table import InMemoryTable
 
 from ..durable import write_file
 from .origin import Origin
-from .shards import SCHEMA, Trajectory, build_table, list_shards, prompt_key, read_shard, write_shard
+from .shards import (
+    SCHEMA,
+    Trajectory,
+    build_table,
+    list_shards,
+    prompt_key,
+    read_shard,
+    refuse_link,
+    write_shard,
+)
 
 
 MANIFEST = "manifest.json"
@@ -246,6 +255,12 @@ class ShardBuffer:
             self.num_written += self.store.add(rows, self.provenance)
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds trajectories, in whatever state."""
+    path = folder / MANIFEST
+    return path.is_file() and f'"format": "{_FORMAT}"' in path.read_text("utf-8", errors="replace")
+
+
 def _read_manifest(folder: Path) -> Origin:
     path = folder / MANIFEST
     if not path.is_file():
@@ -253,7 +268,7 @@ def _read_manifest(folder: Path) -> Origin:
             f"There is no trajectory store in {folder}: it has no {MANIFEST}. Write one with `trl-draft-opd generate`."
         )
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(refuse_link(path).read_text("utf-8"))
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"it is no manifest of {_FORMAT}.")
         origin = Origin.from_dict(content.get("origin"))

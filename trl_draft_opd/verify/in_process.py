@@ -65,7 +65,8 @@ def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
 
 def run_transformers(scene: Scene, folder: Path) -> Outcome:
     """Decode with `assistant_model`, from the folder of the native layout."""
-    drafter = AutoModel.from_pretrained(folder, dtype=scene.target.causal_lm.dtype).to(scene.target.device).eval()
+    dtype = scene.target.causal_lm.dtype
+    drafter = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(scene.target.device).eval()
     return _decode(scene, "transformers", {"assistant_model": drafter, "speculation_type": "dflash"})
 
 

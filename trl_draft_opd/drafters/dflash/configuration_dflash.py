@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Configuration of a DFlash drafter, and the portable profile it is saved in."""
 
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..target_shape import check_layer_ids, portable_base
+from ..target_shape import check_layer_ids, portable_base, refuse_misspelt
 
 
 class DFlashDraftConfig(PreTrainedConfig):
@@ -67,6 +68,7 @@ class DFlashDraftConfig(PreTrainedConfig):
     target_model_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any):
+        refuse_misspelt(kwargs, [setting.name for setting in fields(self)], type(self).__name__)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
@@ -77,6 +79,10 @@ class DFlashDraftConfig(PreTrainedConfig):
         if self.block_size < 2:
             raise ValueError(
                 f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. The published setting is 16."
+            )
+        if self.block_size > self.max_position_embeddings:
+            raise ValueError(
+                f"`block_size` {self.block_size} exceeds the target's {self.max_position_embeddings} positions. The published setting is 16."
             )
         if set(self.layer_types) != {"full_attention"}:
             raise ValueError(

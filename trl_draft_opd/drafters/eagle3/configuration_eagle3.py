@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Configuration of an EAGLE-3 drafter, and the portable profile it is saved in."""
 
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..target_shape import check_layer_ids, portable_base
+from ..target_shape import check_layer_ids, portable_base, refuse_misspelt
 
 
 class Eagle3DraftConfig(PreTrainedConfig):
@@ -78,6 +79,7 @@ class Eagle3DraftConfig(PreTrainedConfig):
     target_model_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any):
+        refuse_misspelt(kwargs, [setting.name for setting in fields(self)], type(self).__name__)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:

@@ -1,0 +1,439 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Targets, tokenizers, drafters and settings that cannot work, and folders that hold something else: refused before anything is computed.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tiny import EOS, PAD, TARGETS, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
+from transformers import MambaConfig, MambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+
+from trl_draft_opd import (
+    AutoDrafter,
+    DFlashDraftConfig,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    Eagle3DraftConfig,
+    FrozenTarget,
+)
+from trl_draft_opd.drafters import attention
+from trl_draft_opd.target_rows import NotFiniteError
+from trl_draft_opd.trajectories import Origin, TrajectoryStore
+from trl_draft_opd.verification import SamplingSettings
+
+
+KINDS = ["sft", "opd"]
+FAMILIES = ["dflash", "eagle3"]
+TRAINERS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}
+ROWS = [{"prompt": f"w{8 + i} w9", "completion": "w20 w21 w22 w23"} for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def drafter_folders(target, tmp_path_factory):
+    """A saved drafter of each family; not to be changed."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in folders.items():
+        make_drafter(family, target).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture
+def copies(drafter_folders, tmp_path):
+    """A copy of each that may be changed."""
+    return {family: shutil.copytree(folder, tmp_path / family) for family, folder in drafter_folders.items()}
+
+
+def make_trainer(kind, tmp_path, drafter, target, rows=ROWS, tokenizer=None, **settings):
+    trainer_class, config_class = TRAINERS[kind]
+    settings = {
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_completion_length": 8,
+        "per_device_train_batch_size": 2,
+    } | settings
+    args = config_class(str(tmp_path), **settings)
+    return trainer_class(drafter, target, args, Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def refuses(match):
+    return pytest.raises(ValueError, match=match)
+
+
+def content_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- tokenizers (fault 13) ---------------------------------------------------------------------------------------------
+
+
+def shuffled_tokenizer():
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["w20"], vocabulary["w21"] = vocabulary["w21"], vocabulary["w20"]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    return tokenizer
+
+
+@pytest.mark.parametrize("as_instance", [True, False])
+def test_another_models_tokenizer_of_the_same_size_is_named_by_the_first_token_that_differs(tmp_path, as_instance):
+    folder = str(tmp_path / "target")
+    make_causal_lm().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    target = type(make_causal_lm()).from_pretrained(folder) if as_instance else folder
+    drafter = make_drafter("dflash", make_target())
+    with refuses(
+        r"`processing_class` is another model's tokenizer: id 20 is 'w21' there and 'w20' in the target's own.*2 tokens differ"
+    ):
+        make_trainer("sft", tmp_path / "out", drafter, target, tokenizer=shuffled_tokenizer())
+    extended = make_tokenizer()
+    extended.chat_template = "another"
+    extended.add_tokens([])
+    make_trainer("sft", tmp_path / "out", drafter, target, tokenizer=extended)
+
+
+# -- sizes and names (faults 20 and 22) --------------------------------------------------------------------------------
+
+
+def test_a_block_longer_than_all_positions_is_refused(target):
+    with refuses("`block_size` 257 exceeds the target's 256 positions. The published setting is 16"):
+        make_drafter("dflash", target, block_size=257)
+
+
+@pytest.mark.parametrize("config_class", [DraftSFTConfig, DraftOPDConfig])
+@pytest.mark.parametrize("typo, meant", [("learning_rte", "learning_rate"), ("num_draft", "num_drafts")])
+def test_a_misspelt_setting_names_the_nearest_one(tmp_path, config_class, typo, meant):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{typo}'. Did you mean '{meant}'?"):
+        config_class(str(tmp_path), **{typo: 1})
+
+
+@pytest.mark.parametrize(
+    "config_class, typo, meant",
+    [(DFlashDraftConfig, "blok_size", "block_size"), (Eagle3DraftConfig, "norm_outptu", "norm_output")],
+)
+def test_a_misspelt_option_of_a_drafter_names_the_nearest_one(config_class, typo, meant):
+    with refuses(f"{config_class.__name__} has '{typo}', which nobody reads. Did you mean '{meant}'?"):
+        config_class(**{typo: 4})
+
+
+@pytest.mark.parametrize(
+    "family, section, typo, meant",
+    [
+        ("eagle3", None, "norm_outptu", "norm_output"),
+        ("eagle3", None, "draft_vocabsize", "draft_vocab_size"),
+        ("dflash", None, "rms_norm_ep", "rms_norm_eps"),
+        ("dflash", "dflash_config", "mask_token_ids", "mask_token_id"),
+    ],
+)
+def test_a_misspelt_key_of_a_published_config_names_the_nearest_one(copies, family, section, typo, meant):
+    path = copies[family] / "config.json"
+    config = json.loads(path.read_text())
+    (config[section] if section else config)[typo] = 1
+    path.write_text(json.dumps(config))
+    with refuses(f"config.json has '{typo}', which nobody reads. Did you mean '{meant}'\\? Rename or remove it"):
+        AutoDrafter.from_pretrained(copies[family])
+    (config[section] if section else config)["something_else"] = config.pop(typo, 1)
+    config.get(section, {}).pop(typo, None)
+    path.write_text(json.dumps(config))
+    AutoDrafter.from_pretrained(copies[family])
+
+
+# -- weights (faults 23 and 27) ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, name", [("dflash", "fc.weight"), ("eagle3", "lm_head.weight")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_by_every_way_to_load_it(tmp_path, copies, target, family, name, value):
+    path = copies[family] / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    match = f"'{name}' holds NaN or infinite values; the checkpoint is damaged"
+    with refuses(match):
+        AutoDrafter.from_pretrained(copies[family])
+    with refuses(match):
+        make_trainer("sft", tmp_path / "out", str(copies[family]), target)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_and_unexpected_weights_are_listed_and_never_made_up(copies, family):
+    path = copies[family] / "model.safetensors"
+    tensors = load_file(path)
+    tensors["extra.weight"] = tensors.pop("fc.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with refuses(r"missing \['fc.weight'\], unexpected \['extra.weight'\]"):
+        AutoDrafter.from_pretrained(copies[family])
+
+
+# -- targets (faults 24, 25 and 28) ------------------------------------------------------------------------------------
+
+
+_LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+}
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+}
+
+
+@pytest.fixture(scope="module")
+def recurrent():
+    torch.manual_seed(0)
+    return FrozenTarget(Qwen3NextForCausalLM(Qwen3NextConfig(**_SHAPE, **_LINEAR)).eval(), make_tokenizer())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recurrent_target_is_refused_for_live_rollouts_and_trains_by_replay(tmp_path, recurrent, family):
+    drafter = make_drafter(family, recurrent)
+    offer = "keeps a recurrent state.*`rollout='replay'`, `rejected_scope='first'`"
+    for settings in ({"rollout": "live"}, {"rejected_scope": "suffix"}):
+        with refuses(offer):
+            make_trainer("opd", tmp_path, drafter, recurrent, **settings)
+    before = {name: p.clone() for name, p in drafter.named_parameters()}
+    trainer = make_trainer("opd", tmp_path, drafter, recurrent, rejected_scope="first", warmup_steps=0)
+    trainer.train()
+    assert any(not torch.equal(before[name], p) for name, p in drafter.named_parameters())
+
+
+def test_a_state_space_target_is_refused_for_evaluation_and_offers_supervised_training():
+    model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with refuses("'mamba' keeps a recurrent state.*supervised with `eval_rollouts=False`"):
+        FrozenTarget(model).require_rollback()
+
+
+def on_meta(part):
+    model = make_causal_lm("llama")
+    getattr(model, part).to("meta") if part == "lm_head" else model.model.embed_tokens.to("meta")
+    return model
+
+
+def without_head():
+    model = make_causal_lm("llama")
+    model.lm_head = torch.nn.Identity()
+    return model
+
+
+def with_quantised_head():
+    model = make_causal_lm("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: on_meta("lm_head"), "has its head on the meta device: it was offloaded.*must stay in memory"),
+        (
+            lambda: on_meta("embedding"),
+            "has its embedding on the meta device: it was offloaded.*Load it without offloading",
+        ),
+        (
+            without_head,
+            r"\(LlamaForCausalLM\) has no head with a plain `weight`.*AutoModelForCausalLM.*modules_to_not_convert",
+        ),
+        (lambda: make_causal_lm("llama").model, r"\(LlamaModel\) has no head with a plain `weight`"),
+        (with_quantised_head, "has its head in torch.int8. Leave it out of the quantisation"),
+    ],
+)
+def test_a_target_whose_head_or_embedding_cannot_be_read_says_why(make, reason):
+    with refuses(f"Target of type 'llama' .*{reason}"):
+        FrozenTarget(make())
+
+
+def test_a_target_that_was_never_loaded_is_refused():
+    with torch.device("meta"):
+        model = TARGETS["llama"]()
+    with refuses("on the meta device"):
+        FrozenTarget(model)
+
+
+def test_a_target_that_reads_everything_as_nan_is_refused_when_it_is_made():
+    model = make_causal_lm("llama")
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NotFiniteError, match="hidden states are NaN or infinite.*Its weights are damaged"):
+        FrozenTarget(model)
+
+
+@pytest.fixture(scope="module")
+def half_broken():
+    """A target that reads any text with `w50` in it as NaN."""
+    model = make_causal_lm("llama")
+    model.model.embed_tokens.weight.data[50] = float("nan")
+    return FrozenTarget(model, make_tokenizer())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_reading_that_is_not_finite_names_its_rows_and_padding_does_not_count(target, monkeypatch, value):
+    ids, mask = torch.full((3, 5), 9), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    forward = target._forward
+
+    def broken(*arguments):
+        reading = forward(*arguments)
+        reading.last_hidden[1, 3:], reading.last_hidden[2, 3, 7] = value, value
+        return reading
+
+    monkeypatch.setattr(target, "_forward", broken)
+    with pytest.raises(NotFiniteError, match=r"NaN or infinite in rows \[2\] of the text"):
+        target.read_text(ids, mask, [1])
+    mask[2, 3] = 0
+    target.read_text(ids, mask, [1])
+
+
+def test_another_precision_is_offered_where_numbers_may_have_overflowed():
+    message = str(NotFiniteError([0], torch.float16))
+    assert "overflow in torch.float16" in message and "`target_dtype='float32'`" in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_the_target_reads_as_nan_stops_training_before_any_update(tmp_path, half_broken, kind):
+    drafter = make_drafter("dflash", half_broken)
+    before = {name: p.clone() for name, p in drafter.named_parameters()}
+    rows = [ROWS[0], {"prompt": "w50 w9", "completion": "w20 w21 w22"}]
+    with pytest.raises(FloatingPointError, match="The target's hidden states are NaN or infinite"):
+        make_trainer(kind, tmp_path, drafter, half_broken, rows).train()
+    assert all(torch.equal(before[name], p) for name, p in drafter.named_parameters())
+
+
+def test_no_answer_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path, half_broken):
+    rows = [{"prompt": "w50 w9"}, {"prompt": "w9"}]
+    with pytest.raises(NotFiniteError):
+        make_trainer("opd", tmp_path, make_drafter("dflash", half_broken), half_broken, rows).train()
+    assert len(TrajectoryStore.read_only(tmp_path / "_trajectories")) == 0
+
+
+# -- attention (fault 26) ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_device_without_the_fused_kernel_masks_as_the_cpu_does(target, monkeypatch, family):
+    drafter = make_drafter(family, target)
+    ids = torch.randint(7, VOCAB, (2, 24))
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    anchors, drafts = torch.tensor([[3, 9, 20], [1, 2, 15]]), torch.randint(7, VOCAB, (2, 3, 4))
+
+    def states(changed):
+        return drafter.draft_hidden(features + changed, ids, anchors, drafts, target.embed)
+
+    later = torch.zeros_like(features)
+    later[:, 15:] = 100.0
+    fused = [states(torch.zeros_like(features)), states(later)]
+    monkeypatch.setattr(attention, "_context", attention._context_by_products)
+    plain = [states(torch.zeros_like(features)), states(later)]
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for unchanged, changed in (fused, plain):
+        # No block sees what stands at or behind its anchor; the last of the first row does see position 15.
+        is_blind = anchors <= 15
+        torch.testing.assert_close(unchanged[is_blind], changed[is_blind])
+        assert not torch.allclose(unchanged[~is_blind], changed[~is_blind])
+
+
+# -- folders that hold something else (faults 37 and 39) ---------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "out"
+
+
+def refuse_to_train_in(folder, target, match, kind="sft", family="dflash"):
+    before = content_of(folder)
+    with refuses(match):
+        make_trainer(kind, folder, make_drafter(family, target), target)
+    assert content_of(folder) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_folder_with_an_export_is_left_alone(folder, target, kind):
+    make_trainer(kind, folder.parent / "a", make_drafter("dflash", target), target, hub_target_id="org/target").export(
+        folder
+    )
+    refuse_to_train_in(
+        folder, target, "holds an export, of which a save would replace one layout.*another `output_dir`", kind
+    )
+
+
+def test_an_output_folder_with_trajectories_is_left_alone(folder, target):
+    sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+    origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
+    TrajectoryStore.open(folder, origin)
+    refuse_to_train_in(folder, target, "holds trajectories.*name the folder in `trajectories`")
+
+
+def test_an_output_folder_with_the_target_itself_is_left_alone(folder, target):
+    make_causal_lm("llama").save_pretrained(folder)
+    refuse_to_train_in(
+        folder, target, "holds a model that a save would replace, and it is no drafter.*another `output_dir`"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_output_folder_with_a_drafter_of_another_target_is_left_alone(folder, target, recurrent, family):
+    make_drafter(family, recurrent).save_pretrained(folder)
+    refuse_to_train_in(
+        folder, target, r"another family or target, \(there, here\): {'hidden_size': \(16, 32\)}", family=family
+    )
+
+
+def test_an_output_folder_with_a_drafter_of_another_family_is_left_alone(folder, target):
+    make_drafter("eagle3", target).save_pretrained(folder)
+    refuse_to_train_in(folder, target, r"\(there, here\): {'family': \('eagle3', 'dflash'\)}")
+
+
+def test_an_output_folder_with_a_drafter_of_another_target_of_the_same_shape_is_left_alone(
+    folder, target, monkeypatch
+):
+    drafter = make_drafter("dflash", target)
+    drafter.config.target_model_name_or_path = "org/base"
+    drafter.save_pretrained(folder)
+    monkeypatch.setattr(target.config, "name_or_path", "org/chat")
+    refuse_to_train_in(folder, target, r"{'target': \('org/base', 'org/chat'\)}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_folder_of_the_same_pair_or_of_a_save_cut_short_is_gone_on_with(folder, target, kind):
+    make_drafter("dflash", target).save_pretrained(folder)
+    make_trainer(kind, folder, str(folder), target)
+    (folder / "config.json").write_text('{"archit')
+    make_trainer(kind, folder, make_drafter("dflash", target), target)
+
+
+def test_answers_of_another_target_in_the_output_folder_stop_the_run(folder, target, recurrent):
+    make_trainer("opd", folder, make_drafter("dflash", target), target).train()
+    held = content_of(folder / "_trajectories")
+    trainer = make_trainer("opd", folder, make_drafter("dflash", recurrent), recurrent)
+    with refuses("(?s)were written under other conditions.*weights_fingerprint.*give another folder"):
+        trainer.train()
+    assert content_of(folder / "_trajectories") == held

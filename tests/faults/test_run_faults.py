@@ -1,0 +1,136 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Texts and rollouts at their limits: nothing to draft, nothing accepted, nothing rejected, no network. A count or a clear error, and
+never a wrong update.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from oracle import greedy_text, plant
+from tiny import EOS, make_drafter, make_target
+
+from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
+
+
+TRAINERS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}
+PAIRS = pytest.mark.parametrize(
+    "kind, family", [("sft", "dflash"), ("sft", "eagle3"), ("opd", "dflash"), ("opd", "eagle3")]
+)
+EMPTY = {"prompt_ids": [9, 10], "completion_ids": [EOS]}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def text(target):
+    """A prompt and fourteen greedy tokens behind it that are no end of sequence."""
+    for first in range(8, 60):
+        found = greedy_text(target, [first, 10], 14)
+        if EOS not in found:
+            return found
+    raise AssertionError("the target ends every text")
+
+
+def stored(text):
+    return {"prompt_ids": text[:2], "completion_ids": text[2:]}
+
+
+def train(kind, folder, drafter, target, rows, **settings):
+    """Train one step and return what was logged of it."""
+    trainer_class, config_class = TRAINERS[kind]
+    settings = {
+        "max_steps": 1,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "warmup_steps": 0,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_completion_length": 16,
+        "per_device_train_batch_size": len(rows),
+    } | settings
+    if kind == "opd":
+        # What was stored is walked, whoever wrote it.
+        settings = {"completions_from_target": True, "warn_mismatch_share": 1.0, "max_mismatch_share": 1.0} | settings
+    trainer = trainer_class(drafter, target, config_class(str(folder), **settings), Dataset.from_list(rows))
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+# -- nothing to draft (faults 4, 5 and 32) -----------------------------------------------------------------------------
+
+
+@PAIRS
+def test_a_step_of_responses_that_are_an_eos_alone_changes_nothing_and_says_so(tmp_path, target, kind, family):
+    drafter = make_drafter(family, target)
+    before = {name: p.clone() for name, p in drafter.named_parameters()}
+    log = train(kind, tmp_path, drafter, target, [EMPTY, EMPTY])
+    assert log["loss"] == log["grad_norm"] == log["slots/accepted"] == log["slots/rejected"] == 0.0
+    assert all(torch.equal(before[name], p) for name, p in drafter.named_parameters())
+    if kind == "opd":
+        assert log["empty_responses"] == 1.0 and log["rounds"] == 0.0 and "tau" not in log
+
+
+@PAIRS
+def test_an_empty_response_takes_no_part_in_the_loss_of_the_others(tmp_path, target, text, kind, family):
+    logs = []
+    for number, rows in enumerate([[stored(text)], [stored(text), EMPTY]]):
+        logs.append(train(kind, tmp_path / str(number), make_drafter(family, target), target, rows))
+    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=1e-5) and logs[0]["loss"] > 0
+    if kind == "opd":
+        assert [log["empty_responses"] for log in logs] == [0.0, 0.5] and logs[0]["tau"] == logs[1]["tau"]
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_a_response_shorter_than_a_block_trains_its_own_slots_alone(tmp_path, target, text, family):
+    log = train("sft", tmp_path, make_drafter(family, target), target, [stored(text[:4])], num_anchors=0)
+    # Two tokens, of which the first is the only anchor: one slot of the four.
+    assert log["slots/accepted"] == 1.0 and log["loss"] > 0
+
+
+def test_a_target_that_ends_at_once_is_counted_by_live_rollouts_too(tmp_path, target, text):
+    ends = FrozenTarget(target.causal_lm, target.tokenizer)
+    ends.causal_lm.generation_config.eos_token_id = [EOS, text[2]]
+    try:
+        rows = [{"prompt_ids": text[:2]}]
+        log = train(
+            "opd", tmp_path, make_drafter("eagle3", ends), ends, rows, rollout="live", completions_from_target=False
+        )
+    finally:
+        ends.causal_lm.generation_config.eos_token_id = EOS
+    assert log["empty_responses"] == 1.0 and log["response_length"] == 1.0 and log["loss"] == 0.0
+
+
+# -- one side without a slot (fault 33) --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("present, absent, tau", [("accepted", "rejected", 5.0), ("rejected", "accepted", 1.0)])
+def test_a_rollout_of_one_kind_keeps_its_share_and_invents_nothing_for_the_other(
+    monkeypatch, tmp_path, target, text, family, present, absent, tau
+):
+    drafter = make_drafter(family, target)
+    plant(monkeypatch, drafter, [text, text], lambda row: set() if present == "accepted" else set(range(len(text))))
+    log = train("opd", tmp_path, drafter, target, [stored(text), stored(text)])
+    assert log["tau"] == tau and log[f"slots/{absent}"] == 0.0 and f"loss/{absent}" not in log
+    # The streams weigh alike: what is there keeps its half, divided by its own slots.
+    assert log["loss"] == pytest.approx(log[f"loss/{present}"] / 2, rel=1e-5) and log["loss"] > 0
+
+
+# -- the network (fault 40) --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "org/--name", "org/a..b", "../no-such-folder", "/no/such/folder"])
+def test_a_drafter_by_a_name_that_cannot_be_one_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name.split('/')[-1]}"):
+        AutoDrafter.from_pretrained(name)
