@@ -53,6 +53,7 @@ def write_card(
     target_id: str | None = None,
     target_architectures: Sequence[str] = (),
     license: str | None = None,
+    is_adapter: bool = False,
 ) -> None:
     """
     Write `README.md`, and the picture of the training curve where there is one to draw.
@@ -65,6 +66,7 @@ def write_card(
         layouts (`Sequence[str]`): Layouts in the folder, the one at its root first.
         target_id (`str`, *optional*), target_architectures (`Sequence[str]`, *optional*): The target.
         license (`str`, *optional*): Licence of the drafter, as its author gives it; never guessed from data or target.
+        is_adapter (`bool`, *optional*, defaults to `False`): Whether the folder holds a LoRA adapter, which no engine reads.
 
     Raises:
         ValueError: If an id is no Hub id, or the record is another drafter's or holds what must not be published. Nothing is
@@ -85,7 +87,7 @@ def write_card(
         **measured_facts(record, config),
     )
     content = _content(config, record, serving, repo_id=repo_id, target_id=target_id, layouts=layouts)
-    content |= {"has_curve": _draw_curve(stages, folder), "notes": _earlier_notes(folder)}
+    content |= {"has_curve": _draw_curve(stages, folder), "notes": _earlier_notes(folder), "is_adapter": is_adapter}
     card = ModelCard.from_template(
         _metadata(family, layouts, stages, target_id, serving["readers"], license),
         template_path=str(Path(__file__).parent / "card.md.jinja"),

@@ -40,6 +40,7 @@ from ..export.record import (
 )
 from ..rollout.types import Rollout
 from ..target import FrozenTarget
+from .adapters import adapter_settings, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig
 from .metrics import MetricSums, rollout_sums
 
@@ -247,7 +248,7 @@ class PublishingTrainer(_BaseTrainer):
         return StageRecord(
             method=self._method,
             steps=self._steps_done,
-            settings=recorded_settings(self.args),
+            settings=recorded_settings(self.args) | adapter_settings(self.accelerator.unwrap_model(self.model)),
             dataset=DatasetFacts(
                 hub_id_of(dataset_name) if dataset_name else self.args.dataset_id,
                 self.args.dataset_license,
@@ -266,7 +267,7 @@ class PublishingTrainer(_BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         drafter = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        drafter.save_pretrained(folder, state_dict=state_dict)
+        save_drafter(drafter, folder, state_dict)
         (folder / ARGS_FILE).unlink(missing_ok=True)
         write_record(self.training_record(), folder)
         self._write_card(folder)
@@ -305,7 +306,7 @@ class PublishingTrainer(_BaseTrainer):
             ValueError: If the target has no Hub id to be named by.
         """
         folder = Path(folder) if folder is not None else Path(self.args.output_dir) / PUBLICATION
-        drafter = self.accelerator.unwrap_model(self.model)
+        drafter = merged_drafter(self.accelerator.unwrap_model(self.model))
         target_id = require_target_id(self.args, self.target)
         repo_id = self.hub_model_id or repository_name(self.args, drafter)
         export_drafter(
@@ -338,9 +339,11 @@ class PublishingTrainer(_BaseTrainer):
     def _write_card(self, folder: Path, *, dataset_name: str | None = None, license: str | None = None) -> None:
         """Write the card of a checkpoint, which has the flat layout's names."""
         target_id = target_id_of(self.args, self.target)
+        drafter = self.accelerator.unwrap_model(self.model)
         write_card(
             folder,
-            config=flat_config(self.accelerator.unwrap_model(self.model), target_id=target_id, dtype=torch.float32),
+            config=flat_config(drafter, target_id=target_id, dtype=torch.float32),
+            is_adapter=is_adapted(drafter),
             record=self.training_record(dataset_name=dataset_name),
             license=license or self.args.hub_license,
             repo_id=self.hub_model_id or self.args.hub_model_id,
