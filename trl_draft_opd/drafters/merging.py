@@ -4,7 +4,6 @@ A drafter out of a LoRA adapter: the drafter it was trained on, and the adapter 
 """
 
 import copy
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -32,9 +31,10 @@ def require_peft(need: str) -> ModuleType:
         ImportError: If it is not installed.
     """
     try:
-        return importlib.import_module("peft")
+        import peft
     except ImportError as error:
         raise ImportError(f"{need} needs PEFT: `pip install trl-draft-opd[peft]`.") from error
+    return peft
 
 
 def is_adapter(source: CheckpointSource) -> bool:

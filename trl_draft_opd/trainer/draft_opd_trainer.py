@@ -30,7 +30,7 @@ from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
 from ..target import FrozenTarget, TargetReading
-from .adapters import adapt_drafter, check_adapter_launch
+from .adapters import adapt_drafter
 from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
@@ -154,7 +154,6 @@ class DraftOPDTrainer(PublishingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_adapter_launch(drafter, self.accelerator)
         check_launch(self.accelerator, args.n_gpu)
         self._responses = ResponseSource(
             self.target,
@@ -166,7 +165,6 @@ class DraftOPDTrainer(PublishingTrainer):
         )
         self._redirect = _ForwardRedirection()
         self._console = Console()
-        self.model.add_model_tags(self._tag_names)
 
     def _prepare_dataset(
         self,

@@ -18,7 +18,7 @@ from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
-from .adapters import adapt_drafter, check_adapter_launch
+from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
 from .publishing import PublishingTrainer
 from .responses import answer_all
@@ -133,10 +133,8 @@ class DraftSFTTrainer(PublishingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_adapter_launch(drafter, self.accelerator)
         check_launch(self.accelerator, args.n_gpu)
         self._redirect = _ForwardRedirection()
-        self.model.add_model_tags(self._tag_names)
 
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset | None, args: DraftSFTConfig, drafter: Drafter

@@ -40,7 +40,7 @@ from ..export.record import (
 )
 from ..rollout.types import Rollout
 from ..target import FrozenTarget
-from .adapters import adapter_settings, is_adapted, merged_drafter, save_drafter
+from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig
 from .metrics import MetricSums, rollout_sums
 
@@ -111,6 +111,8 @@ class PublishingTrainer(_BaseTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_adapter_launch(self.model, self.accelerator)
+        self.model.add_model_tags(self._tag_names)
         # Now rather than at the first save: what could not be written into the record.
         record = self.training_record()
         TrainingRecord.from_dict(replace(record, stages=[*record.stages, self._stage(None)]).to_dict())
