@@ -329,3 +329,25 @@ def test_an_export_refuses_what_nobody_could_read(target_folder, drafter_folder,
 def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder: str, tmp_path, capsys):
     assert "holds no export" in _error(["push", str(tmp_path), "org/tiny-dflash"], capsys)
     assert "cannot be the name" in _error(["push", drafter_folder, "org/../x"], capsys)
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_trained_by_flags_and_exported_merged(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    words = ["--model_name_or_path", drafter_folder, "--target_model_name_or_path", target_folder]
+    words += ["--dataset_name", rows_file, "--output_dir", str(tmp_path / "lora"), *TRAINING]
+    lora = ["--lora_r", "3", "--lora_alpha", "6", "--lora_target_modules", "fc", "down_proj", "--lora_dropout", "0.1"]
+    assert "set it" in _error(["sft", *words, *lora], capsys).lower()
+    assert main(["sft", *words, "--use_peft", *lora]) == 0
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
+    assert sorted(config["target_modules"]) == ["down_proj", "fc"]
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "lora"), "--target", target_folder, "--output", str(out)]) == 0
+    merged, exported, base = (AutoDrafter.from_pretrained(f) for f in (tmp_path / "lora", out, drafter_folder))
+    assert torch.equal(exported.fc.weight, merged.fc.weight.bfloat16().float())
+    assert not torch.equal(merged.fc.weight, base.fc.weight)
+    assert torch.equal(merged.layers[0].self_attn.q_proj.weight, base.layers[0].self_attn.q_proj.weight)

@@ -10,7 +10,7 @@ from test_importing import LAYOUTS, H, V, eagle3, randomise, write
 from tiny import make_causal_lm, make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
-from trl_draft_opd.export import export_drafter, load_for_export, read_target
+from trl_draft_opd.export import export_drafter, read_target
 from trl_draft_opd.export import write as write_module
 from trl_draft_opd.export.rules import check_folder
 
@@ -240,7 +240,7 @@ def test_an_adapter_is_merged_before_it_is_exported(tmp_path, target):
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")
-    merged = load_for_export(tmp_path / "adapter")
+    merged = AutoDrafter.from_pretrained(tmp_path / "adapter")
     base = AutoDrafter.from_pretrained(tmp_path / "base")
     layer = adapted.base_model.model.fc
     wanted = base.fc.weight + layer.get_delta_weight("default")
@@ -253,7 +253,7 @@ def test_an_adapter_is_merged_before_it_is_exported(tmp_path, target):
 def test_an_adapter_that_names_no_drafter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="names no `base_model_name_or_path`"):
-        load_for_export(tmp_path)
+        AutoDrafter.from_pretrained(tmp_path)
 
 
 def test_unknown_tensors_of_an_imported_drafter_are_listed(tmp_path):
@@ -261,4 +261,4 @@ def test_unknown_tensors_of_an_imported_drafter_are_listed(tmp_path):
     config, tensors = LAYOUTS["specforge"][1](drafter)
     write(tmp_path, config, tensors | {"midlayer.gate.weight": torch.zeros(3), "mystery": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"unexpected \['midlayer.gate.weight', 'mystery'\]"):
-        load_for_export(tmp_path)
+        AutoDrafter.from_pretrained(tmp_path)

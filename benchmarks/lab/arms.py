@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 import trl_draft_opd
@@ -41,12 +42,13 @@ def make_trainer(
 ) -> DraftSFTTrainer | DraftOPDTrainer:
     """Return the trainer of an arm; `settings` override everything."""
     fields = common_settings(bench, folder, seed) | arm_settings(bench, arm) | settings
+    adapter = None if arm.lora is None else LoraConfig(**arm.lora)
     if arm.trainer == "sft":
-        return DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows)
+        return DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows, peft_config=adapter)
     fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
     kind = {"opd": DraftOPDTrainer, "one_token": OneTokenTrainer, "stale": StaleAnchorsTrainer}[arm.trainer]
     fields = {"completions_from_target": True} | fields
-    trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows)
+    trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows, peft_config=adapter)
     if isinstance(trainer, StaleAnchorsTrainer):
         trainer.refresh_epochs = arm.refresh_epochs
     return trainer
@@ -57,6 +59,7 @@ def arm_flops(bench: Workbench, arm: Arm, start: Path, folder: Path) -> float:
     path = folder / "flops.json"
     if not path.exists():
         rows = bench.training_rows(arm.temperature, arm.pool)
+        # What an update costs does not depend on what was learned; an adapter wants the drafter that it names.
         drafter = bench.load_drafter(start)
         make = lambda **fields: make_trainer(bench, arm, drafter, rows, folder / "scratch", 0, **fields)  # noqa: E731
         write_json(path, count_flops(bench, make))
@@ -94,7 +97,8 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         flush=True,
     )
     options = {"max_steps": updates, "save_strategy": "steps", "save_steps": SAVE_EVERY}
-    trainer = make_trainer(bench, arm, bench.load_drafter(start), rows, folder / "run", seed, **options)
+    drafter = begin(bench, arm, tier, seed, start)
+    trainer = make_trainer(bench, arm, drafter, rows, folder / "run", seed, **options)
     run = folder / "run"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run) if run.exists() else None)
     trainer.model.save_pretrained(folder / "drafter")
@@ -106,7 +110,7 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         "updates": updates,
         "flops_per_update": flops,
         "tflop": updates * flops / 1e12,
-        "settings": {"trainer": arm.trainer} | ({"pool": arm.pool} if arm.pool else {}) | arm_settings(bench, arm),
+        "settings": {"trainer": arm.trainer} | described(arm) | arm_settings(bench, arm),
         "log": trainer.state.log_history,
         "evals": measure_all(bench, trainer.model, arm.temperature, is_complete=tier == 1 and seed == 0),
     }
@@ -114,6 +118,31 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
     taus = " ".join(f"{name} {row['tau']:.3f}" for name, row in result["evals"].items())
     print(f"{bench.pair.name} tier {tier} {arm.name} seed {seed}: tau {taus}", flush=True)
     return result
+
+
+def begin(bench: Workbench, arm: Arm, tier: int, seed: int, start: Path) -> Drafter:
+    """
+    Return what an arm goes on from.
+
+    Raises:
+        SystemExit: If it goes on from an arm that was not run yet.
+    """
+    if arm.begins == "start":
+        return bench.load_drafter(start)
+    if arm.begins == "fresh":
+        return bench.untrained_like(bench.load_drafter(start)).to(bench.machine.device)
+    folder = bench.folder / f"tier{tier}" / arm.begins / f"seed{seed}" / "drafter"
+    if not folder.exists():
+        raise SystemExit(
+            f"Arm {arm.name!r} goes on from {arm.begins!r}, which has no run of seed {seed} yet. Run it first."
+        )
+    return bench.load_drafter(folder)
+
+
+def described(arm: Arm) -> dict[str, Any]:
+    """Return what is unusual about an arm besides its settings."""
+    usual = {field.name: field.default for field in dataclasses.fields(Arm)}
+    return {name: getattr(arm, name) for name in ("pool", "begins", "lora") if getattr(arm, name) != usual[name]}
 
 
 def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_complete: bool) -> dict[str, Any]:

@@ -45,6 +45,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 IGNORED = -100
+PLACES = ("data", "prompts", "origin", "out")  # settings that say where things lie, not what is made
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def open_run(config: CodeTargetConfig, out: Path) -> dict:
     Raises:
         ValueError: If the folder holds a run with other settings or other data.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in ("data", "out")}
+    settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
     settings["data_sha256"] = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     path = out / "settings.json"
     if path.exists():

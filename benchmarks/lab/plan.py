@@ -55,7 +55,8 @@ class SftPlan:
     Attributes:
         settings (`dict`): Fields of `DraftSFTConfig`.
         measure_every (`int`): Updates between two measurements of tau on the development prompts.
-        min_updates (`int`), max_updates (`int`): The plateau is not looked for before, and not waited for after.
+        min_updates (`int`), max_updates (`int`):
+            The plateau is not looked for before, and not waited for after. 0: the pair's drafter is the start as it is.
         cooldown_updates (`int`): Updates of the cool-down.
     """
 
@@ -75,7 +76,8 @@ class Pair:
         name (`str`): Name of its YAML file.
         family (`str`): `"eagle3"` or `"dflash"`.
         target (`str`): Folder under `--shared` or `--out`, or an id on the Hub.
-        drafter (`dict`): Arguments of the family's `from_target`, or `{"id": ...}` for a published drafter to go on from.
+        drafter (`dict`): Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to go on from: an id on the Hub, or a
+            folder, also under `--out`.
         max_new_tokens (`int`): Longest response.
         train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`): Prompts; no test prompt is trained on.
         prompts_per_update (`int`): Prompts of one optimiser step.
@@ -121,6 +123,8 @@ class Arm:
         temperature (`float`), draft_sampling (`str`): Law of text and drafts, in training and evaluation.
         families (`tuple[str, ...]`): Families it is run for.
         budget_share (`float`): Share of the tier's budget.
+        begins (`str`): What it goes on from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape untrained.
+        lora (`dict`, *optional*): Arguments of `peft.LoraConfig`: an adapter is trained in place of the drafter.
     """
 
     name: str
@@ -134,6 +138,8 @@ class Arm:
     draft_sampling: str = "greedy"
     families: tuple[str, ...] = ("eagle3", "dflash")
     budget_share: float = 1.0
+    begins: str = "start"
+    lora: dict[str, Any] | None = None
 
     def __post_init__(self):
         if self.trainer not in TRAINERS:

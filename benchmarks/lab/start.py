@@ -94,7 +94,13 @@ def make_start(bench: Workbench) -> Path:
     require_unchanged(folder / "plan.json", {key: pair[key] for key in made_of})
     if (folder / "start" / "config.json").exists():
         return folder / "start"
-    plan, rows = bench.pair.sft, bench.training_rows()
+    plan = bench.pair.sft
+    if plan.max_updates == 0:
+        write_json(folder / "history.json", [])
+        write_json(folder / "plateau.json", {"updates": 0})
+        bench.fresh_drafter().save_pretrained(folder / "start")
+        return folder / "start"
+    rows = bench.training_rows()
     plateau = folder / "plateau"
     if not (plateau / "config.json").exists():
         run = folder / "run"

@@ -66,23 +66,23 @@ class Workbench:
     @cached_property
     def target(self) -> RememberingTarget:
         """The frozen target."""
-        target = RememberingTarget.load(self._target_source(), dtype=getattr(torch, self.machine.dtype))
+        target = RememberingTarget.load(self._source(self.pair.target), dtype=getattr(torch, self.machine.dtype))
         target.place(torch.device(self.machine.device))
         target.budget_bytes = self.machine.memo_bytes
         return target
 
-    def _target_source(self) -> str:
-        """Return the target's folder under `out` or `shared`, or its id on the Hub."""
+    def _source(self, name: str) -> str:
+        """Return a model's folder under `out` or `shared`, or its own name: a folder elsewhere, or an id on the Hub."""
         for root in (self.machine.out, self.machine.shared):
-            if root is not None and (root / self.pair.target / "config.json").exists():
-                return str(root / self.pair.target)
-        if self.pair.target.startswith("targets/"):
+            if root is not None and (root / name / "config.json").exists():
+                return str(root / name)
+        if name.startswith("targets/"):
             raise SystemExit(
-                f"Target {self.pair.target!r} of pair {self.pair.name!r} is neither under --out {self.machine.out} nor under "
+                f"Target {name!r} of pair {self.pair.name!r} is neither under --out {self.machine.out} nor under "
                 f"--shared {self.machine.shared}. Give the folder that holds targets/ and data/ with --shared PATH, or train it: "
                 "see docs/laboratory.md."
             )
-        return self.pair.target
+        return name
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,15 @@ class Workbench:
         """Return the pair's drafter before any training of ours: random, or the published one it names."""
         options = dict(self.pair.drafter)
         if "id" in options:
-            return AutoDrafter.from_pretrained(options["id"], num_target_layers=self.target.num_layers)
+            return AutoDrafter.from_pretrained(self._source(options["id"]), num_target_layers=self.target.num_layers)
+        return self._untrained(options)
+
+    def untrained_like(self, drafter: Drafter) -> Drafter:
+        """Return a drafter of the same shape that has learned nothing."""
+        names = {"eagle3": ("ttt_steps",), "dflash": ("num_hidden_layers", "block_size")}[self.pair.family]
+        return self._untrained({name: getattr(drafter.config, name) for name in ("target_layer_ids", *names)})
+
+    def _untrained(self, options: dict[str, Any]) -> Drafter:
         torch.manual_seed(0)
         if self.pair.family == "eagle3":
             return Eagle3DraftModel.from_target(self.target, **options)

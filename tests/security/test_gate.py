@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.cli import load_rows, main
-from trl_draft_opd.export import export_drafter, hub_id_of, load_for_export, read_target
+from trl_draft_opd.export import export_drafter, hub_id_of, read_target
 from trl_draft_opd.export.hub import push_folder, validate_repo_id
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.export.rules import check_folder
@@ -121,7 +121,6 @@ def test_pickles_beside_a_drafter_are_not_opened_by_anything_that_reads_it(copy,
     set_traps(folder, proof)
     assert AutoDrafter.from_pretrained(folder).config.family == family
     assert AutoDrafter.from_pretrained(folder, allow_pickle_weights=True).config.family == family
-    assert load_for_export(folder).config.family == family
     assert DraftSFTTrainer(str(folder), target, settings(tmp_path / "out"), rows()).model.config.family == family
     check_folder(folder)
     read_record(folder)
@@ -147,7 +146,6 @@ def test_a_pickle_in_the_place_of_a_file_of_ours_is_refused_by_name(copy, proof,
     set_trap(folder / name, proof, by_torch)
     for action in (
         lambda: AutoDrafter.from_pretrained(folder),
-        lambda: load_for_export(folder),
         lambda: read_record(folder),
         lambda: check_folder(folder),
         lambda: verify_drafter(folder, target, [[9, 10]], max_new_tokens=4, consumers=["transformers"]),
@@ -180,8 +178,8 @@ def test_a_pickled_adapter_is_refused_before_it_is_opened(made, tmp_path, proof)
     config = {"base_model_name_or_path": str(made / "eagle3"), "peft_type": "LORA", "target_modules": ["fc"], "r": 2}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     set_traps(tmp_path / "adapter", proof)
-    with pytest.raises(ValueError, match="has no adapter_model.safetensors.*pickled ones can carry code"):
-        load_for_export(tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors.*pickled ones can carry code"):
+        AutoDrafter.from_pretrained(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("keeps_weights", [True, False])
@@ -318,7 +316,6 @@ def test_a_drafters_own_code_stays_unused(copy, proof, modules_cache, target, fa
     add_code(folder, proof, model_type)
     drafter = AutoDrafter.from_pretrained(folder)
     assert type(drafter).__module__.startswith("trl_draft_opd.drafters")
-    load_for_export(folder)
     check_folder(folder)
     verify_drafter(folder, target, [[9, 10]], max_new_tokens=4)
 

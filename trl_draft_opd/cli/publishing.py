@@ -22,7 +22,8 @@ def run_export(argv: Sequence[str]) -> int:
     parser.add_argument("--license", metavar="NAME", help="licence of the drafter, for the card")
     parser.add_argument("--base", metavar="PATH", help="the drafter under a LoRA adapter")
     options = parse_flags(parser, argv)
-    from ..export import export_drafter, hub_id_of, load_for_export, read_target
+    from ..drafters.auto import AutoDrafter
+    from ..export import export_drafter, hub_id_of, read_target
     from ..export.hub import validate_repo_id
     from ..export.record import read_record
 
@@ -30,7 +31,7 @@ def run_export(argv: Sequence[str]) -> int:
         validate_repo_id(options.repo_id)
     if options.target_id is not None and hub_id_of(options.target_id) is None:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {options.target_id!r}.")
-    drafter = load_for_export(options.path, base=options.base)
+    drafter = AutoDrafter.from_pretrained(options.path, base=options.base)
     name = options.target or drafter.config.target_model_name_or_path
     facts = {"target_id": options.target_id}
     if name is not None:

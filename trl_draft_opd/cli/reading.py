@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
 
     from ..drafters.base import Drafter
     from ..target import FrozenTarget
@@ -26,6 +27,14 @@ FAMILY_OPTIONS = {
     "eagle3": ("ttt_steps", "draft_vocab_size"),
 }
 FRESH_OPTIONS = (*FAMILY_OPTIONS["dflash"], *FAMILY_OPTIONS["eagle3"], "target_layer_ids")
+# What `--use_peft` takes, and what `peft.LoraConfig` calls it.
+LORA_OPTIONS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+}
 # How text becomes token ids, besides the target's tokenizer.
 READING = ("max_prompt_length", "chat_template", "chat_template_kwargs", "num_proc")
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -52,6 +61,12 @@ class DraftScriptArguments:
     ttt_steps: int | None = _unset("Fresh EAGLE-3: steps of training-time test.")
     draft_vocab_size: int | None = _unset("Fresh EAGLE-3: tokens it can propose, the commonest of the training split.")
     target_layer_ids: list[int] | None = _unset("Fresh drafter: 0-based target layers to read, ascending.")
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter in place of the whole drafter."})
+    lora_r: int | None = _unset("Rank of the adapter; PEFT's default if unset.")
+    lora_alpha: int | None = _unset("The adapter is scaled by this over its rank; PEFT's default if unset.")
+    lora_dropout: float | None = _unset("Dropout in the adapter; PEFT's default if unset.")
+    lora_target_modules: list[str] | None = _unset("Layers it goes into; every linear one but the head if unset.")
+    lora_modules_to_save: list[str] | None = _unset("Layers trained as a whole beside it.")
 
 
 def refuse_unknown(unknown: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -121,6 +136,20 @@ def parse_training(command: str, config_class: type, argv: Sequence[str]) -> tup
     refuse_unknown(config_rest[::2], known, "the config file")
     refuse_unknown(flags_rest, known, "the command line")
     return script, training
+
+
+def lora_config(script: DraftScriptArguments) -> LoraConfig | None:
+    """Return the adapter that the flags describe, `None` without `--use_peft`; raise `ValueError` if it is missing."""
+    options = given(script, LORA_OPTIONS)
+    if not script.use_peft:
+        if options:
+            raise ValueError(
+                f"{sorted(options)} describe an adapter, which is trained under `use_peft` alone. Set it."
+            )
+        return None
+    from ..drafters.merging import require_peft
+
+    return require_peft("`use_peft`").LoraConfig(**{LORA_OPTIONS[name]: value for name, value in options.items()})
 
 
 def load_rows(name: str, config: str | None, split: str) -> Dataset:

@@ -15,6 +15,7 @@ from .reading import (
     count_supervised,
     given,
     load_rows,
+    lora_config,
     make_drafter,
     parse_flags,
     parse_training,
@@ -68,6 +69,7 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
     from ..export import hub_id_of
     from ..trainer.setup import load_target
 
+    peft_config = lora_config(script)
     rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split)
     held_out = None
     if script.dataset_test_split is not None:
@@ -83,7 +85,7 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
         set_seed(args.seed)
         options = given(script, FRESH_OPTIONS)
         drafter = make_drafter(target, script.family, options, lambda: count_supervised(target, rows, reading))
-    trainer = trainer_class(drafter, target, args, train_dataset=rows, eval_dataset=held_out)
+    trainer = trainer_class(drafter, target, args, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if args.push_to_hub:
         # Saves first, so that a push that fails loses nothing.

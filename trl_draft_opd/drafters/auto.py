@@ -9,6 +9,7 @@ from .base import Drafter
 from .dflash import DFlashDraftModel
 from .eagle3 import Eagle3DraftModel
 from .importing import CheckpointSource, read_drafter_config
+from .merging import is_adapter, read_adapted
 
 
 _CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
@@ -24,6 +25,7 @@ class AutoDrafter:
     | DFlash, flat: this package, z-lab, SpecForge | `architectures`: `DFlashDraftModel` |
     | speculators, both families | `speculators_model_type`: `eagle3`, `dflash` |
     | DFlash of transformers | `architectures`: `MuseGlimmerAssistantModel` |
+    | LoRA adapter of any of them, as PEFT saves it | `adapter_config.json`; merged into the drafter it names |
 
     `model_type` plays no part: published drafters say llama or qwen3 there. Variants that compute something else (DFlash2,
     DSpark, Domino, P-EAGLE, sliding windows, more than one EAGLE-3 layer, ...) are refused with the reason.
@@ -56,9 +58,10 @@ class AutoDrafter:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        base: str | Path | None = None,
     ) -> Drafter:
         """
-        Load a drafter; the arguments are those of [`Drafter.from_pretrained`].
+        Load a drafter; the arguments but `base` are those of [`Drafter.from_pretrained`].
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
@@ -71,6 +74,8 @@ class AutoDrafter:
                 Read a `pytorch_model.bin` (tensors only) when there is no safetensors file.
             revision, subfolder, token, cache_dir, local_files_only:
                 As in `transformers`.
+            base (`str` or `Path`, *optional*):
+                Of an adapter: the drafter it was trained on, in place of the one its config names.
 
         Returns:
             [`Eagle3DraftModel`] or [`DFlashDraftModel`]
@@ -78,19 +83,20 @@ class AutoDrafter:
         Raises:
             ValueError: If the checkpoint is of no supported kind, or its weights do not fit.
             OSError: If the folder or repository does not exist, or lacks config or weights.
+            ImportError: If it is an adapter and PEFT is not installed.
         """
         source = CheckpointSource(
             str(pretrained_model_name_or_path), revision, subfolder, token, cache_dir, local_files_only
         )
+        access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        reading = {"num_target_layers": num_target_layers, "allow_pickle_weights": allow_pickle_weights}
+        if is_adapter(source):
+            return read_adapted(
+                source, lambda name: cls.from_pretrained(name, **reading, **access), base=base, dtype=dtype
+            )
+        if base is not None:
+            raise ValueError(f"{str(source)!r} is a whole drafter, so `base` means nothing to it. Leave `base` out.")
         family = read_drafter_config(source, num_target_layers=num_target_layers).family
         return _CLASSES[family].from_pretrained(
-            pretrained_model_name_or_path,
-            dtype=dtype,
-            num_target_layers=num_target_layers,
-            allow_pickle_weights=allow_pickle_weights,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            pretrained_model_name_or_path, dtype=dtype, revision=revision, subfolder=subfolder, **reading, **access
         )

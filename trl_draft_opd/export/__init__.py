@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Publishing a drafter: layouts for every engine, settings to serve it with, a card of what was measured, one push."""
 
-from .source import TargetOfExport, hub_id_of, load_for_export, read_target
+from .source import TargetOfExport, hub_id_of, read_target
 from .write import LAYOUTS, PUBLISHED_NAMES, ExportResult, export_drafter
 
 
@@ -12,6 +12,5 @@ __all__ = [
     "TargetOfExport",
     "export_drafter",
     "hub_id_of",
-    "load_for_export",
     "read_target",
 ]

@@ -54,6 +54,7 @@ def write_card(
     target_architectures: Sequence[str] = (),
     license: str | None = None,
     draws_curve: bool = True,
+    is_adapter: bool = False,
 ) -> None:
     """
     Write `README.md`, and the picture of the training curve where there is one to draw.
@@ -67,6 +68,7 @@ def write_card(
         target_id (`str`, *optional*), target_architectures (`Sequence[str]`, *optional*): The target.
         license (`str`, *optional*): Licence of the drafter, as its author gives it; never guessed from data or target.
         draws_curve (`bool`, *optional*, defaults to `True`): Draw the curve; else it is a table in the card.
+        is_adapter (`bool`, *optional*, defaults to `False`): Whether the folder holds a LoRA adapter, which no engine reads.
 
     Raises:
         ValueError: If an id is no Hub id, or the record is another drafter's or holds what must not be published. Nothing is
@@ -87,7 +89,8 @@ def write_card(
         **measured_facts(record, config),
     )
     content = _content(config, record, serving, repo_id=repo_id, target_id=target_id, layouts=layouts)
-    content |= {"has_curve": draws_curve and _draw_curve(stages, folder), "notes": _earlier_notes(folder)}
+    has_curve = draws_curve and _draw_curve(stages, folder)
+    content |= {"has_curve": has_curve, "notes": _earlier_notes(folder), "is_adapter": is_adapter}
     card = ModelCard.from_template(
         _metadata(family, layouts, stages, target_id, serving["readers"], license),
         template_path=str(Path(__file__).parent / "card.md.jinja"),

@@ -1,10 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What an export starts from: a drafter, with any LoRA adapter merged into it, and what it needs of the target, its config and
-its embedding. The target's model is never built: one tensor of its file is read.
+What an export needs of the target: its config and its embedding. The target's model is never built: one tensor of its file is
+read.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..drafters.auto import AutoDrafter
-from ..drafters.base import Drafter
 from ..drafters.importing import INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
 from ..drafters.target_shape import text_config
 
 
-ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # How families name their input embedding; the head and position embeddings have other names.
 _EMBEDDING_NAME = re.compile(r"(.+\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight")
 # Config entries by which a family scales its embeddings, and the family that does so without one.
@@ -113,42 +109,3 @@ def embedding_scale(target_config: PreTrainedConfig) -> str | None:
     if target_config.model_type.startswith(_SCALED_FAMILIES):
         return f"model_type={target_config.model_type}"
     return None
-
-
-def load_for_export(
-    name_or_path: str | Path, *, num_target_layers: int | None = None, base: str | Path | None = None
-) -> Drafter:
-    """
-    Load a drafter from any checkpoint; a folder with a LoRA adapter is merged into the drafter it was trained on.
-
-    Args:
-        name_or_path (`str` or `Path`): Folder or Hub id of a drafter, or folder of a PEFT adapter.
-        num_target_layers (`int`, *optional*): See [`AutoDrafter`].
-        base (`str` or `Path`, *optional*): The drafter under the adapter; the one its config names by default.
-
-    Raises:
-        ImportError: If there is an adapter and PEFT is not installed.
-        ValueError: If the adapter names no drafter or is pickled, or the checkpoint cannot be read.
-        OSError: If a folder or file is missing.
-    """
-    adapter = Path(name_or_path) / ADAPTER_FILE
-    if not adapter.is_file():
-        return AutoDrafter.from_pretrained(name_or_path, num_target_layers=num_target_layers)
-    base = base or json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{str(adapter)!r} names no `base_model_name_or_path`. Give the drafter under the adapter: `--base`."
-        )
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError(
-            f"{str(name_or_path)!r} holds a LoRA adapter, and merging it needs PEFT: `pip install trl-draft-opd[peft]`."
-        ) from error
-    if not (Path(name_or_path) / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(
-            f"{str(name_or_path)!r} has no {ADAPTER_WEIGHTS}. Adapters are read from safetensors alone, because pickled ones can carry code: "
-            "save it again with `save_pretrained`."
-        )
-    drafter = AutoDrafter.from_pretrained(base, num_target_layers=num_target_layers)
-    return PeftModel.from_pretrained(drafter, str(name_or_path)).merge_and_unload()

@@ -5,7 +5,7 @@ Draft-OPD: on-policy distillation of a drafter from the target, on the states it
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -30,6 +30,7 @@ from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
 from ..target import FrozenTarget, TargetReading
+from .adapters import adapt_drafter
 from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
@@ -45,6 +46,10 @@ from .setup import (
     require_tokenizer,
 )
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class DraftOPDTrainer(PublishingTrainer):
@@ -85,6 +90,9 @@ class DraftOPDTrainer(PublishingTrainer):
             The target's tokenizer; loaded beside the target by default.
         callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says otherwise. Checkpoints
+            hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
 
     Raises:
         ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the way out.
@@ -106,6 +114,7 @@ class DraftOPDTrainer(PublishingTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: "PeftConfig | None" = None,
     ):
         args = args or DraftOPDConfig("drafter-opd")
         self.target = load_target(target_model, args, processing_class)
@@ -113,7 +122,7 @@ class DraftOPDTrainer(PublishingTrainer):
         # Replay of first rejections reads committed text alone; else a target that cannot branch is refused before a rollout.
         if not is_forward_only or eval_dataset is not None:
             self.target.require_rollback()
-        drafter = load_drafter(model, self.target, args)
+        drafter = adapt_drafter(load_drafter(model, self.target, args), peft_config, seed=args.seed)
         self._prepare_publishing(args, drafter)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
@@ -155,7 +164,6 @@ class DraftOPDTrainer(PublishingTrainer):
         )
         self._redirect = _ForwardRedirection()
         self._console = Console()
-        self.model.add_model_tags(self._tag_names)
 
     def _prepare_dataset(
         self,

@@ -5,7 +5,7 @@ Supervised training of a drafter on text its target wrote.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -19,6 +19,7 @@ from ..drafters.base import Drafter
 from ..draws import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
+from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
 from .publishing import PublishingTrainer
 from .responses import answer_all
@@ -31,6 +32,10 @@ from .setup import (
     require_tokenizer,
 )
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class DraftSFTTrainer(PublishingTrainer):
@@ -67,6 +72,9 @@ class DraftSFTTrainer(PublishingTrainer):
             The target's tokenizer; loaded beside the target by default.
         callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says otherwise. Checkpoints
+            hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
 
     Raises:
         ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the way out.
@@ -88,13 +96,14 @@ class DraftSFTTrainer(PublishingTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: "PeftConfig | None" = None,
     ):
         args = args or DraftSFTConfig("drafter-sft")
         self.target = load_target(target_model, args, processing_class)
         if eval_dataset is not None and args.eval_rollouts:
             # Now rather than after the first epoch.
             self.target.require_rollback()
-        drafter = load_drafter(model, self.target, args)
+        drafter = adapt_drafter(load_drafter(model, self.target, args), peft_config, seed=args.seed)
         self._prepare_publishing(args, drafter)
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
@@ -126,7 +135,6 @@ class DraftSFTTrainer(PublishingTrainer):
         )
         check_launch(self.accelerator, args.n_gpu)
         self._redirect = _ForwardRedirection()
-        self.model.add_model_tags(self._tag_names)
 
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset | None, args: DraftSFTConfig, drafter: Drafter

@@ -42,6 +42,7 @@ from ..export.record import (
 )
 from ..rollout.types import Rollout
 from ..target import FrozenTarget
+from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig
 from .guard import check_weights
 from .metrics import MetricSums, rollout_sums
@@ -113,6 +114,8 @@ class PublishingTrainer(ResumingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_adapter_launch(self.model, self.accelerator)
+        self.model.add_model_tags(self._tag_names)
         # Now rather than at the first save: what could not be written into the record.
         record = self.training_record()
         TrainingRecord.from_dict(replace(record, stages=[*record.stages, self._stage(None)]).to_dict())
@@ -243,7 +246,7 @@ class PublishingTrainer(ResumingTrainer):
         return StageRecord(
             method=self._method,
             steps=self._steps_done,
-            settings=recorded_settings(self.args),
+            settings=recorded_settings(self.args) | adapter_settings(self.accelerator.unwrap_model(self.model)),
             dataset=DatasetFacts(
                 hub_id_of(dataset_name) if dataset_name else self.args.dataset_id,
                 self.args.dataset_license,
@@ -290,7 +293,7 @@ class PublishingTrainer(ResumingTrainer):
         """Write the drafter with its record and card. In place of transformers' own, which pickles the arguments beside it, token and all."""
         folder = Path(output_dir or self.args.output_dir)
         drafter = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        drafter.save_pretrained(folder, state_dict=state_dict)
+        save_drafter(drafter, folder, state_dict)
         write_record(self.training_record(), folder)
         if notes_of is not None and (notes_of / CARD_FILE).is_file():
             # The new card keeps the notes people wrote into the earlier one.
@@ -340,7 +343,7 @@ class PublishingTrainer(ResumingTrainer):
             ValueError: If the target has no Hub id to be named by.
         """
         folder = Path(folder) if folder is not None else Path(self.args.output_dir) / PUBLICATION
-        drafter = self.accelerator.unwrap_model(self.model)
+        drafter = merged_drafter(self.accelerator.unwrap_model(self.model))
         target_id = require_target_id(self.args, self.target)
         repo_id = self.hub_model_id or repository_name(self.args, drafter)
         export_drafter(
@@ -375,9 +378,11 @@ class PublishingTrainer(ResumingTrainer):
     ) -> None:
         """Write the card of a checkpoint, which has the flat layout's names."""
         target_id = target_id_of(self.args, self.target)
+        drafter = self.accelerator.unwrap_model(self.model)
         write_card(
             folder,
-            config=flat_config(self.accelerator.unwrap_model(self.model), target_id=target_id, dtype=torch.float32),
+            config=flat_config(drafter, target_id=target_id, dtype=torch.float32),
+            is_adapter=is_adapted(drafter),
             record=self.training_record(dataset_name=dataset_name),
             license=license or self.args.hub_license,
             repo_id=self.hub_model_id or self.args.hub_model_id,

@@ -227,6 +227,12 @@ def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> None:
     args.torch_compile_backend = args.torch_compile_mode = None
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a launch splits the drafter's weights between ranks: FSDP or DeepSpeed ZeRO-3."""
+    plugin = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+
+
 def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
     """
     Refuse launches under which a step would not compute what it says.
@@ -239,9 +245,7 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
             f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with `accelerate launch`, or "
             "show one GPU with CUDA_VISIBLE_DEVICES."
         )
-    plugin = accelerator.state.deepspeed_plugin
-    is_zero3 = plugin is not None and plugin.zero_stage == 3
-    if accelerator.distributed_type == DistributedType.FSDP or is_zero3:
+    if is_sharded(accelerator):
         raise ValueError(
             "Sharding the drafter (FSDP, ZeRO-3) is not supported: rollouts call it outside of its wrapper. Drafters are small; use plain "
             "data parallelism or ZeRO-2."

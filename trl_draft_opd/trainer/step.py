@@ -8,6 +8,7 @@ Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = dr
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..anchors import AnchorBatch
 from ..drafters.base import Drafter
@@ -153,7 +154,7 @@ def step_loss(
     hidden = drafter.draft_hidden(
         reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed
     )
-    own_head = Head.linear(drafter.lm_head.weight) if drafter.owns_head else None
+    own_head = _own_head(drafter, target) if drafter.owns_head else None
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
     total_weight = sum(settings[name].weight for name in STREAMS if name in settings)
     factors = None
@@ -189,6 +190,18 @@ def step_loss(
         loss = loss + scale * rows.total
         sums |= _stream_sums(name, rows, weights[picked], drafter)
     return StepLoss(loss, sums)
+
+
+def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:
+    """Return the head of a family that has one; an adapter around it is applied and trained."""
+    head = drafter.lm_head
+    if type(head) is nn.Linear:
+        return Head.linear(head.weight)
+    # Base and adapter product, the scaled one, their sum; the gradient overwrites the sum, which no backward pass reads.
+    trained = tuple(parameter for parameter in head.parameters() if parameter.requires_grad)
+    return Head(
+        lambda hidden: drafter.draft_logits(hidden, target.project), trained, drafter.config.draft_vocab_size, 4
+    )
 
 
 def _stream_mask(anchors: AnchorBatch, stream: str) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.importing import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.importing_config import parse_drafter_config
-from ..export import PUBLISHED_NAMES, load_for_export, read_target
+from ..export import PUBLISHED_NAMES, read_target
 from ..export.rules import check_folder
 from ..export.serving import SERVING_FILE
 from ..target import FrozenTarget
@@ -219,7 +219,11 @@ def _compare_with_training(gate: _Gate, checkpoint: str | Path | None) -> None:
         estimator, remark = scene.drafter, "replay of the target's text with the published weights"
         _look_for_suspects(gate)
     else:
-        trained = load_for_export(checkpoint, num_target_layers=scene.target.num_layers).to(scene.target.device).eval()
+        trained = (
+            AutoDrafter.from_pretrained(checkpoint, num_target_layers=scene.target.num_layers)
+            .to(scene.target.device)
+            .eval()
+        )
         estimator, remark = (
             _hold_to_checkpoint(gate, trained),
             "replay of the target's text with the checkpoint's weights",

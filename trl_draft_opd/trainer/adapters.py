@@ -1,0 +1,238 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Training a LoRA adapter in place of the whole drafter: make it, save it, load its weights, merge it.
+
+An adapted drafter is a [`~peft.PeftModel`], which hands every call it does not know on to the drafter inside, whose layers apply the
+adapter. So whatever calls the drafter's layers as modules respects it, and nothing else in training has to know.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..drafters.auto import AutoDrafter
+from ..drafters.base import Drafter
+from ..drafters.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
+from .setup import is_sharded
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+
+# Fields of a `LoraConfig` that training, saving and merging here respect; any other one must be left at its default.
+_SUPPORTED = frozenset(
+    "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora lora_bias init_lora_weights "
+    "rank_pattern alpha_pattern layers_to_transform layers_pattern task_type peft_type peft_version auto_mapping "
+    "base_model_name_or_path revision inference_mode".split()
+)
+# The others rewrite the drafter's own weights, so that the adapter's file would not fit the drafter it names.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# What a training record says of an adapter, and the field it is in.
+_RECORDED = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+
+
+def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: int) -> "Drafter | PeftModel":
+    """
+    Put a fresh adapter into a drafter's layers and freeze everything else.
+
+    Args:
+        drafter ([`Drafter`]):
+            The drafter, as it lies in the folder or repository that its config names: an adapter's file is worth nothing without.
+        peft_config ([`~peft.LoraConfig`] or `None`):
+            The adapter; not changed. Without `target_modules`, or with `"all-linear"`, it goes into every linear layer but the head.
+            `None` returns the drafter as it is.
+        seed (`int`): Of the adapter's initial weights.
+
+    Returns:
+        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter does, bit for bit.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If the config is of a kind that a drafter cannot take, names layers that it does not have, or the drafter differs
+            from what its config names.
+    """
+    if peft_config is None:
+        return drafter
+    peft = require_peft("Training with `peft_config`")
+    config = _checked(peft_config, drafter, peft.LoraConfig)
+    base = _checked_base(drafter)
+    # The draws must not move those of whatever is made next; adapters are made on the CPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(drafter, config)
+    # PEFT looks for it where drafters do not have it.
+    adapted.peft_config["default"].base_model_name_or_path = base
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ValueError("`peft_config` has `inference_mode=True`, so nothing would be trained. Leave it out.")
+    return adapted
+
+
+def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[LoraConfig]") -> "LoraConfig":
+    """Return a copy of a config that a drafter can take, its layers named; raise `ValueError` if it is none."""
+    if getattr(peft_config, "is_prompt_learning", False) or not isinstance(peft_config, lora_config):
+        raise ValueError(
+            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` alone: it reads the target's hidden states, "
+            "to which no prompt can be added, and what is published is the drafter with the adapter merged in."
+        )
+    if peft_config.task_type is not None:
+        raise ValueError(
+            f"`peft_config` has task_type {peft_config.task_type!r}, for which PEFT expects a model that generates or classifies. A drafter is "
+            "neither: leave `task_type` out."
+        )
+    defaults = lora_config()
+    names = [field.name for field in dataclasses.fields(peft_config) if field.name not in _SUPPORTED]
+    unknown = [name for name in names if getattr(peft_config, name) != getattr(defaults, name, None)]
+    if unknown:
+        raise ValueError(f"`peft_config` sets {unknown}, which drafters do not support. Leave them at their defaults.")
+    if peft_config.init_lora_weights not in _INITIALISATIONS:
+        raise ValueError(
+            f"`init_lora_weights` {peft_config.init_lora_weights!r} rewrites the drafter's own weights, which the adapter's file does not hold. "
+            f"Use one of {_INITIALISATIONS}."
+        )
+    config = copy.deepcopy(peft_config)
+    linear = {name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)}
+    if config.target_modules in (None, "all-linear"):
+        config.target_modules = sorted({name.split(".")[-1] for name in linear} - {"lm_head"})
+    asked = {"target_modules": linear, "modules_to_save": {name for name, _ in drafter.named_modules()}}
+    for setting, known in asked.items():
+        wanted = getattr(config, setting) or ()
+        # A regular expression is PEFT's to match; it raises where nothing fits.
+        missing = [] if isinstance(wanted, str) else [name for name in wanted if not _names_any(name, known)]
+        if missing:
+            leaves = sorted({name.split(".")[-1] for name in known if name} - {str(i) for i in range(len(known))})
+            raise ValueError(
+                f"`{setting}` names {sorted(missing)}, which this {drafter.config.family} drafter does not have. It has {leaves}."
+            )
+    if config.modules_to_save and drafter.dtype != torch.float32:
+        raise ValueError(
+            f"`modules_to_save` trains whole layers in float32, but the drafter is in {drafter.dtype}. Load it in float32, or use "
+            "`target_modules` alone."
+        )
+    return config
+
+
+def _names_any(name: str, modules: set[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for module in modules)
+
+
+def _checked_base(drafter: Drafter) -> str:
+    """Return the folder or id a drafter was loaded from, having held the drafter to it; raise `ValueError` if it is not what lies there."""
+    name = drafter.config.name_or_path
+    way_out = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model`."
+    if not name:
+        raise ValueError(
+            f"With `peft_config` only the adapter is saved, which is worth nothing without the drafter it was trained on, and this one was never saved. {way_out}"
+        )
+    own = drafter.state_dict()
+    there = AutoDrafter.from_pretrained(
+        name, dtype=drafter.dtype, num_target_layers=drafter.config.num_target_layers
+    ).state_dict()
+    if own.keys() != there.keys() or any(not torch.equal(own[key].cpu(), there[key]) for key in own):
+        raise ValueError(
+            f"With `peft_config` only the adapter is saved, but the drafter has been trained since it was loaded from {name!r}: the adapter would not "
+            f"fit what lies there. {way_out}"
+        )
+    return name
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a drafter without its distributed wrapper has an adapter."""
+    return hasattr(model, "peft_config")
+
+
+def check_adapter_launch(model: nn.Module, accelerator: Accelerator) -> None:
+    """
+    Refuse to shard an adapted drafter.
+
+    Raises:
+        ValueError: Under FSDP or DeepSpeed ZeRO-3.
+    """
+    if is_adapted(model) and is_sharded(accelerator):
+        raise ValueError(
+            "`peft_config` under FSDP or ZeRO-3 is not supported: adapters are small, and what they leave frozen needs no optimiser state to "
+            "shard. Launch with plain data parallelism (DDP) or ZeRO-2."
+        )
+
+
+def merged_drafter(model: "Drafter | PeftModel") -> Drafter:
+    """Return a drafter with its adapter, if it has one, merged into a copy; `model` goes on training as it is."""
+    return merge(model) if is_adapted(model) else model
+
+
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what a training record says of an adapter: nothing where there is none."""
+    if not is_adapted(model):
+        return {}
+    config = model.peft_config["default"]
+    return {name: getattr(config, field) for name, field in _RECORDED.items()}
+
+
+def save_drafter(
+    model: "Drafter | PeftModel", folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """
+    Save a drafter; of an adapted one the adapter alone, in PEFT's own files, beside the drafter's config.
+
+    Args:
+        model ([`Drafter`] or [`~peft.PeftModel`]): What is trained, without its distributed wrapper.
+        folder (`Path`): An existing folder.
+        state_dict (`dict`, *optional*): The model's, where it had to be gathered.
+    """
+    if not is_adapted(model):
+        model.save_pretrained(folder, state_dict=state_dict)
+        return
+    # Not `PeftModel.save_pretrained`: it writes a card of its own, and the whole head where the adapter touches it.
+    tensors = _adapter_tensors(model, state_dict)
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    # What it says of the target is this training's, not the base's.
+    model.config.save_pretrained(folder)
+
+
+def _adapter_tensors(model: "PeftModel", state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    peft = require_peft("Saving an adapter")
+    tensors = peft.get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_adapter_weights(model: "PeftModel", folder: str | Path) -> None:
+    """
+    Load the weights of an adapter saved by [`save_drafter`] into an adapted drafter.
+
+    Args:
+        model ([`~peft.PeftModel`]): The drafter, with an adapter of the same config.
+        folder (`str` or `Path`): A checkpoint.
+
+    Raises:
+        FileNotFoundError: If the folder has no adapter.
+        ValueError: If its tensors are not those of the model's adapter.
+    """
+    path = Path(folder) / ADAPTER_WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {ADAPTER_WEIGHTS_FILE}. Was it trained without `peft_config`?"
+        )
+    tensors, own = load_file(path), _adapter_tensors(model)
+    shapes, wanted = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, own))
+    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    if wrong:
+        raise ValueError(
+            f"The adapter in {str(folder)!r} has another `peft_config` than this run: {len(wrong)} tensors differ in name or shape, the first is "
+            f"{wrong[0]!r} ({shapes.get(wrong[0])} there, {wanted.get(wrong[0])} here)."
+        )
+    require_peft("Loading an adapter").set_peft_model_state_dict(model, tensors)
