@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..loading import loading_whole
 from .importing import CheckpointSource, read_drafter_config, read_drafter_tensors
 
 
@@ -327,5 +328,6 @@ class Drafter(PreTrainedModel):
     def resolve_target(target: Any) -> PreTrainedModel:
         """Return the causal language model behind an id, a path, a model or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
-            return AutoModelForCausalLM.from_pretrained(target)
+            with loading_whole():
+                return AutoModelForCausalLM.from_pretrained(target)
         return target if isinstance(target, PreTrainedModel) else target.causal_lm

@@ -41,6 +41,7 @@ from ..export.record import (
 from ..rollout.types import Rollout
 from ..target import FrozenTarget
 from .common_config import DraftTrainingConfig
+from .launch import evaluating_before_training
 from .metrics import MetricSums, rollout_sums
 
 
@@ -158,7 +159,10 @@ class PublishingTrainer(_BaseTrainer):
     ) -> EvalLoopOutput:
         """Evaluate one dataset and add the metrics gathered on it, under its own prefix, tau with its 95 % interval."""
         self._sums["eval"], self._eval_rows = MetricSums(), []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with evaluating_before_training(self):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         metrics = self._sums["eval"].pop()
         # Ranks whose share is short decode some prompts again, which count once.
         rows = {row.sample_id: row for row in gather_object(self._eval_rows)}

@@ -6,7 +6,6 @@ What both trainers do before the first step: load the pair, check that it belong
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -150,27 +149,6 @@ def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> None:
             )
     # Else accelerate would compile the model as a whole, whose forward is redirected to the training step.
     args.torch_compile_backend = args.torch_compile_mode = None
-
-
-def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
-    """
-    Refuse launches under which a step would not compute what it says.
-
-    Raises:
-        ValueError: With several visible GPUs in one process, under FSDP, or under DeepSpeed ZeRO-3.
-    """
-    if num_visible_gpus > 1:
-        raise ValueError(
-            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with `accelerate launch`, or "
-            "show one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    plugin = accelerator.state.deepspeed_plugin
-    is_zero3 = plugin is not None and plugin.zero_stage == 3
-    if accelerator.distributed_type == DistributedType.FSDP or is_zero3:
-        raise ValueError(
-            "Sharding the drafter (FSDP, ZeRO-3) is not supported: rollouts call it outside of its wrapper. Drafters are small; use plain "
-            "data parallelism or ZeRO-2."
-        )
 
 
 def check_finite(loss: torch.Tensor, sample_ids: torch.Tensor, global_step: int) -> None:
