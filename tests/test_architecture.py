@@ -20,6 +20,7 @@ CODE = (PACKAGE, "examples", "benchmarks")
 # A file imports only from lower floors, or from its own folder.
 FLOORS = {
     "chats": 0,
+    "loading": 0,
     "_trl": 1,
     "data": 1,
     "drafters": 1,

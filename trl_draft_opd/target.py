@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 
 from ._trl import create_model_from_path
 from .drafters.target_shape import text_config
+from .loading import loading_whole
 from .target_rows import branch_mask, pad_rows, refuse_not_finite, rows_of_similar_width
 
 
@@ -136,7 +137,8 @@ class FrozenTarget:
                 )
             return cls(target, tokenizer)
         options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}
-        model = create_model_from_path(str(target), **options | (init_kwargs or {}))
+        with loading_whole():
+            model = create_model_from_path(str(target), **options | (init_kwargs or {}))
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(target), revision=revision, trust_remote_code=trust_remote_code

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..loading import loading_whole
 from .importing import CheckpointSource, read_drafter_config, read_drafter_tensors
 
 
@@ -342,5 +343,6 @@ class Drafter(PreTrainedModel):
     def resolve_target(target: Any) -> PreTrainedModel:
         """Return the causal language model behind an id, a path, a model or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
-            return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
+            with loading_whole():
+                return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
         return target if isinstance(target, PreTrainedModel) else target.causal_lm

@@ -34,17 +34,18 @@ from .adapters import adapt_drafter
 from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
+from .launch import check_launch, loss_entry, prepare_drafter
 from .metrics import rollout_sums
 from .publishing import PublishingTrainer
 from .responses import ResponseSource
 from .setup import (
-    check_launch,
     check_mask_token,
     compile_drafter,
     load_drafter,
     load_target,
     require_tokenizer,
 )
+from .sharding import whole_drafter
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
@@ -154,6 +155,7 @@ class DraftOPDTrainer(PublishingTrainer):
             optimizers=optimizers,
         )
         check_launch(self.accelerator, args.n_gpu)
+        prepare_drafter(self.accelerator, self.model)
         self._responses = ResponseSource(
             self.target,
             args,
@@ -220,9 +222,11 @@ class DraftOPDTrainer(PublishingTrainer):
             # A run that goes on checks again, and logs what the uninterrupted one would have.
             if is_first and self._resumed is None:
                 self._sums["train"].add({"response_mismatch": (self._responses.audit.share, 1.0)})
-            prepared = self._replay(texts, epoch)
+            with whole_drafter(self.accelerator, self.model):
+                prepared = self._replay(texts, epoch)
         else:
-            prepared = [self._roll_out_live(batch, epoch) for batch in batches]
+            with whole_drafter(self.accelerator, self.model):
+                prepared = [self._roll_out_live(batch, epoch) for batch in batches]
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
         if prepared and self._is_logging_step():
@@ -358,13 +362,21 @@ class DraftOPDTrainer(PublishingTrainer):
                 "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
             )
         with self.accelerator.autocast():
-            result = self._redirect(
-                model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch
+            entry = loss_entry(self.accelerator)
+            loss, sums = self._redirect(
+                model, self.accelerator.unwrap_model(model), self._loss_parts, entry, inputs, num_items_in_batch
             )
-        self._guard.note_loss(result.loss, inputs["sample_ids"])
-        self._sums["train"].add(result.sums)
-        # DDP averages gradients over ranks, the weight sums already cover all of them.
-        return result.loss * self.accelerator.num_processes
+        self._guard.note_loss(loss, inputs["sample_ids"])
+        self._sums["train"].add(sums)
+        # Wrappers average gradients over ranks, the weight sums already cover all of them.
+        return loss * self.accelerator.num_processes
+
+    def _loss_parts(
+        self, entry: torch.Tensor, inputs: dict[str, Any], sums: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+        """Return the loss in a tuple, where the wrappers of sharded drafters find it; `entry` is `loss_entry`'s."""
+        result = self._step_loss(inputs, sums)
+        return result.loss + entry, result.sums
 
     def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
         rollout: Rollout = inputs["rollout"]
@@ -392,7 +404,10 @@ class DraftOPDTrainer(PublishingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
-        inputs = self._prepare_inputs(inputs)
+        with whole_drafter(self.accelerator, self.model):
+            return self._measure(self._prepare_inputs(inputs)), None, None
+
+    def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
         drafter = self.accelerator.unwrap_model(self.model)
         # Epoch 0, so that every evaluation draws alike.
         keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())
@@ -406,4 +421,4 @@ class DraftOPDTrainer(PublishingTrainer):
             result = self._step_loss({"rollout": rollout, "anchors": anchors, "reading": None}, sums)
         self._sums["eval"].add(result.sums)
         self._count_rollout(rollout, prompt_rows(inputs), inputs["sample_ids"].tolist())
-        return result.loss.detach(), None, None
+        return result.loss.detach()

@@ -21,16 +21,17 @@ from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
 from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
+from .launch import check_launch, loss_entry, prepare_drafter
 from .publishing import PublishingTrainer
 from .responses import answer_all
 from .setup import (
-    check_launch,
     check_mask_token,
     compile_drafter,
     load_drafter,
     load_target,
     require_tokenizer,
 )
+from .sharding import whole_drafter
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
@@ -134,6 +135,7 @@ class DraftSFTTrainer(PublishingTrainer):
             optimizers=optimizers,
         )
         check_launch(self.accelerator, args.n_gpu)
+        prepare_drafter(self.accelerator, self.model)
         self._redirect = _ForwardRedirection()
 
     def _prepare_dataset(
@@ -200,13 +202,21 @@ class DraftSFTTrainer(PublishingTrainer):
                 "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
             )
         with self.accelerator.autocast():
-            result = self._redirect(
-                model, self.accelerator.unwrap_model(model), self._step_loss, inputs, num_items_in_batch
+            entry = loss_entry(self.accelerator)
+            loss, sums = self._redirect(
+                model, self.accelerator.unwrap_model(model), self._loss_parts, entry, inputs, num_items_in_batch
             )
-        self._guard.note_loss(result.loss, inputs["sample_ids"])
-        self._sums["train"].add(result.sums)
-        # DDP averages gradients over ranks, the weight sums already cover all of them.
-        return result.loss * self.accelerator.num_processes
+        self._guard.note_loss(loss, inputs["sample_ids"])
+        self._sums["train"].add(sums)
+        # Wrappers average gradients over ranks, the weight sums already cover all of them.
+        return loss * self.accelerator.num_processes
+
+    def _loss_parts(
+        self, entry: torch.Tensor, inputs: dict[str, Any], sums: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+        """Return the loss in a tuple, where the wrappers of sharded drafters find it; `entry` is `loss_entry`'s."""
+        result = self._step_loss(inputs, sums)
+        return result.loss + entry, result.sums
 
     def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
         return step_loss(
@@ -232,7 +242,10 @@ class DraftSFTTrainer(PublishingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss on a batch's text, and add tau and acceptance on its prompts to the metrics."""
-        inputs = self._prepare_inputs(inputs)
+        with whole_drafter(self.accelerator, self.model):
+            return self._measure(self._prepare_inputs(inputs)), None, None
+
+    def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
         # Epoch 0, so that every evaluation looks at the same anchors.
         inputs["anchors"] = self._sample_anchors(inputs, epoch=0)
         drafter = self.accelerator.unwrap_model(self.model)
@@ -254,7 +267,7 @@ class DraftSFTTrainer(PublishingTrainer):
             with self.accelerator.autocast():
                 rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, keys)
             self._count_rollout(rollout, self._prompts(inputs), inputs["sample_ids"].tolist())
-        return result.loss.detach(), None, None
+        return result.loss.detach()
 
     @staticmethod
     def _prompts(inputs: dict[str, torch.Tensor]) -> list[list[int]]:

@@ -45,6 +45,7 @@ from ..target import FrozenTarget
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig
 from .guard import check_weights
+from .launch import evaluating_before_training
 from .metrics import MetricSums, rollout_sums
 from .resuming import ResumingTrainer
 from .sharding import full_weights
@@ -157,7 +158,10 @@ class PublishingTrainer(ResumingTrainer):
     ) -> EvalLoopOutput:
         """Evaluate one dataset and add the metrics gathered on it, under its own prefix, tau with its 95 % interval."""
         self._sums["eval"], self._eval_rows = MetricSums(), []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with evaluating_before_training(self):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         metrics = self._sums["eval"].pop()
         # Ranks whose share is short decode some prompts again, which count once.
         rows = {row.sample_id: row for row in gather_object(self._eval_rows)}

@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 from .._trl import _BaseTrainer
 from ..drafters.importing import SAFETENSORS_FILE
 from ..target import FrozenTarget
+from .adapters import is_adapted, load_adapter_weights
 from .checkpoints import (
     Checkpoint,
     DamagedCheckpoint,
@@ -317,7 +318,11 @@ class ResumingTrainer(_BaseTrainer):
         self._load_shared_state(state.shared)
 
     def _load_weights(self, folder: Path) -> None:
-        """Load the drafter of a checkpoint. Collective."""
+        """Load the drafter of a checkpoint, or its adapter. Collective."""
+        drafter = self.accelerator.unwrap_model(self.model)
+        if is_adapted(drafter):
+            load_adapter_weights(drafter, folder)
+            return
         load_full_weights(self.accelerator, self.model_wrapped, load_file(folder / SAFETENSORS_FILE))
 
     def _own_state(self, state: RunState) -> RankState:

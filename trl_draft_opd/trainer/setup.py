@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -225,28 +224,3 @@ def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> None:
             )
     # Else accelerate would compile the model as a whole, whose forward is redirected to the training step.
     args.torch_compile_backend = args.torch_compile_mode = None
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a launch splits the drafter's weights between ranks: FSDP or DeepSpeed ZeRO-3."""
-    plugin = accelerator.state.deepspeed_plugin
-    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
-
-
-def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
-    """
-    Refuse launches under which a step would not compute what it says.
-
-    Raises:
-        ValueError: With several visible GPUs in one process, under FSDP, or under DeepSpeed ZeRO-3.
-    """
-    if num_visible_gpus > 1:
-        raise ValueError(
-            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with `accelerate launch`, or "
-            "show one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    if is_sharded(accelerator):
-        raise ValueError(
-            "Sharding the drafter (FSDP, ZeRO-3) is not supported: rollouts call it outside of its wrapper. Drafters are small; use plain "
-            "data parallelism or ZeRO-2."
-        )

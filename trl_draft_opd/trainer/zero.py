@@ -45,7 +45,7 @@ def gathered(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     if not sharded:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(sharded):
         yield
@@ -65,7 +65,7 @@ def load_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Write a whole value, the same on every rank, into a parameter and its master. Collective."""
     value = value.to(parameter.device)
     if is_sharded(parameter):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value)

@@ -191,7 +191,8 @@ class DFlashDraftModel(Drafter):
         anchors = anchor_positions.clamp(min=1)
         # The block is as wide as `propose` makes it, however few slots are asked for: slots see the masks behind them.
         noise_embeds = self._noise_embeds(input_ids.gather(1, anchors), self.config.block_size - 1, embed)
-        output = self(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchor_positions)
+        # Not `self(...)`: the hooks of a sharded drafter fire on the wrapper around the whole step, and must not fire again.
+        output = self.forward(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchor_positions)
         return output.last_hidden_state.unflatten(1, (anchors.shape[1], -1))[:, :, 1 : 1 + drafts.shape[-1]]
 
     def forward(

@@ -227,7 +227,8 @@ class Eagle3DraftModel(Drafter):
         drafts: torch.Tensor,
         embed: Embed,
     ) -> torch.Tensor:
-        return self(target_features, input_ids, anchor_positions, drafts, embed)
+        # Not `self(...)`: the hooks of a sharded drafter fire on the wrapper around the whole step, and must not fire again.
+        return self.forward(target_features, input_ids, anchor_positions, drafts, embed)
 
     def forward(
         self,

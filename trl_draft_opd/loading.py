@@ -1,0 +1,34 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Load transformers' models whole on every rank, whatever the launcher says. Knows no target and no drafter.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils import disable_fsdp_ram_efficient_loading
+from transformers.integrations import deepspeed
+from transformers.modeling_utils import is_fsdp_enabled
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """
+    Have `from_pretrained` load whole weights on every rank while the context lasts.
+
+    Under ZeRO-3 it would cut every model in pieces, the frozen target too, and under FSDP's sparing way of loading only the first
+    rank would read the file; that way stays off, because our drafters are sharded from whole weights.
+    """
+    if is_fsdp_enabled():
+        disable_fsdp_ram_efficient_loading()
+    # transformers holds it weakly and has no public way to ask for it; without one, nothing is cut.
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    if config is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)

@@ -1,0 +1,133 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+How a launch treats the drafter: refused where a step would not compute what it says, cut into shards as one unit otherwise.
+
+Our steps and rollouts call a drafter's methods and never its layers' own `forward`, so hooks on layers would never fire. The
+drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whatever the launcher's wrapping policy says.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import Trainer
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a launch splits the drafter's weights between ranks: FSDP or DeepSpeed ZeRO-3."""
+    plugin = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+
+
+def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
+    """
+    Refuse launches under which a step would not compute what it says.
+
+    Raises:
+        ValueError: With several visible GPUs in one process, under FSDP's first version, with FSDP's offloading or activation
+            checkpointing, or under DeepSpeed without ZeRO or with states on NVMe.
+    """
+    if num_visible_gpus > 1:
+        raise ValueError(
+            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with `accelerate launch`, or "
+            "show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_fsdp(accelerator)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
+        devices = {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
+        if plugin.zero_stage == 0 or "nvme" in devices:
+            raise ValueError(
+                f"DeepSpeed with `zero_stage` {plugin.zero_stage} and states on {sorted(devices)} is not supported. Use ZeRO stage 1, 2 or 3 "
+                "with states on the device or the CPU, or plain data parallelism: examples/accelerate_configs has all of them."
+            )
+
+
+def _check_fsdp(accelerator: Accelerator) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in the accelerate config, as "
+            "examples/accelerate_configs/fsdp2.yaml does."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "`fsdp_activation_checkpointing: true` wraps layers that training calls in parts. Set it to false in the accelerate config."
+        )
+    if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
+        raise ValueError(
+            "`fsdp_offload_params: true` is not supported: a drafter is small, and its rollouts would fetch it every time. Set it to false "
+            "in the accelerate config."
+        )
+
+
+def prepare_drafter(accelerator: Accelerator, model: nn.Module) -> None:
+    """
+    Put the drafter on its device with the first rank's weights, and tell the wrapper to come that it is one unit. Collective.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        model (`nn.Module`): The drafter, not wrapped yet.
+    """
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        # FSDP2 takes each rank's own. Loaded ones are equal anyway; fresh ones are where every rank has the same seed.
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                broadcast(tensor.data, from_process=0)
+    if accelerator.is_fsdp2:
+        _shard_as_one(accelerator, model)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [type(model)])
+
+
+def _shard_as_one(accelerator: Accelerator, model: nn.Module) -> None:
+    """Shard the drafter as a single unit of FSDP2; accelerate leaves a sharded model as it is."""
+    mesh = accelerator.torch_device_mesh
+    if mesh is not None:
+        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    else:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # Parameters stay in float32 under autocast, as they do under DDP. The backward pass follows the forward pass at once.
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
+    # It would look for the classes it names in the drafter, and fail.
+    accelerator.state.fsdp_plugin.auto_wrap_policy = None
+    # Prepared as far as an evaluation before training is concerned, for which accelerate would ask for an optimizer.
+    accelerator._models.append(model)
+
+
+@contextmanager
+def evaluating_before_training(trainer: Trainer) -> Iterator[None]:
+    """Keep an evaluation before training from making a DeepSpeed engine: it would have no optimizer, and training would keep it."""
+    if not trainer.is_deepspeed_enabled or trainer.deepspeed is not None:
+        yield
+        return
+    trainer.is_deepspeed_enabled = False
+    trainer.accelerator._models.append(trainer.model)
+    try:
+        yield
+    finally:
+        trainer.is_deepspeed_enabled = True
+        trainer.accelerator._models.remove(trainer.model)
+
+
+def loss_entry(accelerator: Accelerator) -> torch.Tensor:
+    """
+    Return a zero to hand through the drafter's wrapper and add to the loss.
+
+    Under ZeRO-3 it has a gradient, which arrives when all others have: it is the oldest node of the graph. ZeRO-3 waits for the
+    gradients of a unit's inputs before it lets go of the weights, and nothing else that goes in has one.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    is_zero3 = plugin is not None and plugin.zero_stage == 3
+    return torch.zeros((), device=accelerator.device, requires_grad=is_zero3)
