@@ -180,7 +180,7 @@ def test_no_canary_token_and_no_path_is_in_a_byte_that_leaves(tmp_path, hub, mon
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"events", "optimizer", "config", "README"} <= {path.name.split(".")[0] for path in written}
     assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
-    assert saved and trainer.args not in saved
+    assert saved == []  # nothing of a run is pickled
     assert len(hub.repositories["someone/tiny-dflash"].commits) == 3
     sent = hub.received()
     assert b"base_model: org/target" in sent and b'"global_step": 2' in sent
@@ -270,7 +270,11 @@ def test_hub_strategies_push_when_and_what_they_say(tmp_path, hub, strategy, com
     assert {name.split("/")[0] for name in held} == {name.split("/")[0] for name in EXPORT | NATIVE} | folders
     assert not [name for name in held if name.endswith("training_args.bin") or "trajector" in name]
     for folder in folders:
-        assert {f"{folder}/optimizer.pt", f"{folder}/trainer_state.json", f"{folder}/model.safetensors"} <= set(held)
+        assert {
+            f"{folder}/optimizer.safetensors",
+            f"{folder}/trainer_state.json",
+            f"{folder}/model.safetensors",
+        } <= set(held)
 
 
 def test_a_failing_push_between_saves_does_not_stop_training(tmp_path, hub, caplog):
@@ -328,7 +332,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, hub, monkeyp
     def push(*arguments, extra_folders, **options):
         # As long as an upload may take; training waits for it.
         is_deleted.wait(0.3)
-        was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.pt").is_file())
+        was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.safetensors").is_file())
 
     monkeypatch.setattr(publishing, "push_folder", push)
     settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "hub_always_push": False, "save_total_limit": 1}

@@ -34,7 +34,7 @@ from .adapters import adapt_drafter
 from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
-from .launch import check_launch, loss_entry, prepare_drafter
+from .launch import loss_entry
 from .metrics import rollout_sums
 from .publishing import PublishingTrainer
 from .responses import ResponseSource
@@ -128,12 +128,7 @@ class DraftOPDTrainer(PublishingTrainer):
         self.tokenizer = require_tokenizer(self.target)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
         self.segment_length = args.segment_length(drafter.config.family)
-        self.streams = {
-            "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
-            "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.slot_decay),
-        }
-        if args.supervised_weight > 0:
-            self.streams["supervised"] = StreamSettings(args.accepted_loss, args.supervised_weight, args.slot_decay)
+        self.streams = _streams_of(args)
         self.slot_rules = SlotRules(d_pace_floor=args.d_pace_floor if args.uses_d_pace else None, is_until_fail=False)
         self.target.place(args.device)
         keep_completions = args.completions_from_target and args.rollout == "replay"
@@ -154,8 +149,6 @@ class DraftOPDTrainer(PublishingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_launch(self.accelerator, args.n_gpu)
-        prepare_drafter(self.accelerator, self.model)
         self._responses = ResponseSource(
             self.target,
             args,
@@ -422,3 +415,14 @@ class DraftOPDTrainer(PublishingTrainer):
         self._sums["eval"].add(result.sums)
         self._count_rollout(rollout, prompt_rows(inputs), inputs["sample_ids"].tolist())
         return result.loss.detach()
+
+
+def _streams_of(args: DraftOPDConfig) -> dict[str, StreamSettings]:
+    """Return how each stream that takes part is weighed."""
+    streams = {
+        "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
+        "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.slot_decay),
+    }
+    if args.supervised_weight > 0:
+        streams["supervised"] = StreamSettings(args.accepted_loss, args.supervised_weight, args.slot_decay)
+    return streams

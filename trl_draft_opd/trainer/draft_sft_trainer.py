@@ -21,7 +21,7 @@ from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget
 from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
-from .launch import check_launch, loss_entry, prepare_drafter
+from .launch import loss_entry
 from .publishing import PublishingTrainer
 from .responses import answer_all
 from .setup import (
@@ -134,8 +134,6 @@ class DraftSFTTrainer(PublishingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_launch(self.accelerator, args.n_gpu)
-        prepare_drafter(self.accelerator, self.model)
         self._redirect = _ForwardRedirection()
 
     def _prepare_dataset(

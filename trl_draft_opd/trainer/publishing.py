@@ -20,13 +20,14 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
+from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..durable import move_files
 from ..evaluation import bootstrap_tau
 from ..export import export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
 from ..export.flat import flat_config
-from ..export.hub import create_repository, push_folder, validate_repo_id
+from ..export.hub import create_repository, push_folder
 from ..export.record import (
     DatasetFacts,
     Measurement,
@@ -41,12 +42,12 @@ from ..export.record import (
     write_record,
 )
 from ..rollout.types import Rollout
-from ..target import FrozenTarget
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig
 from .guard import check_weights
-from .launch import evaluating_before_training
+from .launch import evaluating_before_training, is_sharded
 from .metrics import MetricSums, rollout_sums
+from .repository import check_publishing, repository_name, require_target_id, target_id_of
 from .resuming import ResumingTrainer
 from .sharding import full_weights
 
@@ -55,57 +56,7 @@ logger = logging.getLogger(__name__)
 
 PUBLICATION = "_publication"
 ARGS_FILE = "training_args.bin"
-_FAMILY_WORDS = {"eagle3": "EAGLE3", "dflash": "DFlash"}
 _RESAMPLES = 2000
-
-
-def check_publishing(args: DraftTrainingConfig, drafter: Drafter, target: FrozenTarget) -> None:
-    """
-    Settle where a run with `push_to_hub=True` publishes to, before the target answers or anything is trained: checks the names,
-    then the token, by making the repository.
-
-    Raises:
-        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is public
-            where `hub_private_repo=True`.
-        PermissionError, ConnectionError: If the Hub refuses or cannot be reached.
-    """
-    if not args.push_to_hub:
-        return
-    args.hub_model_id = repository_name(args, drafter)
-    validate_repo_id(args.hub_model_id, drafter.config.family)
-    require_target_id(args, target)
-    if args.process_index == 0:
-        args.hub_model_id = create_repository(args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
-
-
-def repository_name(args: DraftTrainingConfig, drafter: Drafter) -> str:
-    """Return `hub_model_id`, or a name from the output folder that says the family, as vLLM wants it."""
-    if args.hub_model_id is not None:
-        return args.hub_model_id
-    name, word = Path(args.output_dir).absolute().name, _FAMILY_WORDS[drafter.config.family]
-    return name if word.lower() in name.lower() else f"{name}-{word}"
-
-
-def target_id_of(args: DraftTrainingConfig, target: FrozenTarget) -> str | None:
-    """Return the Hub id by which a drafter names its target, or `None` where only a path is known."""
-    # A setting is an id even where a folder of that name lies beside the run.
-    return args.hub_target_id or hub_id_of(target.config.name_or_path)
-
-
-def require_target_id(args: DraftTrainingConfig, target: FrozenTarget) -> str:
-    """
-    Return the Hub id by which a published drafter names its target.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    found = target_id_of(args, target)
-    if found is None:
-        raise ValueError(
-            f"A published drafter names its target by its Hub id, in the card and in the speculators config, but this target is known as "
-            f"{target.config.name_or_path or 'an instance'!r} only. Set `hub_target_id='ORG/NAME'`."
-        )
-    return found
 
 
 class PublishingTrainer(ResumingTrainer):
@@ -336,27 +287,39 @@ class PublishingTrainer(ResumingTrainer):
         """
         Write the drafter as it is now in every layout that can hold it; see [`export_drafter`].
 
+        Where the drafter is sharded (FSDP2, ZeRO-3), every rank has to call it, and the drafter is saved to `output_dir` first.
+
         Args:
             folder (`str` or `Path`, *optional*): Where to; `_publication` in `output_dir` by default.
             dataset_name (`str`, *optional*), license (`str`, *optional*): In place of `dataset_id` and `hub_license`.
 
         Returns:
-            `Path`: The folder.
+            `Path`: The folder, which the first rank writes.
 
         Raises:
             ValueError: If the target has no Hub id to be named by.
         """
         folder = Path(folder) if folder is not None else Path(self.args.output_dir) / PUBLICATION
+        if is_sharded(self.accelerator):
+            self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self._export(folder, Path(self.args.output_dir), dataset_name=dataset_name, license=license)
+        return folder
+
+    def _export(
+        self, folder: Path, saved: Path, *, dataset_name: str | None = None, license: str | None = None
+    ) -> Path:
+        """Write every layout of the drafter as it is now; of a sharded one, as the folder `saved` holds it."""
         drafter = merged_drafter(self.accelerator.unwrap_model(self.model))
-        target_id = require_target_id(self.args, self.target)
-        repo_id = self.hub_model_id or repository_name(self.args, drafter)
+        if is_sharded(self.accelerator):
+            drafter = AutoDrafter.from_pretrained(saved, num_target_layers=self.target.num_layers)
         export_drafter(
             drafter,
             folder,
             embedding=self._target_embedding(),
             target_config=self.target.causal_lm.config,
-            target_id=target_id,
-            repo_id=repo_id,
+            target_id=require_target_id(self.args, self.target),
+            repo_id=self.hub_model_id or repository_name(self.args, drafter),
             record=self.training_record(dataset_name=dataset_name),
             license=license or self.args.hub_license,
         )
@@ -440,7 +403,8 @@ class PublishingTrainer(ResumingTrainer):
                 # Not asked for before training. Its full name goes into commands that can be pasted.
                 self.init_hf_repo(token=token, private=private)
         finally:
-            folder = self.export(dataset_name=dataset_name, license=license)
+            output_dir = Path(self.args.output_dir)
+            folder = self._export(output_dir / PUBLICATION, output_dir, dataset_name=dataset_name, license=license)
         options = {
             "token": token or self.args.hub_token,
             "private": self.args.hub_private_repo if private is None else private,
@@ -466,7 +430,7 @@ class PublishingTrainer(ResumingTrainer):
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
-            folder = self.export()
+            folder = self._export(Path(self.args.output_dir) / PUBLICATION, Path(checkpoint_folder))
         except (ValueError, OSError) as error:
             logger.warning("Nothing was pushed, training goes on: %s", error)
             return
