@@ -24,6 +24,7 @@ FLOORS = {
     "data": 1,
     "drafters": 1,
     "losses": 1,
+    "target_placement": 1,
     "target_rows": 1,
     "verification": 1,
     "target": 2,

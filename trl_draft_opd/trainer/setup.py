@@ -3,6 +3,7 @@
 What both trainers do before the first step: load the pair, check that it belongs together, prepare data and messages.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,7 +16,11 @@ from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.target_shape import check_layer_ids
 from ..target import FrozenTarget
+from ..target_placement import check_placement, load_in_turns
 from .common_config import DraftTrainingConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_target(
@@ -23,15 +28,31 @@ def load_target(
     args: DraftTrainingConfig,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> FrozenTarget:
-    """Load or wrap the target as the config says."""
-    target = FrozenTarget.load(
-        target_model,
-        dtype=args.target_dtype,
-        revision=args.target_model_revision,
-        trust_remote_code=args.trust_remote_code,
-        tokenizer=processing_class,
-        init_kwargs=args.target_model_init_kwargs,
-    )
+    """
+    Load or wrap the target as the config says. Collective if it is to be sharded.
+
+    Raises:
+        ValueError: If it is spread over devices, or quantised, where the launch has no use for that.
+    """
+
+    def load() -> FrozenTarget:
+        target = FrozenTarget.load(
+            target_model,
+            dtype=args.target_dtype,
+            revision=args.target_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            tokenizer=processing_class,
+            init_kwargs=args.target_model_init_kwargs,
+        )
+        check_placement(target.causal_lm, shard=args.shard_target, num_processes=args.world_size)
+        if shard and not target.is_sharded:
+            target.shard(args.device)
+        return target
+
+    shard = args.shard_target and args.world_size > 1
+    if args.shard_target and not shard:
+        logger.warning("`shard_target=True` has no effect with one process: the target stays whole.")
+    target = load_in_turns(load) if shard else load()
     if processing_class is not None:
         target.tokenizer = processing_class
     return target

@@ -169,7 +169,8 @@ def _generate_batch(
         with torch.random.fork_rng(enabled=not sampling.is_greedy):
             if not sampling.is_greedy:
                 torch.manual_seed(seed)
-            output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask)
+            # Ranks answer different prompts; a sharded target keeps them in step itself, a whole one needs none of it.
+            output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask, synced_gpus=False)
     finally:
         target.causal_lm.generation_config = own_config
     eos = set(target.eos_token_ids)
