@@ -27,6 +27,7 @@ FLOORS = {
     "draws": 1,
     "durable": 1,
     "losses": 1,
+    "target_placement": 1,
     "target_rows": 1,
     "verification": 1,
     "target": 2,

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ._trl import create_model_from_path
 from .drafters.target_shape import text_config
 from .loading import loading_whole
+from .target_placement import Lockstep, device_of, place_whole, shard_layers
 from .target_rows import branch_mask, pad_rows, refuse_not_finite, rows_of_similar_width
 
 
@@ -95,6 +96,7 @@ class FrozenTarget:
         self.layers = self._find_layers()
         # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
         self.num_forwards = 0
+        self._lockstep: Lockstep | None = None
         self._require_weights()
         self._check_head()
 
@@ -150,7 +152,7 @@ class FrozenTarget:
     @property
     def device(self) -> torch.device:
         """Device of the target's embedding, where token ids go."""
-        return self.causal_lm.get_input_embeddings().weight.device
+        return device_of(self.causal_lm.get_input_embeddings())
 
     @property
     def vocab_size(self) -> int:
@@ -230,11 +232,32 @@ class FrozenTarget:
             )
 
     def place(self, device: torch.device) -> None:
-        """Move the weights to `device`, unless they were spread over devices or quantised on loading."""
-        is_spread = getattr(self.causal_lm, "hf_device_map", None) is not None
-        is_quantized = getattr(self.causal_lm.config, "quantization_config", None) is not None
-        if not is_spread and not is_quantized:
-            self.causal_lm.to(device)
+        """
+        Move the weights to `device`, unless they were spread over devices or quantised on loading.
+
+        Raises:
+            ValueError: If they were spread, and the embedding is not on `device`.
+        """
+        place_whole(self.causal_lm, device)
+
+    def shard(self, device: torch.device) -> None:
+        """
+        Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
+
+        From now on the three calls below, and `generate` of the model, are collective too: every rank ends each phase of using them
+        with [`finish_together`].
+        """
+        self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether [`shard`] was called."""
+        return self._lockstep is not None
+
+    def finish_together(self) -> None:
+        """End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole. Collective."""
+        if self._lockstep is not None:
+            self._lockstep.finish()
 
     # -- what it does --------------------------------------------------------------------------------------------------
 
@@ -255,7 +278,8 @@ class FrozenTarget:
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included."""
         head = self.causal_lm.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype))
+        # A head on another device hands its logits back to where the states are.
+        logits = head(hidden.to(device_of(head), head.weight.dtype)).to(hidden.device)
         config = self.config
         if getattr(config, "logits_scaling", None):
             logits = logits / config.logits_scaling
@@ -400,7 +424,8 @@ class FrozenTarget:
         """Return a cache of the given rows alone."""
         picked = DynamicCache(config=self.config)
         for number, layer in enumerate(cache.layers):
-            picked.update(layer.keys[rows], layer.values[rows], number)
+            own = rows.to(layer.keys.device)
+            picked.update(layer.keys[own], layer.values[own], number)
         return picked
 
     def _attention_mask(self, is_visible: torch.Tensor) -> torch.Tensor:
@@ -426,8 +451,9 @@ class FrozenTarget:
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
-        last_hidden = output.last_hidden_state
-        features = [taps[i] for i in layer_ids]
+        # A target spread over devices leaves each layer's output on the layer's own.
+        last_hidden = output.last_hidden_state.to(self.device)
+        features = [taps[i].to(self.device) for i in layer_ids]
         return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden)
 
     @contextmanager

@@ -305,7 +305,8 @@ class _LiveBatch:
                 return
             self.text, self.length, self.limit = self.text[keep], self.length[keep], self.limit[keep]
             self.context = self.context.rows(keep)
-            self.cache.batch_select_indices(keep)
+            for layer in self.cache.layers:
+                layer.batch_select_indices(keep.to(layer.keys.device))
             self.cache_mask = self.cache_mask[keep]
         live = int(self.cache_mask.sum(dim=1).max())
         # A quarter of waste costs less attention than a copy of the cache in every round.
@@ -317,7 +318,9 @@ class _LiveBatch:
         order = self.cache_mask.argsort(dim=1, stable=True)[:, -live:]
         self.cache_mask = self.cache_mask.gather(1, order)
         for layer in self.cache.layers:
-            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            index = order.to(layer.keys.device)[:, None, :, None].expand(
+                -1, layer.keys.shape[1], -1, layer.keys.shape[3]
+            )
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
 
     def finish(self) -> Rollout:

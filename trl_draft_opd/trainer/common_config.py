@@ -36,6 +36,10 @@ class DraftTrainingConfig(_BaseConfig):
         target_dtype (`str`, *optional*, defaults to `"auto"`):
             Precision of the target's weights. `"auto"` keeps the checkpoint's: the target is only read. Use
             `"float32"` where losslessness must hold to the last token.
+        shard_target (`bool`, *optional*, defaults to `False`):
+            Shard the target's decoder layers over all processes of the launch, whatever wraps the drafter. Off, because a
+            target that fits is faster whole: sharded layers are sent around in every forward pass, and ranks wait for the one whose
+            responses are longest.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run model code that comes with the target. Off, because it executes whatever the repository holds.
 
@@ -151,6 +155,10 @@ class DraftTrainingConfig(_BaseConfig):
     )
     target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
     target_dtype: str = field(default="auto", metadata={"help": "Precision of the target's weights, e.g. `float32`."})
+    shard_target: bool = field(
+        default=False,
+        metadata={"help": "Shard the target's layers over all processes; for targets that do not fit whole."},
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the target's repository."}
     )

@@ -215,11 +215,14 @@ class DraftOPDTrainer(PublishingTrainer):
             # A run that goes on checks again, and logs what the uninterrupted one would have.
             if is_first and self._resumed is None:
                 self._sums["train"].add({"response_mismatch": (self._responses.audit.share, 1.0)})
+            # A phase of the target ends before all ranks do anything else together.
+            self.target.finish_together()
             with whole_drafter(self.accelerator, self.model):
                 prepared = self._replay(texts, epoch)
         else:
             with whole_drafter(self.accelerator, self.model):
                 prepared = [self._roll_out_live(batch, epoch) for batch in batches]
+        self.target.finish_together()
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
         if prepared and self._is_logging_step():
@@ -354,36 +357,43 @@ class DraftOPDTrainer(PublishingTrainer):
             raise ValueError(
                 "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
             )
+        unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
+            reading = inputs["reading"] or self._read(inputs["rollout"])
+            self.target.finish_together()
             entry = loss_entry(self.accelerator)
-            loss, sums = self._redirect(
-                model, self.accelerator.unwrap_model(model), self._loss_parts, entry, inputs, num_items_in_batch
-            )
+            loss, sums = self._redirect(model, unwrapped, self._loss_parts, entry, inputs, num_items_in_batch, reading)
         self._guard.note_loss(loss, inputs["sample_ids"])
         self._sums["train"].add(sums)
         # Wrappers average gradients over ranks, the weight sums already cover all of them.
         return loss * self.accelerator.num_processes
 
+    def _read(self, rollout: Rollout) -> TargetReading:
+        """Have the target read a text, outside of the drafter's wrapper, whose collectives must not mix with a sharded target's."""
+        layer_ids = self.accelerator.unwrap_model(self.model).config.target_layer_ids
+        return self.target.read_text(rollout.input_ids, rollout.attention_mask, layer_ids)
+
     def _loss_parts(
-        self, entry: torch.Tensor, inputs: dict[str, Any], sums: torch.Tensor
+        self, entry: torch.Tensor, inputs: dict[str, Any], sums: torch.Tensor, reading: TargetReading
     ) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         """Return the loss in a tuple, where the wrappers of sharded drafters find it; `entry` is `loss_entry`'s."""
-        result = self._step_loss(inputs, sums)
+        result = self._step_loss(inputs["rollout"], inputs["anchors"], sums, reading)
         return result.loss + entry, result.sums
 
-    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
-        rollout: Rollout = inputs["rollout"]
+    def _step_loss(
+        self, rollout: Rollout, anchors: AnchorBatch, sums: torch.Tensor, reading: TargetReading
+    ) -> StepLoss:
         return step_loss(
             self.accelerator.unwrap_model(self.model),
             self.target,
             rollout.input_ids,
             rollout.attention_mask,
-            inputs["anchors"],
+            anchors,
             rollout.branch_hidden,
             self.streams,
             sums,
             self.args.loss_chunk_bytes,
-            inputs["reading"],
+            reading,
             self.slot_rules,
         )
 
@@ -411,7 +421,8 @@ class DraftOPDTrainer(PublishingTrainer):
                 self._error_blocks(rollout), rollout, inputs["sample_ids"].tolist(), epoch=0
             )
             sums = weight_sums([anchors], self.streams, drafter.draft_token_ids)
-            result = self._step_loss({"rollout": rollout, "anchors": anchors, "reading": None}, sums)
+            result = self._step_loss(rollout, anchors, sums, self._read(rollout))
+        self.target.finish_together()
         self._sums["eval"].add(result.sums)
         self._count_rollout(rollout, prompt_rows(inputs), inputs["sample_ids"].tolist())
         return result.loss.detach()

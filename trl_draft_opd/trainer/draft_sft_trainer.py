@@ -18,7 +18,7 @@ from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..draws import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
-from ..target import FrozenTarget
+from ..target import FrozenTarget, TargetReading
 from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
 from .launch import loss_entry
@@ -199,24 +199,30 @@ class DraftSFTTrainer(PublishingTrainer):
             raise ValueError(
                 "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
             )
+        unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
+            reading = self._read(inputs)
+            self.target.finish_together()
             entry = loss_entry(self.accelerator)
-            loss, sums = self._redirect(
-                model, self.accelerator.unwrap_model(model), self._loss_parts, entry, inputs, num_items_in_batch
-            )
+            loss, sums = self._redirect(model, unwrapped, self._loss_parts, entry, inputs, num_items_in_batch, reading)
         self._guard.note_loss(loss, inputs["sample_ids"])
         self._sums["train"].add(sums)
         # Wrappers average gradients over ranks, the weight sums already cover all of them.
         return loss * self.accelerator.num_processes
 
+    def _read(self, inputs: dict[str, Any]) -> TargetReading:
+        """Have the target read a text, outside of the drafter's wrapper, whose collectives must not mix with a sharded target's."""
+        layer_ids = self.accelerator.unwrap_model(self.model).config.target_layer_ids
+        return self.target.read_text(inputs["input_ids"], inputs["attention_mask"], layer_ids)
+
     def _loss_parts(
-        self, entry: torch.Tensor, inputs: dict[str, Any], sums: torch.Tensor
+        self, entry: torch.Tensor, inputs: dict[str, Any], sums: torch.Tensor, reading: TargetReading
     ) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         """Return the loss in a tuple, where the wrappers of sharded drafters find it; `entry` is `loss_entry`'s."""
-        result = self._step_loss(inputs, sums)
+        result = self._step_loss(inputs, sums, reading)
         return result.loss + entry, result.sums
 
-    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
+    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor, reading: TargetReading) -> StepLoss:
         return step_loss(
             self.accelerator.unwrap_model(self.model),
             self.target,
@@ -227,7 +233,8 @@ class DraftSFTTrainer(PublishingTrainer):
             self.streams,
             sums,
             self.args.loss_chunk_bytes,
-            slot_rules=self.slot_rules,
+            reading,
+            self.slot_rules,
         )
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -249,7 +256,7 @@ class DraftSFTTrainer(PublishingTrainer):
         drafter = self.accelerator.unwrap_model(self.model)
         sums = weight_sums([inputs["anchors"]], self.streams, drafter.draft_token_ids)
         with torch.no_grad(), self.accelerator.autocast():
-            result = self._step_loss(inputs, sums)
+            result = self._step_loss(inputs, sums, self._read(inputs))
         self._sums["eval"].add(result.sums)
         if self.args.eval_rollouts:
             settings = LiveSettings(
@@ -265,6 +272,7 @@ class DraftSFTTrainer(PublishingTrainer):
             with self.accelerator.autocast():
                 rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, keys)
             self._count_rollout(rollout, self._prompts(inputs), inputs["sample_ids"].tolist())
+        self.target.finish_together()
         return result.loss.detach()
 
     @staticmethod

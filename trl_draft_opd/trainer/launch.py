@@ -68,14 +68,19 @@ def _check_fsdp(accelerator: Accelerator) -> None:
         )
 
 
-def prepare_drafter(accelerator: Accelerator, model: nn.Module) -> None:
+def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus: int) -> None:
     """
-    Put the drafter on its device with the first rank's weights, and tell the wrapper to come that it is one unit. Collective.
+    Check the launch, put the drafter on its device with the first rank's weights, and have it wrapped as one unit. Collective.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
         model (`nn.Module`): The drafter, not wrapped yet.
+        num_visible_gpus (`int`): GPUs that this process sees.
+
+    Raises:
+        ValueError: See [`check_launch`].
     """
+    check_launch(accelerator, num_visible_gpus)
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
         # FSDP2 takes each rank's own. Loaded ones are equal anyway; fresh ones are where every rank has the same seed.

@@ -65,6 +65,7 @@ def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset
         shard_size=args.generation_batch_size,
         show_progress=not args.disable_tqdm and state.is_local_main_process,
     )
+    target.finish_together()
     state.wait_for_everyone()
     store.refresh()
     responses = [store.find(prompt) for prompt in prompt_ids]

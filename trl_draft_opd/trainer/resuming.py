@@ -39,7 +39,7 @@ from .checkpoints import (
 from .common_config import DraftTrainingConfig
 from .guard import NonFiniteGuard, check_weights
 from .identity import describe_run
-from .launch import check_launch, prepare_drafter
+from .launch import prepare_drafter
 from .memory import explained_memory
 from .metrics import MetricSums
 from .run_state import RankState, RunIdentity, RunState, random_states, set_random_states
@@ -72,8 +72,7 @@ class ResumingTrainer(_BaseTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         super().__init__(*args, **kwargs)
-        check_launch(self.accelerator, self.args.n_gpu)
-        prepare_drafter(self.accelerator, self.model)
+        prepare_drafter(self.accelerator, self.model, self.args.n_gpu)
         self._guard = NonFiniteGuard(self.accelerator, self.args.on_nonfinite, self.args.max_skipped_updates)
         self._stop = StopRequest()
         self._run_id = ""

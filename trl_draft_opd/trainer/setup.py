@@ -4,6 +4,7 @@ What both trainers do before the first step: load the pair, check that it belong
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
 from ..export.serving import SERVING_FILE
 from ..target import FrozenTarget
+from ..target_placement import check_placement, load_in_turns
 from ..trajectories.store import is_store
 from .common_config import DraftTrainingConfig
 
+
+logger = logging.getLogger(__name__)
 
 # Files by which a tokenizer lies in a folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -33,15 +37,31 @@ def load_target(
     args: DraftTrainingConfig,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> FrozenTarget:
-    """Load or wrap the target as the config says."""
-    target = FrozenTarget.load(
-        target_model,
-        dtype=args.target_dtype,
-        revision=args.target_model_revision,
-        trust_remote_code=args.trust_remote_code,
-        tokenizer=processing_class,
-        init_kwargs=args.target_model_init_kwargs,
-    )
+    """
+    Load or wrap the target as the config says. Collective if it is to be sharded.
+
+    Raises:
+        ValueError: If it is spread over devices, or quantised, where the launch has no use for that.
+    """
+
+    def load() -> FrozenTarget:
+        target = FrozenTarget.load(
+            target_model,
+            dtype=args.target_dtype,
+            revision=args.target_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            tokenizer=processing_class,
+            init_kwargs=args.target_model_init_kwargs,
+        )
+        check_placement(target.causal_lm, shard=args.shard_target, num_processes=args.world_size)
+        if shard and not target.is_sharded:
+            target.shard(args.device)
+        return target
+
+    shard = args.shard_target and args.world_size > 1
+    if args.shard_target and not shard:
+        logger.warning("`shard_target=True` has no effect with one process: the target stays whole.")
+    target = load_in_turns(load) if shard else load()
     if processing_class is not None:
         check_tokenizer(processing_class, target.config.name_or_path)
         target.tokenizer = processing_class

@@ -180,7 +180,10 @@ def _generate_batch(
     # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the law.
     target.causal_lm.generation_config = config
     try:
-        output = target.causal_lm.generate(input_ids=input_ids, attention_mask=mask, logits_processor=draw)
+        # Ranks answer different prompts; a sharded target keeps them in step itself, a whole one needs none of it.
+        output = target.causal_lm.generate(
+            input_ids=input_ids, attention_mask=mask, logits_processor=draw, synced_gpus=False
+        )
     finally:
         target.causal_lm.generation_config = own_config
     eos = set(target.eos_token_ids)
