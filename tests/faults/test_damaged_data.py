@@ -9,10 +9,12 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tiny import EOS, PAD, TEMPLATE, VOCAB, make_tokenizer
+from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
 from trl_draft_opd.cli import load_rows, main
 from trl_draft_opd.data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
+from trl_draft_opd.trajectories import write_trajectories
+from trl_draft_opd.verification import SamplingSettings
 
 
 GOOD = b'{"prompt": "w9", "completion": "w10 w11"}\n'
@@ -131,6 +133,20 @@ def test_repeated_texts_are_counted_and_answers_to_one_prompt_are_none():
     assert notes == [
         "1 of 3 rows repeat an earlier row token by token, and are trained on again. Drop them if that is not meant."
     ]
+
+
+def test_a_store_keeps_the_first_response_to_a_prompt_and_counts_the_others(tmp_path):
+    rows = [{"prompt_ids": [9], "completion_ids": [c, EOS]} for c in (10, 11, 12)] + [
+        {"prompt_ids": [8], "completion_ids": [10, EOS]}
+    ]
+    law = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+    store, notes = warnings_of(
+        lambda: write_trajectories(
+            make_target(), Dataset.from_list(rows), tmp_path, sampling=law, max_new_tokens=8, engine="dataset"
+        )
+    )
+    assert (store.find([9]), store.find([8])) == ([10, EOS], [10, EOS])
+    assert notes == ["2 of 4 responses are to a prompt that has one before; the first of each was kept."]
 
 
 def test_an_id_column_plays_no_part_because_rows_are_known_by_their_number():

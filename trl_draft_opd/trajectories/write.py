@@ -19,7 +19,7 @@ from .generate import generate_missing
 from .origin import Origin
 from .protocols import ENGINES
 from .server import ServerSettings, ask_server
-from .shards import Trajectory
+from .shards import Trajectory, prompt_key
 from .store import ShardBuffer, TrajectoryStore
 
 
@@ -141,8 +141,8 @@ def import_responses(
     Store responses that the user already has.
 
     Nothing here can tell who wrote them: check with [`check_responses`] before training on them. Responses longer than the
-    store's `max_new_tokens` are cut there, as the target would have been; a warning counts them. Where a prompt has several,
-    the first is kept.
+    store's `max_new_tokens` are cut there, as the target would have been, and where a prompt has several, the first is kept; warnings
+    count both.
 
     Args:
         store ([`TrajectoryStore`]): Where they go.
@@ -167,6 +167,11 @@ def import_responses(
             num_cut += sum(len(ids) > store.origin.max_new_tokens for ids in batch["completion_ids"])
             pairs = zip(batch["prompt_ids"], batch["completion_ids"], strict=True)
             buffer.add(_as_trajectories(pairs, store.origin))
+    num_repeated = len(rows) - len({prompt_key(prompt_ids) for prompt_ids in rows["prompt_ids"]})
+    if num_repeated:
+        warnings.warn(
+            f"{num_repeated} of {len(rows)} responses are to a prompt that has one before; the first of each was kept."
+        )
     if num_cut:
         warnings.warn(
             f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {store.origin.max_new_tokens} and were cut there."
