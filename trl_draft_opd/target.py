@@ -75,7 +75,7 @@ class FrozenTarget:
             Its tokenizer.
 
     Raises:
-        ValueError: If the model is multimodal, has no decoder layers to tap, or its head cannot be reproduced outside of it.
+        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be reproduced outside of it.
 
     Example:
 
@@ -94,6 +94,7 @@ class FrozenTarget:
         self.layers = self._find_layers()
         # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
         self.num_forwards = 0
+        self._require_plain_head()
         self._check_head()
 
     @classmethod
@@ -227,10 +228,20 @@ class FrozenTarget:
             )
 
     def place(self, device: torch.device) -> None:
-        """Move the weights to `device`, unless they were spread over devices or quantised on loading."""
-        is_spread = getattr(self.causal_lm, "hf_device_map", None) is not None
+        """
+        Move the weights to `device`, unless they were placed or quantised on loading.
+
+        Raises:
+            ValueError: If quantised weights, which cannot be moved, are on another kind of device.
+        """
+        is_placed = getattr(self.causal_lm, "hf_device_map", None) is not None
         is_quantized = getattr(self.causal_lm.config, "quantization_config", None) is not None
-        if not is_spread and not is_quantized:
+        if is_quantized and not is_placed and self.device.type != device.type:
+            raise ValueError(
+                f"The quantised target was loaded to {self.device.type!r} but training runs on {device.type!r}, and quantised weights cannot "
+                "be moved. Name its place, e.g. `target_model_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+            )
+        if not is_placed and not is_quantized:
             self.causal_lm.to(device)
 
     # -- what it does --------------------------------------------------------------------------------------------------
@@ -449,6 +460,15 @@ class FrozenTarget:
             f"Target of type {self.config.model_type!r} has no list of {self.config.num_hidden_layers} decoder layers in its backbone "
             f"{type(self.backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of transformers are supported."
         )
+
+    def _require_plain_head(self) -> None:
+        """Refuse a quantised head: the loss reads its rows, and EAGLE-3's head starts from them."""
+        weight = self.causal_lm.get_output_embeddings().weight
+        if not weight.is_floating_point() or weight.shape[0] != self.vocab_size:
+            raise ValueError(
+                f"The target's head is quantised: its weight is {weight.dtype} of shape {tuple(weight.shape)} instead of {self.vocab_size} rows "
+                "of floating point. Leave the head out, e.g. with `llm_int8_skip_modules=['lm_head']` in the `quantization_config`."
+            )
 
     @torch.no_grad()
     def _check_head(self) -> None:
