@@ -77,7 +77,7 @@ class FrozenTarget:
             Its tokenizer.
 
     Raises:
-        ValueError: If the model is multimodal, has no decoder layers to tap, or its head cannot be reproduced outside of it.
+        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be reproduced outside of it.
 
     Example:
 
@@ -236,7 +236,8 @@ class FrozenTarget:
         Move the weights to `device`, unless they were spread over devices or quantised on loading.
 
         Raises:
-            ValueError: If they were spread, and the embedding is not on `device`.
+            ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved, on another kind
+                of device.
         """
         place_whole(self.causal_lm, device)
 
@@ -501,7 +502,7 @@ class FrozenTarget:
                 )
             if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(
-                    f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation (`modules_to_not_convert`)."
+                    f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation, with `modules_to_not_convert` or bitsandbytes' `llm_int8_skip_modules=['lm_head']`."
                 )
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
     Move a model to `device`, unless it was spread over devices or quantised on loading.
 
     Raises:
-        ValueError: If it was spread, and its embedding is not on `device`.
+        ValueError: If it was spread, and its embedding is not on `device`; or quantised, which cannot be moved, on another kind of device.
     """
     is_spread = getattr(causal_lm, "hf_device_map", None) is not None
     is_quantized = getattr(causal_lm.config, "quantization_config", None) is not None
@@ -76,6 +76,11 @@ def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
     if is_spread and embedding != device:
         raise ValueError(
             f"The target's `device_map` puts its embedding on {embedding}, but the drafter trains on {device}. Map `embed_tokens` there."
+        )
+    if is_quantized and embedding.type != device.type:
+        raise ValueError(
+            f"The quantised target was loaded to {embedding.type!r} but training runs on {device.type!r}, and quantised weights cannot be moved. "
+            "Name its place, e.g. `target_model_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
         )
 
 

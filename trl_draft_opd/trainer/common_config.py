@@ -30,7 +30,8 @@ class DraftTrainingConfig(_BaseConfig):
         > Parameters that control the target
 
         target_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments for loading the target by id or path, e.g. a `quantization_config`.
+            Further arguments for loading the target by id or path, as JSON on the command line, e.g. a `quantization_config`. A quantised
+            target is another target: the drafter is trained for its text and its states.
         target_model_revision (`str`, *optional*):
             Revision of the target.
         target_dtype (`str`, *optional*, defaults to `"auto"`):
