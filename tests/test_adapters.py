@@ -459,6 +459,15 @@ def test_a_drafter_that_lies_nowhere_as_it_is_must_be_saved_first(target, bases)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_a_model_that_has_an_adapter_already_is_refused(tmp_path, target, bases, rows):
+    with pytest.raises(ValueError, match="is a PeftModel with an adapter in it already"):
+        make_trainer("sft", tmp_path, adapt(bases / "dflash"), target, rows)
+    drafter = AutoDrafter.from_pretrained(bases / "dflash")
+    drafter.add_adapter(LoraConfig(target_modules=["fc"]))
+    with pytest.raises(ValueError, match="is a DFlashDraftModel with an adapter in it already"):
+        make_trainer("opd", tmp_path, drafter, target, rows)
+
+
 def test_without_peft_the_error_names_what_to_install(monkeypatch, bases):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install trl-draft-opd\[peft\]"):

@@ -33,7 +33,7 @@ _SUPPORTED = frozenset(
     "base_model_name_or_path revision inference_mode".split()
 )
 # The others rewrite the drafter's own weights, so that the adapter's file would not fit the drafter it names.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_INITIALISATIONS = (True, False, "gaussian")
 # What a training record says of an adapter, and the field it is in.
 _RECORDED = {
     "lora_r": "r",
@@ -57,7 +57,8 @@ def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: i
         seed (`int`): Of the adapter's initial weights.
 
     Returns:
-        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter does, bit for bit.
+        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter does, bit for bit,
+        unless `init_lora_weights=False` asks for something else.
 
     Raises:
         ImportError: If PEFT is not installed.

@@ -101,6 +101,11 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     """
     if isinstance(model, (str, Path)):
         model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`model` is a {type(model).__name__} with an adapter in it already. Give the plain drafter and a `peft_config`, or the folder the "
+            "adapter was saved in, to train on with it merged in."
+        )
     if not isinstance(model, Drafter):
         raise TypeError(
             f"`model` must be a drafter, its id or its path, got {type(model).__name__}. Make a fresh one with "
