@@ -6,6 +6,7 @@ Two options decide which tests run: `--shared PATH` gives tests real text and a 
 skipped, and say so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone. This file builds no model and no data: see `tiny.py`.
 """
 
+import gc
 import os
 import random
 import tempfile
@@ -72,6 +73,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_finish() -> None:
+    # Every training run ends in a full garbage collection; a quarter of a second each, unless it may pass over all that
+    # is there for good: modules, and the tests themselves.
+    gc.collect()
+    gc.freeze()
 
 
 def _shared_path(config: pytest.Config) -> Path | None:

@@ -65,13 +65,20 @@ def run(drafter, target, ids, blocks, settings, rules, branch_hidden=None, sums=
 
 
 def plain(drafter, target, ids, blocks, settings, rules, mask=None):
-    """The same loss in loops: one block at a time, weights from the definition, forward KL on every slot."""
+    """
+    The same loss in loops: one block at a time, weights from the definition, forward KL on every slot.
+
+    Labels are the text, so the target's view of every slot stands in one forward over the row.
+    """
     known = range(10**6) if drafter.draft_token_ids is None else drafter.draft_token_ids.tolist()
     masks = {"accepted": blocks.is_accepted, "rejected": blocks.is_rejected, "supervised": blocks.is_supervised}
-    totals, counts = dict.fromkeys(settings, 0.0), dict.fromkeys(settings, 0.0)
+    totals, counts, texts_logits = dict.fromkeys(settings, 0.0), dict.fromkeys(settings, 0.0), {}
     for row, block in blocks.anchors.ge(0).nonzero().tolist():
         text = ids[row].tolist() if mask is None else ids[row, : int(mask[row].sum())].tolist()
         anchor, labels = int(blocks.anchors[row, block]), blocks.labels[row, block].tolist()
+        if row not in texts_logits:
+            with torch.no_grad():
+                texts_logits[row] = target.causal_lm(input_ids=torch.tensor([text]), use_cache=False).logits[0]
         own = slot_logits(target, drafter, text, anchor, blocks.drafts[row, block]).log_softmax(-1)
         passed, reach, is_open, kept = 1.0, [], True, []
         for slot, label in enumerate(labels):
@@ -87,9 +94,7 @@ def plain(drafter, target, ids, blocks, settings, rules, mask=None):
             is_open = is_open and index is not None and int(own[slot].argmax()) == index
         for name, stream in settings.items():
             for slot in masks[name][row, block].nonzero()[:, 0].tolist():
-                with torch.no_grad():
-                    text_so_far = torch.tensor([text[: anchor + 1 + slot]])
-                    p = target.causal_lm(input_ids=text_so_far, use_cache=False).logits[0, -1]
+                p = texts_logits[row][anchor + slot]
                 p = (p if drafter.draft_token_ids is None else p[drafter.draft_token_ids]).log_softmax(-1)
                 weight = sum(reach[slot:]) if rules.d_pace_floor is not None else 1.0
                 base = stream.decay**slot * (stream.weight > 0)

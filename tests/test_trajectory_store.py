@@ -3,19 +3,19 @@
 The folder of stored responses: what goes in comes out, several writers, and every way a file can be wrong.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import trajectory_rows
 from tiny import EOS, VOCAB
 from trajectory_rows import make_origin, make_rows
 
@@ -163,23 +163,26 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path: Path):
             assert store.find(row.prompt_ids) is not None
 
 
+def _write_without_end(path: str, told: Connection) -> None:
+    own = TrajectoryStore.open(path, ORIGIN)
+    for seed in itertools.count():
+        own.add(make_rows(50, seed=seed))
+        told.send(len(own))
+
+
 def test_a_writer_killed_at_any_moment_leaves_whole_shards_only(tmp_path: Path):
-    # A writer that adds rows without end, killed from outside while it writes.
-    code = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from trajectory_rows import make_origin, make_rows\n"
-        "from trl_draft_opd import TrajectoryStore\n"
-        "store = TrajectoryStore.open(sys.argv[1], make_origin())\n"
-        "for seed in range(10**6):\n"
-        "    store.add(make_rows(50, seed=seed)); print(len(store), flush=True)\n"
-    )
-    here = Path(trajectory_rows.__file__).parent
-    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(here), str(here.parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        told = [int(writer.stdout.readline()) for _ in range(3)][-1]
-        writer.kill()
+    # Killed from outside while it writes; forked, because a fresh interpreter takes seconds to import everything.
+    context = multiprocessing.get_context("fork")
+    heard, told = context.Pipe(duplex=False)
+    writer = context.Process(target=_write_without_end, args=(str(tmp_path / "store"), told))
+    writer.start()
+    told.close()  # so that a writer which fails is an error here and no endless wait
+    count = [heard.recv() for _ in range(3)][-1]
+    writer.kill()
+    writer.join(60)
+    assert writer.exitcode == -signal.SIGKILL
     store = TrajectoryStore.open(tmp_path / "store", ORIGIN)
-    assert len(store) >= told
+    assert len(store) >= count >= 100
     store.add([([7], [8, EOS], None, "stop")])
     assert store.find([7]) == [8, EOS]
 

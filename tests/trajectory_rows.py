@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Origins and rows of trajectory stores, made by hand: no model is loaded. Loaded by processes that tests start, too."""
+"""Origins and rows of trajectory stores, made by hand: no model is loaded."""
 
 import random
 
