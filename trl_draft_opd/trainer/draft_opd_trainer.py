@@ -35,6 +35,7 @@ from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
 from .launch import loss_entry
+from .memory import explained_memory
 from .metrics import rollout_sums
 from .publishing import PublishingTrainer
 from .responses import ResponseSource
@@ -208,7 +209,26 @@ class DraftOPDTrainer(PublishingTrainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """Fetch the prompts of one optimiser step, roll them out with the current drafter, and sum the weights over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        epoch = int(self.state.epoch or 0)
+        settings = (
+            "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
+            "lower `reading_bytes`, `generation_batch_size` or `max_completion_length`",
+        )
+        with explained_memory("a rollout", batches, settings):
+            prepared = self._roll_out(batches, int(self.state.epoch or 0))
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
+        if prepared and self._is_logging_step():
+            print_rollout(
+                prepared[0]["rollout"],
+                self.tokenizer,
+                num_rows=self.args.num_completions_to_print,
+                step=self.state.global_step,
+                console=self._console,
+            )
+        return prepared, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+
+    def _roll_out(self, batches: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
+        """Roll out the prompts of every micro-batch, on the target's stored text or live. Collective where anything is sharded."""
         if self.args.rollout == "replay":
             is_first = self._responses.audit is None
             texts = regroup_by_length(self._responses.texts(batches), self.target.pad_token_id)
@@ -223,17 +243,7 @@ class DraftOPDTrainer(PublishingTrainer):
             with whole_drafter(self.accelerator, self.model):
                 prepared = [self._roll_out_live(batch, epoch) for batch in batches]
         self.target.finish_together()
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
-        if prepared and self._is_logging_step():
-            print_rollout(
-                prepared[0]["rollout"],
-                self.tokenizer,
-                num_rows=self.args.num_completions_to_print,
-                step=self.state.global_step,
-                console=self._console,
-            )
-        return prepared, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+        return prepared
 
     def _replay(self, texts: list[TargetText], epoch: int) -> list[dict[str, Any]]:
         """Draft along the responses of every micro-batch; readings of the target are kept for the loss while they fit."""
@@ -399,18 +409,8 @@ class DraftOPDTrainer(PublishingTrainer):
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
-        with whole_drafter(self.accelerator, self.model):
-            return self._measure(self._prepare_inputs(inputs)), None, None
-
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss on the blocks of a live rollout, and add tau and acceptance to the metrics."""
         drafter = self.accelerator.unwrap_model(self.model)
         # Epoch 0, so that every evaluation draws alike.
         keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())

@@ -31,7 +31,6 @@ from .setup import (
     load_target,
     require_tokenizer,
 )
-from .sharding import whole_drafter
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 
 
@@ -239,18 +238,8 @@ class DraftSFTTrainer(PublishingTrainer):
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """Return the loss on a batch's text, and add tau and acceptance on its prompts to the metrics."""
-        with whole_drafter(self.accelerator, self.model):
-            return self._measure(self._prepare_inputs(inputs)), None, None
-
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss on a batch's text, and add tau and acceptance on its prompts to the metrics."""
         # Epoch 0, so that every evaluation looks at the same anchors.
         inputs["anchors"] = self._sample_anchors(inputs, epoch=0)
         drafter = self.accelerator.unwrap_model(self.model)

@@ -8,6 +8,7 @@ A base class and no functions, because every part of it takes the place of a met
 import errno
 import logging
 import uuid
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +50,7 @@ from .sharding import (
     full_weights,
     load_full_optimizer_state,
     load_full_weights,
+    whole_drafter,
 )
 from .stopping import EXIT_CODE, StopRequest
 
@@ -63,7 +65,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 
 class ResumingTrainer(_BaseTrainer):
-    """Base of both trainers; expects `target`, a `_method`, `"sft"` or `"opd"`, and `_save`, which writes the drafter."""
+    """Base of both trainers; expects `target`, a `_method`, `"sft"` or `"opd"`, `_save`, which writes the drafter, and `_measure`."""
 
     _method = ""
     args: DraftTrainingConfig
@@ -206,6 +208,23 @@ class ResumingTrainer(_BaseTrainer):
             if self._guard.num_skipped:
                 logs["skipped_updates"] = float(self._guard.num_skipped)
         super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the loss on an evaluation batch, and add what was measured on it to the metrics. Collective where anything is sharded."""
+        settings = ("lower `per_device_eval_batch_size`", "lower `loss_chunk_bytes` or `max_completion_length`")
+        inputs = self._prepare_inputs(inputs)
+        with explained_memory("an evaluation step", [inputs], settings), whole_drafter(self.accelerator, self.model):
+            return self._measure(inputs), None, None
+
+    @abstractmethod
+    def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss on an evaluation batch, and add what was measured on it to the metrics."""
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
