@@ -5,7 +5,8 @@ Which rows the target reads together, and what its branch tokens may see. Pure t
 Shape letters:  B = sequences, L = text length, R = rows of a group, n = branch tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,16 +17,32 @@ SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
 
 
 class NotFiniteError(FloatingPointError):
-    """Says which `rows` of a batch the target reads as NaN or infinity."""
+    """
+    Says which rows the target reads as NaN or infinity.
 
-    def __init__(self, rows: list[int], dtype: torch.dtype):
+    Args:
+        rows (`list[int]`): The rows.
+        dtype (`torch.dtype`): Precision of its hidden states.
+        place (`str`, *optional*): What the rows are rows of.
+    """
+
+    def __init__(self, rows: list[int], dtype: torch.dtype, place: str = "the text it read"):
         cause = "Its weights are damaged: load it again"
         if dtype != torch.float32:
             cause = f"Its numbers overflow in {dtype}, or its weights are damaged: try `target_dtype='float32'`"
         super().__init__(
-            f"The target's hidden states are NaN or infinite in rows {rows} of the text it read. {cause}, and look at these rows."
+            f"The target's hidden states are NaN or infinite in rows {rows} of {place}. {cause}, and look at these rows."
         )
-        self.rows = rows
+        self.rows, self.dtype = rows, dtype
+
+
+@contextmanager
+def naming_rows(names: Sequence[int], place: str) -> Iterator[None]:
+    """Let a [`NotFiniteError`] raised inside speak of `names[row]`, rows of `place`, where it speaks of `row`."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError([int(names[row]) for row in error.rows], error.dtype, place) from error
 
 
 def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> None:
