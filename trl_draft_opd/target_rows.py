@@ -5,8 +5,7 @@ Which rows the target reads together, and what its branch tokens may see. Pure t
 Shape letters:  B = sequences, L = text length, R = rows of a group, n = branch tokens
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -14,53 +13,6 @@ import torch
 # Rows are read together down to this share of the widest one's tokens, and in any case within this many tokens of it:
 # beyond, padding costs more than another forward.
 SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
-
-
-class NotFiniteError(FloatingPointError):
-    """
-    Says which rows the target reads as NaN or infinity.
-
-    Args:
-        rows (`list[int]`): The rows.
-        dtype (`torch.dtype`): Precision of its hidden states.
-        place (`str`, *optional*): What the rows are rows of.
-    """
-
-    def __init__(self, rows: list[int], dtype: torch.dtype, place: str = "the text it read"):
-        cause = "Its weights are damaged: load it again"
-        if dtype != torch.float32:
-            cause = f"Its numbers overflow in {dtype}, or its weights are damaged: try `target_dtype='float32'`"
-        super().__init__(
-            f"The target's hidden states are NaN or infinite in rows {rows} of {place}. {cause}, and look at these rows."
-        )
-        self.rows, self.dtype = rows, dtype
-
-
-@contextmanager
-def naming_rows(names: Sequence[int], place: str) -> Iterator[None]:
-    """Let a [`NotFiniteError`] raised inside speak of `names[row]`, rows of `place`, where it speaks of `row`."""
-    try:
-        yield
-    except NotFiniteError as error:
-        raise NotFiniteError([int(names[row]) for row in error.rows], error.dtype, place) from error
-
-
-def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """
-    Refuse a reading that is not finite.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, L, H)`): Hidden states.
-        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text; what stands at padding does not matter.
-
-    Raises:
-        NotFiniteError: Naming the rows.
-    """
-    # One pass that keeps two numbers per position; NaN passes through both.
-    low, high = torch.aminmax(hidden, dim=-1)
-    is_wrong = ~(low.isfinite() & high.isfinite()) & attention_mask.bool()
-    if is_wrong.any():
-        raise NotFiniteError(is_wrong.any(dim=1).nonzero()[:, 0].tolist(), hidden.dtype)
 
 
 def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: tuple[int, int]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from trl_draft_opd import (
     FrozenTarget,
 )
 from trl_draft_opd.drafters import attention
-from trl_draft_opd.target_rows import NotFiniteError
+from trl_draft_opd.target_checks import NotFiniteError
 from trl_draft_opd.trajectories import Origin, TrajectoryStore
 from trl_draft_opd.verification import SamplingSettings
 

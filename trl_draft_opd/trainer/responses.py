@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ..rollout.replay import TargetText
 from ..target import FrozenTarget
-from ..target_rows import naming_rows
+from ..target_checks import naming_rows
 from ..trajectories import Origin, ResponseAudit, TrajectoryStore, check_responses, generate_missing
 from ..trajectories.shards import prompt_key
 from .batches import join_responses, prompt_rows, response_pairs, text_of

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from ..data import left_pad_prompts
 from ..draws import PLAIN_TOKEN, DrawKeys
 from ..target import FrozenTarget
-from ..target_rows import naming_rows
+from ..target_checks import naming_rows
 from ..verification import SamplingSettings, choose_tokens, token_probs
 from .audit import score_responses
 from .shards import Trajectory, prompt_key
