@@ -81,7 +81,7 @@ class NotFiniteError(FloatingPointError):
 
 
 @contextmanager
-def naming_rows(names: Sequence[int], place: str) -> Iterator[None]:
+def naming_rows(names: Sequence[int] | torch.Tensor, place: str) -> Iterator[None]:
     """Let a [`NotFiniteError`] raised inside speak of `names[row]`, rows of `place`, where it speaks of `row`."""
     try:
         yield
