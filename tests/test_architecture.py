@@ -28,6 +28,7 @@ FLOORS = {
     "durable": 1,
     "losses": 1,
     "target_placement": 1,
+    "target_checks": 1,
     "target_rows": 1,
     "verification": 1,
     "target": 2,

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ._trl import create_model_from_path
 from .drafters.target_shape import text_config
 from .loading import loading_whole
+from .target_checks import find_layers, refuse_not_finite, require_weights
 from .target_placement import Lockstep, device_of, place_whole, shard_layers
-from .target_rows import branch_mask, pad_rows, refuse_not_finite, rows_of_similar_width
+from .target_rows import branch_mask, pad_rows, rows_of_similar_width
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class FrozenTarget:
         self.tokenizer = tokenizer
         self.config = text_config(causal_lm.config)
         self.backbone = causal_lm.base_model
-        self.layers = self._find_layers()
+        self.layers = find_layers(self.backbone, self.config)
         # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
-        self._require_weights()
+        require_weights(causal_lm)
         self._check_head()
 
     @classmethod
@@ -474,36 +475,6 @@ class FrozenTarget:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _find_layers(self) -> nn.ModuleList:
-        for module in self.backbone.children():
-            if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers:
-                return module
-        raise ValueError(
-            f"Target of type {self.config.model_type!r} has no list of {self.config.num_hidden_layers} decoder layers in its backbone "
-            f"{type(self.backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of transformers are supported."
-        )
-
-    def _require_weights(self) -> None:
-        """Refuse a target whose embedding or head cannot be called outside of it."""
-        kind = f"Target of type {self.config.model_type!r}"
-        parts = {"embedding": self.causal_lm.get_input_embeddings(), "head": self.causal_lm.get_output_embeddings()}
-        for name, module in parts.items():
-            weight = getattr(module, "weight", None)
-            if weight is None:
-                raise ValueError(
-                    f"{kind} ({type(self.causal_lm).__name__}) has no {name} with a plain `weight`. Load it with `AutoModelForCausalLM`; where "
-                    f"it is quantised, leave the {name} out (`modules_to_not_convert`)."
-                )
-            if weight.is_meta:
-                raise ValueError(
-                    f"{kind} has its {name} on the meta device: it was offloaded or never loaded. Load it without offloading, in a lower "
-                    f"precision or on more devices; the {name} must stay in memory."
-                )
-            if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(
-                    f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation, with `modules_to_not_convert` or bitsandbytes' `llm_int8_skip_modules=['lm_head']`."
-                )
 
     @torch.no_grad()
     def _check_head(self) -> None:

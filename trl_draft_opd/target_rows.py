@@ -15,37 +15,6 @@ import torch
 SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
 
 
-class NotFiniteError(FloatingPointError):
-    """Says which `rows` of a batch the target reads as NaN or infinity."""
-
-    def __init__(self, rows: list[int], dtype: torch.dtype):
-        cause = "Its weights are damaged: load it again"
-        if dtype != torch.float32:
-            cause = f"Its numbers overflow in {dtype}, or its weights are damaged: try `target_dtype='float32'`"
-        super().__init__(
-            f"The target's hidden states are NaN or infinite in rows {rows} of the text it read. {cause}, and look at these rows."
-        )
-        self.rows = rows
-
-
-def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """
-    Refuse a reading that is not finite.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, L, H)`): Hidden states.
-        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text; what stands at padding does not matter.
-
-    Raises:
-        NotFiniteError: Naming the rows.
-    """
-    # One pass that keeps two numbers per position; NaN passes through both.
-    low, high = torch.aminmax(hidden, dim=-1)
-    is_wrong = ~(low.isfinite() & high.isfinite()) & attention_mask.bool()
-    if is_wrong.any():
-        raise NotFiniteError(is_wrong.any(dim=1).nonzero()[:, 0].tolist(), hidden.dtype)
-
-
 def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: tuple[int, int]) -> torch.Tensor:
     """Put the parts, `(rows, length, (R, length, ...) tensor)` each, into one `(B, L, ...)` tensor."""
     rows, length, first = parts[0]

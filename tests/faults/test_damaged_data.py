@@ -61,6 +61,12 @@ def warnings_of(action):
     [
         ("cut.jsonl", GOOD * 5 + GOOD[:20], "line 6, its last, ends in the middle: its writer was cut off"),
         ("cut.json", b"[" + GOOD[:-1] + b",\n" + GOOD[:20], "line 2, its last, ends in the middle"),
+        (
+            "nested.json",
+            b'{\n "data": [\n  {"prompt": w9}\n ]\n}\n',
+            r"line 3 is no JSON \(Expecting value at column 14\)",
+        ),
+        ("rows.json", GOOD * 2 + b"hello\n" + GOOD, "line 3 is no JSON"),
         ("word.jsonl", GOOD + b"hello\n" + GOOD, r"line 2 is no JSON \(Expecting value at column 1\)"),
         ("nul.jsonl", GOOD + GOOD.replace(b"w9", b"w\x009"), r"line 2 is no JSON \(Invalid control character"),
         ("latin.jsonl", GOOD + GOOD.replace(b"w9", b"w\xff9"), r"line 2 is no UTF-8 \(byte 0xff at 13\)"),

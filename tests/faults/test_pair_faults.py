@@ -24,7 +24,7 @@ from trl_draft_opd import (
     FrozenTarget,
 )
 from trl_draft_opd.drafters import attention
-from trl_draft_opd.target_rows import NotFiniteError
+from trl_draft_opd.target_checks import NotFiniteError
 from trl_draft_opd.trajectories import Origin, TrajectoryStore
 from trl_draft_opd.verification import SamplingSettings
 
@@ -327,9 +327,12 @@ def test_a_row_that_the_target_reads_as_nan_stops_training_before_any_update(tmp
 
 
 def test_no_answer_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path, half_broken):
-    rows = [{"prompt": "w50 w9"}, {"prompt": "w9"}]
-    with pytest.raises(NotFiniteError):
-        make_trainer("opd", tmp_path, make_drafter("dflash", half_broken), half_broken, rows).train()
+    rows = [{"prompt": "w9 w10 w11"}, {"prompt": "w50 w9"}, {"prompt": "w9"}]
+    drafter = make_drafter("dflash", half_broken)
+    with pytest.raises(NotFiniteError, match=r"in rows \[1\] of the dataset"):
+        make_trainer("opd", tmp_path, drafter, half_broken, rows, per_device_train_batch_size=3).train()
+    with pytest.raises(NotFiniteError, match=r"in rows \[1\] of the dataset"):
+        make_trainer("sft", tmp_path, drafter, half_broken, rows, regenerate=True)
     assert len(TrajectoryStore.read_only(tmp_path / "_trajectories")) == 0
 
 

@@ -11,7 +11,15 @@ from huggingface_hub import constants
 from oracle import greedy_text, plant
 from tiny import EOS, make_drafter, make_target
 
-from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
+from trl_draft_opd import (
+    AutoDrafter,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    FrozenTarget,
+    cli,
+)
 
 
 TRAINERS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}
@@ -134,3 +142,15 @@ def test_a_drafter_by_a_name_that_cannot_be_one_is_refused_without_asking_the_hu
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises((ValueError, FileNotFoundError), match=f"{name.split('/')[-1]}"):
         AutoDrafter.from_pretrained(name)
+
+
+# -- the shell ---------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_are_not_finite_end_a_command_with_one_line(monkeypatch, capsys):
+    def fail(argv):
+        raise FloatingPointError("the loss is nan on row 7")
+
+    monkeypatch.setitem(cli.COMMANDS, "opd", fail)
+    assert cli.main(["opd"]) == 2
+    assert capsys.readouterr().err == "trl-draft-opd opd: the loss is nan on row 7\n"

@@ -199,8 +199,8 @@ def _load(shown: str, path: str, split: str, **options: str | None) -> Dataset:
 def find_json_fault(path: Path) -> str | None:
     """Say which line of a file of JSON rows is damaged and how, or return `None` where none is."""
     lines = path.read_bytes().splitlines(keepends=True)
-    if path.suffix == ".json" and lines and lines[0].lstrip()[:1] == b"[":
-        lines = [b"".join(lines)]
+    if path.suffix == ".json" and lines and not lines[0].strip().endswith(b"}"):
+        lines = [b"".join(lines)]  # one value over many lines, and not a row a line
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

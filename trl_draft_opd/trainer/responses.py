@@ -12,7 +12,9 @@ from datasets import Dataset
 
 from ..rollout.replay import TargetText
 from ..target import FrozenTarget
+from ..target_checks import naming_rows
 from ..trajectories import Origin, ResponseAudit, TrajectoryStore, check_responses, generate_missing
+from ..trajectories.shards import prompt_key
 from .batches import join_responses, prompt_rows, response_pairs, text_of
 from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
@@ -45,7 +47,7 @@ def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset
 
     Args:
         target ([`FrozenTarget`]), args ([`DraftTrainingConfig`]): Writer and settings.
-        prompts (`Dataset`): Rows with `prompt_ids`.
+        prompts (`Dataset`): Rows with `prompt_ids` and `sample_id`.
 
     Returns:
         `Dataset` with `prompt_ids` and `completion_ids`, in the order of `prompts`.
@@ -53,18 +55,20 @@ def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset
     state = PartialState()
     store = open_store(target, args)
     prompt_ids = list(prompts["prompt_ids"])
-    missing = store.missing(prompt_ids)
+    missing = store.missing(prompt_ids)[state.process_index :: state.num_processes]
+    rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
     # All ranks cut the same list into shares, so nobody may write before everybody has looked.
     state.wait_for_everyone()
-    generate_missing(
-        store,
-        target,
-        missing[state.process_index :: state.num_processes],
-        batch_size=args.generation_batch_size,
-        seed=args.seed,
-        shard_size=args.generation_batch_size,
-        show_progress=not args.disable_tqdm and state.is_local_main_process,
-    )
+    with naming_rows([rows[prompt_key(prompt)] for prompt in missing], "the dataset"):
+        generate_missing(
+            store,
+            target,
+            missing,
+            batch_size=args.generation_batch_size,
+            seed=args.seed,
+            shard_size=args.generation_batch_size,
+            show_progress=not args.disable_tqdm and state.is_local_main_process,
+        )
     target.finish_together()
     state.wait_for_everyone()
     store.refresh()
@@ -146,26 +150,26 @@ class ResponseSource:
             return
         # Another rank, or another run on the same store, may have answered meanwhile.
         self.store.refresh()
-        missing = self.store.missing(prompts)
+        rows = [row for batch in batches for row in batch["sample_ids"].tolist()]
+        row_of = {tuple(prompt): row for prompt, row in zip(prompts, rows, strict=True)}
+        missing = {tuple(prompt): row_of[tuple(prompt)] for prompt in self.store.missing(prompts)}
         size = self.args.generation_batch_size
-        missing += self._more_prompts(size - len(missing), {tuple(prompt) for prompt in missing})
-        generate_missing(
-            self.store,
-            self.target,
-            missing,
-            batch_size=size,
-            seed=self.args.seed,
-            shard_size=size,
-            show_progress=self.show_progress,
-        )
+        self._add_prompts(missing, size)
+        with naming_rows(list(missing.values()), "the dataset"):
+            generate_missing(
+                self.store,
+                self.target,
+                list(missing),
+                batch_size=size,
+                seed=self.args.seed,
+                shard_size=size,
+                show_progress=self.show_progress,
+            )
 
-    def _more_prompts(self, count: int, taken: set[tuple[int, ...]]) -> list[list[int]]:
-        """Return up to `count` further prompts of this rank's share that have no response yet."""
-        found: list[list[int]] = []
-        while self.prompts is not None and len(found) < count and self._next_row < len(self.prompts):
-            prompt = self.prompts[self._next_row]["prompt_ids"]
+    def _add_prompts(self, missing: dict[tuple[int, ...], int], size: int) -> None:
+        """Fill `missing`, prompts and their rows, up to `size` with prompts of this rank's share that have no response yet."""
+        while self.prompts is not None and len(missing) < size and self._next_row < len(self.prompts):
+            row = self.prompts[self._next_row]
             self._next_row += self.num_ranks
-            if tuple(prompt) not in taken and self.store.find(prompt) is None:
-                found.append(prompt)
-                taken.add(tuple(prompt))
-        return found
+            if self.store.find(row["prompt_ids"]) is None:
+                missing.setdefault(tuple(row["prompt_ids"]), row["sample_id"])

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from ..data import left_pad_prompts
 from ..draws import PLAIN_TOKEN, DrawKeys
 from ..target import FrozenTarget
+from ..target_checks import naming_rows
 from ..verification import SamplingSettings, choose_tokens, token_probs
 from .audit import score_responses
 from .shards import Trajectory, prompt_key
@@ -120,7 +121,8 @@ def generate_missing(
         for number, rows in enumerate(_batches(missing, batch_size)):
             batch = [missing[row] for row in rows]
             if number == 0:
-                _read(target, batch)
+                with naming_rows(rows, "the prompts without a response"):
+                    _read(target, batch)
             # By prompt and not by number: a resumed run draws as the uninterrupted one.
             keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in batch])
             answers = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, keys)

@@ -1,0 +1,107 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What a target must be able to do before anything is learnt from it: hold its embedding, layers and head, and read text as finite
+numbers.
+
+Shape letters:  B = sequences, L = text length, H = hidden size
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def require_weights(causal_lm: PreTrainedModel) -> None:
+    """
+    Check that embedding and head can be called outside of the model.
+
+    Raises:
+        ValueError: If one of them is missing, offloaded or quantised, with the way out.
+    """
+    kind = f"Target of type {causal_lm.config.model_type!r}"
+    for name, module in {
+        "embedding": causal_lm.get_input_embeddings(),
+        "head": causal_lm.get_output_embeddings(),
+    }.items():
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            raise ValueError(
+                f"{kind} ({type(causal_lm).__name__}) has no {name} with a plain `weight`. Load it with `AutoModelForCausalLM`; where it is "
+                f"quantised, leave the {name} out (`modules_to_not_convert`)."
+            )
+        if weight.is_meta:
+            raise ValueError(
+                f"{kind} has its {name} on the meta device: it was offloaded or never loaded. Load it without offloading, in a lower "
+                f"precision or on more devices; the {name} must stay in memory."
+            )
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation, with `modules_to_not_convert` or bitsandbytes' "
+                "`llm_int8_skip_modules=['lm_head']`."
+            )
+
+
+def find_layers(backbone: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
+    """
+    Return the decoder layers of a model without its head.
+
+    Raises:
+        ValueError: If there is no list of as many layers as the config says.
+    """
+    for module in backbone.children():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return module
+    raise ValueError(
+        f"Target of type {config.model_type!r} has no list of {config.num_hidden_layers} decoder layers in its backbone "
+        f"{type(backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of transformers are supported."
+    )
+
+
+class NotFiniteError(FloatingPointError):
+    """
+    Says which rows the target reads as NaN or infinity.
+
+    Args:
+        rows (`list[int]`): The rows.
+        dtype (`torch.dtype`): Precision of its hidden states.
+        place (`str`, *optional*): What the rows are rows of.
+    """
+
+    def __init__(self, rows: list[int], dtype: torch.dtype, place: str = "the text it read"):
+        cause = "Its weights are damaged: load it again"
+        if dtype != torch.float32:
+            cause = f"Its numbers overflow in {dtype}, or its weights are damaged: try `target_dtype='float32'`"
+        super().__init__(
+            f"The target's hidden states are NaN or infinite in rows {rows} of {place}. {cause}, and look at these rows."
+        )
+        self.rows, self.dtype = rows, dtype
+
+
+@contextmanager
+def naming_rows(names: Sequence[int] | torch.Tensor, place: str) -> Iterator[None]:
+    """Let a [`NotFiniteError`] raised inside speak of `names[row]`, rows of `place`, where it speaks of `row`."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError([int(names[row]) for row in error.rows], error.dtype, place) from error
+
+
+def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """
+    Refuse a reading that is not finite.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(B, L, H)`): Hidden states.
+        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text; what stands at padding does not matter.
+
+    Raises:
+        NotFiniteError: Naming the rows.
+    """
+    # One pass that keeps two numbers per position; NaN passes through both.
+    low, high = torch.aminmax(hidden, dim=-1)
+    is_wrong = ~(low.isfinite() & high.isfinite()) & attention_mask.bool()
+    if is_wrong.any():
+        raise NotFiniteError(is_wrong.any(dim=1).nonzero()[:, 0].tolist(), hidden.dtype)
