@@ -88,7 +88,8 @@ class DraftTrainingConfig(_BaseConfig):
 
         activation_checkpointing (`bool`, *optional*, defaults to `False`):
             Compute the inside of each DFlash layer and of each EAGLE-3 step again in the backward pass instead of keeping it: same loss
-            and gradients, one more forward of the drafter's blocks, and about half the memory of the drafter's step (docs/scaling.md).
+            and gradients, one more forward of the drafter's blocks, and less memory: a quarter off the step's peak of a small EAGLE-3, half
+            off a DFlash's (docs/scaling.md).
             Off, where TRL's trainers have it on: a drafter has one to a few layers, and the target keeps nothing for a backward pass.
             `gradient_checkpointing`, the older name, is read where this one is unset.
 

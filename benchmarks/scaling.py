@@ -1,0 +1,313 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Which target and drafter fit where: tables of memory per stage and per launch, held against what runs.
+
+    python -m benchmarks.scaling                                            # the tables of docs/scaling.md, as markdown
+    python -m benchmarks.scaling --check                                    # computed against counted, a 7 M pair on the CPU
+    python -m benchmarks.scaling --measure qwen3-0.6b --family eagle3       # computed against measured, random weights on a GPU
+
+The arithmetic is in `memory.py`.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from benchmarks.counters import PeakBytes
+from benchmarks.memory import (
+    FAMILIES,
+    LAUNCHES,
+    NUM_RANKS,
+    SHAPES,
+    Stages,
+    Workload,
+    count_stages,
+    launch_bytes,
+    make_drafter,
+    make_target,
+    workload_of,
+)
+from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.anchors import AnchorBatch, sample_anchors
+from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.target import TargetReading
+from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+
+
+GIB = 2**30
+# Small enough for a test; the loss in chunks of 1 MiB, so that a chunk is no more than is needed.
+CHECKED = Workload(rows=2, length=256, blocks=40, accumulation=1, checkpointing=False, chunk_bytes=2**20)
+STREAMS = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 0.0, 1.0)}
+
+
+# -- one micro-batch, stage by stage -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """A pair with a micro-batch of random text; stages are run one by one, in the order of their methods."""
+
+    target: FrozenTarget
+    drafter: Drafter
+    work: Workload
+    optimizer: torch.optim.Optimizer
+    input_ids: torch.Tensor
+    anchors: AnchorBatch
+    reading: TargetReading | None = None
+    loss: torch.Tensor | None = None
+
+    @classmethod
+    def make(cls, target: FrozenTarget, family: str, work: Workload) -> "Scene":
+        """Make the drafter, its optimizer, and text whose last three quarters are response."""
+        device = target.device
+        drafter = make_drafter(family, target.causal_lm, device).train()
+        if work.checkpointing:
+            drafter.activation_checkpointing_enable()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, target.vocab_size - 1, (work.rows, work.length), generator=generator).to(device)
+        is_response = (torch.arange(work.length, device=device) >= work.length // 4).expand_as(ids)
+        anchors = sample_anchors(
+            ids,
+            is_response,
+            range(work.rows),
+            num_anchors=work.blocks,
+            num_drafts=drafter.default_num_drafts,
+            seed=0,
+            epoch=0,
+        )
+        return cls(target, drafter, work, torch.optim.AdamW(drafter.parameters()), ids, anchors)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context that training with `bf16` runs in."""
+        return torch.autocast(self.target.device.type, torch.bfloat16)
+
+    def read(self) -> None:
+        """Have the target read the text."""
+        mask = torch.ones_like(self.input_ids)
+        with self.autocast():
+            self.reading = self.target.read_text(self.input_ids, mask, self.drafter.config.target_layer_ids)
+
+    def draft(self) -> torch.Tensor:
+        """Run the blocks with gradient; the caller is inside of `autocast`."""
+        return self.drafter.draft_hidden(
+            self.reading.features, self.input_ids, self.anchors.anchors, self.anchors.drafts, self.target.embed
+        )
+
+    def forward(self) -> None:
+        """Compute the loss as the trainers do."""
+        sums = weight_sums([self.anchors], STREAMS, self.drafter.draft_token_ids)
+        mask = torch.ones_like(self.input_ids)
+        with self.autocast():
+            self.loss = step_loss(
+                self.drafter,
+                self.target,
+                self.input_ids,
+                mask,
+                self.anchors,
+                None,
+                STREAMS,
+                sums,
+                self.work.chunk_bytes,
+                self.reading,
+            ).loss
+
+    def backward(self) -> None:
+        """Fill the gradients."""
+        self.loss.backward()
+        self.loss = None
+
+    def update(self) -> None:
+        """Update the drafter; the first call makes AdamW's moments."""
+        self.optimizer.step()
+
+    def live(self, max_new_tokens: int) -> None:
+        """Decode a few tokens behind the whole text: caches are as long as training makes them."""
+        settings = LiveSettings(
+            num_drafts=self.drafter.default_num_drafts,
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
+            draft_sampling="greedy",
+            eos_token_ids=(),
+            keep_branch_hidden=False,
+        )
+        with self.autocast():
+            rollout_live(
+                self.target, self.drafter, self.input_ids.tolist(), settings, DrawKeys(0, 0, range(self.work.rows))
+            )
+
+
+# -- held against the dispatcher, on the CPU ---------------------------------------------------------------------------
+
+
+def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int, int]]:
+    """
+    Run a micro-batch on the CPU and return `(stage, computed bytes, counted bytes)`.
+
+    Counted are storages, by torch's dispatcher: the same value on every run.
+    """
+    target = FrozenTarget(make_target(name, "cpu", torch.bfloat16))
+    scene = Scene.make(target, family, work)
+    stages = count_stages(target.causal_lm, scene.drafter, work)
+    parameters = list(scene.drafter.parameters())
+    with PeakBytes() as reading:
+        scene.read()
+    with PeakBytes() as drafting, scene.autocast():
+        hidden = scene.draft()
+        kept = drafting.alive
+    del hidden
+    with PeakBytes() as stepping:
+        scene.forward()
+        scene.backward()
+    gradients = sum(p.grad.nbytes for p in parameters)
+    scene.update()
+    moments = sum(s[key].nbytes for s in scene.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    cache = DynamicCache(config=target.config)
+    ones = torch.ones_like(scene.input_ids)
+    positions = torch.arange(work.length).expand_as(ones)
+    with torch.no_grad(), scene.autocast():
+        read = target.step(scene.input_ids, ones, positions, cache, scene.drafter.config.target_layer_ids)
+        own = scene.drafter.encode_context(read.features, target.embed(scene.input_ids), positions)
+    cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    cached += [*own.keys, *own.values, *([] if own.fused is None else [own.fused])]
+    # The head is not cast while blocks run, only in the loss.
+    head_cast = scene.drafter.lm_head.weight.numel() * 2 if scene.drafter.owns_head else 0
+    whole = stages.casts + stages.activations + stages.loss + stages.gradients
+    return [
+        ("target", stages.target, sum(p.nbytes for p in target.causal_lm.parameters())),
+        ("target's gradients and optimizer state", 0, sum(p.grad is not None for p in target.causal_lm.parameters())),
+        ("drafter's masters", stages.masters, sum(p.nbytes for p in parameters)),
+        ("drafter's gradients", stages.gradients, gradients),
+        ("AdamW's moments", stages.adamw, moments),
+        ("target's forward", stages.forward, reading.peak),
+        ("target's reading", stages.readings // work.accumulation, scene.reading.num_bytes),
+        ("activations and casts", stages.casts - head_cast + stages.kept, kept),
+        ("loss and backward, whole", whole, stepping.peak),
+        ("live caches", stages.cache, sum(tensor.nbytes for tensor in cached)),
+    ]
+
+
+# -- held against a GPU ------------------------------------------------------------------------------------------------
+
+
+def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, int | None, int, float]]:
+    """
+    Run a micro-batch on the GPU with random weights; return `(stage, computed bytes, peak bytes, seconds)`.
+
+    Peaks are of `torch.cuda.max_memory_allocated`, everything alive included; so are the computed ones.
+    """
+    rows: list[tuple[str, int | None, int, float]] = []
+
+    def run(stage: str, computed: int | None, action: Callable[[], object]) -> object:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        result = action()
+        torch.cuda.synchronize()
+        rows.append((stage, computed, torch.cuda.max_memory_allocated(), time.perf_counter() - begun))
+        return result
+
+    stages = count_stages(*meta_pair(name, family), work)
+    target = FrozenTarget(run("target made", stages.target, lambda: make_target(name, "cuda", torch.bfloat16)))
+    fixed = stages.target + stages.masters
+    scene: Scene = run("drafter made", fixed, lambda: Scene.make(target, family, work))
+    run("target reads the text", fixed + stages.forward, scene.read)
+    fixed += scene.reading.num_bytes
+    run("loss", fixed + stages.casts + stages.activations + stages.loss, scene.forward)
+    whole = stages.casts + stages.activations + stages.loss + stages.gradients
+    run("backward", fixed + whole, scene.backward)
+    # AdamW's own temporaries: it updates all tensors together.
+    run("first update", fixed + stages.gradients + 2 * stages.adamw, scene.update)
+    fixed += stages.adamw + stages.gradients
+    run("second loss", fixed + stages.casts + stages.activations + stages.loss, scene.forward)
+    run("second backward", fixed + whole, scene.backward)
+    scene.optimizer.zero_grad(set_to_none=True)
+    scene.reading = None
+    run("live rollout, 16 tokens", None, lambda: scene.live(16))
+    return rows
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def meta_pair(name: str, family: str) -> tuple[PreTrainedModel, Drafter]:
+    """Return target and drafter without memory."""
+    target = make_target(name, "meta", torch.bfloat16)
+    return target, make_drafter(family, target, "meta")
+
+
+def stages_of(name: str, family: str, checkpointing: bool = False) -> Stages:
+    """Return the stages of a shape under the tables' workload, from models of the meta device."""
+    work = replace(workload_of(family), checkpointing=checkpointing)
+    return count_stages(*meta_pair(name, family), work)
+
+
+def gib(value: float) -> str:
+    """Return bytes as GiB."""
+    return f"{value / GIB:.2f}" if value < 10 * GIB else f"{value / GIB:.1f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Return a markdown table, its first column to the left."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def stage_table(name: str) -> str:
+    """Return the table of stages on one GPU, both families."""
+    found = [stages_of(name, family) for family in FAMILIES]
+    again = [stages_of(name, family, checkpointing=True) for family in FAMILIES]
+    rows = []
+    for index, (label, _) in enumerate(found[0].rows()):
+        rows.append([label, *(gib(stages.rows()[index][1]) for stages in found)])
+        if label.startswith("activations"):
+            rows.append(["… with `activation_checkpointing=True`", *(gib(stages.activations) for stages in again)])
+    rows.append(["**peak on one GPU**", *(f"**{gib(launch_bytes(s, LAUNCHES[0], 1))}**" for s in found)])
+    return markdown([f"{name}, GiB", "EAGLE-3", "DFlash"], rows)
+
+
+def launch_table(family: str, names: list[str]) -> str:
+    """Return the table of peaks per GPU, launches against targets."""
+    stages = {name: stages_of(name, family) for name in names}
+    rows = [[launch, *(gib(launch_bytes(stages[n], launch, NUM_RANKS)) for n in names)] for launch in LAUNCHES]
+    return markdown([f"{family}, GiB per GPU ({NUM_RANKS} GPUs)", *names], rows)
+
+
+def tables() -> list[str]:
+    """Return every table of docs/scaling.md."""
+    names = [name for name in SHAPES if name != "qwen3-7m"]
+    return [stage_table(name) for name in names] + [launch_table(family, names) for family in FAMILIES]
+
+
+def main() -> None:
+    """Print what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="count a 7 M pair on the CPU")
+    parser.add_argument("--measure", choices=list(SHAPES), help="measure a pair of this shape on the GPU")
+    parser.add_argument("--family", choices=FAMILIES, default="eagle3")
+    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    args = parser.parse_args()
+    if args.check:
+        for family in FAMILIES:
+            counted = count_on_cpu("qwen3-7m", family, replace(CHECKED, checkpointing=args.checkpointing))
+            rows = [[s, f"{a:,}", f"{b:,}"] for s, a, b in counted]
+            print(markdown([f"qwen3-7m, {family}, bytes", "computed", "counted"], rows) + "\n")
+    elif args.measure:
+        work = replace(workload_of(args.family), checkpointing=args.checkpointing)
+        measured = measure_on_gpu(args.measure, args.family, work)
+        rows = [[s, "" if a is None else gib(a), gib(b), f"{t:.2f}"] for s, a, b, t in measured]
+        device = torch.cuda.get_device_name()
+        print(markdown([f"{args.measure}, {args.family}, {device}", "computed GiB", "peak GiB", "seconds"], rows))
+    else:
+        print("\n\n".join(tables()))
+
+
+if __name__ == "__main__":
+    main()

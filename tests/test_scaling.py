@@ -1,0 +1,84 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The memory of docs/scaling.md is what a step takes: a 7 M pair is counted on the CPU, and the page quotes the program's tables.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_tokenizer
+
+from benchmarks import scaling
+from benchmarks.memory import FAMILIES, LAUNCHES, launch_bytes, make_target, quantised_bytes
+from trl_draft_opd import FrozenTarget
+
+
+EXACT = {
+    "target",
+    "target's gradients and optimizer state",
+    "drafter's masters",
+    "drafter's gradients",
+    "AdamW's moments",
+    "target's reading",
+    "live caches",
+}
+# Computed over counted, least and most. A whole step is bounded: not all its parts are alive at once.
+WITHIN = {
+    "activations and casts": (0.97, 1.03),
+    "target's forward": (0.97, 1.05),
+    "loss and backward, whole": (1.0, 1.2),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computed_memory_is_what_a_small_pair_takes(family, checkpointing):
+    work = replace(scaling.CHECKED, checkpointing=checkpointing)
+    rows = {stage: (computed, counted) for stage, computed, counted in scaling.count_on_cpu("qwen3-7m", family, work)}
+    assert rows.keys() == EXACT | WITHIN.keys()
+    for stage in EXACT:
+        computed, counted = rows[stage]
+        assert computed == counted, stage
+    for stage, (least, most) in WITHIN.items():
+        computed, counted = rows[stage]
+        assert least <= computed / counted <= most, (stage, computed, counted)
+
+
+def test_the_target_costs_two_bytes_a_weight_and_the_drafter_sixteen():
+    stages = scaling.stages_of("qwen3-8b", "eagle3")
+    target, drafter = scaling.meta_pair("qwen3-8b", "eagle3")
+    assert stages.target == 2 * sum(parameter.numel() for parameter in target.parameters())
+    trained = sum(parameter.numel() for parameter in drafter.parameters())
+    assert stages.masters + stages.gradients + stages.adamw == 16 * trained
+    # As published: 8.19 B weights; a drafter of 0.40 B with a draft vocabulary of 32k.
+    assert round(stages.target / 2e9, 2) == 8.19 and round(trained / 1e9, 2) == 0.40
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_sharding_never_takes_more_memory(family):
+    for name in ("qwen3-0.6b", "llama3-70b"):
+        stages = scaling.stages_of(name, family)
+        ddp, zero2, _, fsdp2, sharded = (launch_bytes(stages, launch, 8) for launch in LAUNCHES[1:6])
+        assert ddp > zero2 >= fsdp2 > sharded
+        # What is sharded is the decoder layers: on one rank nothing is gained.
+        assert launch_bytes(stages, LAUNCHES[5], 1) > launch_bytes(stages, LAUNCHES[4], 1)
+        assert fsdp2 - sharded == stages.target_layers - stages.target_layers // 8 - 2 * stages.target_layer
+
+
+def test_four_bits_take_what_the_library_allocates(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="quantises the target; has a build for the CPU")
+    make_target("qwen3-7m", "cpu", torch.bfloat16).save_pretrained(tmp_path)
+    options = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    target = FrozenTarget.load(tmp_path, tokenizer=make_tokenizer(), init_kwargs=options)
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in target.causal_lm.state_dict().values()
+    }
+    computed = quantised_bytes(make_target("qwen3-7m", "meta", torch.bfloat16))
+    assert 1.0 <= computed / sum(storages.values()) <= 1.05
+
+
+def test_the_page_quotes_the_tables_as_they_are_printed():
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert [table.splitlines()[0] for table in scaling.tables() if table not in page] == []
