@@ -339,8 +339,15 @@ def test_a_saved_adapter_loads_as_the_drafter_with_it_merged_in(tmp_path, target
     assert any(not torch.equal(own[n], p) for n, p in AutoDrafter.from_pretrained(bases / variant).named_parameters())
     half = AutoDrafter.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert all(torch.equal(tensor, wanted[name].bfloat16()) for name, tensor in clones(half).items())
-    # The folder is where training goes on from, by another adapter or as a whole.
-    again = make_trainer("sft", tmp_path / "more", tmp_path, target, rows, peft_config=LoraConfig(r=1))
+
+
+def test_training_goes_on_from_an_adapters_folder_and_its_record(tmp_path, target, bases, rows):
+    first = make_trainer(
+        "opd", tmp_path / "first", bases / "eagle3", target, rows, peft_config=LoraConfig(r=1)
+    )
+    first.train()
+    first.save_model()
+    again = make_trainer("sft", tmp_path / "more", tmp_path / "first", target, rows, peft_config=LoraConfig(r=1))
     again.train()
     again.save_model()
     assert [stage.method for stage in read_record(tmp_path / "more").stages] == ["opd", "sft"]
