@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -163,28 +164,30 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path: Path):
             assert store.find(row.prompt_ids) is not None
 
 
-def _write_without_end(path: str, told: Connection) -> None:
+def _write_without_end(path: str, first_seed: int, told: Connection) -> None:
     own = TrajectoryStore.open(path, ORIGIN)
-    for seed in itertools.count():
+    for seed in itertools.count(first_seed):
         own.add(make_rows(50, seed=seed))
         told.send(len(own))
 
 
 def test_a_writer_killed_at_any_moment_leaves_whole_shards_only(tmp_path: Path):
-    # Killed from outside while it writes; forked, because a fresh interpreter takes seconds to import everything.
+    # Killed from outside, each a little later in its write; forked, because a fresh interpreter imports for seconds.
     context = multiprocessing.get_context("fork")
-    heard, told = context.Pipe(duplex=False)
-    writer = context.Process(target=_write_without_end, args=(str(tmp_path / "store"), told))
-    writer.start()
-    told.close()  # so that a writer which fails is an error here and no endless wait
-    count = [heard.recv() for _ in range(3)][-1]
-    writer.kill()
-    writer.join(60)
-    assert writer.exitcode == -signal.SIGKILL
-    store = TrajectoryStore.open(tmp_path / "store", ORIGIN)
-    assert len(store) >= count >= 100
-    store.add([([7], [8, EOS], None, "stop")])
-    assert store.find([7]) == [8, EOS]
+    for moment in range(6):
+        heard, told = context.Pipe(duplex=False)
+        writer = context.Process(target=_write_without_end, args=(str(tmp_path / "store"), 1000 * moment, told))
+        writer.start()
+        told.close()  # so that a writer which fails is an error here and no endless wait
+        count = [heard.recv() for _ in range(3)][-1]
+        time.sleep(moment * 0.002)
+        writer.kill()
+        writer.join(60)
+        assert writer.exitcode == -signal.SIGKILL
+        store = TrajectoryStore.open(tmp_path / "store", ORIGIN)
+        assert len(store) >= count >= 100
+        store.add([([7 + moment], [8, EOS], None, "stop")])
+        assert store.find([7 + moment]) == [8, EOS]
 
 
 @pytest.mark.parametrize("written", [0, 1])

@@ -43,9 +43,8 @@ def greedy(target, prompt, num_tokens):
     return ids[0, len(prompt) :].tolist()
 
 
-def train(target, drafter, steps=60):
+def train(target, drafter, texts, steps=60):
     """Overfit a drafter to the target's continuations of two prompts, so that blocks are kept in part and in full."""
-    texts = [torch.tensor([prompt + greedy(target, prompt, 36)]) for prompt in TRAINED_ON]
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     names = {
         tuple(text.shape): target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids)
@@ -85,8 +84,9 @@ def target(tmp_path_factory):
 def published(tmp_path_factory, target):
     """By name, a trained checkpoint and its export."""
     place = tmp_path_factory.mktemp("published")
-    written = [token for prompt in TRAINED_ON for token in greedy(target, prompt, 36)]
-    counts = torch.bincount(torch.tensor(written), minlength=64)
+    continuations = [greedy(target, prompt, 36) for prompt in TRAINED_ON]
+    texts = [torch.tensor([prompt + text]) for prompt, text in zip(TRAINED_ON, continuations, strict=True)]
+    counts = torch.bincount(torch.tensor(sum(continuations, [])), minlength=64)
     drafters = {
         "eagle3": make_drafter("eagle3", target),
         "reduced": make_drafter("eagle3", target, draft_vocabulary=build_draft_vocabulary(counts, 40)),
@@ -97,7 +97,7 @@ def published(tmp_path_factory, target):
         drafters["dflash"].layers[1].self_attn.k_norm.weight.mul_(torch.linspace(0.3, 3.0, 8))
     folders = {}
     for name, drafter in drafters.items():
-        train(target, drafter)
+        train(target, drafter, texts)
         drafter.save_pretrained(place / f"{name}-checkpoint")
         export(drafter, target, place / name)
         folders[name] = (place / f"{name}-checkpoint", place / name)
