@@ -17,6 +17,7 @@ from ..drafters.base import Drafter
 from ..drafters.target_shape import check_layer_ids
 from ..target import FrozenTarget
 from ..target_placement import check_placement, load_in_turns
+from ..trajectories.origin import fingerprint_weights
 from .common_config import DraftTrainingConfig
 
 
@@ -46,7 +47,7 @@ def load_target(
         )
         check_placement(target.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not target.is_sharded:
-            target.shard(args.device)
+            target.shard(args.device, fingerprint_weights(target.causal_lm))
         return target
 
     shard = args.shard_target and args.world_size > 1
