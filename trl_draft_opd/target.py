@@ -99,6 +99,7 @@ class FrozenTarget:
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
         require_weights(causal_lm)
+        self.weights_fingerprint: str | None = None
         self._check_head()
 
     @classmethod
@@ -242,13 +243,14 @@ class FrozenTarget:
         """
         place_whole(self.causal_lm, device)
 
-    def shard(self, device: torch.device) -> None:
+    def shard(self, device: torch.device, weights_fingerprint: str) -> None:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
         From now on the three calls below, and `generate` of the model, are collective too: every rank ends each phase of using them
-        with [`finish_together`].
+        with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it alone any more.
         """
+        self.weights_fingerprint = weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
 
     @property

@@ -22,6 +22,7 @@ from ..export import hub_id_of
 from ..export.serving import SERVING_FILE
 from ..target import FrozenTarget
 from ..target_placement import check_placement, load_in_turns
+from ..trajectories.origin import fingerprint_weights
 from ..trajectories.store import is_store
 from .common_config import DraftTrainingConfig
 
@@ -55,7 +56,7 @@ def load_target(
         )
         check_placement(target.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not target.is_sharded:
-            target.shard(args.device)
+            target.shard(args.device, fingerprint_weights(target.causal_lm))
         return target
 
     shard = args.shard_target and args.world_size > 1

@@ -103,7 +103,7 @@ class Origin:
             target=config.name_or_path or target.causal_lm.config.name_or_path or None,
             revision=getattr(target.causal_lm.config, "_commit_hash", None),
             config_hash=hash_config(config),
-            weights_fingerprint=fingerprint_weights(target.causal_lm),
+            weights_fingerprint=target.weights_fingerprint or fingerprint_weights(target.causal_lm),
             vocab_size=target.vocab_size,
             max_positions=getattr(config, "max_position_embeddings", None),
             tokenizer_hash=None if target.tokenizer is None else hash_tokenizer(target.tokenizer),

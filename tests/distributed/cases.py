@@ -1,0 +1,166 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What every rank of every backend trains, and one process too: two optimiser steps per case on rows of very unequal length.
+
+In the first step the second rank has no supervised slot at all.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from oracle import greedy_text
+from tiny import MASK, make_drafter, make_prompts, make_target
+from transformers import TrainerCallback
+
+from trl_draft_opd import (
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    FrozenTarget,
+    build_draft_vocabulary,
+)
+from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.trainer.sharding import (
+    OptimizerState,
+    full_optimizer_state,
+    full_weights,
+    load_full_optimizer_state,
+    load_full_weights,
+)
+
+
+GLOBAL_BATCH, LONGEST = 4, 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name."""
+
+    kind: str
+    family: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    frozen: str | None = None
+    evaluates_first: bool = False
+
+
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}
+CASES = {
+    "sft_dflash": Case("sft", "dflash"),
+    "sft_eagle3": Case("sft", "eagle3", {"regenerate": True, "shard_target": True}),
+    "replay_dflash": Case("opd", "dflash", {"shard_target": True, "reading_bytes": 0}),
+    "replay_eagle3": Case("opd", "eagle3"),
+    "live_dflash": Case("opd", "dflash", {"rollout": "live"}),
+    "live_eagle3": Case("opd", "eagle3", {"rollout": "live", "shard_target": True}, evaluates_first=True),
+    "adamw": Case("sft", "eagle3", ADAMW, frozen="midlayer.mlp.up_proj"),
+}
+
+
+def prepare(folder: Path) -> None:
+    """
+    Write the target of all cases, and prompts with its greedy answers.
+
+    Ids that end some answers at once and some late make them unequal; every second one of the first step is a single token.
+    """
+    target = make_target()
+    texts = [(prompt, greedy_text(target, prompt, LONGEST)[len(prompt) :]) for prompt in make_prompts(14, seed=4)]
+    # A random target may write its mask token.
+    texts = [(prompt, answer) for prompt, answer in texts if MASK not in answer][:8]
+    eos = [texts[1][1][0], texts[2][1][6]]
+    target.causal_lm.generation_config.eos_token_id = eos
+    target.causal_lm.save_pretrained(folder / "target")
+    target.tokenizer.save_pretrained(folder / "target")
+    ends = [[index + 1 for index, token in enumerate(answer) if token in eos] for _, answer in texts]
+    cut = [answer[: end[0] if end else LONGEST] for (_, answer), end in zip(texts, ends, strict=True)]
+    order = [0, 1, 2, 1, 4, 5, 6, 7]
+    rows = {"prompt_ids": [texts[row][0] for row in order], "completion_ids": [cut[row] for row in order]}
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def make_case_drafter(case: Case, target: FrozenTarget, seed: int) -> Drafter:
+    """Return a drafter, EAGLE-3 with a reduced vocabulary, so that it has buffers; other ranks' are to be overwritten."""
+    options = {}
+    if case.family == "eagle3":
+        counts = torch.arange(target.vocab_size)
+        options["draft_vocabulary"] = build_draft_vocabulary(counts, 48)
+    drafter = make_drafter(case.family, target, seed, **options)
+    for name, parameter in drafter.named_parameters():
+        parameter.requires_grad_(case.frozen is None or not name.startswith(case.frozen))
+    return drafter
+
+
+class _Start(TrainerCallback):
+    """Start training from given weights and a given optimizer state."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], state: OptimizerState):
+        self.weights, self.state = weights, state
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        load_full_weights(trainer.accelerator, trainer.model, self.weights)
+        load_full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer, self.state)
+
+
+def run_case(
+    name: str,
+    folder: Path,
+    output: Path,
+    launch: dict[str, Any],
+    num_processes: int,
+    rank: int = 0,
+    start: tuple[dict[str, torch.Tensor], OptimizerState] | None = None,
+) -> dict[str, Any]:
+    """Train a case and return what came of it: weights, losses, tau, optimizer state, and idle forward passes of the target."""
+    case = CASES[name]
+    target = FrozenTarget.load(folder / "target")
+    rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
+    trainer_class, config_class = (
+        (DraftSFTTrainer, DraftSFTConfig) if case.kind == "sft" else (DraftOPDTrainer, DraftOPDConfig)
+    )
+    common = {
+        "output_dir": str(output),
+        "trajectories": str(output / "answers"),
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": GLOBAL_BATCH // num_processes // 2,
+        "per_device_eval_batch_size": GLOBAL_BATCH // num_processes,
+        "target_dtype": "float32",
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_completion_length": LONGEST,
+    }
+    args = config_class(**common | launch | case.settings)
+    # Every rank its own weights: the first one's must win.
+    drafter = make_case_drafter(case, target, seed=1 + rank)
+    callbacks = [_Start(*start)] if start else None
+    trainer = trainer_class(drafter, str(folder / "target"), args, rows, rows.select(range(4)), callbacks=callbacks)
+    assert trainer.accelerator.num_processes == num_processes
+    results: dict[str, Any] = {}
+    if callbacks:
+        callbacks[0].trainer = trainer
+    if case.evaluates_first:
+        results["first_tau"] = trainer.evaluate()["eval_tau"]
+    trainer.train()
+    results["weights"] = full_weights(trainer.accelerator, trainer.model)
+    results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)
+    metrics = trainer.evaluate()
+    results |= {"tau": metrics["eval_tau"], "blocks": metrics["eval_rounds"]}
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    results |= {key: [log[key] for log in logs] for key in ("loss", "grad_norm")}
+    lockstep = trainer.target._lockstep
+    results["num_idle"] = lockstep.num_idle if lockstep is not None else 0
+    results["wrapper"] = type(trainer.model_wrapped).__name__
+    return results

@@ -1,0 +1,128 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Two processes compute what one computes, under every backend, though ranks hold unequal rows: the streams' denominators span all ranks.
+
+One launch of two processes trains all cases under all backends; the same cases run here in one process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backends import BACKENDS, CONFIGS
+from cases import CASES, prepare, run_case
+
+
+TESTS = Path(__file__).parents[1]
+ALONE = {"use_cpu": True}
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPEagle3DraftModel",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What both ranks found under each backend that came to its end, and what one process finds."""
+    folder = tmp_path_factory.mktemp("backends")
+    prepare(folder)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(Path(__file__).parent)]),
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "multi_cpu.yaml")]
+    command += ["--main_process_port", "0", str(Path(__file__).with_name("worker.py")), str(folder)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launch:
+        alone = {name: run_case(name, folder, folder / "alone" / name, ALONE, 1) for name in CASES}
+        try:
+            output, _ = launch.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            launch.kill()
+            output, _ = launch.communicate()
+    found = {}
+    for backend in BACKENDS:
+        files = [folder / f"{backend}_{rank}.pt" for rank in range(2)]
+        if all(file.exists() for file in files):
+            found[backend] = [torch.load(file, weights_only=False) for file in files]
+    return folder, found, alone, output
+
+
+def _found(runs, backend):
+    _, found, _, output = runs
+    assert backend in found, output[-6000:]
+    return found[backend]
+
+
+def _distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of two sets of tensors, each relative to its tensor's largest element."""
+    assert actual.keys() == expected.keys() and len(expected) > 0
+    return max(
+        float((actual[name].double() - tensor.double()).abs().max() / tensor.double().abs().max().clamp(min=1e-12))
+        for name, tensor in expected.items()
+    )
+
+
+@backends
+@pytest.mark.parametrize("name", [name for name in CASES if name != "adamw"])
+def test_two_processes_end_with_the_weights_and_losses_of_one(runs, backend, name):
+    main, other = (results[name] for results in _found(runs, backend))
+    alone = runs[2][name]
+    assert _distance(main["weights"], alone["weights"]) < 1e-6
+    assert other["weights"] == {}, "only the main process holds whole weights"
+    assert main["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert main["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-6)
+    for key in ("tau", "first_tau"):
+        assert main.get(key) == other.get(key) == alone.get(key)
+
+
+@backends
+def test_adamw_under_two_processes_drifts_less_than_its_own_rounding(runs, backend):
+    # A gradient near zero decides the sign of AdamW's first steps, so rounding shows as a share of the learning rate.
+    main = _found(runs, backend)[0]["adamw"]
+    alone = runs[2]["adamw"]
+    assert main["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert _distance(main["weights"], alone["weights"]) < 1e-4
+
+
+@backends
+def test_the_launch_wraps_the_drafter_as_asked(runs, backend):
+    assert all(results["adamw"]["wrapper"] == WRAPPERS[backend] for results in _found(runs, backend))
+
+
+@backends
+def test_ranks_wait_for_each_other_at_a_sharded_target_alone(runs, backend):
+    idle = {name: sum(results[name]["num_idle"] for results in _found(runs, backend)) for name in CASES}
+    is_sharded = {name: bool(case.settings.get("shard_target")) for name, case in CASES.items()}
+    assert {name: count > 0 for name, count in idle.items()} == is_sharded
+
+
+@backends
+def test_state_saved_by_two_processes_is_complete_and_loads_into_one(runs, backend):
+    folder, _, alone, _ = runs
+    saved = _found(runs, backend)[0]["adamw"]
+    trained = {name for name in saved["weights"] if "up_proj" not in name and name not in ("d2t", "t2d")}
+    assert (
+        {path.split("/", 1)[1] for path in saved["state"].tensors}
+        == trained
+        == set(saved["state"].values["parameters"])
+    )
+    assert saved["state"].values["groups"] == alone["adamw"]["state"].values["groups"]
+    for name, numbers in alone["adamw"]["state"].values["parameters"].items():
+        assert saved["state"].values["parameters"][name] == numbers, name
+    assert _distance(saved["state"].tensors, alone["adamw"]["state"].tensors) < 1e-4
+    start = (saved["weights"], saved["state"])
+    resumed = run_case("adamw", folder, folder / f"alone_{backend}", ALONE, 1, start=start)
+    # Two steps further in both worlds, from one state.
+    again = _found(runs, backend)[0]["resumed"]
+    assert again["state"].values == resumed["state"].values
+    assert again["state"].values["parameters"]["norm.weight"]["step"]["value"] == 4
+    assert _distance(again["weights"], resumed["weights"]) < 1e-4
+    assert _distance(again["weights"], saved["weights"]) > 1e-3, "training went on"

@@ -1,0 +1,46 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+One of two processes: trains every case under every backend, and leaves `<backend>_<rank>.pt` for each backend that came to its end.
+
+Run as `accelerate launch --config_file multi_cpu.yaml worker.py FOLDER [BACKEND ...]`. One launch for all, because importing takes
+longer than training.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from backends import BACKENDS, launched_as
+from cases import CASES, run_case
+
+
+def main(folder: Path, backends: list[str]) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for backend in backends:
+        if backend.startswith("zero"):
+            import deepspeed
+
+            # It would be compiled for minutes; gloo does without.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        results = {}
+        for name in CASES:
+            start = time.monotonic()
+            with launched_as(backend) as launch:
+                results[name] = run_case(name, folder, folder / backend / name, launch, 2, rank)
+            sys.stderr.write(f"{backend} {name}: {time.monotonic() - start:.1f} s\n")
+        if rank == 0:
+            torch.save(results["adamw"], folder / f"{backend}_adamw.pt")
+        torch.distributed.barrier()
+        saved = torch.load(folder / f"{backend}_adamw.pt", weights_only=False)
+        with launched_as(backend) as launch:
+            start_from = (saved["weights"], saved["state"])
+            results["resumed"] = run_case("adamw", folder, folder / backend / "resumed", launch, 2, rank, start_from)
+        torch.save(results, folder / f"{backend}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(BACKENDS))
