@@ -36,11 +36,12 @@ def describe_run(trainer: Any) -> RunIdentity:
     shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _NAMES}
     trained = sorted(name for name, parameter in drafter.named_parameters() if parameter.requires_grad)
     tokenizer = None if target.tokenizer is None else hash_tokenizer(target.tokenizer)
+    weights = target.weights_fingerprint or fingerprint_weights(target.causal_lm)
     settings = recorded_settings(args) | {name: getattr(args, name) for name in _FURTHER}
     return RunIdentity(
         method=trainer._method,
         drafter=digest_of([shape, trained]),
-        target=digest_of([hash_config(target.config), fingerprint_weights(target.causal_lm), tokenizer]),
+        target=digest_of([hash_config(target.config), weights, tokenizer]),
         dataset=dataset_digest(trainer.train_dataset),
         rows_per_update=args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes,
         settings={name: value for name, value in settings.items() if name not in _DEALING},
