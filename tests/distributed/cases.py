@@ -164,3 +164,12 @@ def run_case(
     results["num_idle"] = lockstep.num_idle if lockstep is not None else 0
     results["wrapper"] = type(trainer.model_wrapped).__name__
     return results
+
+
+def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of two sets of tensors, each relative to its own tensor's largest element."""
+    assert actual.keys() == expected.keys() and len(expected) > 0
+    return max(
+        float((actual[name].double() - tensor.double()).abs().max() / tensor.double().abs().max().clamp(min=1e-12))
+        for name, tensor in expected.items()
+    )

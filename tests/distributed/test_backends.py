@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import BACKENDS, CONFIGS
-from cases import CASES, prepare, run_case
+from cases import CASES, largest_difference, prepare, run_case
 
 
 TESTS = Path(__file__).parents[1]
@@ -61,21 +61,12 @@ def _found(runs, backend):
     return found[backend]
 
 
-def _distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the largest difference of two sets of tensors, each relative to its tensor's largest element."""
-    assert actual.keys() == expected.keys() and len(expected) > 0
-    return max(
-        float((actual[name].double() - tensor.double()).abs().max() / tensor.double().abs().max().clamp(min=1e-12))
-        for name, tensor in expected.items()
-    )
-
-
 @backends
 @pytest.mark.parametrize("name", [name for name in CASES if name != "adamw"])
 def test_two_processes_end_with_the_weights_and_losses_of_one(runs, backend, name):
     main, other = (results[name] for results in _found(runs, backend))
     alone = runs[2][name]
-    assert _distance(main["weights"], alone["weights"]) < 1e-6
+    assert largest_difference(main["weights"], alone["weights"]) < 1e-6
     assert other["weights"] == {}, "only the main process holds whole weights"
     assert main["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert main["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-6)
@@ -89,7 +80,7 @@ def test_adamw_under_two_processes_drifts_less_than_its_own_rounding(runs, backe
     main = _found(runs, backend)[0]["adamw"]
     alone = runs[2]["adamw"]
     assert main["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    assert _distance(main["weights"], alone["weights"]) < 1e-4
+    assert largest_difference(main["weights"], alone["weights"]) < 1e-4
 
 
 @backends
@@ -117,12 +108,12 @@ def test_state_saved_by_two_processes_is_complete_and_loads_into_one(runs, backe
     assert saved["state"].values["groups"] == alone["adamw"]["state"].values["groups"]
     for name, numbers in alone["adamw"]["state"].values["parameters"].items():
         assert saved["state"].values["parameters"][name] == numbers, name
-    assert _distance(saved["state"].tensors, alone["adamw"]["state"].tensors) < 1e-4
+    assert largest_difference(saved["state"].tensors, alone["adamw"]["state"].tensors) < 1e-4
     start = (saved["weights"], saved["state"])
     resumed = run_case("adamw", folder, folder / f"alone_{backend}", ALONE, 1, start=start)
     # Two steps further in both worlds, from one state.
     again = _found(runs, backend)[0]["resumed"]
     assert again["state"].values == resumed["state"].values
     assert again["state"].values["parameters"]["norm.weight"]["step"]["value"] == 4
-    assert _distance(again["weights"], resumed["weights"]) < 1e-4
-    assert _distance(again["weights"], saved["weights"]) > 1e-3, "training went on"
+    assert largest_difference(again["weights"], resumed["weights"]) < 1e-4
+    assert largest_difference(again["weights"], saved["weights"]) > 1e-3, "training went on"

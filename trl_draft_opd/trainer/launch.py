@@ -113,16 +113,21 @@ def _shard_as_one(accelerator: Accelerator, model: nn.Module) -> None:
 
 @contextmanager
 def evaluating_before_training(trainer: Trainer) -> Iterator[None]:
-    """Keep an evaluation before training from making a DeepSpeed engine: it would have no optimizer, and training would keep it."""
-    if not trainer.is_deepspeed_enabled or trainer.deepspeed is not None:
+    """
+    Keep an evaluation before training from preparing the drafter, which stands on its device already.
+
+    What transformers prepares for it, it takes for prepared when training starts: a drafter that DDP never wraps, whose ranks part,
+    or a DeepSpeed engine without an optimizer.
+    """
+    if trainer.accelerator._models:
         yield
         return
-    trainer.is_deepspeed_enabled = False
+    is_deepspeed, trainer.is_deepspeed_enabled = trainer.is_deepspeed_enabled, False
     trainer.accelerator._models.append(trainer.model)
     try:
         yield
     finally:
-        trainer.is_deepspeed_enabled = True
+        trainer.is_deepspeed_enabled = is_deepspeed
         trainer.accelerator._models.remove(trainer.model)
 
 

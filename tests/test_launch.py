@@ -1,0 +1,128 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Launches that are refused, and where a target's weights may lie.
+"""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from accelerate.big_modeling import dispatch_model
+from tiny import make_causal_lm, make_drafter, make_prompts, make_target, make_tokenizer
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+from trl_draft_opd import DraftSFTConfig, FrozenTarget
+from trl_draft_opd.loading import loading_whole
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.target_placement import check_placement
+from trl_draft_opd.trainer.launch import check_launch
+from trl_draft_opd.trainer.setup import load_target
+from trl_draft_opd.verification import SamplingSettings
+
+
+def _launch(kind=DistributedType.NO, *, is_fsdp2=False, fsdp=None, stage=None, offload="none"):
+    deepspeed = None
+    if stage is not None:
+        zero = {"stage": stage, "offload_optimizer": {"device": offload}}
+        deepspeed = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
+    state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed)
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2, state=state)
+
+
+def _fsdp(**changes):
+    return SimpleNamespace(**({"activation_checkpointing": False, "cpu_offload": None} | changes))
+
+
+@pytest.mark.parametrize(
+    ("launch", "num_visible_gpus", "message"),
+    [
+        (_launch(), 4, "4 GPUs are visible to one process"),
+        (_launch(DistributedType.FSDP, fsdp=_fsdp()), 1, "fsdp_version: 2"),
+        (
+            _launch(DistributedType.FSDP, is_fsdp2=True, fsdp=_fsdp(activation_checkpointing=True)),
+            1,
+            "activation_chec",
+        ),
+        (
+            _launch(
+                DistributedType.FSDP, is_fsdp2=True, fsdp=_fsdp(cpu_offload=torch.distributed.fsdp.CPUOffloadPolicy())
+            ),
+            1,
+            "fsdp_offload_params",
+        ),
+        (_launch(DistributedType.DEEPSPEED, stage=0), 1, "`zero_stage` 0"),
+        (_launch(DistributedType.DEEPSPEED, stage=3, offload="nvme"), 1, "nvme"),
+    ],
+)
+def test_a_launch_that_would_compute_something_else_is_refused(launch, num_visible_gpus, message):
+    with pytest.raises(ValueError, match=message):
+        check_launch(launch, num_visible_gpus)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_of_zero_is_accepted_with_states_on_the_cpu(stage):
+    check_launch(_launch(DistributedType.DEEPSPEED, stage=stage, offload="cpu"), 1)
+
+
+def test_a_target_spread_over_devices_needs_a_process_of_its_own():
+    spread = make_causal_lm()
+    spread.hf_device_map = {"model": 0, "lm_head": 1}
+    check_placement(spread, shard=False, num_processes=1)
+    with pytest.raises(ValueError, match="`device_map` spreads it over .* but 2 processes"):
+        check_placement(spread, shard=False, num_processes=2)
+    spread.hf_device_map = {"": 0}
+    check_placement(spread, shard=False, num_processes=2)
+    with pytest.raises(ValueError, match="Leave one of the two out"):
+        check_placement(spread, shard=True, num_processes=2)
+
+
+def test_a_quantised_target_is_not_sharded():
+    quantised = make_causal_lm()
+    quantised.config.quantization_config = {"bits": 4}
+    check_placement(quantised, shard=False, num_processes=2)
+    with pytest.raises(ValueError, match="quantised"):
+        check_placement(quantised, shard=True, num_processes=2)
+
+
+def test_sharding_a_target_in_one_process_is_said_to_do_nothing(tmp_path, caplog):
+    args = DraftSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", shard_target=True)
+    with caplog.at_level(logging.WARNING):
+        target = load_target(make_causal_lm(), args, make_tokenizer())
+    assert not target.is_sharded and "has no effect with one process" in caplog.text
+    target.finish_together()
+
+
+def test_a_target_with_offloaded_layers_decodes_as_a_whole_one(tmp_path):
+    whole = make_target()
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{layer}": "cpu" if layer < 6 else "disk" for layer in range(8)}
+    causal_lm = dispatch_model(make_causal_lm(), device_map, main_device="cpu", offload_dir=str(tmp_path))
+    assert causal_lm.model.layers[7].mlp.up_proj.weight.is_meta
+    spread = FrozenTarget(causal_lm, make_tokenizer())
+    spread.place(torch.device("cpu"))
+    drafter, prompts = make_drafter("dflash", whole), make_prompts(3)
+    settings = LiveSettings(4, 8, SamplingSettings(0.0, 0, 1.0), "greedy", [2], keep_branch_hidden=False)
+    texts = [
+        rollout_live(target, drafter, prompts, settings, torch.Generator()).input_ids for target in (whole, spread)
+    ]
+    assert torch.equal(*texts)
+
+
+def test_a_target_whose_embedding_is_elsewhere_is_refused():
+    causal_lm = make_causal_lm()
+    causal_lm.hf_device_map = {"": "cpu"}
+    with pytest.raises(ValueError, match="Map `embed_tokens` there"):
+        FrozenTarget(causal_lm).place(torch.device("meta"))
+
+
+def test_models_are_loaded_whole_under_zero3_and_the_config_comes_back():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    with pytest.raises(KeyError), loading_whole():
+        assert not is_deepspeed_zero3_enabled()
+        raise KeyError
+    assert is_deepspeed_zero3_enabled()
+    del config
+    assert not is_deepspeed_zero3_enabled()
