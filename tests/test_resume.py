@@ -46,7 +46,7 @@ def rows(target):
     return greedy_rows(target, 8, 10)
 
 
-def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, **changes):
+def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, drafter=None, peft=None, **changes):
     """Train for four updates, two an epoch, with a checkpoint after each; return the last one."""
     options = {
         "output_dir": str(output_dir),
@@ -66,8 +66,9 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, *
         "trajectories": None if kind == "live" else str(Path(output_dir).parent / "answers"),
     }
     trainer_class, config = (DraftSFTTrainer, DraftSFTConfig) if kind == "sft" else (DraftOPDTrainer, DraftOPDConfig)
-    drafter = make_drafter("dflash", target, seed=seed)
-    trainer = trainer_class(drafter, target, config(**options | KINDS[kind] | changes), rows, eval_rows)
+    drafter = drafter or make_drafter("dflash", target, seed=seed)
+    args = config(**options | KINDS[kind] | changes)
+    trainer = trainer_class(drafter, target, args, rows, eval_rows, peft_config=peft)
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.state.global_step == STEPS
     return Path(output_dir) / f"checkpoint-{STEPS}"
@@ -146,3 +147,34 @@ def test_the_newest_valid_checkpoint_is_gone_on_from_and_the_rest_named(tmp_path
     assert differing(whole, resumed) == []
     assert "Going on from checkpoint-2. Passed over checkpoint-4: optimizer.safetensors is missing" in caplog.text
     assert "checkpoint-3: model.safetensors has 10 bytes," in caplog.text
+
+
+@pytest.mark.parametrize("restores_random_states", [True, False])
+def test_an_adapter_with_dropout_goes_on_bit_for_bit(monkeypatch, tmp_path, target, rows, restores_random_states):
+    from peft import LoraConfig
+
+    make_drafter("eagle3", target).save_pretrained(tmp_path / "base")
+    options = {"drafter": tmp_path / "base", "peft": LoraConfig(r=2, lora_dropout=0.3)}
+    whole = train(tmp_path / "whole", "replay", target, rows, **options)
+    assert "adapter_model.safetensors" in read(whole) and "model.safetensors" not in read(whole)
+    if not restores_random_states:
+        monkeypatch.setattr(resuming, "set_random_states", lambda *args: None)
+    resumed = train(
+        tmp_path / "resumed", "replay", target, rows, resume=tmp_path / "whole" / "checkpoint-1", **options
+    )
+    assert ("adapter_model.safetensors" not in differing(whole, resumed)) == restores_random_states
+
+
+def test_an_adapter_of_another_shape_is_refused_before_anything_is_loaded(tmp_path, target, rows):
+    from peft import LoraConfig
+
+    make_drafter("eagle3", target).save_pretrained(tmp_path / "base")
+    train(tmp_path / "whole", "sft", target, rows, drafter=tmp_path / "base", peft=LoraConfig(r=2))
+    start = tmp_path / "whole" / "checkpoint-1"
+    for peft in (None, LoraConfig(r=2, target_modules=["fc"])):
+        with pytest.raises(ValueError, match="because these differ: the drafter's architecture or adapter"):
+            train(tmp_path / "other", "sft", target, rows, resume=start, drafter=tmp_path / "base", peft=peft)
+    with pytest.raises(
+        ValueError, match="another `peft_config` than this run|these differ: the drafter's architecture"
+    ):
+        train(tmp_path / "third", "sft", target, rows, resume=start, drafter=tmp_path / "base", peft=LoraConfig(r=4))
