@@ -3,6 +3,7 @@
 Faults 36 to 38: checkpoints that are damaged, foreign or in the way are passed over or refused by name, and never touched.
 """
 
+import errno
 import json
 import shutil
 
@@ -300,3 +301,17 @@ def test_saving_on_each_machine_is_refused_with_the_way_out(tmp_path):
 
 def test_no_file_of_a_run_needs_pickle_to_be_read(copy):
     assert {path.suffix for path in copy.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".md", ".png"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_training(monkeypatch, tmp_path, target, rows):
+    trainer = make_trainer(tmp_path / "out", target, rows)
+
+    def refuse(prefix=None, dir=None, **others):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(
+        PermissionError, match="No checkpoint can be written .Permission denied., so training was not begun"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0

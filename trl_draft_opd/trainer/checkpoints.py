@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) 
 
 def check_output_dir(output_dir: Path, run_id: str | None) -> None:
     """
-    Refuse to write a run's checkpoints among those of another, which a later resume would mix up.
+    Refuse to write a run's checkpoints among those of another, which a later resume would mix up, or where nothing can be written.
 
     Args:
         output_dir (`Path`): Where checkpoints will stand.
@@ -183,8 +184,19 @@ def check_output_dir(output_dir: Path, run_id: str | None) -> None:
 
     Raises:
         ValueError: Naming what is there and the ways out.
+        OSError: If nothing can be written there; now rather than at the first checkpoint.
     """
+    output_dir.mkdir(parents=True, exist_ok=True)
     clear_leftovers(output_dir, _NAME)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=output_dir) as probe:
+            write_file(Path(probe) / "file", b"1")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"No checkpoint can be written ({error.strerror}), so training was not begun. Mend the folder, or name another `output_dir`",
+            str(output_dir),
+        ) from error
     others = []
     for _, folder in list_checkpoints(output_dir):
         try:
