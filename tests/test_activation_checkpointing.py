@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from oracle import greedy_text
 from tiny import VOCAB, make_drafter, make_prompts, make_target
+from trl import TrlParser
 
 from benchmarks.counters import PeakBytes
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
@@ -154,6 +155,20 @@ def test_trainers_switch_it_on_under_both_names(monkeypatch, tmp_path, target, k
     # Every layer or step is run twice with gradient instead of once.
     assert counts[1] == 2 * counts[0] > 0
     assert all(torch.equal(first, second) for first, second in zip(*final, strict=True))
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_the_command_line_takes_it_with_and_without_a_value(tmp_path, name):
+    for flags, is_on in (
+        ([], False),
+        ([f"--{name}"], True),
+        ([f"--{name}", "true"], True),
+        ([f"--{name}", "0"], False),
+    ):
+        (args,) = TrlParser((DraftOPDConfig,)).parse_args_and_config(
+            ["--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
+        )
+        assert args.activation_checkpointing is args.gradient_checkpointing is is_on
 
 
 def test_it_is_off_unless_asked_for(tmp_path):

@@ -136,11 +136,18 @@ class DraftTrainingConfig(_BaseConfig):
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs", "chat_template_kwargs"]
 
-    # transformers renamed it in 5.23; both names work with every version.
+    # transformers renamed it in 5.23; both names work with every version, and without a value on the command line.
     activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Compute the drafter's layers again in the backward pass to save memory."}
+        default=None,
+        metadata={
+            "help": "Compute the drafter's layers again in the backward pass to save memory.",
+            "nargs": "?",
+            "const": True,
+        },
     )
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Older name of the same."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Older name of the same.", "nargs": "?", "const": True}
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(
