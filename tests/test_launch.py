@@ -126,3 +126,13 @@ def test_models_are_loaded_whole_under_zero3_and_the_config_comes_back():
     assert is_deepspeed_zero3_enabled()
     del config
     assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_casting_a_drafter_as_deepspeed_does_spares_its_rotary_frequencies(family):
+    drafter = make_drafter(family, make_target())
+    before = {name: buffer.clone() for name, buffer in drafter.named_buffers() if buffer.is_floating_point()}
+    drafter.bfloat16()
+    assert {parameter.dtype for parameter in drafter.parameters()} == {torch.bfloat16}
+    after = dict(drafter.named_buffers())
+    assert before and all(torch.equal(after[name], buffer) for name, buffer in before.items())

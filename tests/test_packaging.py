@@ -179,19 +179,6 @@ def test_accelerate_reads_each_shipped_config(path: Path):
     assert config.mixed_precision == ("no" if config.use_cpu else "bf16")
 
 
-def test_no_shipped_config_shards_the_drafter():
-    # The trainers refuse FSDP and ZeRO-3; a config for them would start a run only to see it stop.
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    assert {"single_cpu", "multi_cpu", "single_gpu", "multi_gpu", "zero2"} == {
-        path.stem for path in ACCELERATE_CONFIGS
-    }
-    for path in ACCELERATE_CONFIGS:
-        config = load_config_from_file(str(path))
-        assert not config.fsdp_config, path
-        assert config.deepspeed_config.get("zero_stage", 0) < 3, path
-
-
 def test_the_config_of_two_cpu_processes_joins_them(tmp_path: Path):
     script = tmp_path / "count.py"
     # As a trainer's arguments do on the CPU, without the time to import them.

@@ -39,13 +39,22 @@ GLOBAL_BATCH, LONGEST = 4, 20
 
 @dataclass(frozen=True)
 class Case:
-    """One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name."""
+    """
+    One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name.
+
+    Runs with a sharded target are evaluated after training, some before it too.
+    """
 
     kind: str
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
     frozen: str | None = None
     evaluates_first: bool = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the target is sharded where there are several processes."""
+        return self.settings.get("shard_target", False)
 
 
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}
@@ -156,8 +165,8 @@ def run_case(
     trainer.train()
     results["weights"] = full_weights(trainer.accelerator, trainer.model)
     results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)
-    metrics = trainer.evaluate()
-    results |= {"tau": metrics["eval_tau"], "blocks": metrics["eval_rounds"]}
+    if case.is_sharded:
+        results["tau"] = trainer.evaluate()["eval_tau"]
     logs = [log for log in trainer.state.log_history if "loss" in log]
     results |= {key: [log[key] for log in logs] for key in ("loss", "grad_norm")}
     lockstep = trainer.target._lockstep

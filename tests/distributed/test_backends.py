@@ -91,7 +91,7 @@ def test_the_launch_wraps_the_drafter_as_asked(runs, backend):
 @backends
 def test_ranks_wait_for_each_other_at_a_sharded_target_alone(runs, backend):
     idle = {name: sum(results[name]["num_idle"] for results in _found(runs, backend)) for name in CASES}
-    is_sharded = {name: bool(case.settings.get("shard_target")) for name, case in CASES.items()}
+    is_sharded = {name: case.is_sharded for name, case in CASES.items()}
     assert {name: count > 0 for name, count in idle.items()} == is_sharded
 
 

@@ -143,6 +143,17 @@ class Drafter(PreTrainedModel):
             return self._gradient_checkpointing_func(part, *args)
         return part(*args)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Whoever casts the whole module, as older DeepSpeed does, means the weights: no long position survives rounded rotary frequencies.
+        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            owner, _, key = name.rpartition(".")
+            cast = self.get_submodule(owner)._buffers[key]
+            if cast.dtype != buffer.dtype:
+                self.get_submodule(owner)._buffers[key] = buffer.to(cast.device)
+        return self
+
     @property
     @abstractmethod
     def max_drafts(self) -> int | None:
@@ -312,10 +323,7 @@ class Drafter(PreTrainedModel):
         model.load_exact(read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights))
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype
-        # Parameters alone: `model.to(dtype)` would round the rotary frequencies, which no long position survives.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model.eval()
+        return model.to(dtype).eval()
 
     def load_exact(self, tensors: dict[str, torch.Tensor]) -> None:
         """
