@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from oracle import greedy_text
 from tiny import MASK, make_drafter, make_prompts, make_target
-from transformers import TrainerCallback
 
 from trl_draft_opd import (
     DraftOPDConfig,
@@ -25,13 +24,7 @@ from trl_draft_opd import (
     build_draft_vocabulary,
 )
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.trainer.sharding import (
-    OptimizerState,
-    full_optimizer_state,
-    full_weights,
-    load_full_optimizer_state,
-    load_full_weights,
-)
+from trl_draft_opd.trainer.sharding import full_optimizer_state, full_weights
 
 
 GLOBAL_BATCH, LONGEST = 4, 20
@@ -57,7 +50,8 @@ class Case:
         return self.settings.get("shard_target", False)
 
 
-ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}
+# What is gone on from: its last step is saved.
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 2}
 CASES = {
     "sft_dflash": Case("sft", "dflash"),
     "sft_eagle3": Case("sft", "eagle3", {"regenerate": True, "shard_target": True}),
@@ -102,19 +96,6 @@ def make_case_drafter(case: Case, target: FrozenTarget, seed: int) -> Drafter:
     return drafter
 
 
-class _Start(TrainerCallback):
-    """Start training from given weights and a given optimizer state."""
-
-    def __init__(self, weights: dict[str, torch.Tensor], state: OptimizerState):
-        self.weights, self.state = weights, state
-        self.trainer: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        load_full_weights(trainer.accelerator, trainer.model, self.weights)
-        load_full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer, self.state)
-
-
 def run_case(
     name: str,
     folder: Path,
@@ -122,9 +103,12 @@ def run_case(
     launch: dict[str, Any],
     num_processes: int,
     rank: int = 0,
-    start: tuple[dict[str, torch.Tensor], OptimizerState] | None = None,
+    resume: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a case and return what came of it: weights, losses, tau, optimizer state, and idle forward passes of the target."""
+    """
+    Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses, tau, optimizer
+    state, and idle forward passes of the target.
+    """
     case = CASES[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
@@ -143,7 +127,7 @@ def run_case(
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "max_steps": 2,
+        "max_steps": 2 if resume is None else 4,
         "logging_steps": 1,
         "gradient_accumulation_steps": 2,
         "train_sampling_strategy": "sequential",
@@ -154,15 +138,12 @@ def run_case(
     args = config_class(**common | launch | case.settings)
     # Every rank its own weights: the first one's must win.
     drafter = make_case_drafter(case, target, seed=1 + rank)
-    callbacks = [_Start(*start)] if start else None
-    trainer = trainer_class(drafter, str(folder / "target"), args, rows, rows.select(range(4)), callbacks=callbacks)
+    trainer = trainer_class(drafter, str(folder / "target"), args, rows, rows.select(range(4)))
     assert trainer.accelerator.num_processes == num_processes
     results: dict[str, Any] = {}
-    if callbacks:
-        callbacks[0].trainer = trainer
     if case.evaluates_first:
         results["first_tau"] = trainer.evaluate()["eval_tau"]
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     results["weights"] = full_weights(trainer.accelerator, trainer.model)
     results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)
     if case.is_sharded:

@@ -96,7 +96,7 @@ def test_ranks_wait_for_each_other_at_a_sharded_target_alone(runs, backend):
 
 
 @backends
-def test_state_saved_by_two_processes_is_complete_and_loads_into_one(runs, backend):
+def test_a_checkpoint_of_two_processes_is_complete_and_is_gone_on_from_in_one(runs, backend):
     folder, _, alone, _ = runs
     saved = _found(runs, backend)[0]["adamw"]
     trained = {name for name in saved["weights"] if "up_proj" not in name and name not in ("d2t", "t2d")}
@@ -109,9 +109,9 @@ def test_state_saved_by_two_processes_is_complete_and_loads_into_one(runs, backe
     for name, numbers in alone["adamw"]["state"].values["parameters"].items():
         assert saved["state"].values["parameters"][name] == numbers, name
     assert largest_difference(saved["state"].tensors, alone["adamw"]["state"].tensors) < 1e-4
-    start = (saved["weights"], saved["state"])
-    resumed = run_case("adamw", folder, folder / f"alone_{backend}", ALONE, 1, start=start)
-    # Two steps further in both worlds, from one state.
+    checkpoint = folder / backend / "adamw" / "checkpoint-2"
+    resumed = run_case("adamw", folder, folder / f"alone_{backend}", ALONE, 1, resume=checkpoint)
+    # Two steps further in both worlds, from one checkpoint.
     again = _found(runs, backend)[0]["resumed"]
     assert again["state"].values == resumed["state"].values
     assert again["state"].values["parameters"]["norm.weight"]["step"]["value"] == 4

@@ -31,13 +31,9 @@ def main(folder: Path, backends: list[str]) -> None:
             with launched_as(backend) as launch:
                 results[name] = run_case(name, folder, folder / backend / name, launch, 2, rank)
             sys.stderr.write(f"{backend} {name}: {time.monotonic() - start:.1f} s\n")
-        if rank == 0:
-            torch.save(results["adamw"], folder / f"{backend}_adamw.pt")
-        torch.distributed.barrier()
-        saved = torch.load(folder / f"{backend}_adamw.pt", weights_only=False)
+        start = folder / backend / "adamw" / "checkpoint-2"
         with launched_as(backend) as launch:
-            start_from = (saved["weights"], saved["state"])
-            results["resumed"] = run_case("adamw", folder, folder / backend / "resumed", launch, 2, rank, start_from)
+            results["resumed"] = run_case("adamw", folder, folder / backend / "resumed", launch, 2, rank, resume=start)
         torch.save(results, folder / f"{backend}_{rank}.pt")
     torch.distributed.destroy_process_group()
 

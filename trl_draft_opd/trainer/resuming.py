@@ -77,6 +77,7 @@ class ResumingTrainer(_BaseTrainer):
         prepare_drafter(self.accelerator, self.model, self.args.n_gpu)
         self._guard = NonFiniteGuard(self.accelerator, self.args.on_nonfinite, self.args.max_skipped_updates)
         self._stop = StopRequest()
+        self._stopped_at: int | None = None
         self._run_id = ""
         self._resumed: RunState | None = None
         self._identity: RunIdentity | None = None
@@ -113,14 +114,15 @@ class ResumingTrainer(_BaseTrainer):
         if self.args.save_strategy != "no":
             run_id = checkpoint.run_id if checkpoint else None
             self._first_rank_decides(lambda: check_output_dir(Path(self.args.output_dir), run_id))
-        self._identity = describe_run(self)
+        self._identity, self._stopped_at = describe_run(self), None
         self._resumed = self._read_state(checkpoint, self._identity) if checkpoint else None
         with StopRequest() as self._stop:
             folder = str(checkpoint.folder) if checkpoint else None
             output = super().train(folder, trial, ignore_keys_for_eval)
             is_stopped = self._is_stop_requested()
         if is_stopped:
-            logger.warning("SIGTERM came: saved after step %d, leaving.", self.state.global_step)
+            what = "after the last step" if self._stopped_at is None else f"saved after step {self._stopped_at}"
+            logger.warning("SIGTERM came: %s, leaving.", what)
             raise SystemExit(EXIT_CODE)
         return output
 
@@ -177,7 +179,7 @@ class ResumingTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             try:
                 outcome[0] = decide()
-            except (ValueError, OSError, FloatingPointError) as error:
+            except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError) as error:
                 if self.accelerator.num_processes == 1:
                     raise
                 outcome[1] = error
@@ -396,6 +398,7 @@ class _RunCallback(TrainerCallback):
     ) -> None:
         if self.trainer._is_stop_requested():
             # The time that is left is for the checkpoint.
+            self.trainer._stopped_at = state.global_step
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
 
     def on_epoch_end(
