@@ -274,7 +274,10 @@ def _find_columns(dataset: Dataset | IterableDataset, forms: tuple[tuple[str, ..
     """Return the first row, and the first of `forms` among its columns."""
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(f"Expected one split, a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
-    row = next(iter(dataset.with_format(None)), {})
+    try:
+        row = next(iter(dataset.with_format(None)), {})
+    except UnicodeDecodeError as error:  # Arrow takes bytes for text without a look.
+        raise ValueError(f"Row 0 of the dataset: {error}. Mend its source or drop the row.") from error
     if not row:
         raise ValueError("The dataset is empty. Check its split and its filters.")
     for form in forms:

@@ -6,6 +6,7 @@ Damaged files, damaged text, chats out of order and templates that do not fit: n
 import json
 import warnings
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,16 +22,24 @@ GOOD = b'{"prompt": "w9", "completion": "w10 w11"}\n'
 COMMON = {"max_prompt_length": None, "chat_template_kwargs": None, "eos_token_ids": [EOS], "vocab_size": VOCAB}
 
 
+def as_dataset(rows):
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
+
+
 def read_prompts(rows, template=None, tokenizer=None):
-    dataset = rows if isinstance(rows, IterableDataset) else Dataset.from_list(rows)
     return tokenize_prompt_dataset(
-        dataset, tokenizer or make_tokenizer(), chat_template=template, keep_completions=False, num_proc=None, **COMMON
+        as_dataset(rows),
+        tokenizer or make_tokenizer(),
+        chat_template=template,
+        keep_completions=False,
+        num_proc=None,
+        **COMMON,
     )
 
 
 def read_texts(rows, template=None, tokenizer=None):
     return tokenize_sft_dataset(
-        Dataset.from_list(rows),
+        as_dataset(rows),
         tokenizer or make_tokenizer(),
         chat_template=template,
         max_length=64,
@@ -111,6 +120,17 @@ def test_a_nul_in_a_text_names_row_and_place(read):
         read(rows)
     rows = [chat(("user", "w9"), ("assistant", "w10")), chat(("user", "\0w9"), ("assistant", "w10"))]
     with pytest.raises(ValueError, match="Row 1 of the dataset: .*NUL character at index 0"):
+        read(rows)
+
+
+@READERS
+@pytest.mark.parametrize("row", [0, 2])
+def test_bytes_that_arrow_took_for_text_name_their_row(read, row):
+    texts = [b"w9", b"w10", b"w11"]
+    texts[row] = b"w\xff"
+    column = pa.StringArray.from_buffers(3, *pa.array(texts, pa.binary()).buffers()[1:])
+    rows = Dataset(pa.table({"prompt": column, "completion": ["w12"] * 3}))
+    with pytest.raises(ValueError, match=f"Row {row} of the dataset: 'utf-8' codec can't decode byte 0xff"):
         read(rows)
 
 
