@@ -178,3 +178,18 @@ def test_an_adapter_of_another_shape_is_refused_before_anything_is_loaded(tmp_pa
         ValueError, match="another `peft_config` than this run|these differ: the drafter's architecture"
     ):
         train(tmp_path / "third", "sft", target, rows, resume=start, drafter=tmp_path / "base", peft=LoraConfig(r=4))
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path, target, rows):
+    options = {"resume_from_checkpoint": "auto"}
+    whole = train(tmp_path / "whole", "sft", target, rows, **options)
+    before = read(whole)
+    (whole / "state.json").unlink()
+    for way in ("auto", "true"):
+        again = train(tmp_path / "whole", "sft", target, rows, seed=9, resume_from_checkpoint=way)
+        assert read(again) == before
+    # What is damaged all over is an error, and not a reason to begin anew.
+    for folder in (tmp_path / "whole").glob("checkpoint-*"):
+        (folder / "state.json").unlink()
+    with pytest.raises(ValueError, match="No valid checkpoint found .*state.json is missing"):
+        train(tmp_path / "whole", "sft", target, rows, **options)

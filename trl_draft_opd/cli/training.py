@@ -86,7 +86,7 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
         options = given(script, FRESH_OPTIONS)
         drafter = make_drafter(target, script.family, options, lambda: count_supervised(target, rows, reading))
     trainer = trainer_class(drafter, target, args, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train()
     if args.push_to_hub:
         # Saves first, so that a push that fails loses nothing.
         commit = trainer.push_to_hub()

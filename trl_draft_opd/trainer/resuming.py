@@ -33,6 +33,7 @@ from .checkpoints import (
     check_output_dir,
     checkpoint_name,
     keep_newest,
+    list_checkpoints,
     newest_valid,
     read_checkpoint,
     writing_checkpoint,
@@ -99,8 +100,10 @@ class ResumingTrainer(_BaseTrainer):
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
-                `True`: go on from the newest valid checkpoint in `output_dir`; damaged ones are passed over and named. A path: from
-                that one. Continuation is bit for bit on as many processes as before.
+                `True`: go on from the newest valid checkpoint in `output_dir`; damaged ones are passed over and named. `"auto"`: the
+                same, or begin where there is none yet, so that one command starts a job and goes on with it. A path: from that one.
+                Defaults to the setting of that name, where `"true"` means `True`. Continuation is bit for bit on as many processes
+                as before.
             trial, ignore_keys_for_eval (*optional*): As in [`~transformers.Trainer.train`].
 
         Raises:
@@ -127,10 +130,14 @@ class ResumingTrainer(_BaseTrainer):
         return output
 
     def _choose_checkpoint(self, asked: str | Path | bool | None) -> Checkpoint | None:
-        if asked is None or asked is False:
+        output_dir = Path(self.args.output_dir)
+        if asked is None:
+            asked = self.args.resume_from_checkpoint
+        is_beginning = asked == "auto" and not list_checkpoints(output_dir)
+        if asked in (None, False) or is_beginning:
             return None
-        if asked is True:
-            return newest_valid(Path(self.args.output_dir))
+        if asked is True or str(asked).lower() in ("true", "auto"):
+            return newest_valid(output_dir)
         folder = Path(asked)
         if not folder.is_dir():
             raise ValueError(f"There is no checkpoint {str(folder)!r} to go on from. Check the path, or give `True`.")
