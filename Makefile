@@ -21,8 +21,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONFORMANCE ?= .venv-conformance
 CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check --no-input
 # The settings and the tests are named because pytest reads the PATH of `--shared PATH` as a place to look for both until
-# it has found the conftest.py that defines the option.
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadgroup $(TESTS)
+# it has found the conftest.py that defines the option. Whole files go to a worker, because what a file's tests share is made
+# once per worker; in the order of their names, because the longest files stand in folders, which come first.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow crash test-oldest conformance lint format check build clean
@@ -56,7 +57,7 @@ test-slow: $(STAMP)  ## Run the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
 
 crash: $(STAMP)  ## Run the crash matrix: a stop at every file operation, thirty kills at random times
-	$(PYTEST) -m crash $(ARGS)
+	$(PYTEST) --dist load -m crash $(ARGS)
 
 test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt

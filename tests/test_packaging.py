@@ -26,9 +26,6 @@ VERSION = (ROOT / "trl_draft_opd" / "VERSION").read_text("utf-8").strip()
 ACCELERATE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 LEFT_OUT = (".*", "build", "dist", "site", "outputs", "__pycache__", "*.egg-info", "*.log")
 
-# One worker runs this file, so that the project is built once.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 def _run(*command: str | Path, cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)

@@ -25,6 +25,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.trainer.sharding import full_optimizer_state, full_weights
+from trl_draft_opd.trainer.step import StepLoss
 
 
 GLOBAL_BATCH, LONGEST = 4, 20
@@ -33,7 +34,8 @@ GLOBAL_BATCH, LONGEST = 4, 20
 @dataclass(frozen=True)
 class Case:
     """
-    One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name.
+    One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name, `poison` is what is not
+    finite on the last rank: its `"loss"`, or the `"gradient"` alone.
 
     Runs with a sharded target are evaluated after training, some before it too.
     """
@@ -43,6 +45,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     frozen: str | None = None
     evaluates_first: bool = False
+    poison: str | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -61,6 +64,8 @@ CASES = {
     "live_eagle3": Case("opd", "eagle3", {"rollout": "live", "shard_target": True}, evaluates_first=True),
     "adamw": Case("sft", "eagle3", ADAMW, frozen="midlayer.mlp.up_proj"),
 }
+SKIP = {"optim": "adamw_torch", "on_nonfinite": "skip", "max_steps": 1}
+POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("loss", "gradient")}
 
 
 def prepare(folder: Path) -> None:
@@ -109,7 +114,7 @@ def run_case(
     Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses, tau, optimizer
     state, and idle forward passes of the target.
     """
-    case = CASES[name]
+    case = (CASES | POISONED)[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
     trainer_class, config_class = (
@@ -141,6 +146,8 @@ def run_case(
     trainer = trainer_class(drafter, str(folder / "target"), args, rows, rows.select(range(4)))
     assert trainer.accelerator.num_processes == num_processes
     results: dict[str, Any] = {}
+    if case.poison and rank == num_processes - 1:
+        poison_losses(trainer, case.poison)
     if case.evaluates_first:
         results["first_tau"] = trainer.evaluate()["eval_tau"]
     trainer.train(resume_from_checkpoint=resume)
@@ -152,8 +159,24 @@ def run_case(
     results |= {key: [log[key] for log in logs] for key in ("loss", "grad_norm")}
     lockstep = trainer.target._lockstep
     results["num_idle"] = lockstep.num_idle if lockstep is not None else 0
+    results["num_skipped"] = trainer._guard.num_skipped
     results["wrapper"] = type(trainer.model_wrapped).__name__
     return results
+
+
+def poison_losses(trainer: Any, poison: str) -> None:
+    """Make this rank's losses, or their gradients alone, NaN."""
+    honest = trainer._step_loss
+
+    def step_loss(*arguments: Any) -> StepLoss:
+        result = honest(*arguments)
+        if poison == "loss":
+            return StepLoss(result.loss * float("nan"), result.sums)
+        # Its value is 0, its slope infinite times 0.
+        drafter = trainer.accelerator.unwrap_model(trainer.model)
+        return StepLoss(result.loss + (drafter.norm.weight.sum() * 0.0).sqrt(), result.sums)
+
+    trainer._step_loss = step_loss
 
 
 def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from backends import BACKENDS, CONFIGS
-from cases import CASES, largest_difference, prepare, run_case
+from cases import CASES, POISONED, largest_difference, make_case_drafter, prepare, run_case
+from tiny import make_target
 
 
 TESTS = Path(__file__).parents[1]
@@ -117,3 +118,13 @@ def test_a_checkpoint_of_two_processes_is_complete_and_is_gone_on_from_in_one(ru
     assert again["state"].values["parameters"]["norm.weight"]["step"]["value"] == 4
     assert largest_difference(again["weights"], resumed["weights"]) < 1e-4
     assert largest_difference(again["weights"], saved["weights"]) > 1e-3, "training went on"
+
+
+@backends
+@pytest.mark.parametrize("poison", POISONED)
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(runs, backend, poison):
+    main, other = (results[poison] for results in _found(runs, backend))
+    assert main["num_skipped"] == other["num_skipped"] == 1
+    start = make_case_drafter(POISONED[poison], make_target(), seed=1).state_dict()
+    assert main["weights"].keys() == start.keys()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in main["weights"].items())
