@@ -5,6 +5,7 @@ Targets, tokenizers, drafters and settings that cannot work, and folders that ho
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.drafters import attention
 from trl_draft_opd.target_checks import NotFiniteError
+from trl_draft_opd.trainer import responses
 from trl_draft_opd.trajectories import Origin, TrajectoryStore
 from trl_draft_opd.verification import SamplingSettings
 
@@ -317,12 +319,26 @@ def test_another_precision_is_offered_where_numbers_may_have_overflowed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_that_the_target_reads_as_nan_stops_training_before_any_update(tmp_path, half_broken, kind):
+def test_a_row_that_the_target_reads_as_nan_stops_training_before_any_update(tmp_path, monkeypatch, half_broken, kind):
     drafter = make_drafter("dflash", half_broken)
     before = {name: p.clone() for name, p in drafter.named_parameters()}
-    rows = [ROWS[0], {"prompt": "w50 w9", "completion": "w20 w21 w22"}]
-    with pytest.raises(FloatingPointError, match="The target's hidden states are NaN or infinite"):
-        make_trainer(kind, tmp_path, drafter, half_broken, rows).train()
+    rows = [
+        {"prompt": "w9" + " w8" * 2048, "completion": "w20"},
+        ROWS[0],
+        {"prompt": "w50 w9", "completion": "w20 w21 w22"},
+    ]
+    settings = {}
+    if kind == "opd":
+        settings = {"completions_from_target": True, "warn_mismatch_share": 1.0, "max_mismatch_share": 1.0}
+        # The check of the stored text reads it first, and knows no rows.
+        monkeypatch.setattr(responses, "check_responses", lambda *_, **__: SimpleNamespace(share=0.0))
+    trainer = make_trainer(kind, tmp_path, drafter, half_broken, rows, **settings)
+    with pytest.raises(
+        FloatingPointError, match=r"The target's hidden states are NaN or infinite in rows \[2\] of the dataset"
+    ):
+        trainer.train()
+    with pytest.raises(FloatingPointError, match=r"in rows \[2\] of the dataset"):
+        make_trainer("opd", tmp_path, drafter, half_broken, rows, rollout="live").train()
     assert all(torch.equal(before[name], p) for name, p in drafter.named_parameters())
 
 

@@ -20,6 +20,8 @@ from trl_draft_opd import (
     FrozenTarget,
     cli,
 )
+from trl_draft_opd.rollout.types import Rollout
+from trl_draft_opd.trainer.metrics import rollout_sums
 
 
 TRAINERS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}
@@ -115,6 +117,42 @@ def test_a_target_that_ends_at_once_is_counted_by_live_rollouts_too(tmp_path, ta
     finally:
         ends.causal_lm.generation_config.eos_token_id = EOS
     assert log["empty_responses"] == 1.0 and log["response_length"] == 1.0 and log["loss"] == 0.0
+
+
+# -- nothing but drafting (fault 31) -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rollout", ["live", "replay"])
+def test_a_target_that_never_ends_is_cut_and_the_share_is_logged(tmp_path, target, text, rollout):
+    ends = {"prompt_ids": [9, 10]}
+    while (first := greedy_text(target, ends["prompt_ids"], 1)[-1]) != EOS:
+        ends["prompt_ids"].append(first)
+    rows = [{"prompt_ids": text[:2]}, ends]
+    settings = {"rollout": rollout, "completions_from_target": False, "max_completion_length": 6}
+    log = train("opd", tmp_path, make_drafter("dflash", target), target, rows, **settings)
+    assert (log["truncated_responses"], log["empty_responses"], log["response_length"]) == (0.5, 0.5, 3.5)
+
+
+def test_every_answer_of_a_chat_counts_by_itself(target):
+    completion_mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]).bool()
+    input_ids = torch.tensor([[9, 8, EOS, 9, 8, 8, 8], [9, 8, 8, EOS, 0, 0, 0]])
+    anchors = torch.full((2, 1), -1)
+    rollout = Rollout(
+        input_ids=input_ids,
+        attention_mask=(input_ids > 0).long(),
+        completion_mask=completion_mask,
+        anchors=anchors,
+        drafts=torch.zeros(2, 1, 4, dtype=torch.long),
+        accepted=torch.zeros_like(anchors),
+        is_censored=anchors < -1,
+        is_counted=anchors < -1,
+        branch_hidden=None,
+        has_suffix=False,
+        num_refused=0,
+        num_target_forwards=1,
+    )
+    assert rollout_sums(rollout, [EOS])["truncated_responses"] == (1.0, 3.0)
+    assert rollout_sums(rollout, [EOS, 8])["truncated_responses"] == (0.0, 3.0)
 
 
 # -- one side without a slot (fault 33) --------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
 from ..target import FrozenTarget, TargetReading
+from ..target_checks import naming_rows
 from .adapters import adapt_drafter
 from .batches import prompt_rows, regroup_by_length, text_of_rollout
 from .completions import print_rollout
@@ -251,7 +252,7 @@ class DraftOPDTrainer(PublishingTrainer):
         free_bytes = self.args.reading_bytes
         prepared = []
         for text in texts:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), naming_rows(text.sample_ids, "the dataset"):
                 reading = self.target.read_text(
                     text.input_ids,
                     text.attention_mask,
@@ -269,13 +270,13 @@ class DraftOPDTrainer(PublishingTrainer):
         sample_ids = batch["sample_ids"].tolist()
         keys = DrawKeys(self.args.seed, epoch, sample_ids)
         keep_now = self._needs_branches and self.args.anchor_mode == "error"
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), naming_rows(sample_ids, "the dataset"):
             rollout = self._decode(self.accelerator.unwrap_model(self.model), batch, keep_now, keys)
             return self._mark(rollout, text_of_rollout(rollout, sample_ids), epoch, None) | {"reading": None}
 
     def _mark(self, rollout: Rollout, text: TargetText, epoch: int, reading: TargetReading | None) -> dict[str, Any]:
         """Count a rollout and say which slots belong to which stream; for the ablation, of blocks at random anchors."""
-        self._sums["train"].add(rollout_sums(rollout))
+        self._sums["train"].add(rollout_sums(rollout, self.target.eos_token_ids))
         chain = rollout
         if self.args.anchor_mode == "random":
             anchors = random_anchors(rollout, text.sample_ids, seed=self.args.seed, epoch=epoch)
@@ -368,7 +369,7 @@ class DraftOPDTrainer(PublishingTrainer):
                 "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
             )
         unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), naming_rows(inputs["sample_ids"], "the dataset"):
             reading = inputs["reading"] or self._read(inputs["rollout"])
             self.target.finish_together()
             entry = loss_entry(self.accelerator)
@@ -414,7 +415,8 @@ class DraftOPDTrainer(PublishingTrainer):
         drafter = self.accelerator.unwrap_model(self.model)
         # Epoch 0, so that every evaluation draws alike.
         keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())
-        with torch.no_grad(), self.accelerator.autocast():
+        names = naming_rows(inputs["sample_ids"], "the evaluation dataset")
+        with torch.no_grad(), self.accelerator.autocast(), names:
             rollout = self._decode(drafter, inputs, self._needs_branches, keys)
             # Epoch 0, so that every evaluation looks at the same positions.
             anchors = self._add_supervised(

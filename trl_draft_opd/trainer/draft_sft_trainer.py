@@ -19,6 +19,7 @@ from ..drafters.base import Drafter
 from ..draws import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
 from ..target import FrozenTarget, TargetReading
+from ..target_checks import naming_rows
 from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
 from .launch import loss_entry
@@ -199,7 +200,7 @@ class DraftSFTTrainer(PublishingTrainer):
                 "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
             )
         unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), naming_rows(inputs["sample_ids"], "the dataset"):
             reading = self._read(inputs)
             self.target.finish_together()
             entry = loss_entry(self.accelerator)
@@ -244,7 +245,8 @@ class DraftSFTTrainer(PublishingTrainer):
         inputs["anchors"] = self._sample_anchors(inputs, epoch=0)
         drafter = self.accelerator.unwrap_model(self.model)
         sums = weight_sums([inputs["anchors"]], self.streams, drafter.draft_token_ids)
-        with torch.no_grad(), self.accelerator.autocast():
+        names = naming_rows(inputs["sample_ids"], "the evaluation dataset")
+        with torch.no_grad(), self.accelerator.autocast(), names:
             result = self._step_loss(inputs, sums, self._read(inputs))
         self._sums["eval"].add(result.sums)
         if self.args.eval_rollouts:

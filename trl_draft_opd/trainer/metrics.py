@@ -4,6 +4,7 @@ Metrics as sums: numerators and denominators are added over micro-batches, steps
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 
@@ -44,13 +45,19 @@ class MetricSums:
         }
 
 
-def rollout_sums(rollout: Rollout) -> dict[str, tuple[float, float]]:
+def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tuple[float, float]]:
     """
-    Return tau, acceptance per slot and lengths of a rollout as sums.
+    Return tau, acceptance per slot and lengths of a rollout as sums; `eos_token_ids` are what ends a response.
 
     tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`.
     """
     counted = rollout.is_counted
+    # The last token of every response: of a chat, there are several in a row.
+    is_written = rollout.completion_mask
+    is_last = is_written.clone()
+    is_last[:, :-1] &= ~is_written[:, 1:]
+    last_ids = rollout.input_ids[is_last].tolist()
+    num_cut = sum(token not in eos_token_ids for token in last_ids)
     num_counted = float(counted.sum())
     accepted = rollout.accepted[counted]
     sums = {
@@ -58,6 +65,7 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[float, float]]:
         "response_length": (float(rollout.completion_mask.sum()), float(len(rollout.anchors))),
         "rounds": (float(rollout.num_rounds.sum()), float(len(rollout.anchors))),
         "refused_responses": (float(rollout.num_refused), float(len(rollout.anchors))),
+        "truncated_responses": (float(num_cut), float(len(last_ids))),
         # A text that ends with its first token has nothing to draft.
         "empty_responses": (float((rollout.completion_mask.sum(dim=1) <= 1).sum()), float(len(rollout.anchors))),
     }

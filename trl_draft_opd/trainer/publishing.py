@@ -90,7 +90,7 @@ class PublishingTrainer(ResumingTrainer):
 
     def _count_rollout(self, rollout: Rollout, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int]) -> None:
         """Add a rollout of evaluation prompts to the metrics, and its rows to the measurement."""
-        self._sums["eval"].add(rollout_sums(rollout))
+        self._sums["eval"].add(rollout_sums(rollout, self.target.eos_token_ids))
         counted = rollout.is_counted
         accepted = rollout.accepted * counted
         sums = (accepted + counted.long()).sum(dim=1).tolist()
