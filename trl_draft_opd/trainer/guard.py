@@ -2,7 +2,8 @@
 """
 Nothing that is not finite reaches the weights: losses and gradients are looked at right before the optimiser's step.
 
-The look is a hook of the innermost torch optimiser, so it is the same under plain, data-parallel, FSDP2 and ZeRO training.
+The look is a hook of the innermost torch optimiser, so it is the same under plain, data-parallel, FSDP2 and ZeRO training. ZeRO may
+leave an update out before it comes to that; this is noticed right after.
 """
 
 import logging
@@ -61,6 +62,14 @@ class NonFiniteGuard:
         """Remember a micro-batch of this update; looked at when the update is about to be made."""
         self._losses.append((loss.detach(), sample_ids.tolist()))
 
+    def look_back(self) -> None:
+        """Treat an update that DeepSpeed left out by itself as one that was stopped here. Collective."""
+        # Under float16 that is how it finds its loss scale.
+        if not zero.is_optimizer(self._wrapped) or self.accelerator.mixed_precision == "fp16":
+            return
+        if self._wrapped.overflow:
+            self._refuse_everywhere()
+
     def state(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""
         return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
@@ -85,16 +94,19 @@ class NonFiniteGuard:
         norm = self._wrapped._global_grad_norm if zero.is_optimizer(self._wrapped) else None
         is_finite = all(bool(_local(grad).isfinite().all()) for grad in grads)
         is_finite = is_finite and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
-        bad = [(float(loss), ids) for loss, ids in self._losses if not torch.isfinite(loss)]
-        vote = torch.tensor(float(not is_finite or bool(bad)), device=self.accelerator.device)
+        vote = torch.tensor(float(not is_finite or bool(self._bad_losses())), device=self.accelerator.device)
         if not float(self.accelerator.reduce(vote, "sum")):
             self.num_in_a_row = 0
             return True
-        self._refuse(gather_object(bad), gather_object([ids for _, ids in self._losses]))
+        self._refuse_everywhere()
         return False
 
-    def _refuse(self, bad: list[tuple[float, list[int]]], all_ids: list[list[int]]) -> None:
-        """Say what is wrong; raise, unless the update is to be skipped."""
+    def _bad_losses(self) -> list[tuple[float, list[int]]]:
+        return [(float(loss), ids) for loss, ids in self._losses if not torch.isfinite(loss)]
+
+    def _refuse_everywhere(self) -> None:
+        """Say what is wrong; raise, unless the update is to be skipped. Collective."""
+        bad, all_ids = gather_object(self._bad_losses()), gather_object([ids for _, ids in self._losses])
         if bad:
             what = f"The loss is {bad[0][0]} at step {self._global_step} on samples {sorted(i for _, ids in bad for i in ids)}"
         else:

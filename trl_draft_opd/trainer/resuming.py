@@ -400,6 +400,12 @@ class _RunCallback(TrainerCallback):
     ) -> None:
         self.trainer._guard.begin_update(state.global_step)
 
+    def on_pre_optimizer_step(
+        self, args: DraftTrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # DeepSpeed has made its step by now, at the end of the backward pass.
+        self.trainer._guard.look_back()
+
     def on_step_end(
         self, args: DraftTrainingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
