@@ -3,7 +3,7 @@
 Adapt a drafter to a fine-tune of its target: a short SFT on what the fine-tune itself answers, as an adapter or of the whole drafter.
 
     accelerate launch examples/adapt_drafter.py --target_model my/fine-tune --model z-lab/Qwen3-4B-DFlash-b16 \
-        --dataset prompts.jsonl --output_dir adapted --lora_r 16 --learning_rate 2e-3
+        --dataset prompts.jsonl --output_dir adapted --learning_rate 1e-3
 
 Prompts should be of the kind the fine-tune will serve. See docs/adapting.md for when an adapter is enough.
 """
