@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl import create_model_from_path
-from .drafters.target_shape import text_config
+from .drafters.target_shape import require_plain_head, text_config
 from .target_rows import branch_mask, pad_rows, rows_of_similar_width
 
 
@@ -94,7 +94,7 @@ class FrozenTarget:
         self.layers = self._find_layers()
         # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
         self.num_forwards = 0
-        self._require_plain_head()
+        require_plain_head(causal_lm)
         self._check_head()
 
     @classmethod
@@ -460,15 +460,6 @@ class FrozenTarget:
             f"Target of type {self.config.model_type!r} has no list of {self.config.num_hidden_layers} decoder layers in its backbone "
             f"{type(self.backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of transformers are supported."
         )
-
-    def _require_plain_head(self) -> None:
-        """Refuse a quantised head: the loss reads its rows, and EAGLE-3's head starts from them."""
-        weight = self.causal_lm.get_output_embeddings().weight
-        if not weight.is_floating_point() or weight.shape[0] != self.vocab_size:
-            raise ValueError(
-                f"The target's head is quantised: its weight is {weight.dtype} of shape {tuple(weight.shape)} instead of {self.vocab_size} rows "
-                "of floating point. Leave the head out, e.g. with `llm_int8_skip_modules=['lm_head']` in the `quantization_config`."
-            )
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -1,12 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a drafter must know of its target's shape: sizes, RoPE, and which layers to tap. Reads configs only, never weights.
+What a drafter must know of its target's shape: sizes, RoPE, which layers to tap, and a head whose rows can be read. Reads no weight's values.
 """
 
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def text_config(target_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -26,6 +26,16 @@ def text_config(target_config: PreTrainedConfig) -> PreTrainedConfig:
             f"Target of type {target_config.model_type!r} is an encoder-decoder model; speculative drafters need a decoder-only target."
         )
     return target_config
+
+
+def require_plain_head(target: PreTrainedModel) -> None:
+    """Raise `ValueError` if the head is quantised: the loss reads its rows, and EAGLE-3's head starts from them."""
+    weight, num_rows = target.get_output_embeddings().weight, target.config.vocab_size
+    if not weight.is_floating_point() or weight.shape[0] != num_rows:
+        raise ValueError(
+            f"The target's head is quantised: its weight is {weight.dtype} of shape {tuple(weight.shape)} instead of {num_rows} rows of floating "
+            "point. Leave the head out, e.g. with `llm_int8_skip_modules=['lm_head']` in the `quantization_config`."
+        )
 
 
 def rope_parameters(target_config: PreTrainedConfig) -> dict[str, Any]:
