@@ -342,9 +342,7 @@ def test_a_saved_adapter_loads_as_the_drafter_with_it_merged_in(tmp_path, target
 
 
 def test_training_goes_on_from_an_adapters_folder_and_its_record(tmp_path, target, bases, rows):
-    first = make_trainer(
-        "opd", tmp_path / "first", bases / "eagle3", target, rows, peft_config=LoraConfig(r=1)
-    )
+    first = make_trainer("opd", tmp_path / "first", bases / "eagle3", target, rows, peft_config=LoraConfig(r=1))
     first.train()
     first.save_model()
     again = make_trainer("sft", tmp_path / "more", tmp_path / "first", target, rows, peft_config=LoraConfig(r=1))
