@@ -5,7 +5,7 @@ Adapt a drafter to a fine-tune of its target: a short SFT on what the fine-tune 
     accelerate launch examples/adapt_drafter.py --target_model my/fine-tune --model z-lab/Qwen3-4B-DFlash-b16 \
         --dataset prompts.jsonl --output_dir adapted --learning_rate 1e-3
 
-Prompts should be of the kind the fine-tune will serve. See docs/adapting.md for when an adapter is enough.
+Prompts should be of the kind the fine-tune will serve; docs/adapting.md says when an adapter is enough.
 """
 
 from dataclasses import dataclass, field
@@ -37,6 +37,6 @@ if __name__ == "__main__":
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]
-    trainer.save_model()
+    trainer.save_model()  # behind the evaluation, so that the card says what was measured
     if trainer.is_world_process_zero():
         print(f"tau on {args.num_eval_prompts} held-out prompts: {before:.3f} before, {after:.3f} after")
