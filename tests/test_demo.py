@@ -198,7 +198,7 @@ def test_a_second_run_reuses_finished_phases_and_changed_ones_run_again(
     kept = {name for name, age in _ages(settings.output).items() if age == first.get(name)}
     assert set(first) - kept == {"results.json", "demo.png"}
     # Another family needs another drafter, but neither another target nor other responses. An interrupted phase is repeated.
-    (settings.output / "drafter-sft" / "settings.json").unlink()
+    (settings.output / "drafter-sft" / "settings.json").rename(settings.output / "drafter-sft" / "unfinished")
     capsys.readouterr()
     results = run_demo(replace(settings, family="eagle3"), None)
     printed = capsys.readouterr().out

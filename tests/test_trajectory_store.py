@@ -201,7 +201,7 @@ def test_a_torn_shard_is_never_visible(store: TrajectoryStore, monkeypatch: pyte
         replaced.append(target)
         real(source, target)
 
-    monkeypatch.setattr(shards.os, "replace", failing)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
         store.add(make_rows(3))
     monkeypatch.undo()

@@ -9,9 +9,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_draft_opd import DraftOPDTrainer
+from trl_draft_opd.anchors import AnchorBatch
 from trl_draft_opd.losses import position_weights
 from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
+from trl_draft_opd.target import TargetReading
 from trl_draft_opd.trainer.step import StepLoss
 
 
@@ -26,13 +28,11 @@ class OneTokenTrainer(DraftOPDTrainer):
     of the drafted token, bounded. One pooled denominator. Drafters with a reduced vocabulary are not served.
     """
 
-    def _step_loss(self, inputs: dict[str, Any], sums: torch.Tensor) -> StepLoss:
-        rollout: Rollout = inputs["rollout"]
-        anchors, reading = inputs["anchors"], inputs["reading"]
+    def _step_loss(
+        self, rollout: Rollout, anchors: AnchorBatch, sums: torch.Tensor, reading: TargetReading
+    ) -> StepLoss:
         drafter = self.accelerator.unwrap_model(self.model)
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
-        if reading is None:
-            reading = self.target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
         hidden = drafter.draft_hidden(
             reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, self.target.embed
         )

@@ -17,7 +17,7 @@ from datasets import Dataset
 from fake_hub import serve_hub
 from huggingface_hub import constants
 from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.cli import load_rows, main
@@ -258,6 +258,13 @@ def modules_cache(tmp_path, monkeypatch):
     yield
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
         del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def _no_class_remembers_code(monkeypatch):
+    """Loading by `auto_map` marks the class it finds, here transformers' own, for every later save in this process."""
+    monkeypatch.setattr(Qwen3ForCausalLM, "_auto_class", None)
+    monkeypatch.setattr(Qwen3Config, "_auto_class", None)
 
 
 def add_code(folder: Path, proof: Path, model_type: str | None) -> None:

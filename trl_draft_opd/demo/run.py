@@ -6,6 +6,7 @@ Each phase leaves a folder with the settings it was made from, and is not repeat
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,20 +177,23 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
 
 @contextmanager
 def _phase(console: Console, name: str, folder: Path, key: dict, seconds: dict[str, float]) -> Iterator[bool]:
-    """Yield whether a phase must run; its marker is written when it has."""
-    marker = folder / "settings.json"
+    """Yield whether a phase must run; its marker is written when it has, and a sign of the demo's own stands there until then."""
+    marker, sign = folder / "settings.json", folder / "unfinished"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == key:
         console.print(f"{name}: already in {folder}")
         yield False
         return
+    if marker.is_file() or sign.is_file():
+        # Another run's results, or half of them; a folder that the demo did not make is not touched.
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Gone while the phase runs, so that an interrupted one is not taken for finished.
-    marker.unlink(missing_ok=True)
+    sign.touch()
     console.print(f"{name} ...")
     begun = time.perf_counter()
     yield True
     seconds[name] = round(time.perf_counter() - begun, 1)
     marker.write_text(json.dumps(key), encoding="utf-8")
+    sign.unlink()
     console.print(f"{name}: {seconds[name]:.0f} s")
 
 
