@@ -5,10 +5,12 @@ Fault 29: nothing that is not finite reaches the weights or a checkpoint; the sa
 
 import pytest
 import torch
+from accelerate import Accelerator
 from oracle import greedy_rows
 from tiny import make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.trainer.guard import NonFiniteGuard
 
 
 KINDS = ["sft", "opd"]
@@ -151,3 +153,19 @@ def test_settings_of_the_guard_out_of_range_are_named(tmp_path):
         DraftSFTConfig(str(tmp_path), use_cpu=True, bf16=False, on_nonfinite="ignore")
     with pytest.raises(ValueError, match="`max_skipped_updates` must be at least 0, got -1"):
         DraftSFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_skipped_updates=-1)
+
+
+class Float16Accelerator(Accelerator):
+    """What the guard asks of an accelerator, as it answers on a GPU under float16."""
+
+    mixed_precision = "fp16"
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow_of_float16s_scale():
+    guard = NonFiniteGuard(Float16Accelerator(cpu=True), "stop", 10)
+    guard.begin_update(7)
+    guard.note_loss(torch.tensor(1.0), torch.tensor([0]))
+    guard.look_back()  # whatever the scaled gradients are, that is the scale's business
+    guard.note_loss(torch.tensor(float("inf")), torch.tensor([3]))
+    with pytest.raises(FloatingPointError, match=r"loss is inf at step 7 on samples \[3\]"):
+        guard.look_back()

@@ -45,6 +45,7 @@ class NonFiniteGuard:
         self._losses: list[tuple[torch.Tensor, list[int]]] = []
         self._decided: tuple[int, bool] | None = None
         self._global_step = 0
+        self._wrapped: Any = None
         self._hook = None
 
     def attach(self, optimizer: Any) -> None:
@@ -63,11 +64,15 @@ class NonFiniteGuard:
         self._losses.append((loss.detach(), sample_ids.tolist()))
 
     def look_back(self) -> None:
-        """Treat an update that DeepSpeed left out by itself as one that was stopped here. Collective."""
-        # Under float16 that is how it finds its loss scale.
-        if not zero.is_optimizer(self._wrapped) or self.accelerator.mixed_precision == "fp16":
-            return
-        if self._wrapped.overflow:
+        """
+        Treat an update that others leave out by themselves as one that was stopped here: DeepSpeed, and float16's loss scale. Collective.
+        """
+        if self.accelerator.mixed_precision == "fp16":
+            # Gradients that overflow are how the scale is found, but losses are noted before they are scaled.
+            is_bad = self._any_rank(bool(self._bad_losses()))
+        else:
+            is_bad = zero.is_optimizer(self._wrapped) and self._wrapped.overflow
+        if is_bad:
             self._refuse_everywhere()
 
     def state(self) -> dict[str, int]:
@@ -92,14 +97,20 @@ class NonFiniteGuard:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # ZeRO's norm is over the groups that are yet to come, too.
         norm = self._wrapped._global_grad_norm if zero.is_optimizer(self._wrapped) else None
-        is_finite = all(bool(_local(grad).isfinite().all()) for grad in grads)
+        # One look for all of them: each costs a wait for the device.
+        flags = [_local(grad).isfinite().all() for grad in grads]
+        is_finite = not flags or bool(torch.stack(flags).all())
         is_finite = is_finite and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
-        vote = torch.tensor(float(not is_finite or bool(self._bad_losses())), device=self.accelerator.device)
-        if not float(self.accelerator.reduce(vote, "sum")):
+        if not self._any_rank(not is_finite or bool(self._bad_losses())):
             self.num_in_a_row = 0
             return True
         self._refuse_everywhere()
         return False
+
+    def _any_rank(self, is_bad: bool) -> bool:
+        """Whether any rank says so. Collective."""
+        vote = torch.tensor(float(is_bad), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(vote, "sum") > 0)
 
     def _bad_losses(self) -> list[tuple[float, list[int]]]:
         return [(float(loss), ids) for loss, ids in self._losses if not torch.isfinite(loss)]

@@ -133,10 +133,10 @@ class ResumingTrainer(_BaseTrainer):
         output_dir = Path(self.args.output_dir)
         if asked is None:
             asked = self.args.resume_from_checkpoint
-        is_beginning = asked == "auto" and not list_checkpoints(output_dir)
-        if asked in (None, False) or is_beginning:
+        word = str(asked).lower()
+        if asked in (None, False) or (word == "auto" and not list_checkpoints(output_dir)):
             return None
-        if asked is True or str(asked).lower() in ("true", "auto"):
+        if word in ("true", "auto"):
             return newest_valid(output_dir)
         folder = Path(asked)
         if not folder.is_dir():
@@ -269,10 +269,8 @@ class ResumingTrainer(_BaseTrainer):
         self._first_rank_decides(write_or_say_why)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / checkpoint_name(step)))
-        if self.is_world_process_zero():
-            best = self.state.best_model_checkpoint
-            keep_newest(run_dir, self.args.save_total_limit, protected=Path(best) if best else None)
-        self.accelerator.wait_for_everyone()
+        best = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
+        self._first_rank_decides(lambda: keep_newest(run_dir, self.args.save_total_limit, protected=best))
 
     def _note_best(self, run_dir: Path) -> None:
         """Remember where the best weights are, if they were or are about to be written."""
