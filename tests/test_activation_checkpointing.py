@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from oracle import greedy_text
-from tiny import VOCAB, make_drafter, make_prompts, make_target
+from tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target
 from trl import TrlParser
 
 from benchmarks.counters import PeakBytes
@@ -29,11 +29,8 @@ def target():
 def make_args(kind, output_dir, **changes):
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
-        "disable_tqdm": True,
         "max_steps": 1,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,

@@ -16,7 +16,7 @@ from oracle import greedy_text
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_export import make_variant
-from tiny import EOS, MASK, make_prompts, make_target
+from tiny import EOS, MASK, TINY_RUN, make_prompts, make_target
 from torch import nn
 
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
@@ -105,12 +105,9 @@ def adapt(folder, *, seed=0, **options):
 def make_trainer(kind, output_dir, drafter, target, rows, eval_rows=None, peft_config=None, **changes):
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
         "logging_steps": 1,
-        "disable_tqdm": True,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,

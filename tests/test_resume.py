@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import greedy_rows
-from tiny import make_drafter, make_target
+from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.trainer import publishing, resuming
@@ -50,10 +50,7 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, d
     """Train for four updates, two an epoch, with a checkpoint after each; return the last one."""
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **TINY_RUN,
         "save_strategy": "steps",
         "save_steps": 1,
         # Not a divisor of what is saved: metrics and losses are under way in every other checkpoint.

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from oracle import greedy_text
 from test_step import CASES, NUM_DRAFTS, assert_close, exact_norms, make_pair, replay, roll_out, slot_logits, streams
-from tiny import EOS, MASK, make_drafter, make_prompts, make_target
+from tiny import EOS, MASK, TINY_RUN, make_drafter, make_prompts, make_target
 
 from trl_draft_opd import (
     DraftOPDConfig,
@@ -263,12 +263,9 @@ def rows(target):
 def train(kind, output_dir, drafter, target, rows, eval_rows=None, **changes):
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
         "logging_steps": 1,
-        "disable_tqdm": True,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,

@@ -12,7 +12,7 @@ from datasets import Dataset
 from oracle import greedy_rows, greedy_text, plant
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
+from tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
 from trl_draft_opd import (
@@ -57,12 +57,9 @@ def words(ids):
 def make_args(kind, output_dir, **changes):
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
         "logging_steps": 1,
-        "disable_tqdm": True,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,

@@ -25,6 +25,8 @@ from trl_draft_opd.drafters.base import Drafter
 
 
 VOCAB, PAD, EOS, MASK = 64, 0, 2, 3
+# Settings of every training run of a test: on the CPU, in float32, in silence.
+TINY_RUN = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tiny import TINY_RUN
 from transformers import TrainerCallback
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
@@ -50,10 +51,7 @@ def train(kind, output_dir, drafter, target, rows, progress, resume=None, **chan
     """Train for three updates with a checkpoint after each, of which two are kept."""
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **TINY_RUN,
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from oracle import greedy_text
-from tiny import EOS, MASK, PAD, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
+from tiny import EOS, MASK, PAD, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -38,11 +38,8 @@ def target():
 def make_args(kind, tmp_path, **changes):
     options = {
         "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
-        "disable_tqdm": True,
         "max_steps": 1,
         "max_completion_length": 8,
         "per_device_train_batch_size": 2,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import greedy_rows
 from safetensors.torch import save_file
-from tiny import make_drafter, make_target
+from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.trainer.checkpoints import (
@@ -178,10 +178,7 @@ def rows(target):
 def make_trainer(output_dir, target, rows, kind="sft", family="dflash", **changes):
     options = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **TINY_RUN,
         "save_strategy": "steps",
         "save_steps": 1,
         "max_steps": 2,

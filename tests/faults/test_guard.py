@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from oracle import greedy_rows
-from tiny import make_drafter, make_target
+from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.trainer.guard import NonFiniteGuard
@@ -29,10 +29,7 @@ def rows(target):
 def make_trainer(kind, tmp_path, drafter, target, rows, **changes):
     options = {
         "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **TINY_RUN,
         "save_strategy": "steps",
         "save_steps": 1,
         "logging_steps": 1,

@@ -6,7 +6,7 @@ Fault 30: out of memory is an error that names what was done, how large it was, 
 import pytest
 import torch
 from oracle import greedy_rows
-from tiny import make_drafter, make_target
+from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.target import FrozenTarget
@@ -26,10 +26,7 @@ def rows(target):
 def make_trainer(kind, tmp_path, target, rows, **changes):
     options = {
         "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **TINY_RUN,
         "save_strategy": "no",
         "max_steps": 1,
         "per_device_train_batch_size": 2,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny import EOS, PAD, TARGETS, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
+from tiny import EOS, PAD, TARGETS, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
 from transformers import MambaConfig, MambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from trl_draft_opd import (
@@ -61,11 +61,8 @@ def make_trainer(kind, tmp_path, drafter, target, rows=ROWS, tokenizer=None, **s
     trainer_class, config_class = TRAINERS[kind]
     settings = {
         "max_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
-        "disable_tqdm": True,
         "max_completion_length": 8,
         "per_device_train_batch_size": 2,
     } | settings

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import constants
 from oracle import greedy_text, plant
-from tiny import EOS, make_drafter, make_target
+from tiny import EOS, TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import (
     AutoDrafter,
@@ -59,11 +59,8 @@ def train(kind, folder, drafter, target, rows, **settings):
         "optim": "sgd",
         "learning_rate": 0.1,
         "warmup_steps": 0,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
+        **TINY_RUN,
         "save_strategy": "no",
-        "disable_tqdm": True,
         "max_completion_length": 16,
         "per_device_train_batch_size": len(rows),
     } | settings
