@@ -53,6 +53,20 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
+def staging_folder(parent: Path, name: str) -> Iterator[Path]:
+    """
+    Yield an empty folder in `parent` that is gone afterwards; should the process be stopped, [`clear_leftovers`] knows it by `name`.
+    """
+    staged = _beside(parent / name, "making")
+    staged.mkdir()
+    try:
+        yield staged
+    finally:
+        if staged.exists():
+            shutil.rmtree(staged)
+
+
+@contextmanager
 def making_folder(folder: Path) -> Iterator[Path]:
     """
     Yield an empty folder to fill; on leaving it takes the place of `folder`, and on any error it is removed.
@@ -64,9 +78,7 @@ def making_folder(folder: Path) -> Iterator[Path]:
         folder (`Path`): The place; its parent is made if missing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(folder, "making")
-    staged.mkdir()
-    try:
+    with staging_folder(folder.parent, folder.name) as staged:
         yield staged
         for path in [*staged.rglob("*"), staged]:
             sync_entry(path)
@@ -83,9 +95,6 @@ def making_folder(folder: Path) -> Iterator[Path]:
         sync_entry(folder.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
-    finally:
-        if staged.exists():
-            shutil.rmtree(staged)
 
 
 def move_files(staged: Path, folder: Path) -> None:

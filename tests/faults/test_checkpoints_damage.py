@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.trainer import checkpoints
 from trl_draft_opd.trainer.checkpoints import (
     DamagedCheckpoint,
     check_output_dir,
@@ -303,12 +304,28 @@ def test_no_file_of_a_run_needs_pickle_to_be_read(copy):
 def test_a_folder_that_cannot_be_written_to_is_said_before_training(monkeypatch, tmp_path, target, rows):
     trainer = make_trainer(tmp_path / "out", target, rows)
 
-    def refuse(prefix=None, dir=None, **others):
-        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+    def refuse(path, data):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    monkeypatch.setattr(checkpoints, "write_file", refuse)
     with pytest.raises(
         PermissionError, match="No checkpoint can be written .Permission denied., so training was not begun"
     ):
         trainer.train()
     assert trainer.state.global_step == 0
+    assert list((tmp_path / "out").glob(".*")) == []
+
+
+def test_what_a_stopped_save_or_start_left_is_cleared_and_nothing_else_is(tmp_path):
+    left = [".making-checkpoint-3-0123456789ab", ".deleting-checkpoint-1-0123456789ab", ".making-probe-0123456789ab"]
+    kept = [".making-thesis-0123456789ab", ".making-checkpoint-3-mine", ".git"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".replaced-checkpoint-2-0123456789ab").mkdir()
+    (tmp_path / ".replaced-checkpoint-2-0123456789ab" / "file").write_text("the only copy")
+    check_output_dir(tmp_path / "new", None)
+    with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+        check_output_dir(tmp_path, None)
+    # What was being replaced is back in its place.
+    assert (tmp_path / "checkpoint-2" / "file").read_text() == "the only copy"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "checkpoint-2", "new"])

@@ -9,14 +9,13 @@ import hashlib
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..durable import clear_leftovers, hash_file, making_folder, remove_folder, write_file
+from ..durable import clear_leftovers, hash_file, making_folder, remove_folder, staging_folder, write_file
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +24,8 @@ MANIFEST = "manifest.json"
 FORMAT = "trl-draft-opd checkpoint"
 VERSION = 1
 _NAME = re.compile(r"checkpoint-(?P<step>\d+)")
+_PROBE = "probe"
+_OURS = re.compile(rf"{_NAME.pattern}|{_PROBE}")
 
 
 class DamagedCheckpoint(ValueError):
@@ -125,7 +126,7 @@ def newest_valid(output_dir: Path) -> Checkpoint:
     Raises:
         ValueError: If there is none; the message lists what was found.
     """
-    clear_leftovers(output_dir, _NAME)
+    clear_leftovers(output_dir, _OURS)
     skipped = []
     for _, folder in reversed(list_checkpoints(output_dir)):
         try:
@@ -187,10 +188,10 @@ def check_output_dir(output_dir: Path, run_id: str | None) -> None:
         OSError: If nothing can be written there; now rather than at the first checkpoint.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(output_dir, _NAME)
+    clear_leftovers(output_dir, _OURS)
     try:
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=output_dir) as probe:
-            write_file(Path(probe) / "file", b"1")
+        with staging_folder(output_dir, _PROBE) as probe:
+            write_file(probe / "file", b"1")
     except OSError as error:
         raise OSError(
             error.errno,

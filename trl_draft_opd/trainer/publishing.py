@@ -8,7 +8,6 @@ A base class and no functions, because every part of it takes the place of a met
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..durable import move_files
+from ..durable import clear_leftovers, move_files, staging_folder
 from ..evaluation import bootstrap_tau
 from ..export import export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
@@ -56,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 PUBLICATION = "_publication"
 ARGS_FILE = "training_args.bin"
+# What a save in the making is called.
+SAVED = "drafter"
 _RESAMPLES = 2000
 
 
@@ -229,9 +230,10 @@ class PublishingTrainer(ResumingTrainer):
         def write() -> None:
             check_weights(weights)
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staged:
-                self._save(staged, state_dict=weights, notes_of=folder)
-                move_files(Path(staged), folder)
+            clear_leftovers(folder, re.compile(SAVED))
+            with staging_folder(folder, SAVED) as staged:
+                self._save(str(staged), state_dict=weights, notes_of=folder)
+                move_files(staged, folder)
             # Written by earlier versions; pickled arguments can hold a token.
             (folder / ARGS_FILE).unlink(missing_ok=True)
 
