@@ -162,7 +162,8 @@ def _write_piece(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor, va
     """Write this rank's piece of a whole tensor of the parameter's shape into `flat`."""
     if is_sharded(parameter):
         _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        rank, num_ranks = (of(parameter) for of in _partition_of(optimizer))
+        rank = torch.distributed.get_rank(parameter.ds_process_group)
+        num_ranks = torch.distributed.get_world_size(parameter.ds_process_group)
         # Every rank's part has the same length; the last one is padded.
         padded = value.new_zeros(length * num_ranks)
         padded[: value.numel()] = value.flatten()
@@ -172,8 +173,3 @@ def _write_piece(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor, va
     if mapping is not None:
         own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         flat.narrow(0, there.start, there.numel).copy_(value.flatten().narrow(0, own.start, own.numel))
-
-
-def _partition_of(optimizer: Any) -> tuple[Any, Any]:
-    """Return the functions that tell a parameter's rank and the number of ranks it is cut for."""
-    return optimizer._get_param_partition_rank, optimizer._get_param_partition_world_size
