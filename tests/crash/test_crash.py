@@ -125,7 +125,8 @@ def check_full(scene, output_dir, code):
         scene.check_same(output_dir / f"checkpoint-{STEPS}")
     else:
         assert code == 1 and "No space left on device" in log, log[-2000:]
-    if "'os.rmdir " not in log and "'os.remove " not in log:  # else it was tidying up that failed; the next start does it
+    # Where tidying up is what failed, the next start does it.
+    if "'os.rmdir " not in log and "'os.remove " not in log:
         assert [path.name for path in output_dir.glob(".making*")] == []
     scene.check_survival(output_dir)
 

@@ -6,6 +6,8 @@ In the first step the second rank has no supervised slot at all.
 """
 
 import json
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from datasets import Dataset
 from oracle import greedy_text
 from tiny import MASK, make_drafter, make_prompts, make_target
+from transformers import TrainerCallback
 
 from trl_draft_opd import (
     DraftOPDConfig,
@@ -65,6 +68,7 @@ CASES = {
     "adamw": Case("sft", "eagle3", ADAMW, frozen="midlayer.mlp.up_proj"),
 }
 SKIP = {"optim": "adamw_torch", "on_nonfinite": "skip", "max_steps": 1}
+STOPPED = {"stopped": Case("sft", "eagle3", {"max_steps": 4, "save_strategy": "steps", "save_steps": 100})}
 POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("loss", "gradient")}
 
 
@@ -101,6 +105,14 @@ def make_case_drafter(case: Case, target: FrozenTarget, seed: int) -> Drafter:
     return drafter
 
 
+class _Sigterm(TrainerCallback):
+    """Sends this process what a scheduler sends, in the middle of its second step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run_case(
     name: str,
     folder: Path,
@@ -114,7 +126,7 @@ def run_case(
     Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses, tau, optimizer
     state, and idle forward passes of the target.
     """
-    case = (CASES | POISONED)[name]
+    case = (CASES | POISONED | STOPPED)[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
     trainer_class, config_class = (
@@ -150,7 +162,13 @@ def run_case(
         poison_losses(trainer, case.poison)
     if case.evaluates_first:
         results["first_tau"] = trainer.evaluate()["eval_tau"]
-    trainer.train(resume_from_checkpoint=resume)
+    if name in STOPPED and rank == num_processes - 1:
+        trainer.add_callback(_Sigterm())
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except SystemExit as end:
+        results["exit_code"] = end.code
+    results["step"] = trainer.state.global_step
     results["weights"] = full_weights(trainer.accelerator, trainer.model)
     results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)
     if case.is_sharded:

@@ -14,7 +14,10 @@ import pytest
 import torch
 from backends import BACKENDS, CONFIGS
 from cases import CASES, POISONED, largest_difference, make_case_drafter, prepare, run_case
+from safetensors.torch import load_file
 from tiny import make_target
+
+from trl_draft_opd.trainer.checkpoints import newest_valid
 
 
 TESTS = Path(__file__).parents[1]
@@ -128,3 +131,13 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(ru
     start = make_case_drafter(POISONED[poison], make_target(), seed=1).state_dict()
     assert main["weights"].keys() == start.keys()
     assert all(torch.equal(tensor, start[name]) for name, tensor in main["weights"].items())
+
+
+@backends
+def test_sigterm_to_one_rank_stops_all_at_one_step_with_one_checkpoint(runs, backend):
+    ranks = [results["stopped"] for results in _found(runs, backend)]
+    assert [(rank["exit_code"], rank["step"]) for rank in ranks] == [(143, 2), (143, 2)]
+    found = newest_valid(runs[0] / backend / "stopped")
+    assert found.step == 2
+    saved = load_file(found.folder / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in ranks[0]["weights"].items())

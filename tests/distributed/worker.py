@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from backends import BACKENDS, launched_as
-from cases import CASES, POISONED, run_case
+from cases import CASES, POISONED, STOPPED, run_case
 
 
 def main(folder: Path, backends: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(folder: Path, backends: list[str]) -> None:
             # It would be compiled for minutes; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         results = {}
-        for name in CASES | POISONED:
+        for name in CASES | POISONED | STOPPED:
             start = time.monotonic()
             with launched_as(backend) as launch:
                 results[name] = run_case(name, folder, folder / backend / name, launch, 2, rank)

@@ -8,6 +8,7 @@ Holds no default that a config or the library already has. Heavy imports stand i
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def run_demo(argv: Sequence[str]) -> int:
     options = parse_flags(parser, argv)
     if (options.target is None) != (options.dataset is None):
         raise ValueError("`--target` and `--dataset` go together: the demo's own chats suit its own target only.")
+    # Where it is installed, PEFT imports it, and on a CPU it asks for a package that only quantised targets would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from ..demo.run import DemoSettings
     from ..demo.run import run_demo as run
 
