@@ -69,7 +69,9 @@ class Scene:
         device = target.device
         drafter = make_drafter(family, target.causal_lm, device).train()
         if work.checkpointing:
-            drafter.activation_checkpointing_enable()
+            # Its name before transformers 5.23 was the other one.
+            is_new = hasattr(drafter, "activation_checkpointing_enable")
+            (drafter.activation_checkpointing_enable if is_new else drafter.gradient_checkpointing_enable)()
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, target.vocab_size - 1, (work.rows, work.length), generator=generator).to(device)
         is_response = (torch.arange(work.length, device=device) >= work.length // 4).expand_as(ids)
