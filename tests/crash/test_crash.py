@@ -37,7 +37,7 @@ class Scene:
         self.seconds = time.time() - began
         self.whole = folder / "whole"
 
-    def run(self, output_dir, resume=None, at=None, end="kill", wait=True, **changes):
+    def run(self, output_dir, resume=None, at=None, end="kill", wait=True, sigterm_after=None, **changes):
         """Train in a child, to its end or to the chosen event; return how it ended."""
         events = output_dir.with_suffix(".events")
 
@@ -46,7 +46,7 @@ class Scene:
             if resume is None:
                 Events(output_dir, at, end, events)
             drafter = make_drafter("dflash", self.target, seed=1 if resume is None else 9)
-            progress = Progress(output_dir.with_suffix(".progress"))
+            progress = Progress(output_dir.with_suffix(".progress"), sigterm_after)
             trajectories = str(self.folder / "answers")
             train(
                 *(self.kind, output_dir, drafter, self.target, self.rows, progress, resume),
@@ -133,16 +133,11 @@ def check_full(scene, output_dir, code):
 
 def test_sigterm_saves_the_step_at_hand_and_leaves_with_143(one_scene, tmp_path):
     output_dir = tmp_path / "out"
-    child = one_scene.run(output_dir, wait=False, save_steps=100)
-    progress = Progress(output_dir.with_suffix(".progress"))
-    while not progress.steps("end"):
-        time.sleep(0.005)
-    os.kill(child, signal.SIGTERM)
-    code, log = wait_for(child), output_dir.with_suffix(".log").read_text()
-    last = progress.steps("end")[-1]
-    assert is_whole(output_dir / f"checkpoint-{last}"), log
-    if last < STEPS:  # else it came too late to matter
-        assert code == 143 and "Traceback" not in log and "SIGTERM came: saved after step" in log
+    code = one_scene.run(output_dir, sigterm_after=1, save_steps=100)
+    log = output_dir.with_suffix(".log").read_text()
+    assert code == 143 and "Traceback" not in log and "SIGTERM came: saved after step 2, leaving." in log, log
+    assert Progress(output_dir.with_suffix(".progress")).steps("end") == [1, 2]
+    assert [step for step, folder in list_checkpoints(output_dir) if is_whole(folder)] == [2]
     assert one_scene.run(output_dir, resume=True) == 0, output_dir.with_suffix(".log").read_text()
     for name in ("model.safetensors", "optimizer.safetensors"):
         final = output_dir / f"checkpoint-{STEPS}" / name
