@@ -33,11 +33,11 @@ from benchmarks.memory import (
     workload_of,
 )
 from trl_draft_opd import FrozenTarget, SamplingSettings
-from trl_draft_opd.anchors import AnchorBatch, sample_anchors
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.target import TargetReading
+from trl_draft_opd.target.frozen.frozen import TargetReading
 from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
 
 
@@ -59,7 +59,7 @@ class Scene:
     work: Workload
     optimizer: torch.optim.Optimizer
     input_ids: torch.Tensor
-    anchors: AnchorBatch
+    anchors: BlockBatch
     reading: TargetReading | None = None
     loss: torch.Tensor | None = None
 

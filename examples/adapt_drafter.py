@@ -2,7 +2,7 @@
 """
 Adapt a drafter to a fine-tune of its target: a short SFT on what the fine-tune itself answers, as an adapter or of the whole drafter.
 
-    accelerate launch examples/adapt_drafter.py --target_model my/fine-tune --model z-lab/Qwen3-4B-DFlash-b16 \
+    accelerate launch examples/adapt_drafter.py --target my/fine-tune --model z-lab/Qwen3-4B-DFlash-b16 \
         --dataset prompts.jsonl --output_dir adapted --learning_rate 1e-3
 
 Prompts should be of the kind the fine-tune will serve; docs/adapting.md says when an adapter is enough.
@@ -22,7 +22,7 @@ class ExampleArguments:
     """What this script asks for beside the training settings."""
 
     model: str = field(metadata={"help": "Hub id or path of the drafter of the target before its fine-tuning."})
-    target_model: str = field(metadata={"help": "Hub id or path of the fine-tuned target."})
+    target: str = field(metadata={"help": "Hub id or path of the fine-tuned target."})
     dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`; the target answers them anew."})
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau before and after."})
     lora_r: int = field(default=0, metadata={"help": "Rank of an adapter; 0 trains the whole drafter."})
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     config.regenerate = True
     rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
     adapter = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r) if args.lora_r else None
-    trainer = DraftSFTTrainer(args.model, args.target_model, config, rows["train"], rows["test"], peft_config=adapter)
+    trainer = DraftSFTTrainer(args.model, args.target, config, rows["train"], rows["test"], peft_config=adapter)
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]

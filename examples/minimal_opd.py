@@ -13,9 +13,9 @@ import sys
 import torch
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
-from trl_draft_opd.anchors import replay_errors
-from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.losses import Head, chunked_divergence
+from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
@@ -52,7 +52,7 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
         rollout = rollout_live(target, drafter, prompts, settings, DrawKeys(0, step, range(len(prompts))))
 
         # 2. Every block of the chain is replayed: accepted slots, and those the target rejected.
-        blocks = replay_errors(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
+        blocks = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
 
         # 3. The drafter drafts again from every anchor, now with gradient, on the recorded drafts.
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)

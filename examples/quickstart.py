@@ -28,7 +28,7 @@ prompts = load_dataset("json", data_files=sys.argv[2], split="train").train_test
 drafter = Eagle3DraftModel.from_target(target)
 
 # The target answers every prompt once; both stages train on these answers.
-answers = {"trajectories": "answers"}
+answers = {"responses": "answers"}
 sft = DraftSFTTrainer(drafter, target, DraftSFTConfig("drafter-sft", regenerate=True, **answers), prompts["train"])
 sft.train()
 opd = DraftOPDTrainer(drafter, target, DraftOPDConfig("drafter-opd", **answers), prompts["train"], prompts["test"])

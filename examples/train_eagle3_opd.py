@@ -2,7 +2,7 @@
 """
 Improve EAGLE-3 by Draft-OPD: the drafter drafts along the answers of its target and learns from what the target rejects.
 
-    accelerate launch examples/train_eagle3_opd.py --target_model Qwen/Qwen3-4B --model drafter-sft \
+    accelerate launch examples/train_eagle3_opd.py --target Qwen/Qwen3-4B --model drafter-sft \
         --dataset prompts.jsonl --output_dir drafter-opd
 
 Start from a drafter whose supervised training has stopped rising; before that, more SFT gives as much.
@@ -21,7 +21,7 @@ class ExampleArguments:
     """What this script asks for beside the training settings."""
 
     model: str = field(metadata={"help": "Hub id or path of the drafter, in any published layout."})
-    target_model: str = field(metadata={"help": "Hub id or path of the target."})
+    target: str = field(metadata={"help": "Hub id or path of the target."})
     dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau before and after."})
 
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     dataset = load_dataset("json", data_files=args.dataset, split="train").train_test_split(
         args.num_eval_prompts, seed=0
     )
-    trainer = DraftOPDTrainer(args.model, args.target_model, config, dataset["train"], dataset["test"])
+    trainer = DraftOPDTrainer(args.model, args.target, config, dataset["train"], dataset["test"])
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]

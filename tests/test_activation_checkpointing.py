@@ -12,7 +12,7 @@ from trl import TrlParser
 
 from benchmarks.counters import PeakBytes
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
-from trl_draft_opd.trainer.setup import compile_drafter
+from trl_draft_opd.trainer.pair import compile_drafter
 
 
 CONFIGS = {"sft": DraftSFTConfig, "opd": DraftOPDConfig}

@@ -19,9 +19,16 @@ from test_export import make_variant
 from tiny import EOS, MASK, TINY_RUN, make_prompts, make_target
 from torch import nn
 
-from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
-from trl_draft_opd.anchors import replay_errors, sample_anchors
+from trl_draft_opd import (
+    AutoDrafter,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+)
 from trl_draft_opd.export.record import read_record
+from trl_draft_opd.rollout.acceptance import SamplingSettings
+from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
 from trl_draft_opd.rollout.replay import ReplaySettings, rollout_replay
 from trl_draft_opd.trainer import adapters
 from trl_draft_opd.trainer.adapters import (
@@ -31,9 +38,8 @@ from trl_draft_opd.trainer.adapters import (
     merged_drafter,
     save_drafter,
 )
-from trl_draft_opd.trainer.batches import join_responses
 from trl_draft_opd.trainer.step import SlotRules, StreamSettings, step_loss, weight_sums
-from trl_draft_opd.verification import SamplingSettings
+from trl_draft_opd.trainer.texts import join_responses
 
 
 VARIANTS = ("dflash", "eagle3", "eagle3-reduced")
@@ -233,7 +239,7 @@ def test_gradients_are_those_of_merged_weights(target, bases, text, variant, opt
     adapted = adapt(bases / variant, **options)
     plain = AutoDrafter.from_pretrained(bases / variant)
     rollout = replay(target, adapted, text)
-    anchors = replay_errors(rollout, rejected_scope="suffix", eos_token_ids=[EOS])
+    anchors = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=[EOS])
     streams = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 1.0, 0.8)}
     sums = weight_sums([anchors], streams, plain.draft_token_ids)
     arguments = (target, text.input_ids, text.attention_mask, anchors, rollout.branch_hidden, streams, sums, 4096)
@@ -274,11 +280,11 @@ def _without(name, part):
 def test_replays_draft_with_the_adapter_and_without_its_dropout(target, bases, text, variant, draft_sampling):
     heads = {} if variant == "dflash" else HEAD
     adapted = adapt(bases / variant, lora_dropout=0.6, **heads).train()
-    law = {"draft_sampling": draft_sampling}
+    distribution = {"draft_sampling": draft_sampling}
     if draft_sampling == "sample":
-        law["sampling"] = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)
+        distribution["sampling"] = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)
     own, merged, plain = (
-        replay(target, drafter, text, **law)
+        replay(target, drafter, text, **distribution)
         for drafter in (adapted, merged_drafter(adapted), AutoDrafter.from_pretrained(bases / variant))
     )
     assert adapted.training

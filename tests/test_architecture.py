@@ -19,37 +19,26 @@ CODE = (PACKAGE, "examples", "benchmarks")
 
 # A file imports only from lower floors, or from its own folder.
 FLOORS = {
-    "chats": 0,
-    "loading": 0,
-    "_trl": 1,
+    "utils": 0,
     "data": 1,
-    "drafters": 1,
-    "draws": 1,
-    "durable": 1,
     "losses": 1,
-    "target_placement": 1,
-    "target_checks": 1,
-    "target_rows": 1,
-    "verification": 1,
+    "drafters": 1,
     "target": 2,
     "rollout": 3,
-    "trajectories": 3,
-    "anchors": 4,
-    "evaluation": 4,
-    "export": 4,
-    "callbacks": 5,
-    "trainer": 5,
-    "verify": 5,
-    "cli": 6,
-    "demo": 6,
-    "__main__": 7,
+    "responses": 4,
+    "evaluation": 5,
+    "export": 6,
+    "runs": 7,
+    "trainer": 8,
+    "parity": 9,
+    "demo": 10,
+    "cli": 11,
+    "__main__": 12,
 }
-# Imports along one floor that are meant: (importer, imported).
-SAME_FLOOR = {("cli", "demo")}
 
 # Parts of TRL without a promise of stability: one file imports them, so that one file follows their changes.
 PRIVATE_TRL = {"data_utils", "distributed", "extras", "generation", "kernels", "models", "scripts", "trainer"}
-PRIVATE_TRL_IMPORTER = f"{PACKAGE}/_trl.py"
+PRIVATE_TRL_IMPORTER = f"{PACKAGE}/utils/private_trl.py"
 
 MAX_LINES = 500
 MAX_TEST_LINES = 600
@@ -78,7 +67,7 @@ UNSAFE_CALLS = {
     "yaml.full_load": "makes objects; use yaml.safe_load",
 }
 # Code of a repository runs in one place, where `verify --trust-remote-code` asked for it.
-TRUSTING_FILE = f"{PACKAGE}/verify/in_process.py"
+TRUSTING_FILE = f"{PACKAGE}/parity/in_process.py"
 
 # Where this project is built is nobody's business. Spelled in pieces so that this file does not match itself.
 WORKPLACE = re.compile(r"(?<![\w.-])/" + r"work(?![\w-])|\bshared/" + r"design\b")
@@ -148,7 +137,7 @@ def _floor_offences(name: str, source: str) -> list[str]:
         unit = path[1] if len(path) > 1 else ""
         if unit not in FLOORS:
             offences.append(f"line {line}: imports {'.'.join(path)}; import from the module that defines the name")
-        elif unit != own and FLOORS[unit] >= FLOORS[own] and (own, unit) not in SAME_FLOOR:
+        elif unit != own and FLOORS[unit] >= FLOORS[own]:
             offences.append(
                 f"line {line}: {own} (floor {FLOORS[own]}) imports {unit} (floor {FLOORS[unit]}); only lower floors may "
                 "be imported"
@@ -365,13 +354,13 @@ def test_no_text_mentions_where_the_project_was_built():
 def test_the_rule_of_floors_catches_every_way_up():
     losses = "trl_draft_opd/losses.py"
     assert _floor_offences(losses, "import torch\nfrom torch import nn\n") == []
-    assert len(_floor_offences(losses, "from trl_draft_opd.target import FrozenTarget")) == 1
+    assert len(_floor_offences(losses, "from trl_draft_opd.target.frozen import FrozenTarget")) == 1
     assert len(_floor_offences(losses, "from .target import FrozenTarget")) == 1
     assert len(_floor_offences(losses, "from . import target")) == 1
     assert len(_floor_offences("trl_draft_opd/drafters/base.py", "from ..target import FrozenTarget")) == 1
     assert len(_floor_offences(losses, "def f():\n    import trl_draft_opd.trainer.draft_opd_trainer\n")) == 1
     assert len(_floor_offences(losses, "if TYPE_CHECKING:\n    from .target import FrozenTarget")) == 1
-    assert len(_floor_offences(losses, "importlib.import_module('trl_draft_opd.target')")) == 1
+    assert len(_floor_offences(losses, "importlib.import_module('trl_draft_opd.target.frozen')")) == 1
 
 
 def test_the_rule_of_floors_keeps_neighbours_apart():
@@ -379,23 +368,23 @@ def test_the_rule_of_floors_keeps_neighbours_apart():
     assert len(_floor_offences("trl_draft_opd/demo/run.py", "from trl_draft_opd.cli import main")) == 1
     assert _floor_offences("trl_draft_opd/cli.py", "from .demo import run") == []
     assert _floor_offences("trl_draft_opd/drafters/dflash/modeling_dflash.py", "from ..base import Drafter") == []
-    assert _floor_offences("trl_draft_opd/target.py", "from .losses import chunked_rows") == []
+    assert _floor_offences("trl_draft_opd/target/frozen.py", "from .losses import chunked_rows") == []
 
 
 def test_the_rule_of_floors_wants_a_floor_for_every_module():
     assert "add it to FLOORS" in _floor_offences("trl_draft_opd/utils.py", "")[0]
-    assert len(_floor_offences("trl_draft_opd/target.py", "from trl_draft_opd.utils import pad")) == 1
-    assert len(_floor_offences("trl_draft_opd/target.py", "from trl_draft_opd import FrozenTarget")) == 1
-    assert len(_floor_offences("trl_draft_opd/target.py", "import trl_draft_opd")) == 1
-    assert _floor_offences("trl_draft_opd/target.py", "from trl_draft_opd import __version__") == []
+    assert len(_floor_offences("trl_draft_opd/target/frozen.py", "from trl_draft_opd.utils import pad")) == 1
+    assert len(_floor_offences("trl_draft_opd/target/frozen.py", "from trl_draft_opd import FrozenTarget")) == 1
+    assert len(_floor_offences("trl_draft_opd/target/frozen.py", "import trl_draft_opd")) == 1
+    assert _floor_offences("trl_draft_opd/target/frozen.py", "from trl_draft_opd import __version__") == []
 
 
 def test_the_rule_of_private_trl_catches_it_outside_one_file():
     private = "from trl.trainer.utils import pad\n"
-    assert len(_trl_offences("trl_draft_opd/data.py", private)) == 1
-    assert len(_trl_offences("trl_draft_opd/data.py", "import trl.models.utils")) == 1
-    assert len(_trl_offences("trl_draft_opd/data.py", "from trl import data_utils")) == 1
-    assert _trl_offences("trl_draft_opd/data.py", "from trl import TrlParser") == []
+    assert len(_trl_offences("trl_draft_opd/data/text_reader.py", private)) == 1
+    assert len(_trl_offences("trl_draft_opd/data/text_reader.py", "import trl.models.utils")) == 1
+    assert len(_trl_offences("trl_draft_opd/data/text_reader.py", "from trl import data_utils")) == 1
+    assert _trl_offences("trl_draft_opd/data/text_reader.py", "from trl import TrlParser") == []
     assert _trl_offences(PRIVATE_TRL_IMPORTER, private) == []
     for source in ("from trl.experimental.gkd import GKDTrainer", "from trl import experimental"):
         assert len(_trl_offences(PRIVATE_TRL_IMPORTER, source)) == 1

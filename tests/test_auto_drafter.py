@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trl_draft_opd import AutoDrafter, DFlashDraftConfig, DFlashDraftModel, Eagle3DraftConfig, Eagle3DraftModel
+from trl_draft_opd import (
+    AutoDrafter,
+    DFlashDraftConfig,
+    DFlashDraftModel,
+    Eagle3DraftConfig,
+    Eagle3DraftModel,
+)
 
 
 SHAPE = {

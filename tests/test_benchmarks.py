@@ -117,7 +117,7 @@ def test_an_arm_with_another_result_is_no_arm():
         arms.assert_equal([ours, arms.Arm("less", lambda: {})], rtol=0, atol=0)
 
 
-def test_a_fitted_exponent_is_that_of_a_power_law():
+def test_a_fitted_exponent_is_that_of_a_power_distribution():
     sizes = [1.0, 2.0, 4.0, 8.0]
     assert arms.fitted_exponent(sizes, [3 * x**1.5 for x in sizes]) == pytest.approx(1.5)
     assert arms.fitted_exponent(sizes, [7.0] * 4) == pytest.approx(0.0)

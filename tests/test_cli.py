@@ -248,10 +248,22 @@ def test_evaluate_prints_the_table_and_writes_the_numbers(
     assert (report["num_prompts"], report["num_drafts"], report["batch_size"], report["temperature"]) == (3, 2, 2, 0.0)
 
 
-def test_evaluate_passes_the_sampling_law_on(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
+def test_evaluate_passes_the_sampling_distribution_on(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path
+):
     path = tmp_path / "report.json"
-    law = ["--temperature", "0.7", "--top-k", "5", "--draft-sampling", "sample", "--seed", "4", "--ignore-eos"]
-    assert _evaluate(target_folder, drafter_folder, rows_file, *law, "--json", str(path)) == 0
+    distribution = [
+        "--temperature",
+        "0.7",
+        "--top-k",
+        "5",
+        "--draft-sampling",
+        "sample",
+        "--seed",
+        "4",
+        "--ignore-eos",
+    ]
+    assert _evaluate(target_folder, drafter_folder, rows_file, *distribution, "--json", str(path)) == 0
     report = json.loads(path.read_text("utf-8"))
     assert report["temperature"] == 0.7
     assert report["num_tokens"] == 6 * 12

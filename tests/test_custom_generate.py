@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget, SamplingSettings
-from trl_draft_opd.anchors import sample_anchors
-from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate
+from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
@@ -239,10 +239,10 @@ def test_processors_and_limits_act_as_in_plain_decoding(target, folders, variant
         assert torch.equal(speculate(model, as_ids(prompt), folders[variant], **limits | options), own)
 
 
-@pytest.mark.parametrize("law", [{"temperature": 0.4}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.6}])
-def test_drawn_text_is_plain_decodings_with_the_same_seed(target, folders, law):
-    # The same random numbers choose the same tokens, so the law is plain decoding's too, whatever the drafts.
-    options = {"max_new_tokens": 25, "do_sample": True, "top_k": 0} | law
+@pytest.mark.parametrize("distribution", [{"temperature": 0.4}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.6}])
+def test_drawn_text_is_plain_decodings_with_the_same_seed(target, folders, distribution):
+    # The same random numbers choose the same tokens, so the distribution is plain decoding's too, whatever the drafts.
+    options = {"max_new_tokens": 25, "do_sample": True, "top_k": 0} | distribution
     texts, num_tokens, num_rounds = set(), 0, 0
     for seed in range(3):
         torch.manual_seed(seed)

@@ -260,7 +260,7 @@ def test_proposed_drafts_are_the_argmax_of_the_pass_with_gradient(num_drafts):
     assert len(longest.drafts.unique()) > 5
 
 
-def test_drawn_drafts_come_with_the_law_they_were_drawn_from():
+def test_drawn_drafts_come_with_the_distribution_they_were_drawn_from():
     drafter = make_dflash()
     input_ids, features = make_text()
     anchors = ANCHORS.clamp(min=1)
@@ -268,8 +268,8 @@ def test_drawn_drafts_come_with_the_law_they_were_drawn_from():
     choose = sampling_chooser(SamplingSettings(0.8, 0, 1.0), uniforms)
     proposal = propose(drafter, features, input_ids, anchors, BLOCK - 1, choose)
     hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
-    law = (TARGET.project(hidden) / 0.8).softmax(dim=-1)
-    torch.testing.assert_close(proposal.probs.float(), law, rtol=1e-3, atol=1e-6)
+    distribution = (TARGET.project(hidden) / 0.8).softmax(dim=-1)
+    torch.testing.assert_close(proposal.probs.float(), distribution, rtol=1e-3, atol=1e-6)
     assert proposal.probs.gather(-1, proposal.drafts[..., None]).gt(0).all()
 
 

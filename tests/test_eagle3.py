@@ -333,7 +333,7 @@ def test_a_reduced_drafter_proposes_target_ids_of_its_vocabulary():
     assert len(proposal.drafts.unique()) > 5
 
 
-def test_drawn_drafts_of_a_reduced_drafter_have_a_law_over_the_targets_vocabulary():
+def test_drawn_drafts_of_a_reduced_drafter_have_a_distribution_over_the_targets_vocabulary():
     vocabulary, drafter = make_reduced()
     make_lively(drafter)
     input_ids, features = make_text()
@@ -346,8 +346,8 @@ def test_drawn_drafts_of_a_reduced_drafter_have_a_law_over_the_targets_vocabular
     assert proposal.probs[..., ~vocabulary.t2d].eq(0).all()
     assert proposal.probs.gather(-1, proposal.drafts[..., None]).gt(0).all()
     hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
-    law = (drafter.lm_head(hidden) / 0.7).softmax(dim=-1)
-    torch.testing.assert_close(proposal.probs[..., vocabulary.token_ids].float(), law, rtol=1e-4, atol=1e-6)
+    distribution = (drafter.lm_head(hidden) / 0.7).softmax(dim=-1)
+    torch.testing.assert_close(proposal.probs[..., vocabulary.token_ids].float(), distribution, rtol=1e-4, atol=1e-6)
 
 
 def test_the_head_starts_from_the_targets_rows():

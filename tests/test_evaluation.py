@@ -13,7 +13,12 @@ from oracle import greedy_text, plant
 from rich.console import Console
 from tiny import EOS, make_drafter, make_prompts, make_target
 
-from trl_draft_opd import EvaluationReport, SamplingSettings, evaluate_drafter, generate_responses
+from trl_draft_opd import (
+    EvaluationReport,
+    SamplingSettings,
+    evaluate_drafter,
+    generate_responses,
+)
 from trl_draft_opd.evaluation import bootstrap_tau, paired_gain
 from trl_draft_opd.rollout import live
 
@@ -115,7 +120,7 @@ def test_without_a_comparison_nothing_is_claimed(target):
         assert report.speedup is None and report.num_different is None
         assert report.num_tokens == 16
     sampled = evaluate(target, drafter, make_prompts(1), sampling=SamplingSettings(1.0, 0, 1.0))
-    # Two draws from one law differ; only greedy texts can be compared.
+    # Two draws from one distribution differ; only greedy texts can be compared.
     assert sampled.num_different is None and sampled.speedup > 0 and sampled.temperature == 1.0
 
 

@@ -52,7 +52,7 @@ def test_the_opd_scripts_train_and_save(monkeypatch, tmp_path, folder, capsys, f
     arguments = [
         "--model",
         folder / family,
-        "--target_model",
+        "--target",
         folder / "target",
         "--dataset",
         folder / "prompts.jsonl",
@@ -65,14 +65,14 @@ def test_the_opd_scripts_train_and_save(monkeypatch, tmp_path, folder, capsys, f
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
 def test_the_sft_scripts_train_and_save(monkeypatch, tmp_path, folder, family):
-    arguments = ["--target_model", folder / "target", "--dataset", folder / "prompts.jsonl"]
+    arguments = ["--target", folder / "target", "--dataset", folder / "prompts.jsonl"]
     run_script(monkeypatch, f"train_{family}_sft.py", *arguments, "--output_dir", tmp_path, *SMALL)
     assert AutoDrafter.from_pretrained(tmp_path).config.family == family
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_adapting_script_saves_a_drafter_or_an_adapter(monkeypatch, tmp_path, folder, capsys, rank):
-    arguments = ["--model", folder / "dflash", "--target_model", folder / "target", "--dataset"]
+    arguments = ["--model", folder / "dflash", "--target", folder / "target", "--dataset"]
     arguments += [folder / "prompts.jsonl", "--output_dir", tmp_path, "--num_eval_prompts", 2, "--lora_r", rank]
     run_script(monkeypatch, "adapt_drafter.py", *arguments, *SMALL)
     assert "held-out prompts" in capsys.readouterr().out

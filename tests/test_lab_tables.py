@@ -85,7 +85,7 @@ def test_slots_are_weighted_by_rounds():
     assert rows[2].slot_acceptance == pytest.approx((0.75 * 3 / 4 + 0.25 / 4, 0.5 * 3 / 4))
 
 
-def test_every_law_and_prompt_set_has_its_own_table():
+def test_every_distribution_and_prompt_set_has_its_own_table():
     results = make_results()
     results["runs"] += [run("opd_hot", 0, 1, tier=2, temperature=1.0, draft_sampling="sample")]
     results["runs"][1]["evals"]["code"] = evaluation([5] * 3, [5] * 3)
@@ -96,12 +96,12 @@ def test_every_law_and_prompt_set_has_its_own_table():
         Condition(2, "math", 1.0, "sample"),
     ]
     (hot,) = tables.arm_rows(results, Condition(2, "math", 1.0, "sample"), num_resamples=50)
-    # Nothing to compare with under this law, which a dash says.
+    # Nothing to compare with under this distribution, which a dash says.
     assert (hot.arm, hot.over_continued, hot.over_start) == ("opd_hot", None, None)
     assert tables.render_rows([hot]).splitlines()[-1].split(" | ")[4:6] == ["–", "–"]
 
 
-def test_a_baseline_trained_under_another_law_is_found_by_its_name():
+def test_a_baseline_trained_under_another_distribution_is_found_by_its_name():
     results = make_results()
     hot = {"tier": 2, "temperature": 1.0}
     results["runs"] += [run("opd_hot", 0, 3, **hot), run("sft_continued_hot", 0, 1, **hot)]

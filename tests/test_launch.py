@@ -14,13 +14,13 @@ from tiny import make_causal_lm, make_drafter, make_prompts, make_target, make_t
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
-from trl_draft_opd.draws import DrawKeys
-from trl_draft_opd.loading import loading_whole
+from trl_draft_opd.rollout.acceptance import SamplingSettings
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.target_placement import check_placement
-from trl_draft_opd.trainer.launch import check_launch
-from trl_draft_opd.trainer.setup import load_target
-from trl_draft_opd.verification import SamplingSettings
+from trl_draft_opd.runs.distributed.launch import check_launch
+from trl_draft_opd.target.frozen.placement import check_placement
+from trl_draft_opd.trainer.pair import load_target
+from trl_draft_opd.utils.loading import loading_whole
 
 
 def _launch(kind=DistributedType.NO, *, is_fsdp2=False, fsdp=None, stage=None, offload="none"):

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence, divergence, position_weights, stream_scale
+from trl_draft_opd.losses import (
+    LOSS_TYPES,
+    Head,
+    chunked_divergence,
+    divergence,
+    position_weights,
+    stream_scale,
+)
 
 
 NUM_ROWS, HIDDEN, TARGET_HIDDEN, VOCAB = 11, 5, 3, 13

@@ -11,8 +11,8 @@ import torch
 from tiny import EOS, MASK, make_causal_lm, make_drafter, make_prompts, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
-from trl_draft_opd.anchors import sample_anchors
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 

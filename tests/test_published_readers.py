@@ -15,9 +15,15 @@ from tiny import MASK, make_drafter, make_prompts, make_target
 from trained import overfit, own_text
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd import (
+    AutoDrafter,
+    DFlashDraftModel,
+    Eagle3DraftModel,
+    FrozenTarget,
+    SamplingSettings,
+)
 from trl_draft_opd.export import export_drafter
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 

@@ -17,11 +17,18 @@ from huggingface_hub import constants
 from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from transformers import TrainerCallback
 
-from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd import (
+    AutoDrafter,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+)
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
 from trl_draft_opd.trainer import publishing
+from trl_draft_opd.trainer.texts import PRIVATE_FOLDER
 
 
 CANARY = "hf_CanaryCanaryCanaryCanaryCanary0042"
@@ -184,7 +191,7 @@ def test_no_canary_token_and_no_path_is_in_a_byte_that_leaves(tmp_path, hub, mon
     assert len(hub.repositories["someone/tiny-dflash"].commits) == 3
     sent = hub.received()
     assert b"base_model: org/target" in sent and b'"global_step": 2' in sent
-    assert [word for word in (CANARY, str(tmp_path), "w8 w9", "trajector") if word.encode() in sent] == []
+    assert [word for word in (CANARY, str(tmp_path), "w8 w9", PRIVATE_FOLDER + "/") if word.encode() in sent] == []
     assert any(CANARY in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
 
 
@@ -268,7 +275,7 @@ def test_hub_strategies_push_when_and_what_they_say(tmp_path, hub, strategy, com
     assert [commit["summary"] for commit in repository.commits] == summaries[-commits:]
     held = repository.branches["main"]
     assert {name.split("/")[0] for name in held} == {name.split("/")[0] for name in EXPORT | NATIVE} | folders
-    assert not [name for name in held if name.endswith("training_args.bin") or "trajector" in name]
+    assert not [name for name in held if name.endswith("training_args.bin") or PRIVATE_FOLDER in name]
     for folder in folders:
         assert {
             f"{folder}/optimizer.safetensors",

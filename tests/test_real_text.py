@@ -24,7 +24,7 @@ from trl_draft_opd import (
     generate_responses,
 )
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 

@@ -10,10 +10,10 @@ from tiny import EOS, make_drafter, make_prompts, make_target
 
 from benchmarks.reference import attention, drafting, loss, rollout, step
 from trl_draft_opd import SamplingSettings, build_draft_vocabulary
-from trl_draft_opd.anchors import replay_errors, sample_anchors
 from trl_draft_opd.drafters.attention import anchored_attention
-from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence
+from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
 from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
@@ -185,7 +185,7 @@ def test_packed_branches_equal_one_forward_per_branch(target, drafter, decoded):
     prompts, texts, _ = decoded
     text = to_text(texts, [len(prompt) for prompt in prompts])
     result = rollout_replay(target, drafter, text, replay_settings())
-    anchors = replay_errors(result, rejected_scope="suffix", eos_token_ids=[EOS])
+    anchors = mark_slots(result, rejected_scope="suffix", eos_token_ids=[EOS])
     compared = 0
     for row, block, slot in anchors.is_branch.nonzero().tolist():
         anchor, drafts = int(result.anchors[row, block]), result.drafts[row, block].tolist()
@@ -274,7 +274,7 @@ def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
     lengths = [len(prompt) for prompt in prompts]
     text = to_text(joined, lengths)
     result = rollout_replay(target, drafter, text, replay_settings(keep_branch_hidden=scope == "suffix"))
-    anchors = replay_errors(result, rejected_scope=scope, eos_token_ids=[EOS])
+    anchors = mark_slots(result, rejected_scope=scope, eos_token_ids=[EOS])
     assert anchors.is_rejected.any()
     streams = {"accepted": ("forward_kl", 1.0, 1.0), "rejected": ("reverse_kl", 0.5, 0.8)}
     fast_streams = {name: StreamSettings(*values) for name, values in streams.items()}

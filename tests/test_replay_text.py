@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.acceptance import count_accepted, token_probs
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from trl_draft_opd.rollout.sampler import greedy_chooser
-from trl_draft_opd.verification import count_accepted, token_probs
 
 
 K = 4
@@ -83,7 +83,7 @@ def one_turn(ids: list[int], prompt_length: int) -> tuple[list[int], list[bool]]
 
 
 def random_rows(lengths, seed=0) -> list[tuple[list[int], list[bool]]]:
-    """Return prompts with responses of the given lengths; under an unfiltered law every text is possible."""
+    """Return prompts with responses of the given lengths; under an unfiltered distribution every text is possible."""
     generator = torch.Generator().manual_seed(seed)
     prompts = make_prompts(len(lengths), seed=seed)
     responses = [torch.randint(7, VOCAB, (length,), generator=generator).tolist() for length in lengths]
@@ -372,9 +372,9 @@ def test_a_row_with_an_impossible_token_is_refused_and_leaves_the_others_alone(
     assert clean.num_refused == 0 and clean.is_block[:, 0].all()
     # The last token: every text before it is possible, and the walk gets there.
     ids = list(rows[1][0])
-    law = token_probs(target.causal_lm(torch.tensor([ids[:-1]])).logits[0, -1], narrow)
-    ids[-1] = int(law[7:].argmin()) + 7
-    assert law[ids[-1]] == 0 and law.count_nonzero() == 2
+    distribution = token_probs(target.causal_lm(torch.tensor([ids[:-1]])).logits[0, -1], narrow)
+    ids[-1] = int(distribution[7:].argmin()) + 7
+    assert distribution[ids[-1]] == 0 and distribution.count_nonzero() == 2
     broken = rollout_replay(target, drafters[family], make_text([rows[0], (ids, rows[1][1]), rows[2]]), settings)
     assert broken.num_refused == 1 and broken.num_rounds.tolist()[1] == 0 and broken.branch_hidden.isfinite().all()
     assert not broken.is_counted[1].any() and not broken.is_censored[1].any() and not broken.drafts[1].any()
@@ -387,8 +387,8 @@ def test_a_row_with_an_impossible_token_is_refused_and_leaves_the_others_alone(
 def test_what_the_user_wrote_may_be_impossible(target, drafters):
     narrow = SamplingSettings(1.0, 1, 1.0)
     ids, mask = greedy_text(target, [9, 10], 8), [False] * 2 + [True] * 8
-    law = token_probs(target.causal_lm(torch.tensor([ids])).logits[0, -1], narrow)
-    ids, mask = [*ids, int(law[7:].argmin()) + 7], [*mask, False]
+    distribution = token_probs(target.causal_lm(torch.tensor([ids])).logits[0, -1], narrow)
+    ids, mask = [*ids, int(distribution[7:].argmin()) + 7], [*mask, False]
     ids, mask = greedy_text(target, ids, 8), mask + [True] * 8
     rollout = rollout_replay(target, drafters["dflash"], make_text([(ids, mask)]), replace(DRAWN, sampling=narrow))
     assert rollout.num_refused == 0 and {2, 11} <= set(rollout.anchors[0].tolist())

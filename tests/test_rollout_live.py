@@ -2,7 +2,7 @@
 """
 Live rollouts: the text is the target's own at any temperature, and every block is recorded as it was verified.
 
-Compares with `generate`, with full forwards without any cache, and with an enumerated law. Knows no trainer.
+Compares with `generate`, with full forwards without any cache, and with an enumerated distribution. Knows no trainer.
 """
 
 import itertools
@@ -13,12 +13,13 @@ from oracle import greedy_text, plant
 from tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from trl_draft_opd import FrozenTarget, SamplingSettings, draws
-from trl_draft_opd.anchors import replay_errors
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.rollout import keyed_random as draws
 from trl_draft_opd.rollout import live
+from trl_draft_opd.rollout.acceptance import token_probs
+from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.verification import token_probs
 
 
 FAMILIES = ("dflash", "eagle3")
@@ -248,7 +249,7 @@ def test_a_mismatch_at_the_last_token_is_an_ordinary_rejection(monkeypatch, targ
 def test_branch_states_are_those_of_a_packed_forward(family, kind):
     target = make_target(kind)
     rollout = roll_out(target, make_drafter(family, target), make_prompts(3), keep_branch_hidden=True)
-    is_branch = replay_errors(rollout, rejected_scope="suffix", eos_token_ids=[]).is_branch
+    is_branch = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=[]).is_branch
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, (), keep_cache=True)
     packed = target.score_branches(reading, rollout.anchors, rollout.drafts, is_branch)
     assert rollout.branch_hidden.shape == packed.shape and is_branch.sum() > 30
@@ -287,20 +288,20 @@ def small_target() -> FrozenTarget:
     return FrozenTarget(Qwen3ForCausalLM(config).double().eval())
 
 
-def enumerate_law(target, prompt, sampling, length):
+def enumerate_distribution(target, prompt, sampling, length):
     """Return the probability of every text of `length` tokens, from full forwards."""
     texts = list(itertools.product(range(target.vocab_size), repeat=length))
     ids = torch.tensor([prompt + list(text) for text in texts])
     probs = token_probs(target.causal_lm(input_ids=ids, use_cache=False).logits, sampling)
-    law = torch.ones(len(texts), dtype=torch.float64)
+    distribution = torch.ones(len(texts), dtype=torch.float64)
     for step in range(length):
-        law *= probs[torch.arange(len(texts)), len(prompt) - 1 + step, ids[:, len(prompt) + step]]
-    return law
+        distribution *= probs[torch.arange(len(texts)), len(prompt) - 1 + step, ids[:, len(prompt) + step]]
+    return distribution
 
 
-def chi_square_p(counts, law):
+def chi_square_p(counts, distribution):
     """P-value of the chi-square test, cells with small expectation pooled."""
-    expected = law * counts.sum()
+    expected = distribution * counts.sum()
     assert counts[expected == 0].sum() == 0
     is_large = expected >= 5
     observed = torch.cat([counts[is_large], counts[~is_large].sum()[None]])
@@ -316,7 +317,7 @@ def chi_square_p(counts, law):
 )
 @pytest.mark.parametrize("draft_sampling", ["greedy", "sample"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampled_text_has_the_targets_law(family, draft_sampling, sampling):
+def test_sampled_text_has_the_targets_distribution(family, draft_sampling, sampling):
     target, num_rows, prompt = small_target(), 3000, [1, 4]
     drafter = make_drafter(
         family, target, **({"ttt_steps": 2} if family == "eagle3" else {"block_size": 3, "mask_token_id": 3})
@@ -337,9 +338,9 @@ def test_sampled_text_has_the_targets_law(family, draft_sampling, sampling):
         text = torch.tensor(rollout.responses())
         counts += torch.bincount(text @ torch.tensor([36, 6, 1]), minlength=6**3).double()
         accepted |= set(rollout.accepted[:, 0].tolist())
-    law = enumerate_law(target, prompt, sampling, 3)
-    assert accepted >= {0, 1} and (law * counts.sum() >= 5).sum() > 15
-    assert chi_square_p(counts, law) > 1e-6
+    distribution = enumerate_distribution(target, prompt, sampling, 3)
+    assert accepted >= {0, 1} and (distribution * counts.sum() >= 5).sum() > 15
+    assert chi_square_p(counts, distribution) > 1e-6
 
 
 @pytest.mark.parametrize("draft_sampling", ["greedy", "sample"])

@@ -10,8 +10,8 @@ from tiny import VOCAB, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
-from trl_draft_opd.anchors import replay_errors
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 
@@ -77,7 +77,7 @@ def test_replay_of_live_text_is_the_live_rollout(family, num_rows, segment_lengt
     live = roll_out(target, drafter, prompts, eos)
     replayed = rollout_replay(target, drafter, text_of(live), replay_settings(True, segment_length))
     assert_same_blocks(live, replayed)
-    is_branch = replay_errors(live, rejected_scope="suffix", eos_token_ids=[]).is_branch
+    is_branch = mark_slots(live, rejected_scope="suffix", eos_token_ids=[]).is_branch
     assert is_branch.any()
     torch.testing.assert_close(replayed.branch_hidden[is_branch], live.branch_hidden[is_branch], rtol=1e-5, atol=1e-4)
     assert replayed.num_target_forwards == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trl_draft_opd import SamplingSettings
-from trl_draft_opd.draws import keyed_uniforms
+from trl_draft_opd.rollout.keyed_random import keyed_uniforms
 from trl_draft_opd.rollout.sampler import draws_drafts, greedy_chooser, sampling_chooser
 
 
@@ -82,7 +82,7 @@ def test_draws_lie_between_zero_and_one():
 
 
 def test_the_largest_pattern_still_gives_less_than_one(monkeypatch):
-    monkeypatch.setattr("trl_draft_opd.draws._mix", lambda bits: torch.full_like(bits, -1))
+    monkeypatch.setattr("trl_draft_opd.rollout.keyed_random._mix", lambda bits: torch.full_like(bits, -1))
     assert float(draw()) == 1 - 2.0**-53
 
 
@@ -192,7 +192,7 @@ def test_the_sampling_chooser_reads_each_slots_own_uniform():
     assert [int(choose(logits[:, :, :1], slot)[0]) for slot in range(4)] == [0, 1, 2, 0]
 
 
-def test_the_sampling_chooser_draws_from_the_filtered_law():
+def test_the_sampling_chooser_draws_from_the_filtered_distribution():
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64).expand(1, 1, 1, 4)
     uniforms = torch.full((1, 1, 1), 0.999_999, dtype=torch.float64)
     drafts, probs = sampling_chooser(SamplingSettings(0.5, 2, 1.0), uniforms)(logits, 0)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from response_rows import EOS, VOCAB, make_origin, make_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from trajectory_rows import EOS, VOCAB, make_origin, make_rows
 from transformers import PreTrainedTokenizerFast
 
-from trl_draft_opd import Origin, ServerSettings, TrajectoryStore
-from trl_draft_opd.trajectories import ServerError, ask_server
-from trl_draft_opd.trajectories.protocols import WrongAnswer, build_request, prompt_seed, read_answer
+from trl_draft_opd import Origin, ResponseStore, ServerSettings
+from trl_draft_opd.responses import ServerError, ask_server
+from trl_draft_opd.responses.protocols import WrongAnswer, build_request, prompt_seed, read_answer
 
 
 PROMPTS = [row.prompt_ids for row in make_rows(12)]
@@ -132,11 +132,11 @@ def serve() -> Iterator[Callable[[Callable], FakeServer]]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TrajectoryStore:
-    return TrajectoryStore.open(tmp_path / "store", make_origin())
+def store(tmp_path: Path) -> ResponseStore:
+    return ResponseStore.open(tmp_path / "store", make_origin())
 
 
-def _ask(store: TrajectoryStore, server: FakeServer, prompts: list[list[int]] = PROMPTS, **settings: Any) -> int:
+def _ask(store: ResponseStore, server: FakeServer, prompts: list[list[int]] = PROMPTS, **settings: Any) -> int:
     settings = {
         "base_url": server.url,
         "concurrency": 3,
@@ -155,7 +155,7 @@ def _ask(store: TrajectoryStore, server: FakeServer, prompts: list[list[int]] = 
     )
 
 
-def _is_right(store: TrajectoryStore, prompts: list[list[int]]) -> bool:
+def _is_right(store: ResponseStore, prompts: list[list[int]]) -> bool:
     return all(store.find(prompt) == respond(prompt) for prompt in prompts)
 
 
@@ -163,10 +163,10 @@ def _is_right(store: TrajectoryStore, prompts: list[list[int]]) -> bool:
 
 
 @pytest.mark.parametrize(("engine", "answer"), [("vllm", vllm_answer), ("sglang", sglang_answer)])
-def test_every_prompt_is_sent_as_ids_and_its_response_stored(serve, store: TrajectoryStore, engine: str, answer):
+def test_every_prompt_is_sent_as_ids_and_its_response_stored(serve, store: ResponseStore, engine: str, answer):
     server = serve(lambda number, path, body: answer(body))
     assert _ask(store, server, engine=engine) == len(PROMPTS) == len(store)
-    assert _is_right(TrajectoryStore.read_only(store.path), PROMPTS)
+    assert _is_right(ResponseStore.read_only(store.path), PROMPTS)
     assert store.read(PROMPTS[0]).logprobs == [-0.5] * len(respond(PROMPTS[0]))
     assert server.most_at_once <= 3
     assert {path for path, _, _ in server.seen} == {"/generate" if engine == "sglang" else "/v1/completions"}
@@ -175,7 +175,7 @@ def test_every_prompt_is_sent_as_ids_and_its_response_stored(serve, store: Traje
     assert len(server.seen) == len(PROMPTS)
 
 
-def test_requests_run_at_the_same_time(serve, store: TrajectoryStore):
+def test_requests_run_at_the_same_time(serve, store: ResponseStore):
     everyone = threading.Barrier(4, timeout=5)
 
     def script(number: int, path: str, body: dict) -> dict:
@@ -188,12 +188,12 @@ def test_requests_run_at_the_same_time(serve, store: TrajectoryStore):
 def test_neutral_settings_are_sent_so_that_no_server_default_counts():
     for engine in ("vllm", "sglang"):
         _, body = build_request(engine, [7], make_origin(), model="m", seed=1, with_logprobs=False)
-        law = body if engine == "vllm" else body["sampling_params"]
+        distribution = body if engine == "vllm" else body["sampling_params"]
         neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": [EOS], "ignore_eos": False}
-        assert neutral.items() <= law.items()
-        assert law["skip_special_tokens"] is False
-        assert not {"seed", "sampling_seed", "logprobs"} & set(law)
+        assert neutral.items() <= distribution.items()
+        assert distribution["skip_special_tokens"] is False
+        assert not {"seed", "sampling_seed", "logprobs"} & set(distribution)
     _, body = build_request("vllm", [7, 8], make_origin(**SAMPLED), model="m", seed=5, with_logprobs=True)
     assert {"prompt": [7, 8], "model": "m", "max_tokens": 8, "return_token_ids": True}.items() <= body.items()
     assert {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 5, "logprobs": 0}.items() <= body.items()
@@ -211,7 +211,7 @@ def test_a_seed_depends_on_prompt_and_run_alone():
     assert prompt_seed([7, 8], 1) == prompt_seed([7, 8], 0) + 1
 
 
-def test_the_name_of_the_target_is_asked_for_where_there_is_one(serve, store: TrajectoryStore):
+def test_the_name_of_the_target_is_asked_for_where_there_is_one(serve, store: ResponseStore):
     server = serve(lambda number, path, body: vllm_answer(body))
     _ask(store, server, PROMPTS[:1], base_url=server.url + "/v1/")
     assert server.seen[0][1]["model"] == "tiny"
@@ -245,14 +245,14 @@ def test_settings_of_a_server_out_of_range_are_refused(settings: dict, reason: s
 
 
 @pytest.mark.parametrize("trouble", [500, 503, 429, None, b"{", b"\xff"])
-def test_passing_trouble_is_tried_again(serve, store: TrajectoryStore, trouble: Any):
+def test_passing_trouble_is_tried_again(serve, store: ResponseStore, trouble: Any):
     server = serve(lambda number, path, body: trouble if number < 2 else vllm_answer(body))
     assert _ask(store, server) == 12
     assert _is_right(store, PROMPTS)
     assert len(server.seen) == 14
 
 
-def test_a_late_answer_is_given_up_and_asked_for_again(serve, store: TrajectoryStore):
+def test_a_late_answer_is_given_up_and_asked_for_again(serve, store: ResponseStore):
     def script(number: int, path: str, body: dict) -> dict:
         if number == 0:
             time.sleep(1.0)
@@ -264,14 +264,14 @@ def test_a_late_answer_is_given_up_and_asked_for_again(serve, store: TrajectoryS
     assert _is_right(store, PROMPTS[:2])
 
 
-def test_a_server_that_stops_midway_loses_nothing_and_the_run_resumes(serve, store: TrajectoryStore):
+def test_a_server_that_stops_midway_loses_nothing_and_the_run_resumes(serve, store: ResponseStore):
     dying = serve(lambda number, path, body: vllm_answer(body) if number < 5 else None)
     with pytest.raises(ServerError) as error:
         _ask(store, dying)
     message = str(error.value)
     assert f"5 of 12 missing responses came in and are stored in {store.path}; 7 are still missing" in message
     assert "The same command resumes" in message
-    reopened = TrajectoryStore.open(store.path, make_origin())
+    reopened = ResponseStore.open(store.path, make_origin())
     assert len(reopened) == 5
     healthy = serve(lambda number, path, body: vllm_answer(body))
     assert _ask(reopened, healthy) == 7
@@ -279,7 +279,7 @@ def test_a_server_that_stops_midway_loses_nothing_and_the_run_resumes(serve, sto
     assert _is_right(reopened, PROMPTS)
 
 
-def test_no_server_at_all_is_one_clear_error(serve, store: TrajectoryStore):
+def test_no_server_at_all_is_one_clear_error(serve, store: ResponseStore):
     server = serve(lambda number, path, body: None)
     server.shutdown()
     server.server_close()
@@ -287,14 +287,14 @@ def test_no_server_at_all_is_one_clear_error(serve, store: TrajectoryStore):
         _ask(store, server)
 
 
-def test_a_request_the_server_refuses_is_not_repeated(serve, store: TrajectoryStore):
+def test_a_request_the_server_refuses_is_not_repeated(serve, store: ResponseStore):
     server = serve(lambda number, path, body: 400)
     with pytest.raises(ValueError, match="prompt 0: the server refused the request with status 400: no"):
         _ask(store, server, concurrency=1)
     assert len(server.seen) == 1
 
 
-def test_a_wrong_answer_stops_sending_and_keeps_the_right_ones(serve, store: TrajectoryStore):
+def test_a_wrong_answer_stops_sending_and_keeps_the_right_ones(serve, store: ResponseStore):
     def script(number: int, path: str, body: dict) -> dict:
         return vllm_answer(body, **({"token_ids": [7, VOCAB]} if number == 4 else {}))
 
@@ -302,10 +302,10 @@ def test_a_wrong_answer_stops_sending_and_keeps_the_right_ones(serve, store: Tra
     with pytest.raises(ValueError, match="4 of 12 missing .*1 answers were refused: prompt 4: the id 64 is outside"):
         _ask(store, server, concurrency=1)
     assert len(server.seen) == 5
-    assert len(TrajectoryStore.open(store.path, make_origin())) == 4
+    assert len(ResponseStore.open(store.path, make_origin())) == 4
 
 
-def test_an_interrupt_keeps_what_came_in(serve, store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupt_keeps_what_came_in(serve, store: ResponseStore, monkeypatch: pytest.MonkeyPatch):
     server = serve(lambda number, path, body: vllm_answer(body))
     real, taken = ask_server.__globals__["_Crew"].__next__, []
 
@@ -318,7 +318,7 @@ def test_an_interrupt_keeps_what_came_in(serve, store: TrajectoryStore, monkeypa
     monkeypatch.setattr(ask_server.__globals__["_Crew"], "__next__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _ask(store, server)
-    assert len(TrajectoryStore.open(store.path, make_origin())) == 3
+    assert len(ResponseStore.open(store.path, make_origin())) == 3
 
 
 # ---- what is believed --------------------------------------------------------------------------------------------------

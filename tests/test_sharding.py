@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tiny import make_drafter, make_target
 
 from trl_draft_opd import build_draft_vocabulary
-from trl_draft_opd.trainer.sharding import (
+from trl_draft_opd.runs.distributed.sharding import (
     OptimizerState,
     full_optimizer_state,
     full_weights,

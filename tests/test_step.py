@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from trl_draft_opd import DraftVocabulary, SamplingSettings
-from trl_draft_opd.anchors import AnchorBatch, replay_errors, sample_anchors
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.trainer.step import StreamSettings, row_weights, step_loss, weight_sums
 
@@ -70,7 +70,7 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
 
 def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**20):
     """Return the loss and every gradient of one or more micro-batches `(rollout, anchors)`."""
-    parts = [(rollout, anchors)] if isinstance(anchors, AnchorBatch) else list(zip(rollout, anchors, strict=True))
+    parts = [(rollout, anchors)] if isinstance(anchors, BlockBatch) else list(zip(rollout, anchors, strict=True))
     drafter.zero_grad()
     if sums is None:
         sums = weight_sums([part for _, part in parts], settings, drafter.draft_token_ids)
@@ -146,7 +146,7 @@ def assert_close(first, second, tolerance):
 
 
 def replay(rollout, scope="suffix", eos=(EOS,)):
-    return replay_errors(rollout, rejected_scope=scope, eos_token_ids=eos)
+    return mark_slots(rollout, rejected_scope=scope, eos_token_ids=eos)
 
 
 # -- against the formulas ----------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_batch_without_any_slot_still_reaches_every_parameter(monkeypatch):
         rollout = roll_out(monkeypatch, target, drafter)
         anchors = replay(rollout)
         nothing = torch.zeros_like(anchors.is_accepted)
-        empty = AnchorBatch(anchors.anchors, anchors.drafts, anchors.labels, nothing, nothing, nothing)
+        empty = BlockBatch(anchors.anchors, anchors.drafts, anchors.labels, nothing, nothing, nothing)
         loss, grads = run(target, drafter, rollout, empty, streams())
         assert loss == 0.0 and all(grad is not None and not grad.any() for grad in grads.values())
 
@@ -250,8 +250,8 @@ def test_an_empty_stream_leaves_the_other_its_share(monkeypatch, exact_norms, em
     rollout = roll_out(monkeypatch, target, drafter)
     anchors = replay(rollout)
     parts = dict(vars(anchors)) | {emptied: torch.zeros_like(anchors.is_accepted)}
-    alone = run(target, drafter, rollout, AnchorBatch(**parts), streams())
-    assert_close(alone, reference(target, drafter, rollout, AnchorBatch(**parts)), 1e-10)
+    alone = run(target, drafter, rollout, BlockBatch(**parts), streams())
+    assert_close(alone, reference(target, drafter, rollout, BlockBatch(**parts)), 1e-10)
     # The same stream as the only one with a weight has all of the loss, which is twice its half share.
     weights = (0.0, 1.0) if emptied == "is_accepted" else (1.0, 0.0)
     sole = run(target, drafter, rollout, anchors, streams(weights=weights))
@@ -307,7 +307,7 @@ def test_cross_entropy_leaves_out_tokens_the_draft_vocabulary_lacks(monkeypatch,
 def test_the_rejected_stream_decays_from_the_anchor():
     anchors = torch.tensor([[3]])
     mask = torch.tensor([[[False, False, True, True]]])
-    batch = AnchorBatch(anchors, torch.zeros(1, 1, 4, dtype=torch.long), torch.full((1, 1, 4), -1), ~mask, mask, mask)
+    batch = BlockBatch(anchors, torch.zeros(1, 1, 4, dtype=torch.long), torch.full((1, 1, 4), -1), ~mask, mask, mask)
     weights = row_weights(batch, "rejected", StreamSettings("reverse_kl", 1.0, 0.8), None)
     assert weights[0, 0].tolist() == pytest.approx([0, 0, 0.64, 0.512])
     assert row_weights(batch, "accepted", StreamSettings("forward_kl", 1.0, 1.0), None)[0, 0].tolist() == [1, 1, 0, 0]

@@ -20,7 +20,7 @@ from trl_draft_opd import (
     DraftSFTTrainer,
     SamplingSettings,
 )
-from trl_draft_opd.anchors import AnchorBatch, draft_text, join_blocks, sample_anchors
+from trl_draft_opd.rollout.blocks import BlockBatch, draft_text, join_blocks, sample_anchors
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft
 from trl_draft_opd.trainer import step
 from trl_draft_opd.trainer.step import SlotRules, StreamSettings, step_loss, weight_sums
@@ -213,7 +213,7 @@ def test_splits_of_a_step_give_the_same_loss(monkeypatch, exact_norms, rules):
     sums = weight_sums([blocks], settings, drafter.draft_token_ids)
     assert sums.shape == (3,) and (sums > 0).all()
     whole = run(drafter, target, rollout.input_ids, blocks, settings, rules, mask=rollout.attention_mask)[1]
-    parts = [AnchorBatch(**{name: tensor[rows] for name, tensor in vars(blocks).items()}) for rows in ([0], [2, 1])]
+    parts = [BlockBatch(**{name: tensor[rows] for name, tensor in vars(blocks).items()}) for rows in ([0], [2, 1])]
     torch.testing.assert_close(weight_sums(parts, settings, drafter.draft_token_ids), sums)
     results = []
     for part, rows in zip(parts, ([0], [2, 1]), strict=True):

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Tests of `trl_draft_opd/target.py` against the model's own public outputs, on four families.
+Tests of `trl_draft_opd/target/frozen.py` against the model's own public outputs, on four families.
 """
 
 import copy
@@ -21,8 +21,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from trl_draft_opd import FrozenTarget, target_rows
-from trl_draft_opd.target_rows import rows_of_similar_width
+from trl_draft_opd import FrozenTarget
+from trl_draft_opd.target.frozen import branches as target_rows
+from trl_draft_opd.target.frozen.branches import rows_of_similar_width
 
 
 LAYER_IDS = [0, 3, 6]

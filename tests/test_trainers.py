@@ -178,9 +178,9 @@ def test_the_target_answers_each_prompt_once_and_the_answers_are_kept(monkeypatc
     assert sum(asked) == len(rows) and len(asked) == 1
     # Another run, and one that brings its own folder, find them there.
     make_trainer("opd", tmp_path, make_drafter("eagle3", target), target, rows, **options).train()
-    folder = str(tmp_path / "_trajectories")
-    make_trainer("opd", tmp_path / "b", make_drafter("dflash", target), target, rows, trajectories=folder).train()
-    assert len(asked) == 1 and not (tmp_path / "b" / "_trajectories").exists()
+    folder = str(tmp_path / "_responses")
+    make_trainer("opd", tmp_path / "b", make_drafter("dflash", target), target, rows, responses=folder).train()
+    assert len(asked) == 1 and not (tmp_path / "b" / "_responses").exists()
 
 
 def test_a_run_shorter_than_an_epoch_asks_only_for_what_it_trains_on(monkeypatch, tmp_path, target, rows):
@@ -220,7 +220,7 @@ def test_text_the_target_would_not_write_is_refused_before_training(tmp_path, ta
     assert_equal(before, weights(drafter))
 
 
-def test_trajectories_of_another_target_are_refused(tmp_path, target, rows):
+def test_responses_of_another_target_are_refused(tmp_path, target, rows):
     make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows).train()
     other = make_target(seed=5)
     trainer = make_trainer("opd", tmp_path, make_drafter("dflash", other), other, rows)
@@ -339,8 +339,8 @@ def test_paths_and_instances_train_alike(tmp_path, target, rows):
         (tmp_path / "drafter", tmp_path / "target"),
     ]
     final = []
-    for model, target_model in pairs:
-        trainer = make_trainer("opd", tmp_path / "out", model, target_model, rows, max_steps=1)
+    for model, target in pairs:
+        trainer = make_trainer("opd", tmp_path / "out", model, target, rows, max_steps=1)
         trainer.train()
         final.append(weights(trainer.model))
     for other in final[1:]:

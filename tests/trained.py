@@ -6,8 +6,8 @@ Tiny drafters that are often right: overfitted in seconds to a few texts of thei
 import torch
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.anchors import sample_anchors
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.rollout.blocks import sample_anchors
 
 
 def own_text(target: FrozenTarget, prompt: list[int], num_tokens: int) -> list[int]:

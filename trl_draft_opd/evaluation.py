@@ -13,12 +13,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .drafters.base import Drafter
-from .draws import DrawKeys
+from .responses import generate_responses
+from .rollout.acceptance import SamplingSettings
+from .rollout.keyed_random import DrawKeys
 from .rollout.live import LiveSettings, rollout_live
 from .rollout.types import Rollout
-from .target import FrozenTarget
-from .trajectories import generate_responses
-from .verification import SamplingSettings
+from .target.frozen import FrozenTarget
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def compare_rollouts(bench: Workbench) -> dict[str, Any]:
     """
     Return what both engines logged, and the largest difference between the weights they end with beside the largest step.
 
-    The trajectory lies under `out/<pair>/live.json` too.
+    The response lies under `out/<pair>/live.json` too.
     """
     rows, start = bench.training_rows(pool=256), make_start(bench)
     logs, weights = {}, {}

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.anchors import replay_errors
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.losses import divergence
+from trl_draft_opd.rollout.blocks import mark_slots
 
 from .measure import replays
 from .trainers import states_of_slots
@@ -31,7 +31,7 @@ def diagnose_states(target: FrozenTarget, drafter: Drafter, rows: Dataset) -> di
     """
     sums = {kind: torch.zeros(5, dtype=torch.float64) for kind in ("accepted", "first_rejected", "suffix")}
     for rollout in replays(target, drafter, rows, 0.0, "greedy", keep_branch_hidden=True):
-        anchors = replay_errors(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
+        anchors = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
         hidden = drafter.draft_hidden(
             reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, target.embed

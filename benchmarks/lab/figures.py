@@ -97,20 +97,24 @@ def draw_gains(
     if not panels:
         return _skip(name, f"no pair has arms of tier {tier} beside `{CONTINUED}` on the same prompts")
     most = max(len(_arms(by_condition)) for _, by_condition in panels)
-    laws = list(dict.fromkeys(_law(condition) for _, by_condition in panels for condition in by_condition))
-    figure, axes = _panels(len(panels), height=1.2 + 0.12 * most * (1 + len(laws)), columns=1 if most > 10 else 2)
+    distributions = list(
+        dict.fromkeys(_distribution(condition) for _, by_condition in panels for condition in by_condition)
+    )
+    figure, axes = _panels(
+        len(panels), height=1.2 + 0.12 * most * (1 + len(distributions)), columns=1 if most > 10 else 2
+    )
     for axis, (title, by_condition) in zip(axes, panels, strict=True):
-        _forest(axis, by_condition, laws)
+        _forest(axis, by_condition, distributions)
         _label(axis, title, "gain in tau over continued SFT (%)", "")
-    _share_legend(figure, axes, ncols=min(len(laws), 3))
+    _share_legend(figure, axes, ncols=min(len(distributions), 3))
     return _save(figure, folder, name, formats)
 
 
-def _forest(axis: Axes, by_condition: dict[Condition, list[ArmRow]], laws: list[str]) -> None:
+def _forest(axis: Axes, by_condition: dict[Condition, list[ArmRow]], distributions: list[str]) -> None:
     arms = _arms(by_condition)
     for condition, rows in by_condition.items():
-        number = laws.index(_law(condition))
-        shift = 0.6 * ((number + 0.5) / len(laws) - 0.5)
+        number = distributions.index(_distribution(condition))
+        shift = 0.6 * ((number + 0.5) / len(distributions) - 0.5)
         places = [arms.index(row.arm) + shift for row in rows]
         gains = [row.over_continued for row in rows]
         axis.errorbar(
@@ -122,7 +126,7 @@ def _forest(axis: Axes, by_condition: dict[Condition, list[ArmRow]], laws: list[
             ms=4,
             capsize=2,
             linewidth=1.2,
-            label=_law(condition),
+            label=_distribution(condition),
         )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(arms)), arms)
@@ -136,7 +140,7 @@ def draw_slots(results: Sequence[Results], folder: Path, *, formats: Sequence[st
         for condition in conditions(pair):
             rows = {row.arm: row for row in arm_rows(pair, condition)} if condition.tier == 1 else {}
             if START in rows and len(rows) > 1:
-                panels.append((f"{pair['pair']}: {_law(condition)}", rows))
+                panels.append((f"{pair['pair']}: {_distribution(condition)}", rows))
     if not panels:
         return _skip("slots", f"no pair has `{START}` and another arm of tier 1 on the same prompts")
     figure, axes = _panels(len(panels), height=2.7)
@@ -179,7 +183,7 @@ def draw_mismatch(results: Sequence[Results], folder: Path, *, formats: Sequence
             _state_bars(axis, {arm: by_state.get(measure, {}) for arm, by_state in arms.items()})
             _label(axis, label, "", "")
         axes[0].legend(fontsize=7)
-        figure.suptitle(f"{pair['pair']}: {_law(condition)}", fontsize=10)
+        figure.suptitle(f"{pair['pair']}: {_distribution(condition)}", fontsize=10)
         paths += _save(figure, folder, name, formats)
     return paths
 
@@ -224,8 +228,8 @@ def draw_predictors(results: Sequence[Results], folder: Path, *, formats: Sequen
                 # Of the other tiers, only the arms that vary the pool say something about these axes.
                 is_shown = row.arm.startswith("opd") if condition.tier == 1 else row.arm in pools
                 if is_shown and row.over_continued is not None:
-                    law = f"{pair['pair']}: {_law(condition)}"
-                    points.append((row, law, _predictors(pair, row, rows.get(START), pools)))
+                    distribution = f"{pair['pair']}: {_distribution(condition)}"
+                    points.append((row, distribution, _predictors(pair, row, rows.get(START), pools)))
     if not points:
         return _skip("predictors", f"no pair has an arm `opd` beside `{CONTINUED}` in tier 1")
     names = [name for name in points[0][2] if any(point[2][name] is not None for point in points)]
@@ -276,7 +280,7 @@ def _arms(by_condition: dict[Condition, list[ArmRow]]) -> list[str]:
     return list(dict.fromkeys(row.arm for rows in by_condition.values() for row in rows))
 
 
-def _law(condition: Condition) -> str:
+def _distribution(condition: Condition) -> str:
     """Return what tells two conditions of a tier apart; greedy decoding, the usual one, is not said."""
     if condition.temperature == 0:
         return condition.prompts

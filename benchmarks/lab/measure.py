@@ -2,7 +2,7 @@
 """
 tau of a drafter along the target's own responses to prompts nobody trained on.
 
-At temperature 0 the blocks drafted along the target's greedy text are those of live decoding, above it they have its law,
+At temperature 0 the blocks drafted along the target's greedy text are those of live decoding, above it they have its distribution,
 so an evaluation is a few forward passes and decodes nothing.
 
 Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block
@@ -18,7 +18,7 @@ from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
-from trl_draft_opd.trainer.batches import join_responses
+from trl_draft_opd.trainer.texts import join_responses
 
 
 BATCH_SIZE = 16
@@ -39,7 +39,7 @@ def measure_drafter(
     Args:
         target ([`FrozenTarget`]), drafter ([`Drafter`]): The pair.
         rows (`Dataset`): `prompt_ids` and `completion_ids`, written by the target at `temperature`.
-        temperature (`float`), draft_sampling (`str`): Law of text and drafts.
+        temperature (`float`), draft_sampling (`str`): Distribution of text and drafts.
 
     Returns:
         `dict`: per prompt `rounds` (counted blocks) and `accepted` (drafts they keep), `slot_acceptance` of length K, and `tau`.

@@ -30,9 +30,9 @@ from trl_draft_opd.demo.corpus import write_chats
 from trl_draft_opd.demo.pair import make_target, train_tokenizer
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.evaluation import evaluate_drafter
-from trl_draft_opd.trainer.setup import check_pair
-from trl_draft_opd.trajectories import generate_responses
-from trl_draft_opd.verification import SamplingSettings
+from trl_draft_opd.responses import generate_responses
+from trl_draft_opd.rollout.acceptance import SamplingSettings
+from trl_draft_opd.trainer.pair import check_pair
 
 from .plan import FOLDER, build
 from .statistics import NUM_RESAMPLES, ArmCounts, Estimate, arm_counts, paired_gain, resampled_taus, tau_interval
@@ -91,7 +91,7 @@ class Row:
 
     @property
     def sampling(self) -> SamplingSettings:
-        """Law of the target's text."""
+        """Distribution of the target's text."""
         return SamplingSettings(temperature=self.temperature, top_k=0, top_p=1.0)
 
     def prompt_settings(self, task: Task) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Arm:
         by_family (`dict[str, dict]`): Fields that differ by drafter family.
         pool (`int`, *optional*): Train on the first so many prompts only.
         refresh_epochs (`int`): Epochs between two walks of the chain (`"stale"` only).
-        temperature (`float`), draft_sampling (`str`): Law of text and drafts, in training and evaluation.
+        temperature (`float`), draft_sampling (`str`): Distribution of text and drafts, in training and evaluation.
         families (`tuple[str, ...]`): Families it is run for.
         budget_share (`float`): Share of the tier's budget.
         begins (`str`): What it goes on from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape untrained.

@@ -45,9 +45,9 @@ class Condition:
         return f"tier {self.tier}, {self.prompts}, temperature {self.temperature:g}, drafts {self.draft_sampling}"
 
     def holds(self, name: str, evaluation: dict[str, Any]) -> bool:
-        """Whether an evaluation, by the name of its prompt set, was made under this condition's law."""
-        law = (name, evaluation["temperature"], evaluation["draft_sampling"])
-        return law == (self.prompts, self.temperature, self.draft_sampling)
+        """Whether an evaluation, by the name of its prompt set, was made under this condition's distribution."""
+        distribution = (name, evaluation["temperature"], evaluation["draft_sampling"])
+        return distribution == (self.prompts, self.temperature, self.draft_sampling)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ArmRow:
 
 
 def is_start(arm: str) -> bool:
-    """Whether an arm is the point all others go on from, measured under one law or another."""
+    """Whether an arm is the point all others go on from, measured under one distribution or another."""
     return arm.startswith(START)
 
 
@@ -280,7 +280,7 @@ def _evaluation(run: dict[str, Any], condition: Condition) -> dict[str, Any]:
 
 
 def _baseline(name: str, arms: Iterable[str]) -> str | None:
-    """Return the arm of this name, or the only one whose name begins so (a baseline trained under another law)."""
+    """Return the arm of this name, or the only one whose name begins so (a baseline trained under another distribution)."""
     candidates = [arm for arm in arms if arm.startswith(name)]
     if name in candidates or not candidates:
         return name if candidates else None

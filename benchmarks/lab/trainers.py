@@ -9,11 +9,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_draft_opd import DraftOPDTrainer
-from trl_draft_opd.anchors import AnchorBatch
 from trl_draft_opd.losses import position_weights
+from trl_draft_opd.rollout.blocks import BlockBatch
 from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
-from trl_draft_opd.target import TargetReading
+from trl_draft_opd.target.frozen.frozen import TargetReading
 from trl_draft_opd.trainer.step import StepLoss
 
 
@@ -29,7 +29,7 @@ class OneTokenTrainer(DraftOPDTrainer):
     """
 
     def _step_loss(
-        self, rollout: Rollout, anchors: AnchorBatch, sums: torch.Tensor, reading: TargetReading
+        self, rollout: Rollout, anchors: BlockBatch, sums: torch.Tensor, reading: TargetReading
     ) -> StepLoss:
         drafter = self.accelerator.unwrap_model(self.model)
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"

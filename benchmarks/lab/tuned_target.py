@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
-from trl_draft_opd.trajectories import generate_responses
+from trl_draft_opd.responses import generate_responses
 
 from .code_target import last_twentieth, open_run, pack_rows, stack_rows, training_arguments
 

@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 from benchmarks.counters import FlopCount
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.trajectories import Origin, TrajectoryStore, generate_missing, generate_responses
+from trl_draft_opd.responses import Origin, ResponseStore, generate_missing, generate_responses
 
 from .memo import RememberingTarget
 from .plan import Pair, PromptSet
@@ -123,7 +123,7 @@ class Workbench:
             chat_template=None,
             chat_template_kwargs=None,
         )
-        store = TrajectoryStore.open(self.folder / f"responses-t{temperature:g}", origin)
+        store = ResponseStore.open(self.folder / f"responses-t{temperature:g}", origin)
         size = self.machine.generation_batch_size
         generate_missing(
             store,

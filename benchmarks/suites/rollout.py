@@ -17,10 +17,10 @@ from benchmarks.reference import rollout as reference_rollout
 from benchmarks.reference import step as reference_step
 from benchmarks.stages import StageClock
 from trl_draft_opd import DraftOPDConfig, FrozenTarget, SamplingSettings, generate_responses
-from trl_draft_opd.anchors import replay_errors
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.draws import DrawKeys
 from trl_draft_opd.rollout import live, replay
+from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings
 from trl_draft_opd.rollout.replay import ReplaySettings, TargetText
 from trl_draft_opd.rollout.types import Rollout
@@ -249,7 +249,7 @@ class OpdStep:
         self.reference_streams = {name: reference_step.Stream(*values) for name, values in streams.items()}
         self.optimizer = torch.optim.AdamW(pair.drafter.parameters(), lr=0.0, weight_decay=0.0)
 
-    def from_trajectories(self) -> dict[str, torch.Tensor]:
+    def from_responses(self) -> dict[str, torch.Tensor]:
         """Replay the stored responses; the target reads them once."""
         pair, text = self.pair, self.text
         layer_ids = pair.drafter.config.target_layer_ids
@@ -284,7 +284,7 @@ class OpdStep:
     def _update(self, parts) -> dict[str, torch.Tensor]:
         pair = self.pair
         eos = pair.target.eos_token_ids
-        batches = [replay_errors(part, rejected_scope="suffix", eos_token_ids=eos) for part, _ in parts]
+        batches = [mark_slots(part, rejected_scope="suffix", eos_token_ids=eos) for part, _ in parts]
         sums = weight_sums(batches, self.streams, pair.drafter.draft_token_ids)
         self.optimizer.zero_grad()
         total = 0.0
@@ -321,7 +321,7 @@ def opd_steps(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> 
     """Compare the same update from stored responses, from live decoding in two batch sizes, and by plain code."""
     work = OpdStep(pair, prompts[: 4 if args.quick else BATCH_SIZE])
     arms = [
-        Arm("from trajectories", work.from_trajectories),
+        Arm("from responses", work.from_responses),
         Arm("live, batch 1", lambda: work.live(1)),
         Arm(f"live, batch {BATCH_SIZE}", lambda: work.live(BATCH_SIZE)),
         Arm("plain reference", work.plain),
@@ -341,7 +341,7 @@ def opd_steps(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> 
     for arm, reach in zip(arms[1:], (REACH_STEP[1], REACH_STEP[BATCH_SIZE], None), strict=True):
         ratio = report.ratio(f"OPD step, {pair.family}", paired_ratio(seconds, arm.name, arms[0].name))
         spread = f"[{ratio.p10:.2f}, {ratio.p90:.2f}]"
-        name = f"OPD step, {arm.name} / from trajectories, {pair.family}"
+        name = f"OPD step, {arm.name} / from responses, {pair.family}"
         report.figure(name, ratio.median, None if args.quick else reach, is_upper=False, detail=spread)
 
 
@@ -365,7 +365,7 @@ def split(pair: Pair, arm: Arm) -> dict[str, float]:
 
 
 def by_length(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> None:
-    """Measure replay and the step from trajectories by the length of one text, joined from the target's responses."""
+    """Measure replay and the step from responses by the length of one text, joined from the target's responses."""
     lengths = [64, 128] if args.quick else [256, 512, 1024, 1536]
     responses = pair.plain(prompts[: 2 if args.quick else 16])
     joined = [token for response in responses for token in response]
@@ -374,10 +374,10 @@ def by_length(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> 
     works = {}
     for length in lengths:
         works[length] = OpdStep(pair, [prompt], pair.to_text([prompt], [joined[:length]]))
-    arms = [Arm(f"R={length}", work.from_trajectories) for length, work in works.items()]
+    arms = [Arm(f"R={length}", work.from_responses) for length, work in works.items()]
     seconds = time_in_turns(arms, pairs=args.pairs)
     medians = [median_seconds(seconds, arm.name) for arm in arms]
     sizes = [float(length) for length in lengths]
-    report.curve(Curve(f"OPD step from trajectories, {pair.family}", "response length", "time", sizes, medians))
+    report.curve(Curve(f"OPD step from responses, {pair.family}", "response length", "time", sizes, medians))
     peaks = [float(peak_bytes(arm.run)) for arm in arms]
     report.curve(Curve(f"OPD step peak, {pair.family}", "response length", "bytes", sizes, peaks))

@@ -23,8 +23,8 @@ from benchmarks.counters import HeadRows, flops, peak_bytes
 from benchmarks.reference import step as reference
 from benchmarks.suites import trainer_share
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
-from trl_draft_opd.anchors import AnchorBatch, sample_anchors
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
 
 
@@ -97,7 +97,7 @@ class SftProblem:
     def _pack(self, features: torch.Tensor, last_hidden: torch.Tensor) -> peers.PackedBatch:
         return peers.pack(self.rows, self.marks, features, last_hidden, self.family)
 
-    def _eagle3_anchors(self) -> AnchorBatch:
+    def _eagle3_anchors(self) -> BlockBatch:
         """Draft from every position; slot `k` counts if the token before it, at `a + k - 1`, is supervised."""
         B, L = self.input_ids.shape
         slots = torch.arange(1, self.num_drafts + 1, device=self.target.device)
@@ -112,7 +112,7 @@ class SftProblem:
         drafts = ids.gather(1, positions).unflatten(1, (L - 1, self.num_drafts))
         return trim(anchors, drafts, is_row)
 
-    def _dflash_anchors(self) -> AnchorBatch:
+    def _dflash_anchors(self) -> BlockBatch:
         """Draft from the anchors that speculators draws; slot `k` counts if its own token, at `a + k`, is supervised."""
         block_size = self.drafter.config.block_size
         drawn = peers.dflash_anchors(self.packed, self.num_anchors, block_size, self.seed).tolist()
@@ -214,14 +214,14 @@ def streams(loss_type: str, decay: float) -> dict[str, StreamSettings]:
     return {"accepted": StreamSettings(loss_type, 1.0, decay), "rejected": StreamSettings(loss_type, 0.0, 1.0)}
 
 
-def trim(anchors: torch.Tensor, drafts: torch.Tensor, is_row: torch.Tensor) -> AnchorBatch:
+def trim(anchors: torch.Tensor, drafts: torch.Tensor, is_row: torch.Tensor) -> BlockBatch:
     """Return a batch of the blocks that hold a row, packed to the front of each text."""
     keep = is_row.any(dim=2)
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(keep.sum(dim=1).max())]
     rows = torch.arange(len(order), device=order.device)[:, None]
     is_row, drafts = is_row[rows, order], drafts[rows, order]
     empty = torch.zeros_like(is_row)
-    return AnchorBatch(
+    return BlockBatch(
         anchors=torch.where(keep[rows, order], anchors[rows, order], -1),
         drafts=drafts,
         labels=torch.full_like(drafts, -1),

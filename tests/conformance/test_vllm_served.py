@@ -14,14 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, FrozenTarget, build_draft_vocabulary
-from trl_draft_opd.anchors import sample_anchors
+from trl_draft_opd import (
+    AutoDrafter,
+    DFlashDraftModel,
+    Eagle3DraftModel,
+    FrozenTarget,
+    build_draft_vocabulary,
+)
 from trl_draft_opd.export import export_drafter, read_target
-from trl_draft_opd.trajectories import generate_responses
-from trl_draft_opd.verify import EngineSettings, verify_drafter
-from trl_draft_opd.verify.compare import Reference, compare
-from trl_draft_opd.verify.engines import run_engine
-from trl_draft_opd.verify.scene import GREEDY, Scene, decode_plainly, decode_with_us
+from trl_draft_opd.parity import EngineSettings, verify_drafter
+from trl_draft_opd.parity.compare import Reference, compare
+from trl_draft_opd.parity.engines import run_engine
+from trl_draft_opd.parity.scene import GREEDY, Scene, decode_plainly, decode_with_us
+from trl_draft_opd.responses import generate_responses
+from trl_draft_opd.rollout.blocks import sample_anchors
 
 
 pytestmark = pytest.mark.conformance

@@ -21,9 +21,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_draft_opd import FrozenTarget, Origin, SamplingSettings, ServerSettings, TrajectoryStore, audit_responses
-from trl_draft_opd.trajectories import ask_server, generate_responses
-from trl_draft_opd.trajectories.audit import score_responses
+from trl_draft_opd import (
+    FrozenTarget,
+    Origin,
+    ResponseStore,
+    SamplingSettings,
+    ServerSettings,
+    audit_responses,
+)
+from trl_draft_opd.responses import ask_server, generate_responses
+from trl_draft_opd.responses.audit import score_responses
 
 
 pytestmark = pytest.mark.conformance
@@ -104,20 +111,20 @@ def _ask(
     sampling: SamplingSettings = GREEDY,
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
-) -> TrajectoryStore:
+) -> ResponseStore:
     settings = {"max_new_tokens": max_new_tokens, "chat_template": None, "chat_template_kwargs": None}
-    store = TrajectoryStore.open(folder, Origin.of(target, sampling=sampling, **settings))
+    store = ResponseStore.open(folder, Origin.of(target, sampling=sampling, **settings))
     server = ServerSettings(base_url=url, concurrency=4)
     ask_server(store, server, prompts, tokenizer=target.tokenizer, seed=seed, shard_size=4, show_progress=False)
     return store
 
 
 @pytest.fixture(scope="module")
-def greedy_store(server_url: str, target, prompts, tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
+def greedy_store(server_url: str, target, prompts, tmp_path_factory: pytest.TempPathFactory) -> ResponseStore:
     return _ask(tmp_path_factory.mktemp("greedy"), server_url, target, prompts)
 
 
-def test_greedy_responses_of_vllm_are_those_of_transformers(greedy_store: TrajectoryStore, target, prompts):
+def test_greedy_responses_of_vllm_are_those_of_transformers(greedy_store: ResponseStore, target, prompts):
     own = generate_responses(
         target,
         prompts,
@@ -133,7 +140,7 @@ def test_greedy_responses_of_vllm_are_those_of_transformers(greedy_store: Trajec
     assert audit_responses(target, greedy_store.texts(max_rows=None), GREEDY).num_mismatches == 0
 
 
-def test_log_probabilities_of_vllm_are_those_of_the_target(greedy_store: TrajectoryStore, target, prompts):
+def test_log_probabilities_of_vllm_are_those_of_the_target(greedy_store: ResponseStore, target, prompts):
     texts = [(prompt, greedy_store.find(prompt)) for prompt in prompts]
     furthest = 0.0
     for row, scores in score_responses(target, texts, GREEDY):
@@ -144,7 +151,7 @@ def test_log_probabilities_of_vllm_are_those_of_the_target(greedy_store: Traject
 
 
 def test_whole_and_cut_responses_are_told_apart(
-    server_url: str, greedy_store: TrajectoryStore, target, prompts, tmp_path
+    server_url: str, greedy_store: ResponseStore, target, prompts, tmp_path
 ):
     short = _ask(tmp_path, server_url, target, prompts, max_new_tokens=5)
     for prompt in prompts:
@@ -156,7 +163,7 @@ def test_whole_and_cut_responses_are_told_apart(
         assert is_ended or len(whole.completion_ids) == MAX_NEW_TOKENS
 
 
-def test_drawn_responses_follow_the_law_and_the_seed(server_url: str, target, prompts, tmp_path: Path):
+def test_drawn_responses_follow_the_distribution_and_the_seed(server_url: str, target, prompts, tmp_path: Path):
     stores = [
         _ask(tmp_path / str(run), server_url, target, prompts, sampling=SAMPLED, seed=seed)
         for run, seed in enumerate((0, 0, 1))

@@ -18,7 +18,7 @@ from doomed import STEPS, Events, Progress, in_child, train, wait_for
 from oracle import greedy_rows
 from tiny import make_drafter, make_target
 
-from trl_draft_opd.trainer.checkpoints import DamagedCheckpoint, list_checkpoints, read_checkpoint
+from trl_draft_opd.runs.checkpoints import DamagedCheckpoint, list_checkpoints, read_checkpoint
 
 
 COMPARED = ("model.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json")
@@ -47,10 +47,10 @@ class Scene:
                 Events(output_dir, at, end, events)
             drafter = make_drafter("dflash", self.target, seed=1 if resume is None else 9)
             progress = Progress(output_dir.with_suffix(".progress"), sigterm_after)
-            trajectories = str(self.folder / "answers")
+            responses = str(self.folder / "answers")
             train(
                 *(self.kind, output_dir, drafter, self.target, self.rows, progress, resume),
-                **{"trajectories": trajectories} | changes,
+                **{"responses": responses} | changes,
             )
 
         return in_child(work, output_dir.with_suffix(".log"), wait)
@@ -153,7 +153,7 @@ def test_ctrl_c_in_the_middle_of_a_save_leaves_no_trace_of_it(one_scene, tmp_pat
 
 def test_a_write_without_sync_would_be_caught(monkeypatch, one_scene, tmp_path):
     """The matrix itself: without the protocol's syncs, a kill right after the rename leaves a torn checkpoint."""
-    from trl_draft_opd import durable
+    from trl_draft_opd.utils import atomic_files as durable
 
     monkeypatch.setattr(durable, "sync_entry", lambda path: None)
     torn = 0

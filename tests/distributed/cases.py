@@ -27,7 +27,7 @@ from trl_draft_opd import (
     build_draft_vocabulary,
 )
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.trainer.sharding import full_optimizer_state, full_weights
+from trl_draft_opd.runs.distributed.sharding import full_optimizer_state, full_weights
 from trl_draft_opd.trainer.step import StepLoss
 
 
@@ -134,7 +134,7 @@ def run_case(
     )
     common = {
         "output_dir": str(output),
-        "trajectories": str(output / "answers"),
+        "responses": str(output / "answers"),
         "optim": "sgd",
         "learning_rate": 0.1,
         "per_device_train_batch_size": GLOBAL_BATCH // num_processes // 2,

@@ -17,7 +17,7 @@ from cases import CASES, POISONED, largest_difference, make_case_drafter, prepar
 from safetensors.torch import load_file
 from tiny import make_target
 
-from trl_draft_opd.trainer.checkpoints import newest_valid
+from trl_draft_opd.runs.checkpoints import newest_valid
 
 
 TESTS = Path(__file__).parents[1]

@@ -329,7 +329,7 @@ def test_a_setting_out_of_range(tmp_path, kind, changes, match):
     "changes,match",
     [
         ({"rollout": "live", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
-        ({"trajectories": "t", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
+        ({"responses": "t", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
         ({"reading_bytes": -1}, "`reading_bytes` must not be negative, got -1"),
         ({"replay_segment_length": 0}, "`replay_segment_length` must be at least 1, got 0"),
         ({"warn_mismatch_share": 0.5}, "Mismatch shares must rise within .*0.5.*0.1"),

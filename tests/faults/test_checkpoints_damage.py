@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
-from trl_draft_opd.trainer import checkpoints
-from trl_draft_opd.trainer.checkpoints import (
+from trl_draft_opd.runs import checkpoints
+from trl_draft_opd.runs.checkpoints import (
     DamagedCheckpoint,
     check_output_dir,
     keep_newest,
@@ -75,7 +75,7 @@ def test_a_damaged_file_sends_the_run_back_to_the_checkpoint_before(tmp_path, ca
 
 
 def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path):
-    from trl_draft_opd.trainer.checkpoints import _digest
+    from trl_draft_opd.runs.checkpoints import _digest
 
     folder = write(tmp_path, 1)
     (tmp_path / "secret").write_text("x")
@@ -90,7 +90,7 @@ def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path):
 
 
 def test_a_checkpoint_of_a_later_layout_is_refused_by_its_version(tmp_path):
-    from trl_draft_opd.trainer.checkpoints import _digest
+    from trl_draft_opd.runs.checkpoints import _digest
 
     folder = write(tmp_path, 1)
     content = json.loads((folder / "manifest.json").read_text()) | {"version": 99}

@@ -13,9 +13,10 @@ from datasets import Dataset, IterableDataset
 from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
 from trl_draft_opd.cli import load_rows, main
-from trl_draft_opd.data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
-from trl_draft_opd.trajectories import write_trajectories
-from trl_draft_opd.verification import SamplingSettings
+from trl_draft_opd.data.text_reader.collators import TextCollator
+from trl_draft_opd.data.text_reader.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
+from trl_draft_opd.responses import write_responses
+from trl_draft_opd.rollout.acceptance import SamplingSettings
 
 
 GOOD = b'{"prompt": "w9", "completion": "w10 w11"}\n'
@@ -165,10 +166,10 @@ def test_a_store_keeps_the_first_response_to_a_prompt_and_counts_the_others(tmp_
     rows = [{"prompt_ids": [9], "completion_ids": [c, EOS]} for c in (10, 11, 12)] + [
         {"prompt_ids": [8], "completion_ids": [10, EOS]}
     ]
-    law = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+    distribution = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     store, notes = warnings_of(
-        lambda: write_trajectories(
-            make_target(), Dataset.from_list(rows), tmp_path, sampling=law, max_new_tokens=8, engine="dataset"
+        lambda: write_responses(
+            make_target(), Dataset.from_list(rows), tmp_path, sampling=distribution, max_new_tokens=8, engine="dataset"
         )
     )
     assert (store.find([9]), store.find([8])) == ([10, EOS], [10, EOS])

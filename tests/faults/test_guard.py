@@ -9,8 +9,14 @@ from accelerate import Accelerator
 from oracle import greedy_rows
 from tiny import TINY_RUN, make_drafter, make_target
 
-from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
-from trl_draft_opd.trainer.guard import NonFiniteGuard
+from trl_draft_opd import (
+    AutoDrafter,
+    DraftOPDConfig,
+    DraftOPDTrainer,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+)
+from trl_draft_opd.runs.guard import NonFiniteGuard
 
 
 KINDS = ["sft", "opd"]

@@ -25,10 +25,10 @@ from trl_draft_opd import (
     FrozenTarget,
 )
 from trl_draft_opd.drafters import attention
-from trl_draft_opd.target_checks import NotFiniteError
-from trl_draft_opd.trainer import responses
-from trl_draft_opd.trajectories import Origin, TrajectoryStore
-from trl_draft_opd.verification import SamplingSettings
+from trl_draft_opd.responses import Origin, ResponseStore
+from trl_draft_opd.rollout.acceptance import SamplingSettings
+from trl_draft_opd.target.frozen.checks import NotFiniteError
+from trl_draft_opd.trainer import texts as responses
 
 
 KINDS = ["sft", "opd"]
@@ -346,7 +346,7 @@ def test_no_answer_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path, 
         make_trainer("opd", tmp_path, drafter, half_broken, rows, per_device_train_batch_size=3).train()
     with pytest.raises(NotFiniteError, match=r"in rows \[1\] of the dataset"):
         make_trainer("sft", tmp_path, drafter, half_broken, rows, regenerate=True)
-    assert len(TrajectoryStore.read_only(tmp_path / "_trajectories")) == 0
+    assert len(ResponseStore.read_only(tmp_path / "_responses")) == 0
 
 
 # -- attention (fault 26) ----------------------------------------------------------------------------------------------
@@ -401,11 +401,11 @@ def test_an_output_folder_with_an_export_is_left_alone(folder, target, kind):
     )
 
 
-def test_an_output_folder_with_trajectories_is_left_alone(folder, target):
+def test_an_output_folder_with_responses_is_left_alone(folder, target):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
-    TrajectoryStore.open(folder, origin)
-    refuse_to_train_in(folder, target, "holds trajectories.*name the folder in `trajectories`")
+    ResponseStore.open(folder, origin)
+    refuse_to_train_in(folder, target, "holds responses.*name the folder in `responses`")
 
 
 def test_an_output_folder_with_the_target_itself_is_left_alone(folder, target):
@@ -448,8 +448,8 @@ def test_an_output_folder_of_the_same_pair_or_of_a_save_cut_short_is_gone_on_wit
 
 def test_answers_of_another_target_in_the_output_folder_stop_the_run(folder, target, recurrent):
     make_trainer("opd", folder, make_drafter("dflash", target), target).train()
-    held = content_of(folder / "_trajectories")
+    held = content_of(folder / "_responses")
     trainer = make_trainer("opd", folder, make_drafter("dflash", recurrent), recurrent)
     with refuses("(?s)were written under other conditions.*weights_fingerprint.*give another folder"):
         trainer.train()
-    assert content_of(folder / "_trajectories") == held
+    assert content_of(folder / "_responses") == held

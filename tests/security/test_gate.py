@@ -19,15 +19,22 @@ from huggingface_hub import constants
 from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import (
+    AutoDrafter,
+    DraftOPDConfig,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    Eagle3DraftModel,
+    FrozenTarget,
+)
 from trl_draft_opd.cli import load_rows, main
 from trl_draft_opd.export import export_drafter, hub_id_of, read_target
 from trl_draft_opd.export.hub import push_folder, validate_repo_id
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.export.rules import check_folder
-from trl_draft_opd.trajectories import Origin, TrajectoryStore
-from trl_draft_opd.verification import SamplingSettings
-from trl_draft_opd.verify import verify_drafter
+from trl_draft_opd.parity import verify_drafter
+from trl_draft_opd.responses import Origin, ResponseStore
+from trl_draft_opd.rollout.acceptance import SamplingSettings
 
 
 CANARY = "hf_CanaryCanaryCanaryCanaryCanary0042"
@@ -199,17 +206,17 @@ def test_a_targets_folder_with_pickles_runs_none(copy, proof, keeps_weights):
 def test_a_pickle_in_the_place_of_any_file_of_a_store_is_refused(target, tmp_path, proof):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
-    store = TrajectoryStore.open(tmp_path / "store", origin)
+    store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     set_traps(store.path, proof)
-    assert len(TrajectoryStore.open(store.path, origin)) == 1
+    assert len(ResponseStore.open(store.path, origin)) == 1
     for path in sorted(store.path.glob("*[nt]")):
         if path.name not in PICKLES:
             whole = path.read_bytes()
             for by_torch in (True, False):
                 set_trap(path, proof, by_torch)
                 with pytest.raises(ValueError, match=f"{path.stem}.* is not usable"):
-                    TrajectoryStore.open(store.path, origin)
+                    ResponseStore.open(store.path, origin)
             path.write_bytes(whole)
 
 
@@ -459,16 +466,16 @@ def test_links_of_the_hubs_cache_and_links_inside_a_folder_are_followed(copy, tm
 def test_a_link_out_of_a_store_is_refused(target, tmp_path):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
-    store = TrajectoryStore.open(tmp_path / "store", origin)
+    store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     for path in sorted(store.path.iterdir()):
         os.rename(path, tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
         with pytest.raises(ValueError, match=f"{path.name} is a link to .*elsewhere', outside of its folder"):
-            TrajectoryStore.open(store.path, origin)
+            ResponseStore.open(store.path, origin)
         path.unlink()
         os.rename(tmp_path / "elsewhere", path)
-    assert len(TrajectoryStore.open(store.path, origin)) == 1
+    assert len(ResponseStore.open(store.path, origin)) == 1
 
 
 def test_links_are_not_uploaded_with_an_export_or_a_checkpoint(copy, tmp_path, hub):

@@ -16,7 +16,15 @@ from pathlib import Path
 from .. import __version__
 from .measuring import run_evaluate, run_generate
 from .publishing import run_export, run_push, run_verify
-from .reading import FAMILY_OPTIONS, command_parser, given, load_rows, make_drafter, parse_flags, read_prompts
+from .reading import (
+    FAMILY_OPTIONS,
+    command_parser,
+    given,
+    load_rows,
+    make_drafter,
+    parse_flags,
+    read_prompts,
+)
 from .training import run_init, run_opd, run_sft
 
 

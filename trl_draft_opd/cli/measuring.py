@@ -13,7 +13,7 @@ from .reading import READING, command_parser, given, load_rows, parse_flags, rea
 
 
 if TYPE_CHECKING:
-    from ..trajectories import ServerSettings
+    from ..responses import ServerSettings
 
 
 def run_evaluate(argv: Sequence[str]) -> int:
@@ -34,13 +34,13 @@ def run_evaluate(argv: Sequence[str]) -> int:
 
     from ..drafters.auto import AutoDrafter
     from ..evaluation import evaluate_drafter
-    from ..target import FrozenTarget
+    from ..rollout.acceptance import SamplingSettings
+    from ..target.frozen import FrozenTarget
     from ..trainer.draft_opd_config import DraftOPDConfig
-    from ..trainer.setup import check_pair
-    from ..verification import SamplingSettings
+    from ..trainer.pair import check_pair
 
-    law = {name: getattr(DraftOPDConfig, name) for name in ("temperature", "top_k", "top_p")}
-    sampling = SamplingSettings(**law | given(options, law))
+    distribution = {name: getattr(DraftOPDConfig, name) for name in ("temperature", "top_k", "top_p")}
+    sampling = SamplingSettings(**distribution | given(options, distribution))
     rows = load_rows(options.dataset, options.dataset_config, options.split)
     if options.num_prompts is not None:
         rows = rows.select(range(min(options.num_prompts, len(rows))))
@@ -69,7 +69,7 @@ def read_server(options: argparse.Namespace) -> ServerSettings | None:
         raise ValueError(
             f"`--engine vllm` and `--engine sglang` need `--base-url`, other engines take no flag of a server; got {sorted(flags)}."
         )
-    from ..trajectories import ServerSettings
+    from ..responses import ServerSettings
 
     if "api_key_file" in flags:
         flags["api_key"] = flags.pop("api_key_file").read_text("utf-8").strip()
@@ -98,12 +98,12 @@ def run_generate(argv: Sequence[str]) -> int:
     server = read_server(options)
     import torch
 
-    from ..target import FrozenTarget
+    from ..responses import CHECKED_ROWS, summarize_store, write_responses
+    from ..rollout.acceptance import SamplingSettings
+    from ..target.frozen import FrozenTarget
     from ..trainer.draft_opd_config import DraftOPDConfig
-    from ..trajectories import CHECKED_ROWS, summarize_store, write_trajectories
-    from ..verification import SamplingSettings
 
-    law = {name: getattr(DraftOPDConfig, name) for name in ("temperature", "top_k", "top_p")}
+    distribution = {name: getattr(DraftOPDConfig, name) for name in ("temperature", "top_k", "top_p")}
     rows = load_rows(options.dataset, options.dataset_config, options.split)
     if options.num_prompts is not None:
         rows = rows.select(range(min(options.num_prompts, len(rows))))
@@ -117,11 +117,11 @@ def run_generate(argv: Sequence[str]) -> int:
     if server is None and torch.accelerator.is_available():
         target.place(torch.accelerator.current_accelerator())
     names = ("engine", "chat_template_kwargs", "num_proc", "batch_size", "shard_size", "seed")
-    store = write_trajectories(
+    store = write_responses(
         target,
         rows,
         options.output,
-        sampling=SamplingSettings(**law | given(options, law)),
+        sampling=SamplingSettings(**distribution | given(options, distribution)),
         max_new_tokens=options.max_new_tokens or DraftOPDConfig.max_completion_length,
         max_prompt_length=options.max_prompt_length or DraftOPDConfig.max_prompt_length,
         server=server,

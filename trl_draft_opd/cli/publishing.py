@@ -66,9 +66,9 @@ def run_verify(argv: Sequence[str]) -> int:
     options = parse_flags(parser, argv)
     from rich.console import Console
 
-    from ..target import FrozenTarget
+    from ..parity import verify_drafter
+    from ..target.frozen import FrozenTarget
     from ..trainer.draft_opd_config import DraftOPDConfig
-    from ..verify import verify_drafter
 
     rows = load_rows(options.prompts, options.dataset_config, options.split)
     if options.num_prompts is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from ..drafters.base import Drafter
-    from ..target import FrozenTarget
+    from ..target.frozen import FrozenTarget
 
 
 # What `from_target` takes, by family.
@@ -147,7 +147,7 @@ def lora_config(script: DraftScriptArguments) -> LoraConfig | None:
                 f"{sorted(options)} describe an adapter, which is trained under `use_peft` alone. Set it."
             )
         return None
-    from ..drafters.merging import require_peft
+    from ..drafters.published.merging import require_peft
 
     return require_peft("`use_peft`").LoraConfig(**{LORA_OPTIONS[name]: value for name, value in options.items()})
 
@@ -246,7 +246,7 @@ def make_drafter(target: FrozenTarget, family: str | None, options: dict, count:
 
 def count_supervised(target: FrozenTarget, rows: Dataset, reading: dict) -> torch.Tensor:
     """Return how often each token of the target's vocabulary is supervised in a dataset."""
-    from ..data import tokenize_sft_dataset
+    from ..data.text_reader import tokenize_sft_dataset
     from ..drafters.eagle3 import count_tokens
 
     return count_tokens(tokenize_sft_dataset(rows, **_reader(target), **reading), target.vocab_size)
@@ -254,13 +254,13 @@ def count_supervised(target: FrozenTarget, rows: Dataset, reading: dict) -> torc
 
 def read_prompts(target: FrozenTarget, rows: Dataset, reading: dict) -> list[list[int]]:
     """Return the prompts of a dataset as token ids."""
-    from ..data import tokenize_prompt_dataset
+    from ..data.text_reader import tokenize_prompt_dataset
 
     return list(tokenize_prompt_dataset(rows, **_reader(target), **reading, keep_completions=False)["prompt_ids"])
 
 
 def _reader(target: FrozenTarget) -> dict:
-    from ..trainer.setup import require_tokenizer
+    from ..trainer.pair import require_tokenizer
 
     tokenizer = require_tokenizer(target)
     return {"tokenizer": tokenizer, "eos_token_ids": target.eos_token_ids, "vocab_size": target.vocab_size}

@@ -67,7 +67,7 @@ def train(trainer_class: type, script: DraftScriptArguments, args: DraftTraining
     from transformers import set_seed
 
     from ..export import hub_id_of
-    from ..trainer.setup import load_target
+    from ..trainer.pair import load_target
 
     peft_config = lora_config(script)
     rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split)
@@ -112,7 +112,7 @@ def run_init(argv: Sequence[str]) -> int:
         raise ValueError("`--draft-vocab-size` and `--dataset` go together: the commonest tokens of the one are kept.")
     from transformers import set_seed
 
-    from ..target import FrozenTarget
+    from ..target.frozen import FrozenTarget
 
     target = FrozenTarget.load(options.target, trust_remote_code=options.trust_remote_code)
 

@@ -20,20 +20,20 @@ from rich.progress import Progress
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from ..data import tokenize_prompt_dataset
+from ..data.text_reader import tokenize_prompt_dataset
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel
 from ..evaluation import EvaluationReport, evaluate_drafter
-from ..target import FrozenTarget
+from ..responses import generate_responses
+from ..rollout.acceptance import SamplingSettings
+from ..target.frozen import FrozenTarget
 from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
-from ..trainer.setup import require_tokenizer
-from ..trajectories import generate_responses
-from ..verification import SamplingSettings
+from ..trainer.pair import require_tokenizer
 from .corpus import write_chats
 from .pair import train_target
 from .results import draw_plot, require_matplotlib, results_table, summary

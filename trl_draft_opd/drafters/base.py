@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..loading import loading_whole
-from .importing import CheckpointSource, read_drafter_config, read_drafter_tensors
+from ..utils.loading import loading_whole
+from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
 
 
 Result = TypeVar("Result")
@@ -98,7 +98,7 @@ class Proposal:
     Attributes:
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Proposed token ids of the target's vocabulary.
         probs (`torch.Tensor` of shape `(B, A, K, V)` or `None`):
-            The law each draft was drawn from; `None` when drafts are the argmax.
+            The distribution each draft was drawn from; `None` when drafts are the argmax.
     """
 
     drafts: torch.Tensor

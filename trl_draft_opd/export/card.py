@@ -247,11 +247,11 @@ def _norms(config: dict[str, Any]) -> str:
 
 
 def _measurement(m: Measurement) -> dict[str, str]:
-    law = f"{m.temperature:g}" + (", drawn drafts" if m.draft_sampling == "sample" else "")
+    distribution = f"{m.temperature:g}" + (", drawn drafts" if m.draft_sampling == "sample" else "")
     ending = ", end of sequence ignored" if m.ignore_eos else ""
     return {
         "prompts": f"{plain(m.prompt_set)} ({m.num_prompts})",
-        "temperature": law,
+        "temperature": distribution,
         "drafts": str(m.num_drafts),
         "how": f"{m.target_dtype}, batch {m.batch_size}, at most {m.max_new_tokens} tokens{ending}",
         "tau": f"{m.tau:.3f} [{m.tau_low:.3f}, {m.tau_high:.3f}]",

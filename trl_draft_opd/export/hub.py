@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
-from ..drafters.importing import CONFIG_FILE, SAFETENSORS_FILE
+from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from .rules import check_repo_name
 from .source import hub_id_of
 from .write import CUSTOM_GENERATE, LAYOUTS, PUBLISHED_NAMES

@@ -18,7 +18,13 @@ from typing import Any, get_type_hints
 
 from ..losses import LOSS_TYPES
 from ..rollout.sampler import DRAFT_SAMPLING
-from .record_checks import CURVE_VALUES, RECORD_FILE, check_record, is_number, recorded_template_arguments
+from .record_checks import (
+    CURVE_VALUES,
+    RECORD_FILE,
+    check_record,
+    is_number,
+    recorded_template_arguments,
+)
 from .source import hub_id_of
 
 

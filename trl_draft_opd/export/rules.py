@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 from ..drafters.dflash import DFlashDraftConfig, DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from ..drafters.eagle3.draft_vocabulary import check_draft_vocabulary
-from ..drafters.importing import CONFIG_FILE, SAFETENSORS_FILE
-from ..drafters.importing_config import ImportedConfig, parse_drafter_config
+from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from ..drafters.published.configs import ImportedConfig, parse_drafter_config
 from .native import native_tensors
 from .speculators import speculators_tensors
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..drafters.importing import INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
+from ..drafters.published.checkpoint import INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
 from ..drafters.target_shape import text_config
 
 

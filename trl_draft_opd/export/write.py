@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from ..drafters.base import Drafter
-from ..drafters.importing import CONFIG_FILE, SAFETENSORS_FILE
+from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
-from ..durable import making_folder
+from ..utils.atomic_files import making_folder
 from . import native, speculators
 from .card import CARD_FILE, CURVE_FILE, write_card
 from .custom_generate import write_custom_generate

@@ -16,9 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..drafters.base import DraftContext, Drafter, Proposal
-from ..draws import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys
-from ..target import FrozenTarget, TargetReading
-from ..verification import SamplingSettings, choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
+from ..target.frozen import FrozenTarget, TargetReading
+from .acceptance import (
+    SamplingSettings,
+    choose_tokens,
+    settle_blocks,
+    token_probs,
+    verify_greedy,
+    verify_sampled,
+)
+from .keyed_random import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys
 from .sampler import draws_drafts, greedy_chooser, sampling_chooser
 from .types import Rollout
 
@@ -32,7 +39,7 @@ class LiveSettings:
         num_drafts (`int`): Drafts per block, K.
         max_new_tokens (`int`): Longest response.
         sampling ([`SamplingSettings`]): Temperature, top-k and top-p; temperature 0 decodes greedily.
-        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's law).
+        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's distribution).
         eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
         keep_branch_hidden (`bool`): Record the target's hidden states on draft-induced states.
     """
@@ -67,7 +74,7 @@ def rollout_live(
     """
     Decode a batch of prompts speculatively until every row ends.
 
-    The text is the target's own: its greedy continuation at temperature 0, a draw from its law otherwise, whatever the
+    The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise, whatever the
     drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
     Decoding](https://huggingface.co/papers/2211.17192), section 2.3.
 
@@ -291,8 +298,8 @@ class _LiveBatch:
         """Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts."""
         if self.settings.sampling.is_greedy:
             return logits.argmax(dim=-1)
-        law = token_probs(logits, self.settings.sampling)
-        return choose_tokens(law, self._uniforms(last_positions, 0, LIVE_TOKEN))
+        distribution = token_probs(logits, self.settings.sampling)
+        return choose_tokens(distribution, self._uniforms(last_positions, 0, LIVE_TOKEN))
 
     def _retire(self, ended: torch.Tensor) -> None:
         """Take finished rows out of the batch, and drop masked slots when they outgrow the live ones."""

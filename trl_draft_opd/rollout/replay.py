@@ -17,9 +17,15 @@ import torch
 from torch import Tensor
 
 from ..drafters.base import DraftContext, Drafter
-from ..draws import REPLAY_ACCEPT, REPLAY_DRAFT, keyed_uniforms
-from ..target import FrozenTarget, TargetReading
-from ..verification import SamplingSettings, choose_tokens, sample_posterior, settle_blocks, token_probs
+from ..target.frozen import FrozenTarget, TargetReading
+from .acceptance import (
+    SamplingSettings,
+    choose_tokens,
+    sample_posterior,
+    settle_blocks,
+    token_probs,
+)
+from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, keyed_uniforms
 from .sampler import draws_drafts
 from .types import Rollout, response_ends
 
@@ -49,8 +55,8 @@ class ReplaySettings:
 
     Attributes:
         num_drafts (`int`): Drafts per block, K.
-        sampling ([`SamplingSettings`]): The law the text was sampled from; temperature 0 for greedy text.
-        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's law).
+        sampling ([`SamplingSettings`]): The distribution the text was sampled from; temperature 0 for greedy text.
+        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's distribution).
         keep_branch_hidden (`bool`): Also draft behind first rejections, and score those branches with the target.
         seed (`int`), epoch (`int`): Keys of the draws; unused where drafts are argmax.
         segment_length (`int`): Tokens per segment walked in parallel; 1 drafts at every position in one pass.
@@ -79,7 +85,7 @@ def rollout_replay(
     Find the chain of blocks the drafter makes along each response of the text.
 
     Equal to [`rollout_live`] at temperature 0 on the same text. At a temperature above 0 the blocks are drawn from their
-    exact law given the text, see `sample_posterior`.
+    exact distribution given the text, see `sample_posterior`.
 
     Args:
         target ([`FrozenTarget`]): Writer of the text.
@@ -182,7 +188,7 @@ class _Walk:
             self.suffixes = ids.new_zeros(*ids.shape, settings.num_drafts)
 
     def _find_impossible_rows(self) -> Tensor:
-        """Return the rows holding a token of probability 0 under the law they are said to be drawn from, `(B,)`."""
+        """Return the rows holding a token of probability 0 under the distribution they are said to be drawn from, `(B,)`."""
         ids, is_written = self.text.input_ids, self.text.completion_mask
         is_refused = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         if not self.draws:
@@ -190,8 +196,8 @@ class _Walk:
         rows, positions = is_written.nonzero(as_tuple=True)
         for part in torch.arange(len(rows), device=ids.device).split(self._chunk_rows()):
             states = self.reading.last_hidden[rows[part], positions[part] - 1]
-            law = token_probs(self.target.project(states), self.settings.sampling)
-            is_possible = law.gather(1, ids[rows[part], positions[part]][:, None])[:, 0] > 0
+            distribution = token_probs(self.target.project(states), self.settings.sampling)
+            is_possible = distribution.gather(1, ids[rows[part], positions[part]][:, None])[:, 0] > 0
             is_refused[rows[part][~is_possible]] = True
         return is_refused
 
@@ -305,14 +311,16 @@ class _Walk:
                 drafts[part] = self.drafter.to_target_ids(logits.argmax(dim=-1))
                 is_kept[part] = drafts[part] == committed[part]
                 continue
-            draft_law = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
+            draft_distribution = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
             states = self.reading.last_hidden[rows[part], anchors[part] + slot - 1]
-            target_law = token_probs(self.target.project(states), self.settings.sampling).to(draft_law)
+            target_distribution = token_probs(self.target.project(states), self.settings.sampling).to(
+                draft_distribution
+            )
             chosen, accepted = sample_posterior(
                 committed[part, None],
                 None,
-                draft_law[:, None],
-                target_law[:, None],
+                draft_distribution[:, None],
+                target_distribution[:, None],
                 self._uniforms(rows[part], anchors[part], slot, REPLAY_ACCEPT)[:, None],
                 self._uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT)[:, None],
                 torch.ones_like(committed[part, None], dtype=torch.bool),
@@ -325,7 +333,7 @@ class _Walk:
         return keyed_uniforms(settings.seed, settings.epoch, self.sample_ids[rows, 0], anchors, slot, purpose)
 
     def _chunk_rows(self) -> int:
-        """Rows of logits that fit the budget; a law and its cumulative sum stand beside them where drafts are drawn."""
+        """Rows of logits that fit the budget; a distribution and its cumulative sum stand beside them where drafts are drawn."""
         return max(1, self.settings.chunk_bytes // ((16 if self.draws else 4) * self.target.vocab_size))
 
     # -- what it hands on ----------------------------------------------------------------------------------------------
@@ -391,13 +399,13 @@ class _Walk:
         self.drafter.draft_along(self.context, current, tokens, num_drafts, self.target.embed, decide)
 
     def _choose(self, hidden: Tensor, rows: Tensor, anchors: Tensor, slot: int) -> Tensor:
-        """Return the draft of `slot` at each of N blocks from the drafter's own law."""
+        """Return the draft of `slot` at each of N blocks from the drafter's own distribution."""
         chosen = torch.zeros_like(rows)
         for part in torch.arange(len(rows), device=rows.device).split(self._chunk_rows()):
             logits = self.drafter.draft_logits(hidden[part], self.target.project)
             if self.draws:
-                law = token_probs(logits, self.settings.sampling)
-                draft_ids = choose_tokens(law, self._uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT))
+                distribution = token_probs(logits, self.settings.sampling)
+                draft_ids = choose_tokens(distribution, self._uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT))
             else:
                 draft_ids = logits.argmax(dim=-1)
             chosen[part] = self.drafter.to_target_ids(draft_ids)

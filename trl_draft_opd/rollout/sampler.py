@@ -6,7 +6,7 @@ How drafts are chosen from draft logits: argmax, or draws from uniforms that are
 import torch
 
 from ..drafters.base import ChooseDrafts
-from ..verification import SamplingSettings, choose_tokens, token_probs
+from .acceptance import SamplingSettings, choose_tokens, token_probs
 
 
 DRAFT_SAMPLING = ("greedy", "sample")
@@ -35,7 +35,7 @@ def greedy_chooser() -> ChooseDrafts:
 
 def sampling_chooser(sampling: SamplingSettings, uniforms: torch.Tensor) -> ChooseDrafts:
     """
-    Return a chooser that draws each slot's draft from the warped draft law.
+    Return a chooser that draws each slot's draft from the warped draft distribution.
 
     Args:
         sampling ([`SamplingSettings`]): Temperature, top-k and top-p, the same as the target's.

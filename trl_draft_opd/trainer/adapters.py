@@ -18,8 +18,8 @@ from torch import nn
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..drafters.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
-from .launch import is_sharded
+from ..drafters.published.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
+from ..runs.distributed.launch import is_sharded
 
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .._trl import _BaseConfig
 from ..losses import LOSS_TYPES
+from ..rollout.acceptance import SamplingSettings
 from ..rollout.sampler import check_draft_sampling
-from ..verification import SamplingSettings
+from ..utils.private_trl import _BaseConfig
 
 
 SLOT_WEIGHTINGS = ("decay", "d_pace")
@@ -59,9 +59,9 @@ class DraftTrainingConfig(_BaseConfig):
 
         > Parameters that control the target's answers
 
-        trajectories (`str`, *optional*):
+        responses (`str`, *optional*):
             Folder that keeps the target's answers to the prompts, as `trl-draft-opd generate` writes it; answers missing there
-            are added. Defaults to `_trajectories` in `output_dir`, which is never pushed. Give SFT and Draft-OPD one folder to have
+            are added. Defaults to `_responses` in `output_dir`, which is never pushed. Give SFT and Draft-OPD one folder to have
             them written once.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Prompts the target answers together. Larger batches cost less per token until the device's memory is full.
@@ -100,9 +100,9 @@ class DraftTrainingConfig(_BaseConfig):
         temperature (`float`, *optional*, defaults to `0.0`):
             Temperature of the target in rollouts and evaluation; 0 decodes greedily, as the paper does.
         top_k (`int`, *optional*, defaults to `0`), top_p (`float`, *optional*, defaults to `1.0`):
-            Filters of the target's law at a temperature above 0; off, as 0 and 1.0.
+            Filters of the target's distribution at a temperature above 0; off, as 0 and 1.0.
         draft_sampling (`str`, *optional*, defaults to `"greedy"`):
-            `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drafts are drawn from its law.
+            `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drafts are drawn from its distribution.
 
         > Parameters that control evaluation
 
@@ -182,7 +182,7 @@ class DraftTrainingConfig(_BaseConfig):
         default=None, metadata={"help": "Arguments of the chat template, as JSON on the command line."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes used to tokenize."})
-    trajectories: str | None = field(default=None, metadata={"help": "Folder that keeps the target's answers."})
+    responses: str | None = field(default=None, metadata={"help": "Folder that keeps the target's answers."})
     generation_batch_size: int = field(default=32, metadata={"help": "Prompts the target answers together."})
     accepted_loss: str = field(
         default="forward_kl", metadata={"help": f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}."}
@@ -204,7 +204,8 @@ class DraftTrainingConfig(_BaseConfig):
         default=1.0, metadata={"help": "Keep the smallest set of tokens with this mass; 1.0 keeps all."}
     )
     draft_sampling: str = field(
-        default="greedy", metadata={"help": "`greedy`: drafts are argmax; `sample`: drawn from the drafter's law."}
+        default="greedy",
+        metadata={"help": "`greedy`: drafts are argmax; `sample`: drawn from the drafter's distribution."},
     )
     eval_rollouts: bool = field(
         default=True, metadata={"help": "Decode the evaluation prompts and report tau and acceptance per slot."}
@@ -275,7 +276,7 @@ class DraftTrainingConfig(_BaseConfig):
             raise ValueError(f"`num_drafts` must be at least 1, got {self.num_drafts}.")
 
     def sampling_settings(self) -> SamplingSettings:
-        """Return the target's sampling law as one object; raises `ValueError` when a value is out of range."""
+        """Return the target's sampling distribution as one object; raises `ValueError` when a value is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     @property

@@ -3,8 +3,13 @@
 
 from dataclasses import dataclass, field
 
-from ..anchors import REJECTED_SCOPES
-from .common_config import DraftTrainingConfig, check_choice, check_loss_type, check_position_decay
+from ..rollout.blocks import REJECTED_SCOPES
+from .common_config import (
+    DraftTrainingConfig,
+    check_choice,
+    check_loss_type,
+    check_position_decay,
+)
 
 
 SUPERVISED_ANCHORS = ("random", "error")
@@ -20,7 +25,7 @@ class DraftOPDConfig(DraftTrainingConfig):
 
         rollout (`str`, *optional*, defaults to `"replay"`):
             `"replay"`: the target answers every prompt once, and each step drafts along its answers with the current drafter: the
-            blocks of live decoding (exactly at temperature 0, in law above it) without its cost. `"live"`: the pair decodes every
+            blocks of live decoding (exactly at temperature 0, in distribution above it) without its cost. `"live"`: the pair decodes every
             prompt in every step.
         completions_from_target (`bool`, *optional*, defaults to `False`):
             Declare that the dataset's completions were written by this target under these sampling settings, and walk them as they
@@ -128,9 +133,9 @@ class DraftOPDConfig(DraftTrainingConfig):
         }.items():
             check_choice(name, getattr(self, name), known)
         self._check_streams()
-        if self.completions_from_target and (self.rollout == "live" or self.trajectories is not None):
+        if self.completions_from_target and (self.rollout == "live" or self.responses is not None):
             raise ValueError(
-                "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and `trajectories` would "
+                "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and `responses` would "
                 "put aside. Leave one of the two out."
             )
         if self.reading_bytes < 0:

@@ -14,41 +14,41 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .._trl import _ForwardRedirection
-from ..anchors import (
-    AnchorBatch,
+from ..data.collators import PromptCollator, TextCollator
+from ..data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
+from ..drafters.base import Drafter
+from ..rollout.blocks import (
+    BlockBatch,
     draft_text,
     join_blocks,
+    mark_slots,
     random_anchors,
-    replay_errors,
     sample_anchors,
 )
-from ..data import PromptCollator, TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
-from ..drafters.base import Drafter
-from ..draws import DrawKeys
+from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
 from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
 from ..rollout.types import Rollout
-from ..target import FrozenTarget, TargetReading
-from ..target_checks import naming_rows
+from ..runs.distributed.launch import loss_entry
+from ..runs.distributed.sharding import whole_drafter
+from ..runs.out_of_memory import explained_memory
+from ..target.checks import naming_rows
+from ..target.frozen import FrozenTarget, TargetReading
+from ..utils.private_trl import _ForwardRedirection
 from .adapters import adapt_drafter
-from .batches import prompt_rows, regroup_by_length, text_of_rollout
-from .completions import print_rollout
 from .draft_opd_config import DraftOPDConfig
-from .launch import loss_entry
-from .memory import explained_memory
 from .metrics import rollout_sums
-from .publishing import PublishingTrainer
-from .responses import ResponseSource
-from .setup import (
+from .pair import (
     check_mask_token,
     compile_drafter,
     load_drafter,
     load_target,
     require_tokenizer,
 )
-from .sharding import whole_drafter
+from .publishing import PublishingTrainer
+from .rollout_printer import print_rollout
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+from .texts import ResponseSource, prompt_rows, regroup_by_length, text_of_rollout
 
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class DraftOPDTrainer(PublishingTrainer):
 
     trainer = DraftOPDTrainer(
         model="z-lab/Qwen3-4B-DFlash-b16",
-        target_model="Qwen/Qwen3-4B",
+        target="Qwen/Qwen3-4B",
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     )
     trainer.train()
@@ -80,7 +80,7 @@ class DraftOPDTrainer(PublishingTrainer):
     Args:
         model (`str`, `Path` or [`Drafter`]):
             The drafter, or the id or path of one in any published layout.
-        target_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+        target (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
             The target to draft for; frozen.
         args ([`DraftOPDConfig`], *optional*):
             Settings.
@@ -110,7 +110,7 @@ class DraftOPDTrainer(PublishingTrainer):
     def __init__(
         self,
         model: str | Path | Drafter,
-        target_model: str | Path | PreTrainedModel | FrozenTarget,
+        target: str | Path | PreTrainedModel | FrozenTarget,
         args: DraftOPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -120,7 +120,7 @@ class DraftOPDTrainer(PublishingTrainer):
         peft_config: "PeftConfig | None" = None,
     ):
         args = args or DraftOPDConfig("drafter-opd")
-        self.target = load_target(target_model, args, processing_class)
+        self.target = load_target(target, args, processing_class)
         is_forward_only = args.rollout == "replay" and (args.rejected_scope == "first" or args.rejected_weight == 0)
         # Replay of first rejections reads committed text alone; else a target that cannot branch is refused before a rollout.
         if not is_forward_only or eval_dataset is not None:
@@ -286,14 +286,12 @@ class DraftOPDTrainer(PublishingTrainer):
         anchors = self._add_supervised(self._error_blocks(rollout), chain, text.sample_ids, epoch)
         return {"rollout": rollout, "anchors": anchors, "sample_ids": torch.tensor(text.sample_ids)}
 
-    def _error_blocks(self, rollout: Rollout) -> AnchorBatch:
+    def _error_blocks(self, rollout: Rollout) -> BlockBatch:
         # A rollout has no suffixes where they carry no weight.
         rejected_scope = "suffix" if self._needs_branches else "first"
-        return replay_errors(rollout, rejected_scope=rejected_scope, eos_token_ids=self.target.eos_token_ids)
+        return mark_slots(rollout, rejected_scope=rejected_scope, eos_token_ids=self.target.eos_token_ids)
 
-    def _add_supervised(
-        self, blocks: AnchorBatch, chain: Rollout, sample_ids: Sequence[int], epoch: int
-    ) -> AnchorBatch:
+    def _add_supervised(self, blocks: BlockBatch, chain: Rollout, sample_ids: Sequence[int], epoch: int) -> BlockBatch:
         """Append the blocks of the supervised stream, if it has a share; without one the chain's own need not be drafted."""
         args = self.args
         if args.supervised_weight == 0:
@@ -392,7 +390,7 @@ class DraftOPDTrainer(PublishingTrainer):
         return result.loss + entry, result.sums
 
     def _step_loss(
-        self, rollout: Rollout, anchors: AnchorBatch, sums: torch.Tensor, reading: TargetReading
+        self, rollout: Rollout, anchors: BlockBatch, sums: torch.Tensor, reading: TargetReading
     ) -> StepLoss:
         return step_loss(
             self.accelerator.unwrap_model(self.model),

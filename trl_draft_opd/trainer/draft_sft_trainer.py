@@ -12,27 +12,28 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .._trl import _ForwardRedirection
-from ..anchors import sample_anchors
-from ..data import TextCollator, tokenize_prompt_dataset, tokenize_sft_dataset
+from ..data.collators import TextCollator
+from ..data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
-from ..draws import DrawKeys
+from ..rollout.blocks import sample_anchors
+from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import LiveSettings, rollout_live
-from ..target import FrozenTarget, TargetReading
-from ..target_checks import naming_rows
+from ..runs.distributed.launch import loss_entry
+from ..target.checks import naming_rows
+from ..target.frozen import FrozenTarget, TargetReading
+from ..utils.private_trl import _ForwardRedirection
 from .adapters import adapt_drafter
 from .draft_sft_config import DraftSFTConfig
-from .launch import loss_entry
-from .publishing import PublishingTrainer
-from .responses import answer_all
-from .setup import (
+from .pair import (
     check_mask_token,
     compile_drafter,
     load_drafter,
     load_target,
     require_tokenizer,
 )
+from .publishing import PublishingTrainer
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+from .texts import answer_all
 
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class DraftSFTTrainer(PublishingTrainer):
     target = "Qwen/Qwen3-4B"
     trainer = DraftSFTTrainer(
         model=Eagle3DraftModel.from_target(target),
-        target_model=target,
+        target=target,
         train_dataset=load_dataset("trl-lib/Capybara", split="train"),
     )
     trainer.train()
@@ -61,7 +62,7 @@ class DraftSFTTrainer(PublishingTrainer):
     Args:
         model (`str`, `Path` or [`Drafter`]):
             The drafter, or the id or path of one in any published layout.
-        target_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+        target (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
             The target to draft for; frozen.
         args ([`DraftSFTConfig`], *optional*):
             Settings.
@@ -90,7 +91,7 @@ class DraftSFTTrainer(PublishingTrainer):
     def __init__(
         self,
         model: str | Path | Drafter,
-        target_model: str | Path | PreTrainedModel | FrozenTarget,
+        target: str | Path | PreTrainedModel | FrozenTarget,
         args: DraftSFTConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -100,7 +101,7 @@ class DraftSFTTrainer(PublishingTrainer):
         peft_config: "PeftConfig | None" = None,
     ):
         args = args or DraftSFTConfig("drafter-sft")
-        self.target = load_target(target_model, args, processing_class)
+        self.target = load_target(target, args, processing_class)
         if eval_dataset is not None and args.eval_rollouts:
             # Now rather than after the first epoch.
             self.target.require_rollback()

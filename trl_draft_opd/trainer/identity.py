@@ -6,8 +6,8 @@ What makes a trainer's run this one and no other, as digests and settings.
 from typing import Any
 
 from ..export.record import recorded_settings
-from ..trajectories.origin import fingerprint_weights, hash_config, hash_tokenizer
-from .run_state import RunIdentity, dataset_digest, digest_of
+from ..responses.origin import fingerprint_weights, hash_config, hash_tokenizer
+from ..runs.run_state import RunIdentity, dataset_digest, digest_of
 
 
 # What the config of a drafter calls itself or its target by, which changes nothing.

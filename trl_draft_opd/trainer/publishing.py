@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..durable import clear_leftovers, move_files, staging_folder
 from ..evaluation import bootstrap_tau
 from ..export import export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
@@ -41,14 +40,21 @@ from ..export.record import (
     write_record,
 )
 from ..rollout.types import Rollout
-from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
+from ..runs.distributed.launch import evaluating_before_training, is_sharded
+from ..runs.distributed.sharding import full_weights
+from ..runs.guard import check_weights
+from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
+from .adapters import (
+    adapter_settings,
+    check_adapter_launch,
+    is_adapted,
+    merged_drafter,
+    save_drafter,
+)
 from .common_config import DraftTrainingConfig
-from .guard import check_weights
-from .launch import evaluating_before_training, is_sharded
+from .hub_names import check_publishing, repository_name, require_target_id, target_id_of
 from .metrics import MetricSums, rollout_sums
-from .repository import check_publishing, repository_name, require_target_id, target_id_of
 from .resuming import ResumingTrainer
-from .sharding import full_weights
 
 
 logger = logging.getLogger(__name__)

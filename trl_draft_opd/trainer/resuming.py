@@ -23,11 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from .._trl import _BaseTrainer
-from ..drafters.importing import SAFETENSORS_FILE
-from ..target import FrozenTarget
-from .adapters import is_adapted, load_adapter_weights
-from .checkpoints import (
+from ..drafters.published.checkpoint import SAFETENSORS_FILE
+from ..runs.checkpoints import (
     Checkpoint,
     DamagedCheckpoint,
     check_output_dir,
@@ -38,14 +35,8 @@ from .checkpoints import (
     read_checkpoint,
     writing_checkpoint,
 )
-from .common_config import DraftTrainingConfig
-from .guard import NonFiniteGuard, check_weights
-from .identity import describe_run
-from .launch import prepare_drafter
-from .memory import explained_memory
-from .metrics import MetricSums
-from .run_state import RankState, RunIdentity, RunState, random_states, set_random_states
-from .sharding import (
+from ..runs.distributed.launch import prepare_drafter
+from ..runs.distributed.sharding import (
     OptimizerState,
     full_optimizer_state,
     full_weights,
@@ -53,7 +44,16 @@ from .sharding import (
     load_full_weights,
     whole_drafter,
 )
-from .stopping import EXIT_CODE, StopRequest
+from ..runs.guard import NonFiniteGuard, check_weights
+from ..runs.out_of_memory import explained_memory
+from ..runs.run_state import RankState, RunIdentity, RunState, random_states, set_random_states
+from ..runs.sigterm import EXIT_CODE, StopRequest
+from ..target.frozen import FrozenTarget
+from ..utils.private_trl import _BaseTrainer
+from .adapters import is_adapted, load_adapter_weights
+from .common_config import DraftTrainingConfig
+from .identity import describe_run
+from .metrics import MetricSums
 
 
 logger = logging.getLogger(__name__)

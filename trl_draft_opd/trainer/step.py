@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..anchors import AnchorBatch
 from ..drafters.base import Drafter
 from ..losses import (
     Head,
@@ -22,7 +21,8 @@ from ..losses import (
     score_labels,
     stream_scale,
 )
-from ..target import FrozenTarget, TargetReading
+from ..rollout.blocks import BlockBatch
+from ..target.frozen import FrozenTarget, TargetReading
 
 
 STREAMS = ("accepted", "rejected", "supervised")
@@ -78,7 +78,7 @@ class StepLoss:
 
 
 def row_weights(
-    anchors: AnchorBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
+    anchors: BlockBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
     Return the weight of every slot in a stream, `(B, A, K)`, zero outside of it and throughout a stream without a share.
@@ -95,7 +95,7 @@ def row_weights(
 
 
 def weight_sums(
-    batches: list[AnchorBatch], settings: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
+    batches: list[BlockBatch], settings: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
     Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64.
@@ -118,7 +118,7 @@ def step_loss(
     target: FrozenTarget,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    anchors: AnchorBatch,
+    anchors: BlockBatch,
     branch_hidden: torch.Tensor | None,
     settings: dict[str, StreamSettings],
     global_weight_sums: torch.Tensor,
@@ -133,7 +133,7 @@ def step_loss(
         drafter ([`Drafter`]): Gradient flows into it.
         target ([`FrozenTarget`]): Reads the text once.
         input_ids (`torch.LongTensor` of shape `(B, L)`), attention_mask (`torch.LongTensor` of shape `(B, L)`): The text.
-        anchors ([`AnchorBatch`]): Where to draft and which slots belong to which stream.
+        anchors ([`BlockBatch`]): Where to draft and which slots belong to which stream.
         branch_hidden (`torch.Tensor` of shape `(B, A', K, H)`, *optional*):
             The target's hidden states on draft-induced states of the first `A'` blocks; needed when a slot lies behind a first
             rejection.
@@ -204,7 +204,7 @@ def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:
     )
 
 
-def _stream_mask(anchors: AnchorBatch, stream: str) -> torch.Tensor:
+def _stream_mask(anchors: BlockBatch, stream: str) -> torch.Tensor:
     if stream == "supervised" and anchors.is_supervised is None:
         return torch.zeros_like(anchors.is_accepted)
     masks = {
@@ -215,7 +215,7 @@ def _stream_mask(anchors: AnchorBatch, stream: str) -> torch.Tensor:
     return masks[stream]
 
 
-def _weighed_slots(anchors: AnchorBatch, settings: dict[str, StreamSettings]) -> torch.Tensor:
+def _weighed_slots(anchors: BlockBatch, settings: dict[str, StreamSettings]) -> torch.Tensor:
     """Return the slots of streams with a share that stand for a committed token, `(B, A, K)`."""
     mask = torch.zeros_like(anchors.is_accepted)
     for name in settings:
@@ -252,7 +252,7 @@ def _slot_factors(
 
 
 def _target_states(
-    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: AnchorBatch, picked: torch.Tensor
+    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: BlockBatch, picked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Return the distinct target states of the picked slots, `(M, H)`, and which of them each slot is compared with, `(N,)`.

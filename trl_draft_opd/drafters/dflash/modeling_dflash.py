@@ -18,10 +18,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
 from ..attention import anchored_attention
-from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
+from ..base import (
+    ChooseDrafts,
+    DecideSlot,
+    DraftContext,
+    Drafter,
+    Embed,
+    Project,
+    Proposal,
+)
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
-from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target, spread_layer_ids
+from ..target_shape import (
+    check_layer_ids,
+    require_layer_ids,
+    shape_from_target,
+    spread_layer_ids,
+)
 from .configuration_dflash import DFlashDraftConfig
 
 

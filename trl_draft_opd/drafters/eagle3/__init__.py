@@ -2,7 +2,12 @@
 """EAGLE-3: a recurrent one-layer drafter over fused target features."""
 
 from .configuration_eagle3 import Eagle3DraftConfig
-from .draft_vocabulary import DraftVocabulary, build_draft_vocabulary, check_draft_vocabulary, count_tokens
+from .draft_vocabulary import (
+    DraftVocabulary,
+    build_draft_vocabulary,
+    check_draft_vocabulary,
+    count_tokens,
+)
 from .modeling_eagle3 import Eagle3DraftModel
 
 

@@ -17,7 +17,15 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ..attention import anchored_attention
-from ..base import ChooseDrafts, DecideSlot, DraftContext, Drafter, Embed, Project, Proposal
+from ..base import (
+    ChooseDrafts,
+    DecideSlot,
+    DraftContext,
+    Drafter,
+    Embed,
+    Project,
+    Proposal,
+)
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target

@@ -1,0 +1,79 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Rows of token ids to padded batches. Padding stands on the right, except in `left_pad_prompts`. Knows no tokenizer and no model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the padded sequences and their mask. It follows lengths, so the pad id may be a token of the text."""
+    ids = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    return padded, pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side=side)
+
+
+def left_pad_prompts(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Pad prompts on the left, as `generate` reads them.
+
+    Returns:
+        `input_ids` and `attention_mask` (1 on tokens of the prompt), `torch.LongTensor` of shape `(B, P)` on `device`.
+    """
+    input_ids, attention_mask = _pad(prompts, pad_token_id, "left")
+    return input_ids.to(device), attention_mask.to(device)
+
+
+@dataclass
+class TextCollator:
+    """
+    Pad rows of [`tokenize_sft_dataset`] on the right: `input_ids`, `attention_mask` (`torch.LongTensor` of shape `(B,
+    L)`), `completion_mask` (`torch.BoolTensor` of that shape), `sample_ids` (`torch.LongTensor` of shape `(B,)`).
+
+    Args:
+        pad_token_id (`int`):
+            Id to pad with; it may be an EOS id.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = _pad([row["input_ids"] for row in rows], self.pad_token_id, "right")
+        completion_mask, _ = _pad([row["completion_mask"] for row in rows], 0, "right")
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "completion_mask": completion_mask.bool(),
+            "sample_ids": torch.tensor([row["sample_id"] for row in rows], dtype=torch.long),
+        }
+
+
+@dataclass
+class PromptCollator:
+    """
+    Pad rows of [`tokenize_prompt_dataset`] on the right: `prompt_ids` and `prompt_mask` (`torch.LongTensor` of shape
+    `(B, P)`), `sample_ids` (`torch.LongTensor` of shape `(B,)`) and, if rows carry completions, these from column 0
+    on: `completion_ids` (`torch.LongTensor` of shape `(B, R)`), `completion_mask` (`torch.BoolTensor` of shape `(B, R)`).
+
+    Args:
+        pad_token_id (`int`):
+            Id to pad with; it may be an EOS id.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        sample_ids = torch.tensor([row["sample_id"] for row in rows], dtype=torch.long)
+        prompt_ids, prompt_mask = _pad([row["prompt_ids"] for row in rows], self.pad_token_id, "right")
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "sample_ids": sample_ids}
+        if "completion_ids" in rows[0]:
+            completion_ids, mask = _pad([row["completion_ids"] for row in rows], self.pad_token_id, "right")
+            batch |= {"completion_ids": completion_ids, "completion_mask": mask.bool()}
+        return batch

@@ -1,0 +1,425 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Translate the `config.json` of a published drafter: decide its family and layout, and state it in this package's terms.
+
+Refuses, with the reason, whatever would compute something else than the drafters here do. Pure: opens no file, builds
+no model.
+
+Layer ids are published in two ways: a boundary `b` counts the target layers that have run, an id `b - 1` names the layer
+whose output is read. This package always means the latter.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import LlamaConfig, MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
+
+from ..target_shape import refuse_misspelt, require_layer_ids
+
+
+# First entry of `architectures` -> family and layout, for folders that are not in the speculators format.
+_KNOWN = {
+    "LlamaForCausalLMEagle3": ("eagle3", "flat"),
+    "Eagle3LlamaForCausalLM": ("eagle3", "flat"),
+    "LlamaForCausalLM": ("eagle3", "flat"),
+    "DFlashDraftModel": ("dflash", "flat"),
+    "MuseGlimmerAssistantModel": ("dflash", "transformers"),
+}
+_KNOWN_SPECULATORS = {"Eagle3DraftModel": "eagle3", "Eagle3Speculator": "eagle3", "DFlashDraftModel": "dflash"}
+
+_DFLASH2 = "DFlash2 (convolutions and a candidate selector)"
+_DSPARK = "DSpark (a Markov head, and slots that propose the next token)"
+_DOMINO = "Domino (a recurrent head over the drafted prefix)"
+_PEAGLE = "P-EAGLE (all drafts in one pass from a learned hidden state)"
+_EAGLE1 = "EAGLE-1/2 (features of the last layer alone)"
+_QK_NORM = "EAGLE-3 with query and key norms (the Qwen3 layer)"
+_UNSUPPORTED = {
+    "DFlash2DraftModel": _DFLASH2,
+    "Qwen3DSparkModel": _DSPARK,
+    "DSparkDraftModel": _DSPARK,
+    "DominoDraftModel": _DOMINO,
+    "PEagleDraftModel": _PEAGLE,
+    "PeagleLlamaForCausalLM": _PEAGLE,
+    "PeagleQwen3ForCausalLM": _PEAGLE,
+    "EagleLlamaForCausalLM": _EAGLE1,
+    "LlamaForCausalLMEagle": _EAGLE1,
+    "Eagle3Qwen3ForCausalLM": _QK_NORM,
+    # The same variants as `speculators_model_type` and as `dflash_config.projector_type`.
+    "dflash2": _DFLASH2,
+    "dspark": _DSPARK,
+    "domino": _DOMINO,
+    "peagle": _PEAGLE,
+    "eagle": _EAGLE1,
+}
+
+# Key -> values that change nothing, and what another value would mean.
+_REFUSED = {
+    "attention_bias": ((None, False), "biases in the attention projections"),
+    "mlp_bias": ((None, False), "biases in the MLP"),
+    "quantization_config": ((None,), "quantised weights"),
+    "partial_rotary_factor": ((None, 1.0), "RoPE on a part of each head"),
+    "rope_dim": ((None,), "RoPE on a part of each head"),
+}
+_REFUSED_EAGLE3 = _REFUSED | {
+    "use_aux_hidden_state": ((None, True), "features of the last layer alone, as in EAGLE-1/2"),
+    "parallel_drafting": ((None, False), _PEAGLE),
+    "pard_token": ((None,), _PEAGLE),
+    "embed_requires_grad": ((None, False), "a trained embedding of its own (drafters here read the target's)"),
+}
+_REFUSED_DFLASH = _REFUSED | {
+    "use_swa": ((None, False), "sliding-window attention"),
+    "attention_sink_bias": ((None, False), "attention sinks"),
+    "attention_value_scale": ((None, 1.0), "scaled values"),
+    "final_logit_softcapping": ((None,), "capped logits"),
+    "output_multiplier": ((None, 1.0), "scaled hidden states"),
+    "input_embedding_scale": ((None, 1.0), "scaled embeddings"),
+    "sample_from_anchor": ((None, False), "an anchor slot that proposes a token"),
+}
+
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings"
+).split()
+_COPIED = ("hidden_act", "rms_norm_eps", "initializer_range")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_NORM_FLAGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+# Every name that is looked at, in whatever section; a misspelt one would leave a default in its place.
+_READ = {
+    *(*_SIZES, *_COPIED, *_TOKEN_IDS, *_NORM_FLAGS, *_REFUSED_EAGLE3, *_REFUSED_DFLASH),
+    *(
+        "architectures",
+        "speculators_model_type",
+        "speculators_config",
+        "eagle_config",
+        "dflash_config",
+        "projector_type",
+    ),
+    *(
+        "transformer_layer_config",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "num_target_layers",
+        "target_hidden_size",
+    ),
+    *(
+        "target_model_name_or_path",
+        "target_model_revision",
+        "eagle_aux_hidden_state_layer_ids",
+        "num_aux_hidden_states",
+    ),
+    *(
+        "aux_hidden_state_layer_ids",
+        "target_layer_ids",
+        "draft_vocab_size",
+        "ttt_steps",
+        "block_size",
+        "mask_token_id",
+    ),
+    *("layer_types", "use_sliding_window", "is_causal", "causal"),
+}
+# What transformers itself writes, read here or not.
+_WRITTEN = {each.name for kind in (LlamaConfig, Qwen3Config, MuseGlimmerAssistantConfig) for each in fields(kind)}
+
+
+@dataclass(frozen=True)
+class ImportedConfig:
+    """
+    What a published `config.json` says.
+
+    Attributes:
+        family (`str`): `"eagle3"` or `"dflash"`.
+        layout (`str`): `"flat"`, `"speculators"` or `"transformers"`.
+        architectures (`list[str]`): As written.
+        config_kwargs (`dict[str, Any]`): Arguments of the family's config class; what is not stated is left out.
+        raw (`dict[str, Any]`): The published content.
+    """
+
+    family: str
+    layout: str
+    architectures: list[str]
+    config_kwargs: dict[str, Any]
+    raw: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """The places of one `config.json`: all of it, the decoder layer's shape, and the family's own nested section."""
+
+    layout: str
+    raw: dict[str, Any]
+    shape: dict[str, Any]
+    nested: dict[str, Any]
+    nested_name: str
+
+    def stated(self, key: str) -> dict[str, Any]:
+        return {key: self.raw.get(key), f"{self.nested_name}.{key}": self.nested.get(key)}
+
+
+def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ImportedConfig:
+    """
+    Translate a published `config.json`.
+
+    `architectures` and the speculators keys decide, never `model_type`: published folders say llama or qwen3 there.
+
+    Args:
+        raw (`dict[str, Any]`):
+            Content of `config.json`.
+        num_target_layers (`int` or `None`):
+            Layers of the target. EAGLE-3 configs that name no layer ids mean the outputs after 2, N // 2 and N - 3
+            layers, which needs N.
+
+    Returns:
+        `ImportedConfig`
+
+    Raises:
+        ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
+            contradict each other, a key is misspelt, or something is missing.
+    """
+    family, layout = _decide(raw)
+    nested_name = {"eagle3": "eagle_config", "dflash": "dflash_config"}[family]
+    shape = _mapping(raw, "transformer_layer_config") if layout == "speculators" else raw
+    sections = _Sections(layout, raw, shape, _mapping(raw, nested_name), nested_name)
+    for section in (raw, shape, sections.nested):
+        refuse_misspelt(set(section) - _READ - _WRITTEN, _READ, "config.json")
+        for key, (accepted, meaning) in (_REFUSED_EAGLE3 if family == "eagle3" else _REFUSED_DFLASH).items():
+            if section.get(key) not in accepted:
+                raise _refusal(key, section[key], meaning)
+    kwargs = _shared_kwargs(sections, num_target_layers, _class_of_defaults(family, sections))
+    kwargs |= (_eagle3_kwargs if family == "eagle3" else _dflash_kwargs)(sections, kwargs)
+    stated = {key: value for key, value in kwargs.items() if value is not None}
+    return ImportedConfig(family, layout, list(raw.get("architectures") or []), stated, raw)
+
+
+def _decide(raw: dict[str, Any]) -> tuple[str, str]:
+    """Return family and layout."""
+    name = (raw.get("architectures") or [None])[0]
+    kind = raw.get("speculators_model_type") or _mapping(raw, "speculators_config").get("algorithm")
+    projector = _mapping(raw, "dflash_config").get("projector_type")
+    for stated in (name, kind, projector):
+        if stated in _UNSUPPORTED:
+            raise ValueError(f"{stated!r} is not supported: {_UNSUPPORTED[stated]}. {_readable()}")
+    if projector not in (None, "dflash"):
+        raise ValueError(f"dflash_config.projector_type={projector!r} is unknown and not supported. {_readable()}")
+    if kind is not None or "speculators_config" in raw or "transformer_layer_config" in raw:
+        family = kind or _KNOWN_SPECULATORS.get(name)
+        if family not in ("eagle3", "dflash"):
+            raise ValueError(f"Unknown drafter in the speculators format: {family or name!r}. {_readable()}")
+        return family, "speculators"
+    if name == "LlamaForCausalLM" and "draft_vocab_size" not in raw:
+        raise ValueError(
+            "LlamaForCausalLM without `draft_vocab_size` is a language model, not a drafter. To train a drafter for it use "
+            "`Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+        )
+    if name not in _KNOWN:
+        raise ValueError(f"Unknown drafter architecture {name!r}. {_readable()}")
+    return _KNOWN[name]
+
+
+def _readable() -> str:
+    return (
+        f"Drafters that can be read have `architectures` {sorted(_KNOWN)}, or `speculators_model_type` eagle3 or dflash "
+        f"with {sorted(_KNOWN_SPECULATORS)}."
+    )
+
+
+def _refusal(key: str, value: Any, meaning: str) -> ValueError:
+    return ValueError(
+        f"config.json has {key}={value!r}: {meaning}, which is not supported. If the drafter was trained without it, "
+        "remove the key from config.json."
+    )
+
+
+def _mapping(section: dict[str, Any], key: str) -> dict[str, Any]:
+    value = section.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"config.json has {key}={value!r}; it must be an object.")
+    return value or {}
+
+
+def _agreed(what: str, stated: dict[str, Any]) -> Any:
+    """Return the one value that all places which state it have, or `None`."""
+    present = {where: value for where, value in stated.items() if value is not None}
+    values = list(present.values())
+    if any(value != values[0] for value in values[1:]):
+        raise ValueError(f"Contradiction about {what}: {present}. Remove the wrong one.")
+    return values[0] if values else None
+
+
+def _integer(key: str, value: Any, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"config.json has {key}={value!r}; it must be an integer of at least {least}.")
+    return value
+
+
+def _class_of_defaults(family: str, sections: _Sections) -> type[PreTrainedConfig]:
+    """Return the transformers class whose defaults stand for keys that are not written."""
+    if sections.layout == "transformers":
+        return MuseGlimmerAssistantConfig
+    if sections.layout == "flat":
+        return LlamaConfig if family == "eagle3" else Qwen3Config
+    model_type = sections.shape.get("model_type", {"eagle3": "llama", "dflash": "qwen3"}[family])
+    if family == "eagle3" and model_type == "qwen3":
+        raise _refusal("transformer_layer_config.model_type", "qwen3", _QK_NORM)
+    if model_type not in ("llama", "qwen3"):
+        raise _refusal("transformer_layer_config.model_type", model_type, "a layer that is neither llama nor qwen3")
+    return LlamaConfig if model_type == "llama" else Qwen3Config
+
+
+def _shared_kwargs(
+    sections: _Sections, num_target_layers: int | None, defaults: type[PreTrainedConfig]
+) -> dict[str, Any]:
+    """Return what both families' configs take; `defaults` supplies what is not written."""
+    raw, shape = sections.raw, sections.shape
+    missing = [key for key in _REQUIRED if key not in shape]
+    if missing and sections.layout != "speculators":
+        raise ValueError(f"config.json does not say {missing}. Add them; `vocab_size` is the target's.")
+    kwargs = {key: shape.get(key, getattr(defaults, key, None)) for key in (*_SIZES, *_COPIED)}
+    if kwargs["num_key_value_heads"] is None:
+        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
+    for key in _SIZES:
+        if key != "head_dim" or kwargs[key] is not None:
+            _integer(key, kwargs[key], 1)
+    width = raw.get("target_hidden_size")
+    if width not in (None, kwargs["hidden_size"]):
+        raise ValueError(
+            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}: a drafter of another width "
+            "has an embedding of its own, which is not supported. Drafters here read the target's embedding."
+        )
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    # In the speculators format, the target is named in a section of its own.
+    target = _mapping(_mapping(raw, "speculators_config"), "verifier").get("name_or_path")
+    return kwargs | {
+        **{key: shape.get(key) if raw.get(key) is None else raw[key] for key in _TOKEN_IDS},
+        "rope_parameters": _rope_parameters(shape, defaults.default_theta),
+        "num_target_layers": _agreed(
+            "the target's layers",
+            {"`num_target_layers=`": num_target_layers, **sections.stated("num_target_layers")},
+        ),
+        "target_model_name_or_path": raw.get("target_model_name_or_path", target),
+        "target_model_revision": raw.get("target_model_revision"),
+        "dtype": dtype if dtype in _DTYPES else None,
+    }
+
+
+def _rope_parameters(shape: dict[str, Any], default_theta: float) -> dict[str, Any]:
+    """Return RoPE in the one form of transformers 5; `rope_theta` and `rope_scaling` are its legacy pair."""
+
+    def normalised(key: str) -> dict[str, Any]:
+        parameters = _mapping(shape, key)
+        # Some families keep one set of parameters per layer type.
+        parameters = dict(parameters.get("full_attention", parameters))
+        for part in ("partial_rotary_factor", "rope_dim"):
+            accepted, meaning = _REFUSED[part]
+            if parameters.get(part) not in accepted:
+                raise _refusal(f"{key}.{part}", parameters[part], meaning)
+        if parameters and "rope_type" not in parameters:
+            parameters["rope_type"] = parameters.get("type", "default")
+        if parameters.get("rope_type") == "mrope":
+            parameters["rope_type"] = "default"
+        # On text, all sections of multimodal RoPE hold the same position.
+        dropped = ("type", "partial_rotary_factor", "rope_dim", "mrope_section", "mrope_interleaved")
+        return {name: value for name, value in parameters.items() if name not in dropped}
+
+    new, legacy = normalised("rope_parameters"), normalised("rope_scaling")
+    thetas = {
+        "rope_parameters.rope_theta": new.pop("rope_theta", None),
+        "rope_scaling.rope_theta": legacy.pop("rope_theta", None),
+        "rope_theta": shape.get("rope_theta"),
+    }
+    theta = _agreed("rope_theta", thetas)
+    scaling = _agreed("RoPE scaling", {"rope_parameters": new or None, "rope_scaling": legacy or None})
+    return {"rope_type": "default", **(scaling or {}), "rope_theta": default_theta if theta is None else theta}
+
+
+def _layer_ids(value: Any, where: str, offset: int) -> list[int] | None:
+    """Return 0-based layer ids; `offset` is 1 where boundaries are written, else 0."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in value):
+        raise ValueError(f"config.json has {where}={value!r}; it must be a list of integers.")
+    if offset == 1 and 0 in value:
+        raise ValueError(f"config.json has {where}={value}, where 0 means the embeddings; only layers can be tapped.")
+    return [i - offset for i in value]
+
+
+def _eagle3_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any]:
+    raw, nested, shape = sections.raw, sections.nested, sections.shape
+    if shared["num_hidden_layers"] != 1:
+        meaning = "an EAGLE-3 drafter with more than one layer, which engines read differently"
+        raise _refusal("num_hidden_layers", shared["num_hidden_layers"], meaning)
+    if shape.get("use_sliding_window") or "sliding_attention" in (shape.get("layer_types") or []):
+        raise _refusal("use_sliding_window", True, "sliding-window attention in EAGLE-3")
+    key = "eagle_aux_hidden_state_layer_ids"
+    stated = {
+        # vLLM counts how many layers have run; SGLang and SpecForge name the layer, in the nested section.
+        f"{key}={raw.get(key)} (layers that have run)": _layer_ids(raw.get(key), key, 1),
+        f"eagle_config.{key}={nested.get(key)} (0-based)": _layer_ids(nested.get(key), f"eagle_config.{key}", 0),
+    }
+    layer_ids = _agreed("layer ids (shown as 0-based ids)", stated)
+    num_layers = shared["num_target_layers"]
+    if layer_ids is None and num_layers is None:
+        raise ValueError(
+            "config.json names no layer ids, so the reference convention holds: the outputs after 2, N // 2 and N - 3 of the "
+            "target's N layers. Pass `num_target_layers=N`."
+        )
+    if layer_ids is None:
+        require_layer_ids(None, num_layers)
+        layer_ids = [1, num_layers // 2 - 1, num_layers - 4]
+    count = raw.get("num_aux_hidden_states")
+    if count not in (None, len(layer_ids)):
+        raise ValueError(f"config.json has num_aux_hidden_states={count}, but the layer ids are {layer_ids}.")
+    counts = {key: raw[key] for key in ("draft_vocab_size", "ttt_steps") if raw.get(key) is not None}
+    return {
+        "target_layer_ids": layer_ids,
+        **{key: _integer(key, value, 1) for key, value in counts.items()},
+        **{flag: _norm_flag(flag, sections) for flag in _NORM_FLAGS},
+    }
+
+
+def _norm_flag(flag: str, sections: _Sections) -> bool:
+    value = _agreed(flag, sections.stated(flag))
+    if value is None:
+        # The speculators format's readers take this one for true when it is not written.
+        return sections.layout == "speculators" and flag == "norm_before_residual"
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json has {flag}={value!r}; it must be true or false.")
+    return value
+
+
+def _dflash_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any]:
+    raw, shape = sections.raw, sections.shape
+    layer_types = shape.get("layer_types")
+    if layer_types is None and (sections.layout == "transformers" or shape.get("use_sliding_window")):
+        raise _refusal("layer_types", None, "sliding-window attention by default")
+    if layer_types is not None and set(layer_types) != {"full_attention"}:
+        raise _refusal("layer_types", layer_types, "layers that do not see the whole context")
+    if layer_types is not None and len(layer_types) != shared["num_hidden_layers"]:
+        raise ValueError(f"config.json has {len(layer_types)} layer_types for {shared['num_hidden_layers']} layers.")
+    # `sliding_window_non_causal` speaks of sliding layers only; full attention is not causal in the speculators format.
+    causal = {"is_causal": raw.get("is_causal"), "dflash_config.causal": sections.nested.get("causal")}
+    if _agreed("causality", causal | {"transformer_layer_config.is_causal": shape.get("is_causal")}):
+        raise _refusal("is_causal", True, "blocks whose slots see only earlier slots")
+    if raw.get("draft_vocab_size") not in (None, shared["vocab_size"]):
+        raise _refusal("draft_vocab_size", raw["draft_vocab_size"], "DFlash over a part of the target's vocabulary")
+    aux, boundaries = "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"
+    stated = {where: _layer_ids(ids, where, 0) for where, ids in sections.stated("target_layer_ids").items()}
+    # vLLM reads the EAGLE-3 key even here, and before the others.
+    for key in (aux, boundaries):
+        stated[f"{key}={raw.get(key)} (layers that have run)"] = _layer_ids(raw.get(key), key, 1)
+    found = {
+        "target_layer_ids": _agreed("layer ids (shown as 0-based ids)", stated),
+        "block_size": _agreed("block_size", sections.stated("block_size")),
+        "mask_token_id": _agreed("mask_token_id", sections.stated("mask_token_id")),
+    }
+    missing = [key for key, value in found.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"config.json does not say {missing}. They belong to the trained weights and cannot be guessed: published "
+            "drafters differ. Add them to its dflash_config."
+        )
+    _integer("block_size", found["block_size"], 2)
+    _integer("mask_token_id", found["mask_token_id"], 0)
+    return found

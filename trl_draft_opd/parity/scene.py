@@ -1,0 +1,153 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What every consumer is asked to decode, and what is held against it: the target's plain decoding, our reference loop, and the
+estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens with the end of sequence ignored.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from ..drafters.base import Drafter
+from ..rollout.acceptance import SamplingSettings
+from ..rollout.keyed_random import DrawKeys
+from ..rollout.live import LiveSettings, rollout_live
+from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
+from ..rollout.types import Rollout
+from ..target.frozen import FrozenTarget
+from .counting import started_within
+
+
+GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+# Rows per forward of the replay, and its logits alive at a time: what a small machine holds.
+_REPLAY_ROWS, _CHUNK_BYTES = 8, 1 << 26
+
+
+@dataclass(frozen=True)
+class Scene:
+    """
+    One verification.
+
+    Attributes:
+        target ([`FrozenTarget`]): In float32, because outputs are compared to the last token.
+        target_name (`str` or `None`): Folder or Hub id to load it from, for engines and libraries that read it themselves.
+        folder (`Path`): The published files.
+        drafter ([`Drafter`]): Read afresh from them.
+        prompts (`list[list[int]]`): Token ids.
+        num_drafts (`int`): Drafts per block, K.
+        max_new_tokens (`int`): Tokens whose rounds are counted, N.
+    """
+
+    target: FrozenTarget
+    target_name: str | None
+    folder: Path
+    drafter: Drafter
+    prompts: list[list[int]]
+    num_drafts: int
+    max_new_tokens: int
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens to decode so that every round that starts within N tokens is seen as a whole."""
+        return self.max_new_tokens + self.num_drafts + 1
+
+
+@contextmanager
+def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
+    """Have the target's `generate` decode greedily past every end of sequence, whatever its generation config says."""
+    own = target.causal_lm.generation_config
+    target.causal_lm.generation_config = GenerationConfig(do_sample=False, pad_token_id=target.pad_token_id)
+    try:
+        yield
+    finally:
+        target.causal_lm.generation_config = own
+
+
+@torch.no_grad()
+def generate(scene: Scene, prompt: list[int], **options) -> list[int]:
+    """Return `scene.num_decoded` tokens that the target's own `generate` writes behind a prompt, under further `options`."""
+    ids = torch.tensor([prompt], device=scene.target.device)
+    with decoding_greedily(scene.target):
+        output = scene.target.causal_lm.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=scene.num_decoded, **options
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+def decode_plainly(scene: Scene) -> list[list[int]]:
+    """Return the target's own responses: the truth."""
+    return [generate(scene, prompt) for prompt in scene.prompts]
+
+
+def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
+    """Return responses and chains of our reference loop with the published drafter."""
+    settings = LiveSettings(
+        num_drafts=scene.num_drafts,
+        max_new_tokens=scene.num_decoded,
+        sampling=GREEDY,
+        draft_sampling="greedy",
+        eos_token_ids=[],
+        keep_branch_hidden=False,
+    )
+    responses, chains = [], []
+    for prompt in scene.prompts:
+        rollout = rollout_live(scene.target, scene.drafter, [prompt], settings, DrawKeys(0, 0, [0]))
+        responses += rollout.responses()
+        chains += _chains(rollout, scene.max_new_tokens)
+    return responses, chains
+
+
+def replay(
+    scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
+) -> list[list[int]]:
+    """
+    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without generation.
+
+    Args:
+        scene ([`Scene`]): Prompts and settings.
+        drafter ([`Drafter`]): Any drafter of the same target.
+        responses (`list[list[int]]`): What [`decode_plainly`] returned.
+        num_prompts (`int`, *optional*): Replay the first few alone.
+    """
+    settings = ReplaySettings(
+        num_drafts=scene.num_drafts,
+        sampling=GREEDY,
+        draft_sampling="greedy",
+        keep_branch_hidden=False,
+        seed=0,
+        epoch=0,
+        segment_length=16,
+        chunk_bytes=_CHUNK_BYTES,
+    )
+    chains: list[list[int]] = []
+    pairs = list(zip(scene.prompts, responses, strict=True))[:num_prompts]
+    for start in range(0, len(pairs), _REPLAY_ROWS):
+        text = _as_text(scene.target, pairs[start : start + _REPLAY_ROWS])
+        chains += _chains(rollout_replay(scene.target, drafter, text, settings), scene.max_new_tokens)
+    return chains
+
+
+def _as_text(target: FrozenTarget, pairs: list[tuple[list[int], list[int]]]) -> TargetText:
+    rows = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=target.pad_token_id)
+    index = torch.arange(input_ids.shape[1])
+    lengths, starts = (
+        torch.tensor(sizes)[:, None] for sizes in ([len(row) for row in rows], [len(prompt) for prompt, _ in pairs])
+    )
+    is_text = index < lengths
+    return TargetText(
+        input_ids=input_ids.to(target.device),
+        attention_mask=is_text.long().to(target.device),
+        completion_mask=(is_text & (index >= starts)).to(target.device),
+        sample_ids=range(len(rows)),
+    )
+
+
+def _chains(rollout: Rollout, max_new_tokens: int) -> list[list[int]]:
+    rows = zip(rollout.accepted.tolist(), rollout.num_rounds.tolist(), strict=True)
+    return [started_within(accepted[:num_rounds], max_new_tokens) for accepted, num_rounds in rows]

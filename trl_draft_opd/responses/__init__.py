@@ -1,0 +1,30 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""The target's responses to prompts: written once, by whatever engine, stored with who wrote them, and checked before use."""
+
+from .audit import ResponseAudit, audit_responses, check_responses, greedy_mismatches
+from .generate import generate_missing, generate_responses
+from .origin import Origin
+from .server import ServerError, ServerSettings, ask_server
+from .shards import StoredResponse
+from .store import ResponseStore
+from .write import CHECKED_ROWS, import_responses, summarize_store, write_responses
+
+
+__all__ = [
+    "CHECKED_ROWS",
+    "Origin",
+    "ResponseAudit",
+    "ServerError",
+    "ServerSettings",
+    "StoredResponse",
+    "ResponseStore",
+    "ask_server",
+    "audit_responses",
+    "check_responses",
+    "generate_missing",
+    "generate_responses",
+    "greedy_mismatches",
+    "import_responses",
+    "summarize_store",
+    "write_responses",
+]

@@ -1,0 +1,251 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Whether the target at hand could have written given responses: teacher-forced scores, and what they say. Knows no files.
+
+Shape letters:  B = responses in a batch, L = text length, N = response tokens in a chunk, H = hidden size, V = vocabulary
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..rollout.acceptance import SamplingSettings, token_probs
+from ..target.frozen import FrozenTarget
+
+
+# Padded tokens the target reads at once, and bytes of one float32 buffer of logits.
+_TOKENS_PER_BATCH = 8192
+_CHUNK_BYTES = 32 * 2**20
+# Sampled text of another distribution is less likely than the target's own by whole nats per token; other precision or kernels cost
+# hundredths. Both count only when chance is excluded at this many standard errors.
+_SURPRISE_WARN, _SURPRISE_REFUSE, _SURPRISE_ERRORS = 0.05, 0.5, 6.0
+
+
+class ResponseScores(NamedTuple):
+    """
+    What the target says of one response, each `torch.Tensor` on the CPU with one entry per response token.
+
+    Attributes:
+        logprobs (`torch.FloatTensor`):
+            Log-probability under the distribution; `-inf` where its filters exclude the token. Greedy: of the unfiltered distribution at
+            temperature 1.
+        is_choice (`torch.BoolTensor`):
+            No other token has a larger logit.
+        entropies (`torch.FloatTensor`), variances (`torch.FloatTensor`):
+            Mean of `-log p` under the distribution, in nats, and its variance.
+    """
+
+    logprobs: torch.Tensor
+    is_choice: torch.Tensor
+    entropies: torch.Tensor
+    variances: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ResponseAudit:
+    """
+    How well responses fit the target at hand.
+
+    Attributes:
+        num_responses (`int`), num_tokens (`int`):
+            What was looked at.
+        is_greedy (`bool`):
+            Which distribution the responses are held to.
+        num_mismatches (`int`):
+            Tokens that are not the target's argmax; ties count as argmax.
+        num_impossible (`int`):
+            Responses holding a token that the distribution's filters exclude; 0 for a greedy distribution.
+        mean_logprob (`float`), expected_logprob (`float`):
+            Mean log-probability per token, and what the distribution's own text would have there, in nats; at temperature 1 for a greedy
+            distribution.
+        surprise (`float`), surprise_error (`float`):
+            `expected_logprob - mean_logprob`, near 0 for text drawn from the distribution, and its standard error.
+    """
+
+    num_responses: int
+    num_tokens: int
+    is_greedy: bool
+    num_mismatches: int
+    num_impossible: int
+    mean_logprob: float
+    expected_logprob: float
+    surprise: float
+    surprise_error: float
+
+    @property
+    def share(self) -> float:
+        """Greedy: share of tokens that are not the argmax. Else: share of responses with an impossible token."""
+        if self.is_greedy:
+            return self.num_mismatches / self.num_tokens
+        return self.num_impossible / self.num_responses
+
+    def describe(self) -> str:
+        """Return one sentence."""
+        if self.is_greedy:
+            return f"{self.num_mismatches} of {self.num_tokens} response tokens ({self.share:.2%}) are not the target's argmax"
+        return (
+            f"{self.num_impossible} of {self.num_responses} responses ({self.share:.2%}) hold a token of probability 0; mean "
+            f"log-probability {self.mean_logprob:.3f}, expected {self.expected_logprob:.3f}"
+        )
+
+
+def audit_responses(
+    target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
+) -> ResponseAudit:
+    """
+    Hold responses to the target at hand.
+
+    Args:
+        target ([`FrozenTarget`]): The target.
+        texts (`Sequence[tuple]`): Pairs of prompt ids and response ids, neither empty.
+        sampling ([`SamplingSettings`]): Distribution the responses are said to be drawn from.
+
+    Raises:
+        ValueError: If there is no response, or one is empty.
+    """
+    if not texts:
+        raise ValueError("There is no response to check. Write some with `trl-draft-opd generate`.")
+    num_mismatches = num_impossible = num_tokens = 0
+    logprob = entropy = variance = 0.0
+    for _, scores in score_responses(target, texts, sampling):
+        possible = scores.logprobs.isfinite()
+        num_tokens += len(possible)
+        num_mismatches += int((~scores.is_choice).sum())
+        num_impossible += int(not possible.all())
+        logprob += scores.logprobs[possible].double().sum().item()
+        # Impossible tokens are reported by count: the means are over the others.
+        entropy += scores.entropies[possible].double().sum().item()
+        variance += scores.variances[possible].double().sum().item()
+    return ResponseAudit(
+        num_responses=len(texts),
+        num_tokens=num_tokens,
+        is_greedy=sampling.is_greedy,
+        num_mismatches=num_mismatches,
+        num_impossible=num_impossible,
+        mean_logprob=logprob / num_tokens,
+        expected_logprob=-entropy / num_tokens,
+        surprise=(-entropy - logprob) / num_tokens,
+        surprise_error=math.sqrt(max(variance, 0.0)) / num_tokens,
+    )
+
+
+def greedy_mismatches(
+    target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], max_rows: int
+) -> float:
+    """Return the share of response tokens, in up to `max_rows` evenly spaced texts, that are not the target's argmax."""
+    greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+    return audit_responses(target, pick_evenly(texts, max_rows), greedy).share
+
+
+def check_responses(
+    target: FrozenTarget,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    sampling: SamplingSettings,
+    *,
+    warn_above: float,
+    refuse_above: float,
+) -> ResponseAudit:
+    """
+    Warn of responses that the target at hand would hardly have written, and refuse those it would not.
+
+    Args:
+        target ([`FrozenTarget`]), texts (`Sequence[tuple]`), sampling ([`SamplingSettings`]):
+            As for [`audit_responses`]; a few dozen texts are enough.
+        warn_above (`float`), refuse_above (`float`):
+            Shares in [0, 1] of [`ResponseAudit.share`]. Another precision or another engine flips near-ties: about 1 % of greedy
+            tokens in bfloat16.
+
+    Returns:
+        `ResponseAudit`.
+
+    Raises:
+        ValueError: If the share is above `refuse_above`, or sampled text is unlikely beyond doubt.
+    """
+    audit = audit_responses(target, texts, sampling)
+    beyond_doubt = not audit.is_greedy and audit.surprise > _SURPRISE_ERRORS * audit.surprise_error
+    surprise = audit.surprise if beyond_doubt else 0.0
+    if audit.share > refuse_above or surprise > _SURPRISE_REFUSE:
+        raise ValueError(
+            f"The target at hand did not write these responses: {audit.describe()}. Draft-OPD on text of another model teaches "
+            "the drafter nothing about this one. Write them anew with `trl-draft-opd generate`, or load the target and the precision "
+            f"that wrote them. (Refused above {refuse_above:.2%}.)"
+        )
+    if audit.share > warn_above or surprise > _SURPRISE_WARN:
+        warnings.warn(
+            f"The responses fit the target at hand only roughly: {audit.describe()}. Expected from another precision or engine; "
+            f"otherwise write them anew. (Warned above {warn_above:.2%}, refused above {refuse_above:.2%}.)"
+        )
+    return audit
+
+
+def pick_evenly(rows: Sequence, max_rows: int) -> list:
+    """Return up to `max_rows` rows, evenly spaced from the first to the last."""
+    if len(rows) <= max_rows:
+        return list(rows)
+    return [rows[index * len(rows) // max_rows] for index in range(max_rows)]
+
+
+@torch.no_grad()
+def score_responses(
+    target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
+) -> Iterator[tuple[int, ResponseScores]]:
+    """
+    Score responses by one forward pass each, in batches of similar length; heads run in chunks, on response tokens only.
+
+    Yields:
+        `tuple` of the index in `texts` and its [`ResponseScores`], shortest text first.
+    """
+    empty = [row for row, (prompt, response) in enumerate(texts) if len(prompt) == 0 or len(response) == 0]
+    if empty:
+        raise ValueError(f"Texts {empty[:10]} have an empty prompt or response. Drop them.")
+    for rows in _batches([len(prompt) + len(response) for prompt, response in texts]):
+        ids = [torch.tensor([*texts[row][0], *texts[row][1]], device=target.device) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=target.pad_token_id)
+        mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+        hidden_BLH = target.read_text(input_ids, mask, ()).last_hidden
+        for index, row in enumerate(rows):
+            start = len(texts[row][0])
+            # The state before a token predicts it.
+            hidden_NH = hidden_BLH[index, start - 1 : len(ids[index]) - 1]
+            yield row, _score_tokens(target, hidden_NH, ids[index][start:], sampling)
+
+
+def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Group rows of similar length, as many as fit the budget of padded tokens, at least one."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[row] > _TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def _score_tokens(
+    target: FrozenTarget, hidden_NH: torch.Tensor, token_ids_N: torch.Tensor, sampling: SamplingSettings
+) -> ResponseScores:
+    distribution = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0) if sampling.is_greedy else sampling
+    rows = max(1, _CHUNK_BYTES // (4 * target.vocab_size))
+    parts = []
+    for hidden, token_ids in zip(hidden_NH.split(rows), token_ids_N.split(rows), strict=True):
+        logits_NV = target.project(hidden).float()
+        chosen_N = logits_NV.gather(-1, token_ids[:, None])[:, 0]
+        probs_NV = token_probs(logits_NV, distribution)
+        # xlogy is 0 where the probability is.
+        plogp_NV = torch.xlogy(probs_NV, probs_NV)
+        entropy_N = -plogp_NV.sum(dim=-1)
+        second_moment_N = torch.xlogy(plogp_NV, probs_NV).sum(dim=-1)
+        parts.append(
+            (
+                probs_NV.gather(-1, token_ids[:, None])[:, 0].log(),
+                chosen_N >= logits_NV.amax(dim=-1),
+                entropy_N,
+                second_moment_N - entropy_N.square(),
+            )
+        )
+    return ResponseScores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))

@@ -1,0 +1,313 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The target's responses from a vLLM or an SGLang server: many requests at once, retries, and nothing lost on the way.
+
+Knows HTTP and threads; what is asked and how an answer is read stands in `protocols.py`. The standard library's client is
+used: the one of `huggingface_hub` refuses every call in offline mode, which is where local servers are at home.
+"""
+
+import json
+import queue
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from .protocols import ENGINES, WrongAnswer, build_request, prompt_seed, read_answer
+from .shards import StoredResponse
+from .store import ResponseStore, ShardBuffer
+
+
+_RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_LONGEST_WAIT = 60.0
+# More than any response with its log-probabilities; a server that streams without end must not fill the memory.
+_MAX_ANSWER_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    Where the server is and how to talk to it.
+
+    Args:
+        base_url (`str`):
+            E.g. `http://127.0.0.1:8000`; a trailing `/v1` may be there or not.
+        engine (`str`, *optional*, defaults to `"vllm"`):
+            `"vllm"`: `/v1/completions` with token ids. `"sglang"`: SGLang's own `/generate`.
+        model (`str`, *optional*):
+            Name the target is served under; asked from a server that serves a single one.
+        concurrency (`int`, *optional*, defaults to `16`):
+            Requests under way at a time.
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds without a sign of life after which a request is given up and sent again.
+        max_retries (`int`, *optional*, defaults to `5`), retry_wait (`float`, *optional*, defaults to `1.0`):
+            How often a request that failed is sent again, and seconds before the first time; doubled each time, up to a minute.
+        with_logprobs (`bool`, *optional*, defaults to `True`):
+            Keep the sampled tokens' log-probabilities as the server reports them: under the unfiltered distribution at temperature 1
+            unless it was started otherwise.
+        api_key (`str`, *optional*):
+            Sent as a bearer token; never stored.
+
+    Raises:
+        ValueError: If a setting is outside its range, or the address is no http(s) URL.
+    """
+
+    base_url: str
+    engine: str = "vllm"
+    model: str | None = None
+    concurrency: int = 16
+    timeout: float = 600.0
+    max_retries: int = 5
+    retry_wait: float = 1.0
+    with_logprobs: bool = True
+    api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"`base_url` must be an address like http://127.0.0.1:8000, got {self.base_url!r}.")
+        if self.engine not in ENGINES:
+            raise ValueError(f"`engine` must be one of {ENGINES}, got {self.engine!r}.")
+        if self.concurrency < 1:
+            raise ValueError(f"`concurrency` must be at least 1, got {self.concurrency}.")
+        if not self.timeout > 0 or not self.retry_wait >= 0 or self.max_retries < 0:
+            raise ValueError(
+                f"`timeout` must be above 0, `retry_wait` and `max_retries` not below, got {self.timeout}, {self.retry_wait} and "
+                f"{self.max_retries}."
+            )
+
+    @property
+    def root(self) -> str:
+        """Address without a trailing slash or `/v1`."""
+        return self.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class ServerError(OSError):
+    """The server could not be reached or did not answer; the message says what is stored and how to go on."""
+
+
+def ask_server(
+    store: ResponseStore,
+    settings: ServerSettings,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    shard_size: int,
+    show_progress: bool,
+) -> int:
+    """
+    Have a server answer the prompts that the store has no response for, under the store's distribution.
+
+    Failed connections, time-outs and the statuses 408, 425, 429 and 5xx are tried again. When a request fails for good, or an
+    answer is not the target's response to its prompt, no new prompt is sent, what is under way comes in, everything good is
+    written, and an error says what is missing.
+
+    Args:
+        store ([`ResponseStore`]): Where responses go; its origin names distribution and longest response.
+        settings ([`ServerSettings`]): The server. Whether it serves the target of the origin, only a check of its responses can
+            tell: see [`check_responses`].
+        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): For servers that return text only.
+        seed (`int`): Draws depend on it and on the prompt, as far as the server keeps to seeds.
+        shard_size (`int`): Responses per shard: as many a killed process loses at most.
+        show_progress (`bool`): Whether to draw a progress bar.
+
+    Returns:
+        `int`: responses written.
+
+    Raises:
+        ServerError: If requests failed for good. The same call resumes.
+        ValueError: If answers were refused, naming the prompts' numbers among the missing ones and the reasons.
+    """
+    missing = store.missing(prompts)
+    if not missing:
+        return 0
+    client = _Client(settings)
+    model, version = client.describe()
+    provenance = {
+        "engine": settings.engine,
+        "engine_version": version,
+        "dtype": None,
+        "seed": seed,
+        "logprobs": "as reported" if settings.with_logprobs else None,
+    }
+    crew = _Crew(client, model, missing, store, tokenizer, seed)
+    failures: list[tuple[int, Exception]] = []
+    with (
+        ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer,
+        Progress(disable=not show_progress) as progress,
+        crew,
+    ):
+        task = progress.add_task("Target responses", total=len(missing))
+        for number, result in crew:
+            if isinstance(result, StoredResponse):
+                buffer.add([result])
+                progress.advance(task)
+            else:
+                failures.append((number, result))
+    if failures:
+        _report(failures, buffer.num_written, len(missing), store)
+    return buffer.num_written
+
+
+def _report(failures: list[tuple[int, Exception]], num_written: int, total: int, store: ResponseStore) -> None:
+    failures = sorted(failures, key=lambda failure: failure[0])
+    head = (
+        f"{num_written} of {total} missing responses came in and are stored in {store.path}; {total - num_written} are still "
+        "missing. "
+    )
+    tail = " The same command resumes: it asks for what is missing alone."
+    wrong = [f"prompt {number}: {error}" for number, error in failures if isinstance(error, WrongAnswer)]
+    if wrong:
+        raise ValueError(f"{head}{len(wrong)} answers were refused: {'; '.join(wrong[:3])}.{tail}")
+    raise ServerError(f"{head}The server failed: {failures[0][1]}.{tail}") from failures[0][1]
+
+
+class _Crew:
+    """Threads that ask for one prompt after the other; iterating gives each prompt's number and its response or its error."""
+
+    def __init__(
+        self,
+        client: "_Client",
+        model: str | None,
+        prompts: list[list[int]],
+        store: ResponseStore,
+        tokenizer: PreTrainedTokenizerBase | None,
+        seed: int,
+    ):
+        self._client, self._model, self._origin = client, model, store.origin
+        self._prompts, self._tokenizer, self._seed = prompts, tokenizer, seed
+        self._todo: queue.SimpleQueue = queue.SimpleQueue()
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        for number in range(len(prompts)):
+            self._todo.put(number)
+        # Tokenizers change state while they encode.
+        self._lock = threading.Lock()
+        # Daemons, so that Ctrl-C ends the program without waiting for answers that are under way.
+        count = min(client.settings.concurrency, len(prompts))
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+
+    def __enter__(self) -> "_Crew":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.stop_sending()
+
+    def __iter__(self) -> "_Crew":
+        self._num_at_work = len(self._threads)
+        return self
+
+    def __next__(self) -> tuple[int, StoredResponse | Exception]:
+        while self._num_at_work:
+            result = self._done.get()
+            if result is not None:
+                return result
+            self._num_at_work -= 1
+        raise StopIteration
+
+    def stop_sending(self) -> None:
+        """Send no further prompt, and wait for no retry."""
+        self._client.is_stopped.set()
+
+    def _work(self) -> None:
+        try:
+            while not self._client.is_stopped.is_set():
+                try:
+                    number = self._todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    self._done.put((number, self._ask(self._prompts[number])))
+                except (OSError, HTTPException, ValueError) as error:
+                    self.stop_sending()
+                    self._done.put((number, error))
+        finally:
+            self._done.put(None)
+
+    def _ask(self, prompt_ids: list[int]) -> StoredResponse:
+        settings = self._client.settings
+        path, body = build_request(
+            settings.engine,
+            prompt_ids,
+            self._origin,
+            model=self._model,
+            seed=prompt_seed(prompt_ids, self._seed),
+            with_logprobs=settings.with_logprobs,
+        )
+        answer = self._client.call(path, body)
+        with self._lock:
+            return read_answer(settings.engine, answer, prompt_ids, self._origin, self._tokenizer)
+
+
+class _Client:
+    """Sends JSON, receives JSON, tries again where that can help."""
+
+    def __init__(self, settings: ServerSettings):
+        self.settings = settings
+        self.is_stopped = threading.Event()
+        # No proxy and no scheme but http(s): neither is read from the surroundings.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def describe(self) -> tuple[str | None, str | None]:
+        """Return the name the target is served under, and the server's version where it says."""
+        if self.settings.engine == "sglang":
+            return None, None
+        if self.settings.model is None:
+            listed = self.call("/v1/models", None)
+            names = [str(entry.get("id")) for entry in listed.get("data", [])] if isinstance(listed, dict) else []
+            if len(names) != 1:
+                raise ValueError(
+                    f"The server {self.settings.root} serves {names or 'no named model'}. Name the one that is the target with `model` "
+                    "(`--model`)."
+                )
+            return names[0], self._version()
+        return self.settings.model, self._version()
+
+    def _version(self) -> str | None:
+        try:
+            answer = self._send("/version", None)
+        except (OSError, HTTPException, ValueError):
+            return None  # other servers have no such page
+        return str(answer.get("version")) if isinstance(answer, dict) else None
+
+    def call(self, path: str, body: dict[str, Any] | None) -> Any:
+        """Send one request, again after passing faults."""
+        wait = self.settings.retry_wait
+        for retries_left in range(self.settings.max_retries, -1, -1):
+            try:
+                return self._send(path, body)
+            except urllib.error.HTTPError as error:
+                said = error.read(500).decode("utf-8", "replace")
+                if error.code not in _RETRY_STATUS:
+                    raise WrongAnswer(f"the server refused the request with status {error.code}: {said}") from error
+                failure: Exception = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
+            except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
+                failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {error}")
+            # Spread, so that requests that failed together do not return together.
+            if not retries_left or self.is_stopped.wait(min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)):
+                raise failure
+            wait *= 2
+        raise AssertionError("the last try returns or raises")
+
+    def _send(self, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.settings.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.settings.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.settings.root + path, data=data, headers=headers)
+        with self._opener.open(request, timeout=self.settings.timeout) as response:
+            content = response.read(_MAX_ANSWER_BYTES + 1)
+        if len(content) > _MAX_ANSWER_BYTES:
+            raise WrongAnswer(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+        return json.loads(content)

@@ -1,0 +1,281 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The folder of stored responses: find one by its prompt, add more, see what others added. Knows no model and no engine.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from ..utils.atomic_files import write_file
+from .origin import Origin
+from .shards import (
+    SCHEMA,
+    StoredResponse,
+    build_table,
+    list_shards,
+    prompt_key,
+    read_shard,
+    refuse_link,
+    write_shard,
+)
+
+
+MANIFEST = "manifest.json"
+_FORMAT = "trl-draft-opd responses"
+# Log-probabilities stay on disk: training reads ids.
+_COLUMNS = ("prompt_ids", "completion_ids", "finish_reason")
+
+
+class ResponseStore:
+    """
+    Responses of one target under one distribution, in a folder that several processes may write to and read at the same time.
+
+    A manifest says who wrote the responses; each shard stands for itself, with its size and hash in a sidecar, so there is no
+    list that writers share. A shard counts once its sidecar is there: a writer that dies leaves nothing half-written that a
+    reader could see. One response is kept per prompt; where writers gave several, the one in the first shard by name.
+
+    Open with [`ResponseStore.open`] to write, with [`ResponseStore.read_only`] to look.
+
+    Example:
+
+    ```python
+    >>> from trl_draft_opd import Origin, ResponseStore
+
+    >>> origin = Origin.of(target, sampling=sampling, max_new_tokens=512, chat_template=None, chat_template_kwargs=None)
+    >>> store = ResponseStore.open("responses", origin)
+    >>> store.find([1, 2, 3])
+    ```
+    """
+
+    def __init__(self, path: Path, origin: Origin, *, is_read_only: bool):
+        self.path = path
+        self.origin = origin
+        self.is_read_only = is_read_only
+        self._tables: dict[str, pa.Table] = {}
+        # Key of a prompt -> name of the shard and row in it.
+        self._places: dict[str, tuple[str, int]] = {}
+        self.refresh()
+
+    @classmethod
+    def open(cls, path: str | Path, origin: Origin) -> "ResponseStore":
+        """
+        Open a store for writing, or make one.
+
+        Args:
+            path (`str` or `Path`): Its folder.
+            origin ([`Origin`]): Who is about to read or write the responses.
+
+        Raises:
+            ValueError: If the folder holds responses of another origin, another release's layout, a damaged shard, or other
+                files.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MANIFEST).exists():
+            strangers = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+            # Another writer may have made the manifest between the two looks.
+            if strangers and not (folder / MANIFEST).exists():
+                raise ValueError(
+                    f"The folder {folder} holds {strangers[:3]} and no {MANIFEST}: it is no response store. Give an empty or a "
+                    "new folder."
+                )
+            content = {"format": _FORMAT, "digest": origin.digest, "origin": origin.to_dict()}
+            write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+        # Read back even after writing it: of two writers that make the same folder, the later one's manifest counts.
+        stored = _read_manifest(folder)
+        origin.check_same(stored, f"The responses in {folder}")
+        return cls(folder, stored, is_read_only=False)
+
+    @classmethod
+    def read_only(cls, path: str | Path) -> "ResponseStore":
+        """
+        Open a store to look at it, whoever wrote it.
+
+        Raises:
+            ValueError: If there is no store, or it is damaged.
+        """
+        folder = Path(path)
+        return cls(folder, _read_manifest(folder), is_read_only=True)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def find(self, prompt_ids: Sequence[int]) -> list[int] | None:
+        """Return the response to a prompt, or `None`. It is complete iff its last id is an end-of-sequence id."""
+        place = self._places.get(prompt_key(prompt_ids))
+        return None if place is None else self._tables[place[0]]["completion_ids"][place[1]].as_py()
+
+    def read(self, prompt_ids: Sequence[int]) -> StoredResponse | None:
+        """Return the response to a prompt with its log-probabilities, read from its file, or `None`."""
+        place = self._places.get(prompt_key(prompt_ids))
+        if place is None:
+            return None
+        row = read_shard(self.path, place[0], self.origin, StoredResponse._fields).slice(place[1], 1).to_pylist()[0]
+        return StoredResponse(**row)
+
+    def add(self, rows: Iterable[StoredResponse | tuple], provenance: dict[str, Any] | None = None) -> int:
+        """
+        Write responses as one shard.
+
+        Args:
+            rows (`Iterable[StoredResponse]`):
+                `(prompt_ids, completion_ids, logprobs or None, finish_reason)`; token ids as plain lists.
+            provenance (`dict`, *optional*):
+                How they were made, as JSON: engine, its version, precision. Kept beside the shard.
+
+        Returns:
+            `int`: rows written. Prompts that have a response already are left out.
+
+        Raises:
+            ValueError: If a row is not what the target could have written, naming it, or the store is read-only. Nothing is
+                written then.
+        """
+        if self.is_read_only:
+            raise ValueError(f"The store {self.path} is open for reading only. Open it with `ResponseStore.open`.")
+        rows = [StoredResponse(*row) for row in rows]
+        try:
+            table = build_table(rows, self.origin)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Responses for {self.path} are not usable: {error}") from error
+        keys = table["key"].to_pylist()
+        fresh = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._places}
+        if not fresh:
+            return 0
+        table = table.take(sorted(fresh.values()))
+        name = write_shard(self.path, table, self.origin, provenance or {})
+        self._take_in(name, table)
+        return len(table)
+
+    def refresh(self) -> int:
+        """
+        Take in the shards that other writers have added.
+
+        Returns:
+            `int`: prompts that are new.
+
+        Raises:
+            ValueError: If one of them is truncated, changed or foreign, naming it.
+        """
+        before = len(self)
+        for name in list_shards(self.path):
+            if name not in self._tables:
+                self._take_in(name, read_shard(self.path, name, self.origin, ("key", *_COLUMNS)))
+        return len(self) - before
+
+    def _take_in(self, name: str, table: pa.Table) -> None:
+        self._tables[name] = table.select(list(_COLUMNS)).combine_chunks()
+        for row, key in enumerate(table["key"].to_pylist()):
+            # By name and not by arrival, so that every process settles on the same response.
+            self._places[key] = min(self._places.get(key, (name, row)), (name, row))
+
+    def to_dataset(self) -> Dataset:
+        """Return all responses as a `Dataset` with `prompt_ids` and `completion_ids`, in the order of the shards."""
+        rows_of: dict[str, list[int]] = {}
+        for name, row in sorted(self._places.values()):
+            rows_of.setdefault(name, []).append(row)
+        names = ["prompt_ids", "completion_ids"]
+        parts = [self._tables[name].take(rows).select(names) for name, rows in rows_of.items()]
+        empty = pa.schema([SCHEMA.field(name) for name in names]).empty_table()
+        return Dataset(InMemoryTable(pa.concat_tables([empty, *parts]).combine_chunks()))
+
+    def texts(self, *, max_rows: int | None) -> list[tuple[list[int], list[int]]]:
+        """Return pairs of prompt ids and response ids: all of them, or up to `max_rows` evenly spaced ones."""
+        places = sorted(self._places.values())
+        if max_rows is not None and len(places) > max_rows:
+            places = [places[index * len(places) // max_rows] for index in range(max_rows)]
+        return [
+            (self._tables[name]["prompt_ids"][row].as_py(), self._tables[name]["completion_ids"][row].as_py())
+            for name, row in places
+        ]
+
+    def missing(self, prompts: Iterable[Sequence[int]]) -> list[list[int]]:
+        """
+        Return the prompts without a response, each once, in their order.
+
+        Raises:
+            ValueError: If a prompt is empty, or leaves no room for `max_new_tokens` in the target's positions.
+        """
+        left: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            length = len(prompt) + self.origin.max_new_tokens
+            if not len(prompt):
+                raise ValueError(f"Prompt {row} is empty: the target has nothing to answer. Fill it or drop it.")
+            if self.origin.max_positions is not None and length > self.origin.max_positions:
+                raise ValueError(
+                    f"Prompt {row} has {len(prompt)} tokens; with `max_new_tokens` {self.origin.max_new_tokens} that exceeds the target's "
+                    f"{self.origin.max_positions} positions. Lower `max_new_tokens`, or drop long prompts with `max_prompt_length`."
+                )
+            key = prompt_key(prompt)
+            if key not in self._places:
+                left.setdefault(key, list(prompt))
+        return list(left.values())
+
+
+class ShardBuffer:
+    """
+    Gather responses and write a shard whenever enough are there; the rest on leaving, whatever the reason.
+
+    Args:
+        store ([`ResponseStore`]): Where they go.
+        shard_size (`int`): Responses per shard: as many a killed process loses at most.
+        provenance (`dict`): See [`ResponseStore.add`].
+    """
+
+    def __init__(self, store: ResponseStore, *, shard_size: int, provenance: dict[str, Any]):
+        if shard_size < 1:
+            raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
+        self.store = store
+        self.shard_size = shard_size
+        self.provenance = provenance
+        self.num_written = 0
+        self._rows: list[StoredResponse] = []
+
+    def __enter__(self) -> "ShardBuffer":
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.flush()
+
+    def add(self, rows: Iterable[StoredResponse]) -> None:
+        """Take in responses, and write them when they fill a shard."""
+        self._rows.extend(rows)
+        if len(self._rows) >= self.shard_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is there."""
+        rows, self._rows = self._rows, []
+        if rows:
+            self.num_written += self.store.add(rows, self.provenance)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds responses, in whatever state."""
+    path = folder / MANIFEST
+    return path.is_file() and f'"format": "{_FORMAT}"' in path.read_text("utf-8", errors="replace")
+
+
+def _read_manifest(folder: Path) -> Origin:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"There is no response store in {folder}: it has no {MANIFEST}. Write one with `trl-draft-opd generate`."
+        )
+    try:
+        content = json.loads(refuse_link(path).read_text("utf-8"))
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"it is no manifest of {_FORMAT}.")
+        origin = Origin.from_dict(content.get("origin"))
+        if content.get("digest") != origin.digest:
+            raise ValueError("its fields were changed after it was written.")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"The manifest {path} is not usable: {error} Restore it, or give another folder and write the responses anew."
+        ) from error
+    return origin

@@ -1,0 +1,246 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Fill a store from a dataset: prompts for an engine to answer, or responses the user already has. One call for both.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..data.text_reader import tokenize_prompt_dataset
+from ..rollout.acceptance import SamplingSettings
+from ..target.frozen import FrozenTarget
+from .audit import audit_responses
+from .generate import generate_missing
+from .origin import Origin
+from .protocols import ENGINES
+from .server import ServerSettings, ask_server
+from .shards import StoredResponse, prompt_key
+from .store import ResponseStore, ShardBuffer
+
+
+# Responses that a command checks against the target when another engine wrote them.
+CHECKED_ROWS = 8
+
+
+def write_responses(
+    target: FrozenTarget,
+    dataset: Dataset,
+    path: str | Path,
+    *,
+    sampling: SamplingSettings,
+    max_new_tokens: int,
+    engine: str = "transformers",
+    server: ServerSettings | None = None,
+    max_prompt_length: int | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    num_proc: int | None = None,
+    batch_size: int = 8,
+    shard_size: int = 64,
+    seed: int = 42,
+    show_progress: bool = True,
+) -> ResponseStore:
+    """
+    Write the target's responses to the prompts of a dataset into a folder, once. What is there already is kept.
+
+    Args:
+        target ([`FrozenTarget`]):
+            The target, with its tokenizer.
+        dataset (`Dataset`):
+            Rows with `messages`, `prompt` or `prompt_ids`; for `engine="dataset"` with their responses.
+        path (`str` or `Path`):
+            Folder of the store; made, or gone on with.
+        sampling ([`SamplingSettings`]), max_new_tokens (`int`):
+            The distribution of the responses, and the longest one.
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"`: the target in this process. `"vllm"` or `"sglang"`: the server at `server`. `"dataset"`: the
+            dataset's own responses, taken on trust that this target wrote them under this distribution.
+        server ([`ServerSettings`], *optional*):
+            The server; its `engine` must be the one named here.
+        max_prompt_length (`int`, *optional*), chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*), num_proc (`int`, *optional*):
+            How rows are read: see [`tokenize_prompt_dataset`](../data.py).
+        batch_size (`int`, *optional*, defaults to `8`):
+            Prompts that transformers decodes together.
+        shard_size (`int`, *optional*, defaults to `64`):
+            Responses per file: as many a killed process loses at most.
+        seed (`int`, *optional*, defaults to `42`):
+            Seeds draws at a temperature above 0.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to draw a progress bar.
+
+    Returns:
+        [`ResponseStore`].
+
+    Raises:
+        ValueError: If settings contradict each other, a row cannot be read, or the folder is of another origin.
+        ServerError: If the server fails for good; what came in is stored, and the same call resumes.
+    """
+    if engine not in ("transformers", "dataset", *ENGINES):
+        raise ValueError(f"`engine` must be one of {('transformers', 'dataset', *ENGINES)}, got {engine!r}.")
+    if (server.engine if server is not None else None) != (engine if engine in ENGINES else None):
+        raise ValueError(
+            f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given for {ENGINES} alone, with the same engine."
+        )
+    reading = {
+        "max_prompt_length": max_prompt_length,
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+        "num_proc": num_proc,
+    }
+    origin = Origin.of(
+        target,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    store = ResponseStore.open(path, origin)
+    if engine == "dataset":
+        import_responses(store, dataset, target, **reading, shard_size=shard_size)
+        return store
+    prompts = read_prompts(target, dataset, **reading)
+    common = {"seed": seed, "shard_size": shard_size, "show_progress": show_progress}
+    if server is None:
+        generate_missing(store, target, prompts, batch_size=batch_size, **common)
+    else:
+        ask_server(store, server, prompts, tokenizer=target.tokenizer, **common)
+    return store
+
+
+def read_prompts(
+    target: FrozenTarget,
+    dataset: Dataset,
+    *,
+    max_prompt_length: int | None,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+    num_proc: int | None,
+) -> list[list[int]]:
+    """Return the prompts of a dataset as token ids."""
+    rows = _tokenize(target, dataset, max_prompt_length, chat_template, chat_template_kwargs, num_proc, False)
+    return list(rows["prompt_ids"])
+
+
+def import_responses(
+    store: ResponseStore,
+    dataset: Dataset,
+    target: FrozenTarget,
+    *,
+    max_prompt_length: int | None,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+    num_proc: int | None,
+    shard_size: int,
+) -> int:
+    """
+    Store responses that the user already has.
+
+    Nothing here can tell who wrote them: check with [`check_responses`] before training on them. Responses longer than the
+    store's `max_new_tokens` are cut there, as the target would have been, and where a prompt has several, the first is kept; warnings
+    count both.
+
+    Args:
+        store ([`ResponseStore`]): Where they go.
+        dataset (`Dataset`): `messages`, `prompt` with `completion`, or `prompt_ids` with `completion_ids`.
+        target ([`FrozenTarget`]): The target said to have written them, with its tokenizer.
+        max_prompt_length (`int` or `None`), chat_template (`str` or `None`), chat_template_kwargs (`dict` or `None`), num_proc (`int` or `None`):
+            As for [`tokenize_prompt_dataset`](../data.py).
+        shard_size (`int`): Responses per shard.
+
+    Returns:
+        `int`: responses written.
+
+    Raises:
+        ValueError: If a row is malformed or is no response this target could have written, naming it.
+    """
+    rows = _tokenize(target, dataset, max_prompt_length, chat_template, chat_template_kwargs, num_proc, True)
+    provenance = {"engine": "dataset", "engine_version": None, "dtype": None, "seed": None, "logprobs": None}
+    num_cut = 0
+    with ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer:
+        for start in range(0, len(rows), shard_size):
+            batch = rows[start : start + shard_size]
+            num_cut += sum(len(ids) > store.origin.max_new_tokens for ids in batch["completion_ids"])
+            pairs = zip(batch["prompt_ids"], batch["completion_ids"], strict=True)
+            buffer.add(_as_responses(pairs, store.origin))
+    num_repeated = len(rows) - len({prompt_key(prompt_ids) for prompt_ids in rows["prompt_ids"]})
+    if num_repeated:
+        warnings.warn(
+            f"{num_repeated} of {len(rows)} responses are to a prompt that has one before; the first of each was kept."
+        )
+    if num_cut:
+        warnings.warn(
+            f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {store.origin.max_new_tokens} and were cut there."
+        )
+    return buffer.num_written
+
+
+def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int) -> dict[str, Any]:
+    """
+    Say what a store holds, and how well it fits the target at hand.
+
+    Args:
+        store ([`ResponseStore`]): The store.
+        target ([`FrozenTarget`]): The target.
+        num_checked (`int`): Responses to hold to the target, evenly spaced; 0 for none.
+
+    Returns:
+        `dict` of JSON values: `path`, counts, `check` (fields of [`ResponseAudit`] and its share, or `None`), and `lines` to print.
+    """
+    texts = store.texts(max_rows=None)
+    num_complete = sum(completion[-1] in store.origin.eos_token_ids for _, completion in texts)
+    num_tokens = sum(len(completion) for _, completion in texts)
+    lines = [
+        f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of sequence."
+    ]
+    check = None
+    if num_checked and texts:
+        audit = audit_responses(target, store.texts(max_rows=num_checked), store.origin.sampling)
+        check = asdict(audit) | {"share": audit.share}
+        lines.append(f"Checked {audit.num_responses} with the target: {audit.describe()}.")
+    return {
+        "path": str(store.path),
+        "num_responses": len(texts),
+        "num_complete": num_complete,
+        "num_tokens": num_tokens,
+        "check": check,
+        "lines": lines,
+    }
+
+
+def _as_responses(pairs: Iterable[tuple[list[int], list[int]]], origin: Origin) -> list[StoredResponse]:
+    rows = []
+    for prompt_ids, completion_ids in pairs:
+        ids = completion_ids[: origin.max_new_tokens]
+        rows.append(StoredResponse(prompt_ids, ids, None, "stop" if ids[-1] in origin.eos_token_ids else "length"))
+    return rows
+
+
+def _tokenize(
+    target: FrozenTarget,
+    dataset: Dataset,
+    max_prompt_length: int | None,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+    num_proc: int | None,
+    keep_completions: bool,
+) -> Dataset:
+    if target.tokenizer is None:
+        raise ValueError(
+            "The target has no tokenizer to read the dataset with. Load it by id or path, or give `FrozenTarget` one."
+        )
+    return tokenize_prompt_dataset(
+        dataset,
+        target.tokenizer,
+        max_prompt_length=max_prompt_length,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        keep_completions=keep_completions,
+        eos_token_ids=target.eos_token_ids,
+        vocab_size=target.vocab_size,
+        num_proc=num_proc,
+    )

@@ -1,0 +1,246 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Checkpoints as folders that prove themselves: written beside their place, listed with sizes and hashes, then renamed.
+
+Knows files and nothing of what is in them: no model, no trainer, no process group.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.atomic_files import (
+    clear_leftovers,
+    hash_file,
+    making_folder,
+    remove_folder,
+    staging_folder,
+    write_file,
+)
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = "trl-draft-opd checkpoint"
+VERSION = 1
+_NAME = re.compile(r"checkpoint-(?P<step>\d+)")
+_PROBE = "probe"
+_OURS = re.compile(rf"{_NAME.pattern}|{_PROBE}")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written, or was not written by this package; the message says what and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A folder whose content is what was written.
+
+    Attributes:
+        folder (`Path`): The folder.
+        step (`int`): Optimiser steps behind it.
+        is_resumable (`bool`): Whether it holds more than the drafter.
+        run_id (`str`): The run that wrote it; a run that is gone on with keeps its id.
+    """
+
+    folder: Path
+    step: int
+    is_resumable: bool
+    run_id: str
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint after `step` optimiser steps."""
+    return f"checkpoint-{step}"
+
+
+@contextmanager
+def writing_checkpoint(output_dir: Path, step: int, *, is_resumable: bool, run_id: str) -> Iterator[Path]:
+    """
+    Yield an empty folder to fill; on leaving, its files are listed in a manifest, forced to the disk and put in place.
+
+    Args:
+        output_dir (`Path`): Where checkpoints stand.
+        step (`int`), is_resumable (`bool`), run_id (`str`): See [`Checkpoint`].
+    """
+    with making_folder(output_dir / checkpoint_name(step)) as staged:
+        yield staged
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "is_resumable": is_resumable,
+            "run_id": run_id,
+            "files": {
+                path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+                for path in sorted(staged.rglob("*"))
+                if path.is_file()
+            },
+        }
+        content["sha256"] = _digest(content)
+        write_file(staged / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_checkpoint(folder: Path, *, check_content: bool = True) -> Checkpoint:
+    """
+    Prove that a folder is a checkpoint as it was written.
+
+    Args:
+        folder (`Path`): The folder.
+        check_content (`bool`, *optional*, defaults to `True`): Compare hashes; sizes and names alone otherwise.
+
+    Raises:
+        DamagedCheckpoint: Naming the file and what is wrong with it.
+    """
+    content = _read_manifest(folder)
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
+    if missing := sorted(set(content["files"]) - held):
+        raise DamagedCheckpoint(f"{missing[0]} is missing")
+    for name, written in content["files"].items():
+        path = folder / name
+        if path.is_symlink():
+            raise DamagedCheckpoint(f"{name} is a link, and a checkpoint holds its files itself")
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            raise DamagedCheckpoint(f"{name} has {size} bytes, {written['bytes']} were written")
+        if check_content and hash_file(path) != written["sha256"]:
+            raise DamagedCheckpoint(f"the content of {name} has changed since it was written (SHA-256 differs)")
+    return Checkpoint(folder, content["step"], content["is_resumable"], content["run_id"])
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Return steps and folders of everything that is called a checkpoint, in order of steps; links are left out."""
+    if not output_dir.is_dir():
+        return []
+    matches = [(path, _NAME.fullmatch(path.name)) for path in output_dir.iterdir()]
+    return sorted(
+        (int(match["step"]), path) for path, match in matches if match and path.is_dir() and not path.is_symlink()
+    )
+
+
+def newest_valid(output_dir: Path) -> Checkpoint:
+    """
+    Return the newest checkpoint that a run can go on from, and say which newer ones were passed over and why.
+
+    Raises:
+        ValueError: If there is none; the message lists what was found.
+    """
+    clear_leftovers(output_dir, _OURS)
+    skipped = []
+    for _, folder in reversed(list_checkpoints(output_dir)):
+        try:
+            found = read_checkpoint(folder)
+        except DamagedCheckpoint as error:
+            skipped.append(f"{folder.name}: {error}")
+            continue
+        if not found.is_resumable:
+            skipped.append(f"{folder.name}: it holds the drafter alone (`save_only_model=True`)")
+            continue
+        if skipped:
+            logger.warning("Going on from %s. Passed over %s", folder.name, "; ".join(skipped))
+        return found
+    reasons = "; ".join(skipped) if skipped else "there is no folder called checkpoint-N"
+    raise ValueError(
+        f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with `resume_from_checkpoint=None` and another "
+        "`output_dir`, or give a drafter's folder as `model`."
+    )
+
+
+def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) -> None:
+    """
+    Delete the oldest checkpoints beyond `limit`; what this package did not write, or what is damaged, is neither counted nor deleted.
+
+    Args:
+        output_dir (`Path`): Where checkpoints stand.
+        limit (`int` or `None`): Checkpoints to keep, at least 1; `None` keeps all.
+        protected (`Path` or `None`): The best one, never deleted.
+    """
+    if limit is None or limit <= 0:
+        return
+    valid = []
+    for _, folder in list_checkpoints(output_dir):
+        try:
+            read_checkpoint(folder, check_content=False)
+        except DamagedCheckpoint as error:
+            logger.warning("%s is not counted by `save_total_limit`, and kept: %s", folder, error)
+            continue
+        valid.append(folder)
+    kept = set(valid[-limit:])
+    if protected is not None and protected in valid:
+        # The best takes the place of an old one, never of the newest: training goes on from there.
+        kept = {protected, *[folder for folder in valid if folder != protected][-max(limit - 1, 1) :]}
+    for folder in valid:
+        if folder not in kept:
+            remove_folder(folder)
+
+
+def check_output_dir(output_dir: Path, run_id: str | None) -> None:
+    """
+    Refuse to write a run's checkpoints among those of another, which a later resume would mix up, or where nothing can be written.
+
+    Args:
+        output_dir (`Path`): Where checkpoints will stand.
+        run_id (`str` or `None`): The run that is gone on with; `None` for a new one.
+
+    Raises:
+        ValueError: Naming what is there and the ways out.
+        OSError: If nothing can be written there; now rather than at the first checkpoint.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(output_dir, _OURS)
+    try:
+        with staging_folder(output_dir, _PROBE) as probe:
+            write_file(probe / "file", b"1")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"No checkpoint can be written ({error.strerror}), so training was not begun. Mend the folder, or name another `output_dir`",
+            str(output_dir),
+        ) from error
+    others = []
+    for _, folder in list_checkpoints(output_dir):
+        try:
+            if read_checkpoint(folder, check_content=False).run_id == run_id:
+                continue
+        except DamagedCheckpoint:
+            if run_id is not None:
+                continue  # most likely this run's own, and the reason to resume from an earlier one
+        others.append(folder.name)
+    if others:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {', '.join(others)} of another run. Go on with that run with "
+            "`resume_from_checkpoint=True`, or give this one another `output_dir`; nothing there was touched."
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DamagedCheckpoint(f"it has no {MANIFEST}, so it was not finished or not written by this package")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        written = content.pop("sha256")
+        is_whole = written == _digest(content) and content["format"] == FORMAT
+        version, files = content["version"], content["files"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error})") from error
+    if not is_whole:
+        raise DamagedCheckpoint(f"the content of {MANIFEST} has changed since it was written")
+    if version != VERSION:
+        raise DamagedCheckpoint(f"{MANIFEST} is of version {version}, this release reads version {VERSION}")
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedCheckpoint(f"{MANIFEST} names {name!r}, which lies outside of the folder")
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,495 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The frozen target: load it, tap its layers, read text, decode with its cache, score branches. Knows no drafter.
+
+Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens, A = anchors per sequence, K = drafts per
+                block, H = the target's hidden size, F = feature width (tapped layers times H), V = vocabulary
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..drafters.target_shape import text_config
+from ..utils.loading import loading_whole
+from ..utils.private_trl import create_model_from_path
+from .branches import branch_mask, pad_rows, rows_of_similar_width
+from .checks import find_layers, refuse_not_finite, require_weights
+from .placement import Lockstep, device_of, place_whole, shard_layers
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """
+    Keys and values of some rows of a text.
+
+    Attributes:
+        rows (`torch.LongTensor` of shape `(R,)`): The rows, ascending.
+        length (`int`): Positions in the cache: the rows' longest text.
+        cache ([`~transformers.DynamicCache`]): Their cache.
+    """
+
+    rows: torch.Tensor
+    length: int
+    cache: DynamicCache
+
+
+@dataclass(frozen=True)
+class TargetReading:
+    """
+    What one forward pass of the target leaves behind.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
+        last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
+        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were asked for.
+    """
+
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+    caches: tuple[CachedRows, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by features and hidden states."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
+
+    def without_caches(self) -> "TargetReading":
+        """Return the same reading with its caches let go."""
+        return TargetReading(self.features, self.last_hidden)
+
+
+class FrozenTarget:
+    """
+    The LLM being accelerated: frozen, in evaluation mode, and read through three calls that keep only what is asked for.
+
+    Not an `nn.Module`, so that no trainer, optimiser or checkpoint ever picks up its weights.
+
+    Args:
+        causal_lm ([`~transformers.PreTrainedModel`]):
+            Decoder-only causal language model. Frozen in place.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer.
+
+    Raises:
+        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be reproduced outside of it.
+
+    Example:
+
+    ```python
+    >>> from trl_draft_opd import FrozenTarget
+
+    >>> target = FrozenTarget.load("Qwen/Qwen3-4B")
+    ```
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.causal_lm = causal_lm.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.config = text_config(causal_lm.config)
+        self.backbone = causal_lm.base_model
+        self.layers = find_layers(self.backbone, self.config)
+        # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
+        self.num_forwards = 0
+        self._lockstep: Lockstep | None = None
+        require_weights(causal_lm)
+        self.weights_fingerprint: str | None = None
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        target: "str | Path | PreTrainedModel | FrozenTarget",
+        *,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        init_kwargs: dict[str, Any] | None = None,
+    ) -> "FrozenTarget":
+        """
+        Load a target by Hub id or path, or wrap an instance.
+
+        Args:
+            target (`str`, `Path`, `PreTrainedModel` or `FrozenTarget`):
+                The target; an existing `FrozenTarget` is returned as it is.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                Precision of the weights; `"auto"` keeps the checkpoint's. Ignored for an instance.
+            revision (`str`, *optional*), trust_remote_code (`bool`, *optional*, defaults to `False`):
+                As in `transformers`.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Defaults to the tokenizer beside the target when it is given by id or path.
+            init_kwargs (`dict`, *optional*):
+                Further arguments for `from_pretrained`, e.g. a `quantization_config`.
+
+        Raises:
+            ValueError: If `init_kwargs` come with an instance, or the target cannot be used.
+        """
+        if isinstance(target, FrozenTarget):
+            return target
+        if isinstance(target, PreTrainedModel):
+            if init_kwargs:
+                raise ValueError(
+                    f"`target_model_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the target's id "
+                    "or path, or load it with these arguments yourself."
+                )
+            return cls(target, tokenizer)
+        options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}
+        with loading_whole():
+            model = create_model_from_path(str(target), **options | (init_kwargs or {}))
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(target), revision=revision, trust_remote_code=trust_remote_code
+            )
+        return cls(model, tokenizer)
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the target's embedding, where token ids go."""
+        return device_of(self.causal_lm.get_input_embeddings())
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head: valid token ids are `0..vocab_size - 1`."""
+        return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Every id that ends a response: the generation config's, and the tokenizer's."""
+        configured = self.causal_lm.generation_config.eos_token_id if self.causal_lm.generation_config else None
+        configured = configured if configured is not None else self.config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        if self.tokenizer is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return sorted({i for i in ids if i is not None})
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id used to fill rows; always masked, so any valid id serves."""
+        for candidate in (self.tokenizer.pad_token_id if self.tokenizer else None, self.config.pad_token_id):
+            if candidate is not None:
+                return candidate
+        return self.eos_token_ids[0] if self.eos_token_ids else 0
+
+    def find_mask_token_id(self) -> int:
+        """
+        Find an id that text never uses, for DFlash's masks.
+
+        Looks for the tokenizer's mask token, then for `<|mask|>` or `<|MASK|>`, then for a row of the embedding beyond the
+        tokenizer.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "The target has no tokenizer to look for a mask token in. Pass `mask_token_id=` yourself."
+            )
+        if self.tokenizer.mask_token_id is not None:
+            return self.tokenizer.mask_token_id
+        vocabulary = self.tokenizer.get_vocab()
+        for name in ("<|mask|>", "<|MASK|>"):
+            if name in vocabulary:
+                return vocabulary[name]
+        if len(self.tokenizer) < self.vocab_size:
+            return len(self.tokenizer)
+        raise ValueError(
+            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of a "
+            "reserved token that your text never contains."
+        )
+
+    def require_rollback(self) -> None:
+        """
+        Refuse targets whose cache cannot forget rejected drafts.
+
+        Raises:
+            ValueError: For recurrent, linear-attention and sliding-window targets, saying which and what serves them.
+        """
+        reason = None
+        layer_types = set(getattr(self.config, "layer_types", None) or [])
+        if self.causal_lm._is_stateful:
+            reason = "keeps a recurrent state, which cannot be rolled back to before a rejected draft"
+        elif layer_types - {"full_attention"}:
+            reason = f"has layers of type {sorted(layer_types - {'full_attention'})}, whose cache drops or mixes what a rejected draft must not touch"
+        elif not layer_types and getattr(self.config, "sliding_window", None) is not None:
+            reason = f"uses a sliding window of {self.config.sliding_window} tokens, counted in cache slots that include rejected drafts"
+        if reason is not None:
+            raise ValueError(
+                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full attention in every layer. "
+                "Such a target trains without them: supervised with `eval_rollouts=False`, or with `rollout='replay'`, "
+                "`rejected_scope='first'` and no `eval_dataset`."
+            )
+
+    def place(self, device: torch.device) -> None:
+        """
+        Move the weights to `device`, unless they were spread over devices or quantised on loading.
+
+        Raises:
+            ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved, on another kind
+                of device.
+        """
+        place_whole(self.causal_lm, device)
+
+    def shard(self, device: torch.device, weights_fingerprint: str) -> None:
+        """
+        Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
+
+        From now on the three calls below, and `generate` of the model, are collective too: every rank ends each phase of using them
+        with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it alone any more.
+        """
+        self.weights_fingerprint = weights_fingerprint
+        self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether [`shard`] was called."""
+        return self._lockstep is not None
+
+    def finish_together(self) -> None:
+        """End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole. Collective."""
+        if self._lockstep is not None:
+            self._lockstep.finish()
+
+    # -- what it does --------------------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Embed token ids as transformers' own DFlash decoding does: the family's scale included, an input norm left out.
+        """
+        embedding = self.causal_lm.get_input_embeddings()
+        norm = getattr(embedding, "embed_norm", None)
+        if norm is None:
+            return embedding(input_ids)
+        embedding.embed_norm = nn.Identity()
+        try:
+            return embedding(input_ids)
+        finally:
+            embedding.embed_norm = norm
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included."""
+        head = self.causal_lm.get_output_embeddings()
+        # A head on another device hands its logits back to where the states are.
+        logits = head(hidden.to(device_of(head), head.weight.dtype)).to(hidden.device)
+        config = self.config
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def num_logit_buffers(self) -> int:
+        """Tensors of the logits' size that [`project`] and its backward pass hold at once, for memory budgets."""
+        if getattr(self.config, "final_logit_softcapping", None) is not None:
+            return 4
+        is_scaled = getattr(self.config, "logits_scaling", None) or getattr(self.config, "logit_scale", None)
+        return 2 if is_scaled else 1
+
+    @torch.no_grad()
+    def read_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        layer_ids: Sequence[int],
+        keep_cache: bool = False,
+    ) -> TargetReading:
+        """
+        Read right-padded text.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Right-padded token ids.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
+            layer_ids (`Sequence[int]`): Layers to tap, ascending.
+            keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for [`score_branches`].
+
+        Returns:
+            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the padding that
+            the longest row of all would give it; positions no row of a group reaches hold 0.
+
+        Raises:
+            NotFiniteError: If a hidden state of the text is NaN or infinite.
+        """
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        lengths = attention_mask.sum(dim=1)
+        parts, caches = [], []
+        for row_list in rows_of_similar_width(lengths):
+            rows = torch.tensor(row_list, device=input_ids.device)
+            length = int(lengths[rows].max())
+            cache = DynamicCache(config=self.config) if keep_cache else None
+            texts = (tensor[rows, :length] for tensor in (input_ids, attention_mask, position_ids))
+            parts.append((rows, length, self._forward(*texts, cache, layer_ids)))
+            caches += [CachedRows(rows, length, cache)] if keep_cache else []
+        features, last_hidden = (
+            pad_rows([(rows, length, getattr(part, name)) for rows, length, part in parts], input_ids.shape)
+            for name in ("features", "last_hidden")
+        )
+        refuse_not_finite(last_hidden, attention_mask)
+        return TargetReading(features, last_hidden, tuple(caches))
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: DynamicCache,
+        layer_ids: Sequence[int],
+    ) -> TargetReading:
+        """
+        Read `n` new tokens per row on top of the cache, which grows by `n` slots.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, n)`): New tokens.
+            attention_mask (`torch.LongTensor` of shape `(B, C + n)`): 0 hides a slot: left padding or a rejected draft.
+            position_ids (`torch.LongTensor` of shape `(B, n)`): True positions, whatever slots hold the tokens.
+            cache ([`~transformers.DynamicCache`]): Cache of `C` slots, changed in place.
+            layer_ids (`Sequence[int]`): Layers to tap, ascending.
+        """
+        return self._forward(input_ids, attention_mask, position_ids, cache, layer_ids)
+
+    @torch.no_grad()
+    def score_branches(
+        self, reading: TargetReading, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few of them, of
+        rows of similar width, where rows differ widely in the number of branch tokens.
+
+        The branch of a block starts at its first rejected draft, on the committed prefix before it. Its tokens attend to that
+        prefix and to their own branch, at the positions the drafts were proposed for; blocks do not see each other.
+
+        Args:
+            reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
+            anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries mark padding.
+            drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
+            is_branch (`torch.BoolTensor` of shape `(B, A, K)`):
+                Slots whose state holds a rejected draft: per block one run of slots, its first slot at least the second.
+
+        Returns:
+            `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero outside
+            `is_branch`.
+
+        Raises:
+            ValueError: If the target cannot branch, see [`require_rollback`].
+        """
+        self.require_rollback()
+        assert reading.caches, "branches are scored on top of the text's cache"
+        B, A, K = drafts.shape
+        hidden = reading.last_hidden.new_zeros(B, A, K, reading.last_hidden.shape[-1])
+        num_tokens = is_branch.flatten(1).sum(dim=1)
+        for text in reading.caches:
+            for places in rows_of_similar_width(num_tokens[text.rows]):
+                picked = torch.tensor(places, device=hidden.device)
+                rows = text.rows[picked]
+                cache = text.cache if len(places) == len(text.rows) else self._cache_rows(text.cache, picked)
+                scored = self._score_rows(cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
+                hidden[rows] = scored.to(hidden)
+        return hidden
+
+    def _score_rows(
+        self, cache: DynamicCache, length: int, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
+    ) -> torch.Tensor:
+        """Score the branches of rows whose text of padded `length` is in `cache`, as [`score_branches`] does."""
+        B, A, K = drafts.shape
+        num_tokens = is_branch.flatten(1).sum(dim=1)
+        # The tokens of a row's branches, packed to the front in order of block and slot.
+        order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : int(num_tokens.max())]
+        is_token = torch.arange(order.shape[1], device=order.device) < num_tokens[:, None]
+        block, slot = order // K, order % K  # the slot's index: slot k stands at k - 1
+        # The state of slot k ends with the draft before it, which stands at position a + k - 1.
+        tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
+        positions = (anchors.gather(1, block) + slot).clamp(min=0)
+        first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
+        mask = branch_mask(positions - slot + first_slot, block, slot, is_token, length)
+        tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
+        scored = self._forward(tokens, self._attention_mask(mask), positions, cache, ()).last_hidden
+        row = torch.arange(B, device=order.device)[:, None].expand_as(order)
+        hidden = scored.new_zeros(B, A, K, scored.shape[-1])
+        hidden[row[is_token], block[is_token], slot[is_token]] = scored[is_token]
+        return hidden
+
+    def _cache_rows(self, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+        """Return a cache of the given rows alone."""
+        picked = DynamicCache(config=self.config)
+        for number, layer in enumerate(cache.layers):
+            own = rows.to(layer.keys.device)
+            picked.update(layer.keys[own], layer.values[own], number)
+        return picked
+
+    def _attention_mask(self, is_visible: torch.Tensor) -> torch.Tensor:
+        """Return a boolean mask `(B, n, C)` in the additive form every attention implementation takes."""
+        dtype = self.causal_lm.dtype
+        hidden = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
+        return hidden.masked_fill_(~is_visible, torch.finfo(dtype).min)[:, None]
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: DynamicCache | None,
+        layer_ids: Sequence[int],
+    ) -> TargetReading:
+        self.num_forwards += 1
+        with self._tapped(layer_ids) as taps:
+            output = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        # A target spread over devices leaves each layer's output on the layer's own.
+        last_hidden = output.last_hidden_state.to(self.device)
+        features = [taps[i].to(self.device) for i in layer_ids]
+        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden)
+
+    @contextmanager
+    def _tapped(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Collect the outputs of the chosen layers, and of no other, for one forward."""
+        taps: dict[int, torch.Tensor] = {}
+
+        def hook(index: int):
+            def keep(module: nn.Module, args: Any, output: Any) -> None:
+                taps[index] = output[0] if isinstance(output, tuple) else output
+
+            return keep
+
+        handles = [self.layers[i].register_forward_hook(hook(i)) for i in layer_ids]
+        try:
+            yield taps
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Prove on three tokens that `project` reproduces the model's own logits."""
+        probe = torch.arange(3, device=self.device)[None] % self.vocab_size
+        expected = self.causal_lm(input_ids=probe, use_cache=False).logits
+        hidden = self.backbone(input_ids=probe, use_cache=False).last_hidden_state
+        refuse_not_finite(hidden, torch.ones_like(probe))
+        actual = self.project(hidden)
+        if actual.shape != expected.shape or not torch.allclose(
+            actual.float(), expected.float(), rtol=1e-2, atol=1e-2
+        ):
+            raise ValueError(
+                f"The head of target type {self.config.model_type!r} does something to its logits that this package does not know: "
+                "they differ from the model's own. Distilling from it would be wrong; please report the family."
+            )

@@ -1,0 +1,252 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What both trainers do before the first step: load the pair, check that it belongs together, prepare data and messages.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+from ..drafters.auto import AutoDrafter
+from ..drafters.base import Drafter
+from ..drafters.published.checkpoint import CONFIG_FILE
+from ..drafters.published.configs import parse_drafter_config
+from ..drafters.target_shape import check_layer_ids
+from ..export import hub_id_of
+from ..export.serving import SERVING_FILE
+from ..responses.origin import fingerprint_weights
+from ..responses.store import is_store
+from ..target.frozen import FrozenTarget
+from ..target.placement import check_placement, load_in_turns
+from .common_config import DraftTrainingConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Files by which a tokenizer lies in a folder.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def load_target(
+    target: str | Path | PreTrainedModel | FrozenTarget,
+    args: DraftTrainingConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> FrozenTarget:
+    """
+    Load or wrap the target as the config says. Collective if it is to be sharded.
+
+    Raises:
+        ValueError: If it is spread over devices, or quantised, where the launch has no use for that.
+    """
+
+    def load() -> FrozenTarget:
+        frozen = FrozenTarget.load(
+            target,
+            dtype=args.target_dtype,
+            revision=args.target_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            tokenizer=processing_class,
+            init_kwargs=args.target_model_init_kwargs,
+        )
+        check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
+        if shard and not frozen.is_sharded:
+            frozen.shard(args.device, fingerprint_weights(frozen.causal_lm))
+        return frozen
+
+    shard = args.shard_target and args.world_size > 1
+    if args.shard_target and not shard:
+        logger.warning("`shard_target=True` has no effect with one process: the target stays whole.")
+    frozen = load_in_turns(load) if shard else load()
+    if processing_class is not None:
+        check_tokenizer(processing_class, frozen.config.name_or_path)
+        frozen.tokenizer = processing_class
+    return frozen
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> None:
+    """
+    Check that a tokenizer which was passed in does not contradict the one that lies beside the target, if one does.
+
+    Raises:
+        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no contradiction.
+    """
+    if not folder or not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        return
+    own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    given = tokenizer.get_vocab()
+    tokens = {index: token for token, index in own.items()}
+    moved = [
+        token for token, index in given.items() if own.get(token, index) != index or tokens.get(index, token) != token
+    ]
+    if moved:
+        token = min(moved, key=given.get)
+        raise ValueError(
+            f"`processing_class` is another model's tokenizer: id {given[token]} is {token!r} there and {tokens.get(given[token])!r} in the "
+            f"target's own, in {folder!r}. {len(moved)} tokens differ. Leave `processing_class` out, or load it from the target."
+        )
+
+
+def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftTrainingConfig) -> Drafter:
+    """
+    Load the drafter, or take the instance, and check that it fits the target.
+
+    Raises:
+        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run would spoil.
+        TypeError: If `model` is no drafter.
+    """
+    if isinstance(model, (str, Path)):
+        model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`model` is a {type(model).__name__} with an adapter in it already. Give the plain drafter and a `peft_config`, or the folder the "
+            "adapter was saved in, to train on with it merged in."
+        )
+    if not isinstance(model, Drafter):
+        raise TypeError(
+            f"`model` must be a drafter, its id or its path, got {type(model).__name__}. Make a fresh one with "
+            "`Eagle3DraftModel.from_target(target)` or `DFlashDraftModel.from_target(target, ...)`."
+        )
+    check_pair(model, target)
+    if args.num_drafts is not None and model.max_drafts is not None and args.num_drafts > model.max_drafts:
+        raise ValueError(
+            f"`num_drafts` {args.num_drafts} exceeds the {model.max_drafts} drafts of the drafter's blocks. Lower it, or make a drafter "
+            "with a larger `block_size`."
+        )
+    check_output_content(Path(args.output_dir), model, target)
+    if target.config.name_or_path:
+        model.config.target_model_name_or_path = target.config.name_or_path
+        model.config.target_model_revision = args.target_model_revision
+    model.config.num_target_layers = target.num_layers
+    return model
+
+
+def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -> None:
+    """
+    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it beside the new.
+
+    Raises:
+        ValueError: If it holds an export, responses, a model that is no drafter, or a drafter of another family or target.
+    """
+    where, way_out = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
+    if (folder / SERVING_FILE).is_file():
+        raise ValueError(f"{where} an export, of which a save would replace one layout alone. {way_out}")
+    if is_store(folder):
+        raise ValueError(f"{where} responses. {way_out} To train on them, name the folder in `responses`.")
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # There is none, or a save that was cut off left it; it is written again.
+    try:
+        held = parse_drafter_config(raw, num_target_layers=None)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} a model that a save would replace, and it is no drafter of this package: {error} {way_out}"
+        ) from error
+    theirs = _describe_pair(held.family, held.config_kwargs)
+    ours = _describe_pair(drafter.config.family, drafter.config.to_dict() | {"num_target_layers": target.num_layers})
+    ours["target"] = hub_id_of(target.config.name_or_path)
+    differ = {
+        name: (theirs[name], value)
+        for name, value in ours.items()
+        if None not in (value, theirs[name]) and value != theirs[name]
+    }
+    if differ:
+        raise ValueError(f"{where} a drafter of another family or target, (there, here): {differ}. {way_out}")
+
+
+def _describe_pair(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells drafters of different families and targets apart."""
+    sizes = {name: config.get(name) for name in ("vocab_size", "hidden_size", "num_target_layers")}
+    return {"family": family, "target": hub_id_of(config.get("target_model_name_or_path"))} | sizes
+
+
+def check_pair(drafter: Drafter, target: FrozenTarget) -> None:
+    """
+    Check that a drafter was made for this target.
+
+    Raises:
+        ValueError: Naming both values and the way out.
+    """
+    config, name = drafter.config, type(drafter).__name__
+    if config.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"The drafter has vocab_size {config.vocab_size} but the target has {target.vocab_size}. Verification compares token ids, so "
+            f"both must share one tokenizer. Build the drafter with `{name}.from_target(target)`."
+        )
+    if config.target_hidden_size != target.config.hidden_size:
+        raise ValueError(
+            f"The drafter reads features of width {config.target_hidden_size} per layer but the target's hidden size is "
+            f"{target.config.hidden_size}. It was made for another target; build one with `{name}.from_target(target)`."
+        )
+    if config.num_target_layers is not None and config.num_target_layers != target.num_layers:
+        raise ValueError(
+            f"The drafter's layer ids {config.target_layer_ids} belong to a target of {config.num_target_layers} layers, but this one has "
+            f"{target.num_layers}. Build a drafter with `{name}.from_target(target)`."
+        )
+    check_layer_ids(config.target_layer_ids, target.num_layers)
+
+
+def require_tokenizer(target: FrozenTarget) -> PreTrainedTokenizerBase:
+    """Return the target's tokenizer, or raise `ValueError` when there is none and its vocabulary does not fit."""
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "No tokenizer: the target was given as an instance. Pass `processing_class=AutoTokenizer.from_pretrained(...)` of "
+            "that target."
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= target.vocab_size:
+        raise ValueError(
+            f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {target.vocab_size - 1}. Use the target's own tokenizer."
+        )
+    return tokenizer
+
+
+def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | IterableDataset, column: str) -> None:
+    """
+    Check that DFlash's mask token stands for nothing else.
+
+    Raises:
+        ValueError: If it is an end-of-sequence or padding token of the target, or occurs in the data.
+    """
+    mask_token_id = getattr(drafter.config, "mask_token_id", None)
+    if mask_token_id is None:
+        return
+    pad = target.tokenizer.pad_token_id if target.tokenizer is not None else target.config.pad_token_id
+    bos = target.tokenizer.bos_token_id if target.tokenizer is not None else target.config.bos_token_id
+    if mask_token_id in {*target.eos_token_ids, pad, bos}:
+        raise ValueError(
+            f"`mask_token_id` {mask_token_id} is an eos, bos or pad token of the target. Choose an id that text never uses."
+        )
+    if isinstance(dataset, IterableDataset):
+        return
+    for row, ids in enumerate(dataset[column]):
+        if mask_token_id in ids:
+            raise ValueError(
+                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization). The drafter could not tell a mask from "
+                "text; choose an id that text never uses."
+            )
+
+
+def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> None:
+    """
+    Compile the drafter's feed-forward and norm layers in place if `torch_compile` asks for it.
+
+    The attention is fused already, and heads and losses run in chunks outside of the drafter.
+    """
+    if not args.torch_compile:
+        return
+    for module in drafter.modules():
+        if isinstance(module, (LlamaMLP, LlamaRMSNorm, Qwen3MLP, Qwen3RMSNorm)):
+            # Rollouts and steps differ in the number of rows every time.
+            module.compile(
+                backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode, dynamic=True
+            )
+    # Else accelerate would compile the model as a whole, whose forward is redirected to the training step.
+    args.torch_compile_backend = args.torch_compile_mode = None

@@ -1,0 +1,279 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+The text of an optimiser step: the dataset's own responses, a response store, or the target asked once per prompt; rows regrouped by
+length.
+
+Shape letters:  B = sequences, L = text length
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+
+from ..responses import (
+    Origin,
+    ResponseAudit,
+    ResponseStore,
+    check_responses,
+    generate_missing,
+)
+from ..responses.shards import prompt_key
+from ..rollout.replay import TargetText
+from ..rollout.types import Rollout, response_ends
+from ..target.checks import naming_rows
+from ..target.frozen import FrozenTarget
+from .common_config import DraftTrainingConfig
+from .draft_opd_config import DraftOPDConfig
+
+
+def text_of(batch: dict[str, torch.Tensor]) -> TargetText:
+    """Return a batch of [`TextCollator`] as text."""
+    return TargetText(
+        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], batch["sample_ids"].tolist()
+    )
+
+
+def text_of_rollout(rollout: Rollout, sample_ids: Sequence[int]) -> TargetText:
+    """Return the text of a rollout."""
+    return TargetText(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, sample_ids)
+
+
+def prompt_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Return the prompts of a batch of [`PromptCollator`], without padding."""
+    lengths = batch["prompt_mask"].sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(batch["prompt_ids"].tolist(), lengths, strict=True)]
+
+
+def join_responses(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    sample_ids: Sequence[int],
+    pad_token_id: int,
+    device: torch.device,
+) -> TargetText:
+    """Return prompts and their responses as right-padded text on `device`."""
+    rows = [
+        (torch.tensor([*prompt, *response]), torch.arange(len(prompt) + len(response)) >= len(prompt))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return _pad_rows(rows, sample_ids, pad_token_id, device)
+
+
+def response_pairs(text: TargetText) -> list[tuple[list[int], list[int]]]:
+    """Return every response of a text with all that stands before it, as token ids."""
+    pairs = []
+    ends = response_ends(text.completion_mask)
+    is_start = text.completion_mask.clone()
+    is_start[:, 1:] &= ~text.completion_mask[:, :-1]
+    for row, start in is_start.nonzero().tolist():
+        ids = text.input_ids[row, : int(ends[row, start]) + 1].tolist()
+        pairs.append((ids[:start], ids[start:]))
+    return pairs
+
+
+def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[TargetText]:
+    """
+    Deal the rows of an optimiser step's micro-batches out again, rows of similar length together.
+
+    The update is a sum over all rows of the step, so only the padding changes.
+
+    Args:
+        texts (`Sequence[TargetText]`): Micro-batches.
+        pad_token_id (`int`): Id to pad with.
+
+    Returns:
+        `list[TargetText]`: as many micro-batches of as many rows.
+    """
+    if len(texts) < 2:
+        return list(texts)
+    rows, sample_ids = [], []
+    for text in texts:
+        for index, length in enumerate(text.attention_mask.sum(dim=1).tolist()):
+            rows.append((text.input_ids[index, :length], text.completion_mask[index, :length]))
+            sample_ids.append(text.sample_ids[index])
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    regrouped, start = [], 0
+    for text in texts:
+        part = order[start : start + len(text.input_ids)]
+        start += len(part)
+        device = text.input_ids.device
+        regrouped.append(
+            _pad_rows([rows[row] for row in part], [sample_ids[row] for row in part], pad_token_id, device)
+        )
+    return regrouped
+
+
+def _pad_rows(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    sample_ids: Sequence[int],
+    pad_token_id: int,
+    device: torch.device,
+) -> TargetText:
+    """Pad ids and marks of each row on the right."""
+    ids, marks = zip(*rows, strict=True)
+    attention = [torch.ones_like(row) for row in ids]
+    return TargetText(
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
+        attention_mask=pad_sequence(attention, batch_first=True).to(device),
+        completion_mask=pad_sequence(marks, batch_first=True).to(device),
+        sample_ids=list(sample_ids),
+    )
+
+
+# Prompts can be private: a push of `output_dir` leaves out what begins with an underscore.
+PRIVATE_FOLDER = "_responses"
+
+
+def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
+    """
+    Open the response store of a run.
+
+    Raises:
+        ValueError: If it holds responses of another target, tokenizer, template or distribution, or is damaged.
+    """
+    origin = Origin.of(
+        target,
+        sampling=args.sampling_settings(),
+        max_new_tokens=args.max_completion_length,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    return ResponseStore.open(args.responses or Path(args.output_dir) / PRIVATE_FOLDER, origin)
+
+
+def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset) -> Dataset:
+    """
+    Return every prompt with the target's response; each rank writes its share of those not in the store. Collective.
+
+    Args:
+        target ([`FrozenTarget`]), args ([`DraftTrainingConfig`]): Writer and settings.
+        prompts (`Dataset`): Rows with `prompt_ids` and `sample_id`.
+
+    Returns:
+        `Dataset` with `prompt_ids` and `completion_ids`, in the order of `prompts`.
+    """
+    state = PartialState()
+    store = open_store(target, args)
+    prompt_ids = list(prompts["prompt_ids"])
+    missing = store.missing(prompt_ids)[state.process_index :: state.num_processes]
+    rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
+    # All ranks cut the same list into shares, so nobody may write before everybody has looked.
+    state.wait_for_everyone()
+    with naming_rows([rows[prompt_key(prompt)] for prompt in missing], "the dataset"):
+        generate_missing(
+            store,
+            target,
+            missing,
+            batch_size=args.generation_batch_size,
+            seed=args.seed,
+            shard_size=args.generation_batch_size,
+            show_progress=not args.disable_tqdm and state.is_local_main_process,
+        )
+    target.finish_together()
+    state.wait_for_everyone()
+    store.refresh()
+    responses = [store.find(prompt) for prompt in prompt_ids]
+    return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
+
+
+class ResponseSource:
+    """
+    Turns batches of rows into text the target wrote.
+
+    Args:
+        target ([`FrozenTarget`]): Writer of the responses.
+        args ([`DraftOPDConfig`]): Settings.
+        prompts (`Dataset`, *optional*):
+            Tokenized prompts of the training set. When the target has to write anyway, it also answers prompts from here that have no
+            response yet, up to a whole generation batch; `None` where the run will not come to all of them.
+        rank (`int`), num_ranks (`int`): Ranks answer different prompts of the pool.
+        show_progress (`bool`): Draw a progress bar over responses.
+    """
+
+    def __init__(
+        self,
+        target: FrozenTarget,
+        args: DraftOPDConfig,
+        prompts: Dataset | None,
+        rank: int,
+        num_ranks: int,
+        show_progress: bool,
+    ):
+        self.target, self.args = target, args
+        self.prompts, self.rank, self.num_ranks = prompts, rank, num_ranks
+        self.show_progress = show_progress
+        self._next_row = rank
+        # What the check of the first step's rows found.
+        self.audit: ResponseAudit | None = None
+        self._store: ResponseStore | None = None
+
+    @property
+    def store(self) -> ResponseStore:
+        """The store of this run, opened on first use."""
+        if self._store is None:
+            self._store = open_store(self.target, self.args)
+        return self._store
+
+    def texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:
+        """
+        Return the text of every micro-batch of an optimiser step.
+
+        Raises:
+            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is another target's.
+        """
+        if self.args.completions_from_target:
+            texts = [text_of(batch) for batch in batches]
+        else:
+            self._answer(batches)
+            texts = [self._join(batch) for batch in batches]
+        if self.audit is None:
+            # Once, before anything is trained on them.
+            self.audit = check_responses(
+                self.target,
+                [pair for text in texts for pair in response_pairs(text)],
+                self.args.sampling_settings(),
+                warn_above=self.args.warn_mismatch_share,
+                refuse_above=self.args.max_mismatch_share,
+            )
+        return texts
+
+    def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
+        prompts = prompt_rows(batch)
+        responses = [self.store.find(prompt) for prompt in prompts]
+        device = batch["prompt_ids"].device
+        return join_responses(prompts, responses, batch["sample_ids"].tolist(), self.target.pad_token_id, device)
+
+    def _answer(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Have the target answer the prompts of these batches that have no response yet, and fill the generation batch up."""
+        prompts = [prompt for batch in batches for prompt in prompt_rows(batch)]
+        if not self.store.missing(prompts):
+            return
+        # Another rank, or another run on the same store, may have answered meanwhile.
+        self.store.refresh()
+        rows = [row for batch in batches for row in batch["sample_ids"].tolist()]
+        row_of = {tuple(prompt): row for prompt, row in zip(prompts, rows, strict=True)}
+        missing = {tuple(prompt): row_of[tuple(prompt)] for prompt in self.store.missing(prompts)}
+        size = self.args.generation_batch_size
+        self._add_prompts(missing, size)
+        with naming_rows(list(missing.values()), "the dataset"):
+            generate_missing(
+                self.store,
+                self.target,
+                list(missing),
+                batch_size=size,
+                seed=self.args.seed,
+                shard_size=size,
+                show_progress=self.show_progress,
+            )
+
+    def _add_prompts(self, missing: dict[tuple[int, ...], int], size: int) -> None:
+        """Fill `missing`, prompts and their rows, up to `size` with prompts of this rank's share that have no response yet."""
+        while self.prompts is not None and len(missing) < size and self._next_row < len(self.prompts):
+            row = self.prompts[self._next_row]
+            self._next_row += self.num_ranks
+            if self.store.find(row["prompt_ids"]) is None:
+                missing.setdefault(tuple(row["prompt_ids"]), row["sample_id"])
