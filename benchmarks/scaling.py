@@ -37,7 +37,7 @@ from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.target.frozen.frozen import TargetReading
+from trl_draft_opd.target.frozen import TargetReading
 from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.target.frozen.frozen import TargetReading
+from trl_draft_opd.target.frozen import TargetReading
 
 
 class RememberingTarget(FrozenTarget):

@@ -13,7 +13,7 @@ from trl_draft_opd.losses import position_weights
 from trl_draft_opd.rollout.blocks import BlockBatch
 from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
-from trl_draft_opd.target.frozen.frozen import TargetReading
+from trl_draft_opd.target.frozen import TargetReading
 from trl_draft_opd.trainer.step import StepLoss
 
 

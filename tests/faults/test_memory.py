@@ -10,7 +10,7 @@ from tiny import TINY_RUN, make_drafter, make_target
 
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.runs.out_of_memory import explained_memory
-from trl_draft_opd.target.frozen.frozen import FrozenTarget
+from trl_draft_opd.target.frozen import FrozenTarget
 
 
 @pytest.fixture(scope="module")
