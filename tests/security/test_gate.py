@@ -205,7 +205,7 @@ def test_a_targets_folder_with_pickles_runs_none(copy, proof, keeps_weights):
 
 def test_a_pickle_in_the_place_of_any_file_of_a_store_is_refused(target, tmp_path, proof):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
+    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
     store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     set_traps(store.path, proof)
@@ -465,7 +465,7 @@ def test_links_of_the_hubs_cache_and_links_inside_a_folder_are_followed(copy, tm
 
 def test_a_link_out_of_a_store_is_refused(target, tmp_path):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
+    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
     store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     for path in sorted(store.path.iterdir()):

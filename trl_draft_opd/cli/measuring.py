@@ -116,14 +116,18 @@ def run_generate(argv: Sequence[str]) -> int:
     # Beside a server, the accelerator is the server's.
     if server is None and torch.accelerator.is_available():
         target.place(torch.accelerator.current_accelerator())
-    names = ("engine", "chat_template_kwargs", "num_proc", "batch_size", "shard_size", "seed")
+    names = ("engine", "batch_size", "shard_size", "seed")
     store = write_responses(
         target,
         rows,
         options.output,
         sampling=SamplingSettings(**distribution | given(options, distribution)),
         max_new_tokens=options.max_new_tokens or DraftOPDConfig.max_completion_length,
-        max_prompt_length=options.max_prompt_length or DraftOPDConfig.max_prompt_length,
+        reader=target.text_reader(
+            max_prompt_length=options.max_prompt_length or DraftOPDConfig.max_prompt_length,
+            chat_template_kwargs=options.chat_template_kwargs,
+            num_proc=options.num_proc,
+        ),
         server=server,
         **given(options, names),
     )

@@ -246,21 +246,11 @@ def make_drafter(target: FrozenTarget, family: str | None, options: dict, count:
 
 def count_supervised(target: FrozenTarget, rows: Dataset, reading: dict) -> torch.Tensor:
     """Return how often each token of the target's vocabulary is supervised in a dataset."""
-    from ..data.text_reader import tokenize_sft_dataset
     from ..drafters.eagle3 import count_tokens
 
-    return count_tokens(tokenize_sft_dataset(rows, **_reader(target), **reading), target.vocab_size)
+    return count_tokens(target.text_reader(**reading).read_texts(rows), target.vocab_size)
 
 
 def read_prompts(target: FrozenTarget, rows: Dataset, reading: dict) -> list[list[int]]:
     """Return the prompts of a dataset as token ids."""
-    from ..data.text_reader import tokenize_prompt_dataset
-
-    return list(tokenize_prompt_dataset(rows, **_reader(target), **reading, keep_completions=False)["prompt_ids"])
-
-
-def _reader(target: FrozenTarget) -> dict:
-    from ..trainer.pair import require_tokenizer
-
-    tokenizer = require_tokenizer(target)
-    return {"tokenizer": tokenizer, "eos_token_ids": target.eos_token_ids, "vocab_size": target.vocab_size}
+    return list(target.text_reader(**reading).read_prompts(rows)["prompt_ids"])
