@@ -54,7 +54,7 @@ def poison_loss(monkeypatch, trainer, sample_id):
     honest = trainer.compute_loss
 
     def compute_loss(model, inputs, *args, **kwargs):
-        if sample_id in inputs["sample_ids"].tolist():
+        if sample_id in inputs.text.sample_ids:
             poisoned = trainer._step_loss
             with monkeypatch.context() as patch:
                 patch.setattr(trainer, "_step_loss", lambda *a: spoil(poisoned(*a)))
@@ -65,10 +65,7 @@ def poison_loss(monkeypatch, trainer, sample_id):
 
 
 def spoil(result):
-    loss, *rest = result if isinstance(result, tuple) else (result.loss, result)
-    if isinstance(result, tuple):
-        return (loss * float("nan"), *rest)
-    return type(result)(result.loss * float("nan"), result.sums)
+    return result._replace(loss=result.loss * float("nan"))
 
 
 def weights(drafter):

@@ -371,7 +371,7 @@ def test_no_token_is_in_a_byte_that_a_run_from_the_shell_prints_writes_or_sends(
         "model_name_or_path": made / "dflash",
         "dataset_name": tmp_path / "rows.jsonl",
         "dataset_test_split": "train",
-        "target_model_init_kwargs": json.dumps({"token": CANARY}),
+        "target_init_kwargs": json.dumps({"token": CANARY}),
         "hub_token": CANARY,
         "hub_model_id": "someone/tiny-dflash",
         "hub_target_id": "org/target",

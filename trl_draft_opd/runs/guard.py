@@ -7,6 +7,7 @@ leave an update out before it comes to that; this is noticed right after.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ class NonFiniteGuard:
         """Forget what the last update was made of."""
         self._losses, self._decided, self._global_step = [], None, global_step
 
-    def note_loss(self, loss: torch.Tensor, sample_ids: torch.Tensor) -> None:
+    def note_loss(self, loss: torch.Tensor, sample_ids: Sequence[int]) -> None:
         """Remember a micro-batch of this update; looked at when the update is about to be made."""
-        self._losses.append((loss.detach(), sample_ids.tolist()))
+        self._losses.append((loss.detach(), list(sample_ids)))
 
     def look_back(self) -> None:
         """

@@ -3,14 +3,11 @@
 Out of memory, said so that it helps: what was being done, how large it was, and which settings make it smaller.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-from ..rollout.blocks import BlockBatch
-from ..rollout.types import Rollout
 
 
 # How torch's allocator for the CPU says it; it has no error type of its own.
@@ -18,13 +15,13 @@ _CPU_MESSAGE = "DefaultCPUAllocator"
 
 
 @contextmanager
-def explained_memory(doing: str, batches: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> Iterator[None]:
+def explained_memory(doing: str, batches: Sequence[Any], settings: Sequence[str]) -> Iterator[None]:
     """
     Turn an allocation that failed inside into an error that names sizes and settings.
 
     Args:
         doing (`str`): What is being done, e.g. `"a training step"`.
-        batches (`Sequence[Mapping]`): What it is done with; looked at only when it fails.
+        batches (`Sequence`): What it is done with, mappings or objects with a `describe` method; looked at only when it fails.
         settings (`Sequence[str]`): Settings to lower or turn on, as the message shall name them, the most effective first.
 
     Raises:
@@ -44,14 +41,9 @@ def explained_memory(doing: str, batches: Sequence[Mapping[str, Any]], settings:
         ) from error
 
 
-def _describe(batch: Mapping[str, Any]) -> str:
-    """Return rows, length and blocks of a batch, as far as it has them."""
-    rollout: Rollout | None = batch.get("rollout")
-    anchors: BlockBatch | None = batch.get("anchors")
-    ids = rollout.input_ids if rollout is not None else batch.get("input_ids", batch.get("prompt_ids"))
-    if ids is None:
-        return ""
-    text = f"{ids.shape[0]} rows of up to {ids.shape[1]} tokens"
-    if anchors is not None:
-        text += f", {int((anchors.anchors >= 1).sum())} blocks of {anchors.drafts.shape[-1]} drafts"
-    return text
+def _describe(batch: Any) -> str:
+    """Return rows and length of a batch, or what it says of itself."""
+    if hasattr(batch, "describe"):
+        return batch.describe()
+    ids = batch.get("input_ids", batch.get("prompt_ids"))
+    return "" if ids is None else f"{ids.shape[0]} rows of up to {ids.shape[1]} tokens"
