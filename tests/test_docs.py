@@ -3,6 +3,7 @@
 The documentation holds together: links and anchors resolve, files named in it exist, and every line can be read in a terminal.
 """
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+FAULTS = ROOT / "docs" / "do" / "faults.md"
 PAGES = sorted(
     path
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
@@ -104,6 +106,25 @@ def test_every_page_stands_in_the_index():
     index = ROOT / "docs" / "index.md"
     links = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text("utf-8"))}
     assert [name_of(page) for page in PAGES if page.is_relative_to(ROOT / "docs") and page not in {*links, index}] == []
+
+
+def test_forty_faults_stand_in_the_table_each_with_a_test():
+    text = FAULTS.read_text("utf-8")
+    numbers = [str(number) for number in range(1, 41)]
+    assert re.findall(r"^\| (\d+) \| \S.* \| \S.* \|$", text, re.MULTILINE) == numbers
+    assert re.findall(r"^\*\*(\d+)\*\*\n\n- `[\w/]+\.py::test_", text, re.MULTILINE) == numbers
+
+
+def test_every_test_that_faults_names_exists():
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", FAULTS.read_text("utf-8"))
+    assert len(named) > 80
+    assert [f"{name}::{test}" for name, test in named if test not in tests_in(ROOT / "tests" / name)] == []
+
+
+@cache
+def tests_in(path: Path) -> frozenset[str]:
+    tree = ast.parse(path.read_text("utf-8") if path.is_file() else "")
+    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
 def test_a_broken_anchor_and_a_missing_file_are_found(tmp_path, monkeypatch):
