@@ -21,6 +21,9 @@ PAGES = sorted(
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A folder named in full, from the root of the repository; `...` and `<name>` stand for something.
 CODE_PATH = re.compile(r"\b((?:trl_draft_opd|tests|benchmarks|examples|docs)/[\w./-]*\w\.(?:py|md|yaml|jinja))\b")
+# A file of the package, named from one of its rooms: `trainer/step.py`.
+ROOMS = "utils data losses drafters target rollout responses export runs trainer parity demo cli".split()
+ROOM_PATH = re.compile(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)")
 PROSE_WIDTH, TABLE_WIDTH = 120, 159
 
 
@@ -82,12 +85,11 @@ def test_every_relative_link_and_anchor_resolves(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_file_that_is_named_exists(page):
-    missing = [
-        f"line {number}: {path}"
-        for number, line, _ in numbered_lines(page)
-        for path in CODE_PATH.findall(re.sub(r"https?://\S+", "", line))
-        if not (ROOT / path).exists()
-    ]
+    missing = []
+    for number, line, _ in numbered_lines(page):
+        named = [ROOT / path for path in CODE_PATH.findall(re.sub(r"https?://\S+|\]\([^)]*\)", "", line))]
+        named += [ROOT / "trl_draft_opd" / path for path in ROOM_PATH.findall(line)]
+        missing += [f"line {number}: {name_of(path)}" for path in named if not path.exists()]
     assert missing == []
 
 
@@ -118,11 +120,11 @@ def test_forty_faults_stand_in_the_table_each_with_a_test():
 def test_every_test_that_faults_names_exists():
     named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", FAULTS.read_text("utf-8"))
     assert len(named) > 80
-    assert [f"{name}::{test}" for name, test in named if test not in tests_in(ROOT / "tests" / name)] == []
+    assert [f"{name}::{test}" for name, test in named if test not in functions_in(ROOT / "tests" / name)] == []
 
 
 @cache
-def tests_in(path: Path) -> frozenset[str]:
+def functions_in(path: Path) -> frozenset[str]:
     tree = ast.parse(path.read_text("utf-8") if path.is_file() else "")
     return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
