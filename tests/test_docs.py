@@ -107,7 +107,9 @@ def test_lines_fit_a_terminal(page):
 def test_every_page_stands_in_the_index():
     index = ROOT / "docs" / "index.md"
     links = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text("utf-8"))}
-    assert [name_of(page) for page in PAGES if page.is_relative_to(ROOT / "docs") and page not in {*links, index}] == []
+    assert [
+        name_of(page) for page in PAGES if page.is_relative_to(ROOT / "docs") and page not in {*links, index}
+    ] == []
 
 
 def test_forty_faults_stand_in_the_table_each_with_a_test():
