@@ -25,7 +25,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, FrozenTarget
-from trl_draft_opd.cli import load_rows
+from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.demo.corpus import write_chats
 from trl_draft_opd.demo.pair import make_target, train_tokenizer
 from trl_draft_opd.drafters.base import Drafter
