@@ -29,15 +29,12 @@ from trl_draft_opd import (
     generate_responses,
     verify_drafter,
 )
-from trl_draft_opd.anchors import replay_errors, sample_anchors
-from trl_draft_opd.cli import load_rows, main  # noqa: F401
-from trl_draft_opd.data import tokenize_prompt_dataset, tokenize_sft_dataset
-from trl_draft_opd.draws import DrawKeys
+from trl_draft_opd.cli import main
+from trl_draft_opd.cli.rows import load_rows  # noqa: F401
+from trl_draft_opd.data.text_reader import TextReader
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.losses.divergences import LOSS_TYPES  # noqa: F401
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
-from trl_draft_opd.verification import (
+from trl_draft_opd.rollout.acceptance import (
     choose_tokens,
     sample_posterior,
     settle_blocks,
@@ -45,32 +42,20 @@ from trl_draft_opd.verification import (
     verify_greedy,
     verify_sampled,
 )
+from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
+from trl_draft_opd.rollout.keyed_random import DrawKeys
+from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
 
 
 # Today's name of a setting, a metric (without `eval_`) or an exception, by its name in the record. What is not listed
 # kept its name.
-SETTINGS: dict[str, str] = {}
+SETTINGS: dict[str, str] = {"trajectories": "responses"}
 METRICS: dict[str, str] = {}
 EXCEPTIONS: dict[str, str] = {}
 # Today's flag of a command, by the name the cases use. `None` stands for a positional argument. What is not listed is
 # given as `--NAME`.
-FLAGS = {
-    **{
-        (command, name): flag
-        for command in ("sft", "opd")
-        for name, flag in {
-            "target": "--target_model_name_or_path",
-            "drafter": "--model_name_or_path",
-            "dataset": "--dataset_name",
-            "eval-split": "--dataset_test_split",
-        }.items()
-    },
-    ("export", "drafter"): None,
-    ("verify", "drafter"): None,
-    ("verify", "dataset"): "--prompts",
-    ("push", "drafter"): None,
-    ("push", "repo-id"): None,
-}
+FLAGS: dict[tuple[str, str], str | None] = {}
 
 
 def recorded_name(names: dict[str, str], today: str) -> str:
@@ -185,7 +170,7 @@ def _block_values(blocks) -> dict[str, torch.Tensor]:
 
 def marked_slots(rollout, scope: str, eos_token_ids) -> dict[str, torch.Tensor]:
     """Return which slots of a rollout are trained, by recorded name."""
-    values = _block_values(replay_errors(rollout, rejected_scope=scope, eos_token_ids=eos_token_ids))
+    values = _block_values(mark_slots(rollout, rejected_scope=scope, eos_token_ids=eos_token_ids))
     values["drafts"] = rollout_values(rollout)["drafts"]
     return values
 
@@ -282,26 +267,16 @@ def loss_of_rows(hidden, head, target_hidden, target_head, rows, labels, weights
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def _reading(max_prompt_length: int | None) -> dict[str, Any]:
-    return {
-        "max_prompt_length": max_prompt_length,
-        "chat_template": None,
-        "chat_template_kwargs": None,
-        "eos_token_ids": [2],
-        "vocab_size": 64,
-        "num_proc": None,
-    }
-
-
 def read_texts(rows: Dataset, max_length: int | None = None, max_prompt_length: int | None = None) -> list[dict]:
     """Return rows as supervised training reads them: ids, marks and sample ids."""
-    return list(tokenize_sft_dataset(rows, make_tokenizer(), max_length=max_length, **_reading(max_prompt_length)))
+    reader = TextReader(make_tokenizer(), (2,), 64, max_length=max_length, max_prompt_length=max_prompt_length)
+    return list(reader.read_texts(rows))
 
 
 def read_prompts(rows: Dataset, keeps_completions: bool = False, max_prompt_length: int | None = None) -> list[dict]:
     """Return rows as rollouts read them: prompt ids and sample ids, with or without the completion."""
-    options = _reading(max_prompt_length) | {"keep_completions": keeps_completions}
-    return list(tokenize_prompt_dataset(rows, make_tokenizer(), **options))
+    reader = TextReader(make_tokenizer(), (2,), 64, max_prompt_length=max_prompt_length)
+    return list(reader.read_responses(rows) if keeps_completions else reader.read_prompts(rows))
 
 
 # -- publishing -------------------------------------------------------------------------------------------------------
