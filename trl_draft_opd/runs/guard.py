@@ -62,7 +62,7 @@ class NonFiniteGuard:
 
     def note_loss(self, loss: torch.Tensor, sample_ids: Sequence[int]) -> None:
         """Remember a micro-batch of this update; looked at when the update is about to be made."""
-        self._losses.append((loss.detach(), list(sample_ids)))
+        self._losses.append((loss.detach(), [int(number) for number in sample_ids]))
 
     def look_back(self) -> None:
         """

@@ -45,5 +45,5 @@ def _describe(batch: Any) -> str:
     """Return rows and length of a batch, or what it says of itself."""
     if hasattr(batch, "describe"):
         return batch.describe()
-    ids = batch.get("input_ids", batch.get("prompt_ids"))
+    ids = batch.get("input_ids")
     return "" if ids is None else f"{ids.shape[0]} rows of up to {ids.shape[1]} tokens"

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from ..data.collators import RowCollator
 from ..drafters.base import Drafter
 from ..rollout.blocks import BlockBatch, draft_text, join_blocks, mark_slots, sample_anchors
 from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
@@ -28,7 +29,7 @@ from .pair import Pair, check_mask_token, load_pair, text_reader
 from .publisher import Publisher
 from .rollout_printer import print_rollout
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import ResponseSource, make_collator, prompt_rows, read_each, text_of_rollout
+from .texts import ResponseSource, prompt_rows, read_each, text_of_rollout
 
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 
 class DraftOPDTrainer(DraftTrainer):
     """
-    Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an error
-    position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
+    Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an
+    error position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
 
-    Source: [Draft-OPD](https://huggingface.co/papers/2605.29343). Start from a drafter whose supervised training has reached its plateau.
+    Source: [Draft-OPD](https://huggingface.co/papers/2605.29343). Start from a drafter whose supervised training has
+    reached its plateau.
 
     Example:
 
@@ -65,8 +67,9 @@ class DraftOPDTrainer(DraftTrainer):
         args ([`DraftOPDConfig`], *optional*):
             Settings.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with a `prompt` or `messages`. Completions are ignored unless `completions_from_target=True` declares them the
-            target's: the answers of a chat are then walked one by one. Otherwise the target answers every prompt once.
+            Rows with a `prompt` or `messages`. Completions are ignored unless `completions_from_target=True` declares
+            them the target's: the answers of a chat are then walked one by one. Otherwise the target answers every
+            prompt once.
         eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
             As `train_dataset`; always decoded live.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -74,11 +77,12 @@ class DraftOPDTrainer(DraftTrainer):
         callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says otherwise. Checkpoints
-            hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
+            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says
+            otherwise. Checkpoints hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
 
     Raises:
-        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the fix.
+        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the
+        fix.
     """
 
     _tag_names = ["trl", "draft-opd", "speculative-decoding"]
@@ -99,7 +103,8 @@ class DraftOPDTrainer(DraftTrainer):
     ):
         args = args or DraftOPDConfig("drafter-opd")
         pair = load_pair(model, target, args, processing_class, peft_config)
-        # Replay of first rejections reads committed text alone. Else a target that cannot branch is refused before a rollout.
+        # Replay of first rejections reads committed text alone. Else a target that cannot branch is refused before a
+        # rollout.
         if args.rollout == "live" or args.trains_suffix or eval_dataset is not None:
             pair.target.require_rollback()
         publisher = Publisher(args, pair)
@@ -109,8 +114,10 @@ class DraftOPDTrainer(DraftTrainer):
             pair,
             publisher,
             args,
-            data_collator=make_collator(pair.target.pad_token_id),
-            train_dataset=read_each(partial(_read_rows, pair=pair, args=args, with_responses=walks_rows), train_dataset),
+            data_collator=RowCollator(pair.target.pad_token_id),
+            train_dataset=read_each(
+                partial(_read_rows, pair=pair, args=args, with_responses=walks_rows), train_dataset
+            ),
             eval_dataset=read_each(partial(_read_rows, pair=pair, args=args, with_responses=False), eval_dataset),
             callbacks=callbacks,
             optimizers=optimizers,
@@ -126,7 +133,8 @@ class DraftOPDTrainer(DraftTrainer):
         self._responses = ResponseSource(self.target, args, self.train_dataset)
         self._console = Console()
 
-    # -- 1. the rollout: blocks of the current drafter along text that the target writes --------------------------------
+    # -- 1. the rollout: blocks of the current drafter along text that the target writes
+    # --------------------------------
 
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
         """Roll out the prompts of every micro-batch, on the target's stored text or live."""
@@ -158,7 +166,9 @@ class DraftOPDTrainer(DraftTrainer):
         return texts
 
     def _replay(self, texts: list[TargetText], epoch: int) -> list[PreparedBatch]:
-        """Draft along the responses of every micro-batch; readings of the target are kept for the loss while they fit."""
+        """
+        Draft along the responses of every micro-batch; readings of the target are kept for the loss while they fit.
+        """
         free_bytes, prepared = self.args.reading_bytes, []
         with whole_drafter(self.accelerator, self.model) as drafter:
             layer_ids = drafter.config.target_layer_ids
@@ -214,10 +224,13 @@ class DraftOPDTrainer(DraftTrainer):
     def _keeps_branches(self) -> bool:
         return self.args.trains_suffix
 
-    # -- 2. the streams: which slots are trained, and as what -----------------------------------------------------------
+    # -- 2. the streams: which slots are trained, and as what
+    # -----------------------------------------------------------
 
     def _mark(self, rollout: Rollout, sample_ids: Sequence[int], epoch: int) -> BlockBatch:
-        """Mark accepted and rejected slots of a rollout, and add the blocks of the supervised stream if it has a share."""
+        """
+        Mark accepted and rejected slots of a rollout, and add the blocks of the supervised stream if it has a share.
+        """
         args = self.args
         # A rollout has no suffixes where they carry no weight.
         scope = "suffix" if args.trains_suffix else "first"
@@ -245,7 +258,8 @@ class DraftOPDTrainer(DraftTrainer):
             )
         return blocks.as_supervised()
 
-    # -- 3. the loss: `compute_loss` of `DraftTrainer`, `step_loss` of step.py ------------------------------------------
+    # -- 3. the loss: `compute_loss` of `DraftTrainer`, `step_loss` of step.py
+    # ------------------------------------------
 
     def _print_rollout(self, rollout: Rollout) -> None:
         """Show a rollout every `logging_steps`, if asked for."""

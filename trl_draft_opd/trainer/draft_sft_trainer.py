@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from ..data.collators import RowCollator
 from ..drafters.base import Drafter
 from ..rollout.blocks import sample_anchors
 from ..rollout.replay import TargetText
@@ -21,7 +22,7 @@ from .draft_trainer import DraftTrainer
 from .pair import Pair, check_mask_token, load_pair, text_reader
 from .publisher import Publisher
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import answer_all, make_collator, prompts_of_text, read_each, text_of
+from .texts import answer_all, prompts_of_text, read_each, text_of
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 class DraftSFTTrainer(DraftTrainer):
     """
-    Trainer of a drafter on completions of its target: blocks are drafted at sampled anchors, teacher-forced on the text.
+    Trainer of a drafter on completions of its target: blocks are drafted at sampled anchors, teacher-forced on the
+    text.
 
     Example:
 
@@ -63,11 +65,12 @@ class DraftSFTTrainer(DraftTrainer):
         callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says otherwise. Checkpoints
-            hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
+            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says
+            otherwise. Checkpoints hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
 
     Raises:
-        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the fix.
+        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the
+        fix.
     """
 
     _tag_names = ["trl", "draft-sft", "speculative-decoding"]
@@ -98,7 +101,7 @@ class DraftSFTTrainer(DraftTrainer):
             pair,
             publisher,
             args,
-            data_collator=make_collator(pair.target.pad_token_id),
+            data_collator=RowCollator(pair.target.pad_token_id),
             train_dataset=read_each(read, train_dataset),
             eval_dataset=read_each(read, eval_dataset),
             callbacks=callbacks,

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What both trainers do in a step: prepare its micro-batches, compute the loss through the drafter's wrapper, measure on evaluation
-batches. How rows become text and blocks, and which streams exist, is each trainer's own.
+What both trainers do in a step: prepare its micro-batches, compute the loss through the drafter's wrapper, measure on
+evaluation batches. How rows become text and blocks, and which streams exist, is each trainer's own.
 """
 
 from abc import abstractmethod
@@ -23,7 +23,10 @@ from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings,
 
 
 class DraftTrainer(PublishingTrainer):
-    """Base of both trainers. A trainer sets `streams` and `slot_rules`, and makes batches in `_prepare` and `_prepare_evaluation`."""
+    """
+    Base of both trainers. A trainer sets `streams` and `slot_rules`, and makes batches in `_prepare` and
+    `_prepare_evaluation`.
+    """
 
     # The loss is divided by weight sums of the whole optimiser step, accumulation included.
     loss_is_scaled_for_ga = True
@@ -39,14 +42,20 @@ class DraftTrainer(PublishingTrainer):
 
     @abstractmethod
     def _prepare_evaluation(self, batch: dict[str, torch.Tensor]) -> tuple[PreparedBatch, Rollout | None]:
-        """Return what the loss of an evaluation batch is computed on, and the live rollout that tau is counted on, if any."""
+        """
+        Return what the loss of an evaluation batch is computed on, and the live rollout that tau is counted on, if
+        any.
+        """
 
-    # -- training ------------------------------------------------------------------------------------------------------
+    # -- training
+    # ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[PreparedBatch], torch.Tensor]:
-        """Fetch and prepare the micro-batches of one optimiser step, and sum the weights of their slots over all ranks."""
+        """
+        Fetch and prepare the micro-batches of one optimiser step, and sum the weights of their slots over all ranks.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
@@ -95,7 +104,8 @@ class DraftTrainer(PublishingTrainer):
     def _objective(self, sums: torch.Tensor) -> Objective:
         return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+    # -- evaluation
+    # ----------------------------------------------------------------------------------------------------
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The pair that a run trains: loading drafter and target, and checking that they, the tokenizer, the data and `output_dir` belong
-together.
+The pair that a run trains: loading drafter and target, and checking that they, the tokenizer, the data and
+`output_dir` belong together.
 """
 
 import copy
@@ -66,11 +66,12 @@ def load_pair(
     peft_config: "PeftConfig | None",
 ) -> Pair:
     """
-    Load what a trainer is given, and write into the drafter's config which target it is trained for. Collective if the target is to be
-    sharded.
+    Load what a trainer is given, and write into the drafter's config which target it is trained for. Collective if the
+    target is to be sharded.
 
     Raises:
-        ValueError, TypeError: If drafter, target, tokenizer and settings do not belong together; each message names value and fix.
+        ValueError, TypeError: If drafter, target, tokenizer and settings do not belong together; each message names
+        value and fix.
     """
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
@@ -91,7 +92,8 @@ def load_target(
     Load or wrap the target as the config says. Collective if it is to be sharded.
 
     Raises:
-        ValueError: If it is spread over devices, or quantised, where the launch has no use for that, or `processing_class` is another
+        ValueError: If it is spread over devices, or quantised, where the launch has no use for that, or
+        `processing_class` is another
             model's.
     """
     shard = args.shard_target and args.world_size > 1
@@ -124,7 +126,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> N
     Check that a tokenizer which was passed in does not contradict the one that lies beside the target, if one does.
 
     Raises:
-        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no contradiction.
+        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no
+        contradiction.
     """
     if not folder or not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return
@@ -147,8 +150,8 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     Load the drafter, or take the instance, and check that it fits the target.
 
     Raises:
-        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run would spoil.
-        TypeError: If `model` is no drafter.
+        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run
+        would spoil. TypeError: If `model` is no drafter.
     """
     if isinstance(model, (str, Path)):
         model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
@@ -174,10 +177,12 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
 
 def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -> None:
     """
-    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it beside the new.
+    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it
+    beside the new.
 
     Raises:
-        ValueError: If it holds an export, responses, a model that is no drafter, or a drafter of another family or target.
+        ValueError: If it holds an export, responses, a model that is no drafter, or a drafter of another family or
+        target.
     """
     where, way_out = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
     if (folder / SERVING_FILE).is_file():
@@ -287,8 +292,8 @@ def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> DraftTrainin
     The attention is fused already, and heads and losses run in chunks outside of the drafter.
 
     Returns:
-        [`DraftTrainingConfig`]: the settings for transformers' Trainer, which must not compile the drafter as a whole: its forward
-        is redirected to the training step.
+        [`DraftTrainingConfig`]: the settings for transformers' Trainer, which must not compile the drafter as a whole:
+        its forward is redirected to the training step.
     """
     if not args.torch_compile:
         return args

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a run publishes: the names of repository and target, the record of what was trained and measured, exports, cards and pushes.
+What a run publishes: the names of repository and target, the record of what was trained and measured, exports, cards
+and pushes.
 
 Knows the settings and the pair of a run; refuses to know its trainer, whose state is handed in.
 """
@@ -46,8 +47,8 @@ class Publisher:
     """
     The Hub's side of a run.
 
-    Making one refuses what could not be pushed later, before the target responds or anything is trained: with `push_to_hub=True` it
-    checks the names, then the token, by making the repository.
+    Making one refuses what could not be pushed later, before the target responds or anything is trained: with
+    `push_to_hub=True` it checks the names, then the token, by making the repository.
 
     Args:
         args ([`DraftTrainingConfig`]): Settings.
@@ -59,7 +60,8 @@ class Publisher:
         measurements (`dict[tuple[str, int], Measurement]`): What was measured in this run, by metric prefix and step.
 
     Raises:
-        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is public
+        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is
+        public
             where `hub_private_repo=True`.
         PermissionError, ConnectionError: If the Hub refuses or cannot be reached.
     """
@@ -94,7 +96,8 @@ class Publisher:
             )
         return self.target_id
 
-    # -- the record ----------------------------------------------------------------------------------------------------
+    # -- the record
+    # ----------------------------------------------------------------------------------------------------
 
     def measure(self, prefix: str, prompts: Sequence[DecodedPrompt], steps: int) -> Measurement:
         """Add the measurement of one set of prompts after a number of steps; `prefix` is that of its metrics."""
@@ -153,7 +156,8 @@ class Publisher:
             versions=describe_versions(),
         )
 
-    # -- files ---------------------------------------------------------------------------------------------------------
+    # -- files
+    # ---------------------------------------------------------------------------------------------------------
 
     def export(
         self, drafter: Drafter, folder: Path, record: TrainingRecord, *, repo_id: str | None, license: str | None
@@ -201,7 +205,8 @@ class Publisher:
             draws_curve=draws_curve,
         )
 
-    # -- pushes --------------------------------------------------------------------------------------------------------
+    # -- pushes
+    # --------------------------------------------------------------------------------------------------------
 
     @property
     def is_pushing(self) -> bool:

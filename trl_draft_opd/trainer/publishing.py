@@ -2,7 +2,8 @@
 """
 What both trainers do after their steps: measure, save the drafter with its record and card, and publish it.
 
-A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in [`Publisher`].
+A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in
+[`Publisher`].
 """
 
 import logging
@@ -81,7 +82,8 @@ class PublishingTrainer(ResumingTrainer):
         """The drafter without its distributed wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
-    # -- measurements --------------------------------------------------------------------------------------------------
+    # -- measurements
+    # --------------------------------------------------------------------------------------------------
 
     def _count_rollout(self, rollout: Rollout, sample_ids: Sequence[int]) -> None:
         """Add a rollout of evaluation prompts to the metrics, and its rows to the measurement."""
@@ -96,7 +98,9 @@ class PublishingTrainer(ResumingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate one dataset and add the metrics gathered on it, under its own prefix, tau with its 95 % interval."""
+        """
+        Evaluate one dataset and add the metrics gathered on it, under its own prefix, tau with its 95 % interval.
+        """
         self._sums["eval"], self._decoded = MetricSums(), []
         with evaluating_before_training(self):
             output = super().evaluation_loop(
@@ -120,11 +124,14 @@ class PublishingTrainer(ResumingTrainer):
 
     @property
     def _steps_done(self) -> int:
-        """Optimiser steps behind the weights as they are now: fewer than were run where the best ones were loaded again."""
+        """
+        Optimiser steps behind the weights as they are now: fewer than were run where the best ones were loaded again.
+        """
         is_best = self._best_loaded is not None and self._best_loaded[0] == self.state.global_step
         return self._best_loaded[1] if is_best else self.state.global_step
 
-    # -- the record ----------------------------------------------------------------------------------------------------
+    # -- the record
+    # ----------------------------------------------------------------------------------------------------
 
     def training_record(self, *, dataset_name: str | None = None) -> TrainingRecord:
         """
@@ -165,7 +172,8 @@ class PublishingTrainer(ResumingTrainer):
         measured = {(prefix, step): Measurement(**m) for prefix, step, m in shared["measurements"]}
         self.publisher.measurements = measured
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+    # -- saving
+    # --------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -217,7 +225,10 @@ class PublishingTrainer(ResumingTrainer):
         self.publisher.write_card(self.drafter, folder, record, repo_id=self.hub_model_id, draws_curve=draws_curve)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write the card into `output_dir`; of the arguments of transformers' card, `dataset_name` and `license` are used."""
+        """
+        Write the card into `output_dir`; of the arguments of transformers' card, `dataset_name` and `license` are
+        used.
+        """
         if self.is_world_process_zero():
             self.publisher.write_card(
                 self.drafter,
@@ -233,7 +244,8 @@ class PublishingTrainer(ResumingTrainer):
         """
         Write the drafter as it is now in every layout that can hold it; see [`export_drafter`].
 
-        Where the drafter is sharded (FSDP2, ZeRO-3), every rank has to call it, and the drafter is saved to `output_dir` first.
+        Where the drafter is sharded (FSDP2, ZeRO-3), every rank has to call it, and the drafter is saved to
+        `output_dir` first.
 
         Args:
             folder (`str` or `Path`, *optional*): Where to; `_publication` in `output_dir` by default.
@@ -264,7 +276,8 @@ class PublishingTrainer(ResumingTrainer):
         record = self.training_record(dataset_name=dataset_name)
         self.publisher.export(drafter, folder, record, repo_id=self.hub_model_id, license=license)
 
-    # -- the Hub -------------------------------------------------------------------------------------------------------
+    # -- the Hub
+    # -------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
@@ -304,9 +317,11 @@ class PublishingTrainer(ResumingTrainer):
             `str`, the commit's address, or a `Future` of it if not `blocking`; `None` on other ranks than the first.
 
         Raises:
-            ValueError: If the repository's name is refused, the target has no Hub id, or the repository is public where a private
+            ValueError: If the repository's name is refused, the target has no Hub id, or the repository is public
+            where a private
                 one is asked for; the drafter is saved by then.
-            PermissionError, ConnectionError: If the Hub refuses or cannot be reached; the export in `_publication` is complete.
+            PermissionError, ConnectionError: If the Hub refuses or cannot be reached; the export in `_publication` is
+            complete.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -373,3 +388,7 @@ class PublishingTrainer(ResumingTrainer):
         if extra and args.save_total_limit is not None:
             # The folder that is being read is the next to be deleted.
             publisher.finish_push()
+
+    def _finish_current_push(self) -> None:
+        """Wait for a push in the background; transformers calls it when training ends."""
+        self.publisher.finish_push()

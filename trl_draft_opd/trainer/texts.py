@@ -1,22 +1,19 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-How dataset rows become the text of an optimiser step: the dataset's own responses, a response store, or the target asked once per
-prompt; rows regrouped by length.
+How dataset rows become the text of an optimiser step: the dataset's own responses, a response store, or the target
+asked once per prompt; rows regrouped by length.
 
 Shape letters:  B = sequences, L = text length
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.collators import PromptCollator, TextCollator
 from ..responses import (
     Origin,
     ResponseAudit,
@@ -49,17 +46,8 @@ def read_each(
     return None if datasets is None else read(datasets)
 
 
-def make_collator(pad_token_id: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """Return a collator of prompts and, where rows have them, of whole texts."""
-    return partial(_collate, texts=TextCollator(pad_token_id), prompts=PromptCollator(pad_token_id))
-
-
-def _collate(rows: list[dict[str, Any]], texts: TextCollator, prompts: PromptCollator) -> dict[str, torch.Tensor]:
-    return texts(rows) if "input_ids" in rows[0] else prompts(rows)
-
-
 def text_of(batch: dict[str, torch.Tensor]) -> TargetText:
-    """Return a batch of [`TextCollator`] as text."""
+    """Return a batch of whole texts of [`RowCollator`]."""
     return TargetText(
         batch["input_ids"], batch["attention_mask"], batch["completion_mask"], batch["sample_ids"].tolist()
     )
@@ -71,9 +59,9 @@ def text_of_rollout(rollout: Rollout, sample_ids: Sequence[int]) -> TargetText:
 
 
 def prompt_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
-    """Return the prompts of a batch of [`PromptCollator`], without padding."""
-    lengths = batch["prompt_mask"].sum(dim=1).tolist()
-    return [row[:length] for row, length in zip(batch["prompt_ids"].tolist(), lengths, strict=True)]
+    """Return the prompts of a batch of prompts of [`RowCollator`], without padding."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
 
 
 def prompts_of_text(text: TargetText) -> list[list[int]]:
@@ -226,8 +214,8 @@ class ResponseSource:
     """
     Turns batches of rows into text the target wrote.
 
-    When the target has to write anyway, it also responds to other prompts of the training set, up to a whole generation batch, if the
-    run will come to all of them; each rank to other ones.
+    When the target has to write anyway, it also responds to other prompts of the training set, up to a whole
+    generation batch, if the run will come to all of them; each rank to other ones.
 
     Args:
         target ([`FrozenTarget`]): Writer of the responses.
@@ -265,7 +253,8 @@ class ResponseSource:
         Return the text of every micro-batch of an optimiser step, rows of similar length together.
 
         Raises:
-            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is another target's.
+            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is
+            another target's.
         """
         if self.args.completions_from_target:
             texts = [text_of(batch) for batch in batches]
@@ -286,11 +275,14 @@ class ResponseSource:
     def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
         prompts = prompt_rows(batch)
         responses = [self.store.find(prompt) for prompt in prompts]
-        device = batch["prompt_ids"].device
-        return join_responses(prompts, responses, batch["sample_ids"].tolist(), self.target.pad_token_id, device)
+        sample_ids, device = batch["sample_ids"].tolist(), batch["input_ids"].device
+        return join_responses(prompts, responses, sample_ids, self.target.pad_token_id, device)
 
     def _respond(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Have the target respond to the prompts of these batches that have no response yet, and fill the generation batch up."""
+        """
+        Have the target respond to the prompts of these batches that have no response yet, and fill the generation
+        batch up.
+        """
         prompts = [prompt for batch in batches for prompt in prompt_rows(batch)]
         if not self.store.missing(prompts):
             return
