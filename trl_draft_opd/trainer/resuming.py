@@ -84,7 +84,7 @@ class ResumingTrainer(_BaseTrainer):
         self._identity: RunIdentity | None = None
         self.add_callback(_RunCallback(self))
 
-    # -- beginning and end of a run ------------------------------------------------------------------------------------
+    # -- beginning and end of a run -----------------------------------------------------------------------------------
 
     def train(
         self,
@@ -196,7 +196,7 @@ class ResumingTrainer(_BaseTrainer):
             raise outcome[1]
         return outcome[0]
 
-    # -- an update -----------------------------------------------------------------------------------------------------
+    # -- an update ----------------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
@@ -235,7 +235,7 @@ class ResumingTrainer(_BaseTrainer):
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add what was measured on it to the metrics."""
 
-    # -- writing -------------------------------------------------------------------------------------------------------
+    # -- writing ------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that proves itself; see `checkpoints.py`. Collective."""
@@ -318,7 +318,7 @@ class ResumingTrainer(_BaseTrainer):
         """Undo `_shared_state`."""
         self._guard.load(shared["guard"])
 
-    # -- reading -------------------------------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Do nothing yet: weights, optimiser and the rest are loaded together once the drafter is wrapped."""

@@ -7,6 +7,7 @@ Shape letters:  B = sequences, L = text length
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -79,10 +80,10 @@ def join_responses(
 ) -> TargetText:
     """Return prompts and their responses as right-padded text on `device`."""
     rows = [
-        (torch.tensor([*prompt, *response]), torch.arange(len(prompt) + len(response)) >= len(prompt))
-        for prompt, response in zip(prompts, responses, strict=True)
+        (torch.tensor([*prompt, *response]), torch.arange(len(prompt) + len(response)) >= len(prompt), sample_id)
+        for prompt, response, sample_id in zip(prompts, responses, sample_ids, strict=True)
     ]
-    return _pad_rows(rows, sample_ids, pad_token_id, device)
+    return _pad_rows(rows, pad_token_id, device)
 
 
 def response_pairs(text: TargetText) -> list[tuple[list[int], list[int]]]:
@@ -112,31 +113,22 @@ def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[Ta
     """
     if len(texts) < 2:
         return list(texts)
-    rows, sample_ids = [], []
-    for text in texts:
-        for index, length in enumerate(text.attention_mask.sum(dim=1).tolist()):
-            rows.append((text.input_ids[index, :length], text.completion_mask[index, :length]))
-            sample_ids.append(text.sample_ids[index])
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-    regrouped, start = [], 0
-    for text in texts:
-        part = order[start : start + len(text.input_ids)]
-        start += len(part)
-        device = text.input_ids.device
-        regrouped.append(
-            _pad_rows([rows[row] for row in part], [sample_ids[row] for row in part], pad_token_id, device)
-        )
-    return regrouped
+    rows = [
+        (text.input_ids[row, :length], text.completion_mask[row, :length], text.sample_ids[row])
+        for text in texts
+        for row, length in enumerate(text.attention_mask.sum(dim=1).tolist())
+    ]
+    by_length = iter(sorted(rows, key=lambda row: len(row[0])))
+    return [
+        _pad_rows(list(islice(by_length, len(text.sample_ids))), pad_token_id, text.input_ids.device) for text in texts
+    ]
 
 
 def _pad_rows(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    sample_ids: Sequence[int],
-    pad_token_id: int,
-    device: torch.device,
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor, int]], pad_token_id: int, device: torch.device
 ) -> TargetText:
-    """Pad ids and marks of each row on the right."""
-    ids, marks = zip(*rows, strict=True)
+    """Pad rows of ids, marks and a sample id on the right."""
+    ids, marks, sample_ids = zip(*rows, strict=True)
     attention = [torch.ones_like(row) for row in ids]
     return TargetText(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
@@ -254,7 +246,7 @@ class ResponseSource:
 
         Raises:
             ValueError: If too many tokens of the first step's text are not what this target writes, or the store is
-            another target's.
+                another target's.
         """
         if self.args.completions_from_target:
             texts = [text_of(batch) for batch in batches]
@@ -279,10 +271,7 @@ class ResponseSource:
         return join_responses(prompts, responses, sample_ids, self.target.pad_token_id, device)
 
     def _respond(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        """
-        Have the target respond to the prompts of these batches that have no response yet, and fill the generation
-        batch up.
-        """
+        """Have the target respond to prompts that have no response yet, and fill the generation batch up."""
         prompts = [prompt for batch in batches for prompt in prompt_rows(batch)]
         if not self.store.missing(prompts):
             return
