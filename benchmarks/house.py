@@ -4,8 +4,7 @@ Measure the shape of the package: its size, its import graph, three walks throug
 
     python -m benchmarks.house [--root FOLDER] [--walks walks.json]
 
-Nothing here fails: long files and functions are warnings. What must hold is kept by `make lint`. `--walks` names other functions, as a
-JSON object like `WALKS`, for a tree whose names differ.
+Nothing here fails: long files and functions are warnings. What must hold is kept by `make lint`.
 """
 
 import argparse
@@ -24,15 +23,8 @@ WIDTH = 119
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
-# Functions as `file.py:name`, in the order in which they take their turn.
-WALKS = {
-    "compute_loss to the formula": [
-        "trainer/draft_opd_trainer.py:DraftOPDTrainer.compute_loss",
-        "trainer/step.py:step_loss",
-        "losses/chunked.py:chunked_divergence",
-        "losses/chunked.py:_GradInForward.forward",
-    ],
-}
+# By title, functions as `file.py:name` in the order in which they take their turn.
+WALKS = Path(__file__).with_name("walks.json")
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case, ast.comprehension)
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -49,9 +41,11 @@ class File(NamedTuple):
     def module(self) -> str:
         return f"{PACKAGE}/{self.name.removesuffix('.py')}".removesuffix("/__init__").replace("/", ".")
 
-    @property
-    def room(self) -> str:
-        return self.name.split("/")[0] if "/" in self.name else "(top)"
+
+def read_files(root: Path) -> list[File]:
+    folder = root / PACKAGE
+    texts = {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
+    return [File(name, text, ast.parse(text)) for name, text in texts.items()]
 
 
 def docstring_lines(node: ast.AST) -> int:
@@ -76,6 +70,10 @@ def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]
         if isinstance(child, Function):
             yield f"{prefix}{child.name}", child
         yield from functions(child, f"{prefix}{child.name}." if is_named else prefix)
+
+
+def all_functions(files: list[File]) -> dict[str, Function]:
+    return {f"{file.name}:{name}": function for file in files for name, function in functions(file.tree)}
 
 
 def parameters(function: Function) -> list[ast.arg]:
@@ -122,7 +120,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def report_size(files: list[File]) -> None:
     lines, code = Counter(), Counter()
     for file in files:
-        for key in (file.room, "total"):
+        for key in (file.name.split("/")[0] if "/" in file.name else "(top)", "total"):
             lines[key] += len(file.text.splitlines())
             code[key] += count_code(file)
     print("\n## Lines by folder (all, and code without blanks, comments and docstrings)")
@@ -157,8 +155,7 @@ def report_functions(every: dict[str, Function]) -> None:
     for name, function in sorted(every.items(), key=lambda pair: -length(pair[1]))[:10]:
         branches = sum(isinstance(node, BRANCHES) for node in ast.walk(function))
         print(f"{length(function):4} {branches:4}  {name}")
-    wide = {name: len(parameters(function)) for name, function in every.items()}
-    wide = {name: count for name, count in wide.items() if count > MAX_PARAMETERS}
+    wide = {name: n for name, function in every.items() if (n := len(parameters(function))) > MAX_PARAMETERS}
     print(f"\n## Functions with more than {MAX_PARAMETERS} parameters: {len(wide)}")
     for name, count in sorted(wide.items(), key=lambda pair: -pair[1]):
         print(f"{count:4}  {name}")
@@ -171,9 +168,8 @@ def report_functions(every: dict[str, Function]) -> None:
 def report_warnings(files: list[File], every: dict[str, Function]) -> None:
     num_wide = sum(len(line) > WIDTH for file in files for line in file.text.splitlines())
     print(f"\n## Lines of more than {WIDTH} columns: {num_wide}")
-    large = {file.name: len(file.text.splitlines()) for file in files}
-    large = {name: count for name, count in large.items() if count > MAX_FILE_LINES}
-    large |= {name: length(each) for name, each in every.items() if length(each) > MAX_FUNCTION_LINES}
+    large = {file.name: n for file in files if (n := len(file.text.splitlines())) > MAX_FILE_LINES}
+    large |= {name: n for name, function in every.items() if (n := length(function)) > MAX_FUNCTION_LINES}
     print(f"\n## Warnings: files over {MAX_FILE_LINES} lines, functions over {MAX_FUNCTION_LINES}: {len(large)}")
     for name, count in large.items():
         print(f"{count:4}  {name}")
@@ -182,15 +178,15 @@ def report_warnings(files: list[File], every: dict[str, Function]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the shape of the package.")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that holds the package (default: here)")
-    parser.add_argument("--walks", type=Path, help="JSON object of walks, for a tree of other names (default: WALKS)")
+    parser.add_argument(
+        "--walks", type=Path, default=WALKS, help="JSON of the walks (default: walks.json beside this)"
+    )
     args = parser.parse_args()
-    folder = args.root / PACKAGE
-    texts = {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
-    files = [File(name, text, ast.parse(text)) for name, text in texts.items()]
-    every = {f"{file.name}:{name}": function for file in files for name, function in functions(file.tree)}
+    files = read_files(args.root)
+    every = all_functions(files)
     report_size(files)
     report_imports(files)
-    report_walks(every, json.loads(args.walks.read_text("utf-8")) if args.walks else WALKS)
+    report_walks(every, json.loads(args.walks.read_text("utf-8")))
     report_functions(every)
     report_warnings(files, every)
 
