@@ -67,7 +67,7 @@ def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     return error
 
 
-# ---- what needs no model ----------------------------------------------------------------------------------------------
+# ---- what needs no model --------------------------------------------------------------------------------------------
 
 
 def test_help_and_version_load_no_heavy_library():
@@ -176,7 +176,7 @@ def test_every_flag_has_a_help_text_both_spellings_and_its_default(command: str,
         assert len(re.sub(r"\(default:.*|-\S+|\b[A-Z_]{2,}\b|\W", "", words)) > 8, text
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_come_from_files_and_saved_folders_alike(tmp_path: Path, rows_file: str):
@@ -196,7 +196,7 @@ def test_rows_come_from_files_and_saved_folders_alike(tmp_path: Path, rows_file:
         load_rows(str(tmp_path / "none.json"), None, "train")
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+# ---- commands -------------------------------------------------------------------------------------------------------
 
 
 def test_unset_options_of_a_fresh_drafter_are_the_library_own():
@@ -328,7 +328,7 @@ def test_a_dataset_of_the_library_is_read_like_any_other(tmp_path: Path):
         load_rows(str(tmp_path / "saved"), None, "validation")
 
 
-# ---- publishing -------------------------------------------------------------------------------------------------------
+# ---- publishing -----------------------------------------------------------------------------------------------------
 
 
 def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
@@ -379,7 +379,7 @@ def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder
     assert "cannot be the name" in _error(["push", "--drafter", drafter_folder, "--repo-id", "org/../x"], capsys)
 
 
-# ---- adapters ---------------------------------------------------------------------------------------------------------
+# ---- adapters -------------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_trained_by_flags_and_exported_merged(

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Shows two evaluations side by side: a table, a plot, numbers for JSON. Measures and trains nothing.
+Shows two evaluations side by side: as a table, as a plot, as numbers for JSON. Measures and trains nothing.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..evaluation import EvaluationReport, paired_gain
 
 
 def require_matplotlib() -> None:
-    """Raise `ValueError` when the plot could not be drawn in the end."""
+    """Raise `ValueError` if the plot could not be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -25,7 +25,7 @@ def summary(before: EvaluationReport, after: EvaluationReport) -> dict:
 
 
 def results_table(before: EvaluationReport, after: EvaluationReport, family: str) -> Table:
-    """Return the table to print with `rich`: plain decoding, the SFT drafter, the drafter after Draft-OPD."""
+    """Return a table to print with `rich`: plain decoding, the SFT drafter, the drafter after Draft-OPD."""
     gain, low, high = paired_gain(before, after)
     table = Table(
         "",
