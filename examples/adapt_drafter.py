@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Adapt a drafter to a fine-tune of its target: a short SFT on the fine-tune's responses, of the whole drafter or as LoRA.
+Adapt a drafter to a fine-tune of its target by a short SFT on the fine-tune's responses, whole or as LoRA.
 
     accelerate launch examples/adapt_drafter.py --target my/fine-tune --drafter z-lab/Qwen3-4B-DFlash-b16 \
         --dataset prompts.jsonl --output_dir adapted --learning_rate 1e-3

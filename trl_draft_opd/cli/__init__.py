@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     # PEFT imports it where it is installed; on a CPU it then asks for a package that only quantised targets need.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)
+    module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251
     try:
         return getattr(module, f"run_{options.command}")(options.flags)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -13,11 +13,11 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 from datasets import Dataset
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
@@ -26,6 +26,7 @@ from . import COMMANDS
 from .rows import load_rows
 
 
+_PACKAGE = __name__.partition(".")[0]
 # Help lists the choices of a flag up to this number.
 _MAX_LISTED_CHOICES = 6
 _FLAGS_NOTE = "Flags may also be written with underscores, and be keys in the file of --config."
@@ -64,20 +65,19 @@ class _Parser(TrlParser):
         types, unlisted = get_type_hints(dtype), {setting.name: setting for setting in fields(dtype) if setting.init}
         groups: dict[str, argparse._ArgumentGroup] = {}
         for owner in dtype.__mro__:
-            if owner.__module__.startswith(__package__):
-                title = owner._argument_group_name
-            else:
-                is_ours = owner.__module__.startswith(__package__.split(".")[0])
-                title = f"settings of {dtype.__name__ if is_ours else 'TrainingArguments'}"
+            is_ours = owner.__module__.startswith(_PACKAGE)
+            title = f"settings of {dtype.__name__ if is_ours else 'TrainingArguments'}"
+            title = getattr(owner, "_argument_group_name", title)
             for name in [name for name in inspect.get_annotations(owner) if name in unlisted]:
                 if title not in groups:
                     groups[title] = self.add_argument_group(title)
                 setting = unlisted.pop(name)
                 setting.type = types[name]
-                self._parse_dataclass_field(groups[title], setting)
+                # A group takes arguments as a parser does.
+                self._parse_dataclass_field(cast(argparse.ArgumentParser, groups[title]), setting)
 
 
-def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple:
+def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
     """
     Read the flags of a command, and the YAML file of `--config`, into dataclasses.
 
@@ -199,4 +199,5 @@ class SamplingArguments:
 
 def accelerator_or_cpu() -> torch.device:
     """Return the accelerator of this process, or the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -51,7 +51,7 @@ def run_export(argv: Sequence[str]) -> int:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
     name = args.target or drafter.config.target_model_name_or_path
-    facts = {"target_id": args.target_id}
+    facts: dict[str, Any] = {"target_id": args.target_id}
     if name is not None:
         target = read_target(name, target_id=args.target_id, revision=args.target_revision)
         facts = {"embedding": target.embedding, "target_config": target.config, "target_id": target.target_id}

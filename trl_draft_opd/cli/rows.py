@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -35,7 +36,7 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
     return splits[split]
 
 
-def _load(shown: str, path: str, split: str, **options: str | None) -> Dataset:
+def _load(shown: str, path: str, split: str, **options: Any) -> Dataset:
     """Call `load_dataset`, whose own errors about damaged files name neither file nor line."""
     try:
         rows = load_dataset(path, split=split, **options)

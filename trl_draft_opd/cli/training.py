@@ -87,6 +87,7 @@ def make_drafter(
     options = {name: value for name, value in options.items() if name != "draft_vocab_size"}
     if size is None:
         return Eagle3DraftModel.from_target(target, **options)
+    assert count is not None, "a reduced vocabulary needs counts"
     vocabulary = build_draft_vocabulary(count(), size, target.eos_token_ids)
     print(f"Draft vocabulary of {size} tokens covers {vocabulary.coverage:.2%} of the supervised tokens.")
     return Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary, **options)
@@ -222,7 +223,7 @@ def run_opd(argv: Sequence[str]) -> int:
 
 
 def _train(
-    trainer_class: type[DraftSFTTrainer] | type[DraftOPDTrainer],
+    trainer_class: Callable[..., DraftSFTTrainer | DraftOPDTrainer],
     args: TrainArguments,
     config: DraftTrainingConfig,
     drafter: str | Callable[[FrozenTarget, Dataset], Drafter],

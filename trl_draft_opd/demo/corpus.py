@@ -149,11 +149,11 @@ def write_chats(count: int, seed: int) -> list[Chat]:
     rng = random.Random(seed)
     chats: list[Chat] = []
     seen: set[str] = set()
-    # Kinds alternate by attempt, not by chat: a kind that has run out of questions must not stop the others.
-    for attempt in itertools.count():
-        if len(chats) == count:
-            return chats
-        question, answer = KINDS[attempt % len(KINDS)](rng)
+    kinds = itertools.cycle(KINDS)
+    while len(chats) < count:
+        question, answer = next(kinds)(rng)
+        # A kind that has run out of new questions is passed over.
         if question not in seen:
             seen.add(question)
             chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return chats

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..drafters.auto import AutoDrafter
@@ -80,7 +80,7 @@ class DemoSettings:
     tiny: TinyTargetSettings = field(default_factory=TinyTargetSettings)
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"`family` must be one of {FAMILIES}, got {self.family!r}.")
         for name, value in vars(self).items():
@@ -107,18 +107,20 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
         ValueError: If matplotlib is missing, target and rows are not given together, or there are too few rows.
     """
     require_matplotlib()
-    if (settings.target is None) != (rows is None):
+    real_target = settings.target
+    if (real_target is None) != (rows is None):
         raise ValueError("A real target and its prompts go together: give `target` and `rows`, or neither.")
     console = Console()
     with _quiet_libraries():
         phases = _Phases(settings.output, console)
-        if rows is None:
+        if real_target is None or rows is None:
             target_path, rows = _make_tiny_target(phases, settings)
             target = FrozenTarget.load(target_path, dtype=torch.float32)
         else:
-            target = FrozenTarget.load(settings.target, dtype="auto")
-        if torch.accelerator.is_available():
-            target.place(torch.accelerator.current_accelerator())
+            target = FrozenTarget.load(real_target, dtype="auto")
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and torch.accelerator.is_available():
+            target.place(accelerator)
         train_rows, test_prompts = _write_responses(phases, settings, target, rows)
         drafters = _train_drafters(phases, settings, target, train_rows)
         before, after = (_measure(phases, settings, target, folder, test_prompts) for folder in drafters)
@@ -268,7 +270,9 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
             # About as many blocks as a response has in decoding; another epoch draws others.
             num_anchors=16,
         )
-        _train(DraftSFTTrainer(_fresh_drafter(settings, target), target, config, rows), folder, phases.console)
+        drafter = _fresh_drafter(settings, target)
+        _train(DraftSFTTrainer(drafter, target, config, rows), phases.console)
+        drafter.save_pretrained(folder)
 
     def train_opd(folder: Path) -> None:
         config = DraftOPDConfig(
@@ -282,7 +286,9 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
             rollout="replay",
             completions_from_target=True,
         )
-        _train(DraftOPDTrainer(str(sft_folder), target, config, rows), folder, phases.console)
+        drafter = AutoDrafter.from_pretrained(sft_folder, num_target_layers=target.num_layers)
+        _train(DraftOPDTrainer(drafter, target, config, rows), phases.console)
+        drafter.save_pretrained(folder)
 
     made_from = settings.pick("family num_drafts sft_epochs batch_size sft_learning_rate")
     sft_folder = phases.run("3/5 drafter by SFT", "drafter-sft", made_from, train_sft)
@@ -302,12 +308,12 @@ def _fresh_drafter(settings: DemoSettings, target: FrozenTarget) -> Drafter:
     )
 
 
-def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, folder: Path, console: Console) -> None:
+def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:
+    """Train with one progress bar and no other output."""
     trainer.remove_callback(PrinterCallback)
     with Progress(console=console, transient=True) as progress:
         trainer.add_callback(_ShowSteps(progress))
         trainer.train()
-    trainer.model.save_pretrained(folder)
 
 
 class _ShowSteps(TrainerCallback):
@@ -317,14 +323,14 @@ class _ShowSteps(TrainerCallback):
         self.progress = progress
         self.task = progress.add_task("starting", total=None)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, total=state.max_steps)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.progress.advance(self.task)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [f"{name} {logs[name]:.3f}" for name in ("loss", "tau") if name in logs]
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        shown = [f"{name} {kwargs['logs'][name]:.3f}" for name in ("loss", "tau") if name in kwargs["logs"]]
         if shown:
             self.progress.update(self.task, description=", ".join(shown))
 
@@ -335,11 +341,11 @@ def _measure(
     """Measure a drafter; this is done in every run."""
     title = f"5/5 measuring {folder.name}"
     phases.console.print(f"{title} on {len(prompts)} prompts it was not trained on")
-    drafter = AutoDrafter.from_pretrained(folder, num_target_layers=target.num_layers).eval().to(target.device)
+    drafter = AutoDrafter.from_pretrained(folder, num_target_layers=target.num_layers).eval()
     with phases.timed(title):
         return evaluate_drafter(
             target,
-            drafter,
+            drafter.to(target.device),  # pyright: ignore[reportArgumentType]
             prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.test_batch_size,

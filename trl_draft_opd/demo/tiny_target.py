@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -79,6 +80,7 @@ def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokeniz
 
 def make_target(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Qwen3ForCausalLM:
     """Return an untrained Qwen3 of eight layers, so that both drafter families find their default layers."""
+    ids = tokenizer.get_vocab()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -89,9 +91,9 @@ def make_target(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Qwen3Fo
         head_dim=hidden_size // 4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=ids[PAD],
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ids[END],
     )
     return Qwen3ForCausalLM(config)
 
@@ -112,17 +114,19 @@ def train_target(chats: Sequence[Chat], folder: Path, settings: TinyTargetSettin
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(chats, settings.vocab_size)
     model = make_target(tokenizer, settings.hidden_size).train()
-    texts = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
+    encode: Any = tokenizer.apply_chat_template
+    texts = [encode(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     num_steps = settings.num_steps
     warmup = min(50, num_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 1 - max(step - warmup, 0) / max(num_steps - warmup, 1))
     )
+    pad_id = tokenizer.get_vocab()[PAD]
     losses = []
     for batch in track(_batches(texts, settings.batch_size, num_steps, seed), "Training the target", total=num_steps):
         rows = [torch.tensor(ids) for ids in batch]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
         labels = pad_sequence(rows, batch_first=True, padding_value=-100)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
