@@ -15,7 +15,9 @@ Chat = list[dict[str, str]]
 NAMES = (
     "Aino Bela Chidi Dara Emeka Farah Goran Hana Ivo Juno Kaya Lior Mira Nils Oona Pavel Rosa Sami Tove Yara".split()
 )
-THINGS = "apples bolts candles drums envelopes feathers globes hats jars kites lamps marbles nails onions pears ropes".split()
+THINGS = (
+    "apples bolts candles drums envelopes feathers globes hats jars kites lamps marbles nails onions pears ropes"
+).split()
 PLACES = "at the harbour|in the old mill|on the hill|by the station|in the garden|near the bridge|at the market".split(
     "|"
 )
