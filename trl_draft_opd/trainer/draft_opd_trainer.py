@@ -45,6 +45,7 @@ from .pair import (
     text_reader,
 )
 from .publishing import PublishingTrainer
+from .resuming import describe_batches
 from .rollout_printer import print_rollout
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 from .texts import ResponseSource, prompt_rows, regroup_by_length, text_of_rollout
@@ -204,7 +205,7 @@ class DraftOPDTrainer(PublishingTrainer):
             "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
             "lower `reading_bytes`, `generation_batch_size` or `max_completion_length`",
         )
-        with explained_memory("a rollout", batches, settings):
+        with explained_memory("a rollout", lambda: describe_batches(batches), settings):
             prepared = self._roll_out(batches, int(self.state.epoch or 0))
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = weight_sums([batch["anchors"] for batch in prepared], self.streams, unwrapped.draft_token_ids)
