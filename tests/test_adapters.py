@@ -432,7 +432,7 @@ def test_an_adapter_whose_drafter_is_gone_says_how_to_give_it(tmp_path, bases):
 
 REFUSED = {
     "prompt learning": (PrefixTuningConfig(num_virtual_tokens=2), "is a PrefixTuningConfig"),
-    "another method": (IA3Config(), "takes `peft.LoraConfig` alone"),
+    "another method": (IA3Config(), "takes `peft.LoraConfig` only"),
     "a task": (LoraConfig(task_type="CAUSAL_LM"), "leave `task_type` out"),
     "rewritten weights": (LoraConfig(init_lora_weights="pissa"), "'pissa' rewrites the drafter's own weights"),
     "replication": (LoraConfig(layer_replication=[(0, 1)]), r"sets \['layer_replication'\]"),

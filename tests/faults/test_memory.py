@@ -77,7 +77,10 @@ def test_an_evaluation_step_names_its_rows_and_settings(monkeypatch, tmp_path, t
 
 
 def test_other_errors_pass_through_as_they_are():
-    with pytest.raises(RuntimeError, match="^something else$"), explained_memory("a step", lambda: pytest.fail("nothing to explain"), ("x",)):
+    with (
+        pytest.raises(RuntimeError, match="^something else$"),
+        explained_memory("a step", lambda: pytest.fail("nothing to explain"), ("x",)),
+    ):
         raise RuntimeError("something else")
     with (
         pytest.raises(torch.OutOfMemoryError, match=r"in a step \(sizes unknown\): no further details"),

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Checkpoints as folders that prove themselves: filled in a temporary sibling folder, listed with sizes and hashes, then renamed.
+Checkpoints as folders that prove themselves: filled in a temporary folder, listed with sizes and hashes, then renamed.
 
 Knows files and nothing of what is in them: no model, no trainer, no process group.
 """
@@ -33,11 +33,10 @@ VERSION = 1
 _NAME = re.compile(r"checkpoint-(?P<step>\d+)")
 _PROBE = "probe"
 _OURS = re.compile(rf"{_NAME.pattern}|{_PROBE}")
-_DRAFTER_ALONE = "holds the drafter alone (`save_only_model=True`)"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written, or was not written by this package; the message states what and why."""
+    """A folder that is not what was written, or was not written by this package; the message states what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
 
     Args:
         output_dir (`Path`): The folder of all checkpoints.
-        asked (`str`, `Path`, `bool` or `None`): `True` or `"true"`: the newest valid one. `"auto"`: the same, `None` if there are no
-            checkpoints. A path: that one.
+        asked (`str`, `Path`, `bool` or `None`):
+            `True` or `"true"`: the newest valid one. `"auto"`: the same, `None` if there are none. A path: that one.
 
     Raises:
         ValueError: If it does not exist, is damaged, or holds the drafter alone.
@@ -148,15 +147,12 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint {str(folder)!r} to resume from. Check the path, or give `True`.")
     try:
-        found = read_checkpoint(folder)
-    except DamagedCheckpoint as error:
+        return _read_resumable(folder)
+    except ValueError as error:
         raise ValueError(
-            f"{str(folder)!r} is not a checkpoint to resume from: {error}. Give `resume_from_checkpoint=True` for the newest valid one in "
-            "`output_dir`, or start a new run from its drafter: give the folder as `model`."
+            f"{str(folder)!r} is not a checkpoint to resume from: {error}. Give `resume_from_checkpoint=True` for the "
+            "newest valid one in `output_dir`, or start a new run from its drafter: give the folder as `model`."
         ) from error
-    if not found.is_resumable:
-        raise ValueError(f"{str(folder)!r} {_DRAFTER_ALONE}. Start a new run from it: give the folder as `model`.")
-    return found
 
 
 def newest_valid(output_dir: Path) -> Checkpoint:
@@ -170,26 +166,30 @@ def newest_valid(output_dir: Path) -> Checkpoint:
     skipped = []
     for _, folder in reversed(list_checkpoints(output_dir)):
         try:
-            found = read_checkpoint(folder)
-        except DamagedCheckpoint as error:
+            found = _read_resumable(folder)
+        except ValueError as error:
             skipped.append(f"{folder.name}: {error}")
-            continue
-        if not found.is_resumable:
-            skipped.append(f"{folder.name}: it {_DRAFTER_ALONE}")
             continue
         if skipped:
             logger.warning("Resuming from %s. Passed over %s", folder.name, "; ".join(skipped))
         return found
     reasons = "; ".join(skipped) if skipped else "there is no folder called checkpoint-N"
     raise ValueError(
-        f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with `resume_from_checkpoint=None` and another "
-        "`output_dir`, or give a drafter's folder as `model`."
+        f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with "
+        "`resume_from_checkpoint=None` and another `output_dir`, or give a drafter's folder as `model`."
     )
+
+
+def _read_resumable(folder: Path) -> Checkpoint:
+    found = read_checkpoint(folder)
+    if not found.is_resumable:
+        raise ValueError("it holds the drafter alone (`save_only_model=True`)")
+    return found
 
 
 def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) -> None:
     """
-    Delete the oldest checkpoints beyond `limit`; what is damaged or was not written by this package is neither counted nor deleted.
+    Delete the oldest checkpoints beyond `limit`; what is damaged or foreign is neither counted nor deleted.
 
     Args:
         output_dir (`Path`): The folder of all checkpoints.
@@ -217,7 +217,7 @@ def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) 
 
 def check_output_dir(output_dir: Path, run_id: str | None) -> None:
     """
-    Refuse to write a run's checkpoints among those of another, which a later resume would mix up, or where nothing can be written.
+    Refuse to write a run's checkpoints among another's, which a later resume would mix up, or where no file can be.
 
     Args:
         output_dir (`Path`): The folder of all checkpoints.
@@ -235,8 +235,8 @@ def check_output_dir(output_dir: Path, run_id: str | None) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"No checkpoint can be written ({error.strerror}), so training was not started. Repair the folder, or name another "
-            "`output_dir`",
+            f"No checkpoint can be written ({error.strerror}), so training was not started. Repair the folder, or "
+            "name another `output_dir`",
             str(output_dir),
         ) from error
     others = []

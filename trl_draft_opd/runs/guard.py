@@ -2,8 +2,8 @@
 """
 Nothing that is not finite reaches the weights: losses and gradients are checked right before the optimizer's step.
 
-The check is a hook of the innermost torch optimizer, so it is the same under plain, data-parallel, FSDP2 and ZeRO training. ZeRO may
-drop an update before it gets that far; this is noticed right after.
+The check is a hook of the innermost torch optimizer, so it is the same under plain, data-parallel, FSDP2 and ZeRO
+training. ZeRO may drop an update before it gets that far; this is noticed right after.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .distributed import zero
 from .distributed.ranks import any_rank
@@ -55,7 +55,7 @@ class NonFiniteGuard(TrainerCallback):
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, *, optimizer: Any, **kwargs: Any
     ) -> None:
         """Watch this optimizer's steps, in place of an earlier one's."""
         if self._hook is not None:
@@ -63,17 +63,13 @@ class NonFiniteGuard(TrainerCallback):
         self._optimizer = zero.without_accelerate(optimizer)
         self._hook = zero.torch_optimizer(self._optimizer).register_step_pre_hook(self._before_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget the last update's losses."""
         self._losses, self._decided, self._global_step = [], None, state.global_step
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """
-        Treat an update that DeepSpeed or float16's loss scale drop by themselves as one that was stopped here. Collective.
+        Treat an update that DeepSpeed or float16's loss scale drop by themselves as one stopped here. Collective.
 
         DeepSpeed has made its step by now, at the end of the backward pass.
         """
@@ -92,7 +88,7 @@ class NonFiniteGuard(TrainerCallback):
         if not self._decided[1]:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    # An optimizer passes over a parameter without a gradient: weights, moments and counters stay as they are.
+                    # Optimizers skip parameters without a gradient: weights, moments and counters stay.
                     parameter.grad = None
 
     def _is_update_finite(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -115,23 +111,24 @@ class NonFiniteGuard(TrainerCallback):
     def _refuse_everywhere(self) -> None:
         """Report what is wrong; raise, unless the update is to be skipped. Collective."""
         bad, all_ids = gather_object(self._bad_losses()), gather_object([ids for _, ids in self._losses])
+        step, ids = self._global_step, sorted(i for rows in [rows for _, rows in bad] or all_ids for i in rows)
         if bad:
-            what = f"The loss is {bad[0][0]} at step {self._global_step} on samples {sorted(i for _, ids in bad for i in ids)}"
+            what = f"The loss is {bad[0][0]} at step {step} on samples {ids}"
         else:
-            ids = sorted(i for part in all_ids for i in part)
-            what = f"The gradient is not finite at step {self._global_step}, on samples {ids} together"
+            what = f"The gradient is not finite at step {step}, on samples {ids} together"
         what += " (row indices of the dataset)."
         if self.on_nonfinite == "stop":
             raise FloatingPointError(
-                f"{what} Nothing was updated. Check these rows, lower `learning_rate`, use `bf16` instead of `fp16`, or leave such updates out "
-                "with `on_nonfinite='skip'`."
+                f"{what} Nothing was updated. Check these rows, lower `learning_rate`, use `bf16` instead of `fp16`, "
+                "or leave such updates out with `on_nonfinite='skip'`."
             )
         self.num_skipped += 1
         self.num_in_a_row += 1
         if self.num_in_a_row > self.max_skipped_updates:
             raise FloatingPointError(
-                f"{what} {self.max_skipped_updates} updates in a row were skipped before it (`max_skipped_updates`): the weights are at fault "
-                "rather than the rows. Go back to an earlier checkpoint with a lower `learning_rate`."
+                f"{what} {self.max_skipped_updates} updates in a row were skipped before it (`max_skipped_updates`): "
+                "the weights are at fault rather than the rows. Go back to an earlier checkpoint with a lower "
+                "`learning_rate`."
             )
         logger.warning("%s This update was skipped, %d so far.", what, self.num_skipped)
 
@@ -151,6 +148,6 @@ def check_weights(tensors: dict[str, torch.Tensor]) -> None:
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise FloatingPointError(
-            f"{len(bad)} of the drafter's {len(tensors)} tensors are not finite, {bad[0]!r} first. They were not written: resume from the last "
-            "checkpoint with a lower `learning_rate`."
+            f"{len(bad)} of the drafter's {len(tensors)} tensors are not finite, {bad[0]!r} first. They were not "
+            "written: resume from the last checkpoint with a lower `learning_rate`."
         )

@@ -106,10 +106,15 @@ class RunIdentity:
             differences = "; ".join(
                 f"{compared[name]} ({getattr(stored, name)!r} there, {getattr(self, name)!r} here)" for name in changed
             )
-            fix = "Use what the run was started with, or start a new run from the checkpoint's drafter: give its folder as `model`."
+            fix = (
+                "Use what the run was started with, or start a new run from the checkpoint's drafter: give its folder "
+                "as `model`."
+            )
             if set(changed) <= set(_POSITION):
                 fix += " `ignore_data_skip=True` continues with the new data or batches from their start."
-            raise ValueError(f"This run cannot resume from that checkpoint, because these differ: {differences}. {fix}")
+            raise ValueError(
+                f"This run cannot resume from that checkpoint, because these differ: {differences}. {fix}"
+            )
         names = sorted(set(self.settings) | set(stored.settings))
         return [
             f"{name}: {stored.settings.get(name)!r} there, {self.settings.get(name)!r} here"
@@ -124,7 +129,9 @@ def _digest(value: Any) -> str:
 
 
 def _digest_rows(dataset: Dataset | IterableDataset | None) -> str | None:
-    """Digest the number of rows, the columns and up to 256 evenly spaced rows; `None` for a stream, which is not read."""
+    """
+    Digest the number of rows, the columns and up to 256 evenly spaced rows; `None` for a stream, which is not read.
+    """
     if not isinstance(dataset, Dataset):
         return None
     count = min(_HASHED_ROWS, len(dataset))

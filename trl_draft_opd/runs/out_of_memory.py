@@ -33,6 +33,6 @@ def explained_memory(doing: str, describe: Callable[[], str], settings: Sequence
             raise
         first_line = (str(error).strip().splitlines() or ["no further details"])[0]
         raise torch.OutOfMemoryError(
-            f"Out of memory in {doing} ({describe() or 'sizes unknown'}): {first_line} To need less: {', '.join(settings)}. Checkpoints are "
-            "as they were; continue with `resume_from_checkpoint=True`."
+            f"Out of memory in {doing} ({describe() or 'sizes unknown'}): {first_line} To need less: "
+            f"{', '.join(settings)}. Checkpoints are as they were; continue with `resume_from_checkpoint=True`."
         ) from error

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a run needs besides the drafter to continue as if it had never stopped: the optimizer's tensors in one file, all else as JSON.
+What a run needs besides the drafter to continue as if it had never stopped: the optimizer's tensors, all else as JSON.
 """
 
 import json
@@ -73,7 +73,7 @@ class RunState:
         Read what [`RunState.write`] wrote, but for the tensors.
 
         Raises:
-            ValueError: If there is no such file here, its layout is another version's, or fields are missing or unknown.
+            ValueError: If the file is missing here, of another version, or has missing or unknown fields.
         """
         path = folder / STATE_FILE
         try:
@@ -86,8 +86,8 @@ class RunState:
             return cls(**values)
         except OSError as error:
             raise ValueError(
-                f"Process {PartialState().process_index} cannot read {str(path)!r} ({error.strerror}). All machines need the same "
-                "`output_dir`, on storage that they share."
+                f"Process {PartialState().process_index} cannot read {str(path)!r} ({error.strerror}). All machines "
+                "need the same `output_dir`, on storage that they share."
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{str(path)!r} cannot be read: {error}.") from error
@@ -100,8 +100,8 @@ class RunState:
         """
         Return what process `index` of `count` continues with.
 
-        With as many processes as before each takes its own. Otherwise the first takes all sums, and random states are handed out as
-        far as they go: which rank draws what has no meaning then.
+        With as many processes as before each takes its own. Otherwise the first takes all sums, and random states are
+        handed out as far as they go: which rank draws what has no meaning then.
         """
         own = self.ranks[index % len(self.ranks)]
         if count == len(self.ranks):

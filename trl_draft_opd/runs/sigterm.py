@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .distributed.ranks import any_rank
 
@@ -25,7 +25,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 class StopOnSigterm(TrainerCallback):
     """
-    Ends training with a checkpoint after the step in which SIGTERM came to any rank; a second one ends the process as usual.
+    Ends training with a checkpoint after the step in which SIGTERM came to any rank; a second one kills as usual.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): For the vote of all ranks.
@@ -40,7 +40,7 @@ class StopOnSigterm(TrainerCallback):
     @contextmanager
     def handling(self) -> Iterator[None]:
         """
-        Handle SIGTERM while the context lasts; outside the main thread, where Python allows no handlers, none ever comes. Collective.
+        Handle SIGTERM while the context lasts; not in other threads, where Python allows no handlers. Collective.
 
         Raises:
             SystemExit: On leaving, if one came.
@@ -58,18 +58,14 @@ class StopOnSigterm(TrainerCallback):
             logger.warning("SIGTERM came: %s, leaving.", when)
             raise SystemExit(EXIT_CODE)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training; the time that is left is for the checkpoint. Collective."""
         if any_rank(self.accelerator, self.has_come):
             self.stopped_at = state.global_step
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave out what the end of an epoch asks for, after the last step asked for all that is needed. Collective."""
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop what the end of an epoch asks for; the last step asked for all that is needed. Collective."""
         if any_rank(self.accelerator, self.has_come):
             control.should_save = control.should_evaluate = False
 

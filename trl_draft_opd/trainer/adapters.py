@@ -2,8 +2,9 @@
 """
 Training a LoRA adapter in place of the whole drafter: make it, save it, load its weights, merge it.
 
-An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside, whose layers apply the
-adapter. So whatever calls the drafter's layers as modules respects it, and nothing else in training has to know.
+An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside, whose
+layers apply the adapter. So whatever calls the drafter's layers as modules respects it, and nothing else in training
+has to know.
 """
 
 import copy
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 # Fields of a `LoraConfig` that training, saving and merging here respect; any other one must be left at its default.
 _SUPPORTED = frozenset(
-    "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora lora_bias init_lora_weights "
-    "rank_pattern alpha_pattern layers_to_transform layers_pattern task_type peft_type peft_version auto_mapping "
-    "base_model_name_or_path revision inference_mode".split()
+    "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora lora_bias "
+    "init_lora_weights rank_pattern alpha_pattern layers_to_transform layers_pattern task_type peft_type "
+    "peft_version auto_mapping base_model_name_or_path revision inference_mode".split()
 )
 # The others rewrite the drafter's own weights, so that the adapter's file would not fit the drafter it names.
 _INITIALISATIONS = (True, False, "gaussian")
@@ -42,20 +43,21 @@ def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: i
 
     Args:
         drafter ([`Drafter`]):
-            The drafter, equal to the one in the folder or repository that its config names: an adapter's file is useless without it.
+            The drafter, equal to the one in the folder or repository that its config names: an adapter's file is
+            useless without it.
         peft_config ([`~peft.LoraConfig`] or `None`):
-            The adapter; not changed. Without `target_modules`, or with `"all-linear"`, it goes into every linear layer but the head.
-            With `None` the drafter is returned as it is.
+            The adapter; not changed. Without `target_modules`, or with `"all-linear"`, it goes into every linear layer
+            but the head. With `None` the drafter is returned as it is.
         seed (`int`): Of the adapter's initial weights.
 
     Returns:
-        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter does, bit for bit,
-        unless `init_lora_weights=False` asks for something else.
+        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter
+        does, bit for bit, unless `init_lora_weights=False` asks for something else.
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If the config is of a kind that a drafter cannot take, names layers that it does not have, or the drafter differs
-            from what its config names.
+        ValueError: If the config is of a kind that a drafter cannot take, names layers that it does not have, or the
+            drafter differs from what its config names.
     """
     if peft_config is None:
         return drafter
@@ -77,13 +79,14 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
     """Return a copy of a config that a drafter can take, its layers named; raise `ValueError` if it cannot."""
     if getattr(peft_config, "is_prompt_learning", False) or not isinstance(peft_config, lora_config):
         raise ValueError(
-            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` only: it reads the target's hidden states, "
-            "to which no prompt can be added, and what is published is the drafter with the adapter merged in."
+            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` only: it reads the "
+            "target's hidden states, to which no prompt can be added, and what is published is the drafter with the "
+            "adapter merged in."
         )
     if peft_config.task_type is not None:
         raise ValueError(
-            f"`peft_config` has task_type {peft_config.task_type!r}, for which PEFT expects a model that generates or classifies. A drafter is "
-            "neither: leave `task_type` out."
+            f"`peft_config` has task_type {peft_config.task_type!r}, for which PEFT expects a model that generates or "
+            "classifies. A drafter is neither: leave `task_type` out."
         )
     defaults = lora_config()
     names = [field.name for field in dataclasses.fields(peft_config) if field.name not in _SUPPORTED]
@@ -92,15 +95,15 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
         raise ValueError(f"`peft_config` sets {unknown}, which drafters do not support. Leave them at their defaults.")
     if peft_config.init_lora_weights not in _INITIALISATIONS:
         raise ValueError(
-            f"`init_lora_weights` {peft_config.init_lora_weights!r} rewrites the drafter's own weights, which the adapter's file does not hold. "
-            f"Use one of {_INITIALISATIONS}."
+            f"`init_lora_weights` {peft_config.init_lora_weights!r} rewrites the drafter's own weights, which the "
+            f"adapter's file does not hold. Use one of {_INITIALISATIONS}."
         )
     config = copy.deepcopy(peft_config)
     _name_layers(config, drafter)
     if config.modules_to_save and drafter.dtype != torch.float32:
         raise ValueError(
-            f"`modules_to_save` trains whole layers in float32, but the drafter is in {drafter.dtype}. Load it in float32, or use "
-            "`target_modules` alone."
+            f"`modules_to_save` trains whole layers in float32, but the drafter is in {drafter.dtype}. Load it in "
+            "float32, or use `target_modules` alone."
         )
     return config
 
@@ -118,7 +121,8 @@ def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
         if missing:
             leaves = sorted({name.split(".")[-1] for name in known if name} - {str(i) for i in range(len(known))})
             raise ValueError(
-                f"`{setting}` names {sorted(missing)}, which this {drafter.config.family} drafter does not have. It has {leaves}."
+                f"`{setting}` names {sorted(missing)}, which this {drafter.config.family} drafter does not have. It "
+                f"has {leaves}."
             )
 
 
@@ -127,12 +131,15 @@ def _names_any(name: str, modules: set[str]) -> bool:
 
 
 def _checked_base(drafter: Drafter) -> str:
-    """Return the folder or id a drafter was loaded from; raise `ValueError` if the drafter differs from what is there."""
+    """
+    Return the folder or id a drafter was loaded from; raise `ValueError` if the drafter differs from what is there.
+    """
     name = drafter.config.name_or_path
     fix = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model`."
     if not name:
         raise ValueError(
-            f"With `peft_config` only the adapter is saved, which is useless without the drafter it was trained on, and this one was never saved. {fix}"
+            "With `peft_config` only the adapter is saved, which is useless without the drafter it was trained on, "
+            f"and this one was never saved. {fix}"
         )
     own = drafter.state_dict()
     there = AutoDrafter.from_pretrained(
@@ -140,8 +147,8 @@ def _checked_base(drafter: Drafter) -> str:
     ).state_dict()
     if own.keys() != there.keys() or any(not torch.equal(own[key].cpu(), there[key]) for key in own):
         raise ValueError(
-            f"With `peft_config` only the adapter is saved, but the drafter has been trained since it was loaded from {name!r}: the adapter would not "
-            f"fit what is there. {fix}"
+            "With `peft_config` only the adapter is saved, but the drafter has been trained since it was loaded from "
+            f"{name!r}: the adapter would not fit what is there. {fix}"
         )
     return name
 
@@ -160,8 +167,8 @@ def check_adapter_launch(model: nn.Module, accelerator: Accelerator) -> None:
     """
     if is_adapted(model) and is_sharded(accelerator):
         raise ValueError(
-            "`peft_config` under FSDP or ZeRO-3 is not supported: adapters are small, and what they leave frozen needs no optimiser state to "
-            "shard. Launch with plain data parallelism (DDP) or ZeRO-2."
+            "`peft_config` under FSDP or ZeRO-3 is not supported: adapters are small, and what they leave frozen "
+            "needs no optimizer state to shard. Launch with plain data parallelism (DDP) or ZeRO-2."
         )
 
 
@@ -231,7 +238,7 @@ def load_adapter_weights(model: "PeftModel", folder: str | Path) -> None:
     wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
     if wrong:
         raise ValueError(
-            f"The adapter in {str(folder)!r} has another `peft_config` than this run: {len(wrong)} tensors differ in name or shape, the first is "
-            f"{wrong[0]!r} ({shapes.get(wrong[0])} there, {wanted.get(wrong[0])} here)."
+            f"The adapter in {str(folder)!r} has another `peft_config` than this run: {len(wrong)} tensors differ in "
+            f"name or shape, the first is {wrong[0]!r} ({shapes.get(wrong[0])} there, {wanted.get(wrong[0])} here)."
         )
     require_peft("Loading an adapter").set_peft_model_state_dict(model, tensors)

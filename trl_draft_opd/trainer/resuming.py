@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What makes a run last: checkpoints that survive any stop, continuation bit for bit, a guard before every update, SIGTERM.
+What makes a run last: checkpoints that survive any stop, resuming bit for bit, a guard before every update, SIGTERM.
 
 A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in `runs`.
 """
@@ -67,7 +67,7 @@ class ResumingTrainer(_BaseTrainer):
     """
     Base of both trainers.
 
-    A subclass names its `_method`, `"sft"` or `"opd"`, sets `target`, writes the drafter in `_save` and evaluates in `_measure`.
+    A subclass names its `_method`, `"sft"` or `"opd"`, sets `target`, saves in `_save` and evaluates in `_measure`.
     """
 
     _method: str
@@ -91,7 +91,7 @@ class ResumingTrainer(_BaseTrainer):
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add what was measured on it to the metrics."""
 
-    # -- beginning and end of a run ------------------------------------------------------------------------------------
+    # -- beginning and end of a run -----------------------------------------------------------------------------------
 
     def train(
         self,
@@ -102,20 +102,20 @@ class ResumingTrainer(_BaseTrainer):
         """
         Train, from the start or from a checkpoint.
 
-        On SIGTERM the current step is finished, a checkpoint is written, and `SystemExit(143)` is raised, which ends a script quietly
-        with the exit code that schedulers expect of a job they stopped.
+        On SIGTERM the current step is finished, a checkpoint is written, and `SystemExit(143)` is raised, which ends a
+        script quietly with the exit code that schedulers expect of a job they stopped.
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
-                `True`: resume from the newest valid checkpoint in `output_dir`; damaged ones are passed over and named. `"auto"`: the
-                same, or start where there is none yet, so that one command starts a job and resumes it. A path: from that one.
-                Defaults to the setting of that name, where `"true"` means `True`. Continuation is bit for bit on as many processes
-                as before.
+                `True`: resume from the newest valid checkpoint in `output_dir`; damaged ones are passed over and
+                named. `"auto"`: the same, or start where there is none yet, so that one command starts a job and
+                resumes it. A path: from that one. Defaults to the setting of that name, where `"true"` means `True`.
+                Continuation is bit for bit on as many processes as before.
             trial, ignore_keys_for_eval (*optional*): As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no such checkpoint, it is damaged or belongs to another run, or a new run would write its
-                checkpoints among those of another. Nothing was touched.
+            ValueError: If there is no such checkpoint, it is damaged or belongs to another run, or a new run would
+                write its checkpoints among those of another. Nothing was touched.
             FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`; nothing was updated.
             SystemExit: After SIGTERM.
         """
@@ -150,7 +150,7 @@ class ResumingTrainer(_BaseTrainer):
     def _first_rank_decides(self, decide: Callable[[], T]) -> T:
         return first_rank_decides(self.accelerator, decide)
 
-    # -- steps ---------------------------------------------------------------------------------------------------------
+    # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
@@ -171,7 +171,7 @@ class ResumingTrainer(_BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """Return the loss on an evaluation batch, and add what was measured on it to the metrics. Collective where sharded."""
+        """Return the loss on an evaluation batch, and add its measurements to the metrics. Collective if sharded."""
         settings = ("lower `per_device_eval_batch_size`", "lower `loss_chunk_bytes` or `max_completion_length`")
         inputs = self._prepare_inputs(inputs)
         explained = explained_memory("an evaluation step", lambda: describe_batches([inputs]), settings)
@@ -186,7 +186,7 @@ class ResumingTrainer(_BaseTrainer):
                 logs["skipped_updates"] = float(self._guard.num_skipped)
         super().log(logs, start_time)
 
-    # -- writing -------------------------------------------------------------------------------------------------------
+    # -- writing ------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that proves itself; see `runs/checkpoints.py`. Collective."""
@@ -200,31 +200,33 @@ class ResumingTrainer(_BaseTrainer):
 
         def write() -> None:
             check_weights(weights)
-            with writing_checkpoint(run_dir, step, is_resumable=is_resumable, run_id=self._run_id) as folder:
-                self._save(str(folder), state_dict=weights)
-                if state is not None and optimizer is not None:
-                    state.write(folder, optimizer.tensors)
-                callbacks = [*self.callback_handler.callbacks, self.control]
-                exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
-                self.state.stateful_callbacks |= TrainerState(stateful_callbacks=exportable).stateful_callbacks
-                self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
-
-        def write_or_explain() -> None:
             try:
-                write()
+                with writing_checkpoint(run_dir, step, is_resumable=is_resumable, run_id=self._run_id) as folder:
+                    self._save(str(folder), state_dict=weights)
+                    if state is not None and optimizer is not None:
+                        state.write(folder, optimizer.tensors)
+                    self._note_callbacks()
+                    self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
             except (OSError, SafetensorError) as error:
                 raise OSError(
                     getattr(error, "errno", None) or errno.EIO,
-                    f"Checkpoint {step} could not be written ({error}); its temporary folder was removed, and earlier checkpoints are as they "
-                    "were. Make room or repair the folder, then continue with `resume_from_checkpoint=True`",
+                    f"Checkpoint {step} could not be written ({error}); its temporary folder was removed, and earlier "
+                    "checkpoints are as they were. Make room or repair the folder, then continue with "
+                    "`resume_from_checkpoint=True`",
                     str(run_dir),
                 ) from error
 
-        self._first_rank_decides(write_or_explain)
+        self._first_rank_decides(write)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / checkpoint_name(step)))
         protected = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
         self._first_rank_decides(lambda: keep_newest(run_dir, self.args.save_total_limit, protected=protected))
+
+    def _note_callbacks(self) -> None:
+        """Put the state of callbacks that have one into the trainer's, in transformers' form."""
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+        self.state.stateful_callbacks |= TrainerState(stateful_callbacks=exportable).stateful_callbacks
 
     def _gather_state(self) -> tuple[RunState, OptimizerState]:
         """Return everything besides the weights, complete on the first rank. Collective."""
@@ -255,7 +257,7 @@ class ResumingTrainer(_BaseTrainer):
         """Undo `_shared_state`."""
         self._guard.load(shared["guard"])
 
-    # -- reading -------------------------------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Do nothing yet: weights, optimizer and the rest are loaded together once the drafter is wrapped."""
@@ -280,7 +282,7 @@ class ResumingTrainer(_BaseTrainer):
         self._load_shared_state(state.shared)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Put back what transformers resets on its way to the first step: random generators, and the loss since the last log."""
+        """Put back what transformers resets before the first step: random generators, the loss since the last log."""
         if self._resumed is None:
             return
         own = self._own_state(self._resumed)
@@ -311,7 +313,8 @@ class ResumingTrainer(_BaseTrainer):
             self._first_rank_decides(lambda: read_checkpoint(folder))
         except DamagedCheckpoint as error:
             raise ValueError(
-                f"The best checkpoint {str(folder)!r} cannot be loaded: {error}. The last weights were kept; save them with `save_model`."
+                f"The best checkpoint {str(folder)!r} cannot be loaded: {error}. The last weights were kept; save "
+                "them with `save_model`."
             ) from error
         self._load_weights(folder)
 

@@ -15,7 +15,7 @@ ACCEPTED, REJECTED, COMMITTED = "green", "red strike", "bold"
 
 
 def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return one response with its blocks: accepted drafts green, the target's own tokens bold, rejected drafts struck red."""
+    """Return one response with its blocks: accepted drafts green, the target's tokens bold, rejected drafts red."""
     start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
     ids = rollout.input_ids[row].tolist()
     # Appended: a style of the whole text would apply to every part.

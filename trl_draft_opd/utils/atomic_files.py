@@ -2,7 +2,7 @@
 """
 Files and folders that exist whole or not at all, whenever the process or the machine stops. Knows no format.
 
-Everything is made in a temporary sibling whose name begins with a dot, forced to the disk, and put in place by one rename.
+Everything is made in a temporary sibling whose name begins with a dot, forced to the disk, then renamed.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def hash_file(path: Path) -> str:
 @contextmanager
 def staging_folder(parent: Path, name: str) -> Iterator[Path]:
     """
-    Yield an empty folder in `parent` that is deleted afterwards; if the process is stopped, [`clear_leftovers`] finds it by `name`.
+    Yield an empty folder in `parent`, deleted afterwards, or by [`clear_leftovers`] if the process was stopped.
     """
     staged = _sibling(parent / name, "making")
     staged.mkdir()
@@ -71,8 +71,8 @@ def making_folder(folder: Path) -> Iterator[Path]:
     """
     Yield an empty folder to fill; on leaving it takes the place of `folder`, and on any error it is removed.
 
-    A folder that was there before is kept until the new one is in place. If the process is stopped between the two renames,
-    [`clear_leftovers`] puts the earlier one back.
+    A folder that was there before is kept until the new one is in place. If the process is stopped between the two
+    renames, [`clear_leftovers`] puts the earlier one back.
 
     Args:
         folder (`Path`): Where it goes; its parent is made if missing.

@@ -16,8 +16,8 @@ def loading_whole() -> Iterator[None]:
     """
     Have `from_pretrained` load whole weights on every rank while the context lasts.
 
-    Under ZeRO-3 it would shard every model, the frozen target too. Under FSDP's RAM-efficient loading only the first rank would read
-    the file; that stays off, because our drafters are sharded from whole weights.
+    Under ZeRO-3 it would shard every model, the frozen target too. Under FSDP's RAM-efficient loading only the first
+    rank would read the file; that stays off, because our drafters are sharded from whole weights.
     """
     if is_fsdp_enabled():
         disable_fsdp_ram_efficient_loading()

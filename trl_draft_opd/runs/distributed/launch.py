@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-How a launch treats the drafter: it is refused where a step would compute something else, and sharded as one unit otherwise.
+How a launch treats the drafter: refused if a step would compute something else, sharded as one unit otherwise.
 
-Our steps and rollouts call a drafter's methods and never its layers' own `forward`, so hooks on layers would never fire. The
-drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whatever the launcher's wrapping policy.
+Our steps and rollouts call a drafter's methods and never its layers' own `forward`, so hooks on layers would never
+fire. The drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whatever the launcher's wrapping policy.
 """
 
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
     Refuse launches under which a step would compute something else.
 
     Raises:
-        ValueError: With several visible GPUs in one process, under FSDP's first version, with FSDP's offloading or activation
-            checkpointing, or under DeepSpeed without ZeRO or with states on NVMe.
+        ValueError: With several visible GPUs in one process, under FSDP's first version, with FSDP's offloading or
+            activation checkpointing, or under DeepSpeed without ZeRO or with states on NVMe.
     """
     if num_visible_gpus > 1:
         raise ValueError(
-            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with `accelerate launch`, or "
-            "show one GPU with CUDA_VISIBLE_DEVICES."
+            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with "
+            "`accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         _check_fsdp(accelerator)
@@ -49,8 +49,9 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
         devices = {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
         if plugin.zero_stage == 0 or "nvme" in devices:
             raise ValueError(
-                f"DeepSpeed with `zero_stage` {plugin.zero_stage} and states on {sorted(devices)} is not supported. Use ZeRO stage 1, 2 or 3 "
-                "with states on the device or the CPU, or plain data parallelism: examples/accelerate_configs has all of them."
+                f"DeepSpeed with `zero_stage` {plugin.zero_stage} and states on {sorted(devices)} is not supported. "
+                "Use ZeRO stage 1, 2 or 3 with states on the device or the CPU, or plain data parallelism: "
+                "examples/accelerate_configs has all of them."
             )
 
 
@@ -58,23 +59,24 @@ def _check_fsdp(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in the accelerate config, as "
-            "examples/accelerate_configs/fsdp2.yaml does."
+            "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in "
+            "the accelerate config, as examples/accelerate_configs/fsdp2.yaml does."
         )
     if plugin.activation_checkpointing:
         raise ValueError(
-            "`fsdp_activation_checkpointing: true` wraps layers that training calls in parts. Set it to false in the accelerate config."
+            "`fsdp_activation_checkpointing: true` wraps layers that training calls in parts. Set it to false in the "
+            "accelerate config."
         )
     if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
         raise ValueError(
-            "`fsdp_offload_params: true` is not supported: a drafter is small, and its rollouts would fetch it every time. Set it to false "
-            "in the accelerate config."
+            "`fsdp_offload_params: true` is not supported: a drafter is small, and its rollouts would fetch it every "
+            "time. Set it to false in the accelerate config."
         )
 
 
 def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus: int) -> None:
     """
-    Check the launch, put the drafter on its device with the first rank's weights, and have it wrapped as one unit. Collective.
+    Check the launch, and put the drafter on its device, with the first rank's weights, as one unit. Collective.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
@@ -87,7 +89,7 @@ def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus
     check_launch(accelerator, num_visible_gpus)
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
-        # FSDP2 takes each rank's own weights: equal if they were loaded, but fresh ones only if every rank has the same seed.
+        # FSDP2 takes each rank's own weights: equal if loaded, but fresh ones only under equal seeds.
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 broadcast(tensor.data, from_process=0)
@@ -106,7 +108,7 @@ def _shard_as_one(accelerator: Accelerator, model: nn.Module) -> None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     else:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    # Parameters stay in float32 under autocast, as they do under DDP. The backward pass follows the forward pass at once.
+    # Parameters stay in float32 under autocast, as under DDP. The backward pass follows the forward pass at once.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
     # It would look in the drafter for the classes it names, and fail.
     accelerator.state.fsdp_plugin.auto_wrap_policy = None
@@ -119,8 +121,8 @@ def evaluating_before_training(trainer: Trainer) -> Iterator[None]:
     """
     Keep an evaluation before training from preparing the drafter, which is on its device already.
 
-    transformers takes what it prepared for evaluation as prepared for training: a drafter that DDP never wraps, so that ranks drift
-    apart, or a DeepSpeed engine without an optimizer.
+    transformers takes what it prepared for evaluation as prepared for training: a drafter that DDP never wraps, so
+    that ranks drift apart, or a DeepSpeed engine without an optimizer.
     """
     if trainer.accelerator._models:
         yield
@@ -138,7 +140,7 @@ def loss_entry(accelerator: Accelerator) -> torch.Tensor:
     """
     Return a zero to hand through the drafter's wrapper and add to the loss.
 
-    Under ZeRO-3 it has a gradient, which arrives after all others: it is the oldest node of the graph. ZeRO-3 waits for the
-    gradients of a unit's inputs before it releases the weights, and no other input has one.
+    Under ZeRO-3 it has a gradient, which arrives after all others: it is the oldest node of the graph. ZeRO-3 waits
+    for the gradients of a unit's inputs before it releases the weights, and no other input has one.
     """
     return torch.zeros((), device=accelerator.device, requires_grad=_is_zero3(accelerator))

@@ -2,11 +2,12 @@
 """
 The whole drafter and its whole optimizer state under every launch: tensors by name, complete on the CPU.
 
-One form for one process, DDP, FSDP2 and ZeRO, so that what is saved under one launch is read under another, with any number of
-processes. What is specific to DeepSpeed is in `zero.py`.
+One form for one process, DDP, FSDP2 and ZeRO, so that what is saved under one launch is read under another, with any
+number of processes. What is specific to DeepSpeed is in `zero.py`.
 
-`torch.distributed.checkpoint.state_dict` is not used: reading an optimizer that has not stepped yet makes it step, which moves its
-counters and calls the guard; it refuses a state that lacks a trained parameter; and on the CPU it returns weights without copying.
+`torch.distributed.checkpoint.state_dict` is not used: reading an optimizer that has not stepped yet makes it step,
+which moves its counters and calls the guard; it refuses a state that lacks a trained parameter; and on the CPU it
+returns weights without copying.
 """
 
 from collections.abc import Iterator
@@ -37,8 +38,8 @@ class OptimizerState:
         tensors (`dict[str, torch.Tensor]`):
             Tensors on the CPU by `"<state's name>/<parameter's name>"`, e.g. `"exp_avg/fc.weight"`. Step counters too.
         values (`dict[str, Any]`):
-            The rest, as JSON holds it. `"groups"`: the settings of each parameter group, learning rate included. `"parameters"`: by
-            parameter's name, what is not a tensor.
+            The rest, as JSON holds it. `"groups"`: the settings of each parameter group, learning rate included.
+            `"parameters"`: by parameter's name, what is not a tensor.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -48,7 +49,7 @@ class OptimizerState:
 @contextmanager
 def whole_drafter(accelerator: Accelerator, model: nn.Module) -> Iterator[Drafter]:
     """
-    Yield the drafter with whole parameters, to be called outside of its wrapper. Collective where parameters are sharded.
+    Yield the drafter with whole parameters, to be called outside of its wrapper. Collective where it is sharded.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
@@ -74,7 +75,7 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
         accelerator ([`~accelerate.Accelerator`]), model (`nn.Module`): As for [`whole_drafter`].
 
     Returns:
-        `dict[str, torch.Tensor]` by the names of the drafter's `state_dict()` on the main process, empty on all others.
+        `dict[str, torch.Tensor]` by the names of the drafter's `state_dict()` on the main process, empty on others.
     """
     drafter = accelerator.unwrap_model(model)
     weights = {}
@@ -92,7 +93,7 @@ def load_full_weights(accelerator: Accelerator, model: nn.Module, tensors: dict[
 
     Args:
         accelerator ([`~accelerate.Accelerator`]), model (`nn.Module`): As for [`whole_drafter`].
-        tensors (`dict[str, torch.Tensor]`): What [`full_weights`] returned on the main process, the same on every rank.
+        tensors (`dict[str, torch.Tensor]`): What [`full_weights`] returned on the main process, on every rank.
 
     Raises:
         ValueError: Naming tensors that are missing, unknown, or of another shape.
@@ -102,8 +103,8 @@ def load_full_weights(accelerator: Accelerator, model: nn.Module, tensors: dict[
     given = {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if shapes != given:
         raise ValueError(
-            f"The weights are not this drafter's: {sorted({name for name, _ in shapes ^ given})[:10]} are missing, unknown or of another "
-            "shape. Load the drafter that they were saved with."
+            f"The weights are not this drafter's: {sorted({name for name, _ in shapes ^ given})[:10]} are missing, "
+            "unknown or of another shape. Load the drafter that they were saved with."
         )
     for name, tensor in own.items():
         if zero.is_managed(tensor):
@@ -123,8 +124,8 @@ def full_optimizer_state(
         optimizer (`torch.optim.Optimizer`): The trainer's, wrapped or not.
 
     Returns:
-        [`OptimizerState`]: complete on the main process, empty on all others. Frozen parameters, and those that were never stepped,
-        have no entries.
+        [`OptimizerState`]: complete on the main process, empty on all others. Frozen parameters, and those that were
+        never stepped, have no entries.
     """
     optimizer = zero.without_accelerate(optimizer)
     state = OptimizerState({}, {"groups": [], "parameters": {}})
@@ -165,8 +166,8 @@ def load_full_optimizer_state(
     groups, own_groups = state.values["groups"], zero.torch_optimizer(optimizer).param_groups
     if len(groups) != len(own_groups):
         raise ValueError(
-            f"The optimizer's state has {len(groups)} parameter groups, this optimizer {len(own_groups)}. Resume with the settings it was "
-            "saved under (`optim`, `weight_decay`, adapters)."
+            f"The optimizer's state has {len(groups)} parameter groups, this optimizer {len(own_groups)}. Resume with "
+            "the settings it was saved under (`optim`, `weight_decay`, adapters)."
         )
     settings = [
         {key: _like(own.get(key), value) for key, value in group.items()}
@@ -179,7 +180,8 @@ def load_full_optimizer_state(
     parameters = dict(accelerator.unwrap_model(model).named_parameters())
     if unknown := sorted(entries.keys() - parameters.keys()):
         raise ValueError(
-            f"The optimizer's state is of parameters that this drafter does not have: {unknown[:10]}. Load the drafter that it was saved with."
+            f"The optimizer's state is of parameters that this drafter does not have: {unknown[:10]}. Load the "
+            "drafter that it was saved with."
         )
     by_parameter = {parameters[name]: values for name, values in entries.items()}
     if zero.is_optimizer(optimizer):
@@ -212,7 +214,7 @@ def _whole(value: Any) -> Any:
 
 
 def _shard_like(parameter: torch.Tensor, value: Any) -> Any:
-    """Return this rank's part of a whole tensor where the parameter is sharded. Not collective: every rank has the whole."""
+    """Return this rank's part of a whole tensor where the parameter is sharded. Not collective."""
     if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     return distribute_tensor(

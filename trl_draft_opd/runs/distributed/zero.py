@@ -2,8 +2,8 @@
 """
 What DeepSpeed's ZeRO does to parameters and optimizer state: where each rank's pieces are, and how they are joined.
 
-DeepSpeed need not be installed; it is imported only where it is in use. Stages 1 and 2 keep parameters whole and cut each parameter
-group's masters, laid end to end, into one piece per rank; stage 3 cuts every parameter by itself.
+DeepSpeed need not be installed; it is imported only where it is in use. Stages 1 and 2 keep parameters whole and cut
+each parameter group's masters, laid end to end, into one piece per rank; stage 3 cuts every parameter by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -91,10 +91,10 @@ def load_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 def parameter_state(optimizer: Any, parameter: torch.Tensor) -> dict[str, Any]:
     """
-    Return what the optimizer keeps of a parameter: whole tensors, and the numbers it shares with its group. Collective.
+    Return what the optimizer keeps of a parameter: whole tensors, and numbers shared with its group. Collective.
 
-    Read from the inner optimizer: `safe_get_full_optimizer_state` finds the state of the first parameter group alone under stages
-    1 and 2.
+    Read from the inner optimizer: `safe_get_full_optimizer_state` finds the state of the first parameter group alone
+    under stages 1 and 2.
     """
     flat = _flat_piece(optimizer, parameter)
     state = optimizer.optimizer.state.get(flat, {}) if flat is not None else {}
