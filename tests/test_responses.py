@@ -5,8 +5,6 @@ Responses from dataset to store: whose they are, how transformers writes them, w
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -467,14 +465,3 @@ def test_flags_of_a_server_need_a_server(target_folder: str, rows_file: str, tmp
     unreachable = ["--engine", "vllm", "--base-url", "file:///etc/passwd"]
     assert "must be an address" in _error([*words, *unreachable], capsys)
     assert not (tmp_path / "store").exists()
-
-
-def test_the_help_of_the_command_loads_no_heavy_library():
-    code = (
-        "import sys\nfrom trl_draft_opd.cli import main\n"
-        "try:\n    main(['generate', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--base-url" in done.stdout

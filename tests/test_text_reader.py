@@ -198,7 +198,7 @@ def test_an_answer_that_does_not_continue_the_generation_prompt_is_skipped():
         dataset = read_texts([plain, thinking, plain], tokenizer)
     assert dataset["sample_id"][:] == [1]
     assert written(dataset[0]) == ". sum </think> there <|im_end|> ."
-    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have an answer"):
+    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have a response"):
         read_responses([plain], tokenizer)
 
 

@@ -5,7 +5,7 @@ Measure again the one fully public row of the Draft-OPD paper: Qwen3-4B without 
     python -m benchmarks.lab.paper_table --output FOLDER     # one GPU and access to the Hub; the same command resumes
     python -m benchmarks.lab.paper_table --dry-run           # the same path on random models, without network
 
-Knows the table and how to fill it; `docs/paper_table.md` says how it differs from the paper's. Trains nothing.
+Knows the table and how to fill it; `docs/why/paper_table.md` says how it differs from the paper's. Trains nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, FrozenTarget
-from trl_draft_opd.cli import load_rows
+from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.demo.corpus import write_chats
 from trl_draft_opd.demo.pair import make_target, train_tokenizer
 from trl_draft_opd.drafters.base import Drafter

@@ -80,7 +80,7 @@ class Workbench:
             raise SystemExit(
                 f"Target {name!r} of pair {self.pair.name!r} is neither under --out {self.machine.out} nor under "
                 f"--shared {self.machine.shared}. Give the folder that holds targets/ and data/ with --shared PATH, or train it: "
-                "see docs/laboratory.md."
+                "see docs/why/laboratory.md."
             )
         return name
 

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
-from trl_draft_opd.cli import load_rows, main
+from trl_draft_opd.cli import main
+from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.data.collators import TextCollator
 from trl_draft_opd.data.text_reader import TextReader
 from trl_draft_opd.responses import write_responses
@@ -84,8 +85,8 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, name, content, reason):
 
 def test_the_command_line_says_it_in_one_line_and_does_nothing(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_bytes(GOOD + GOOD[:20])
-    flags = ["--model_name_or_path", "x", "--target_model_name_or_path", "y", "--output_dir", str(tmp_path / "out")]
-    assert main(["opd", "--dataset_name", str(tmp_path / "rows.jsonl"), *flags, "--use_cpu"]) == 2
+    flags = ["--drafter", "x", "--target", "y", "--output_dir", str(tmp_path / "out")]
+    assert main(["opd", "--dataset", str(tmp_path / "rows.jsonl"), *flags, "--use_cpu"]) == 2
     error = capsys.readouterr().err
     assert "rows.jsonl' cannot be read: line 2, its last, ends in the middle" in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()

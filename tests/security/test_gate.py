@@ -27,7 +27,8 @@ from trl_draft_opd import (
     Eagle3DraftModel,
     FrozenTarget,
 )
-from trl_draft_opd.cli import load_rows, main
+from trl_draft_opd.cli import main
+from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.export import export_drafter, hub_id_of, read_target
 from trl_draft_opd.export.hub import push_folder, validate_repo_id
 from trl_draft_opd.export.record import read_record
@@ -367,10 +368,10 @@ def test_no_token_is_in_a_byte_that_a_run_from_the_shell_prints_writes_or_sends(
         tmp_path / "rows.jsonl"
     )
     flags = {
-        "target_model_name_or_path": made / "target",
-        "model_name_or_path": made / "dflash",
-        "dataset_name": tmp_path / "rows.jsonl",
-        "dataset_test_split": "train",
+        "target": made / "target",
+        "drafter": made / "dflash",
+        "dataset": tmp_path / "rows.jsonl",
+        "eval_split": "train",
         "target_model_init_kwargs": json.dumps({"token": CANARY}),
         "hub_token": CANARY,
         "hub_model_id": "someone/tiny-dflash",
@@ -406,8 +407,8 @@ def test_a_name_that_leads_elsewhere_is_no_hub_id(tmp_path, capsys, made, name):
     for setting in ("hub_target_id", "dataset_id"):
         with pytest.raises(ValueError, match=f"`{setting}` must be a Hub id, ORG/NAME, got '{name}'"):
             DraftSFTConfig(str(tmp_path), **{setting: name})
-    assert main(["export", str(made / "dflash"), "--output", str(tmp_path / "e"), "--repo-id", name]) == 2
-    assert main(["push", str(made / "export"), name]) == 2
+    assert main(["export", "--drafter", str(made / "dflash"), "--output", str(tmp_path / "e"), "--repo-id", name]) == 2
+    assert main(["push", "--drafter", str(made / "export"), "--repo-id", name]) == 2
     assert not (tmp_path / "e").exists()
 
 

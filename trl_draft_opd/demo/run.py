@@ -306,7 +306,7 @@ def _train_opd(
         **_trainer_settings(settings, folders["drafter-opd"]),
         num_train_epochs=settings.opd_epochs,
         learning_rate=settings.opd_learning_rate,
-        # Minutes of SFT end far below the plateau, where the paper's reverse KL lowers tau (docs/experiment_log.md, 7).
+        # Minutes of SFT end far below the plateau, where the paper's reverse KL lowers tau (docs/why/experiment_log.md, 7).
         rejected_loss="forward_kl",
         # The responses are written already; at temperature 0 the blocks are those of live decoding.
         rollout="replay",
