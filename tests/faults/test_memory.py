@@ -84,6 +84,6 @@ def test_other_errors_pass_through_as_they_are():
         raise RuntimeError("something else")
     with (
         pytest.raises(torch.OutOfMemoryError, match=r"in a step \(sizes unknown\): no further details"),
-        explained_memory("a step", lambda: describe_batches([{}]), ("lower `x`",)),
+        explained_memory("a step", lambda: describe_batches([]), ("lower `x`",)),
     ):
         raise MemoryError

@@ -7,6 +7,7 @@ training. ZeRO may drop an update before it gets that far; this is noticed right
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ class NonFiniteGuard(TrainerCallback):
         self._optimizer: Any = None
         self._hook: Any = None
 
-    def note_loss(self, loss: torch.Tensor, sample_ids: torch.Tensor) -> None:
+    def note_loss(self, loss: torch.Tensor, sample_ids: Sequence[int]) -> None:
         """Remember a micro-batch of this update; its loss is checked when the update is about to be made."""
-        self._losses.append((loss.detach(), sample_ids.tolist()))
+        self._losses.append((loss.detach(), list(sample_ids)))
 
     def state(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""

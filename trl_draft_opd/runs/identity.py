@@ -27,7 +27,7 @@ _NAMES = {
     "transformers_version",
 }
 # Settings beyond those of the training record that shape what is computed.
-_FURTHER = ("adam_epsilon", "chat_template", "target_model_revision", "on_nonfinite")
+_FURTHER = ("adam_epsilon", "chat_template", "target_revision", "on_nonfinite")
 # How an update's rows are dealt to batches and processes: their product is compared by itself.
 _DEALING = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size"}
 # Where these differ, the stored state means something else in this run.

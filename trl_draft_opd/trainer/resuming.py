@@ -23,6 +23,7 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import SAFETENSORS_FILE
 from ..runs.checkpoints import (
     Checkpoint,
@@ -49,11 +50,12 @@ from ..runs.identity import RunIdentity
 from ..runs.out_of_memory import explained_memory
 from ..runs.run_state import RankState, RunState, random_states, set_random_states
 from ..runs.sigterm import StopOnSigterm
-from ..target.frozen import FrozenTarget
 from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
 from .common_config import DraftTrainingConfig
 from .metrics import MetricSums
+from .pair import Pair, compile_drafter
+from .step import PreparedBatch
 
 
 logger = logging.getLogger(__name__)
@@ -67,15 +69,20 @@ class ResumingTrainer(_BaseTrainer):
     """
     Base of both trainers.
 
-    A subclass names its `_method`, `"sft"` or `"opd"`, sets `target`, saves in `_save` and evaluates in `_measure`.
+    A subclass names its `_method`, `"sft"` or `"opd"`, saves in `_save` and evaluates in `_measure`.
+
+    Args:
+        pair ([`Pair`]): What is trained, and for which target.
+        args ([`DraftTrainingConfig`]): Settings.
+        kwargs: As in [`~transformers.Trainer`].
     """
 
     _method: str
     args: DraftTrainingConfig
-    target: FrozenTarget
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, pair: Pair, args: DraftTrainingConfig, **kwargs: Any):
+        super().__init__(model=pair.drafter, args=compile_drafter(pair.drafter, args), **kwargs)
+        self.target, self.num_drafts = pair.target, pair.num_drafts
         prepare_drafter(self.accelerator, self.model, self.args.n_gpu)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._guard = NonFiniteGuard(self.accelerator, self.args.on_nonfinite, self.args.max_skipped_updates)
@@ -86,6 +93,11 @@ class ResumingTrainer(_BaseTrainer):
         self._run_id = ""
         self._identity: RunIdentity | None = None
         self._resumed: RunState | None = None
+
+    @property
+    def drafter(self) -> Drafter:
+        """The drafter, or the [`~peft.PeftModel`] around it, without its distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model)
 
     @abstractmethod
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -129,8 +141,7 @@ class ResumingTrainer(_BaseTrainer):
             return checkpoint, checkpoint.run_id if checkpoint else uuid.uuid4().hex
 
         checkpoint, self._run_id = self._first_rank_decides(begin)
-        drafter = self.accelerator.unwrap_model(self.model)
-        self._identity = RunIdentity.of(self._method, self.args, drafter, self.target, self.train_dataset)
+        self._identity = RunIdentity.of(self._method, self.args, self.drafter, self.target, self.train_dataset)
         self._resumed = self._read_state(checkpoint.folder, self._identity) if checkpoint else None
         with self._stop.handling():
             return super().train(str(checkpoint.folder) if checkpoint else None, trial, ignore_keys_for_eval)
@@ -153,7 +164,7 @@ class ResumingTrainer(_BaseTrainer):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: PreparedBatch, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run one micro-batch forward and backward; see [`~transformers.Trainer.training_step`]."""
         settings = (
@@ -161,7 +172,7 @@ class ResumingTrainer(_BaseTrainer):
             "set `gradient_checkpointing=True`",
             "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
         )
-        with explained_memory("a training step", lambda: describe_batches([inputs]), settings):
+        with explained_memory("a training step", inputs.describe, settings):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(
@@ -300,9 +311,8 @@ class ResumingTrainer(_BaseTrainer):
 
     def _load_weights(self, folder: Path) -> None:
         """Load the drafter of a checkpoint, or its adapter. Collective."""
-        drafter = self.accelerator.unwrap_model(self.model)
-        if is_adapted(drafter):
-            load_adapter_weights(drafter, folder)
+        if is_adapted(self.drafter):
+            load_adapter_weights(self.drafter, folder)
         else:
             load_full_weights(self.accelerator, self.model_wrapped, load_file(folder / SAFETENSORS_FILE))
 
@@ -320,14 +330,6 @@ class ResumingTrainer(_BaseTrainer):
 
 
 def describe_batches(batches: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows, length and blocks of batches, as far as they have them, for [`explained_memory`]."""
-    sizes = []
-    for batch in batches:
-        rollout, blocks = batch.get("rollout"), batch.get("anchors")
-        ids = rollout.input_ids if rollout is not None else batch.get("input_ids", batch.get("prompt_ids"))
-        if ids is None:
-            continue
-        sizes.append(f"{ids.shape[0]} rows of up to {ids.shape[1]} tokens")
-        if blocks is not None:
-            sizes[-1] += f", {int((blocks.anchors >= 1).sum())} blocks of {blocks.drafts.shape[-1]} drafts"
-    return "; ".join(sizes)
+    """Return rows and length of collated batches, for [`explained_memory`]."""
+    shapes = [batch.get("input_ids", batch.get("prompt_ids")).shape for batch in batches]
+    return "; ".join(f"{num_rows} rows of up to {length} tokens" for num_rows, length in shapes)
