@@ -5,7 +5,9 @@ Metrics as sums: numerators and denominators are added over micro-batches, steps
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from accelerate.utils import gather_object
 
 from ..rollout.types import Rollout
@@ -28,12 +30,12 @@ class MetricSums:
         return {name: list(sums) for name, sums in self._sums.items()}
 
     def load(self, state: dict[str, list[float]]) -> None:
-        """Go on from the sums of a checkpoint."""
+        """Continue from the sums of a checkpoint."""
         self._sums.clear()
         self.add({name: (numerator, denominator) for name, (numerator, denominator) in state.items()})
 
     def pop(self) -> dict[str, float]:
-        """Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective."""
+        """Return the ratios over all ranks and start anew; metrics whose denominator is 0 are left out. Collective."""
         merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for sums in gather_object([dict(self._sums)]):
             for name, (numerator, denominator) in sums.items():
@@ -72,3 +74,35 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tu
     for slot in range(1, rollout.drafts.shape[-1] + 1):
         sums[f"acceptance/slot_{slot}"] = (float((accepted >= slot).sum()), num_counted)
     return sums
+
+
+@dataclass(frozen=True)
+class DecodedPrompt:
+    """
+    What one evaluation prompt adds to a measurement.
+
+    Attributes:
+        sample_id (`int`), ids (`list[int]`): Its row in the dataset, and its tokens.
+        accepted_sum (`int`), num_blocks (`int`): `sum (r + 1)` over its counted blocks, and their number.
+        kept (`list[int]`): Counted blocks that keep each slot.
+    """
+
+    sample_id: int
+    ids: list[int]
+    accepted_sum: int
+    num_blocks: int
+    kept: list[int]
+
+
+def decoded_prompts(rollout: Rollout, sample_ids: Sequence[int]) -> list[DecodedPrompt]:
+    """Return what each row of a live rollout adds to a measurement."""
+    prompts = [
+        row[:length] for row, length in zip(rollout.input_ids.tolist(), rollout.prompt_lengths.tolist(), strict=True)
+    ]
+    counted = rollout.is_counted
+    accepted = rollout.accepted * counted
+    sums = (accepted + counted.long()).sum(dim=1).tolist()
+    slots = torch.arange(1, rollout.drafts.shape[-1] + 1, device=accepted.device)
+    kept = (accepted[:, :, None] >= slots).sum(dim=1).tolist()
+    rows = zip(sample_ids, prompts, sums, counted.sum(dim=1).tolist(), kept, strict=True)
+    return [DecodedPrompt(*row) for row in rows]
