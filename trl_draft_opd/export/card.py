@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .record import Measurement, StageRecord, TrainingRecord
-from .record_checks import check_record
+
 from .serving import (
     SERVING_FILE,
     drafter_parameters,
@@ -145,7 +145,7 @@ def _content(
 
 def _check_fits(record: TrainingRecord, config: dict[str, Any]) -> None:
     """Raise `ValueError` if a record must not be published, or tells of another drafter."""
-    check_record(record)
+    record.check()
     own = (family_of(config), config["vocab_size"], config["target_hidden_size"])
     other = (record.family, record.target.vocab_size, record.target.hidden_size)
     if own != other:
