@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_causal_lm, make_drafter, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, build_draft_vocabulary, evaluate_drafter
-from trl_draft_opd.export import export_drafter
+from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.export.record import Measurement, TrainingRecord, describe_target, write_record
 from trl_draft_opd.parity import EngineSettings, verify_drafter
 from trl_draft_opd.parity.compare import Reference, compare
@@ -106,8 +106,8 @@ def published(tmp_path_factory, target):
 
 def export(drafter, target, folder, **options):
     stored = load_file(f"{target.causal_lm.config.name_or_path}/model.safetensors")["model.embed_tokens.weight"]
-    facts = {"embedding": stored, "target_config": target.causal_lm.config, "target_id": "org/target"}
-    return export_drafter(drafter, folder, **facts, **options)
+    facts = TargetOfExport("org/target", target.causal_lm.config, stored)
+    return export_drafter(drafter, folder, target=facts, **options)
 
 
 @pytest.fixture

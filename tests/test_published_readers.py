@@ -22,7 +22,7 @@ from trl_draft_opd import (
     FrozenTarget,
     SamplingSettings,
 )
-from trl_draft_opd.export import export_drafter
+from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
@@ -115,7 +115,7 @@ def test_every_convention_names_the_layers_the_drafter_reads(tmp_path, num_layer
         drafter = DFlashDraftModel.from_target(model, mask_token_id=3, num_hidden_layers=1, block_size=4)
         readers = ("vllm", "sglang", "z-lab", "transformers")
     embedding = model.get_input_embeddings().weight
-    export_drafter(drafter, tmp_path, embedding=embedding, target_config=config, target_id="org/target")
+    export_drafter(drafter, tmp_path, target=TargetOfExport("org/target", config, embedding))
     flat, speculators = (json.loads((tmp_path / part / "config.json").read_text()) for part in ("", "speculators"))
     # What the drafter was trained on, read off a forward pass: boundary b is the b-th hidden state.
     ids = torch.randint(4, 40, (1, 5))

@@ -8,7 +8,7 @@ import torch
 from tiny import make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
-from trl_draft_opd.export import export_drafter
+from trl_draft_opd.export import TargetOfExport, export_drafter
 
 
 pytestmark = pytest.mark.conformance
@@ -45,9 +45,7 @@ def pair(request, tmp_path, target):
         drafter,
         tmp_path / "out",
         to="speculators",
-        embedding=target.causal_lm.get_input_embeddings().weight,
-        target_config=target.causal_lm.config,
-        target_id="org/target",
+        target=TargetOfExport("org/target", target.causal_lm.config, target.causal_lm.get_input_embeddings().weight),
         dtype=torch.float32,
     )
     # The library fetches the target it is named; here that is a folder.

@@ -134,11 +134,10 @@ def published(request, pytestconfig, target, target_folder, tmp_path_factory) ->
         train_short(request.param, target, request.getfixturevalue("texts")).save_pretrained(checkpoint)
     else:
         checkpoint = (pytestconfig.invocation_params.dir / given / request.param).resolve()
-    facts = read_target(target_folder, target_id=TARGET_ID)
     folder = place / f"gsm8k-{request.param}"
     drafter = AutoDrafter.from_pretrained(checkpoint)
-    options = {"embedding": facts.embedding, "target_config": facts.config, "target_id": TARGET_ID}
-    export_drafter(drafter, folder, repo_id=f"local/gsm8k-{request.param}", **options)
+    facts = read_target(target_folder, target_id=TARGET_ID)
+    export_drafter(drafter, folder, repo_id=f"local/gsm8k-{request.param}", target=facts)
     return checkpoint, folder
 
 

@@ -23,7 +23,7 @@ def run_export(argv: Sequence[str]) -> int:
     parser.add_argument("--base", metavar="PATH", help="the drafter under a LoRA adapter")
     options = parse_flags(parser, argv)
     from ..drafters.auto import AutoDrafter
-    from ..export import export_drafter, hub_id_of, read_target
+    from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
     from ..export.hub import validate_repo_id
     from ..export.record import read_record
 
@@ -33,15 +33,14 @@ def run_export(argv: Sequence[str]) -> int:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {options.target_id!r}.")
     drafter = AutoDrafter.from_pretrained(options.path, base=options.base)
     name = options.target or drafter.config.target_model_name_or_path
-    facts = {"target_id": options.target_id}
+    target = TargetOfExport(options.target_id)
     if name is not None:
         target = read_target(name, target_id=options.target_id, revision=options.target_revision)
-        facts = {"embedding": target.embedding, "target_config": target.config, "target_id": target.target_id}
     result = export_drafter(
         drafter,
         options.output,
         record=read_record(options.path) if Path(options.path).is_dir() else None,
-        **facts,
+        target=target,
         **given(options, ("to", "repo_id", "license")),
     )
     for layout, folder in result.layouts.items():

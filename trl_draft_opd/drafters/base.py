@@ -319,7 +319,7 @@ class Drafter(PreTrainedModel):
                 f"{source.name_or_path!r} holds a {imported.family} drafter (architectures {imported.architectures}), but "
                 f"{cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
             )
-        model = cls(cls.config_class(**imported.config_kwargs))
+        model = cls(cls.config_class(**imported.arguments))
         model.load_exact(read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights))
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype

@@ -23,9 +23,10 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from .publication import LAYOUTS
 from .rules import check_repo_name
 from .source import hub_id_of
-from .write import CUSTOM_GENERATE, LAYOUTS, PUBLISHED_NAMES
+from .write import CUSTOM_GENERATE, PUBLISHED_NAMES
 
 
 try:

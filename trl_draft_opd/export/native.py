@@ -13,10 +13,10 @@ from ..drafters.base import Drafter
 
 _RENAMED = {"fc.": "encoder.fc.", "hidden_norm.": "encoder.output_norm_enc."}
 _COPIED = (
-    "attention_dropout block_size bos_token_id dtype head_dim hidden_act hidden_size intermediate_size layer_types mask_token_id "
-    "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads num_target_layers pad_token_id "
-    "rms_norm_eps rope_parameters target_layer_ids target_model_name_or_path target_model_revision tie_word_embeddings "
-    "transformers_version vocab_size"
+    "attention_dropout block_size bos_token_id dtype head_dim hidden_act hidden_size intermediate_size layer_types "
+    "mask_token_id max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads num_target_layers "
+    "pad_token_id rms_norm_eps rope_parameters target_layer_ids target_model_name_or_path target_model_revision "
+    "tie_word_embeddings transformers_version vocab_size"
 ).split()
 
 
@@ -35,17 +35,17 @@ def native_config(flat: dict[str, Any]) -> dict[str, Any]:
 
 def native_tensors(flat_tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what `model.safetensors` holds: the flat layout's tensors under the class's names."""
-    tensors = {}
-    for name, tensor in flat_tensors.items():
-        for ours, theirs in _RENAMED.items():
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
-                break
-        tensors[name] = tensor
-    return tensors
+    return {_native_name(name): tensor for name, tensor in flat_tensors.items()}
 
 
-def check_drafter(drafter: Drafter) -> str | None:
+def _native_name(name: str) -> str:
+    for ours, theirs in _RENAMED.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def find_refusal(drafter: Drafter) -> str | None:
     """Return why a drafter cannot be written in this layout, or `None`."""
     if drafter.config.family == "eagle3":
         return (

@@ -19,7 +19,7 @@ from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.published.configs import parse_drafter_config
-from ..export import PUBLISHED_NAMES, read_target
+from ..export import PUBLISHED_NAMES, TargetOfExport, read_target
 from ..export.rules import check_folder
 from ..export.serving import SERVING_FILE
 from ..target.frozen import FrozenTarget
@@ -200,7 +200,7 @@ def _check_rules(
         except (OSError, ValueError) as error:
             report.skipped["rule C12"] = f"the target's stored embedding cannot be read: {error}"
     for name, place in layouts.items():
-        found = check_folder(place, target_config=target.config, embedding=embedding)
+        found = check_folder(place, TargetOfExport(None, target.config, embedding))
         report.problems += [f"{name} layout: {problem}" for problem in found]
 
 

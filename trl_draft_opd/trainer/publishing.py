@@ -22,9 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..evaluation import bootstrap_tau
-from ..export import export_drafter, hub_id_of, read_target
+from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
-from ..export.flat import flat_config
 from ..export.hub import create_repository, push_folder
 from ..export.record import (
     DatasetFacts,
@@ -39,6 +38,7 @@ from ..export.record import (
     recorded_settings,
     write_record,
 )
+from ..export.serving import serving_settings
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.sharding import full_weights
@@ -324,9 +324,9 @@ class PublishingTrainer(ResumingTrainer):
         export_drafter(
             drafter,
             folder,
-            embedding=self._target_embedding(),
-            target_config=self.target.causal_lm.config,
-            target_id=require_target_id(self.args, self.target),
+            target=TargetOfExport(
+                require_target_id(self.args, self.target), self.target.causal_lm.config, self._target_embedding()
+            ),
             repo_id=self.hub_model_id or repository_name(self.args, drafter),
             record=self.training_record(dataset_name=dataset_name),
             license=license or self.args.hub_license,
@@ -352,20 +352,18 @@ class PublishingTrainer(ResumingTrainer):
         self, folder: Path, *, dataset_name: str | None = None, license: str | None = None, draws_curve: bool = True
     ) -> None:
         """Write the card of a checkpoint, which has the flat layout's names."""
-        target_id = target_id_of(self.args, self.target)
         drafter = self.accelerator.unwrap_model(self.model)
-        write_card(
-            folder,
-            config=flat_config(drafter, target_id=target_id, dtype=torch.float32),
-            is_adapter=is_adapted(drafter),
-            record=self.training_record(dataset_name=dataset_name),
-            license=license or self.args.hub_license,
+        publication = Publication.of(
+            drafter,
+            dtype=torch.float32,
+            layouts=("flat",),
+            target=TargetOfExport(target_id_of(self.args, self.target), self.target.config),
             repo_id=self.hub_model_id or self.args.hub_model_id,
-            layouts=["flat"],
-            target_id=target_id,
-            target_architectures=list(self.target.config.architectures or []),
-            draws_curve=draws_curve,
+            license=license or self.args.hub_license,
+            record=self.training_record(dataset_name=dataset_name),
         )
+        settings = serving_settings(publication)
+        write_card(folder, publication, settings, draws_curve=draws_curve, is_adapter=is_adapted(drafter))
 
     def push_to_hub(
         self,

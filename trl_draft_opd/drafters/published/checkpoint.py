@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
-from .configs import ImportedConfig, parse_drafter_config
+from .configs import ParsedConfig, parse_drafter_config
 
 
 CONFIG_FILE = "config.json"
@@ -125,6 +125,39 @@ class CheckpointSource:
             raise ValueError(f"{filename} of {str(self)!r} holds no JSON object but a {type(content).__name__}.")
         return content
 
+    def weight_files(self) -> dict[str, list[str]] | None:
+        """
+        Return the safetensors files that hold the weights, each with the tensors that the index places in it: none where
+        there is one file and no index. `None` if there are no such files.
+
+        Raises:
+            OSError: As [`CheckpointSource.find`].
+            ValueError: If the index is damaged, or names what is no plain file name.
+        """
+        if self.find(SAFETENSORS_FILE) is not None:
+            return {SAFETENSORS_FILE: []}
+        if self.find(INDEX_FILE) is None:
+            return None
+        weight_map = self.read_json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{INDEX_FILE} of {str(self)!r} has no `weight_map`.")
+        files: dict[str, list[str]] = {}
+        for name, file in sorted(weight_map.items(), key=lambda entry: str(entry[1])):
+            # A path in an index could name any file of this machine.
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(file)):
+                raise ValueError(
+                    f"{INDEX_FILE} of {str(self)!r} names {file!r}, which is not a plain safetensors file name."
+                )
+            files.setdefault(file, []).append(name)
+        return files
+
+    def find_weights(self, file: str) -> Path:
+        """Return the path of one of [`CheckpointSource.weight_files`], or raise `ValueError` if it is missing."""
+        path = self.find(file)
+        if path is None:
+            raise ValueError(f"{INDEX_FILE} of {str(self)!r} names {file!r}, which is missing. Download it again.")
+        return path
+
     def _is_cached(self) -> bool:
         name = f"{self.subfolder}/{CONFIG_FILE}" if self.subfolder else CONFIG_FILE
         return isinstance(try_to_load_from_cache(self.name_or_path, name, self.cache_dir, self.revision), str)
@@ -141,7 +174,7 @@ def _inside(folder: Path, path: Path) -> Path:
     )
 
 
-def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ImportedConfig:
+def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ParsedConfig:
     """Read and parse the `config.json` of a checkpoint; see [`parse_drafter_config`]."""
     return parse_drafter_config(source.read_json(CONFIG_FILE), num_target_layers=num_target_layers)
 
@@ -170,13 +203,13 @@ def config_from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], *
                 f"The config describes a {imported.family} drafter (architectures {imported.architectures}), but "
                 f"{cls.__name__} reads {cls.family} drafters. Use the other family's config class, or `AutoDrafter`."
             )
-        own = dict(imported.config_kwargs)
+        own = dict(imported.arguments)
     # The base class's body run for `cls`: it honours `return_unused_kwargs` and overrides.
     return PreTrainedConfig.from_dict.__func__(cls, own, **kwargs)
 
 
 def read_drafter_tensors(
-    source: CheckpointSource, imported: ImportedConfig, *, allow_pickle_weights: bool
+    source: CheckpointSource, imported: ParsedConfig, *, allow_pickle_weights: bool
 ) -> dict[str, torch.Tensor]:
     """
     Read the weights of a checkpoint under the names that this package's drafters have.
@@ -188,7 +221,7 @@ def read_drafter_tensors(
     Args:
         source (`CheckpointSource`):
             The checkpoint.
-        imported (`ImportedConfig`):
+        imported (`ParsedConfig`):
             Its config.
         allow_pickle_weights (`bool`):
             Whether to read a `pytorch_model.bin` where there is no safetensors file; tensors only, no code is run.
@@ -208,8 +241,8 @@ def read_drafter_tensors(
         )
     tensors: dict[str, torch.Tensor] = {}
     published_names: dict[str, str] = {}
-    vocab_size, hidden_size = (imported.config_kwargs[key] for key in ("vocab_size", "hidden_size"))
-    for published_name, tensor in _read_files(source, allow_pickle_weights).items():
+    vocab_size, hidden_size = (imported.arguments[key] for key in ("vocab_size", "hidden_size"))
+    for published_name, tensor in _read_weights(source, allow_pickle_weights).items():
         name = _our_name(published_name, imported.family)
         if _NOT_LEARNED.fullmatch(name) or (imported.layout == "speculators" and _TRAINING_ONLY.fullmatch(name)):
             continue
@@ -250,21 +283,21 @@ def _check_weight(published_name: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{published_name!r} holds NaN or infinite values; the checkpoint is damaged.")
 
 
-def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ImportedConfig) -> dict[str, torch.Tensor]:
+def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ParsedConfig) -> dict[str, torch.Tensor]:
     """Check the vocabulary maps against each other; drop those of a full vocabulary, complete those of a reduced one."""
     # The family's package imports this module.
     from ..eagle3.draft_vocabulary import check_draft_vocabulary
 
     maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
     weights = {name: tensor for name, tensor in tensors.items() if name not in maps}
-    vocab_size = imported.config_kwargs["vocab_size"]
+    vocab_size = imported.arguments["vocab_size"]
     for name, values in maps.items():
         if values.is_floating_point() or values.ndim != 1:
             raise ValueError(
                 f"{name!r} has type {values.dtype} and shape {tuple(values.shape)}; it must be a vector of "
                 f"{'integers' if name == 'd2t' else 'booleans'}."
             )
-    if imported.config_kwargs.get("draft_vocab_size", vocab_size) == vocab_size:
+    if imported.arguments.get("draft_vocab_size", vocab_size) == vocab_size:
         identity = {"d2t": torch.zeros(vocab_size, dtype=torch.long), "t2d": torch.ones(vocab_size, dtype=torch.bool)}
         for name, values in maps.items():
             if not torch.equal(values.to(identity[name].dtype), identity[name]):
@@ -289,55 +322,35 @@ def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ImportedCo
     return weights | {"d2t": d2t, "t2d": t2d}
 
 
-def _read_files(source: CheckpointSource, allow_pickle_weights: bool) -> dict[str, torch.Tensor]:
-    """Read the weights from the safest file there is."""
-    path = source.find(SAFETENSORS_FILE)
-    if path is not None:
-        return _read_safetensors(path)
-    if source.find(INDEX_FILE) is not None:
-        return _read_shards(source)
-    path = source.find(PICKLE_FILE)
-    if path is None:
-        raise FileNotFoundError(
-            f"{str(source)!r} has no weights: neither {SAFETENSORS_FILE}, {INDEX_FILE} nor {PICKLE_FILE}."
-        )
-    if not allow_pickle_weights:
-        raise ValueError(
-            f"{str(source)!r} has its weights in {PICKLE_FILE} only, a format that can carry code. Convert it to safetensors, or "
-            "pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
-        )
-    return _read_pickle(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
-        ) from error
-
-
-def _read_shards(source: CheckpointSource) -> dict[str, torch.Tensor]:
-    weight_map = source.read_json(INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{INDEX_FILE} of {str(source)!r} has no `weight_map`.")
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        # A path in an index could name any file of this machine.
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
-            raise ValueError(
-                f"{INDEX_FILE} of {str(source)!r} names {shard!r}, which is not a plain safetensors file name."
-            )
-        path = source.find(shard)
+def _read_weights(source: CheckpointSource, allow_pickle_weights: bool) -> dict[str, torch.Tensor]:
+    """Read the weights from the safest files there are."""
+    files = source.weight_files()
+    if files is None:
+        path = source.find(PICKLE_FILE)
         if path is None:
-            raise ValueError(f"{INDEX_FILE} of {str(source)!r} names {shard!r}, which is missing. Download it again.")
-        held = _read_safetensors(path)
+            raise FileNotFoundError(
+                f"{str(source)!r} has no weights: neither {SAFETENSORS_FILE}, {INDEX_FILE} nor {PICKLE_FILE}."
+            )
+        if not allow_pickle_weights:
+            raise ValueError(
+                f"{str(source)!r} has its weights in {PICKLE_FILE} only, a format that can carry code. Convert it to "
+                "safetensors, or pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
+            )
+        return _read_pickle(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        path = source.find_weights(file)
+        try:
+            held = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
+            ) from error
         twice = sorted(set(held) & set(tensors))
         if twice:
-            raise ValueError(f"{shard!r} of {str(source)!r} repeats {twice} of an earlier shard.")
+            raise ValueError(f"{file!r} of {str(source)!r} repeats {twice} of an earlier shard.")
         tensors |= held
-    absent = sorted(set(weight_map) - set(tensors))
+    absent = sorted(name for names in files.values() for name in names if name not in tensors)
     if absent:
         raise ValueError(f"{INDEX_FILE} of {str(source)!r} lists {absent}, which no shard holds.")
     return tensors

@@ -125,7 +125,7 @@ _WRITTEN = {each.name for kind in (LlamaConfig, Qwen3Config, MuseGlimmerAssistan
 
 
 @dataclass(frozen=True)
-class ImportedConfig:
+class ParsedConfig:
     """
     What a published `config.json` says.
 
@@ -133,15 +133,13 @@ class ImportedConfig:
         family (`str`): `"eagle3"` or `"dflash"`.
         layout (`str`): `"flat"`, `"speculators"` or `"transformers"`.
         architectures (`list[str]`): As written.
-        config_kwargs (`dict[str, Any]`): Arguments of the family's config class; what is not stated is left out.
-        raw (`dict[str, Any]`): The published content.
+        arguments (`dict[str, Any]`): Arguments of the family's config class; what is not stated is left out.
     """
 
     family: str
     layout: str
     architectures: list[str]
-    config_kwargs: dict[str, Any]
-    raw: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class _Sections:
         return {key: self.raw.get(key), f"{self.nested_name}.{key}": self.nested.get(key)}
 
 
-def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ImportedConfig:
+def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
     """
     Translate a published `config.json`.
 
@@ -172,7 +170,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
             layers, which needs N.
 
     Returns:
-        `ImportedConfig`
+        `ParsedConfig`
 
     Raises:
         ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
@@ -190,7 +188,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
     kwargs = _shared_kwargs(sections, num_target_layers, _class_of_defaults(family, sections))
     kwargs |= (_eagle3_kwargs if family == "eagle3" else _dflash_kwargs)(sections, kwargs)
     stated = {key: value for key, value in kwargs.items() if value is not None}
-    return ImportedConfig(family, layout, list(raw.get("architectures") or []), stated, raw)
+    return ParsedConfig(family, layout, list(raw.get("architectures") or []), stated)
 
 
 def _decide(raw: dict[str, Any]) -> tuple[str, str]:
