@@ -6,7 +6,7 @@ Measure the fast paths against plain code and against others, in one process and
     python benchmarks/run.py --suite rollout step --shared PATH --drafter-eagle3 PATH --drafter-dflash PATH
 
 Arms of speculators run where `speculators` is installed (`make conformance` prepares such an environment) and are left
-out, with a printed line, where it is not. `docs/performance.md` says what is counted and what came out.
+out, with a printed line, where it is not. `docs/why/performance.md` says what is counted and what came out.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 """
 Which target and drafter fit where: tables of memory per stage and per launch, held against what runs.
 
-    python -m benchmarks.scaling                                            # the tables of docs/scaling.md, as markdown
+    python -m benchmarks.scaling                                            # the tables of docs/do/scaling.md, as markdown
     python -m benchmarks.scaling --check                                    # computed against counted, a 7 M pair on the CPU
     python -m benchmarks.scaling --measure qwen3-0.6b --family eagle3       # computed against measured, random weights on a GPU
 
@@ -283,7 +283,7 @@ def launch_table(family: str, names: list[str]) -> str:
 
 
 def tables() -> list[str]:
-    """Return every table of docs/scaling.md."""
+    """Return every table of docs/do/scaling.md."""
     names = [name for name in SHAPES if name != "qwen3-7m"]
     return [stage_table(name) for name in names] + [launch_table(family, names) for family in FAMILIES]
 

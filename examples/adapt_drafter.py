@@ -5,7 +5,7 @@ Adapt a drafter to a fine-tune of its target: a short SFT on what the fine-tune 
     accelerate launch examples/adapt_drafter.py --target my/fine-tune --model z-lab/Qwen3-4B-DFlash-b16 \
         --dataset prompts.jsonl --output_dir adapted --learning_rate 1e-3
 
-Prompts should be of the kind the fine-tune will serve; docs/adapting.md says when an adapter is enough.
+Prompts should be of the kind the fine-tune will serve; docs/do/adapting.md says when an adapter is enough.
 """
 
 from dataclasses import dataclass, field

@@ -2,6 +2,7 @@
 """The command line: what it refuses and how it says so, and each command once on a tiny pair, offline."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,23 @@ from datasets import Dataset, DatasetDict
 from tiny import make_causal_lm, make_target, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, __version__, evaluate_drafter
-from trl_draft_opd.cli import load_rows, main, make_drafter
+from trl_draft_opd.cli import COMMANDS, main
+from trl_draft_opd.cli.rows import load_rows
+from trl_draft_opd.cli.training import make_drafter
 
 
 TRAINING = "--max_steps 1 --warmup_steps 0 --use_cpu --report_to none --save_strategy no --disable_tqdm true".split()
+
+REQUIRED = {
+    "--help",
+    "--target",
+    "--drafter",
+    "--dataset",
+    "--output",
+    "--family",
+    "--repo_id",
+    "--no_remove_unused_columns",
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +73,7 @@ def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 def test_help_and_version_load_no_heavy_library():
     code = (
         "import sys\nfrom trl_draft_opd.cli import main\n"
-        "for argv in (['--help'], ['--version'], ['evaluate', '--help'], ['demo', '--help']):\n"
+        "for argv in (['--help'], ['--version']):\n"
         "    try:\n        main(argv)\n    except SystemExit as end:\n        assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)"
     )
@@ -86,21 +100,19 @@ def test_an_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture)
 
 
 def test_an_unknown_flag_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture):
-    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d"]
+    needed = ["--target", "t", "--dataset", "d", "--drafter", "m"]
     error = _error(["opd", *needed, "--positon_decay", "0.5", "--use_cpu"], capsys)
     assert "--positon_decay (did you mean --position-decay?)" in error
 
 
 def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture):
-    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d"]
+    needed = ["--target", "t", "--dataset", "d", "--drafter", "m"]
     assert "--position_dec " in _error(["opd", *needed, "--position_dec", "0.5", "--use_cpu"], capsys)
 
 
 def test_an_unknown_key_of_the_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     config = tmp_path / "run.yaml"
-    config.write_text(
-        "target_model_name_or_path: t\ndataset_name: d\nuse_cpu: true\nrejected_scop: first\nlearning_rate: 1e-4\n"
-    )
+    config.write_text("target: t\ndataset: d\ndrafter: m\nuse_cpu: true\nrejected_scop: first\nlearning_rate: 1e-4\n")
     for words in (["--config", str(config)], [f"--config={config}"]):
         error = _error(["opd", *words], capsys)
         assert "config file: --rejected_scop (did you mean --rejected-scope?)" in error
@@ -121,30 +133,47 @@ def test_other_exceptions_are_not_turned_into_one_line(monkeypatch: pytest.Monke
     def broken(argv):
         raise RuntimeError("a fault of the program")
 
-    monkeypatch.setitem(main.__globals__["COMMANDS"], "demo", broken)
+    monkeypatch.setattr("trl_draft_opd.cli.demo.run_demo", broken)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         main(["demo"])
 
 
 def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
-    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d", "--use_cpu"]
-    assert "`position_decay` must be in (0, 1]" in _error(["opd", *needed, "--position_decay", "2"], capsys)
+    needed = ["--target", "t", "--dataset", "d", "--use_cpu"]
+    assert "`position_decay` must be in (0, 1]" in _error(
+        ["opd", *needed, "--drafter", "m", "--position_decay", "2"], capsys
+    )
 
 
 def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytest.CaptureFixture):
-    needed = ["--target_model_name_or_path", "t", "--dataset_name", "d", "--use_cpu"]
+    needed = ["--target", "t", "--dataset", "d", "--use_cpu"]
     for wrong in (
         ["sft"],
-        ["sft", "--family", "dflash", "--model_name_or_path", "m"],
-        ["sft", "--model_name_or_path", "m", "--block_size", "4"],
+        ["sft", "--family", "dflash", "--drafter", "m"],
+        ["sft", "--drafter", "m", "--block_size", "4"],
     ):
-        assert "either `model_name_or_path`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
+        assert "either `drafter`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
     regenerated = ["--family", "eagle3", "--draft_vocab_size", "9", "--regenerate"]
     assert "which `regenerate` replaces" in _error(["sft", *needed, *regenerated], capsys)
-    assert "got ['family']" in _error(["opd", *needed, "--family", "dflash"], capsys)
+    assert "--family" in _error(["opd", *needed, "--drafter", "m", "--family", "dflash"], capsys)
     assert "go together" in _error(["demo", "--target", "t"], capsys)
     init = ["init", "--family", "eagle3", "--target", "t", "--output", "o"]
     assert "go together" in _error([*init, "--draft-vocab-size", "9"], capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_help_text_both_spellings_and_its_default(command: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    flags = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("options:")[2])[1:]
+    assert len(flags) > 4
+    for text in flags:
+        names, words = re.findall(r"--[\w-]+", text.split("  ")[0]), " ".join(text.split())
+        assert [name for name in names if "_" in name] == [] or any("-" in name[2:] for name in names), text
+        is_required = "(default: " not in words
+        assert is_required <= any(name in REQUIRED for name in names), text
+        assert len(re.sub(r"\(default:.*|-\S+|\b[A-Z_]{2,}\b|\W", "", words)) > 8, text
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------
@@ -200,9 +229,7 @@ def test_sft_makes_an_eagle3_drafter_with_the_commonest_tokens(
     target_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     config = tmp_path / "sft.yaml"
-    config.write_text(
-        f"target_model_name_or_path: {target_folder}\ndataset_name: {rows_file}\nfamily: eagle3\nttt_steps: 2\n"
-    )
+    config.write_text(f"target: {target_folder}\ndataset: {rows_file}\nfamily: eagle3\nttt_steps: 2\n")
     out = tmp_path / "out"
     words = ["--config", str(config), "--draft_vocab_size", "12", "--output_dir", str(out), *TRAINING]
     assert main(["sft", *words]) == 0
@@ -217,14 +244,14 @@ def test_opd_goes_on_from_a_drafter_and_changes_it(
     target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path
 ):
     words = [
-        "--model_name_or_path",
+        "--drafter",
         drafter_folder,
-        "--target_model_name_or_path",
+        "--target",
         target_folder,
-        "--dataset_name",
+        "--dataset",
         rows_file,
     ]
-    limits = ["--max_completion_length", "12", "--dataset_test_split", "train[:1]", "--eval_strategy", "steps"]
+    limits = ["--max_completion_length", "12", "--eval-split", "train[:1]", "--eval_strategy", "steps"]
     assert main(["opd", *words, *limits, "--output_dir", str(tmp_path), *TRAINING]) == 0
     before, after = (AutoDrafter.from_pretrained(folder).state_dict() for folder in (drafter_folder, tmp_path))
     assert before.keys() == after.keys()
@@ -277,7 +304,7 @@ def test_evaluate_fails_when_a_float32_output_is_not_the_target_own(
         report = evaluate_drafter(*args, **kwargs)
         return type(report)(**report.to_dict() | {"num_different": 1, "different_prompts": [0]})
 
-    monkeypatch.setattr("trl_draft_opd.evaluation.evaluate_drafter", with_a_difference)
+    monkeypatch.setattr("trl_draft_opd.cli.decoding.evaluate_drafter", with_a_difference)
     assert _evaluate(target_folder, drafter_folder, rows_file, "--num-prompts", "1") == 1
     assert _evaluate(target_folder, drafter_folder, rows_file, "--num-prompts", "1", "--target-dtype", "bfloat16") == 0
 
@@ -309,7 +336,7 @@ def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
 ):
     out = tmp_path / "out"
     capsys.readouterr()
-    assert main(["export", drafter_folder, "--target", target_folder, "--output", str(out)]) == 0
+    assert main(["export", "--drafter", drafter_folder, "--target", target_folder, "--output", str(out)]) == 0
     said = capsys.readouterr().out
     assert "speculators  not written: the speculators format names the target" in said
     exported, trained = AutoDrafter.from_pretrained(out), AutoDrafter.from_pretrained(drafter_folder)
@@ -317,7 +344,7 @@ def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
     # No path of this machine gets in.
     assert not [path for path in out.rglob("*") if path.is_file() and target_folder.encode() in path.read_bytes()]
     named = ["--target", target_folder, "--target-id", "org/target", "--to", "speculators", "--license", "mit"]
-    assert main(["export", drafter_folder, *named, "--output", str(tmp_path / "spec")]) == 0
+    assert main(["export", "--drafter", drafter_folder, *named, "--output", str(tmp_path / "spec")]) == 0
     config = json.loads((tmp_path / "spec" / "config.json").read_text("utf-8"))
     assert config["speculators_config"]["verifier"]["name_or_path"] == "org/target"
     assert "license: mit" in (tmp_path / "spec" / "README.md").read_text("utf-8")
@@ -333,14 +360,23 @@ def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
     ],
 )
 def test_an_export_refuses_what_nobody_could_read(target_folder, drafter_folder, tmp_path, capsys, flags, message):
-    words = ["export", drafter_folder, "--target", target_folder, "--output", str(tmp_path / "out"), *flags]
+    words = [
+        "export",
+        "--drafter",
+        drafter_folder,
+        "--target",
+        target_folder,
+        "--output",
+        str(tmp_path / "out"),
+        *flags,
+    ]
     assert message in _error(words, capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder: str, tmp_path, capsys):
-    assert "holds no export" in _error(["push", str(tmp_path), "org/tiny-dflash"], capsys)
-    assert "cannot be the name" in _error(["push", drafter_folder, "org/../x"], capsys)
+    assert "holds no export" in _error(["push", "--drafter", str(tmp_path), "--repo-id", "org/tiny-dflash"], capsys)
+    assert "cannot be the name" in _error(["push", "--drafter", drafter_folder, "--repo-id", "org/../x"], capsys)
 
 
 # ---- adapters ---------------------------------------------------------------------------------------------------------
@@ -349,8 +385,8 @@ def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder
 def test_an_adapter_is_trained_by_flags_and_exported_merged(
     target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    words = ["--model_name_or_path", drafter_folder, "--target_model_name_or_path", target_folder]
-    words += ["--dataset_name", rows_file, "--output_dir", str(tmp_path / "lora"), *TRAINING]
+    words = ["--drafter", drafter_folder, "--target", target_folder]
+    words += ["--dataset", rows_file, "--output_dir", str(tmp_path / "lora"), *TRAINING]
     lora = ["--lora_r", "3", "--lora_alpha", "6", "--lora_target_modules", "fc", "down_proj", "--lora_dropout", "0.1"]
     assert "set it" in _error(["sft", *words, *lora], capsys).lower()
     assert main(["sft", *words, "--use_peft", *lora]) == 0
@@ -358,7 +394,7 @@ def test_an_adapter_is_trained_by_flags_and_exported_merged(
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
     assert sorted(config["target_modules"]) == ["down_proj", "fc"]
     out = tmp_path / "out"
-    assert main(["export", str(tmp_path / "lora"), "--target", target_folder, "--output", str(out)]) == 0
+    assert main(["export", "--drafter", str(tmp_path / "lora"), "--target", target_folder, "--output", str(out)]) == 0
     merged, exported, base = (AutoDrafter.from_pretrained(f) for f in (tmp_path / "lora", out, drafter_folder))
     assert torch.equal(exported.fc.weight, merged.fc.weight.bfloat16().float())
     assert not torch.equal(merged.fc.weight, base.fc.weight)

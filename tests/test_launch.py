@@ -18,7 +18,7 @@ from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.runs.distributed.launch import check_launch
-from trl_draft_opd.target.frozen.placement import check_placement
+from trl_draft_opd.target.placement import check_placement
 from trl_draft_opd.trainer.pair import load_target
 from trl_draft_opd.utils.loading import loading_whole
 

@@ -139,7 +139,7 @@ def test_every_imported_package_is_declared_in_setup_cfg():
     declared |= {"httpx", "httpx2"}
     imported = set()
     for path in (ROOT / "trl_draft_opd").rglob("*.py"):
-        guests = {"vllm", "sglang", "speculators"} if path.parent.name == "verify" else set()
+        guests = {"vllm", "sglang", "speculators"} if path.parent.name == "parity" else set()
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names} - guests

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The memory of docs/scaling.md is what a step takes: a 7 M pair is counted on the CPU, and the page quotes the program's tables.
+The memory of docs/do/scaling.md is what a step takes: a 7 M pair is counted on the CPU, and the page quotes the program's tables.
 """
 
 from dataclasses import replace
@@ -80,5 +80,5 @@ def test_four_bits_take_what_the_library_allocates(tmp_path):
 
 
 def test_the_page_quotes_the_tables_as_they_are_printed():
-    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "do" / "scaling.md").read_text(encoding="utf-8")
     assert [table.splitlines()[0] for table in scaling.tables() if table not in page] == []

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.target.frozen import branches as target_rows
-from trl_draft_opd.target.frozen.branches import rows_of_similar_width
+from trl_draft_opd.target import branches as target_rows
+from trl_draft_opd.target.branches import rows_of_similar_width
 
 
 LAYER_IDS = [0, 3, 6]

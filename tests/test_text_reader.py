@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trl_draft_opd.data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
-from trl_draft_opd.data.text_reader.collators import PromptCollator, TextCollator, left_pad_prompts
+from trl_draft_opd.data.collators import PromptCollator, TextCollator, left_pad_prompts
+from trl_draft_opd.data.text_reader import TextReader
 
 
 SPECIAL = ["<pad>", "<bos>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"]
@@ -48,22 +48,27 @@ def make_tokenizer(template=CHATML, adds_bos=False):
     )
 
 
-SETTINGS = dict.fromkeys(["max_prompt_length", "chat_template", "chat_template_kwargs", "num_proc"])
-SETTINGS |= {"eos_token_ids": [EOS], "vocab_size": len(VOCAB)}
+SETTINGS = {"eos_token_ids": (EOS,), "vocab_size": len(VOCAB)}
 
 
-def tokenize_sft(rows, tokenizer=None, **changes):
-    dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return tokenize_sft_dataset(dataset, tokenizer or make_tokenizer(), **{**SETTINGS, "max_length": None, **changes})
+def make_reader(tokenizer=None, **changes):
+    return TextReader(tokenizer or make_tokenizer(), **{**SETTINGS, **changes})
 
 
-def tokenize_prompts(rows, tokenizer=None, **changes):
-    dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    settings = {**SETTINGS, "keep_completions": False, **changes}
-    return tokenize_prompt_dataset(dataset, tokenizer or make_tokenizer(), **settings)
+def as_dataset(rows):
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
 
 
-RESPONSES = ((tokenize_sft, {}), (tokenize_prompts, {"keep_completions": True}))
+def read_texts(rows, tokenizer=None, **changes):
+    return make_reader(tokenizer, **changes).read_texts(as_dataset(rows))
+
+
+def read_prompts(rows, tokenizer=None, **changes):
+    return make_reader(tokenizer, **changes).read_prompts(as_dataset(rows))
+
+
+def read_responses(rows, tokenizer=None, **changes):
+    return make_reader(tokenizer, **changes).read_responses(as_dataset(rows))
 
 
 def tokens(token_ids):
@@ -95,7 +100,7 @@ def chat(*contents):
 )
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_a_string_completion_continues_its_prompt_and_ends_with_one_eos(prompt, completion, expected, adds_bos):
-    row = tokenize_sft([{"prompt": prompt, "completion": completion}], make_tokenizer(adds_bos=adds_bos))[0]
+    row = read_texts([{"prompt": prompt, "completion": completion}], make_tokenizer(adds_bos=adds_bos))[0]
     assert tokens(row["input_ids"]) == ("<bos> " if adds_bos else "") + expected
     assert written(row) == ". " + expected.removeprefix(prompt).strip()
     assert row["sample_id"] == 0
@@ -105,28 +110,28 @@ def test_a_completion_without_eos_needs_a_tokenizer_with_eos():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="Row 0 .*no `eos_token`"):
-        tokenize_sft([{"prompt": "hi", "completion": " there"}], tokenizer)
+        read_texts([{"prompt": "hi", "completion": " there"}], tokenizer)
 
 
 def test_every_token_of_a_text_but_the_first_is_supervised():
-    assert written(tokenize_sft([{"text": "add two four"}])[0]) == ". two four"
+    assert written(read_texts([{"text": "add two four"}])[0]) == ". two four"
 
 
 def test_stored_ids_are_taken_as_they_are():
-    masked = tokenize_sft([{"input_ids": [7, 8, 9, 10], "completion_mask": [1, 0, 1, 1]}])[0]
+    masked = read_texts([{"input_ids": [7, 8, 9, 10], "completion_mask": [1, 0, 1, 1]}])[0]
     assert (masked["input_ids"], masked["completion_mask"]) == ([7, 8, 9, 10], [0, 0, 1, 1])
-    assert tokenize_sft([{"input_ids": [7, 8], "completion_mask": [False, True]}])["completion_mask"][:] == [[0, 1]]
-    stored = tokenize_sft([{"prompt_ids": [7, 8], "completion_ids": [9, EOS, 9]}])[0]
+    assert read_texts([{"input_ids": [7, 8], "completion_mask": [False, True]}])["completion_mask"][:] == [[0, 1]]
+    stored = read_texts([{"prompt_ids": [7, 8], "completion_ids": [9, EOS, 9]}])[0]
     assert (stored["input_ids"], stored["completion_mask"]) == ([7, 8, 9, EOS, 9], [0, 0, 1, 1, 1])
-    pair = tokenize_prompts([{"prompt_ids": [7, 8], "completion_ids": [9, EOS, 9]}], keep_completions=True)[0]
+    pair = read_responses([{"prompt_ids": [7, 8], "completion_ids": [9, EOS, 9]}])[0]
     assert (pair["prompt_ids"], pair["completion_ids"]) == ([7, 8], [9, EOS, 9])
 
 
 def test_other_columns_are_ignored_and_ids_come_before_text():
-    row = tokenize_sft([{"source": "a", "text": "hi there", "messages": chat("hi", "four"), "prompt": "five"}])[0]
+    row = read_texts([{"source": "a", "text": "hi there", "messages": chat("hi", "four"), "prompt": "five"}])[0]
     assert written(row) == ". four <|im_end|> ."
     assert set(row) == {"input_ids", "completion_mask", "sample_id"}
-    row = tokenize_sft([{"messages": chat("hi", "four"), "prompt_ids": [7], "completion_ids": [8]}])[0]
+    row = read_texts([{"messages": chat("hi", "four"), "prompt_ids": [7], "completion_ids": [8]}])[0]
     assert row["input_ids"] == [7, 8]
 
 
@@ -134,7 +139,7 @@ def test_other_columns_are_ignored_and_ids_come_before_text():
 
 
 def test_an_assistant_turn_ends_with_its_eos_and_not_with_the_newline_behind_it():
-    row = tokenize_sft([{"messages": chat("hi", "there")}])[0]
+    row = read_texts([{"messages": chat("hi", "there")}])[0]
     assert (
         tokens(row["input_ids"]) == "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / there <|im_end|> /"
     )
@@ -145,22 +150,22 @@ def test_an_assistant_turn_ends_with_its_eos_and_not_with_the_newline_behind_it(
 def test_every_assistant_turn_is_supervised(template):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row = tokenize_sft([{"messages": chat("hi", "there", "add two", "four")}], make_tokenizer(template))[0]
+        row = read_texts([{"messages": chat("hi", "there", "add two", "four")}], make_tokenizer(template))[0]
     assert written(row) == ". there <|im_end|> . four <|im_end|> ."
 
 
 def test_what_stands_behind_the_last_answer_is_cut_and_an_opening_answer_is_not_supervised():
     greeting = {"role": "assistant", "content": "five"}
-    row = tokenize_sft([{"messages": [greeting, *chat("hi", "there", "add")]}])[0]
+    row = read_texts([{"messages": [greeting, *chat("hi", "there", "add")]}])[0]
     assert written(row) == ". there <|im_end|> ."
     assert row["completion_mask"][-3:] == [1, 1, 0]
 
 
 def test_of_a_chat_completion_only_the_completion_is_supervised():
     messages = chat("hi", "there", "add two", "four")
-    row = tokenize_sft([{"prompt": messages[:3], "completion": messages[3:]}])[0]
+    row = read_texts([{"prompt": messages[:3], "completion": messages[3:]}])[0]
     assert written(row) == ". four <|im_end|> ."
-    assert row["input_ids"] == tokenize_sft([{"messages": messages}])[0]["input_ids"]
+    assert row["input_ids"] == read_texts([{"messages": messages}])[0]["input_ids"]
 
 
 def test_a_template_that_rewrites_a_turn_leaves_only_the_last_turn_supervised():
@@ -169,7 +174,7 @@ def test_a_template_that_rewrites_a_turn_leaves_only_the_last_turn_supervised():
     with pytest.warns(
         UserWarning, match="^1 of 2 rows have assistant turns that the chat template rewrites"
     ) as caught:
-        dataset = tokenize_sft(rows, make_tokenizer(STRIPS_THINKING))
+        dataset = read_texts(rows, make_tokenizer(STRIPS_THINKING))
     assert len(caught) == 1
     assert written(dataset[0]) == ". <think> sum </think> five <|im_end|> ."
     assert tokens(dataset[0]["input_ids"]).count("<think>") == 1
@@ -179,36 +184,36 @@ def test_a_template_that_rewrites_a_turn_leaves_only_the_last_turn_supervised():
 @pytest.mark.parametrize(("enable_thinking", "end"), [(True, "/"), (False, "/ <think> / </think>")])
 def test_a_template_and_its_variables_are_used(enable_thinking, end):
     settings = {"chat_template": OPTIONAL_THINKING, "chat_template_kwargs": {"enable_thinking": enable_thinking}}
-    prompt = tokenize_prompts([{"prompt": chat("hi")}], **settings)[0]
+    prompt = read_prompts([{"prompt": chat("hi")}], **settings)[0]
     assert tokens(prompt["prompt_ids"]).endswith("assistant " + end)
     rows = [{"messages": chat("hi", "<think>\n</think> there")}]
-    row = tokenize_sft(rows, **settings)[0]
+    row = read_texts(rows, **settings)[0]
     assert written(row) == (". <think> / </think> there <|im_end|> ." if enable_thinking else ". there <|im_end|> .")
 
 
 def test_an_answer_that_does_not_continue_the_generation_prompt_is_skipped():
     tokenizer = make_tokenizer(OPENS_THINKING)
     plain, thinking = {"messages": chat("hi", "there")}, {"messages": chat("hi", "<think> sum </think> there")}
-    with pytest.warns(UserWarning, match="Skipped 2 of 3 rows: 2 have an answer that does not continue"):
-        dataset = tokenize_sft([plain, thinking, plain], tokenizer)
+    with pytest.warns(UserWarning, match="Skipped 2 of 3 rows: 2 have a response that does not continue"):
+        dataset = read_texts([plain, thinking, plain], tokenizer)
     assert dataset["sample_id"][:] == [1]
     assert written(dataset[0]) == ". sum </think> there <|im_end|> ."
-    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have an answer"):
-        tokenize_prompts([plain], tokenizer, keep_completions=True)
+    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have a response"):
+        read_responses([plain], tokenizer)
 
 
 def test_any_of_several_eos_ids_ends_a_turn_and_a_turn_without_eos_is_reported():
-    row = tokenize_sft([{"messages": chat("hi", "there <think> four")}], eos_token_ids={EOS, VOCAB["<think>"]})[0]
+    row = read_texts([{"messages": chat("hi", "there <think> four")}], eos_token_ids=(EOS, VOCAB["<think>"]))[0]
     assert written(row) == ". there <think> ."
     with pytest.warns(UserWarning, match="^1 of 1 rows have an assistant turn without an EOS"):
-        row = tokenize_sft([{"messages": chat("hi", "there")}], eos_token_ids=[VOCAB["<bos>"]])[0]
+        row = read_texts([{"messages": chat("hi", "there")}], eos_token_ids=(VOCAB["<bos>"],))[0]
     assert written(row) == ". there <|im_end|> /"
 
 
 def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
     template = CHATML.replace("{{ content }}", "{{ content }}{% if 'name' in m %} {{ m['name'] }}{% endif %}")
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there", "name": "five"}]
-    row = tokenize_sft([{"messages": messages}], make_tokenizer(template))[0]
+    row = read_texts([{"messages": messages}], make_tokenizer(template))[0]
     assert "None" not in tokens(row["input_ids"])
     assert written(row) == ". there five <|im_end|> ."
 
@@ -216,24 +221,24 @@ def test_keys_that_arrow_fills_with_none_do_not_reach_the_template():
 def test_what_the_template_refuses_names_the_row():
     rows = [{"prompt": chat("hi")}, {"prompt": [{"role": "system", "content": "hi"}]}]
     with pytest.raises(ValueError, match="Row 1 of the dataset: no system here"):
-        tokenize_prompts(rows, make_tokenizer(REFUSES_SYSTEM))
+        read_prompts(rows, make_tokenizer(REFUSES_SYSTEM))
 
 
 # Prompts
 
 
 def test_a_chat_prompt_ends_with_the_generation_prompt_and_a_string_prompt_stays_as_it_is():
-    row = tokenize_prompts([{"prompt": chat("hi")}])[0]
+    row = read_prompts([{"prompt": chat("hi")}])[0]
     assert tokens(row["prompt_ids"]) == "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant /"
     assert set(row) == {"prompt_ids", "sample_id"}
-    row = tokenize_prompts([{"prompt": "hi there"}], make_tokenizer(adds_bos=True))[0]
+    row = read_prompts([{"prompt": "hi there"}], make_tokenizer(adds_bos=True))[0]
     assert tokens(row["prompt_ids"]) == "<bos> hi there"
 
 
 @pytest.mark.parametrize("messages", [chat("hi", "there", "add two"), chat("hi", "there", "add two", "four")])
 def test_the_prompt_of_a_chat_ends_with_its_last_user_turn(messages):
-    row = tokenize_prompts([{"messages": messages}])[0]
-    assert row["prompt_ids"] == tokenize_prompts([{"prompt": messages[:3]}])[0]["prompt_ids"]
+    row = read_prompts([{"messages": messages}])[0]
+    assert row["prompt_ids"] == read_prompts([{"prompt": messages[:3]}])[0]["prompt_ids"]
 
 
 TOOL_CHAT = [*chat("hi", "there"), {"role": "tool", "content": "two"}, {"role": "assistant", "content": "five"}]
@@ -248,7 +253,7 @@ TOOL_CHAT = [*chat("hi", "there"), {"role": "tool", "content": "two"}, {"role": 
     ],
 )
 def test_a_chat_is_split_into_a_prompt_and_the_one_turn_that_answers_it(row, prompt_end, completion):
-    pair, text_ids = tokenize_prompts([row], keep_completions=True)[0], tokenize_sft([row])[0]["input_ids"]
+    pair, text_ids = read_responses([row])[0], read_texts([row])[0]["input_ids"]
     assert tokens(pair["prompt_ids"]).endswith(prompt_end + " <|im_end|> / <|im_start|> assistant /")
     assert tokens(pair["completion_ids"]) == completion
     joined_ids = pair["prompt_ids"] + pair["completion_ids"]
@@ -257,14 +262,14 @@ def test_a_chat_is_split_into_a_prompt_and_the_one_turn_that_answers_it(row, pro
 
 def test_completions_are_dropped_unless_they_are_to_be_kept():
     rows = [{"prompt": "add two", "completion": " four"}]
-    row = tokenize_prompts(rows, keep_completions=True)[0]
+    row = read_responses(rows)[0]
     assert (tokens(row["prompt_ids"]), tokens(row["completion_ids"])) == ("add two", "four <|im_end|>")
-    assert tokenize_prompts(rows).to_list() == [{"prompt_ids": row["prompt_ids"], "sample_id": 0}]
+    assert read_prompts(rows).to_list() == [{"prompt_ids": row["prompt_ids"], "sample_id": 0}]
 
 
 def test_keeping_completions_of_a_dataset_without_any_is_an_error():
     with pytest.raises(ValueError, match=r"\['prompt'\].*`prompt_ids` with `completion_ids`"):
-        tokenize_prompts([{"prompt": "hi"}], keep_completions=True)
+        read_responses([{"prompt": "hi"}])
 
 
 @pytest.mark.parametrize(
@@ -277,9 +282,9 @@ def test_keeping_completions_of_a_dataset_without_any_is_an_error():
     ],
 )
 def test_rows_without_a_completion_are_skipped_and_counted(rows):
-    for tokenize, changes in RESPONSES:
+    for read in (read_texts, read_responses):
         with pytest.warns(UserWarning, match="Skipped 1 of 2 rows: 1 have no (completion|supervised token)"):
-            assert tokenize(rows, **changes)["sample_id"][:] == [0]
+            assert read(rows)["sample_id"][:] == [0]
 
 
 # Lengths and skips
@@ -287,8 +292,7 @@ def test_rows_without_a_completion_are_skipped_and_counted(rows):
 
 def test_a_text_is_cut_at_the_right():
     assert (
-        written(tokenize_sft([{"prompt": "add two", "completion": " four five sum"}], max_length=4)[0])
-        == ". four five"
+        written(read_texts([{"prompt": "add two", "completion": " four five sum"}], max_length=4)[0]) == ". four five"
     )
 
 
@@ -300,7 +304,7 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning()
         {"prompt": "hi", "completion": " there"},
     ]
     with pytest.warns(UserWarning) as caught:
-        dataset = tokenize_sft(rows, max_length=3, max_prompt_length=3)
+        dataset = read_texts(rows, max_length=3, max_prompt_length=3)
     assert dataset["sample_id"][:] == [0, 3]
     assert [tokens(i) for i in dataset["input_ids"]] == ["add two four", "hi there <|im_end|>"]
     (message,) = [str(w.message) for w in caught]
@@ -311,37 +315,37 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning()
 
 def test_a_prompt_at_the_limit_is_kept():
     with pytest.warns(UserWarning, match="Skipped 1 of 2 rows"):
-        dataset = tokenize_prompts([{"prompt": "hi there add"}, {"prompt": "hi there"}], max_prompt_length=2)
+        dataset = read_prompts([{"prompt": "hi there add"}, {"prompt": "hi there"}], max_prompt_length=2)
     assert dataset["sample_id"][:] == [1]
 
 
 @pytest.mark.parametrize("row", [{"text": "hi"}, {"text": ""}, {"input_ids": [7, 8], "completion_mask": [1, 0]}])
 def test_a_row_whose_only_supervised_token_has_no_context_is_not_trained_on(row):
     with pytest.raises(ValueError, match="None is left of 1 rows: 1 have no supervised token"):
-        tokenize_sft([row])
+        read_texts([row])
 
 
 # Bad input
 
 
-@pytest.mark.parametrize("tokenize", [tokenize_sft, tokenize_prompts])
-def test_an_empty_dataset_is_an_error(tokenize):
+@pytest.mark.parametrize("read", [read_texts, read_prompts])
+def test_an_empty_dataset_is_an_error(read):
     stream = IterableDataset.from_generator(lambda: iter(()))
     for dataset in ([], Dataset.from_dict({"prompt": [], "completion": []}), stream):
         with pytest.raises(ValueError, match="The dataset is empty"):
-            tokenize(dataset)
+            read(dataset)
 
 
-@pytest.mark.parametrize("tokenize", [tokenize_sft, tokenize_prompts])
-def test_a_dataset_without_the_columns_is_told_what_is_there_and_what_is_read(tokenize):
+@pytest.mark.parametrize("read", [read_texts, read_prompts])
+def test_a_dataset_without_the_columns_is_told_what_is_there_and_what_is_read(read):
     with pytest.raises(ValueError, match=r"\['question', 'answer'\].*`messages`.*`prompt`"):
-        tokenize([{"question": "hi", "answer": "there"}])
+        read([{"question": "hi", "answer": "there"}])
 
 
 def test_what_is_not_one_split_is_an_error():
     for dataset in ({"prompt": ["hi"]}, DatasetDict({"train": Dataset.from_list([{"prompt": "hi"}])})):
         with pytest.raises(ValueError, match=f"got `{type(dataset).__name__}`"):
-            tokenize_prompts(dataset)
+            read_prompts(dataset)
 
 
 @pytest.mark.parametrize(
@@ -357,9 +361,9 @@ def test_what_is_not_one_split_is_an_error():
     ],
 )
 def test_an_empty_prompt_names_its_row(good, bad):
-    for tokenize, changes in (*RESPONSES, (tokenize_prompts, {})):
+    for read in (read_texts, read_responses, read_prompts):
         with pytest.raises(ValueError, match="Row 1 of the dataset: the prompt is empty"):
-            tokenize([good, bad], **changes)
+            read([good, bad])
 
 
 @pytest.mark.parametrize("token_id", [-1, len(VOCAB)])
@@ -367,16 +371,16 @@ def test_an_empty_prompt_names_its_row(good, bad):
 def test_stored_ids_outside_the_vocabulary_name_row_and_id(token_id, column):
     row = {"prompt_ids": [7], "completion_ids": [8]}
     rows = [row, {**row, column: [9, token_id]}]
-    for tokenize, changes in RESPONSES:
+    for read in (read_texts, read_responses):
         with pytest.raises(ValueError, match=f"Row 1 .*token id {token_id} in `{column}` is outside"):
-            tokenize(rows, **changes)
+            read(rows)
 
 
 def test_ids_of_a_tokenizer_larger_than_the_target_are_an_error():
     vocab_size = VOCAB["there"]
-    for tokenize, row in ((tokenize_sft, {"text": "hi there"}), (tokenize_prompts, {"prompt": "hi there"})):
+    for read, row in ((read_texts, {"text": "hi there"}), (read_prompts, {"prompt": "hi there"})):
         with pytest.raises(ValueError, match=f"Row 0 .*token id {vocab_size} "):
-            tokenize([row], vocab_size=vocab_size)
+            read([row], vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("mask", [[0, 1], [0, 1, 2], None])
@@ -384,7 +388,7 @@ def test_a_mask_that_does_not_fit_its_ids_is_an_error(mask):
     types = Features({"input_ids": List(Value("int64")), "completion_mask": List(Value("int64"))})
     dataset = Dataset.from_list([{"input_ids": [7, 8, 9], "completion_mask": mask}], features=types)
     with pytest.raises(ValueError, match="Row 0 .*`completion_mask` must mark 3 tokens with 0 or 1"):
-        tokenize_sft(dataset)
+        read_texts(dataset)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +406,7 @@ def test_a_mask_that_does_not_fit_its_ids_is_an_error(mask):
 )
 def test_a_malformed_row_is_named(row, message):
     with pytest.raises(ValueError, match=f"Row 0 of the dataset: {message}"):
-        tokenize_sft([row])
+        read_texts([row])
 
 
 # Datasets
@@ -411,42 +415,42 @@ def test_a_malformed_row_is_named(row, message):
 def test_several_processes_give_the_same_rows_and_the_same_errors():
     rows = [{"prompt": "hi " * (1 + i % 3), "completion": "there"} for i in range(6)]
     with pytest.warns(UserWarning, match="Skipped 2 of 6 rows"):
-        alone = tokenize_sft(rows, max_prompt_length=2)
+        alone = read_texts(rows, max_prompt_length=2)
     with pytest.warns(UserWarning, match="Skipped 2 of 6 rows"):
-        together = tokenize_sft(rows, max_prompt_length=2, num_proc=2)
+        together = read_texts(rows, max_prompt_length=2, num_proc=2)
     assert together.to_list() == alone.to_list()
     with pytest.raises(ValueError, match="Row 5 of the dataset: the prompt is empty"):
-        tokenize_sft([*rows[:5], {"prompt": "", "completion": "there"}], num_proc=2)
+        read_texts([*rows[:5], {"prompt": "", "completion": "there"}], num_proc=2)
 
 
 def test_an_iterable_dataset_is_read_lazily_and_gives_the_same_rows():
     rows = [{"prompt": "hi " * (1 + i % 3), "completion": "there", "source": "a"} for i in range(6)]
     with pytest.warns(UserWarning, match="Skipped 2 of 6 rows"):
-        expected = tokenize_prompts(rows, max_prompt_length=2, keep_completions=True).to_list()
+        expected = read_responses(rows, max_prompt_length=2).to_list()
     read = []
     stream = IterableDataset.from_generator(lambda: (read.append(row) or row for row in rows))
-    lazy = tokenize_prompts(stream, max_prompt_length=2, keep_completions=True)
+    lazy = read_responses(stream, max_prompt_length=2)
     assert len(read) == 1  # the first row tells the columns
     assert list(lazy) == expected
 
 
 def test_a_column_of_the_same_name_is_replaced_in_a_stream_too():
     stream = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9], "sample_id": 5}]).to_iterable_dataset()
-    assert list(tokenize_sft(stream)) == [{"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1], "sample_id": 0}]
-    assert list(tokenize_prompts(stream)) == [{"prompt_ids": [7, 8], "sample_id": 0}]
+    assert list(read_texts(stream)) == [{"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1], "sample_id": 0}]
+    assert list(read_prompts(stream)) == [{"prompt_ids": [7, 8], "sample_id": 0}]
 
 
 def test_a_formatted_dataset_is_read_whole():
     dataset = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9]}])
-    assert tokenize_sft(dataset.with_format("torch", columns=["prompt_ids"]))["input_ids"][:] == [[7, 8, 9]]
+    assert read_texts(dataset.with_format("torch", columns=["prompt_ids"]))["input_ids"][:] == [[7, 8, 9]]
 
 
 def test_a_cached_result_is_found_again(tmp_path):
     Dataset.from_list([{"messages": chat("hi", "there")}]).save_to_disk(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first, second = (tokenize_sft(Dataset.load_from_disk(tmp_path)) for _ in range(2))
-        other = tokenize_sft(Dataset.load_from_disk(tmp_path), chat_template=OPENS_THINKING.replace("<think>", ""))
+        first, second = (read_texts(Dataset.load_from_disk(tmp_path)) for _ in range(2))
+        other = read_texts(Dataset.load_from_disk(tmp_path), chat_template=OPENS_THINKING.replace("<think>", ""))
     assert first.cache_files == second.cache_files
     assert first.cache_files != other.cache_files
 
@@ -482,9 +486,9 @@ def test_prompts_and_completions_are_padded_apart():
 
 
 def test_collators_take_the_rows_of_a_tokenized_dataset():
-    texts = tokenize_sft([{"text": "hi there"}, {"text": "add two four"}])
+    texts = read_texts([{"text": "hi there"}, {"text": "add two four"}])
     assert TextCollator(pad_token_id=0)(list(texts))["input_ids"].shape == (2, 3)
-    batch = PromptCollator(pad_token_id=0)(list(tokenize_prompts([{"prompt": "hi there"}, {"prompt": "add"}])))
+    batch = PromptCollator(pad_token_id=0)(list(read_prompts([{"prompt": "hi there"}, {"prompt": "add"}])))
     assert batch["prompt_ids"].shape == (2, 2)
     assert set(batch) == {"prompt_ids", "prompt_mask", "sample_ids"}
 

@@ -5,7 +5,7 @@ Measure again the one fully public row of the Draft-OPD paper: Qwen3-4B without 
     python -m benchmarks.lab.paper_table --output FOLDER     # one GPU and access to the Hub; the same command resumes
     python -m benchmarks.lab.paper_table --dry-run           # the same path on random models, without network
 
-Knows the table and how to fill it; `docs/paper_table.md` says how it differs from the paper's. Trains nothing.
+Knows the table and how to fill it; `docs/why/paper_table.md` says how it differs from the paper's. Trains nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, FrozenTarget
-from trl_draft_opd.cli import load_rows, read_prompts
+from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.demo.corpus import write_chats
 from trl_draft_opd.demo.pair import make_target, train_tokenizer
 from trl_draft_opd.drafters.base import Drafter
@@ -192,9 +192,8 @@ def _write_prompts(models: Models, task: Task) -> list[list[int]]:
 
 
 def _tokenize(target: FrozenTarget, dialogues: list[list[dict]], template_kwargs: dict[str, Any]) -> list[list[int]]:
-    reading = {"max_prompt_length": None, "chat_template": None, "num_proc": None}
     rows = Dataset.from_list([{"prompt": dialogue} for dialogue in dialogues])
-    ids = read_prompts(target, rows, reading | {"chat_template_kwargs": template_kwargs})
+    ids = target.text_reader(chat_template_kwargs=template_kwargs).read_prompts(rows)["prompt_ids"][:]
     if len(ids) != len(dialogues):
         raise ValueError(
             f"Only {len(ids)} of {len(dialogues)} prompts could be rendered by the target's chat template."

@@ -80,7 +80,7 @@ class Workbench:
             raise SystemExit(
                 f"Target {name!r} of pair {self.pair.name!r} is neither under --out {self.machine.out} nor under "
                 f"--shared {self.machine.shared}. Give the folder that holds targets/ and data/ with --shared PATH, or train it: "
-                "see docs/laboratory.md."
+                "see docs/why/laboratory.md."
             )
         return name
 
@@ -116,13 +116,7 @@ class Workbench:
         Prompts that occur twice share their response.
         """
         sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
-        origin = Origin.of(
-            self.target,
-            sampling=sampling,
-            max_new_tokens=self.pair.max_new_tokens,
-            chat_template=None,
-            chat_template_kwargs=None,
-        )
+        origin = Origin.of(self.target, sampling=sampling, max_new_tokens=self.pair.max_new_tokens)
         store = ResponseStore.open(self.folder / f"responses-t{temperature:g}", origin)
         size = self.machine.generation_batch_size
         generate_missing(

@@ -112,8 +112,7 @@ def _ask(
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
 ) -> ResponseStore:
-    settings = {"max_new_tokens": max_new_tokens, "chat_template": None, "chat_template_kwargs": None}
-    store = ResponseStore.open(folder, Origin.of(target, sampling=sampling, **settings))
+    store = ResponseStore.open(folder, Origin.of(target, sampling=sampling, max_new_tokens=max_new_tokens))
     server = ServerSettings(base_url=url, concurrency=4)
     ask_server(store, server, prompts, tokenizer=target.tokenizer, seed=seed, shard_size=4, show_progress=False)
     return store

@@ -12,41 +12,31 @@ import torch
 from datasets import Dataset, IterableDataset
 from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
-from trl_draft_opd.cli import load_rows, main
-from trl_draft_opd.data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
-from trl_draft_opd.data.text_reader.collators import TextCollator
+from trl_draft_opd.cli import main
+from trl_draft_opd.cli.rows import load_rows
+from trl_draft_opd.data.collators import TextCollator
+from trl_draft_opd.data.text_reader import TextReader
 from trl_draft_opd.responses import write_responses
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 
 
 GOOD = b'{"prompt": "w9", "completion": "w10 w11"}\n'
-COMMON = {"max_prompt_length": None, "chat_template_kwargs": None, "eos_token_ids": [EOS], "vocab_size": VOCAB}
 
 
 def as_dataset(rows):
     return Dataset.from_list(rows) if isinstance(rows, list) else rows
 
 
+def make_reader(template=None, tokenizer=None, **settings):
+    return TextReader(tokenizer or make_tokenizer(), (EOS,), VOCAB, chat_template=template, **settings)
+
+
 def read_prompts(rows, template=None, tokenizer=None):
-    return tokenize_prompt_dataset(
-        as_dataset(rows),
-        tokenizer or make_tokenizer(),
-        chat_template=template,
-        keep_completions=False,
-        num_proc=None,
-        **COMMON,
-    )
+    return make_reader(template, tokenizer).read_prompts(as_dataset(rows))
 
 
 def read_texts(rows, template=None, tokenizer=None):
-    return tokenize_sft_dataset(
-        as_dataset(rows),
-        tokenizer or make_tokenizer(),
-        chat_template=template,
-        max_length=64,
-        num_proc=None,
-        **COMMON,
-    )
+    return make_reader(template, tokenizer, max_length=64).read_texts(as_dataset(rows))
 
 
 READERS = pytest.mark.parametrize("read", [read_prompts, read_texts])
@@ -95,8 +85,8 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, name, content, reason):
 
 def test_the_command_line_says_it_in_one_line_and_does_nothing(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_bytes(GOOD + GOOD[:20])
-    flags = ["--model_name_or_path", "x", "--target_model_name_or_path", "y", "--output_dir", str(tmp_path / "out")]
-    assert main(["opd", "--dataset_name", str(tmp_path / "rows.jsonl"), *flags, "--use_cpu"]) == 2
+    flags = ["--drafter", "x", "--target", "y", "--output_dir", str(tmp_path / "out")]
+    assert main(["opd", "--dataset", str(tmp_path / "rows.jsonl"), *flags, "--use_cpu"]) == 2
     error = capsys.readouterr().err
     assert "rows.jsonl' cannot be read: line 2, its last, ends in the middle" in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
@@ -150,7 +140,7 @@ def test_repeated_prompts_are_counted_and_every_row_stays():
     rows, notes = warnings_of(lambda: read_prompts([{"prompt": p} for p in ("w9", "w10", "w9", "w9")]))
     assert rows["prompt_ids"][:] == [[9], [10], [9], [9]]
     assert notes == [
-        "2 of 4 rows repeat an earlier row's prompt: the target answers it once, and each row trains on that answer."
+        "2 of 4 rows repeat an earlier row's prompt: the target responds once, and each row trains on that response."
     ]
 
 

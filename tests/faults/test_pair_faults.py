@@ -27,7 +27,7 @@ from trl_draft_opd import (
 from trl_draft_opd.drafters import attention
 from trl_draft_opd.responses import Origin, ResponseStore
 from trl_draft_opd.rollout.acceptance import SamplingSettings
-from trl_draft_opd.target.frozen.checks import NotFiniteError
+from trl_draft_opd.target.checks import NotFiniteError
 from trl_draft_opd.trainer import texts as responses
 
 
@@ -403,7 +403,7 @@ def test_an_output_folder_with_an_export_is_left_alone(folder, target, kind):
 
 def test_an_output_folder_with_responses_is_left_alone(folder, target):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
+    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
     ResponseStore.open(folder, origin)
     refuse_to_train_in(folder, target, "holds responses.*name the folder in `responses`")
 

@@ -186,6 +186,6 @@ def test_numbers_that_are_not_finite_end_a_command_with_one_line(monkeypatch, ca
     def fail(argv):
         raise FloatingPointError("the loss is nan on row 7")
 
-    monkeypatch.setitem(cli.COMMANDS, "opd", fail)
+    monkeypatch.setattr("trl_draft_opd.cli.training.run_opd", fail)
     assert cli.main(["opd"]) == 2
     assert capsys.readouterr().err == "trl-draft-opd opd: the loss is nan on row 7\n"

@@ -27,7 +27,8 @@ from trl_draft_opd import (
     Eagle3DraftModel,
     FrozenTarget,
 )
-from trl_draft_opd.cli import load_rows, main
+from trl_draft_opd.cli import main
+from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.export import TargetOfExport, export_drafter, hub_id_of, read_target
 from trl_draft_opd.export.hub import push_folder, validate_repo_id
 from trl_draft_opd.export.record import read_record
@@ -205,7 +206,7 @@ def test_a_targets_folder_with_pickles_runs_none(copy, proof, keeps_weights):
 
 def test_a_pickle_in_the_place_of_any_file_of_a_store_is_refused(target, tmp_path, proof):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
+    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
     store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     set_traps(store.path, proof)
@@ -367,10 +368,10 @@ def test_no_token_is_in_a_byte_that_a_run_from_the_shell_prints_writes_or_sends(
         tmp_path / "rows.jsonl"
     )
     flags = {
-        "target_model_name_or_path": made / "target",
-        "model_name_or_path": made / "dflash",
-        "dataset_name": tmp_path / "rows.jsonl",
-        "dataset_test_split": "train",
+        "target": made / "target",
+        "drafter": made / "dflash",
+        "dataset": tmp_path / "rows.jsonl",
+        "eval_split": "train",
         "target_model_init_kwargs": json.dumps({"token": CANARY}),
         "hub_token": CANARY,
         "hub_model_id": "someone/tiny-dflash",
@@ -406,8 +407,8 @@ def test_a_name_that_leads_elsewhere_is_no_hub_id(tmp_path, capsys, made, name):
     for setting in ("hub_target_id", "dataset_id"):
         with pytest.raises(ValueError, match=f"`{setting}` must be a Hub id, ORG/NAME, got '{name}'"):
             DraftSFTConfig(str(tmp_path), **{setting: name})
-    assert main(["export", str(made / "dflash"), "--output", str(tmp_path / "e"), "--repo-id", name]) == 2
-    assert main(["push", str(made / "export"), name]) == 2
+    assert main(["export", "--drafter", str(made / "dflash"), "--output", str(tmp_path / "e"), "--repo-id", name]) == 2
+    assert main(["push", "--drafter", str(made / "export"), "--repo-id", name]) == 2
     assert not (tmp_path / "e").exists()
 
 
@@ -465,7 +466,7 @@ def test_links_of_the_hubs_cache_and_links_inside_a_folder_are_followed(copy, tm
 
 def test_a_link_out_of_a_store_is_refused(target, tmp_path):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8, chat_template=None, chat_template_kwargs=None)
+    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
     store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     for path in sorted(store.path.iterdir()):

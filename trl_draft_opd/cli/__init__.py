@@ -1,81 +1,33 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The command `trl-draft-opd`: reads flags and files, calls the library, prints, and turns user errors into one line.
+The command `trl-draft-opd`: flags and files in, calls of the library, lines out. Refuses to hold a default that the library has.
 
-Holds no default that a config or the library already has. Heavy imports stand inside the commands, so that help is quick.
+One module per group of commands is imported when one of them runs, so that help is quick.
 """
 
-from __future__ import annotations
-
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .. import __version__
-from .measuring import run_evaluate, run_generate
-from .publishing import run_export, run_push, run_verify
-from .reading import (
-    FAMILY_OPTIONS,
-    command_parser,
-    given,
-    load_rows,
-    make_drafter,
-    parse_flags,
-    read_prompts,
-)
-from .training import run_init, run_opd, run_sft
 
 
-__all__ = ["load_rows", "main", "make_drafter", "read_prompts"]
-
-USAGE = "trl-draft-opd [--debug] COMMAND [FLAGS]"
-
-
-def run_demo(argv: Sequence[str]) -> int:
-    """Run the whole method in minutes on a CPU: a tiny target, a drafter by SFT, Draft-OPD, tau before and after."""
-    integers = "num-prompts max-new-tokens sft-epochs opd-epochs seed"
-    parser = command_parser(run_demo, "", integers)
-    parser.add_argument("--family", choices=FAMILY_OPTIONS)
-    parser.add_argument("--target", help="a real target's Hub id or path in place of the tiny one; needs --dataset")
-    parser.add_argument("--dataset", help="rows with a prompt or messages, for --target")
-    parser.add_argument("--output", type=Path, metavar="FOLDER")
-    options = parse_flags(parser, argv)
-    if (options.target is None) != (options.dataset is None):
-        raise ValueError("`--target` and `--dataset` go together: the demo's own chats suit its own target only.")
-    # Where it is installed, PEFT imports it, and on a CPU it asks for a package that only quantised targets would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from ..demo.run import DemoSettings
-    from ..demo.run import run_demo as run
-
-    names = (
-        "family",
-        "target",
-        "dataset",
-        "num_prompts",
-        "max_new_tokens",
-        "sft_epochs",
-        "opd_epochs",
-        "seed",
-        "output",
-    )
-    settings = DemoSettings(**given(options, names))
-    rows = None if options.dataset is None else load_rows(options.dataset, options.dataset_config, options.split)
-    run(settings, rows)
-    return 0
-
-
+# Command -> the module that has its `run_...` function, and what it does.
 COMMANDS = {
-    "demo": run_demo,
-    "generate": run_generate,
-    "init": run_init,
-    "sft": run_sft,
-    "opd": run_opd,
-    "evaluate": run_evaluate,
-    "export": run_export,
-    "verify": run_verify,
-    "push": run_push,
+    "demo": ("demo", "Run the whole method on a CPU in minutes: a tiny target, SFT, Draft-OPD, tau before and after."),
+    "generate": ("decoding", "Write the target's responses to prompts once; the same command resumes."),
+    "init": ("training", "Make a fresh drafter for a target and save it."),
+    "sft": ("training", "Train a drafter on text its target wrote."),
+    "opd": ("training", "Improve a trained drafter by on-policy distillation."),
+    "evaluate": ("decoding", "Measure a drafter; exit code 1 when a greedy float32 output is not the target's own."),
+    "export": ("publishing", "Write a trained drafter in the layouts that engines load, with a card."),
+    "verify": (
+        "publishing",
+        "Compare an export with its training in every reader that is installed; exit code 1 on a gap.",
+    ),
+    "push": ("publishing", "Upload an export to the Hub as one commit, with the account of `hf auth login`."),
 }
 
 
@@ -84,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run one command.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Words behind the program's name; those of the process by default.
+        argv (`Sequence[str]`, *optional*): Words after the program's name; those of the process by default.
 
     Returns:
-        `int`: 0, or 1 when `evaluate` or `verify` finds what must not be, or 2 after a user's error.
+        `int`: 0, or 1 when `evaluate` or `verify` finds a difference, or 2 after a user's error.
     """
-    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10} {description}" for name, (_, description) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="trl-draft-opd",
-        usage=USAGE,
+        usage="trl-draft-opd [--debug] COMMAND [FLAGS]",
         epilog="commands:\n" + "\n".join(lines) + "\n\n`trl-draft-opd COMMAND --help` lists a command's flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -101,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    # Where it is installed, PEFT imports it, and on a CPU it asks for a package that only quantised targets would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)
     try:
-        return COMMANDS[options.command](options.flags)
+        return getattr(module, f"run_{options.command}")(options.flags)
     except (ValueError, OSError, FloatingPointError) as error:
         if options.debug:
             raise

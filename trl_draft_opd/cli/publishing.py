@@ -1,47 +1,60 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The commands that publish: `export`, `verify` and `push`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from .reading import READING, command_parser, given, load_rows, parse_flags, read_prompts
+from rich.console import Console
+
+from ..drafters.auto import AutoDrafter
+from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
+from ..export.hub import push_folder, validate_repo_id
+from ..export.record import read_record
+from ..parity import verify_drafter
+from ..target.frozen import FrozenTarget
+from .arguments import RowsArguments, default_of, flag, parse
+
+
+@dataclass(kw_only=True)
+class ExportArguments:
+    """Flags of `export`."""
+
+    drafter: str = flag("Folder or Hub id of a drafter, or folder of a LoRA adapter.")
+    output: str = flag("Folder to write: empty, new, or an earlier export.")
+    to: Literal["all", "flat", "speculators", "transformers"] = flag(
+        "Layout; `all`: the flat one, and the others in folders beside it.", default=default_of(export_drafter, "to")
+    )
+    target: str | None = flag("Hub id or path of the target; the one the drafter names if unset.", default=None)
+    target_id: str | None = flag("The target's Hub id, where --target is a folder.", default=None)
+    target_revision: str | None = flag("Revision of the target.", default=None)
+    repo_id: str | None = flag("Where the export will be pushed to, ORG/NAME.", default=None)
+    license: str | None = flag("Licence of the drafter, for the card.", default=None)
+    base: str | None = flag("The drafter under a LoRA adapter; the one the adapter names if unset.", default=None)
 
 
 def run_export(argv: Sequence[str]) -> int:
-    """Write a trained drafter in the layouts that engines load as they are, with settings to serve it and a card."""
-    parser = command_parser(run_export, "output", "", reads_rows=False)
-    parser.add_argument("path", metavar="PATH", help="folder or Hub id of a drafter, or folder of a LoRA adapter")
-    parser.add_argument("--to", choices=("flat", "speculators", "transformers", "all"))
-    parser.add_argument("--target", help="folder or Hub id of the target; by default the one the drafter names")
-    parser.add_argument("--target-id", metavar="ORG/NAME", help="the target's Hub id, where --target is a folder")
-    parser.add_argument("--target-revision", metavar="REVISION")
-    parser.add_argument("--repo-id", metavar="ORG/NAME", help="where the export will be pushed to")
-    parser.add_argument("--license", metavar="NAME", help="licence of the drafter, for the card")
-    parser.add_argument("--base", metavar="PATH", help="the drafter under a LoRA adapter")
-    options = parse_flags(parser, argv)
-    from ..drafters.auto import AutoDrafter
-    from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
-    from ..export.hub import validate_repo_id
-    from ..export.record import read_record
-
-    if options.repo_id is not None:
-        validate_repo_id(options.repo_id)
-    if options.target_id is not None and hub_id_of(options.target_id) is None:
-        raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {options.target_id!r}.")
-    drafter = AutoDrafter.from_pretrained(options.path, base=options.base)
-    name = options.target or drafter.config.target_model_name_or_path
-    target = TargetOfExport(options.target_id)
+    """Write a trained drafter for engines; see [`export_drafter`]."""
+    (args,) = parse("export", [ExportArguments], argv)
+    if args.repo_id is not None:
+        validate_repo_id(args.repo_id)
+    if args.target_id is not None and hub_id_of(args.target_id) is None:
+        raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
+    drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
+    name = args.target or drafter.config.target_model_name_or_path
+    target = TargetOfExport(args.target_id)
     if name is not None:
-        target = read_target(name, target_id=options.target_id, revision=options.target_revision)
+        target = read_target(name, target_id=args.target_id, revision=args.target_revision)
     result = export_drafter(
         drafter,
-        options.output,
-        record=read_record(options.path) if Path(options.path).is_dir() else None,
+        args.output,
+        to=args.to,
         target=target,
-        **given(options, ("to", "repo_id", "license")),
+        repo_id=args.repo_id,
+        record=read_record(args.drafter) if Path(args.drafter).is_dir() else None,
+        license=args.license,
     )
     for layout, folder in result.layouts.items():
         print(f"{layout:12} {folder}")
@@ -50,57 +63,70 @@ def run_export(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_verify(argv: Sequence[str]) -> int:
-    """Hold an export to its training: every reader that is installed, plain decoding, tau per slot; exit code 1 on a gap."""
-    integers = "num-prompts max-new-tokens num-drafts"
-    parser = command_parser(run_verify, "target prompts", integers)
-    parser.add_argument("path", metavar="PATH", help="folder or Hub id of an exported drafter")
-    parser.add_argument("--checkpoint", metavar="PATH", help="the training checkpoint it was made from")
-    parser.add_argument(
-        "--consumers", nargs="+", metavar="NAME", help="readers to run; all that are installed by default"
+@dataclass(kw_only=True)
+class VerifyArguments(RowsArguments):
+    """Flags of `verify`."""
+
+    drafter: str = flag("Folder or Hub id of an exported drafter.")
+    target: str = flag(
+        "Hub id or path of the target; loaded in float32, because outputs are compared to the last token."
     )
-    parser.add_argument("--chat-template-kwargs", type=json.loads, metavar="JSON")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the export's own custom_generate, too")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    options = parse_flags(parser, argv)
-    from rich.console import Console
+    checkpoint: str | None = flag("The training checkpoint the export was made from.", default=None)
+    consumers: list[str] | None = flag("Readers to run; all that are installed if unset.", default=None)
+    num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
+    max_new_tokens: int = flag(
+        "Tokens whose rounds are counted.", default=default_of(verify_drafter, "max_new_tokens")
+    )
+    trust_remote_code: bool = flag("Run the export's own custom_generate, too.", default=False)
+    json: str | None = flag("File to write the numbers to.", default=None)
 
-    from ..parity import verify_drafter
-    from ..target.frozen import FrozenTarget
-    from ..trainer.draft_opd_config import DraftOPDConfig
 
-    rows = load_rows(options.prompts, options.dataset_config, options.split)
-    if options.num_prompts is not None:
-        rows = rows.select(range(min(options.num_prompts, len(rows))))
-    # Outputs are compared to the last token.
-    target = FrozenTarget.load(options.target, dtype="float32")
-    reading = dict.fromkeys(READING) | {"max_prompt_length": DraftOPDConfig.max_prompt_length}
-    prompts = read_prompts(target, rows, reading | given(options, ["chat_template_kwargs"]))
-    names = ("checkpoint", "consumers", "num_drafts", "max_new_tokens", "trust_remote_code")
-    report = verify_drafter(options.path, target, prompts, target_name=options.target, **given(options, names))
-    Console().print(report.table(f"{options.path} for {options.target}"))
+def run_verify(argv: Sequence[str]) -> int:
+    """Compare an export with its training and with every reader; see [`verify_drafter`]."""
+    (args,) = parse("verify", [VerifyArguments], argv)
+    target = FrozenTarget.load(args.target, dtype="float32")
+    report = verify_drafter(
+        args.drafter,
+        target,
+        args.read_prompts(target),
+        target_name=args.target,
+        checkpoint=args.checkpoint,
+        consumers=args.consumers,
+        num_drafts=args.num_drafts,
+        max_new_tokens=args.max_new_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )
+    Console().print(report.table(f"{args.drafter} for {args.target}"))
     for problem in report.problems:
         print(f"PROBLEM  {problem}")
     for name, reason in report.skipped.items():
         print(f"not run  {name}: {reason}")
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
     return int(not report.ok)
 
 
-def run_push(argv: Sequence[str]) -> int:
-    """Upload an exported folder to the Hub as one commit, with the account that `hf auth login` stored."""
-    parser = command_parser(run_push, "", "", reads_rows=False)
-    parser.add_argument("path", metavar="PATH", help="folder that `export` wrote")
-    parser.add_argument("repo_id", metavar="ORG/NAME")
-    parser.add_argument("--private", action="store_true", default=None)
-    parser.add_argument("--revision", metavar="BRANCH")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    options = parse_flags(parser, argv)
-    from ..export.hub import push_folder
+@dataclass(kw_only=True)
+class PushArguments:
+    """Flags of `push`."""
 
-    flags = given(options, ("private", "revision"))
-    if options.message is not None:
-        flags["commit_message"] = options.message
-    print(push_folder(options.path, options.repo_id, **flags))
+    drafter: str = flag("Folder that `export` wrote.")
+    repo_id: str = flag("Where to, ORG/NAME; made if it does not exist.")
+    private: bool | None = flag("Make a new repository private; the account's own rule if unset.", default=None)
+    revision: str | None = flag("Branch; the main one if unset.", default=None)
+    commit_message: str = flag("Of the commit.", default=default_of(push_folder, "commit_message"))
+
+
+def run_push(argv: Sequence[str]) -> int:
+    """Upload an exported folder to the Hub; see [`push_folder`]."""
+    (args,) = parse("push", [PushArguments], argv)
+    print(
+        push_folder(
+            args.drafter,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            commit_message=args.commit_message,
+        )
+    )
     return 0

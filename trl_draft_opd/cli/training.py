@@ -3,126 +3,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from .reading import (
-    FAMILY_OPTIONS,
-    FRESH_OPTIONS,
-    READING,
-    DraftScriptArguments,
-    command_parser,
-    count_supervised,
-    given,
-    load_rows,
-    lora_config,
-    make_drafter,
-    parse_flags,
-    parse_training,
-)
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from ..drafters.base import Drafter
+from ..drafters.dflash import DFlashDraftModel
+from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
+from ..drafters.published.merging import require_peft
+from ..export import hub_id_of
+from ..target.frozen import FrozenTarget
+from ..trainer.common_config import DraftTrainingConfig
+from ..trainer.draft_opd_config import DraftOPDConfig
+from ..trainer.draft_opd_trainer import DraftOPDTrainer
+from ..trainer.draft_sft_config import DraftSFTConfig
+from ..trainer.draft_sft_trainer import DraftSFTTrainer
+from ..trainer.pair import load_target, text_reader
+from .arguments import TargetArguments, flag, parse
+from .rows import load_rows
 
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..trainer.common_config import DraftTrainingConfig
+    from peft import LoraConfig
 
 
-def run_sft(argv: Sequence[str]) -> int:
-    """Train a drafter on text its target wrote."""
-    from ..trainer.draft_sft_config import DraftSFTConfig
-    from ..trainer.draft_sft_trainer import DraftSFTTrainer
-
-    script, args = parse_training("sft", DraftSFTConfig, argv)
-    fresh = given(script, FRESH_OPTIONS)
-    if (script.model_name_or_path is None) == (script.family is None) or (script.model_name_or_path and fresh):
-        raise ValueError(
-            "Give either `model_name_or_path` to go on from a drafter, or `family` to make a fresh one, to which "
-            f"{', '.join(FRESH_OPTIONS)} belong."
-        )
-    if args.regenerate and script.draft_vocab_size is not None:
-        raise ValueError(
-            "`draft_vocab_size` counts the dataset's completions, which `regenerate` replaces. Leave one of the two out."
-        )
-    return train(DraftSFTTrainer, script, args)
+# What `from_target` takes, by family.
+_FAMILY_OPTIONS = {
+    "dflash": ("block_size", "num_hidden_layers", "mask_token_id"),
+    "eagle3": ("ttt_steps", "draft_vocab_size"),
+}
 
 
-def run_opd(argv: Sequence[str]) -> int:
-    """Improve a trained drafter by on-policy distillation."""
-    from ..trainer.draft_opd_config import DraftOPDConfig
-    from ..trainer.draft_opd_trainer import DraftOPDTrainer
+@dataclass(kw_only=True)
+class FreshDrafterArguments:
+    """What a fresh drafter is made with; unset options are left to its `from_target`."""
 
-    script, args = parse_training("opd", DraftOPDConfig, argv)
-    fresh = sorted(given(script, ("family", *FRESH_OPTIONS)))
-    if script.model_name_or_path is None or fresh:
-        what = f"got {fresh}" if fresh else "got none"
-        raise ValueError(
-            f"`opd` starts from a trained drafter, `model_name_or_path`; {what}. Train a fresh one by `sft`."
-        )
-    return train(DraftOPDTrainer, script, args)
+    block_size: int | None = flag("DFlash: anchor and drafts per block.", default=None)
+    num_hidden_layers: int | None = flag("DFlash: layers.", default=None)
+    mask_token_id: int | None = flag("DFlash: an id that text never uses; looked for if unset.", default=None)
+    ttt_steps: int | None = flag("EAGLE-3: steps of training-time test.", default=None)
+    draft_vocab_size: int | None = flag(
+        "EAGLE-3: tokens it can propose, the commonest of the dataset; all of them if unset.", default=None
+    )
+    target_layer_ids: list[int] | None = flag("Target layers to read, from 0 and ascending.", default=None)
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were set."""
+        values = {setting.name: getattr(self, setting.name) for setting in fields(FreshDrafterArguments)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-def train(trainer_class: type, script: DraftScriptArguments, args: DraftTrainingConfig) -> int:
-    """Load, train, save, and push if asked for."""
-    from transformers import set_seed
+def make_drafter(
+    target: FrozenTarget, family: str, options: dict[str, Any], count: Callable[[], torch.Tensor] | None
+) -> Drafter:
+    """
+    Return a fresh drafter.
 
-    from ..export import hub_id_of
-    from ..trainer.pair import load_target
+    Args:
+        target ([`FrozenTarget`]): The target.
+        family (`str`): `"dflash"` or `"eagle3"`.
+        options (`dict`): Fields of [`FreshDrafterArguments`] that were set.
+        count (`Callable`): Called for a reduced vocabulary only; returns how often each token of the target's occurs.
 
-    peft_config = lora_config(script)
-    rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split)
-    held_out = None
-    if script.dataset_test_split is not None:
-        held_out = load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split)
-    if args.dataset_id is None:
-        # So that a push between two saves knows it, too; a local file or folder is none.
-        args.dataset_id = hub_id_of(script.dataset_name)
-    target = load_target(script.target_model_name_or_path, args, None)
-    drafter = script.model_name_or_path
-    if drafter is None:
-        reading = {name: getattr(args, name) for name in (*READING[:3], "max_length")}
-        reading["num_proc"] = args.dataset_num_proc
-        set_seed(args.seed)
-        options = given(script, FRESH_OPTIONS)
-        drafter = make_drafter(target, script.family, options, lambda: count_supervised(target, rows, reading))
-    trainer = trainer_class(drafter, target, args, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
-    trainer.train()
-    if args.push_to_hub:
-        # Saves first, so that a push that fails loses nothing.
-        commit = trainer.push_to_hub()
-    else:
-        trainer.save_model(args.output_dir)
-    if trainer.is_world_process_zero():
-        print(f"The drafter is in {args.output_dir}")
-        if args.push_to_hub:
-            print(f"and published as {commit}")
-    return 0
+    Raises:
+        ValueError: If the family is unknown, or an option belongs to another one.
+    """
+    if family not in _FAMILY_OPTIONS:
+        raise ValueError(f"`family` must be one of {sorted(_FAMILY_OPTIONS)}, got {family!r}.")
+    foreign = sorted(set(options) - {"target_layer_ids", *_FAMILY_OPTIONS[family]})
+    if foreign:
+        raise ValueError(f"{foreign} mean nothing to a drafter of family {family!r}. Leave them out.")
+    if family == "dflash":
+        if "mask_token_id" not in options:
+            options = options | {"mask_token_id": target.find_mask_token_id()}
+        return DFlashDraftModel.from_target(target, **options)
+    size = options.get("draft_vocab_size")
+    options = {name: value for name, value in options.items() if name != "draft_vocab_size"}
+    if size is None:
+        return Eagle3DraftModel.from_target(target, **options)
+    vocabulary = build_draft_vocabulary(count(), size, target.eos_token_ids)
+    print(f"Draft vocabulary of {size} tokens covers {vocabulary.coverage:.2%} of the supervised tokens.")
+    return Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary, **options)
+
+
+@dataclass(kw_only=True)
+class InitArguments(TargetArguments, FreshDrafterArguments):
+    """Flags of `init`."""
+
+    family: Literal["dflash", "eagle3"] = flag("Family of the drafter.")
+    output: str = flag("Folder to save the drafter in.")
+    dataset: str | None = flag("Text of the target, whose commonest tokens --draft-vocab-size keeps.", default=None)
+    dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
+    split: str = flag("Split of the dataset.", default="train")
+    seed: int | None = flag("Of the random weights.", default=None)
 
 
 def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
-    integers = "block-size num-hidden-layers mask-token-id ttt-steps draft-vocab-size seed"
-    parser = command_parser(run_init, "target output", integers)
-    parser.add_argument("--family", required=True, choices=FAMILY_OPTIONS)
-    parser.add_argument("--target-layer-ids", type=int, nargs="+", metavar="N", help="0-based, ascending")
-    parser.add_argument("--dataset", help="text of the target, whose commonest tokens --draft-vocab-size keeps")
-    parser.add_argument("--trust-remote-code", action="store_true")
-    options = parse_flags(parser, argv)
-    if (options.draft_vocab_size is None) != (options.dataset is None):
+    (args,) = parse("init", [InitArguments], argv)
+    if (args.draft_vocab_size is None) != (args.dataset is None):
         raise ValueError("`--draft-vocab-size` and `--dataset` go together: the commonest tokens of the one are kept.")
-    from transformers import set_seed
-
-    from ..target.frozen import FrozenTarget
-
-    target = FrozenTarget.load(options.target, trust_remote_code=options.trust_remote_code)
+    target = args.load_target()
 
     def count() -> torch.Tensor:
-        rows = load_rows(options.dataset, options.dataset_config, options.split)
-        return count_supervised(target, rows, dict.fromkeys((*READING, "max_length")))
+        rows = load_rows(args.dataset, args.dataset_config, args.split)
+        return count_tokens(target.text_reader().read_texts(rows), target.vocab_size)
 
-    if options.seed is not None:
-        set_seed(options.seed)
-    drafter = make_drafter(target, options.family, given(options, FRESH_OPTIONS), count)
-    drafter.save_pretrained(options.output)
-    print(f"A fresh {options.family} drafter of {drafter.num_parameters():,} parameters is in {options.output}")
+    if args.seed is not None:
+        set_seed(args.seed)
+    drafter = make_drafter(target, args.family, args.given(), count)
+    drafter.save_pretrained(args.output)
+    print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
+    return 0
+
+
+@dataclass(kw_only=True)
+class LoraArguments:
+    """The adapter that is trained in place of the whole drafter; unset options are left to PEFT."""
+
+    use_peft: bool = flag("Train a LoRA adapter in place of the whole drafter.", default=False)
+    lora_r: int | None = flag("Rank of the adapter.", default=None)
+    lora_alpha: int | None = flag("The adapter is scaled by this over its rank.", default=None)
+    lora_dropout: float | None = flag("Dropout in the adapter.", default=None)
+    lora_target_modules: list[str] | None = flag(
+        "Layers it goes into; every linear one but the head if unset.", default=None
+    )
+    lora_modules_to_save: list[str] | None = flag("Layers trained as a whole beside it.", default=None)
+
+    def lora_config(self) -> LoraConfig | None:
+        """Return the adapter's config, `None` without `--use-peft`; raises `ValueError` if that is missing."""
+        options = {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.lora_target_modules,
+            "modules_to_save": self.lora_modules_to_save,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        if self.use_peft:
+            return require_peft("`use_peft`").LoraConfig(**options)
+        if options:
+            raise ValueError(f"{sorted(options)} describe an adapter, which needs `use_peft`. Set it.")
+        return None
+
+
+@dataclass(kw_only=True)
+class TrainArguments(LoraArguments):
+    """What `sft` and `opd` train and on what."""
+
+    target: str = flag("Hub id or path of the target.")
+    dataset: str = flag("Training rows: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
+    dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
+    train_split: str = flag("Split to train on.", default="train")
+    eval_split: str | None = flag("Split to evaluate on; no evaluation if unset.", default=None)
+
+
+@dataclass(kw_only=True)
+class SFTArguments(TrainArguments, FreshDrafterArguments):
+    """Flags of `sft`, next to those of [`DraftSFTConfig`]."""
+
+    drafter: str | None = flag("Hub id or path of a drafter to continue from.", default=None)
+    family: Literal["dflash", "eagle3"] | None = flag("Make a fresh drafter of this family.", default=None)
+
+
+@dataclass(kw_only=True)
+class OPDArguments(TrainArguments):
+    """Flags of `opd`, next to those of [`DraftOPDConfig`]."""
+
+    drafter: str = flag("Hub id or path of the trained drafter, in any published layout.")
+
+
+def run_sft(argv: Sequence[str]) -> int:
+    """Train a drafter on text its target wrote; see [`DraftSFTTrainer`]."""
+    args, config = parse("sft", [SFTArguments, DraftSFTConfig], argv)
+    if (args.drafter is None) == (args.family is None) or (args.drafter and args.given()):
+        names = ", ".join(setting.name for setting in fields(FreshDrafterArguments))
+        raise ValueError(
+            f"Give either `drafter` to continue from one, or `family` to make a fresh one, to which {names} belong."
+        )
+    if config.regenerate and args.draft_vocab_size is not None:
+        raise ValueError(
+            "`draft_vocab_size` counts the dataset's completions, which `regenerate` replaces. Leave one of the two out."
+        )
+
+    def fresh_drafter(target: FrozenTarget, rows: Dataset) -> Drafter:
+        def count() -> torch.Tensor:
+            reader = text_reader(target, config, max_length=config.max_length)
+            return count_tokens(reader.read_texts(rows), target.vocab_size)
+
+        set_seed(config.seed)
+        return make_drafter(target, args.family, args.given(), count)
+
+    return _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter)
+
+
+def run_opd(argv: Sequence[str]) -> int:
+    """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
+    args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
+    return _train(DraftOPDTrainer, args, config, args.drafter)
+
+
+def _train(
+    trainer_class: type[DraftSFTTrainer] | type[DraftOPDTrainer],
+    args: TrainArguments,
+    config: DraftTrainingConfig,
+    drafter: str | Callable[[FrozenTarget, Dataset], Drafter],
+) -> int:
+    """Load, train, save, and push if asked for."""
+    peft_config = args.lora_config()
+    rows = load_rows(args.dataset, args.dataset_config, args.train_split)
+    held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
+    if config.dataset_id is None:
+        # So that a push between two saves knows it, too; a local file or folder is none.
+        config.dataset_id = hub_id_of(args.dataset)
+    target = load_target(args.target, config, None)
+    model = drafter if isinstance(drafter, str) else drafter(target, rows)
+    trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
+    trainer.train()
+    if config.push_to_hub:
+        # Saves first, so that a push that fails loses nothing.
+        commit = trainer.push_to_hub()
+    else:
+        trainer.save_model(config.output_dir)
+    if trainer.is_world_process_zero():
+        print(f"The drafter is in {config.output_dir}")
+        if config.push_to_hub:
+            print(f"and published as {commit}")
     return 0

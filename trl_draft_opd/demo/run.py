@@ -20,7 +20,6 @@ from rich.progress import Progress
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from ..data.text_reader import tokenize_prompt_dataset
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
@@ -33,7 +32,6 @@ from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
-from ..trainer.pair import require_tokenizer
 from .corpus import write_chats
 from .pair import train_target
 from .results import draw_plot, require_matplotlib, results_table, summary
@@ -244,17 +242,8 @@ def _write_responses(settings: DemoSettings, target: FrozenTarget, rows: Dataset
     # The last rows, so that another number of training prompts leaves the test prompts as they are.
     last = list(range(len(rows) - settings.num_test_prompts, len(rows)))
     first = list(range(min(settings.num_prompts, last[0])))
-    tokenized = tokenize_prompt_dataset(
-        rows.select(first + last),
-        require_tokenizer(target),
-        max_prompt_length=DraftOPDConfig.max_prompt_length,
-        chat_template=None,
-        chat_template_kwargs=None,
-        keep_completions=False,
-        eos_token_ids=target.eos_token_ids,
-        vocab_size=target.vocab_size,
-        num_proc=None,
-    )
+    reader = target.text_reader(max_prompt_length=DraftOPDConfig.max_prompt_length)
+    tokenized = reader.read_prompts(rows.select(first + last))
     is_train = [sample_id < len(first) for sample_id in tokenized["sample_id"]]
     prompts = list(tokenized["prompt_ids"])
     train = [prompt for prompt, kept in zip(prompts, is_train, strict=True) if kept]
@@ -317,7 +306,7 @@ def _train_opd(
         **_trainer_settings(settings, folders["drafter-opd"]),
         num_train_epochs=settings.opd_epochs,
         learning_rate=settings.opd_learning_rate,
-        # Minutes of SFT end far below the plateau, where the paper's reverse KL lowers tau (docs/experiment_log.md, 7).
+        # Minutes of SFT end far below the plateau, where the paper's reverse KL lowers tau (docs/why/experiment_log.md, 7).
         rejected_loss="forward_kl",
         # The responses are written already; at temperature 0 the blocks are those of live decoding.
         rollout="replay",

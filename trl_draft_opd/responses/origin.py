@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.text_reader import TextReader
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
 
@@ -74,28 +75,26 @@ class Origin:
     def of(
         cls,
         target: FrozenTarget,
+        reader: TextReader | None = None,
         *,
         sampling: SamplingSettings,
         max_new_tokens: int,
-        chat_template: str | None,
-        chat_template_kwargs: dict[str, Any] | None,
     ) -> "Origin":
         """
         Describe what a loaded target is about to write.
 
         Args:
             target ([`FrozenTarget`]): The target, with its tokenizer where prompts are text.
+            reader ([`TextReader`], *optional*): How prompts are read: its chat template and the template's variables, plain JSON values.
             sampling ([`SamplingSettings`]): The distribution of its tokens.
             max_new_tokens (`int`): Longest response.
-            chat_template (`str` or `None`): Template in place of the tokenizer's own.
-            chat_template_kwargs (`dict` or `None`): Its variables; plain JSON values.
 
         Raises:
             ValueError: If `max_new_tokens` is below 1.
         """
         if max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-        template = chat_template
+        template = reader.chat_template if reader is not None else None
         if template is None and target.tokenizer is not None:
             template = target.tokenizer.chat_template
         config = target.config
@@ -109,7 +108,9 @@ class Origin:
             tokenizer_hash=None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
             chat_template_hash=None if template is None else _hash_json(template),
             # Through JSON and back, so that what is compared later is what a file gives back.
-            chat_template_kwargs=json.loads(json.dumps(chat_template_kwargs or {})),
+            chat_template_kwargs=json.loads(
+                json.dumps((reader.chat_template_kwargs if reader is not None else None) or {})
+            ),
             temperature=float(sampling.temperature),
             top_k=0 if sampling.is_greedy else sampling.top_k,
             top_p=1.0 if sampling.is_greedy else float(sampling.top_p),

@@ -47,7 +47,7 @@ class ResponseStore:
     ```python
     >>> from trl_draft_opd import Origin, ResponseStore
 
-    >>> origin = Origin.of(target, sampling=sampling, max_new_tokens=512, chat_template=None, chat_template_kwargs=None)
+    >>> origin = Origin.of(target, sampling=sampling, max_new_tokens=512)
     >>> store = ResponseStore.open("responses", origin)
     >>> store.find([1, 2, 3])
     ```

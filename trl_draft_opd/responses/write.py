@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.text_reader import tokenize_prompt_dataset
+from ..data.text_reader import TextReader
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
 from .audit import audit_responses
@@ -36,10 +36,7 @@ def write_responses(
     max_new_tokens: int,
     engine: str = "transformers",
     server: ServerSettings | None = None,
-    max_prompt_length: int | None = None,
-    chat_template: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    num_proc: int | None = None,
+    reader: TextReader | None = None,
     batch_size: int = 8,
     shard_size: int = 64,
     seed: int = 42,
@@ -62,8 +59,8 @@ def write_responses(
             dataset's own responses, taken on trust that this target wrote them under this distribution.
         server ([`ServerSettings`], *optional*):
             The server; its `engine` must be the one named here.
-        max_prompt_length (`int`, *optional*), chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*), num_proc (`int`, *optional*):
-            How rows are read: see [`tokenize_prompt_dataset`](../data.py).
+        reader ([`TextReader`], *optional*):
+            How rows are read; `target.text_reader()` by default, which takes prompts of any length.
         batch_size (`int`, *optional*, defaults to `8`):
             Prompts that transformers decodes together.
         shard_size (`int`, *optional*, defaults to `64`):
@@ -86,24 +83,13 @@ def write_responses(
         raise ValueError(
             f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given for {ENGINES} alone, with the same engine."
         )
-    reading = {
-        "max_prompt_length": max_prompt_length,
-        "chat_template": chat_template,
-        "chat_template_kwargs": chat_template_kwargs,
-        "num_proc": num_proc,
-    }
-    origin = Origin.of(
-        target,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    reader = reader or target.text_reader()
+    origin = Origin.of(target, reader, sampling=sampling, max_new_tokens=max_new_tokens)
     store = ResponseStore.open(path, origin)
     if engine == "dataset":
-        import_responses(store, dataset, target, **reading, shard_size=shard_size)
+        import_responses(store, dataset, reader, shard_size=shard_size)
         return store
-    prompts = read_prompts(target, dataset, **reading)
+    prompts = list(reader.read_prompts(dataset)["prompt_ids"])
     common = {"seed": seed, "shard_size": shard_size, "show_progress": show_progress}
     if server is None:
         generate_missing(store, target, prompts, batch_size=batch_size, **common)
@@ -112,29 +98,11 @@ def write_responses(
     return store
 
 
-def read_prompts(
-    target: FrozenTarget,
-    dataset: Dataset,
-    *,
-    max_prompt_length: int | None,
-    chat_template: str | None,
-    chat_template_kwargs: dict[str, Any] | None,
-    num_proc: int | None,
-) -> list[list[int]]:
-    """Return the prompts of a dataset as token ids."""
-    rows = _tokenize(target, dataset, max_prompt_length, chat_template, chat_template_kwargs, num_proc, False)
-    return list(rows["prompt_ids"])
-
-
 def import_responses(
     store: ResponseStore,
     dataset: Dataset,
-    target: FrozenTarget,
+    reader: TextReader,
     *,
-    max_prompt_length: int | None,
-    chat_template: str | None,
-    chat_template_kwargs: dict[str, Any] | None,
-    num_proc: int | None,
     shard_size: int,
 ) -> int:
     """
@@ -147,9 +115,7 @@ def import_responses(
     Args:
         store ([`ResponseStore`]): Where they go.
         dataset (`Dataset`): `messages`, `prompt` with `completion`, or `prompt_ids` with `completion_ids`.
-        target ([`FrozenTarget`]): The target said to have written them, with its tokenizer.
-        max_prompt_length (`int` or `None`), chat_template (`str` or `None`), chat_template_kwargs (`dict` or `None`), num_proc (`int` or `None`):
-            As for [`tokenize_prompt_dataset`](../data.py).
+        reader ([`TextReader`]): How rows are read, with the tokenizer of the target said to have written them.
         shard_size (`int`): Responses per shard.
 
     Returns:
@@ -158,7 +124,7 @@ def import_responses(
     Raises:
         ValueError: If a row is malformed or is no response this target could have written, naming it.
     """
-    rows = _tokenize(target, dataset, max_prompt_length, chat_template, chat_template_kwargs, num_proc, True)
+    rows = reader.read_responses(dataset)
     provenance = {"engine": "dataset", "engine_version": None, "dtype": None, "seed": None, "logprobs": None}
     num_cut = 0
     with ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer:
@@ -218,29 +184,3 @@ def _as_responses(pairs: Iterable[tuple[list[int], list[int]]], origin: Origin) 
         ids = completion_ids[: origin.max_new_tokens]
         rows.append(StoredResponse(prompt_ids, ids, None, "stop" if ids[-1] in origin.eos_token_ids else "length"))
     return rows
-
-
-def _tokenize(
-    target: FrozenTarget,
-    dataset: Dataset,
-    max_prompt_length: int | None,
-    chat_template: str | None,
-    chat_template_kwargs: dict[str, Any] | None,
-    num_proc: int | None,
-    keep_completions: bool,
-) -> Dataset:
-    if target.tokenizer is None:
-        raise ValueError(
-            "The target has no tokenizer to read the dataset with. Load it by id or path, or give `FrozenTarget` one."
-        )
-    return tokenize_prompt_dataset(
-        dataset,
-        target.tokenizer,
-        max_prompt_length=max_prompt_length,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-        keep_completions=keep_completions,
-        eos_token_ids=target.eos_token_ids,
-        vocab_size=target.vocab_size,
-        num_proc=num_proc,
-    )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.text_reader import TextReader
 from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from ..utils.private_trl import create_model_from_path
@@ -210,6 +211,29 @@ class FrozenTarget:
             f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of a "
             "reserved token that your text never contains."
         )
+
+    def text_reader(self, **settings: Any) -> TextReader:
+        """
+        Return a reader of dataset rows with this target's tokenizer, EOS ids and vocabulary.
+
+        Args:
+            settings: `chat_template`, `chat_template_kwargs`, `max_prompt_length`, `max_length`, `num_proc`; see [`TextReader`].
+
+        Raises:
+            ValueError: If there is no tokenizer, or it has ids beyond the vocabulary.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "No tokenizer: the target was given as an instance. Pass `processing_class=AutoTokenizer.from_pretrained(...)` of "
+                "that target, or give `FrozenTarget` one."
+            )
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {self.vocab_size - 1}. Use the target's "
+                "own tokenizer."
+            )
+        return TextReader(self.tokenizer, tuple(self.eos_token_ids), self.vocab_size, **settings)
 
     def require_rollback(self) -> None:
         """

@@ -78,7 +78,7 @@ class DraftTrainingConfig(_BaseConfig):
             [D-PACE](https://huggingface.co/papers/2605.18810)). The sum runs over the block's trained slots that stand for a committed
             token, and no position decay is applied. Each stream is still divided by its number of slots, not by the sum of these weights,
             which no rank knows before the first forward pass of a step: the loss is a mean of weighted divergences, and
-            falls or rises with the weights. Off: at equal FLOPs D-PACE gained nothing over position decay (docs/results.md, section 4).
+            falls or rises with the weights. Off: at equal FLOPs D-PACE gained nothing over position decay (docs/why/results.md, section 4).
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor `a` of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the committed token no
             probability. Read under `slot_weighting="d_pace"` alone.
@@ -89,7 +89,7 @@ class DraftTrainingConfig(_BaseConfig):
         activation_checkpointing (`bool`, *optional*, defaults to `False`):
             Compute the inside of each DFlash layer and of each EAGLE-3 step again in the backward pass instead of keeping it: same loss
             and gradients, one more forward of the drafter's blocks, and less memory: a quarter off the step's peak of a small EAGLE-3, half
-            off a DFlash's (docs/scaling.md).
+            off a DFlash's (docs/do/scaling.md).
             Off, where TRL's trainers have it on: a drafter has one to a few layers, and the target keeps nothing for a backward pass.
             `gradient_checkpointing`, the older name, is read where this one is unset.
 

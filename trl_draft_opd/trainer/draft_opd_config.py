@@ -44,7 +44,7 @@ class DraftOPDConfig(DraftTrainingConfig):
         rejected_scope (`str`, *optional*, defaults to `"first"`):
             `"first"`: the first rejected slot alone; `"suffix"`: every slot from there on, as the paper. The default departs from the
             paper: at equal FLOPs the suffix was behind by 1.9 to 3.3 % of tau in three of four pairs and not clearly apart in the
-            fourth, and its updates cost a sixth (EAGLE-3) to two fifths (DFlash) more (docs/results.md, section 3).
+            fourth, and its updates cost a sixth (EAGLE-3) to two fifths (DFlash) more (docs/why/results.md, section 3).
             Slots behind a rejection are never reached when serving.
 
         > Parameters that control the loss

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import PromptCollator, TextCollator
-from ..data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.blocks import (
     BlockBatch,
@@ -43,7 +42,7 @@ from .pair import (
     compile_drafter,
     load_drafter,
     load_target,
-    require_tokenizer,
+    text_reader,
 )
 from .publishing import PublishingTrainer
 from .rollout_printer import print_rollout
@@ -127,7 +126,7 @@ class DraftOPDTrainer(PublishingTrainer):
             self.target.require_rollback()
         drafter = adapt_drafter(load_drafter(model, self.target, args), peft_config, seed=args.seed)
         self._prepare_publishing(args, drafter)
-        self.tokenizer = require_tokenizer(self.target)
+        self.reader = text_reader(self.target, args, max_length=args.max_prompt_length + args.max_completion_length)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
         self.segment_length = args.segment_length(drafter.config.family)
         self.streams = _streams_of(args)
@@ -172,20 +171,11 @@ class DraftOPDTrainer(PublishingTrainer):
         """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
         if dataset is None:
             return None
-        common = {
-            "max_prompt_length": args.max_prompt_length,
-            "chat_template": args.chat_template,
-            "chat_template_kwargs": args.chat_template_kwargs,
-            "eos_token_ids": self.target.eos_token_ids,
-            "vocab_size": self.target.vocab_size,
-            "num_proc": args.dataset_num_proc,
-        }
         if keep_completions:
-            max_length = args.max_prompt_length + args.max_completion_length
-            rows = tokenize_sft_dataset(dataset, self.tokenizer, max_length=max_length, **common)
+            rows = self.reader.read_texts(dataset)
             check_mask_token(drafter, self.target, rows, "input_ids")
         else:
-            rows = tokenize_prompt_dataset(dataset, self.tokenizer, keep_completions=False, **common)
+            rows = self.reader.read_prompts(dataset)
             check_mask_token(drafter, self.target, rows, "prompt_ids")
         return rows
 
@@ -221,7 +211,7 @@ class DraftOPDTrainer(PublishingTrainer):
         if prepared and self._is_logging_step():
             print_rollout(
                 prepared[0]["rollout"],
-                self.tokenizer,
+                self.reader.tokenizer,
                 num_rows=self.args.num_completions_to_print,
                 step=self.state.global_step,
                 console=self._console,

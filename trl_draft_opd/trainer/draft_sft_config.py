@@ -31,7 +31,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             `"block"`: every slot is trained. `"until_fail"`: the slots up to and including the first one where the drafter's argmax is not
             the committed token, which decoding would reach; decided anew in every forward pass (Source:
             [Spec-AUF](https://huggingface.co/papers/2607.01893)). A committed token outside the draft vocabulary is such a mismatch.
-            Off: at equal FLOPs it gained 0.7 % of tau for DFlash on mathematics and lost 2.9 % for EAGLE-3 on code (docs/results.md).
+            Off: at equal FLOPs it gained 0.7 % of tau for DFlash on mathematics and lost 2.9 % for EAGLE-3 on code (docs/why/results.md).
             The loss is still divided by the weights of all slots, which are known before the first forward pass of a step.
     """
 

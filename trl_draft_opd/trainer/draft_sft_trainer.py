@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import TextCollator
-from ..data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
 from ..drafters.base import Drafter
 from ..rollout.blocks import sample_anchors
 from ..rollout.keyed_random import DrawKeys
@@ -29,7 +28,7 @@ from .pair import (
     compile_drafter,
     load_drafter,
     load_target,
-    require_tokenizer,
+    text_reader,
 )
 from .publishing import PublishingTrainer
 from .step import SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
@@ -67,7 +66,7 @@ class DraftSFTTrainer(PublishingTrainer):
         args ([`DraftSFTConfig`], *optional*):
             Settings.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows as [`tokenize_sft_dataset`] reads them: `messages`, `prompt` and `completion`, `text`, or token ids.
+            Rows as [`TextReader.read_texts`] takes them: `messages`, `prompt` and `completion`, `text`, or token ids.
         eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
             As `train_dataset`. Its prompts are decoded to measure tau.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -107,7 +106,7 @@ class DraftSFTTrainer(PublishingTrainer):
             self.target.require_rollback()
         drafter = adapt_drafter(load_drafter(model, self.target, args), peft_config, seed=args.seed)
         self._prepare_publishing(args, drafter)
-        self.tokenizer = require_tokenizer(self.target)
+        self.reader = text_reader(self.target, args, max_length=args.max_length)
         self.num_drafts = args.num_drafts or drafter.default_num_drafts
         family = drafter.config.family
         self.num_anchors = args.anchors_per_row(family)
@@ -143,18 +142,9 @@ class DraftSFTTrainer(PublishingTrainer):
         """Tokenize a dataset, its completions rewritten by the target first if asked for."""
         if dataset is None:
             return None
-        common = {
-            "max_prompt_length": args.max_prompt_length,
-            "chat_template": args.chat_template,
-            "chat_template_kwargs": args.chat_template_kwargs,
-            "eos_token_ids": self.target.eos_token_ids,
-            "vocab_size": self.target.vocab_size,
-            "num_proc": args.dataset_num_proc,
-        }
         if args.regenerate:
-            prompts = tokenize_prompt_dataset(dataset, self.tokenizer, keep_completions=False, **common)
-            dataset = self._regenerate(prompts, args)
-        rows = tokenize_sft_dataset(dataset, self.tokenizer, max_length=args.max_length, **common)
+            dataset = self._regenerate(self.reader.read_prompts(dataset), args)
+        rows = self.reader.read_texts(dataset)
         check_mask_token(drafter, self.target, rows, "input_ids")
         return rows
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
+from ..data.text_reader import TextReader
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE
@@ -192,20 +193,20 @@ def check_pair(drafter: Drafter, target: FrozenTarget) -> None:
     check_layer_ids(config.target_layer_ids, target.num_layers)
 
 
-def require_tokenizer(target: FrozenTarget) -> PreTrainedTokenizerBase:
-    """Return the target's tokenizer, or raise `ValueError` when there is none and its vocabulary does not fit."""
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            "No tokenizer: the target was given as an instance. Pass `processing_class=AutoTokenizer.from_pretrained(...)` of "
-            "that target."
-        )
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= target.vocab_size:
-        raise ValueError(
-            f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {target.vocab_size - 1}. Use the target's own tokenizer."
-        )
-    return tokenizer
+def text_reader(target: FrozenTarget, args: DraftTrainingConfig, *, max_length: int | None) -> TextReader:
+    """
+    Return the reader of a run's datasets.
+
+    Raises:
+        ValueError: If the target has no tokenizer, or one that does not fit its vocabulary.
+    """
+    return target.text_reader(
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+        max_prompt_length=args.max_prompt_length,
+        max_length=max_length,
+        num_proc=args.dataset_num_proc,
+    )
 
 
 def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | IterableDataset, column: str) -> None:

@@ -28,6 +28,7 @@ from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
 from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
+from .pair import text_reader
 
 
 def text_of(batch: dict[str, torch.Tensor]) -> TargetText:
@@ -135,13 +136,8 @@ def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore
     Raises:
         ValueError: If it holds responses of another target, tokenizer, template or distribution, or is damaged.
     """
-    origin = Origin.of(
-        target,
-        sampling=args.sampling_settings(),
-        max_new_tokens=args.max_completion_length,
-        chat_template=args.chat_template,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
+    reader = text_reader(target, args, max_length=None)
+    origin = Origin.of(target, reader, sampling=args.sampling_settings(), max_new_tokens=args.max_completion_length)
     return ResponseStore.open(args.responses or Path(args.output_dir) / PRIVATE_FOLDER, origin)
 
 

@@ -1,0 +1,156 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""The commands that decode: `evaluate` and `generate`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from ..drafters.auto import AutoDrafter
+from ..evaluation import evaluate_drafter
+from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
+from ..trainer.common_config import DraftTrainingConfig
+from ..trainer.pair import check_pair
+from .arguments import (
+    RowsArguments,
+    SamplingArguments,
+    TargetArguments,
+    accelerator_or_cpu,
+    default_of,
+    flag,
+    parse,
+)
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
+    """Flags of `evaluate`."""
+
+    drafter: str = flag("Hub id or path of the drafter, in any published layout.")
+    num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
+    draft_sampling: Literal["greedy", "sample"] = flag(
+        "`greedy`: drafts are argmax; `sample`: drawn from the drafter's distribution.",
+        default=default_of(evaluate_drafter, "draft_sampling"),
+    )
+    max_new_tokens: int = flag("Longest response.", default=default_of(evaluate_drafter, "max_new_tokens"))
+    ignore_eos: bool = flag(
+        "Decode exactly that many tokens, to compare with an engine that counts past the end of sequence.",
+        default=default_of(evaluate_drafter, "ignore_eos"),
+    )
+    batch_size: int = flag("Prompts decoded together.", default=default_of(evaluate_drafter, "batch_size"))
+    seed: int = flag("Of draws and bootstrap.", default=default_of(evaluate_drafter, "seed"))
+    json: str | None = flag("File to write the numbers to.", default=None)
+
+
+def run_evaluate(argv: Sequence[str]) -> int:
+    """Measure a drafter; see [`evaluate_drafter`]."""
+    (args,) = parse("evaluate", [EvaluateArguments], argv)
+    sampling = args.sampling_settings()
+    target = args.load_target()
+    drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
+    check_pair(drafter, target)
+    target.place(accelerator_or_cpu())
+    report = evaluate_drafter(
+        target,
+        drafter.to(target.device),
+        args.read_prompts(target),
+        num_drafts=args.num_drafts,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        draft_sampling=args.draft_sampling,
+        batch_size=args.batch_size,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+    Console().print(report.table(f"{args.drafter} for {args.target}"))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+    return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
+
+
+@dataclass(kw_only=True)
+class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
+    """Flags of `generate`."""
+
+    output: str = flag("Folder of the response store; made, or continued.")
+    engine: Literal["transformers", "vllm", "sglang", "dataset"] = flag(
+        "Who writes: the target in this process, a server, or the dataset's own responses, taken on trust.",
+        default=default_of(write_responses, "engine"),
+    )
+    max_new_tokens: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
+    batch_size: int = flag("Prompts transformers decodes together.", default=default_of(write_responses, "batch_size"))
+    shard_size: int = flag(
+        "Responses per file: as many a killed process loses at most.",
+        default=default_of(write_responses, "shard_size"),
+    )
+    seed: int = flag("Of draws at a temperature above 0.", default=default_of(write_responses, "seed"))
+    num_proc: int | None = flag("Processes that tokenize.", default=None)
+    check_rows: int | None = flag(
+        f"Responses compared with the target afterwards; {CHECKED_ROWS} if unset, none where this process wrote them.",
+        default=None,
+    )
+    base_url: str | None = flag("Address of the vLLM or SGLang server.", default=None)
+    served_model_name: str | None = flag(
+        "Name the server serves the target under; asked from a server of a single one.", default=ServerSettings.model
+    )
+    api_key_file: str | None = flag("File that holds the server's key.", default=None)
+    timeout: float = flag(
+        "Seconds without a sign of life before a request is sent again.", default=ServerSettings.timeout
+    )
+    concurrency: int = flag("Requests under way at a time.", default=ServerSettings.concurrency)
+    json: str | None = flag("File to write the numbers to.", default=None)
+
+    def server(self) -> ServerSettings | None:
+        """Return the server that the flags name, or `None`; raises `ValueError` if they do not go together."""
+        names = ("base_url", "served_model_name", "api_key_file", "timeout", "concurrency")
+        given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        is_served = self.engine in ("vllm", "sglang")
+        if not is_served and not given:
+            return None
+        if not is_served or self.base_url is None:
+            raise ValueError(
+                "`--engine vllm` and `--engine sglang` need `--base-url`, other engines take no flag of a server; got "
+                f"{sorted(given)}."
+            )
+        return ServerSettings(
+            base_url=self.base_url,
+            engine=self.engine,
+            model=self.served_model_name,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            api_key=None if self.api_key_file is None else Path(self.api_key_file).read_text("utf-8").strip(),
+        )
+
+
+def run_generate(argv: Sequence[str]) -> int:
+    """Write the target's responses to prompts; see [`write_responses`]."""
+    (args,) = parse("generate", [GenerateArguments], argv)
+    server, rows = args.server(), args.load_rows()
+    target = args.load_target()
+    # Beside a server, the accelerator is the server's.
+    if server is None and torch.accelerator.is_available():
+        target.place(accelerator_or_cpu())
+    store = write_responses(
+        target,
+        rows,
+        args.output,
+        sampling=args.sampling_settings(),
+        max_new_tokens=args.max_new_tokens,
+        engine=args.engine,
+        server=server,
+        reader=target.text_reader(**args.reading(), num_proc=args.num_proc),
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        seed=args.seed,
+    )
+    # Text decoded in this process needs no check by the same target.
+    num_checked = 0 if args.engine == "transformers" else CHECKED_ROWS
+    summary = summarize_store(store, target, num_checked if args.check_rows is None else args.check_rows)
+    print("\n".join(summary["lines"]))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    return 0

@@ -1,0 +1,52 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""The command `demo`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..demo.run import DemoSettings
+from ..demo.run import run_demo as run_phases
+from .arguments import flag, parse
+from .rows import load_rows
+
+
+@dataclass(kw_only=True)
+class DemoArguments:
+    """Flags of `demo`."""
+
+    family: Literal["dflash", "eagle3"] = flag("Family of the drafter.", default=DemoSettings.family)
+    target: str | None = flag(
+        "Hub id or path of a real target in place of the tiny one; needs --dataset.", default=None
+    )
+    dataset: str | None = flag("Rows with a prompt or messages, for --target.", default=None)
+    dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
+    split: str = flag("Split of the dataset.", default="train")
+    output: str = flag("Folder; everything is written below it.", default=str(DemoSettings.output))
+    num_prompts: int = flag("Prompts to train on.", default=DemoSettings.num_prompts)
+    max_new_tokens: int = flag("Longest response.", default=DemoSettings.max_new_tokens)
+    sft_epochs: int = flag("Epochs of supervised training.", default=DemoSettings.sft_epochs)
+    opd_epochs: int = flag("Epochs of Draft-OPD.", default=DemoSettings.opd_epochs)
+    seed: int = flag("Of everything.", default=DemoSettings.seed)
+
+
+def run_demo(argv: Sequence[str]) -> int:
+    """Run the whole method in minutes; see [`DemoSettings`]."""
+    (args,) = parse("demo", [DemoArguments], argv)
+    if (args.target is None) != (args.dataset is None):
+        raise ValueError("`--target` and `--dataset` go together: the demo's own chats suit its own target only.")
+    rows = None if args.dataset is None else load_rows(args.dataset, args.dataset_config, args.split)
+    settings = DemoSettings(
+        output=Path(args.output),
+        family=args.family,
+        target=args.target,
+        dataset=args.dataset,
+        num_prompts=args.num_prompts,
+        max_new_tokens=args.max_new_tokens,
+        sft_epochs=args.sft_epochs,
+        opd_epochs=args.opd_epochs,
+        seed=args.seed,
+    )
+    run_phases(settings, rows)
+    return 0
