@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .counting import Counts, anchors_of, count_rounds, first_difference
-from .report import Outcome, Row
+from .report import Row, Verdict
 from .scene import Scene
 
 
@@ -20,9 +20,29 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """
+    What one consumer did with the prompts.
+
+    Attributes:
+        name (`str`): The consumer.
+        responses (`list[list[int]]` or `None`): What it wrote; `None` for a consumer that writes nothing.
+        chains (`list[list[int]]` or `None`): Accepted drafts of every round that started within the counted tokens.
+        counts ([`Counts`] or `None`): The consumer's own counters, where it has some.
+        remark (`str`): What a reader should know.
+    """
+
+    name: str
+    responses: list[list[int]] | None
+    chains: list[list[int]] | None
+    counts: Counts | None
+    remark: str
+
+
+@dataclass(frozen=True)
 class Reference:
     """
-    What consumers are held to.
+    What consumers are checked against.
 
     Attributes:
         responses (`list[list[int]]`): The target's own, by plain decoding.
@@ -35,29 +55,15 @@ class Reference:
     is_exact: bool = True
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """
-    Attributes:
-        row ([`Row`]): For the table.
-        problems (`list[str]`): Differences without an excuse.
-        notes (`list[str]`): Differences with one.
-    """
-
-    row: Row
-    problems: list[str]
-    notes: list[str]
-
-
 def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: float) -> Verdict:
     """
-    Hold a consumer to the reference.
+    Check a consumer against the reference.
 
     Args:
         scene ([`Scene`]): What was decoded.
         reference ([`Reference`]): The truth.
         outcome ([`Outcome`]): What the consumer did.
-        tolerance (`float`): Relative gap in tau that is let pass, as a note.
+        tolerance (`float`): Relative gap in tau that passes, as a note.
     """
     problems, notes, others = _compare_texts(scene, reference, outcome)
     counts, expected, num_other_chains = outcome.counts, count_rounds(reference.chains, scene.num_drafts), None

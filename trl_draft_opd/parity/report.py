@@ -7,30 +7,6 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from .counting import Counts
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """
-    What one consumer did with the prompts.
-
-    Attributes:
-        name (`str`): The consumer.
-        responses (`list[list[int]]` or `None`): What it wrote; `None` for a consumer that writes nothing.
-        chains (`list[list[int]]` or `None`): Accepted drafts of every round that started within the counted tokens.
-        counts ([`Counts`] or `None`): The consumer's own counters, where it has some.
-        remark (`str`): What a reader should know.
-        device (`str`): Where an engine computes; empty for consumers in this process.
-    """
-
-    name: str
-    responses: list[list[int]] | None
-    chains: list[list[int]] | None
-    counts: Counts | None
-    remark: str
-    device: str = ""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +28,22 @@ class Row:
     num_different: int | None
     num_other_chains: int | None
     remark: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What comparing one consumer with the reference found.
+
+    Attributes:
+        row ([`Row`]): For the table.
+        problems (`list[str]`): Differences without an explanation.
+        notes (`list[str]`): Differences with one.
+    """
+
+    row: Row
+    problems: list[str]
+    notes: list[str]
 
 
 @dataclass
@@ -82,6 +74,12 @@ class VerificationReport:
     def ok(self) -> bool:
         """Whether nothing is wrong with what was run; `skipped` says what was not."""
         return not self.problems
+
+    def add(self, verdict: Verdict) -> None:
+        """Take in what a comparison found."""
+        self.rows.append(verdict.row)
+        self.problems += verdict.problems
+        self.notes += verdict.notes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; a tau that does not exist is `None`."""

@@ -1,18 +1,20 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What every consumer is asked to decode, and what is held against it: the target's plain decoding, our reference loop, and the
-estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens with the end of sequence ignored.
+What every consumer is asked to decode, and what it is checked against: the target's plain decoding, our reference loop, and
+the estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens, end of sequence ignored.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.keyed_random import DrawKeys
@@ -29,6 +31,24 @@ _REPLAY_ROWS, _CHUNK_BYTES = 8, 1 << 26
 
 
 @dataclass(frozen=True)
+class EngineSettings:
+    """
+    How engines are started.
+
+    Attributes:
+        python (`str`): Interpreter of the environment that holds the engine; this one's by default.
+        dtype (`str`): Precision the engine computes in. Outputs must be equal in float32 only.
+        batch_size (`int`): Requests decoded together. Other batches round otherwise, so 1 compares best.
+        timeout (`float`): Seconds an engine may take in all.
+    """
+
+    python: str = sys.executable
+    dtype: str = "float32"
+    batch_size: int = 1
+    timeout: float = 3600.0
+
+
+@dataclass(frozen=True)
 class Scene:
     """
     One verification.
@@ -41,6 +61,9 @@ class Scene:
         prompts (`list[list[int]]`): Token ids.
         num_drafts (`int`): Drafts per block, K.
         max_new_tokens (`int`): Tokens whose rounds are counted, N.
+        layouts (`dict[str, Path]`): Folder of each published layout, the one at the root first.
+        engines ([`EngineSettings`]): How engines are started.
+        trust_remote_code (`bool`): Whether code in the published folder may be run.
     """
 
     target: FrozenTarget
@@ -50,11 +73,18 @@ class Scene:
     prompts: list[list[int]]
     num_drafts: int
     max_new_tokens: int
+    layouts: dict[str, Path] = field(default_factory=dict)
+    engines: EngineSettings = field(default_factory=EngineSettings)
+    trust_remote_code: bool = False
 
     @property
     def num_decoded(self) -> int:
         """Tokens to decode so that every round that starts within N tokens is seen as a whole."""
         return self.max_new_tokens + self.num_drafts + 1
+
+    def load(self, folder: str | Path) -> Drafter:
+        """Load another drafter of this target."""
+        return AutoDrafter.from_pretrained(folder, num_target_layers=self.target.num_layers).to(self.target.device)
 
 
 @contextmanager
