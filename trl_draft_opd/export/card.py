@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The model card: what the drafter is, how to serve it, what was measured. Written from the training record; a number that was not
-measured is not there.
+The model card: what the drafter is, how to serve it, what was measured. Written from the training record; a number
+that was not measured is not there.
 """
 
 import logging
@@ -27,11 +27,13 @@ _FAMILY_NAMES = {"eagle3": "EAGLE-3", "dflash": "DFlash"}
 _MEASURED = ("prompts", "temperature", "drafts", "tau", "acceptance per slot", "decoded with")
 _METHODS = {"sft": "supervised fine-tuning", "opd": "Draft-OPD (on-policy distillation)"}
 _HUB_LICENCES = frozenset(
-    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0 artistic-2.0 "
-    "bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 "
-    "cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
-    "cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 "
-    "gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa "
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl "
+    "gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql "
+    "ofl-1.1 ncsa "
     "unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other".split()
 )
 
@@ -248,8 +250,8 @@ def _earlier_notes(folder: Path) -> str:
     found = _NOTES.search(path.read_text("utf-8"))
     if found is None:
         logger.warning(
-            "%s has no `<!-- notes -->` ... `<!-- /notes -->`, so all of it is replaced. Text between the two would be "
-            "kept.",
+            "%s has no `<!-- notes -->` ... `<!-- /notes -->`, so all of it is replaced. Text between the two would "
+            "be kept.",
             path,
         )
     return found.group(1) if found else "\n"

@@ -1,5 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""When a drafter pays: an estimate from shapes of what drafting and verifying cost. Pure functions of a drafter's config."""
+"""
+When a drafter pays: an estimate from shapes of what drafting and verifying cost. Pure functions of a drafter's config.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +10,8 @@ from .publication import DraftConfig
 
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
-# Tokens per forward at which a bfloat16 matrix product stops being bound by reading weights: 989 TFLOP/s over 3.35 TB/s
-# of an H100, at one FLOP per byte and token.
+# Tokens per forward at which a bfloat16 matrix product stops being bound by reading weights: 989 TFLOP/s over 3.35
+# TB/s of an H100, at one FLOP per byte and token.
 RIDGE_TOKENS = 295
 
 
@@ -59,10 +61,11 @@ def break_even(
     """
     Estimate from which accepted length on a drafter pays.
 
-    A forward on `n` tokens costs the time to read the weights, times `max(1, n / ridge_tokens)`: bound by memory below the
-    ridge, by arithmetic above. A round verifies `batch * (K + 1)` tokens and drafts `batch * K`; plain decoding reads
-    `batch` tokens per pass. Attention over the text, sampling and launches are left out, so real engines need more. The
-    target counts as reading all its parameters, so mixtures of experts and large untied embeddings need more, too.
+    A forward on `n` tokens costs the time to read the weights, times `max(1, n / ridge_tokens)`: bound by memory below
+    the ridge, by arithmetic above. A round verifies `batch * (K + 1)` tokens and drafts `batch * K`; plain decoding
+    reads `batch` tokens per pass. Attention over the text, sampling and launches are left out, so real engines need
+    more. The target counts as reading all its parameters, so mixtures of experts and large untied embeddings need
+    more, too.
 
     Args:
         config ([`Eagle3DraftConfig`] or [`DFlashDraftConfig`]): The drafter's.
@@ -70,15 +73,15 @@ def break_even(
         num_target_parameters (`int`): Parameters of the target.
         taus (`Sequence[float]`, *optional*): Accepted lengths to give the speed-up at.
         acceptance (`Sequence[float]` of length `K`, *optional*):
-            Share of blocks that keep at least `k` drafts. With it, EAGLE-3 is also tried with fewer drafts, whose accepted
-            length is taken to be `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see each other,
-            so a shorter block is another input.
+            Share of blocks that keep at least `k` drafts. With it, EAGLE-3 is also tried with fewer drafts, whose
+            accepted length is taken to be `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see
+            each other, so a shorter block is another input.
         ridge_tokens (`int`, *optional*): Tokens per forward at the ridge of the hardware's roofline.
 
     Returns:
-        `dict` with `draft_cost` (drafting one block at batch 1, in target passes), `ridge_tokens`, and `rows`: per batch
-        size, the break-even tau, by tau the expected speed-up, and `best_drafts` with its speed-up, or `None` where it
-        cannot be told.
+        `dict` with `draft_cost` (drafting one block at batch 1, in target passes), `ridge_tokens`, and `rows`: per
+        batch size, the break-even tau, by tau the expected speed-up, and `best_drafts` with its speed-up, or `None`
+        where it cannot be told.
     """
 
     def round_cost(batch: int, drafts: int) -> float:

@@ -25,8 +25,8 @@ def flat_config(drafter: Drafter, publication: Publication) -> dict[str, Any]:
 
 def flat_tensors(drafter: Drafter, publication: Publication) -> dict[str, torch.Tensor]:
     """
-    Return what `model.safetensors` holds, on the CPU: the drafter's tensors under their published names, `d2t` in int64
-    and `t2d` in bool, and for EAGLE-3 the target's embedding as it is.
+    Return what `model.safetensors` holds, on the CPU: the drafter's tensors under their published names, `d2t` in
+    int64 and `t2d` in bool, and for EAGLE-3 the target's embedding as it is.
 
     Raises:
         ValueError: If a weight is not finite, or becomes infinite in the publication's precision.
@@ -38,8 +38,8 @@ def flat_tensors(drafter: Drafter, publication: Publication) -> dict[str, torch.
             stored = stored.to(publication.dtype)
             if not torch.isfinite(stored).all():
                 raise ValueError(
-                    f"{name!r} holds values that are not finite in {publication.dtype}. The drafter is damaged, or its "
-                    "weights are too large for that precision; nothing was written."
+                    f"{name!r} holds values that are not finite in {publication.dtype}. The drafter is damaged, or "
+                    "its weights are too large for that precision; nothing was written."
                 )
         tensors[name] = stored.contiguous().clone()
     if publication.family == "eagle3":
@@ -51,12 +51,12 @@ def find_refusal(drafter: Drafter, target: TargetOfExport) -> str | None:
     """Return why a drafter cannot be written for engines, in this layout or the speculators one, or `None`."""
     if target.embedding_scale is not None:
         return (
-            f"the target scales its embeddings ({target.embedding_scale}), and the drafter was trained on scaled ones, but "
-            "engines hand it the bare rows"
+            f"the target scales its embeddings ({target.embedding_scale}), and the drafter was trained on scaled "
+            "ones, but engines hand it the bare rows"
         )
     if drafter.config.family == "eagle3" and target.embedding is None:
         return (
-            "an EAGLE-3 drafter is published with a copy of its target's embedding, because some engines leave a missing "
-            "one uninitialised. Give the target (`--target`, in Python `target=read_target(...)`)"
+            "an EAGLE-3 drafter is published with a copy of its target's embedding, because some engines leave a "
+            "missing one uninitialised. Give the target (`--target`, in Python `target=read_target(...)`)"
         )
     return None

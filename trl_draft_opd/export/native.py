@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The layout of transformers' own DFlash class: `target.generate(..., assistant_model=drafter, speculation_type="dflash")`
-without remote code. The class is named after the first model that shipped it; the network is DFlash's.
+The layout of transformers' own DFlash class: `target.generate(..., assistant_model=drafter,
+speculation_type="dflash")` without remote code. The class is named after the first model that shipped it; the network
+is DFlash's.
 """
 
 from typing import Any
@@ -14,9 +15,9 @@ from ..drafters.base import Drafter
 _RENAMED = {"fc.": "encoder.fc.", "hidden_norm.": "encoder.output_norm_enc."}
 _COPIED = (
     "attention_dropout block_size bos_token_id dtype head_dim hidden_act hidden_size intermediate_size layer_types "
-    "mask_token_id max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads num_target_layers "
-    "pad_token_id rms_norm_eps rope_parameters target_layer_ids target_model_name_or_path target_model_revision "
-    "tie_word_embeddings transformers_version vocab_size"
+    "mask_token_id max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads "
+    "num_target_layers pad_token_id rms_norm_eps rope_parameters target_layer_ids target_model_name_or_path "
+    "target_model_revision tie_word_embeddings transformers_version vocab_size"
 ).split()
 
 

@@ -1,5 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""What is published: a drafter, its target, and what is known of both. Settings and card are written from this alone."""
+"""
+What is published: a drafter, its target, and what is known of both. Settings and card are written from this alone.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +36,8 @@ class Publication:
         record ([`TrainingRecord`] or `None`): What was trained and measured.
 
     Raises:
-        ValueError: If an id is no Hub id, the licence no identifier, or the record is another drafter's or holds what must
-            not be published.
+        ValueError: If an id is no Hub id, the licence no identifier, or the record is another drafter's or holds what
+            must not be published.
     """
 
     config: DraftConfig
@@ -64,8 +66,8 @@ class Publication:
         other = (record.family, record.target.vocab_size, record.target.hidden_size)
         if own != other:
             raise ValueError(
-                f"The training record is another drafter's: family, vocabulary and target width are {other}, here they "
-                f"are {own}. Give the record of this drafter, or none."
+                f"The training record is another drafter's: family, vocabulary and target width are {other}, here "
+                f"they are {own}. Give the record of this drafter, or none."
             )
 
     @classmethod

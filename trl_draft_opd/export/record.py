@@ -1,9 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What was trained and measured, as one JSON file next to a drafter: the card is written from it, `verify` compares with it.
+What was trained and measured, as one JSON file next to a drafter: the card is written from it, `verify` compares with
+it.
 
-A record is published, so it holds numbers, choices by name and Hub ids alone: no prompt, no path of a machine, no token. Each
-field states what it may hold; everything else is refused when a record is written and when it is read.
+A record is published, so it holds numbers, choices by name and Hub ids alone: no prompt, no path of a machine, no
+token. Each field states what it may hold; everything else is refused when a record is written and when it is read.
 """
 
 import importlib.metadata
@@ -64,7 +65,7 @@ _VERSION = re.compile(r"[\w.+!-]{1,48}")
 _SECRET = re.compile(r"(hf_|api_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
 
 
-# ---- what a field may hold -------------------------------------------------------------------------------------------
+# ---- what a field may hold ------------------------------------------------------------------------------------------
 
 
 def _holding(fits: Callable[[Any], bool], wanted: str, **options: Any) -> Any:
@@ -126,7 +127,7 @@ def recorded_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str
     return found
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+# ---- the record -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 """
 The rules an exported folder keeps so that every engine reads the same drafter out of it, checked on the files alone.
 
-Engines report almost none of these: a missing tensor is left uninitialised, an unknown key is skipped, a layer id that is one
-off costs most of the gain. Each problem begins with the name of its rule.
+Engines report almost none of these: a missing tensor is left uninitialised, an unknown key is skipped, a layer id that
+is one off costs most of the gain. Each problem begins with the name of its rule.
 """
 
 import json
@@ -29,8 +29,9 @@ from .speculators import speculators_tensors
 _IDS = "eagle_aux_hidden_state_layer_ids"
 # Keys of a target's config that change what engines compute in a drafter.
 _LEFTOVERS = (
-    "partial_rotary_factor mrope_section mrope_interleaved rope_dim quantization_config num_experts num_experts_per_tok "
-    "final_logit_softcapping attn_logit_softcapping logits_scaling embedding_multiplier query_pre_attn_scalar auto_map"
+    "partial_rotary_factor mrope_section mrope_interleaved rope_dim quantization_config num_experts "
+    "num_experts_per_tok final_logit_softcapping attn_logit_softcapping logits_scaling embedding_multiplier "
+    "query_pre_attn_scalar auto_map"
 ).split()
 _ARCHITECTURES = {
     ("eagle3", "flat"): "LlamaForCausalLMEagle3",
@@ -80,7 +81,8 @@ def check_folder(folder: str | Path, target: TargetOfExport | None = None) -> li
 
     Args:
         folder (`str` or `Path`): The folder.
-        target ([`TargetOfExport`], *optional*): Its target; rules about its config or embedding are skipped without them.
+        target ([`TargetOfExport`], *optional*):
+            Its target; rules about its config or embedding are skipped without them.
 
     Returns:
         `list[str]`: Problems, each beginning with its rule (`C1` to `C13`, or `files`); empty when all is well.
@@ -240,17 +242,16 @@ def _c9_speculators(files: _Files) -> Iterator[str]:
         yield "C9: sliding_window_non_causal must be true; vLLM turns false into causal attention in every layer."
 
 
-def _c10_name(repo_id: str, family: str) -> Iterator[str]:
-    name = repo_id.rsplit("/", 1)[-1].lower()
-    if "eagle-" in name:
-        yield f"C10: {repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1."
-    if family not in name:
-        yield f"C10: {repo_id!r} does not contain {family!r}, by which vLLM tells the method when none is named."
-
-
 def check_repo_name(repo_id: str, family: str) -> list[str]:
     """Return what is wrong with the name of a repository of a drafter of `family`, as [`check_folder`] does."""
-    return list(_c10_name(repo_id, family))
+    name, problems = repo_id.rsplit("/", 1)[-1].lower(), []
+    if "eagle-" in name:
+        problems.append(f"C10: {repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1.")
+    if family not in name:
+        problems.append(
+            f"C10: {repo_id!r} does not contain {family!r}, by which vLLM tells the method when none is named."
+        )
+    return problems
 
 
 def _c11_vocabulary(files: _Files) -> Iterator[str]:

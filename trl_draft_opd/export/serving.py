@@ -18,7 +18,9 @@ _NOT_IN_VLLM = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Phi3ForC
 
 
 def serving_settings(publication: Publication) -> dict[str, Any]:
-    """Return the content of `speculative_config.json`, plain JSON values; placeholders stand for ids that are unknown."""
+    """
+    Return the content of `speculative_config.json`, plain JSON values; placeholders stand for ids that are unknown.
+    """
     family, drafts, ids = publication.family, publication.num_drafts, list(publication.config.target_layer_ids)
     target, repo = publication.target_name, publication.repo_name
     vllm = {"method": family, "model": repo, "num_speculative_tokens": drafts}
@@ -57,8 +59,8 @@ def _break_even(publication: Publication) -> dict[str, Any] | None:
     """
     Return the estimate of [`break_even`] from what was recorded, or `None` where the target's size was not.
 
-    Accepted lengths count where they were measured with the number of drafts that is served; acceptance per slot is that
-    of the first such measurement, the lowest temperature before others.
+    Accepted lengths count where they were measured with the number of drafts that is served; acceptance per slot is
+    that of the first such measurement, the lowest temperature before others.
     """
     record = publication.record
     if record is None or not record.target.num_parameters:
@@ -75,7 +77,9 @@ def _break_even(publication: Publication) -> dict[str, Any] | None:
 
 
 def _transformers_snippet(publication: Publication) -> str | None:
-    """Return Python lines that decode with the drafter in transformers; `None` where no layout in the repository can."""
+    """
+    Return Python lines that decode with the drafter in transformers; `None` where no layout in the repository can.
+    """
     layouts, repo, target = publication.layouts, json.dumps(publication.repo_name), json.dumps(publication.target_name)
     if publication.family == "dflash" and "transformers" in layouts:
         folder = "" if layouts[0] == "transformers" else 'subfolder="transformers", '
@@ -102,7 +106,9 @@ def _transformers_snippet(publication: Publication) -> str | None:
 
 
 def readers(publication: Publication) -> dict[str, str]:
-    """Return, by reader, `"yes"`, `"yes, "` and on which condition, or `"no: "` and why it cannot load this drafter."""
+    """
+    Return, by reader, `"yes"`, `"yes, "` and on which condition, or `"no: "` and why it cannot load this drafter.
+    """
     architectures = set(publication.target.architectures)
     conditions = {"EAGLE's code": "if the target's weights lie in several files with an index"}
     if architectures & set(_NOT_IN_VLLM):

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What an export needs of the target: its id, its config and its embedding. The target's model is never built: one tensor of
-its files is read.
+What an export needs of the target: its id, its config and its embedding. The target's model is never built: one tensor
+of its files is read.
 """
 
 import re
@@ -92,8 +92,8 @@ def _read_embedding(source: CheckpointSource, shape: tuple[int, int]) -> torch.T
     files = source.weight_files()
     if files is None:
         raise ValueError(
-            f"The target {str(source)!r} has no safetensors files. Its embedding is read from safetensors files alone, "
-            "because pickled ones can carry code: convert it with `save_pretrained` first."
+            f"The target {str(source)!r} has no safetensors files. Its embedding is read from safetensors files "
+            "alone, because pickled ones can carry code: convert it with `save_pretrained` first."
         )
     found = {}
     for file, names in files.items():
@@ -106,8 +106,8 @@ def _read_embedding(source: CheckpointSource, shape: tuple[int, int]) -> torch.T
                     found[name] = tensors.get_tensor(name)
     if len(found) != 1:
         raise ValueError(
-            f"The target {str(source)!r} has {sorted(found) or 'no tensor'} that could be its embedding of shape {shape}. "
-            "Load the target and pass `target=TargetOfExport(embedding=model.get_input_embeddings().weight)` to "
-            "`export_drafter`."
+            f"The target {str(source)!r} has {sorted(found) or 'no tensor'} that could be its embedding of shape "
+            f"{shape}. Load the target and pass "
+            "`target=TargetOfExport(embedding=model.get_input_embeddings().weight)` to `export_drafter`."
         )
     return next(iter(found.values()))

@@ -87,7 +87,9 @@ def _dflash_keys(flat: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
 
 
 def speculators_tensors(flat_tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what `model.safetensors` holds: the flat layout's tensors, with EAGLE-3's layer under the library's name."""
+    """
+    Return what `model.safetensors` holds: the flat layout's tensors, with EAGLE-3's layer under the library's name.
+    """
     return {re.sub(r"^midlayer\.", "layers.0.", name): tensor for name, tensor in flat_tensors.items()}
 
 
@@ -95,8 +97,8 @@ def find_refusal(drafter: Drafter, target: TargetOfExport) -> str | None:
     """Return why a drafter cannot be written in this layout, or `None`."""
     if target.hub_id is None:
         return (
-            "the speculators format names the target, and only a Hub id says where others find it. The target is known "
-            "by a local path or not at all: pass its id (`--target-id ORG/NAME`, in a trainer `hub_target_id`)"
+            "the speculators format names the target, and only a Hub id says where others find it. The target is "
+            "known by a local path or not at all: pass its id (`--target-id ORG/NAME`, in a trainer `hub_target_id`)"
         )
     width, hidden = drafter.config.target_hidden_size, drafter.config.hidden_size
     if width != hidden:

@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Write a drafter for those who serve it: every layout, its settings and its card, in one folder that becomes a repository.
+Write a drafter for those who serve it: every layout, its settings and its card, in one folder that becomes a
+repository.
 
-All of it is made in a temporary sibling folder and put in place by one rename, so that no reader ever sees half an export.
+All of it is made in a temporary sibling folder and put in place by one rename, so that no reader ever sees half an
+export.
 """
 
 import json
@@ -70,11 +72,11 @@ def export_drafter(
         folder (`str` or `Path`):
             Where to; must be empty, missing, or an earlier export, which is replaced (its notes in the card survive).
         to (`str`, *optional*, defaults to `"all"`):
-            `"flat"`, `"speculators"` or `"transformers"` write that layout at the root; `"all"` writes the flat layout at
-            the root and the others, where they can hold the drafter, in folders of their names.
+            `"flat"`, `"speculators"` or `"transformers"` write that layout at the root; `"all"` writes the flat layout
+            at the root and the others, where they can hold the drafter, in folders of their names.
         target ([`TargetOfExport`], *optional*):
-            The target, see [`read_target`]: its embedding is needed for EAGLE-3, its Hub id for the speculators layout and
-            the card, its config to check the drafter against it.
+            The target, see [`read_target`]: its embedding is needed for EAGLE-3, its Hub id for the speculators layout
+            and the card, its config to check the drafter against it.
         repo_id (`str`, *optional*):
             Hub id the folder will have, for commands that can be pasted.
         record ([`TrainingRecord`], *optional*):
@@ -89,8 +91,8 @@ def export_drafter(
         [`ExportResult`]
 
     Raises:
-        ValueError: If a layout that was asked for cannot hold the drafter, something it needs is missing, or the folder
-            holds other things. Nothing is written then.
+        ValueError: If a layout that was asked for cannot hold the drafter, something it needs is missing, or the
+            folder holds other things. Nothing is written then.
     """
     if to not in (*LAYOUTS, "all"):
         raise ValueError(f"`to` must be one of {(*LAYOUTS, 'all')}, got {to!r}.")
@@ -142,8 +144,8 @@ def _check_target(drafter: Drafter, target: TargetOfExport) -> None:
     shape = (config.vocab_size, config.target_hidden_size)
     if target.embedding is not None and tuple(target.embedding.shape) != shape:
         raise ValueError(
-            f"The embedding has shape {tuple(target.embedding.shape)}, but this drafter's target has {shape}. Give the "
-            "target it was trained for."
+            f"The embedding has shape {tuple(target.embedding.shape)}, but this drafter's target has {shape}. Give "
+            "the target it was trained for."
         )
     if target.config is None:
         return
@@ -198,6 +200,6 @@ def check_folder_is_ours(folder: Path) -> None:
     foreign = sorted(held - PUBLISHED_NAMES)
     if held and (foreign or SERVING_FILE not in held):
         raise ValueError(
-            f"{str(folder)!r} holds {foreign or sorted(held)}, which no export wrote. Name an empty folder, a new one, or "
-            "an earlier export."
+            f"{str(folder)!r} holds {foreign or sorted(held)}, which no export wrote. Name an empty folder, a new "
+            "one, or an earlier export."
         )

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Lay a consumer's outcome beside the reference's: text to the last token, rounds block by block, tau. Every difference gets a reason:
-a near tie, which other kernels break otherwise, or none, and then the consumer computes something else.
+Lay a consumer's outcome beside the reference's: text to the last token, rounds block by block, tau. Every difference
+gets a reason: a near tie, which other kernels break otherwise, or none, and then the consumer computes something else.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,8 @@ def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: flo
     problems, notes, others = _compare_texts(scene, reference, outcome)
     counts, expected, num_other_chains = outcome.counts, count_rounds(reference.chains, scene.num_drafts), None
     if outcome.chains is not None:
-        # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the drafter.
+        # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the
+        # drafter.
         same = [row for row in range(len(scene.prompts)) if row not in others]
         counts, expected = (
             count_rounds([chains[row] for row in same], scene.num_drafts)
@@ -129,8 +130,8 @@ def _compare_rounds(
         return [], []
     gap = counts.tau / expected.tau - 1
     text = (
-        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_rounds} rounds instead of "
-        f"{expected.num_rounds}"
+        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_rounds} "
+        f"rounds instead of {expected.num_rounds}"
     )
     told, widest = "", float("inf")
     if outcome.chains is not None:
@@ -159,8 +160,8 @@ def _first_blocks(scene: Scene, reference: Reference, outcome: Outcome) -> tuple
         gap = _draft_gap(scene, row, reference.responses[row], anchor, slot)
         widest = max(widest, gap)
         told.append(
-            f"prompt {row}, block at token {anchor}: {other[index]} drafts kept instead of {own[index]}, the two best logits of slot {slot} "
-            f"are {gap:.2g} apart"
+            f"prompt {row}, block at token {anchor}: {other[index]} drafts kept instead of {own[index]}, the two best "
+            f"logits of slot {slot} are {gap:.2g} apart"
         )
     more = f"; and in {len(told) - _NAMED} more prompts" if len(told) > _NAMED else ""
     return (": " + "; ".join(told[:_NAMED]) + more if told else ""), widest
@@ -171,12 +172,12 @@ def _hint(counts: Counts, expected: Counts) -> str:
     own, wanted = (each.kept_at_slot[0] / max(each.num_rounds, 1) for each in (counts, expected))
     if abs(own - wanted) > 0.02:
         return (
-            f"Already the first draft is kept in {own:.1%} of rounds instead of {wanted:.1%}: look at the layer ids as this consumer counts "
-            "them, at d2t, and at the embedding."
+            f"Already the first draft is kept in {own:.1%} of rounds instead of {wanted:.1%}: look at the layer ids "
+            "as this consumer counts them, at d2t, and at the embedding."
         )
     return (
-        f"The first draft is kept as often as it should ({own:.1%}), later ones are not: look at what is fed back (norm_output), at the mask "
-        "inside a block (is_causal), and at positions (rope)."
+        f"The first draft is kept as often as it should ({own:.1%}), later ones are not: look at what is fed back "
+        "(norm_output), at the mask inside a block (is_causal), and at positions (rope)."
     )
 
 
@@ -191,7 +192,9 @@ def _target_gap(scene: Scene, row: int, response: Sequence[int], place: int) -> 
 
 @torch.no_grad()
 def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slot: int) -> float:
-    """Return how far apart the drafter's two best logits are for a slot of the block at token `anchor` of a response."""
+    """
+    Return how far apart the drafter's two best logits are for a slot of the block at token `anchor` of a response.
+    """
     target, drafter = scene.target, scene.drafter
     ids = torch.tensor([[*scene.prompts[row], *response]], device=target.device)
     features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features

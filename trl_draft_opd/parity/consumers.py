@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Whoever decodes with a published drafter: in this process transformers' DFlash, the function that a repository carries and
-the speculators library's model classes; in processes of their own the engines of `engines.py`.
+Whoever decodes with a published drafter: in this process transformers' DFlash, the function that a repository carries
+and the speculators library's model classes; in processes of their own the engines of `engines.py`.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from .scene import Scene, generate
 _BLOCK = 128
 
 
-# ---- through the target's own `generate` -----------------------------------------------------------------------------
+# ---- through the target's own `generate` ----------------------------------------------------------------------------
 # Neither of these two reports how many drafts a round kept; the target's forward passes do.
 
 
@@ -93,7 +93,8 @@ def run_transformers(scene: Scene) -> Outcome:
 def run_custom_generate(scene: Scene) -> Outcome:
     """Decode with the function that the export carries: this runs its code."""
     with TemporaryDirectory() as scratch:
-        # transformers keeps modules by the folder's name, and the function keeps drafters by theirs: a new name reads afresh.
+        # transformers keeps modules by the folder's name, and the function keeps drafters by theirs: a new name reads
+        # afresh.
         folder = Path(scratch).resolve() / Path(scratch).name
         folder.symlink_to(scene.folder.resolve(), target_is_directory=True)
         options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True, "drafter": str(folder)}
@@ -102,7 +103,7 @@ def run_custom_generate(scene: Scene) -> Outcome:
         return _decode(scene, "custom_generate", options)
 
 
-# ---- the speculators library -----------------------------------------------------------------------------------------
+# ---- the speculators library ----------------------------------------------------------------------------------------
 # It does not decode: from its logits at every anchor of the text follows what it would have kept, hence its rounds.
 
 
@@ -203,7 +204,7 @@ def _dflash_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.T
     return logits[0].view(len(anchors), size, -1)[:, 1 : 1 + scene.num_drafts].argmax(dim=-1)
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- all of them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

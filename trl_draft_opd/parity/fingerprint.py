@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A drafter's fingerprint: what it drafts on one fixed text of random tokens, and with which log-probabilities. Two layouts of one
-drafter have the same one, whatever the prompts; where they differ, config and tensors are searched for the reason.
+A drafter's fingerprint: what it drafts on one fixed text of random tokens, and with which log-probabilities. Two
+layouts of one drafter have the same one, whatever the prompts; where they differ, config and tensors are searched for
+the reason.
 """
 
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ _LENGTH, _STRIDE, _SEED = 96, 4, 20260001
 _CLOSE = 1e-4
 # What decides a drafter's computation beside its weights. Names that a family lacks are passed over.
 _DECISIVE = (
-    "target_layer_ids block_size mask_token_id num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size "
-    "intermediate_size hidden_act rms_norm_eps rope_parameters vocab_size draft_vocab_size fc_norm norm_before_fc "
-    "norm_before_residual norm_output is_causal"
+    "target_layer_ids block_size mask_token_id num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_size intermediate_size hidden_act rms_norm_eps rope_parameters vocab_size draft_vocab_size fc_norm "
+    "norm_before_fc norm_before_residual norm_output is_causal"
 ).split()
 
 
@@ -131,6 +132,6 @@ def _tensor_reasons(published: Drafter, checkpoint: Drafter) -> Iterator[str]:
 def _vocabulary_reason(name: str, stored: torch.Tensor, trained: torch.Tensor) -> str:
     num_other = int((stored != trained).sum())
     return (
-        f"its {name} differs from the checkpoint's in {num_other} of {len(trained)} entries: the draft vocabulary is another one, perhaps "
-        "stale, so drafts stand for other tokens than in training"
+        f"its {name} differs from the checkpoint's in {num_other} of {len(trained)} entries: the draft vocabulary is "
+        "another one, perhaps stale, so drafts stand for other tokens than in training"
     )

@@ -2,8 +2,8 @@
 """
 The parity gate: what was trained is what was published, and what every consumer at hand decodes with.
 
-Reads the published files afresh. An error in them leaves every text right, because the target verifies it, and costs the speed
-that the drafter is for; so rounds are compared one by one, and not texts alone.
+Reads the published files afresh. An error in them leaves every text right, because the target verifies it, and costs
+the speed that the drafter is for; so rounds are compared one by one, and not texts alone.
 """
 
 import json
@@ -52,21 +52,22 @@ def verify_drafter(
     """
     Check a published drafter against its training, and every consumer at hand against our reference loop.
 
-    Decodes each prompt alone to a fixed number of tokens, the end of sequence ignored on all sides, and counts the rounds
-    that start within `max_new_tokens` tokens, each with all the drafts it kept. Engines do so too: a block that the limit
-    cuts counts whole.
+    Decodes each prompt alone to a fixed number of tokens, the end of sequence ignored on all sides, and counts the
+    rounds that start within `max_new_tokens` tokens, each with all the drafts it kept. Engines do so too: a block that
+    the limit cuts counts whole.
 
     Args:
         path (`str` or `Path`): Folder or Hub id of the published drafter.
         target ([`FrozenTarget`]): In float32, because outputs are compared to the last token.
         prompts (`Sequence[Sequence[int]]`): Token ids, chat template applied.
         target_name (`str`, *optional*):
-            Folder or Hub id of the target for engines and libraries that load it themselves; where it was loaded from by
-            default.
+            Folder or Hub id of the target for engines and libraries that load it themselves; where it was loaded from
+            by default.
         checkpoint (`str` or `Path`, *optional*):
             The training checkpoint the export was made from; a LoRA adapter is merged.
         consumers (`Sequence[str]`, *optional*):
-            Any of `"transformers"`, `"custom_generate"`, `"speculators"`, `"vllm"`, `"sglang"`; all that are installed by default.
+            Any of `"transformers"`, `"custom_generate"`, `"speculators"`, `"vllm"`, `"sglang"`; all that are installed
+            by default.
         num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
         max_new_tokens (`int`, *optional*, defaults to 128): Tokens whose rounds are counted.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code in the folder's `custom_generate/`.

@@ -15,9 +15,11 @@ class Row:
 
     Attributes:
         name (`str`): What decoded, or what was estimated.
-        tau (`float`), acceptance_per_slot (`list[float]`), num_rounds (`int`): Of the counted rounds; NaN, empty and 0 for plain decoding.
+        tau (`float`), acceptance_per_slot (`list[float]`), num_rounds (`int`):
+            Of the counted rounds; NaN, empty and 0 for plain decoding.
         num_different (`int` or `None`): Responses that differ from the target's own; `None` where nothing was written.
-        num_other_chains (`int` or `None`): Prompts whose rounds differ from the reference's; `None` where they were not told.
+        num_other_chains (`int` or `None`):
+            Prompts whose rounds differ from the reference's; `None` where they were not told.
         remark (`str`): What a reader should know.
     """
 

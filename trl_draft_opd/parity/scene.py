@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What every consumer is asked to decode, and what it is checked against: the target's plain decoding, our reference loop, and
-the estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens, end of sequence ignored.
+What every consumer is asked to decode, and what it is checked against: the target's plain decoding, our reference
+loop, and the estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens, end of
+sequence ignored.
 """
 
 import sys
@@ -55,7 +56,8 @@ class Scene:
 
     Attributes:
         target ([`FrozenTarget`]): In float32, because outputs are compared to the last token.
-        target_name (`str` or `None`): Folder or Hub id to load it from, for engines and libraries that read it themselves.
+        target_name (`str` or `None`):
+            Folder or Hub id to load it from, for engines and libraries that read it themselves.
         folder (`Path`): The published files.
         drafter ([`Drafter`]): Read afresh from them.
         prompts (`list[list[int]]`): Token ids.
@@ -100,7 +102,9 @@ def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(scene: Scene, prompt: list[int], **options) -> list[int]:
-    """Return `scene.num_decoded` tokens that the target's own `generate` writes behind a prompt, under further `options`."""
+    """
+    Return `scene.num_decoded` tokens that the target's own `generate` writes behind a prompt, under further `options`.
+    """
     ids = torch.tensor([prompt], device=scene.target.device)
     with decoding_greedily(scene.target):
         output = scene.target.causal_lm.generate(
@@ -136,7 +140,8 @@ def replay(
     scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
 ) -> list[list[int]]:
     """
-    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without generation.
+    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without
+    generation.
 
     Args:
         scene ([`Scene`]): Prompts and settings.

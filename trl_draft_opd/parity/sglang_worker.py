@@ -22,11 +22,12 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     Start an offline engine, decode the prompts greedily to a fixed number of tokens, and return tokens and counters.
 
     Args:
-        request (`dict`): As for `vllm_worker.decode`; `speculative` names `method`, `model` and `num_speculative_tokens`.
+        request (`dict`):
+            As for `vllm_worker.decode`; `speculative` names `method`, `model` and `num_speculative_tokens`.
 
     Returns:
-        `dict` with `version`, `responses`, `num_rounds` and `kept_at_slot`; `accepted` is `None`, because the engine reports
-        how many rounds kept how many drafts, and not in which order.
+        `dict` with `version`, `responses`, `num_rounds` and `kept_at_slot`; `accepted` is `None`, because the engine
+        reports how many rounds kept how many drafts, and not in which order.
     """
     import sglang
 

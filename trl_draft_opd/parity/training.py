@@ -2,8 +2,9 @@
 """
 Whether a published drafter is the one that was trained: its layouts, its checkpoint and its record compared with it.
 
-Without a checkpoint, two errors still give themselves away: other layers that suit the drafter better than those it names, and a
-head whose rows are those of other tokens than its vocabulary says. Both leave the text right and only slow it down.
+Without a checkpoint, two errors still give themselves away: other layers that suit the drafter better than those it
+names, and a head whose rows are those of other tokens than its vocabulary says. Both leave the text right and only
+slow it down.
 """
 
 import json
@@ -93,7 +94,7 @@ def _compare_with_checkpoint(scene: Scene, trained: Drafter) -> tuple[Drafter, s
     return expected, f"The export is not its checkpoint: {cause}. ({gap or 'It drafts alike on a fixed text.'})"
 
 
-# ---- without a checkpoint --------------------------------------------------------------------------------------------
+# ---- without a checkpoint -------------------------------------------------------------------------------------------
 
 
 def suspect_layer_ids(scene: Scene, responses: list[list[int]]) -> str | None:
@@ -115,8 +116,8 @@ def suspect_layer_ids(scene: Scene, responses: list[list[int]]) -> str | None:
     if best is None or taus[best] - 1 <= (1 + _GAIN) * (own - 1) + 0.02:
         return None
     return (
-        f"the layer ids {named} look wrong: with {list(best)} tau is {taus[best]:.3f} instead of {own:.3f} on the first "
-        f"{min(_NUM_PROMPTS, len(scene.prompts))} prompts"
+        f"the layer ids {named} look wrong: with {list(best)} tau is {taus[best]:.3f} instead of {own:.3f} on the "
+        f"first {min(_NUM_PROMPTS, len(scene.prompts))} prompts"
     )
 
 
@@ -143,7 +144,8 @@ def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:
 @torch.no_grad()
 def suspect_vocabulary(scene: Scene) -> str | None:
     """
-    Compare rows of an EAGLE-3 head with the target's, where training starts them: each should resemble its own token's.
+    Compare rows of an EAGLE-3 head with the target's, where training starts them: each should resemble its own
+    token's.
 
     Returns:
         `str` if many rows resemble another token's clearly more than their own; `None` otherwise, and for heads that
@@ -168,12 +170,12 @@ def suspect_vocabulary(scene: Scene) -> str | None:
     if is_other.float().mean() <= 0.1:
         return None
     return (
-        f"d2t looks stale: of {len(picks)} rows of the head, {int(is_other.sum())} resemble the target's row of another token "
-        "than the one d2t names. Export again with the vocabulary the drafter was trained with"
+        f"d2t looks stale: of {len(picks)} rows of the head, {int(is_other.sum())} resemble the target's row of "
+        "another token than the one d2t names. Export again with the vocabulary the drafter was trained with"
     )
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+# ---- the record -----------------------------------------------------------------------------------------------------
 
 
 def _compare_with_record(scene: Scene, tolerance: float, report: VerificationReport) -> None:
@@ -217,8 +219,8 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
     if abs(gap) <= tolerance:
         return
     text = f"tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training ({gap:+.2%})"
-    # Rounding to bfloat16, and a target in bfloat16 then and float32 now, move tau within its noise; a wrong export moves
-    # it out.
+    # Rounding to bfloat16, and a target in bfloat16 then and float32 now, move tau within its noise; a wrong export
+    # moves it out.
     if recorded.tau_low <= found.tau <= recorded.tau_high:
         report.notes.append(
             f"{text}; it lies in the recorded interval. Weights were in float32 then, and the target in "

@@ -2,8 +2,8 @@
 """
 Decode prompts in vLLM and write down what it did: `python -P vllm_worker.py REQUEST.json REPLY.json`.
 
-A process of its own, because an engine takes a whole process for itself, and perhaps of another environment, because vLLM
-pins other versions than training does. So this file stands alone: it imports vLLM and nothing of this package.
+A process of its own, because an engine takes a whole process for itself, and perhaps of another environment, because
+vLLM pins other versions than training does. So this file stands alone: it imports vLLM and nothing of this package.
 """
 
 import json
@@ -28,13 +28,14 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request (`dict`):
-            `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids), `max_new_tokens`,
-            `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or by the model's own config), `dtype`,
-            `max_model_len`, `batch_size`, `cache_bytes`.
+            `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids),
+            `max_new_tokens`, `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or by the
+            model's own config), `dtype`, `max_model_len`, `batch_size`, `cache_bytes`.
 
     Returns:
-        `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where
-        nothing is drafted or this vLLM does not report them), and the engine's counters `num_rounds` and `kept_at_slot`.
+        `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None`
+        where nothing is drafted or this vLLM does not report them), and the engine's counters `num_rounds` and
+        `kept_at_slot`.
     """
     import vllm
     from vllm import LLM, SamplingParams

@@ -131,7 +131,7 @@ class DFlashDraftConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DFlashDraftConfig":
-        """Read any published DFlash `config.json` (see `trl_draft_opd/drafters/published/checkpoint.py`)."""
-        from ..published.checkpoint import config_from_dict
+        """Read any published DFlash `config.json` (see `trl_draft_opd/drafters/published/configs.py`)."""
+        from ..published.configs import config_from_dict
 
         return config_from_dict(cls, config_dict, **kwargs)

@@ -138,7 +138,7 @@ class Eagle3DraftConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Eagle3DraftConfig":
-        """Read any published EAGLE-3 `config.json` (see `trl_draft_opd/drafters/published/checkpoint.py`)."""
-        from ..published.checkpoint import config_from_dict
+        """Read any published EAGLE-3 `config.json` (see `trl_draft_opd/drafters/published/configs.py`)."""
+        from ..published.configs import config_from_dict
 
         return config_from_dict(cls, config_dict, **kwargs)

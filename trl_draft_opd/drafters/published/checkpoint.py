@@ -2,8 +2,8 @@
 """
 Read a published drafter from a folder or the Hub: its config, and its tensors under this package's names.
 
-What a config means is `importing_config.py`'s matter. Nothing here runs code that comes with a checkpoint, builds a model
-or skips a tensor it does not know: whatever is not in the short lists below is handed on, and loading reports it.
+What a config means is `configs.py`'s matter. Nothing here runs code that comes with a checkpoint, builds a model or
+skips a tensor it does not know: whatever is not in the short lists below is handed on, and loading reports it.
 """
 
 import json
@@ -17,7 +17,6 @@ from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_c
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
 
 from .configs import ParsedConfig, parse_drafter_config
 
@@ -54,7 +53,8 @@ class CheckpointSource:
 
     Attributes:
         name_or_path (`str`): Folder or Hub id.
-        revision (`str` or `None`), subfolder (`str`), token (`str`, `bool` or `None`), cache_dir (`str`, `Path` or `None`), local_files_only (`bool`):
+        revision (`str` or `None`), subfolder (`str`), token (`str`, `bool` or `None`), cache_dir (`str`, `Path` or
+        `None`), local_files_only (`bool`):
             As in `transformers`; only `subfolder` matters for a local folder.
     """
 
@@ -127,8 +127,8 @@ class CheckpointSource:
 
     def weight_files(self) -> dict[str, list[str]] | None:
         """
-        Return the safetensors files that hold the weights, each with the tensors that the index places in it: none where
-        there is one file and no index. `None` if there are no such files.
+        Return the safetensors files that hold the weights, each with the tensors that the index places in it: none
+        where there is one file and no index. `None` if there are no such files.
 
         Raises:
             OSError: As [`CheckpointSource.find`].
@@ -164,13 +164,17 @@ class CheckpointSource:
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the drafter's."""
+    """
+    Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the
+    drafter's.
+    """
     file, root = path.resolve(), folder.resolve()
     # In the cache of the Hub, a snapshot's files are links to blobs beside it.
     if file.is_relative_to(root) or (root.parent.name == "snapshots" and file.parent == root.parents[1] / "blobs"):
         return path
     raise ValueError(
-        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies in."
+        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies "
+        "in."
     )
 
 
@@ -179,44 +183,15 @@ def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | No
     return parse_drafter_config(source.read_json(CONFIG_FILE), num_target_layers=num_target_layers)
 
 
-def config_from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
-    """
-    Build a drafter config from any published `config.json`, or from its own `to_dict()`; for `from_dict` of the classes.
-
-    Args:
-        cls (`type`):
-            The family's config class.
-        config_dict (`dict[str, Any]`):
-            The content.
-        kwargs:
-            As in `PreTrainedConfig.from_dict`; `num_target_layers` also resolves ids that are not written.
-
-    Raises:
-        ValueError: If the content describes another family, or see [`parse_drafter_config`].
-    """
-    if config_dict.get("model_type") == cls.model_type:
-        own = {key: value for key, value in config_dict.items() if key != "model_type"}
-    else:
-        imported = parse_drafter_config(config_dict, num_target_layers=kwargs.get("num_target_layers"))
-        if imported.family != cls.family:
-            raise ValueError(
-                f"The config describes a {imported.family} drafter (architectures {imported.architectures}), but "
-                f"{cls.__name__} reads {cls.family} drafters. Use the other family's config class, or `AutoDrafter`."
-            )
-        own = dict(imported.arguments)
-    # The base class's body run for `cls`: it honours `return_unused_kwargs` and overrides.
-    return PreTrainedConfig.from_dict.__func__(cls, own, **kwargs)
-
-
 def read_drafter_tensors(
     source: CheckpointSource, imported: ParsedConfig, *, allow_pickle_weights: bool
 ) -> dict[str, torch.Tensor]:
     """
     Read the weights of a checkpoint under the names that this package's drafters have.
 
-    Left out, because drafters here do not own them: the target's embedding (and, for DFlash, head), rotary frequencies,
-    `verifier_*` of the speculators format, and the vocabulary maps of an EAGLE-3 drafter over the full vocabulary. A
-    missing `t2d` is derived from `d2t`.
+    Left out, because drafters here do not own them: the target's embedding (and, for DFlash, head), rotary
+    frequencies, `verifier_*` of the speculators format, and the vocabulary maps of an EAGLE-3 drafter over the full
+    vocabulary. A missing `t2d` is derived from `d2t`.
 
     Args:
         source (`CheckpointSource`):
@@ -231,13 +206,13 @@ def read_drafter_tensors(
 
     Raises:
         OSError: If there are no weights.
-        ValueError: If a file is unsafe or incomplete, two names become one, a tensor is not finite or of a type that is
-            no floating-point weight, or the vocabulary maps are inconsistent.
+        ValueError: If a file is unsafe or incomplete, two names become one, a tensor is not finite or of a type that
+            is no floating-point weight, or the vocabulary maps are inconsistent.
     """
     if imported.family == "dflash" and source.find(MASK_EMBEDDING_FILE) is not None:
         raise ValueError(
-            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}: a mask embedding of its own is not supported, because drafters here "
-            "embed masks with the target's embedding."
+            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}: a mask embedding of its own is not supported, because "
+            "drafters here embed masks with the target's embedding."
         )
     tensors: dict[str, torch.Tensor] = {}
     published_names: dict[str, str] = {}
@@ -248,14 +223,15 @@ def read_drafter_tensors(
             continue
         if name in published_names:
             raise ValueError(
-                f"{str(source)!r} holds {published_names[name]!r} and {published_name!r}, which are both {name!r}. Remove one."
+                f"{str(source)!r} holds {published_names[name]!r} and {published_name!r}, which are both {name!r}. "
+                "Remove one."
             )
         published_names[name] = published_name
         if name in _OF_THE_TARGET[imported.family]:
             if tensor.shape != (vocab_size, hidden_size):
                 raise ValueError(
-                    f"{published_name!r} has shape {tuple(tensor.shape)}, but the target's would be {(vocab_size, hidden_size)}. "
-                    "A drafter with an embedding or head of its own is not supported."
+                    f"{published_name!r} has shape {tuple(tensor.shape)}, but the target's would be "
+                    f"{(vocab_size, hidden_size)}. A drafter with an embedding or head of its own is not supported."
                 )
             continue
         _check_weight(published_name, name, tensor)
@@ -276,15 +252,17 @@ def _check_weight(published_name: str, name: str, tensor: torch.Tensor) -> None:
         return
     if tensor.dtype not in _DTYPES:
         raise ValueError(
-            f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight; quantised drafters are not "
-            "supported. Use the unquantised checkpoint."
+            f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight; quantised drafters are "
+            "not supported. Use the unquantised checkpoint."
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{published_name!r} holds NaN or infinite values; the checkpoint is damaged.")
 
 
 def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ParsedConfig) -> dict[str, torch.Tensor]:
-    """Check the vocabulary maps against each other; drop those of a full vocabulary, complete those of a reduced one."""
+    """
+    Check the vocabulary maps against each other; drop those of a full vocabulary, complete those of a reduced one.
+    """
     # The family's package imports this module.
     from ..eagle3.draft_vocabulary import check_draft_vocabulary
 
@@ -302,8 +280,8 @@ def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ParsedConf
         for name, values in maps.items():
             if not torch.equal(values.to(identity[name].dtype), identity[name]):
                 raise ValueError(
-                    f"{name!r} is not the identity, but config.json gives the drafter the full vocabulary of {vocab_size}. Set "
-                    f"`draft_vocab_size` to the number of rows of the head."
+                    f"{name!r} is not the identity, but config.json gives the drafter the full vocabulary of "
+                    f"{vocab_size}. Set `draft_vocab_size` to the number of rows of the head."
                 )
         return weights
     if "d2t" not in maps:
@@ -314,7 +292,8 @@ def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ParsedConf
         t2d = maps["t2d"] != 0
     elif token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(
-            f"'d2t' maps to token ids {token_ids.min()}..{token_ids.max()}, outside of the target's 0..{vocab_size - 1}."
+            f"'d2t' maps to token ids {token_ids.min()}..{token_ids.max()}, outside of the target's "
+            f"0..{vocab_size - 1}."
         )
     else:
         t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, token_ids, True)
