@@ -32,6 +32,7 @@ from trl_draft_opd import (
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows  # noqa: F401
 from trl_draft_opd.data.text_reader import TextReader
+from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.losses.divergences import LOSS_TYPES  # noqa: F401
 from trl_draft_opd.rollout.acceptance import (
@@ -285,11 +286,11 @@ def read_prompts(rows: Dataset, keeps_completions: bool = False, max_prompt_leng
 def export(drafter, target_model, folder, **options: Any):
     """Export a drafter of an unwrapped target; returns the layouts that were written and those that were refused."""
     facts = {
-        "embedding": target_model.get_input_embeddings().weight,
-        "target_config": target_model.config,
-        "target_id": "org/target",
+        "hub_id": options.pop("target_id", "org/target"),
+        "config": options.pop("target_config", target_model.config),
+        "embedding": options.pop("embedding", target_model.get_input_embeddings().weight),
     }
-    result = export_drafter(drafter, folder, **facts | options)
+    result = export_drafter(drafter, folder, target=TargetOfExport(**facts), **options)
     return sorted(result.layouts), sorted(result.refused)
 
 
