@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The parity gate: good exports pass in every consumer of this process, and each way an export goes wrong is caught and named, though
-the text stays the target's own in all of them.
+The parity gate: good exports pass in every consumer of this process, and each way an export goes wrong is caught and
+named, though the text stays the target's own in all of them.
 """
 
 import io
@@ -17,7 +17,13 @@ from tiny import make_causal_lm, make_drafter, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, build_draft_vocabulary, evaluate_drafter
 from trl_draft_opd.export import TargetOfExport, export_drafter
-from trl_draft_opd.export.record import Measurement, TrainingRecord, describe_target, write_record
+from trl_draft_opd.export.record import (
+    Measurement,
+    TrainingRecord,
+    describe_target,
+    prompts_digest,
+    write_record,
+)
 from trl_draft_opd.parity import EngineSettings, verify_drafter
 from trl_draft_opd.parity.compare import Outcome, Reference, compare
 from trl_draft_opd.parity.consumers import rounds_of
@@ -147,7 +153,7 @@ def read_other_layer(config):
                 section[key][0] -= 1
 
 
-# ---- good exports ------------------------------------------------------------------------------------------------------
+# ---- good exports ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["eagle3", "reduced", "dflash"])
@@ -203,7 +209,7 @@ def test_a_report_is_plain_json_and_prints(published, target):
     assert f"{report.rows[0].tau:.4f}" in printed and "2 of 2" in printed and "our own loop" in printed
 
 
-# ---- exports gone wrong ------------------------------------------------------------------------------------------------
+# ---- exports gone wrong ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["eagle3", "dflash"])
@@ -306,7 +312,7 @@ def test_a_consumer_that_drafts_otherwise_is_caught_though_its_text_is_right(cop
     assert not report.ok and "custom_generate: tau is" in report.problems[0]
 
 
-# ---- the record --------------------------------------------------------------------------------------------------------
+# ---- the record -----------------------------------------------------------------------------------------------------
 
 
 def record_of(target, folder, **changes):
@@ -314,11 +320,17 @@ def record_of(target, folder, **changes):
     found = evaluate_drafter(
         target, drafter, PROMPTS, max_new_tokens=16, compare_with_target=False, show_progress=False
     )
-    facts = {"prompt_set": "some", "prompts": PROMPTS, "max_new_tokens": 16, "target_dtype": torch.float32}
-    measured = Measurement.from_report(found, **facts)
+    shared = "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks"
+    values = {name: getattr(found, name) for name in [*shared.split(), "num_different"]} | {
+        "prompt_set": "some",
+        "prompts_sha256": prompts_digest(PROMPTS),
+        "draft_sampling": "greedy",
+        "max_new_tokens": 16,
+        "ignore_eos": False,
+        "target_dtype": "float32",
+    }
     described = describe_target(target.config, name=None, revision=None)
-    values = vars(measured) | changes
-    return TrainingRecord(described, drafter.config.family, [], [Measurement(**values)], {})
+    return TrainingRecord(described, drafter.config.family, [], [Measurement(**values | changes)], {})
 
 
 def test_the_recorded_tau_is_measured_again_and_must_be_met(copy, target):
@@ -344,7 +356,7 @@ def test_a_record_of_other_prompts_is_skipped_and_said_so(copy, target):
     assert report.skipped["record"] == "none of its measurements is of these prompts"
 
 
-# ---- engines, played by a script ---------------------------------------------------------------------------------------
+# ---- engines, played by a script ------------------------------------------------------------------------------------
 
 
 def make_scene(target, folder):
@@ -432,7 +444,7 @@ def test_counters_that_contradict_the_requests_are_a_problem(tmp_path, published
     assert "vllm counts 1 rounds" in report.problems[0]
 
 
-# ---- counting ----------------------------------------------------------------------------------------------------------
+# ---- counting -------------------------------------------------------------------------------------------------------
 
 
 def test_rounds_start_within_the_limit_and_count_whole():
@@ -484,7 +496,7 @@ def test_fingerprints_of_one_drafter_agree_and_of_two_differ(published, target):
     assert "drafts differ on a fixed text" in describe_gap(own, other)
 
 
-# ---- bad requests ------------------------------------------------------------------------------------------------------
+# ---- bad requests ---------------------------------------------------------------------------------------------------
 
 
 def test_requests_that_cannot_be_met_say_what_to_do(tmp_path, published, target):

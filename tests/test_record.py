@@ -272,26 +272,6 @@ def test_a_long_curve_is_thinned_without_losing_evaluations():
     assert {"step": 777, "loss": 1.0, "eval_tau": 2.0} in curve
 
 
-def test_a_measurement_takes_its_numbers_from_the_report():
-    numbers = {
-        "num_prompts": 2,
-        "temperature": 0.0,
-        "num_drafts": 4,
-        "batch_size": 1,
-        "num_blocks": 9,
-        "num_different": 0,
-    }
-    report = SimpleNamespace(tau=2.5, tau_low=2.0, tau_high=3.0, acceptance_per_slot=[0.5, 0.4, 0.3, 0.3], **numbers)
-    prompts = [[7, 8], [9]]
-    made = Measurement.from_report(
-        report, prompt_set="gsm8k", prompts=prompts, max_new_tokens=64, target_dtype="torch.float32", after_steps=5
-    )
-    assert (made.tau, made.num_blocks, made.target_dtype, made.after_steps) == (2.5, 9, "float32", 5)
-    assert made.prompts_sha256 == prompts_digest(prompts)
-    write = make_record(measurements=[made])
-    assert TrainingRecord.from_dict(write.to_dict()) == write
-
-
 def test_the_digest_tells_prompts_and_their_order_apart():
     digests = {prompts_digest(prompts) for prompts in ([[1, 2], [3]], [[3], [1, 2]], [[1], [2, 3]], [[1, 2, 3]], [])}
     assert len(digests) == 5

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What is published: a drafter, its target, and what is known of both. Settings and card are written from this alone.
+What is published: a drafter, its target, and what is known of both. Settings and card are written from it.
 """
 
 from dataclasses import dataclass, field

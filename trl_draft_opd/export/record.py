@@ -3,7 +3,7 @@
 What was trained and measured, as one JSON file next to a drafter: the card is written from it, `verify` compares with
 it.
 
-A record is published, so it holds numbers, choices by name and Hub ids alone: no prompt, no path of a machine, no
+A record is published, so it holds only numbers, choices by name and Hub ids: no prompt, no path of a machine, no
 token. Each field states what it may hold; everything else is refused when a record is written and when it is read.
 """
 
@@ -238,45 +238,6 @@ class Measurement:
     num_different: int | None
     target_dtype: str = _text(_NAME, "a short lower-case name")
     after_steps: int | None = None
-
-    @classmethod
-    def from_report(
-        cls,
-        report: Any,
-        *,
-        prompt_set: str,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        target_dtype: Any,
-        draft_sampling: str = "greedy",
-        ignore_eos: bool = False,
-        after_steps: int | None = None,
-    ) -> "Measurement":
-        """
-        Return what is published of an evaluation.
-
-        Args:
-            report ([`EvaluationReport`]): The result.
-            prompt_set (`str`): A name for the prompts: a Hub id, with `:split` after it if you like, or one word.
-            prompts (`Sequence[Sequence[int]]`): The prompts' token ids; only their hash is kept.
-            max_new_tokens (`int`), draft_sampling (`str`), ignore_eos (`bool`): As given to the evaluation.
-            target_dtype (`torch.dtype` or `str`): Precision of the target.
-            after_steps (`int`, *optional*): Optimizer steps of the last stage before it.
-        """
-        shared = (
-            "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks "
-            "num_different"
-        )
-        return cls(
-            prompt_set=prompt_set,
-            prompts_sha256=prompts_digest(prompts),
-            draft_sampling=draft_sampling,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            target_dtype=str(target_dtype).removeprefix("torch."),
-            after_steps=after_steps,
-            **{name: getattr(report, name) for name in shared.split()},
-        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The rules an exported folder keeps so that every engine reads the same drafter out of it, checked on the files alone.
+The rules an exported folder keeps so that every engine reads the same drafter out of it, checked on the files only.
 
 Engines report almost none of these: a missing tensor is left uninitialised, an unknown key is skipped, a layer id that
 is one off costs most of the gain. Each problem begins with the name of its rule.
@@ -189,7 +189,7 @@ def _c5_sizes(files: _Files) -> Iterator[str]:
 def _c6_dtype(files: _Files) -> Iterator[str]:
     stated = {name: files.raw[name] for name in ("dtype", "torch_dtype") if name in files.raw}
     if set(stated.values()) != {"bfloat16"}:
-        yield f"C6: config.json says {stated or 'no dtype'}, it must say bfloat16."
+        yield f"C6: config.json has {stated or 'no dtype'}, it must be bfloat16."
     other = {
         name: _DTYPE_NAMES.get(dtype, dtype)
         for name, dtype in sorted(files.dtypes.items())
@@ -214,7 +214,7 @@ def _c8_dflash(files: _Files) -> Iterator[str]:
     if files.parsed.layout != "transformers" and shape.get("is_causal") is not False:
         yield f"C8: is_causal is {shape.get('is_causal')!r}; without false, engines may hide later slots of a block."
     if shape.get("layer_types") != ["full_attention"] * shape["num_hidden_layers"]:
-        yield f"C8: layer_types is {shape.get('layer_types')}, it must say full_attention once per layer."
+        yield f"C8: layer_types is {shape.get('layer_types')}, it must list full_attention once per layer."
     if files.parsed.layout == "flat":
         section = raw.get("dflash_config") or {}
         for name in ("block_size", "mask_token_id"):

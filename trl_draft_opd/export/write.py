@@ -183,7 +183,7 @@ def _write_layout(folder: Path, config: dict[str, Any], tensors: dict[str, torch
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     # The one piece of metadata transformers wants to see.
     save_file(tensors, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
-    # safetensors writes for the owner alone; a server often runs as somebody else.
+    # safetensors writes for its owner only; a server often runs as another user.
     shutil.copymode(folder / CONFIG_FILE, folder / SAFETENSORS_FILE)
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Lay a consumer's outcome beside the reference's: text to the last token, rounds block by block, tau. Every difference
+Compare a consumer's outcome with the reference's: text to the last token, rounds block by block, tau. Every difference
 gets a reason: a near tie, which other kernels break otherwise, or none, and then the consumer computes something else.
 """
 
@@ -139,7 +139,7 @@ def _compare_rounds(
     if not abs(gap) <= tolerance:
         return [f"{text}{told}. {_hint(counts, expected)}"], []
     if outcome.chains is None:
-        return [], [f"{text}; within {tolerance:.0%}, and the consumer does not tell in which rounds."]
+        return [], [f"{text}; within {tolerance:.0%}, and the consumer does not report in which rounds."]
     if widest >= NEAR_TIE * 10 and reference.is_exact:
         return [f"{text}{told}. No near tie explains it, so the consumer computes something else."], []
     return [], [f"{text}{told}; near ties of two drafts."]

@@ -119,7 +119,7 @@ def run_speculators(scene: Scene, reference: Reference) -> Outcome:
 
     folder = scene.layouts["speculators"]
     with TemporaryDirectory() as scratch:
-        # The library looks for the target where the config says, which is the Hub.
+        # The library looks for the target where the config names it, which is on the Hub.
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
         config["speculators_config"]["verifier"]["name_or_path"] = str(Path(scene.target_name).resolve())
         (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
@@ -173,7 +173,7 @@ def _eagle3_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.T
     seen: list[torch.Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
-        # A pair is a feature and the token behind it.
+        # A pair is a feature and the token after it.
         model(
             hidden_states=features[:, :-1],
             input_ids=padded[:, 1:],

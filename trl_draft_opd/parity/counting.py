@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Rounds of speculative decoding as plain integers, so that every consumer's can be laid beside ours.
+Rounds of speculative decoding as plain integers, so that every consumer's can be compared with ours.
 
 A chain is the accepted drafts of each round of one response, in order. The prefill commits the first token, which is
 the first anchor, index 0 of the response; the next anchor stands `r + 1` further. Knows no model.

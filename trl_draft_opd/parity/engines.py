@@ -56,7 +56,7 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
         scene ([`Scene`]): Prompts and sizes, and how to start the engine.
         model (`str`, *optional*):
             What the engine serves in place of the target: a speculators layout, whose config names target and numbers.
-        is_plain (`bool`, *optional*): Whether to decode with the target alone.
+        is_plain (`bool`, *optional*): Decode with the target alone.
 
     Raises:
         EngineFailure: With the last lines of its log.
@@ -87,7 +87,7 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
         },
     )
     accepted, counts = reply["accepted"], None
-    # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have those alone.
+    # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have only those.
     chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
     if reply.get("num_rounds") is not None:
         counts = Counts(reply["num_rounds"], tuple(reply["kept_at_slot"]))

@@ -18,7 +18,7 @@ from ..target.frozen import FrozenTarget
 _LENGTH, _STRIDE, _SEED = 96, 4, 20260001
 # Same weights and same code give the same bits on one machine; this allows for other kernels.
 _CLOSE = 1e-4
-# What decides a drafter's computation beside its weights. Names that a family lacks are passed over.
+# What decides a drafter's computation besides its weights. Names that a family lacks are passed over.
 _DECISIVE = (
     "target_layer_ids block_size mask_token_id num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "hidden_size intermediate_size hidden_act rms_norm_eps rope_parameters vocab_size draft_vocab_size fc_norm "

@@ -3,7 +3,7 @@
 The parity gate: what was trained is what was published, and what every consumer at hand decodes with.
 
 Reads the published files afresh. An error in them leaves every text right, because the target verifies it, and costs
-the speed that the drafter is for; so rounds are compared one by one, and not texts alone.
+the speed that the drafter is for; so rounds are compared one by one, and not only texts.
 """
 
 import json
@@ -76,7 +76,7 @@ def verify_drafter(
         revision (`str`, *optional*): Revision on the Hub.
 
     Returns:
-        [`VerificationReport`]. Its `ok` tells whether nothing is wrong; its `skipped` what was not looked at.
+        [`VerificationReport`]. Its `ok` is true if nothing is wrong; its `skipped` lists what was not looked at.
 
     Raises:
         ValueError: If the target is not in float32, a consumer is unknown, or there is no prompt.

@@ -19,7 +19,7 @@ class Row:
             Of the counted rounds; NaN, empty and 0 for plain decoding.
         num_different (`int` or `None`): Responses that differ from the target's own; `None` where nothing was written.
         num_other_chains (`int` or `None`):
-            Prompts whose rounds differ from the reference's; `None` where they were not told.
+            Prompts whose rounds differ from the reference's; `None` where they are unknown.
         remark (`str`): What a reader should know.
     """
 
@@ -74,7 +74,7 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong with what was run; `skipped` says what was not."""
+        """Whether nothing is wrong with what was run; `skipped` lists what was not."""
         return not self.problems
 
     def add(self, verdict: Verdict) -> None:

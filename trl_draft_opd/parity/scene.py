@@ -91,7 +91,7 @@ class Scene:
 
 @contextmanager
 def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
-    """Have the target's `generate` decode greedily past every end of sequence, whatever its generation config says."""
+    """Have the target decode greedily past every end of sequence, whatever its generation config states."""
     own = target.causal_lm.generation_config
     target.causal_lm.generation_config = GenerationConfig(do_sample=False, pad_token_id=target.pad_token_id)
     try:
@@ -103,7 +103,7 @@ def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
 @torch.no_grad()
 def generate(scene: Scene, prompt: list[int], **options) -> list[int]:
     """
-    Return `scene.num_decoded` tokens that the target's own `generate` writes behind a prompt, under further `options`.
+    Return `scene.num_decoded` tokens that the target's own `generate` writes after a prompt, under further `options`.
     """
     ids = torch.tensor([prompt], device=scene.target.device)
     with decoding_greedily(scene.target):
@@ -147,7 +147,7 @@ def replay(
         scene ([`Scene`]): Prompts and settings.
         drafter ([`Drafter`]): Any drafter of the same target.
         responses (`list[list[int]]`): What [`decode_plainly`] returned.
-        num_prompts (`int`, *optional*): Replay the first few alone.
+        num_prompts (`int`, *optional*): Replay only the first few.
     """
     settings = ReplaySettings(
         num_drafts=scene.num_drafts,

@@ -3,7 +3,7 @@
 Whether a published drafter is the one that was trained: its layouts, its checkpoint and its record compared with it.
 
 Without a checkpoint, two errors still give themselves away: other layers that suit the drafter better than those it
-names, and a head whose rows are those of other tokens than its vocabulary says. Both leave the text right and only
+names, and a head whose rows are those of other tokens than its vocabulary states. Both leave the text right and only
 slow it down.
 """
 

@@ -92,7 +92,7 @@ def generate_missing(
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
         batch_size (`int`): Prompts decoded together.
         seed (`int`):
-            The draws of a response depend on it and on the prompt alone, so neither the batch, the rank nor a
+            The draws of a response depend only on it and on the prompt, so neither the batch, the rank nor a
             resumption changes them; unused at temperature 0.
         shard_size (`int`): Responses per shard.
         show_progress (`bool`): Whether to draw a progress bar.
@@ -170,7 +170,7 @@ def _generate_batch(
     sampling: SamplingSettings,
     keys: DrawKeys,
 ) -> list[list[int]]:
-    """Decode one left-padded batch with `generate` and cut each row behind its end of sequence."""
+    """Decode one left-padded batch with `generate` and cut each row after its end of sequence."""
     input_ids, mask = left_pad_prompts(prompts, target.pad_token_id, target.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

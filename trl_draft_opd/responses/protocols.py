@@ -24,7 +24,7 @@ class WrongReply(ValueError):
 
 
 def prompt_seed(prompt_ids: list[int], seed: int) -> int:
-    """Return a seed of 31 bits that depends on the prompt and on `seed` alone: a resumed run draws the same."""
+    """Return a seed of 31 bits that depends only on the prompt and on `seed`: a resumed run draws the same."""
     return (int(prompt_key(prompt_ids)[:15], 16) + seed) % 2**31
 
 
@@ -37,7 +37,7 @@ def build_request(
     Args:
         engine (`str`):
             `"vllm"` (or another server that speaks its `/v1/completions`) or `"sglang"` (its own `/generate`).
-        prompt_ids (`list[int]`): The prompt, sent as ids: the server's tokenizer and template have no say.
+        prompt_ids (`list[int]`): The prompt, sent as ids: the server's tokenizer and template play no part.
         origin ([`Origin`]): Distribution, longest response and end-of-sequence ids.
         model (`str` or `None`): Name the server serves the target under; SGLang serves one and needs none.
         seed (`int`): See [`prompt_seed`]; sent where tokens are drawn.

@@ -151,7 +151,7 @@ def _check_ids(lists: _Lists, origin: Origin) -> None:
 
 
 def _check_ends(completions: _Lists, finish_reasons: pa.ChunkedArray, origin: Origin) -> None:
-    """Check that a response ends with its first end-of-sequence id, and that `finish_reason` says so."""
+    """Check that a response ends with its first end-of-sequence id, and that `finish_reason` agrees."""
     is_eos = np.isin(completions.values, origin.eos_token_ids)
     ends_with_eos = is_eos[completions.last]
     is_last = np.zeros_like(is_eos)

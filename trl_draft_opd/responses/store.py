@@ -37,7 +37,7 @@ class ResponseStore:
     Responses of one target under one distribution, in a folder that several processes may write to and read at the
     same time.
 
-    A manifest says who wrote the responses; each shard stands for itself, with its size and hash in a sidecar, so
+    A manifest states who wrote the responses; each shard stands for itself, with its size and hash in a sidecar, so
     there is no list that writers share. A shard counts once its sidecar is there: a writer that dies leaves nothing
     half-written that a reader could see. One response is kept per prompt; where writers gave several, the one in the
     first shard by name.

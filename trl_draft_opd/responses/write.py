@@ -81,7 +81,7 @@ def write_responses(
         raise ValueError(f"`engine` must be one of {('transformers', 'dataset', *ENGINES)}, got {engine!r}.")
     if (server.engine if server is not None else None) != (engine if engine in ENGINES else None):
         raise ValueError(
-            f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given for {ENGINES} alone, "
+            f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given only for {ENGINES}, "
             "with the same engine."
         )
     reader = reader or target.text_reader()
@@ -116,7 +116,7 @@ def import_responses(
     Args:
         store ([`ResponseStore`]): Where they go.
         dataset (`Dataset`): `messages`, `prompt` with `completion`, or `prompt_ids` with `completion_ids`.
-        reader ([`TextReader`]): How rows are read, with the tokenizer of the target said to have written them.
+        reader ([`TextReader`]): How rows are read, with the tokenizer of the target that is meant to have written them.
         shard_size (`int`): Responses per shard.
 
     Returns:

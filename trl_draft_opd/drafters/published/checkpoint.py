@@ -169,7 +169,7 @@ def _inside(folder: Path, path: Path) -> Path:
     drafter's.
     """
     file, root = path.resolve(), folder.resolve()
-    # In the cache of the Hub, a snapshot's files are links to blobs beside it.
+    # In the cache of the Hub, a snapshot's files are links to blobs in a sibling folder.
     if file.is_relative_to(root) or (root.parent.name == "snapshots" and file.parent == root.parents[1] / "blobs"):
         return path
     raise ValueError(
@@ -345,5 +345,5 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path.name} holds more than tensors: {unsafe}. It could run code, so it is not read.")
     content = torch.load(path, weights_only=True, map_location="cpu")
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path.name} is no table of tensors; give the file that holds the drafter's state alone.")
+        raise ValueError(f"{path.name} is no table of tensors; give the file that holds only the drafter's state.")
     return content

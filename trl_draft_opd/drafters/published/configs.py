@@ -31,7 +31,7 @@ _DFLASH2 = "DFlash2 (convolutions and a candidate selector)"
 _DSPARK = "DSpark (a Markov head, and slots that propose the next token)"
 _DOMINO = "Domino (a recurrent head over the drafted prefix)"
 _PEAGLE = "P-EAGLE (all drafts in one pass from a learned hidden state)"
-_EAGLE1 = "EAGLE-1/2 (features of the last layer alone)"
+_EAGLE1 = "EAGLE-1/2 (features of the last layer only)"
 _QK_NORM = "EAGLE-3 with query and key norms (the Qwen3 layer)"
 _UNSUPPORTED = {
     "DFlash2DraftModel": _DFLASH2,
@@ -103,7 +103,7 @@ _WRITTEN = {each.name for kind in (LlamaConfig, Qwen3Config, MuseGlimmerAssistan
 @dataclass(frozen=True)
 class ParsedConfig:
     """
-    What a published `config.json` says.
+    What a published `config.json` states.
 
     Attributes:
         family (`str`): `"eagle3"` or `"dflash"`.
@@ -136,7 +136,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
     """
     Translate a published `config.json`.
 
-    `architectures` and the speculators keys decide, never `model_type`: published folders say llama or qwen3 there.
+    `architectures` and the speculators keys decide, never `model_type`: published folders have llama or qwen3 there.
 
     Args:
         raw (`dict[str, Any]`):

@@ -44,7 +44,7 @@ def is_adapter(source: CheckpointSource) -> bool:
     Whether a checkpoint is a PEFT adapter and no drafter.
 
     Raises:
-        ValueError: If it is both, so that nobody can say which was meant.
+        ValueError: If it is both, so that it is unclear which was meant.
     """
     if source.find(ADAPTER_CONFIG_FILE) is None:
         return False
@@ -84,7 +84,7 @@ def read_adapted(
     weights = source.find(ADAPTER_WEIGHTS_FILE)
     if weights is None:
         raise FileNotFoundError(
-            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors alone, because "
+            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors only, because "
             "pickled ones can carry code: save it again with `save_pretrained`."
         )
     try:
