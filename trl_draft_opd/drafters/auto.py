@@ -8,8 +8,8 @@ import torch
 from .base import Drafter
 from .dflash import DFlashDraftModel
 from .eagle3 import Eagle3DraftModel
+from .merging import is_adapter, read_adapted
 from .published.checkpoint import CheckpointSource, read_drafter_config
-from .published.merging import is_adapter, read_adapted
 
 
 _CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}

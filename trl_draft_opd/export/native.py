@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ..drafters.base import Drafter
+from .publication import Publication
+from .source import TargetOfExport
 
 
 _RENAMED = {"fc.": "encoder.fc.", "hidden_norm.": "encoder.output_norm_enc."}
@@ -21,7 +23,7 @@ _COPIED = (
 ).split()
 
 
-def native_config(flat: dict[str, Any]) -> dict[str, Any]:
+def native_config(flat: dict[str, Any], publication: Publication) -> dict[str, Any]:
     """Return the content of `config.json`, from that of the flat layout."""
     eos = flat["eos_token_id"]
     return {name: flat[name] for name in _COPIED} | {
@@ -46,7 +48,7 @@ def _native_name(name: str) -> str:
     return name
 
 
-def find_refusal(drafter: Drafter) -> str | None:
+def find_refusal(drafter: Drafter, target: TargetOfExport) -> str | None:
     """Return why a drafter cannot be written in this layout, or `None`."""
     if drafter.config.family == "eagle3":
         return (

@@ -49,7 +49,7 @@ class Publication:
     license: str | None = None
     record: TrainingRecord | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.record is not None:
             self._check_record(self.record)
         for name in (self.target_id, self.repo_id):

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..drafters.dflash import DFlashDraftConfig, DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
-from ..drafters.eagle3.draft_vocabulary import check_draft_vocabulary
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.published.configs import ParsedConfig, parse_drafter_config
+from ..drafters.published.vocabulary_maps import check_draft_vocabulary
 from .native import native_tensors
 from .serving import NORM_FLAGS
 from .source import TargetOfExport

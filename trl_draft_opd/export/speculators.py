@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..drafters.base import Drafter
+from . import flat
 from .publication import Publication
 from .source import TargetOfExport
 
@@ -25,17 +26,19 @@ _LAYER_KEYS = (
 ).split()
 
 
-def speculators_config(flat: dict[str, Any], publication: Publication) -> dict[str, Any]:
+def speculators_config(flat_config: dict[str, Any], publication: Publication) -> dict[str, Any]:
     """Return the content of `config.json`, from that of the flat layout."""
     family, target = publication.family, publication.target
     boundaries = [i + 1 for i in publication.config.target_layer_ids]
-    layer = {key: flat[key] for key in _LAYER_KEYS}
+    layer = {key: flat_config[key] for key in _LAYER_KEYS}
     if family == "eagle3":
-        own = _eagle3_keys(flat, boundaries)
+        own = _eagle3_keys(flat_config, boundaries)
         layer |= {"model_type": "llama"}
     else:
-        own = _dflash_keys(flat, boundaries)
-        layer |= {name: flat[name] for name in ("is_causal", "layer_types", "max_window_layers", "sliding_window")}
+        own = _dflash_keys(flat_config, boundaries)
+        layer |= {
+            name: flat_config[name] for name in ("is_causal", "layer_types", "max_window_layers", "sliding_window")
+        }
         layer |= {"model_type": "qwen3", "use_sliding_window": False}
     return own | {
         "speculators_model_type": family,
@@ -54,32 +57,32 @@ def speculators_config(flat: dict[str, Any], publication: Publication) -> dict[s
             "verifier": {"name_or_path": target.hub_id, "architectures": target.architectures},
         },
         "transformer_layer_config": layer,
-        "dtype": flat["dtype"],
+        "dtype": flat_config["dtype"],
         "tie_word_embeddings": False,
-        "transformers_version": flat["transformers_version"],
+        "transformers_version": flat_config["transformers_version"],
     }
 
 
-def _eagle3_keys(flat: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
+def _eagle3_keys(flat_config: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
     flags = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
-    return {name: flat[name] for name in ("draft_vocab_size", *flags)} | {
+    return {name: flat_config[name] for name in ("draft_vocab_size", *flags)} | {
         "architectures": ["Eagle3DraftModel"],
         "eagle_aux_hidden_state_layer_ids": boundaries,
         "embed_requires_grad": False,
         # Not needed by the library, and kept so that the drafter comes back as it was.
-        "num_target_layers": flat["num_target_layers"],
-        "ttt_steps": flat["ttt_steps"],
+        "num_target_layers": flat_config["num_target_layers"],
+        "ttt_steps": flat_config["ttt_steps"],
     }
 
 
-def _dflash_keys(flat: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
+def _dflash_keys(flat_config: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
     return {
         "architectures": ["DFlashDraftModel"],
         "aux_hidden_state_layer_ids": boundaries,
-        "block_size": flat["block_size"],
-        "draft_vocab_size": flat["vocab_size"],
-        "mask_token_id": flat["mask_token_id"],
-        "num_target_layers": flat["num_target_layers"],
+        "block_size": flat_config["block_size"],
+        "draft_vocab_size": flat_config["vocab_size"],
+        "mask_token_id": flat_config["mask_token_id"],
+        "num_target_layers": flat_config["num_target_layers"],
         "sample_from_anchor": False,
         # vLLM turns `false`, the library's own default, into causal attention in every layer.
         "sliding_window_non_causal": True,
@@ -95,6 +98,8 @@ def speculators_tensors(flat_tensors: dict[str, torch.Tensor]) -> dict[str, torc
 
 def find_refusal(drafter: Drafter, target: TargetOfExport) -> str | None:
     """Return why a drafter cannot be written in this layout, or `None`."""
+    if (reason := flat.find_refusal(drafter, target)) is not None:
+        return reason
     if target.hub_id is None:
         return (
             "the speculators format names the target, and only a Hub id says where others find it. The target is "

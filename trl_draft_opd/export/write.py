@@ -9,6 +9,7 @@ export.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,27 @@ from .serving import SERVING_FILE, serving_settings
 from .source import TargetOfExport
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """
+    How one of `LAYOUTS` is made out of the flat one.
+
+    Attributes:
+        find_refusal (`Callable`): Given drafter and target, returns why the layout cannot hold the drafter, or `None`.
+        config (`Callable`): Given the flat config and the publication, returns the content of `config.json`.
+        tensors (`Callable`): Given the flat tensors, returns them under the layout's names.
+    """
+
+    find_refusal: Callable[[Drafter, TargetOfExport], str | None]
+    config: Callable[[dict[str, Any], Publication], dict[str, Any]]
+    tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+_LAYOUTS = {
+    "flat": _Layout(flat.find_refusal, lambda config, publication: config, dict),
+    "speculators": _Layout(speculators.find_refusal, speculators.speculators_config, speculators.speculators_tensors),
+    "transformers": _Layout(native.find_refusal, native.native_config, native.native_tensors),
+}
 CUSTOM_GENERATE = "custom_generate"
 #: Everything an export writes at the root of its folder; nothing else is ever replaced or uploaded.
 PUBLISHED_NAMES = frozenset(
@@ -130,12 +152,7 @@ def find_refusals(drafter: Drafter, target: TargetOfExport) -> dict[str, str]:
         ValueError: If the drafter and the target do not belong together.
     """
     _check_target(drafter, target)
-    for_engines = flat.find_refusal(drafter, target)
-    found = {
-        "flat": for_engines,
-        "speculators": for_engines or speculators.find_refusal(drafter, target),
-        "transformers": native.find_refusal(drafter),
-    }
+    found = {name: layout.find_refusal(drafter, target) for name, layout in _LAYOUTS.items()}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -168,13 +185,7 @@ def _write_layouts(folder: Path, drafter: Drafter, publication: Publication) -> 
     config, tensors = flat.flat_config(drafter, publication), flat.flat_tensors(drafter, publication)
     for name in publication.layouts:
         place = folder if name == publication.layouts[0] else folder / name
-        if name == "flat":
-            _write_layout(place, config, tensors)
-        elif name == "speculators":
-            own = speculators.speculators_config(config, publication)
-            _write_layout(place, own, speculators.speculators_tensors(tensors))
-        else:
-            _write_layout(place, native.native_config(config), native.native_tensors(tensors))
+        _write_layout(place, _LAYOUTS[name].config(config, publication), _LAYOUTS[name].tensors(tensors))
 
 
 def _write_layout(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

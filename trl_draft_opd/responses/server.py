@@ -12,7 +12,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -72,7 +72,7 @@ class ServerSettings:
     with_logprobs: bool = True
     api_key: str | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"`base_url` must be an address like http://127.0.0.1:8000, got {self.base_url!r}.")
@@ -175,7 +175,7 @@ def ask_server(
 
 def ask_all(
     ask: Callable[[list[int]], StoredResponse], prompts: list[list[int]], concurrency: int, is_stopped: threading.Event
-) -> Iterator[tuple[int, StoredResponse | Exception]]:
+) -> Generator[tuple[int, StoredResponse | Exception], None, None]:
     """
     Ask for several prompts at a time; yield each one's number and its response or its error, as they come in.
 

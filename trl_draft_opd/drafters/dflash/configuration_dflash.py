@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..published.configs import config_from_dict
 from ..target_shape import check_layer_ids, portable_base, refuse_misspelt
 
 
@@ -132,6 +133,4 @@ class DFlashDraftConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DFlashDraftConfig":
         """Read any published DFlash `config.json` (see `trl_draft_opd/drafters/published/configs.py`)."""
-        from ..published.configs import config_from_dict
-
         return config_from_dict(cls, config_dict, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..published.configs import config_from_dict
 from ..target_shape import check_layer_ids, portable_base, refuse_misspelt
 
 
@@ -139,6 +140,4 @@ class Eagle3DraftConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Eagle3DraftConfig":
         """Read any published EAGLE-3 `config.json` (see `trl_draft_opd/drafters/published/configs.py`)."""
-        from ..published.configs import config_from_dict
-
         return config_from_dict(cls, config_dict, **kwargs)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .configs import ParsedConfig, parse_drafter_config
+from .vocabulary_maps import complete_vocabulary_maps
 
 
 CONFIG_FILE = "config.json"
@@ -236,7 +237,7 @@ def read_drafter_tensors(
             continue
         _check_weight(published_name, name, tensor)
         tensors[name] = tensor
-    return _with_vocabulary_maps(tensors, imported) if imported.family == "eagle3" else tensors
+    return complete_vocabulary_maps(tensors, imported.arguments) if imported.family == "eagle3" else tensors
 
 
 def _our_name(published_name: str, family: str) -> str:
@@ -257,48 +258,6 @@ def _check_weight(published_name: str, name: str, tensor: torch.Tensor) -> None:
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{published_name!r} holds NaN or infinite values; the checkpoint is damaged.")
-
-
-def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ParsedConfig) -> dict[str, torch.Tensor]:
-    """
-    Check the vocabulary maps against each other; drop those of a full vocabulary, complete those of a reduced one.
-    """
-    # The family's package imports this module.
-    from ..eagle3.draft_vocabulary import check_draft_vocabulary
-
-    maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
-    weights = {name: tensor for name, tensor in tensors.items() if name not in maps}
-    vocab_size = imported.arguments["vocab_size"]
-    for name, values in maps.items():
-        if values.is_floating_point() or values.ndim != 1:
-            raise ValueError(
-                f"{name!r} has type {values.dtype} and shape {tuple(values.shape)}; it must be a vector of "
-                f"{'integers' if name == 'd2t' else 'booleans'}."
-            )
-    if imported.arguments.get("draft_vocab_size", vocab_size) == vocab_size:
-        identity = {"d2t": torch.zeros(vocab_size, dtype=torch.long), "t2d": torch.ones(vocab_size, dtype=torch.bool)}
-        for name, values in maps.items():
-            if not torch.equal(values.to(identity[name].dtype), identity[name]):
-                raise ValueError(
-                    f"{name!r} is not the identity, but config.json gives the drafter the full vocabulary of "
-                    f"{vocab_size}. Set `draft_vocab_size` to the number of rows of the head."
-                )
-        return weights
-    if "d2t" not in maps:
-        return tensors
-    d2t = maps["d2t"].long()
-    token_ids = torch.arange(d2t.numel()) + d2t
-    if "t2d" in maps:
-        t2d = maps["t2d"] != 0
-    elif token_ids.min() < 0 or token_ids.max() >= vocab_size:
-        raise ValueError(
-            f"'d2t' maps to token ids {token_ids.min()}..{token_ids.max()}, outside of the target's "
-            f"0..{vocab_size - 1}."
-        )
-    else:
-        t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, token_ids, True)
-    check_draft_vocabulary(d2t, t2d, vocab_size)
-    return weights | {"d2t": d2t, "t2d": t2d}
 
 
 def _read_weights(source: CheckpointSource, allow_pickle_weights: bool) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from ..base import Drafter
-from .checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
+from .base import Drafter
+from .published.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
