@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_causal_lm, make_drafter, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, build_draft_vocabulary, evaluate_drafter
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import export_drafter
 from trl_draft_opd.export.record import Measurement, TrainingRecord, describe_target, write_record
 from trl_draft_opd.parity import EngineSettings, verify_drafter
@@ -55,7 +56,7 @@ def train(target, drafter, texts, steps=60):
         is_response = (torch.arange(text.shape[1]) >= start)[None]
         anchors = sample_anchors(text, is_response, [0], num_anchors=None, num_drafts=NUM_DRAFTS, seed=0, epoch=0)
         features = names[tuple(text.shape)].features
-        hidden = drafter.draft_hidden(features, text, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, text, anchors.anchors, anchors.drafts, target.embed)
         logits, labels = drafter.draft_logits(hidden, target.project), anchors.labels
         is_learned = anchors.is_accepted
         if drafter.draft_token_ids is not None:

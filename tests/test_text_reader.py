@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trl_draft_opd.data.text_reader.collators import PromptCollator, TextCollator, left_pad_prompts
 from trl_draft_opd.data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
+from trl_draft_opd.data.text_reader.collators import PromptCollator, TextCollator, left_pad_prompts
 
 
 SPECIAL = ["<pad>", "<bos>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"]

@@ -30,8 +30,6 @@ OPD_VARIANTS = {
     "live": {"rollout": "live"},
     "replay": {},
     "own": {"completions_from_target": True},
-    "random": {"anchor_mode": "random"},
-    "live_random": {"rollout": "live", "anchor_mode": "random"},
     "first": {"rejected_scope": "first"},
     "live_first": {"rollout": "live", "rejected_scope": "first"},
 }
@@ -155,16 +153,6 @@ def test_a_bfloat16_target_trains_a_float32_drafter(tmp_path, rows, kind):
     make_trainer(kind, tmp_path, drafter, target, rows, **options).train()
     assert_every_tensor_moved(before, weights(drafter))
     assert all(tensor.dtype == torch.float32 for tensor in weights(drafter).values())
-
-
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
-def test_random_anchors_train_alike_from_live_and_stored_text(tmp_path, target, rows, family):
-    final = []
-    for variant in ("live_random", "random"):
-        drafter = make_drafter(family, target)
-        make_trainer("opd", tmp_path, drafter, target, rows, optim="sgd", **OPD_VARIANTS[variant]).train()
-        final.append(weights(drafter))
-    assert_equal(*final, tolerance=1e-6)
 
 
 def test_the_target_answers_each_prompt_once_and_the_answers_are_kept(monkeypatch, tmp_path, target, rows):

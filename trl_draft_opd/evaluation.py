@@ -15,8 +15,9 @@ from rich.table import Table
 from .drafters.base import Drafter
 from .responses import generate_responses
 from .rollout.acceptance import SamplingSettings
+from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
-from .rollout.live import LiveSettings, rollout_live
+from .rollout.live import rollout_live
 from .rollout.types import Rollout
 from .target.frozen import FrozenTarget
 
@@ -175,14 +176,8 @@ def evaluate_drafter(
     sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     compare = compare_with_target and not ignore_eos
     num_drafts = num_drafts or drafter.default_num_drafts
-    settings = LiveSettings(
-        num_drafts=num_drafts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        draft_sampling=draft_sampling,
-        eos_token_ids=[] if ignore_eos else target.eos_token_ids,
-        keep_branch_hidden=False,
-    )
+    settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
+    eos_token_ids = [] if ignore_eos else target.eos_token_ids
     tally = _Tally(num_drafts)
     with Progress(disable=not show_progress, transient=True) as progress:
         task = progress.add_task("Evaluating", total=len(prompts))
@@ -191,7 +186,9 @@ def evaluate_drafter(
             # By a prompt's number, so that the batch size changes no draw.
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             begun = time.perf_counter()
-            rollout = rollout_live(target, drafter, batch, settings, keys)
+            rollout = rollout_live(
+                target, drafter, batch, settings, keys, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids
+            )
             tally.speculative_seconds += time.perf_counter() - begun
             tally.add(rollout)
             if compare:

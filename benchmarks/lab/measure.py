@@ -16,7 +16,9 @@ from datasets import Dataset
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.rollout.drafting import DraftingSettings
+from trl_draft_opd.rollout.keyed_random import DrawKeys
+from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
 from trl_draft_opd.trainer.texts import join_responses
 
@@ -73,15 +75,11 @@ def replays(
     keep_branch_hidden: bool,
 ) -> Iterator[Rollout]:
     """Yield the rollouts along the responses of `rows`, some rows at a time, in their order."""
-    settings = ReplaySettings(
+    settings = DraftingSettings(
         num_drafts=drafter.default_num_drafts,
         sampling=SamplingSettings(temperature=temperature, top_k=0, top_p=1.0),
         draft_sampling=draft_sampling,
         keep_branch_hidden=keep_branch_hidden,
-        seed=0,
-        epoch=0,
-        segment_length=1 if drafter.reads_drafts else 16,
-        chunk_bytes=CHUNK_BYTES,
     )
     for start in range(0, len(rows), BATCH_SIZE):
         part = rows[start : start + BATCH_SIZE]
@@ -89,4 +87,12 @@ def replays(
         text: TargetText = join_responses(
             part["prompt_ids"], part["completion_ids"], sample_ids, target.pad_token_id, target.device
         )
-        yield rollout_replay(target, drafter, text, settings)
+        yield rollout_replay(
+            target,
+            drafter,
+            text,
+            settings,
+            DrawKeys(0, 0, sample_ids),
+            segment_length=1 if drafter.reads_drafts else 16,
+            chunk_bytes=CHUNK_BYTES,
+        )

@@ -1,20 +1,25 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Trainers that only the laboratory needs: the one-token estimators of the method's released code, and anchors that go stale.
+Trainers that only the laboratory needs: the one-token estimators of the method's released code, random anchors, and anchors that
+go stale.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_draft_opd import DraftOPDTrainer
+from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.losses import position_weights
 from trl_draft_opd.rollout.blocks import BlockBatch
-from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
+from trl_draft_opd.rollout.keyed_random import DrawKeys
+from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
 from trl_draft_opd.target.frozen import TargetReading
 from trl_draft_opd.trainer.step import StepLoss
+
+from .redrafting import random_anchors, redraft
 
 
 MAX_LOG_RATIO, MAX_ESTIMATE = 20.0, 10.0  # the released code's bounds; beyond them a draft has no gradient
@@ -33,8 +38,8 @@ class OneTokenTrainer(DraftOPDTrainer):
     ) -> StepLoss:
         drafter = self.accelerator.unwrap_model(self.model)
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
-        hidden = drafter.draft_hidden(
-            reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, self.target.embed
+        hidden = run_blocks(
+            drafter, reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, self.target.embed
         )
         picked = anchors.is_accepted | anchors.is_rejected
         states = states_of_slots(reading.last_hidden, rollout.branch_hidden, anchors.anchors, anchors.is_branch)
@@ -78,6 +83,33 @@ def states_of_slots(
     return torch.where(is_branch[..., None], branch_hidden.to(on_text), on_text)
 
 
+class RandomAnchorsTrainer(DraftOPDTrainer):
+    """Draft-OPD at as many random positions of each response as its chain has anchors: the paper's ablation. By replay alone."""
+
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
+        keys = DrawKeys(self.args.seed, epoch, text.sample_ids)
+        chain = rollout_replay(
+            self.target,
+            drafter,
+            text,
+            replace(self._drafting, keep_branch_hidden=False),
+            keys,
+            segment_length=self.segment_length,
+            chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
+        )
+        return redraft(
+            self.target,
+            drafter,
+            text,
+            random_anchors(chain, keys),
+            self._drafting,
+            keys,
+            chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
+        )
+
+
 class StaleAnchorsTrainer(DraftOPDTrainer):
     """
     Draft-OPD that walks each response's chain once in some epochs, and drafts anew from the same anchors in between.
@@ -87,23 +119,20 @@ class StaleAnchorsTrainer(DraftOPDTrainer):
 
     refresh_epochs = 1
 
-    def _replay(self, texts: list[TargetText], epoch: int) -> list[dict[str, Any]]:
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
         known = self.__dict__.setdefault("_known_anchors", {})
-        stage = epoch // self.refresh_epochs
-        drafter = self.accelerator.unwrap_model(self.model)
-        prepared = []
-        for text in texts:
-            reading = self.target.read_text(
-                text.input_ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=self._needs_branches
+        names = [(epoch // self.refresh_epochs, sample_id) for sample_id in text.sample_ids]
+        if all(name in known for name in names):
+            return redraft(
+                self.target,
+                drafter,
+                text,
+                pad_sequence([known[name] for name in names], batch_first=True, padding_value=-1),
+                self._drafting,
+                DrawKeys(self.args.seed, epoch, text.sample_ids),
+                chunk_bytes=self.args.loss_chunk_bytes,
+                reading=reading,
             )
-            keys = [(stage, sample_id) for sample_id in text.sample_ids]
-            settings = self._replay_settings(epoch)
-            if all(key in known for key in keys):
-                anchors = pad_sequence([known[key] for key in keys], batch_first=True, padding_value=-1)
-                rollout = redraft(self.target, drafter, text, anchors, settings, reading)
-            else:
-                rollout = rollout_replay(self.target, drafter, text, settings, reading)
-                known |= {key: row[row >= 0] for key, row in zip(keys, rollout.anchors, strict=True)}
-            batch = self._mark(rollout, text, epoch, reading)
-            prepared.append(batch | {"reading": reading.without_caches()})
-        return prepared
+        rollout = super()._walk(drafter, text, epoch, reading)
+        known |= {name: row[row >= 0] for name, row in zip(names, rollout.anchors, strict=True)}
+        return rollout

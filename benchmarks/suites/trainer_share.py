@@ -81,7 +81,7 @@ def stage_shares(args: argparse.Namespace, name: str, target, drafter, data: Dat
             (target, "read_text", "target"),
             (target, "score_branches", "branches"),
             (draft_opd_trainer, "rollout_replay", "walk"),
-            (drafter, "draft_hidden", "draft"),
+            (step, "run_blocks", "draft"),
             (step, "chunked_divergence", "loss"),
             (trainer.accelerator, "backward", "backward"),
             (trainer.accelerator, "clip_grad_norm_", "optimiser"),

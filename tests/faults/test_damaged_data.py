@@ -13,8 +13,8 @@ from datasets import Dataset, IterableDataset
 from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
 from trl_draft_opd.cli import load_rows, main
-from trl_draft_opd.data.text_reader.collators import TextCollator
 from trl_draft_opd.data.text_reader import tokenize_prompt_dataset, tokenize_sft_dataset
+from trl_draft_opd.data.text_reader.collators import TextCollator
 from trl_draft_opd.responses import write_responses
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 

@@ -25,6 +25,7 @@ from trl_draft_opd import (
     FrozenTarget,
 )
 from trl_draft_opd.drafters import attention
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.responses import Origin, ResponseStore
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.target.frozen.checks import NotFiniteError
@@ -360,7 +361,7 @@ def test_a_device_without_the_fused_kernel_masks_as_the_cpu_does(target, monkeyp
     anchors, drafts = torch.tensor([[3, 9, 20], [1, 2, 15]]), torch.randint(7, VOCAB, (2, 3, 4))
 
     def states(changed):
-        return drafter.draft_hidden(features + changed, ids, anchors, drafts, target.embed)
+        return run_blocks(drafter, features + changed, ids, anchors, drafts, target.embed)
 
     later = torch.zeros_like(features)
     later[:, 15:] = 100.0

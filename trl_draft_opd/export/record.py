@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..losses import LOSS_TYPES
-from ..rollout.sampler import DRAFT_SAMPLING
+from ..rollout.drafting import DRAFT_SAMPLING
 from .record_checks import (
     CURVE_VALUES,
     RECORD_FILE,
@@ -45,7 +45,6 @@ _CHOICES = {
     "rejected_scope": ("first", "suffix"),
     "slot_weighting": ("decay", "d_pace"),
     "slot_scope": ("block", "until_fail"),
-    "anchor_mode": ("error", "random"),
     "supervised_anchors": ("random", "error"),
     "rollout": ("replay", "live"),
     "draft_sampling": DRAFT_SAMPLING,

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..rollout.sampler import DRAFT_SAMPLING
+from ..rollout.drafting import DRAFT_SAMPLING
 
 
 RECORD_FILE = "training_record.json"

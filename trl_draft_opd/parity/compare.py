@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..drafters.base import run_blocks
 from .counting import Counts, anchors_of, count_rounds, first_difference
 from .report import Outcome, Row
 from .scene import Scene
@@ -192,6 +193,6 @@ def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slo
     place = len(scene.prompts[row]) + anchor
     anchors = torch.tensor([[place]], device=target.device)
     recorded = ids[:, place + 1 : place + 1 + scene.num_drafts][None]
-    hidden = drafter.draft_hidden(features, ids, anchors, recorded, target.embed)
+    hidden = run_blocks(drafter, features, ids, anchors, recorded, target.embed)
     best = drafter.draft_logits(hidden, target.project)[0, 0, slot - 1].float().topk(2).values
     return float(best[0] - best[1])

@@ -200,23 +200,6 @@ def join_blocks(first: BlockBatch, second: BlockBatch) -> BlockBatch:
     return BlockBatch(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in vars(first)})
 
 
-def random_anchors(rollout: Rollout, sample_ids: Sequence[int], *, seed: int, epoch: int) -> torch.Tensor:
-    """
-    Draw as many anchors per row as its chains have, uniform without replacement (the paper's ablation).
-
-    Returns:
-        `torch.LongTensor` of the shape of `rollout.anchors`, ascending, -1 for padding.
-    """
-    anchors = torch.full_like(rollout.anchors, -1)
-    is_eligible = rollout.completion_mask[:, :-1] & rollout.completion_mask[:, 1:]
-    for row, sample_id in enumerate(sample_ids):
-        positions = is_eligible[row].nonzero()[:, 0]
-        order = torch.randperm(len(positions), generator=keyed_generator(seed, epoch, int(sample_id)))
-        chosen = positions[order[: int(rollout.num_rounds[row])].to(positions.device)].sort().values
-        anchors[row, : len(chosen)] = chosen
-    return anchors
-
-
 def keyed_generator(seed: int, epoch: int, sample_id: int) -> torch.Generator:
     """Return a generator that depends on these three numbers and on nothing drawn before."""
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + sample_id

@@ -31,22 +31,27 @@ class DrawKeys:
     epoch: int
     sample_ids: Sequence[int]
 
+    def check_rows(self, num_rows: int) -> None:
+        """Raise `ValueError` unless there is one sample id for each of `num_rows` prompts."""
+        if len(self.sample_ids) != num_rows:
+            raise ValueError(f"{num_rows} prompts need as many sample ids in `keys`, got {len(self.sample_ids)}.")
+
     def uniforms(
-        self, rows: Sequence[int], anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int
+        self, rows: Sequence[int] | torch.Tensor, anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int
     ) -> torch.Tensor:
         """
-        Return one number in [0, 1) per row, or per row and slot.
+        Return one number in [0, 1) per draw, or per draw and slot.
 
         Args:
-            rows (`Sequence[int]`): Indices into `sample_ids`, B of them.
-            anchors (`torch.LongTensor` of shape `(B,)`): Position each row draws at.
+            rows (`Sequence[int]` or `torch.LongTensor` of shape `(B,)`): Indices into `sample_ids`, one per draw.
+            anchors (`torch.LongTensor` of shape `(B,)`): Position of each draw.
             slots (`int` or `torch.LongTensor` of shape `(S,)`): Slots to draw for.
             purpose (`int`): One of this module's constants.
 
         Returns:
             `torch.DoubleTensor` of shape `(B,)`, or `(B, S)` for a tensor of slots, on the device of `anchors`.
         """
-        sample_ids = torch.tensor([self.sample_ids[row] for row in rows], device=anchors.device)
+        sample_ids = torch.tensor(list(self.sample_ids), device=anchors.device)[rows]
         if isinstance(slots, torch.Tensor):
             sample_ids, anchors = sample_ids[:, None], anchors[:, None]
         return keyed_uniforms(self.seed, self.epoch, sample_ids, anchors, slots, purpose)
