@@ -16,6 +16,7 @@ from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.counts import Counts
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import rollout_live
@@ -95,8 +96,7 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        counted = rollout.is_counted
-        tau = float((rollout.accepted[counted] + 1).float().mean())
+        tau = Counts.of_rollout(rollout).tau
         taus.append(tau)
         print(f"step {step}: loss {loss.item():.4f}, tau {tau:.3f}")
     return taus

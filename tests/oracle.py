@@ -8,6 +8,7 @@ Knows the target alone; how a drafter drafts is replaced, so both rollout engine
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from datasets import Dataset
 from tiny import EOS, MASK, VOCAB, make_prompts
@@ -16,6 +17,7 @@ from torch.nn.functional import one_hot
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.drafters.base import Drafter, DraftState
 from trl_draft_opd.rollout import live
+from trl_draft_opd.rollout.replay import ReplayWalk
 
 
 def greedy_text(target: FrozenTarget, prompt: list[int], num_tokens: int) -> list[int]:
@@ -62,11 +64,21 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
         anchors = state.anchors if columns is None else state.anchors.gather(1, columns.clamp(min=0))
         return at_slot(anchors, state.slot + 1)
 
-    monkeypatch.setattr(drafter, "begin", begin, raising=False)
-    monkeypatch.setattr(drafter, "advance", advance, raising=False)
-    monkeypatch.setattr(
-        drafter, "draft_logits", lambda hidden, project: one_hot(hidden[..., 0].long(), VOCAB).float(), raising=False
-    )
+    def draft_logits(hidden, project):
+        return one_hot(hidden[..., 0].long(), VOCAB).float()
+
+    def planted(method):
+        def run(walk, *args):
+            # Only while it is replayed: what is trained is the drafter itself.
+            with pytest.MonkeyPatch.context() as patch:
+                for own in (begin, advance, draft_logits):
+                    patch.setattr(drafter, own.__name__, own)
+                return method(walk, *args)
+
+        return run
+
+    for name in ("draft", "_draft_suffixes"):
+        monkeypatch.setattr(ReplayWalk, name, planted(getattr(ReplayWalk, name)))
 
     def draft_live(batch, anchors):
         # A live batch loses rows as they end; it alone knows which are left.

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_importing import LAYOUTS, H, V, eagle3, randomise, write
+from test_published_checkpoints import LAYOUTS, H, V, eagle3, randomise, write
 from tiny import make_causal_lm, make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary

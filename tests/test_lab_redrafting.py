@@ -2,12 +2,16 @@
 """The laboratory's random anchors, and blocks drafted anew at given anchors."""
 
 import pytest
+import torch
+from oracle import greedy_rows
 from rollouts import Options, decode
 from test_blocks import PROMPT, RESPONSE, ROUNDS, U, make_rollout
 from test_rollout_replay import assert_same_blocks, text_of
-from tiny import make_drafter, make_prompts, make_target
+from tiny import TINY_RUN, make_drafter, make_prompts, make_target
 
 from benchmarks.lab.redrafting import random_anchors, redraft
+from benchmarks.lab.trainers import RandomAnchorsTrainer, StaleAnchorsTrainer
+from trl_draft_opd import DraftOPDConfig
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 
 
@@ -54,3 +58,16 @@ def test_redrafting_at_the_chains_own_anchors_gives_the_chain_and_restores_the_m
     )
     assert_same_blocks(live, again)
     assert drafter.training
+
+
+@pytest.mark.parametrize("trainer_class", [RandomAnchorsTrainer, StaleAnchorsTrainer])
+def test_blocks_that_are_not_the_chains_own_train_every_tensor(tmp_path, trainer_class):
+    target = make_target()
+    rows, drafter = greedy_rows(target, 4, 12), make_drafter("eagle3", target)
+    before = {name: tensor.detach().clone() for name, tensor in drafter.named_parameters()}
+    options = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    args = DraftOPDConfig(str(tmp_path), **TINY_RUN, **options, completions_from_target=True, rejected_scope="suffix")
+    trainer = trainer_class(drafter, target, args, rows)
+    trainer.refresh_epochs = 2
+    trainer.train()
+    assert not [name for name, tensor in drafter.named_parameters() if torch.equal(tensor, before[name])]

@@ -21,13 +21,14 @@ from trl_draft_opd.export import export_drafter
 from trl_draft_opd.export.record import Measurement, TrainingRecord, describe_target, write_record
 from trl_draft_opd.parity import EngineSettings, verify_drafter
 from trl_draft_opd.parity.compare import Reference, compare
-from trl_draft_opd.parity.counting import Counts, anchors_of, count_rounds, started_within
+from trl_draft_opd.parity.counting import anchors_of, started_within
 from trl_draft_opd.parity.fingerprint import describe_gap, take_fingerprint
 from trl_draft_opd.parity.in_process import rounds_of
 from trl_draft_opd.parity.known_faults import find_known_fault
 from trl_draft_opd.parity.report import Outcome
 from trl_draft_opd.parity.scene import Scene, decode_plainly, decode_with_us, replay
 from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.rollout.counts import Counts
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -369,9 +370,9 @@ ANSWERS = ["shutil.copy(__file__.replace('python', 'answer.json'), sys.argv[-1])
 
 
 def answer_of(scene, chains, **changes):
-    counts = count_rounds(chains, NUM_DRAFTS)
+    counts = Counts.of_chains(chains, NUM_DRAFTS)
     sums = {
-        "num_rounds": counts.num_rounds,
+        "num_rounds": counts.num_blocks,
         "num_accepted": sum(counts.kept_at_slot),
         "kept_at_slot": list(counts.kept_at_slot),
     }
@@ -465,8 +466,8 @@ def test_rounds_start_within_the_limit_and_count_whole():
     assert anchors_of([2, 0, 5, 1]) == [0, 3, 4, 10]
     assert started_within([2, 0, 5, 1], 11) == [2, 0, 5]
     assert started_within([2, 0, 5, 1], 12) == [2, 0, 5, 1]
-    counts = count_rounds([[2, 0, 5], [1]], 5)
-    assert counts == Counts(4, (3, 2, 1, 1, 1)) and counts.tau == 3.0
+    counts = Counts.of_chains([[2, 0, 5], [1]], 5)
+    assert counts.pooled() == Counts((4,), ((3, 2, 1, 1, 1),)) and counts.tau == 3.0
 
 
 def test_rounds_are_read_off_the_targets_forward_passes():

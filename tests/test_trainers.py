@@ -188,7 +188,7 @@ def test_readings_beyond_the_budget_are_made_again_with_the_same_result(tmp_path
 
 
 def test_sampled_drafts_train_along_sampled_text(tmp_path, target, rows):
-    for variant in ("replay", "random", "live_random"):
+    for variant in ("replay", "live"):
         drafter = make_drafter("eagle3", target)
         before = weights(drafter)
         options = {"temperature": 0.8, "draft_sampling": "sample"} | OPD_VARIANTS[variant]

@@ -11,11 +11,11 @@ Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = dra
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.rollout.counts import Counts
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import TargetText, rollout_replay
@@ -46,22 +46,15 @@ def measure_drafter(
     Returns:
         `dict`: per prompt `rounds` (counted blocks) and `accepted` (drafts they keep), `slot_acceptance` of length K, and `tau`.
     """
-    rounds, accepted = [], []
-    num_drafts = drafter.default_num_drafts
-    kept = torch.zeros(num_drafts)
-    for rollout in replays(target, drafter, rows, temperature, draft_sampling, keep_branch_hidden=False):
-        counted = rollout.is_counted
-        rounds += counted.sum(dim=1).tolist()
-        accepted += (rollout.accepted * counted).sum(dim=1).tolist()
-        slots = torch.arange(1, num_drafts + 1, device=counted.device)
-        kept += (rollout.accepted[counted][:, None] >= slots).sum(dim=0).cpu()
+    rollouts = replays(target, drafter, rows, temperature, draft_sampling, keep_branch_hidden=False)
+    counts = sum(map(Counts.of_rollout, rollouts), Counts())
     return {
         "temperature": temperature,
         "draft_sampling": draft_sampling,
-        "rounds": rounds,
-        "accepted": accepted,
-        "slot_acceptance": (kept / sum(rounds)).tolist(),
-        "tau": 1 + sum(accepted) / sum(rounds),
+        "rounds": list(counts.blocks),
+        "accepted": [sum(kept) for kept in counts.kept],
+        "slot_acceptance": counts.acceptance_per_slot,
+        "tau": counts.tau,
     }
 
 

@@ -20,6 +20,7 @@ from trl_draft_opd import DraftOPDConfig, FrozenTarget, SamplingSettings, genera
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout import live, replay
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.counts import Counts
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import TargetText
@@ -193,8 +194,7 @@ def decoding(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> N
     taus = {}
     for count in counts:
         decoded = [pair.live([prompt], num_drafts=count) for prompt in few]
-        blocks = torch.cat([(rollout.accepted + 1)[rollout.is_counted] for rollout in decoded]).float()
-        taus[count] = float(blocks.mean())
+        taus[count] = sum(map(Counts.of_rollout, decoded), Counts()).tau
         arms.append(
             Arm(f"K={count}", lambda c=count: listed([pair.live([p], num_drafts=c).responses()[0] for p in few]))
         )

@@ -14,7 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .counting import Counts, count_rounds, started_within
+from ..rollout.counts import Counts
+from .counting import started_within
 from .report import Outcome
 from .scene import Scene
 
@@ -101,10 +102,10 @@ def run_engine(
     # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have those alone.
     chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
     if answer.get("num_rounds") is not None:
-        counts = Counts(answer["num_rounds"], tuple(answer["kept_at_slot"]))
-    if chains is not None and counts is not None and count_rounds(chains, scene.num_drafts) != counts:
+        counts = Counts((answer["num_rounds"],), (tuple(answer["kept_at_slot"]),))
+    if chains is not None and counts not in (None, Counts.of_chains(chains, scene.num_drafts).pooled()):
         raise EngineFailure(
-            f"{name} counts {counts.num_rounds} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its requests tell of others."
+            f"{name} counts {counts.num_blocks} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its requests tell of others."
         )
     remark = f"{name} {answer['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"
     return Outcome(name, answer["responses"], chains, counts, remark, answer["device"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from .counting import Counts
+from ..rollout.counts import Counts
 
 
 @dataclass(frozen=True)

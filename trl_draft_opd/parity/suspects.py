@@ -7,7 +7,7 @@ a head whose rows are those of other tokens than its vocabulary says. Both error
 import torch
 
 from ..drafters.base import Drafter
-from .counting import count_rounds
+from ..rollout.counts import Counts
 from .scene import Scene, replay
 
 
@@ -49,7 +49,7 @@ def _tau_with(scene: Scene, responses: list[list[int]], ids: list[int]) -> float
         chains = replay(scene, scene.drafter, responses, _NUM_PROMPTS)
     finally:
         config.target_layer_ids = named
-    return count_rounds(chains, scene.num_drafts).tau
+    return Counts.of_chains(chains, scene.num_drafts).tau
 
 
 def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:

@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..evaluation import bootstrap_tau
 from ..export import export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
 from ..export.flat import flat_config
@@ -39,6 +38,7 @@ from ..export.record import (
     recorded_settings,
     write_record,
 )
+from ..rollout.counts import bootstrap_tau
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.sharding import full_weights
