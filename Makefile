@@ -26,7 +26,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow crash test-oldest conformance lint format check build clean
+.PHONY: help install demo test test-slow crash guard test-oldest conformance lint format check build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ test-slow: $(STAMP)  ## Run the slow tests alone
 
 crash: $(STAMP)  ## Run the crash matrix: a stop at every file operation, thirty kills at random times
 	$(PYTEST) --dist load -m crash $(ARGS)
+
+guard: $(STAMP)  ## Compare losses, weights, rollouts, exports and refusals of tiny models with their record, bit for bit
+	$(BIN)/python tests/guard/record.py --check $(ARGS)
 
 test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
