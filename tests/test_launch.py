@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
 from trl_draft_opd.runs.distributed.launch import check_launch
-from trl_draft_opd.target.frozen.placement import check_placement
+from trl_draft_opd.target.placement import check_placement
 from trl_draft_opd.trainer.pair import load_target
 from trl_draft_opd.utils.loading import loading_whole
 

@@ -19,6 +19,7 @@ from trl_draft_opd.rollout import keyed_random as draws
 from trl_draft_opd.rollout import live
 from trl_draft_opd.rollout.acceptance import token_probs
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.target.branches import score_branches
 
 
 FAMILIES = ("dflash", "eagle3")
@@ -236,7 +237,7 @@ def test_branch_states_are_those_of_a_packed_forward(family, kind):
     rollout = roll_out(target, make_drafter(family, target), make_prompts(3), keep_branch_hidden=True)
     is_branch = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=[]).is_branch
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, (), keep_cache=True)
-    packed = target.score_branches(reading, rollout.anchors, rollout.drafts, is_branch)
+    packed = score_branches(target, reading, rollout.anchors, rollout.drafts, is_branch)
     assert rollout.branch_hidden.shape == packed.shape and is_branch.sum() > 30
     torch.testing.assert_close(rollout.branch_hidden[is_branch], packed[is_branch], rtol=1e-4, atol=1e-4)
     assert not packed[~is_branch].any()

@@ -352,7 +352,7 @@ def split(pair: Pair, arm: Arm) -> dict[str, float]:
         (live, "rollout_live", "decoding"),
         (replay, "rollout_replay", "walk"),
         (pair.target, "read_text", "target"),
-        (pair.target, "score_branches", "branches"),
+        (replay, "score_branches", "branches"),
         (package_step, "run_blocks", "draft"),
         (package_step, "chunked_divergence", "loss"),
     ]

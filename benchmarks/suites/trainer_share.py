@@ -20,6 +20,7 @@ from trl_draft_opd import (
     SamplingSettings,
     generate_responses,
 )
+from trl_draft_opd.rollout import replay
 from trl_draft_opd.trainer import draft_opd_trainer, step
 
 
@@ -79,7 +80,7 @@ def stage_shares(args: argparse.Namespace, name: str, target, drafter, data: Dat
         optimizer = trainer.create_optimizer()
         places = [
             (target, "read_text", "target"),
-            (target, "score_branches", "branches"),
+            (replay, "score_branches", "branches"),
             (draft_opd_trainer, "rollout_replay", "walk"),
             (step, "run_blocks", "draft"),
             (step, "chunked_divergence", "loss"),

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-import transformers
 from transformers import PreTrainedConfig
 
 
@@ -144,31 +143,3 @@ def refuse_misspelt(names: Iterable[str], known: Iterable[str], where: str) -> N
             raise ValueError(
                 f"{where} has {name!r}, which nobody reads. Did you mean {near[0]!r}? Rename or remove it."
             )
-
-
-def portable_base(config: PreTrainedConfig) -> dict[str, Any]:
-    """
-    Return the keys both families' portable profiles share.
-
-    RoPE is written three ways, because EAGLE's code reads the legacy pair and SGLang and transformers 5 the new one.
-    """
-    rope = dict(config.rope_parameters or {})
-    rope_theta = rope.get("rope_theta", 10000.0)
-    is_scaled = rope.get("rope_type", "default") != "default"
-    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    copied = (
-        "attention_bias bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size "
-        "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads num_target_layers pad_token_id "
-        "rms_norm_eps target_hidden_size target_model_name_or_path target_model_revision vocab_size"
-    ).split()
-    return {name: getattr(config, name) for name in copied} | {
-        "attention_dropout": 0.0,
-        "dtype": dtype,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta} | rope,
-        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if is_scaled else None,
-        "rope_theta": rope_theta,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "transformers_version": transformers.__version__,
-        "use_cache": True,
-    }

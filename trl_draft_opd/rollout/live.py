@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..drafters.base import DraftContext, Drafter
-from ..target.frozen import FrozenTarget, TargetReading
+from ..target.frozen import FrozenTarget
+from ..target.reading import TargetReading
 from .acceptance import choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
 from .drafting import DraftingSettings, draft_blocks
 from .keyed_random import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys

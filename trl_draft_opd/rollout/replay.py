@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..drafters.base import Drafter
-from ..target.frozen import FrozenTarget, TargetReading
+from ..target.branches import score_branches
+from ..target.frozen import FrozenTarget
+from ..target.reading import TargetReading
 from .acceptance import sample_posterior, settle_blocks, token_probs
 from .drafting import DraftingSettings, choose_drafts
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
@@ -303,7 +305,7 @@ class ReplayWalk:
                 suffixes = self.suffixes[torch.arange(len(ids), device=ids.device)[:, None], safe]
                 drafts = torch.where(slots > num_known[..., None], suffixes, drafts)
             is_branch = (slots > accepted[..., None] + 1) & (is_block & ~is_censored)[..., None]
-            hidden = self.target.score_branches(self.reading, anchors, drafts, is_branch)
+            hidden = score_branches(self.target, self.reading, anchors, drafts, is_branch)
         return Rollout(
             input_ids=ids,
             attention_mask=self.text.attention_mask,
