@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl_draft_opd import Eagle3DraftConfig, Eagle3DraftModel, SamplingSettings
 from trl_draft_opd.drafters.base import DraftContext, run_blocks
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.portable_config import PortableConfig
 from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
 
 
@@ -50,7 +51,7 @@ def make_lively(drafter, seed=3):
 
 def make_eagle3(**options):
     base = make_drafter("eagle3", TARGET).config
-    names = Eagle3DraftConfig.__annotations__
+    names = {**PortableConfig.__annotations__, **Eagle3DraftConfig.__annotations__}.keys() - {"family"}
     settings = {name: getattr(base, name) for name in names} | options
     return make_lively(Eagle3DraftModel(Eagle3DraftConfig(**settings)).eval())
 

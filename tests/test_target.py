@@ -286,7 +286,7 @@ def test_a_head_that_does_something_unknown_is_refused(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(ValueError, match="head of target type 'llama' does something to its logits"):
+    with pytest.raises(ValueError, match="head of target type 'llama' changes its logits"):
         FrozenTarget(model)
 
 

@@ -32,12 +32,15 @@ class EvaluationReport:
         tau_low (`float`), tau_high (`float`): 95 % interval by bootstrap over prompts.
         acceptance_per_slot (`list[float]`): Share of counted blocks that keep at least `k` drafts, for `k = 1..K`.
         tokens_per_target_forward (`float`): Response tokens per target pass of a row, its prefill included.
-        speedup (`float` or `None`): Plain decoding time over speculative time, same batches, same process; `None` if not compared.
+        speedup (`float` or `None`):
+            Plain decoding time over speculative time, same batches, same process; `None` if not compared.
         num_different (`int` or `None`): Responses that differ from the target's own; `None` if not compared.
         different_prompts (`list[int]`): Indices of those prompts.
-        num_prompts (`int`), num_tokens (`int`), num_blocks (`int`), num_drafts (`int`), batch_size (`int`): Sizes of the run.
+        num_prompts (`int`), num_tokens (`int`), num_blocks (`int`), num_drafts (`int`), batch_size (`int`):
+            Sizes of the run.
         temperature (`float`): Of the target.
-        accepted_sums (`list[int]`), block_counts (`list[int]`): Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
+        accepted_sums (`list[int]`), block_counts (`list[int]`):
+            Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
     """
 
     tau: float
@@ -58,7 +61,7 @@ class EvaluationReport:
     block_counts: list[int]
 
     def to_dict(self) -> dict:
-        """Return plain numbers and lists, ready for JSON."""
+        """Return plain numbers and lists for JSON."""
         return asdict(self)
 
     def table(self, title: str) -> Table:
@@ -89,7 +92,8 @@ def paired_gain(
     """
     if before.num_prompts != after.num_prompts:
         raise ValueError(
-            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same prompts in the same order."
+            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same "
+            "prompts in the same order."
         )
     # The same seed picks the same prompts for both.
     tau_before = resampled_taus(before.accepted_sums, before.block_counts, num_resamples, seed)
@@ -130,7 +134,8 @@ def evaluate_drafter(
         ignore_eos (`bool`, *optional*, defaults to `False`):
             Decode exactly `max_new_tokens` tokens, to compare with an engine that counts past the end of sequence.
         compare_with_target (`bool`, *optional*, defaults to `True`):
-            Also decode plainly, batch by batch in turns, for speed and, at temperature 0, for equality. Needs `ignore_eos=False`.
+            Also decode plainly, batch by batch in turns, for speed and, at temperature 0, equality. Not with
+            `ignore_eos`.
         num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
         seed (`int`, *optional*, defaults to 0): Of draws and bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`): Draw a progress bar.
@@ -180,8 +185,8 @@ def evaluate_drafter(
             progress.advance(task, len(batch))
     if counts.num_blocks == 0:
         raise ValueError(
-            f"No response among {len(prompts)} prompts is longer than a block of {num_drafts} drafts, so tau cannot be "
-            "measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
+            f"No response among {len(prompts)} prompts is longer than a block of {num_drafts} drafts, so tau cannot "
+            "be measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
         )
     low, high = counts.interval(num_resamples=num_resamples, seed=seed)
     can_compare_text = compare and sampling.is_greedy

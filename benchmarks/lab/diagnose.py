@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Where a drafter disagrees with its target: on the states of accepted slots, of first rejections, and behind them.
-"""
+"""Where a drafter disagrees with its target: on the states of accepted slots, of first rejections, and behind them."""
 
 from typing import Any
 

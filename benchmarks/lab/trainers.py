@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Trainers that only the laboratory needs: the one-token estimators of the method's released code, random anchors, and anchors that
-go stale.
+Trainers that only the laboratory needs: the one-token estimators of the method's released code, random anchors, and
+anchors that go stale.
 """
 
 from dataclasses import replace
@@ -29,8 +29,9 @@ class OneTokenTrainer(DraftOPDTrainer):
     """
     Draft-OPD with one-token estimators in place of divergences over the vocabulary.
 
-    Accepted slots: the Bernoulli forward KL of the committed token's probability. Rejected slots: `r - 1 - log r` with `r = p / q`
-    of the drafted token, bounded. One pooled denominator. Drafters with a reduced vocabulary are not served.
+    Accepted slots: the Bernoulli forward KL of the committed token's probability. Rejected slots: `r - 1 - log r` with
+    `r = p / q` of the drafted token, bounded. One pooled denominator. Drafters with a reduced vocabulary are not
+    served.
     """
 
     def _step_loss(
@@ -65,7 +66,9 @@ def bernoulli_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tens
 
 
 def bounded_k3(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Return `r - 1 - log r` with `r = p / q`, both the logarithm and the result cut off where the released code does."""
+    """
+    Return `r - 1 - log r` with `r = p / q`, both the logarithm and the result cut off where the released code does.
+    """
     log_ratio = (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.exp() - log_ratio - 1).clamp(max=MAX_ESTIMATE)
 
@@ -73,7 +76,9 @@ def bounded_k3(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 def states_of_slots(
     last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: torch.Tensor, is_branch: torch.Tensor
 ) -> torch.Tensor:
-    """Return the target's state of every slot, `(B, A, K, H)`: on the committed text, or on the branch where it is one."""
+    """
+    Return the target's state of every slot, `(B, A, K, H)`: on the committed text, or on the branch where it is one.
+    """
     B, L, H = last_hidden.shape
     A, K = is_branch.shape[1:]
     positions = (anchors[..., None] + torch.arange(K, device=anchors.device)).clamp(0, L - 1)
@@ -84,7 +89,10 @@ def states_of_slots(
 
 
 class RandomAnchorsTrainer(DraftOPDTrainer):
-    """Draft-OPD at as many random positions of each response as its chain has anchors: the paper's ablation. By replay alone."""
+    """
+    Draft-OPD at as many random positions of each response as its chain has anchors: the paper's ablation. By replay
+    alone.
+    """
 
     def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
         keys = DrawKeys(self.args.seed, epoch, text.sample_ids)

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The contract of every drafter family. Knows nothing of trainers, rollouts and losses, and owns no embedding: the target's embedding
-is handed in as a function.
+The contract of every drafter family. Knows nothing of trainers, rollouts and losses, and owns no embedding: the
+target's embedding is handed in as a function.
 
-A drafter turns the target's features of the committed text into a `DraftContext`, once per position (`encode_context`). From there
-it drafts blocks, one per anchor, slot by slot; the caller owns the loop and decides which token each slot holds:
+A drafter turns the target's features of the committed text into a `DraftContext`, once per position
+(`encode_context`). From there it drafts blocks, one per anchor, slot by slot; the caller owns the loop and decides
+which token each slot holds:
 
     state = drafter.begin(context, anchors, anchor_tokens, num_drafts, embed)    # slot 1 of every block
     for slot in range(1, num_drafts + 1):
@@ -13,14 +14,15 @@ it drafts blocks, one per anchor, slot by slot; the caller owns the loop and dec
         if slot < num_drafts:
             state = drafter.advance(state, tokens)       # slot + 1; `columns` picks the blocks that continue
 
-There are three callers: training runs all slots along recorded drafts with gradient (`run_blocks`), live decoding drafts by
-argmax or by draws (`rollout/drafting.py`), replay drops blocks on the way (`rollout/replay.py`). What a family must fulfil:
+There are three callers: training runs all slots along recorded drafts with gradient (`run_blocks`), live decoding
+drafts by argmax or by draws (`rollout/drafting.py`), replay drops blocks on the way (`rollout/replay.py`). What a
+family must fulfil:
 
 - A state is a value: `advance` returns a new one and leaves the old one as it was.
-- `state.hidden` is `(B, A, H)`, ready for the head. A block sees the context before its anchor and its own earlier slots only, so
-  its states depend neither on other blocks nor on which of them continue.
+- `state.hidden` is `(B, A, H)`, ready for the head. A block sees the context before its anchor and its own earlier
+  slots only, so its states depend neither on other blocks nor on which of them continue.
 - Anchors below 1, and columns below 0, are padding: it costs no layer, and its states hold no meaning.
-- A family that drafts all slots at once (`reads_drafts = False`) ignores tokens and fills `state.block_hidden`, `(B, A, K, H)`.
+- A family that drafts all slots at once (`reads_drafts = False`) ignores tokens and fills `state.block_hidden`.
 - Gradients flow through all of it, each step under `run_recomputed`; callers that need none switch them off.
 
 Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block, H = hidden size,
@@ -53,13 +55,14 @@ class DraftContext:
     """
     What a drafter keeps of the committed text, indexed by position: entry `i` belongs to position `i` of its row.
 
-    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything finite: rejected
-    drafts are rolled back by being overwritten.
+    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything finite:
+    rejected drafts are rolled back by being overwritten.
 
     Attributes:
         keys (`list[torch.Tensor]`): One `(B, kv_heads, L, head_dim)` tensor per drafter layer, positions rotated in.
         values (`list[torch.Tensor]`): As `keys`.
-        fused (`torch.Tensor` or `None`): `(B, L, H)`, the fused target features (EAGLE-3); `None` for families that do not read them.
+        fused (`torch.Tensor` or `None`):
+            `(B, L, H)`, the fused target features (EAGLE-3); `None` for families that do not read them.
     """
 
     keys: list[torch.Tensor]
@@ -111,7 +114,7 @@ class DraftState:
         slot (`int`): The current slot, 1 for the first draft.
         hidden (`torch.Tensor` of shape `(B, A, H)`): Its hidden states, ready for the head.
         block_hidden (`torch.Tensor` of shape `(B, A, K, H)` or `None`):
-            Hidden states of all slots of the blocks that were begun, from a family that drafts them at once; else `None`.
+            Hidden states of all slots of the blocks as begun; `None` from a family that drafts slot by slot.
     """
 
     slot: int
@@ -132,7 +135,7 @@ class Drafter(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
-    #: Set by transformers' own switch, `activation_checkpointing_enable` (`gradient_checkpointing_enable` before 5.23).
+    #: Set by transformers' `activation_checkpointing_enable`, until 5.22 `gradient_checkpointing_enable`.
     gradient_checkpointing: bool = False
     #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
     owns_head: bool = False
@@ -147,17 +150,18 @@ class Drafter(PreTrainedModel):
 
     def run_recomputed(self, part: Callable[..., Result], *args: Any) -> Result:
         """
-        Run `part(*args)`, a layer or a step; with activation checkpointing on, what it keeps for the backward pass is let go and
+        Run `part(*args)`, a layer or a step; with activation checkpointing on, what the backward pass needs is
         computed again there. Only in training mode and with gradient.
 
-        `part` must have no side result, which a second run would repeat, and be given lists that nobody changes afterwards.
+        `part` runs twice: it must change nothing outside, and its arguments must not change in between.
         """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(part, *args)
         return part(*args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # Whoever casts the whole module, as older DeepSpeed does, means the weights: no long position survives rounded rotary frequencies.
+        # A cast of the whole module, as older DeepSpeed makes, means the weights: rounded rotary frequencies would
+        # spoil long positions.
         before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -170,12 +174,12 @@ class Drafter(PreTrainedModel):
     @property
     @abstractmethod
     def max_drafts(self) -> int | None:
-        """Largest number of drafts per block the family can make in one go, or `None` where only training bounds it."""
+        """Most drafts a block can hold; `None` where only training bounds it."""
 
     @property
     @abstractmethod
     def default_num_drafts(self) -> int:
-        """Drafts per block used in rollouts and evaluation unless said otherwise."""
+        """Drafts per block in rollouts and evaluation unless another number is given."""
 
     @abstractmethod
     def encode_context(
@@ -212,7 +216,8 @@ class Drafter(PreTrainedModel):
 
         Args:
             context (`DraftContext`): Entries for every position before the largest anchor.
-            anchors (`torch.LongTensor` of shape `(B, A)`): Position of each block's anchor; entries below 1 are padding.
+            anchors (`torch.LongTensor` of shape `(B, A)`):
+                Position of each block's anchor; entries below 1 are padding.
             anchor_tokens (`torch.LongTensor` of shape `(B, A)`): Token at each anchor.
             num_drafts (`int`): K, at least 1 and at most `max_drafts`.
             embed (`Callable`): The target's embedding.
@@ -228,9 +233,10 @@ class Drafter(PreTrainedModel):
 
         Args:
             state (`DraftState`): From [`begin`] or from here; at a slot before K.
-            tokens (`torch.LongTensor` of shape `(B, A')`): Token of the current slot, in target ids, of every block that continues.
+            tokens (`torch.LongTensor` of shape `(B, A')`):
+                Token of the current slot, in target ids, of every block that continues.
             columns (`torch.LongTensor` of shape `(B, A')`, *optional*):
-                Where these blocks stand among the `A` of `state`, -1 for padding. All `A` continue as they stand if not given.
+                Which of the `A` blocks of `state` these are, -1 for padding. All continue, in order, if not given.
 
         Returns:
             `DraftState` at the next slot, of `A'` blocks per sequence.
@@ -290,7 +296,7 @@ class Drafter(PreTrainedModel):
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 Precision of the weights in memory. Training keeps fp32 masters; bf16 Adam steps lose small updates.
             num_target_layers (`int`, *optional*):
-                Layers of the target, for EAGLE-3 checkpoints whose config names no layer ids: the reference convention is then resolved with it.
+                Layers of the target, for EAGLE-3 checkpoints whose config names no layer ids.
             allow_pickle_weights (`bool`, *optional*, defaults to `False`):
                 Read a `pytorch_model.bin` (with `weights_only=True`) when there is no safetensors file.
             revision, subfolder, token, cache_dir, local_files_only:
@@ -307,8 +313,8 @@ class Drafter(PreTrainedModel):
         imported = read_drafter_config(source, num_target_layers=num_target_layers)
         if imported.family != cls.config_class.family:
             raise ValueError(
-                f"{source.name_or_path!r} holds a {imported.family} drafter (architectures {imported.architectures}), but "
-                f"{cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
+                f"{source.name_or_path!r} holds a {imported.family} drafter (architectures {imported.architectures}), "
+                f"but {cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
             )
         model = cls(cls.config_class(**imported.config_kwargs))
         model.load_exact(read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights))
@@ -333,8 +339,8 @@ class Drafter(PreTrainedModel):
         ]
         if missing or unexpected or misshapen:
             raise ValueError(
-                f"The weights do not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}, wrong shape "
-                f"{misshapen}. Check that config.json and the weight files belong together."
+                f"The weights do not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}, wrong "
+                f"shape {misshapen}. Check that config.json and the weight files belong together."
             )
         self.load_state_dict(tensors)
 
@@ -363,7 +369,8 @@ def run_blocks(
         target_features (`torch.Tensor` of shape `(B, L, F)`): The target's features of the committed text.
         input_ids (`torch.LongTensor` of shape `(B, L)`): The committed text, right-padded.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors, 1..L-1; entries below 1 are padding.
-        drafts (`torch.LongTensor` of shape `(B, A, K)`): Recorded drafts, which later slots read, never a fresh argmax.
+        drafts (`torch.LongTensor` of shape `(B, A, K)`):
+            Recorded drafts, which later slots read, never a fresh argmax.
         embed (`Callable`): The target's embedding.
 
     Returns:

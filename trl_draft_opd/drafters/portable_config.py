@@ -26,9 +26,10 @@ class PortableConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`):
             Vocabulary of the target.
-        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, rope_parameters,
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
+        rope_parameters,
         max_position_embeddings:
-            As in the target's config; head size and key/value heads must be the target's, which shares its cache layout.
+            As in the target's config; head size and key/value heads must be the same: both share a cache layout.
         target_hidden_size (`int`):
             Width of one tapped layer.
         target_layer_ids (`list[int]`):
@@ -80,7 +81,7 @@ class PortableConfig(PreTrainedConfig):
         """
         Return the keys all families' profiles share.
 
-        RoPE is written three ways, because EAGLE's code reads the legacy pair and SGLang and transformers 5 the new one.
+        RoPE is written three ways: EAGLE's code reads the legacy pair, SGLang and transformers 5 the new one.
         """
         rope = dict(self.rope_parameters or {})
         rope_theta = rope.get("rope_theta", 10000.0)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What is counted of verified blocks: accepted length (tau), its interval, and acceptance per slot. Plain numbers, prompt by prompt, that
-add up over batches, steps and ranks and are divided once. Knows no model.
+What is counted of verified blocks: accepted length (tau), its interval, and acceptance per slot. Plain numbers, prompt
+by prompt, that add up over batches, steps and ranks and are divided once. Knows no model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,8 @@ class Counts:
 
     Attributes:
         blocks (`tuple[int, ...]`): Per prompt, its counted blocks.
-        kept (`tuple[tuple[int, ...], ...]`): Per prompt, its counted blocks that keep at least `k` drafts, for `k = 1..K`.
+        kept (`tuple[tuple[int, ...], ...]`):
+            Per prompt, its counted blocks that keep at least `k` drafts, for `k = 1..K`.
     """
 
     blocks: tuple[int, ...] = ()
@@ -97,7 +98,7 @@ def bootstrap_tau(
 
 
 def resampled_taus(accepted_sums: Sequence[int], blocks: Sequence[int], num_resamples: int, seed: int) -> torch.Tensor:
-    """Return tau of each resample of the prompts, NaN where it holds no block; one seed picks the same prompts every time."""
+    """Return tau of each resample of prompts, NaN where it holds no block. Equal seeds pick equal prompts."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(blocks), (num_resamples, len(blocks)), generator=generator)
     sums, counts = (torch.tensor(values, dtype=torch.float64)[picks].sum(dim=1) for values in (accepted_sums, blocks))

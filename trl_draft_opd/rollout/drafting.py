@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-How blocks are drafted: the settings that live decoding and replay share, and the choice of drafts, by argmax or from uniforms that are
-handed in. Holds no random state.
+How blocks are drafted: the settings that live decoding and replay share, and the choice of drafts, by argmax or from
+uniforms that are handed in. Holds no random state.
 
-Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, V = the target's vocabulary, DV = the drafter's
+Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, V = vocabulary, DV = the drafter's
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,10 @@ class DraftingSettings:
     Attributes:
         num_drafts (`int`): Drafts per block, K.
         sampling ([`SamplingSettings`]): The distribution the text is drawn from; temperature 0 for greedy text.
-        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's distribution).
+        draft_sampling (`str`):
+            `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's distribution).
         keep_branch_hidden (`bool`):
-            Keep the target's hidden states on draft-induced states. Replay drafts behind first rejections for this only.
+            Keep the target's hidden states on draft-induced states; replay drafts behind first rejections only then.
 
     Raises:
         ValueError: If `draft_sampling` is unknown.
@@ -61,11 +62,11 @@ def choose_drafts(logits: Tensor, sampling: SamplingSettings, uniforms: Tensor |
 
     Args:
         logits (`torch.Tensor` of shape `(..., DV)`): Draft logits.
-        sampling ([`SamplingSettings`]): Temperature, top-k and top-p, the same as the target's. Not read without uniforms.
+        sampling ([`SamplingSettings`]): As the target's. Not read without uniforms.
         uniforms (`torch.Tensor` of shape `(...)`, *optional*): One number in [0, 1) per row; `None` takes the argmax.
 
     Returns:
-        `tuple` of draft ids `(...)`, the lowest of equal argmaxes, and the distribution they were drawn from, `(..., DV)` or `None`.
+        `tuple` of draft ids `(...)` and the distribution they were drawn from, `(..., DV)`; `None` for argmax.
     """
     if uniforms is None:
         return logits.argmax(dim=-1), None
@@ -89,11 +90,13 @@ def draft_blocks(
     Args:
         target ([`FrozenTarget`]), drafter ([`Drafter`]), settings ([`DraftingSettings`]): Who drafts, and how.
         context ([`DraftContext`]): The drafter's, of every position before the largest anchor.
-        anchors (`torch.LongTensor` of shape `(B, A)`), anchor_tokens (same shape): Anchors, at least 1, and the tokens there.
-        uniforms (`torch.Tensor` of shape `(B, A, K)`, *optional*): One number in [0, 1) per slot; `None` drafts argmax tokens.
+        anchors (`torch.LongTensor` of shape `(B, A)`), anchor_tokens (same shape):
+            Anchors, at least 1, and the tokens there.
+        uniforms (`torch.Tensor` of shape `(B, A, K)`, *optional*):
+            One number in [0, 1) per slot; `None` drafts argmax tokens.
 
     Returns:
-        `tuple` of drafts `(B, A, K)` in target ids, and the distribution each was drawn from, `(B, A, K, V)`; `None` for argmax.
+        `tuple` of drafts `(B, A, K)` in target ids and their distributions `(B, A, K, V)`; `None` for argmax.
     """
     state = drafter.begin(context, anchors, anchor_tokens, settings.num_drafts, target.embed)
     if state.block_hidden is not None:

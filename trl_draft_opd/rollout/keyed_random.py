@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Random numbers by what they are for: functions of seed, epoch, sample, position, slot and purpose, and of nothing drawn before. Holds no
-random state.
+Random numbers by what they are for: functions of seed, epoch, sample, position, slot and purpose. No random state.
 """
 
 from collections.abc import Sequence
@@ -10,16 +9,16 @@ from dataclasses import dataclass
 import torch
 
 
-# Purposes of draws. Live rollout and replay share none: a replay of text that was just drawn must not use the numbers the text
-# depends on, or its blocks would not have their distribution given the text.
+# Purposes of draws. Live rollout and replay share none: a replay of text that was just drawn must not use the numbers
+# the text depends on, or its blocks would not have their distribution given the text.
 REPLAY_ACCEPT, REPLAY_DRAFT, LIVE_DRAFT, LIVE_ACCEPT, LIVE_TOKEN, PLAIN_TOKEN = range(6)
 
 
 @dataclass(frozen=True)
 class DrawKeys:
     """
-    What the draws of a batch of rows depend on, next to position, slot and purpose: nothing else does, be it the batch, the order of
-    rows or calls, or the rank.
+    What the draws of a batch depend on, besides position, slot and purpose, and on nothing else: not on the batch, the
+    order of rows or calls, or the rank.
 
     Attributes:
         seed (`int`): Of the run.
@@ -61,10 +60,12 @@ def keyed_uniforms(
     seed: int, epoch: int, sample_ids: torch.Tensor, anchors: torch.Tensor, slot: int | torch.Tensor, purpose: int
 ) -> torch.Tensor:
     """
-    Return one uniform number per block that depends on these six values alone: not on the batch, the order or the rank.
+    Return one uniform number per block that depends on these six values alone: not on the batch, the order or the
+    rank.
 
     A counter-based generator, so that two walks which meet at an anchor draw the same block there.
-    Source: Steele et al., Fast splittable pseudorandom number generators (OOPSLA 2014), the mixing function of SplitMix64.
+    Source: Steele et al., Fast splittable pseudorandom number generators (OOPSLA 2014), the mixing function of
+    SplitMix64.
 
     Args:
         seed (`int`), epoch (`int`), purpose (`int`): Keys; `purpose` keeps different uses of one slot apart.

@@ -49,8 +49,8 @@ def rollout_live(
     """
     Decode a batch of prompts speculatively until every row ends.
 
-    The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise, whatever the
-    drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
+    The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise,
+    whatever the drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
     Decoding](https://huggingface.co/papers/2211.17192), section 2.3.
 
     Args:
@@ -59,18 +59,19 @@ def rollout_live(
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
         settings ([`DraftingSettings`]): How to draft and verify.
         keys ([`DrawKeys`]):
-            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that rounding
-            breaks. Nothing is drawn at temperature 0.
+            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that
+            rounding breaks. Nothing is drawn at temperature 0.
         max_new_tokens (`int`): Longest response.
         eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
-        on_finished (`Callable`, *optional*): Called with the number of rows that ended since the last call, for a progress bar.
+        on_finished (`Callable`, *optional*):
+            Called with the number of rows that ended since the last call, for a progress bar.
 
     Returns:
         [`Rollout`] with one row per prompt, in order.
 
     Raises:
-        ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many drafts, or the
-            target's cache cannot be rolled back, or there is not one sample id per prompt.
+        ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many
+            drafts, or the target's cache cannot be rolled back, or there is not one sample id per prompt.
     """
     _check(target, drafter, prompts, settings.num_drafts, max_new_tokens)
     keys.check_rows(len(prompts))
@@ -101,8 +102,8 @@ def _check(
         )
     if drafter.max_drafts is not None and num_drafts > drafter.max_drafts:
         raise ValueError(
-            f"`num_drafts` {num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, or train "
-            "a drafter with a larger `block_size`."
+            f"`num_drafts` {num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, "
+            "or train a drafter with a larger `block_size`."
         )
     limit = target.config.max_position_embeddings
     needed = max(len(prompt) for prompt in prompts) + max_new_tokens + num_drafts
@@ -115,7 +116,8 @@ def _check(
 
 class _LiveBatch:
     """
-    State of one batch. Per-row lists cover all prompts; tensors cover the unfinished rows only, named by `self.active`.
+    State of one batch. Per-row lists cover all prompts; tensors cover the unfinished rows only, named by
+    `self.active`.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class _LiveBatch:
         self.num_target_forwards = 0
         self._prefill(prompts)
 
-    # -- start ---------------------------------------------------------------------------------------------------------
+    # -- start --------------------------------------------------------------------------------------------------------
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read the left-padded prompts, commit the first token of each and encode the drafter's context."""
@@ -177,7 +179,7 @@ class _LiveBatch:
         features = features.to(self.drafter.device)
         return self.drafter.encode_context(features, next_ids, position_ids, self.target.embed)
 
-    # -- one round -----------------------------------------------------------------------------------------------------
+    # -- one round ----------------------------------------------------------------------------------------------------
 
     def run_round(self) -> None:
         """Draft a block for every unfinished row, verify all of them in one target forward, and commit."""
@@ -251,7 +253,7 @@ class _LiveBatch:
         self.context.write(self._encode(features, positions), positions)
         self._retire((first_eos <= accepted) | (new_length >= self.limit))
 
-    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+    # -- bookkeeping --------------------------------------------------------------------------------------------------
 
     def _step(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TargetReading:
         self.num_target_forwards += 1
@@ -264,7 +266,9 @@ class _LiveBatch:
         return self.keys.uniforms(self.active, anchors, slots, purpose)
 
     def _choose_first(self, logits: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
-        """Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts."""
+        """
+        Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts.
+        """
         if self.settings.sampling.is_greedy:
             return logits.argmax(dim=-1)
         distribution = token_probs(logits, self.settings.sampling)

@@ -2,12 +2,12 @@
 """
 Replay: the blocks the current drafter would draft along text the target already wrote. No generation.
 
-Given the text, the chain of anchors is a function of the drafter (and, where drafts are drawn, of draws keyed by anchor and
-slot). So every response is cut into segments that are walked in parallel: two walks that meet at an anchor coincide for ever,
-and the chain is read off the finished table. Knows nothing of losses or trainers.
+Given the text, the chain of anchors is a function of the drafter (and, where drafts are drawn, of draws keyed by
+anchor and slot). So every response is cut into segments that are walked in parallel: two walks that meet at an anchor
+are the same from there on, and the chain is read off the finished table. Knows nothing of losses or trainers.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, N = hidden rows, H = hidden size,
-                V = vocabulary
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, N = hidden rows, H =
+                hidden size, V = vocabulary
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,8 @@ def rollout_replay(
     """
     Find the chain of blocks the drafter makes along each response of the text.
 
-    Equal to [`rollout_live`] at temperature 0 on the same text. At a temperature above 0 the blocks are drawn from their
-    exact distribution given the text, see `sample_posterior`.
+    Equal to [`rollout_live`] at temperature 0 on the same text. At a temperature above 0 the blocks are drawn from
+    their exact distribution given the text, see `sample_posterior`.
 
     Args:
         target ([`FrozenTarget`]): Writer of the text.
@@ -71,14 +71,15 @@ def rollout_replay(
         segment_length (`int`): Tokens per segment walked in parallel; 1 drafts at every position in one pass.
         chunk_bytes (`int`): Bytes of float32 logits alive at a time.
         reading ([`TargetReading`], *optional*):
-            The target's reading of the text at the drafter's layers, made here if not given; with its cache if branches are kept.
+            The target's reading of the text at the drafter's layers, made here if not given; with its cache if
+            branches are kept.
 
     Returns:
-        [`Rollout`]. Where drafts are drawn, rows that hold a token of probability 0 under `settings.sampling` have no blocks and are
-        counted in `num_refused`.
+        [`Rollout`]. Where drafts are drawn, rows that hold a token of probability 0 under `settings.sampling` have no
+        blocks and are counted in `num_refused`.
 
     Raises:
-        ValueError: If branches are asked of a target that cannot branch, or there is not one sample id per row.
+        ValueError: If branches are kept and the target cannot branch, or there is not one sample id per row.
     """
     with drafter.evaluating():
         walk = ReplayWalk(target, drafter, text, settings, keys, chunk_bytes, reading)
@@ -91,8 +92,8 @@ def pack_columns(is_kept: Tensor) -> tuple[Tensor, Tensor]:
     Move the kept entries of each row to the front, in order.
 
     Returns:
-        `tuple`: the columns they stood in, `(B, A')` with `A'` the largest count (padding names any column), and whether
-        an entry of the result is one, `(B, A')`.
+        `tuple`: the columns they stood in, `(B, A')` with `A'` the largest count (padding names any column), and
+        whether an entry of the result is one, `(B, A')`.
     """
     counts = is_kept.sum(dim=1)
     width = int(counts.max())
@@ -102,8 +103,8 @@ def pack_columns(is_kept: Tensor) -> tuple[Tensor, Tensor]:
 
 class ReplayWalk:
     """
-    What has been drafted so far, by position: a block's accepted drafts and its first refused draft, once its anchor was
-    drafted from. Arguments are those of [`rollout_replay`].
+    What has been drafted so far, by position: a block's accepted drafts and its first refused draft, once its anchor
+    was drafted from. Arguments are those of [`rollout_replay`].
     """
 
     def __init__(
@@ -132,17 +133,17 @@ class ReplayWalk:
         self.accepted = torch.full_like(ids, -1)
         self.refused_drafts = torch.zeros_like(ids)
         self.is_refused_row = self._find_impossible_rows()
-        # Where a slot reads no draft, a block's suffix is at hand as soon as its fate is known: only the head is left to run.
+        # Where a slot reads no draft, a block's suffix needs only the head once its fate is known.
         self.suffixes = None
         if settings.keep_branch_hidden and not drafter.reads_drafts:
             self.suffixes = ids.new_zeros(*ids.shape, settings.num_drafts)
 
     def _find_impossible_rows(self) -> Tensor:
-        """Return the rows holding a token of probability 0 under the distribution they are said to be drawn from, `(B,)`."""
+        """Return the rows holding a token of probability 0 under the distribution of the text, `(B,)`."""
         ids, is_written = self.text.input_ids, self.text.completion_mask
         is_refused = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         if not self.settings.draws_drafts:
-            return is_refused  # Argmax drafts are compared with the text; no probability is asked for.
+            return is_refused  # Argmax drafts are compared with the text; no probability is needed.
         rows, positions = is_written.nonzero(as_tuple=True)
         for part in self._parts(rows):
             states = self.reading.last_hidden[rows[part], positions[part] - 1]
@@ -151,10 +152,12 @@ class ReplayWalk:
             is_refused[rows[part][~is_possible]] = True
         return is_refused
 
-    # -- the walk ------------------------------------------------------------------------------------------------------
+    # -- the walk -----------------------------------------------------------------------------------------------------
 
     def run(self, segment_length: int) -> None:
-        """Draft from the start of every segment on, each walk until it meets an anchor that was drafted from before."""
+        """
+        Draft from the start of every segment on, each walk until it meets an anchor that was drafted from before.
+        """
         mask = self.text.completion_mask
         index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         is_start = mask.clone()
@@ -198,10 +201,12 @@ class ReplayWalk:
             padded = torch.full((len(mask), 1), -1)
         return padded.to(self.text.input_ids.device)
 
-    # -- one round -----------------------------------------------------------------------------------------------------
+    # -- one round ----------------------------------------------------------------------------------------------------
 
     def draft(self, anchors: Tensor) -> None:
-        """Draft at `anchors` (`(B, A)`, -1 for padding) along the text, each block until its first refusal, and fill the table."""
+        """
+        Draft at `anchors` (`(B, A)`, -1 for padding) along the text up to each first refusal, and fill the table.
+        """
         ids, num_drafts = self.text.input_ids, self.settings.num_drafts
         columns, is_running = pack_columns((anchors >= 0) & ~self.is_refused_row[:, None])
         current = torch.where(is_running, anchors.gather(1, columns), -1)
@@ -236,7 +241,9 @@ class ReplayWalk:
             is_running = is_matched.gather(1, columns) & is_block
 
     def _judge(self, hidden: Tensor, rows: Tensor, anchors: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        """Return the draft of `slot` at each of N blocks whose earlier drafts equal the text, and whether it is kept."""
+        """
+        Return the draft of `slot` at each of N blocks whose earlier drafts equal the text, and whether it is kept.
+        """
         committed = self.text.input_ids[rows, anchors + slot]
         drafts, is_kept = torch.zeros_like(committed), torch.zeros_like(committed, dtype=torch.bool)
         for part in self._parts(rows):
@@ -275,11 +282,11 @@ class ReplayWalk:
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Return indices into `rows`, as many at a time as have logits that fit the budget."""
-        # Where drafts are drawn, a distribution and its cumulative sum stand beside the logits.
+        # Where drafts are drawn, a distribution and its cumulative sum live beside the logits.
         row_bytes = (16 if self.settings.draws_drafts else 4) * self.target.vocab_size
         return torch.arange(len(rows), device=rows.device).split(max(1, self.chunk_bytes // row_bytes))
 
-    # -- what it hands on ----------------------------------------------------------------------------------------------
+    # -- the result ---------------------------------------------------------------------------------------------
 
     def rollout(self, anchors: Tensor) -> Rollout:
         """Return the blocks at `anchors` (`(B, A)`), which have been drafted from, as a rollout."""

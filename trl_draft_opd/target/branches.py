@@ -1,10 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The target's states on drafted branches of a text. A branch starts at the first rejected draft of a block, on the committed prefix
-before it; many branches are packed behind the text's cache and read in one forward pass.
+The target's states on drafted branches of a text. A branch starts at the first rejected draft of a block, on the
+committed prefix before it; many branches are packed behind the text's cache and read in one forward pass.
 
-Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L = text length, n = branch tokens of a row,
-                H = the target's hidden size
+Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L = text length, n = branch tokens of a
+                row, H = the target's hidden size
 """
 
 import torch
@@ -23,11 +23,11 @@ def score_branches(
     is_branch: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few where rows
-    differ widely in length or in the number of branch tokens.
+    Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few
+    where rows differ widely in length or in the number of branch tokens.
 
-    The tokens of a branch attend to the committed prefix and to their own branch, at the positions the drafts were proposed for;
-    blocks do not see each other.
+    The tokens of a branch attend to the committed prefix and to their own branch, at the positions the drafts were
+    proposed for; blocks do not see each other.
 
     Args:
         target ([`FrozenTarget`]): Reader of the text.
@@ -38,8 +38,8 @@ def score_branches(
             Slots whose state holds a rejected draft: per block one run of slots, its first slot at least the second.
 
     Returns:
-        `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero outside
-        `is_branch`.
+        `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero
+        outside `is_branch`.
 
     Raises:
         ValueError: If the target cannot branch, see [`FrozenTarget.require_rollback`].
@@ -73,8 +73,8 @@ def _score_rows(
     order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     order = order[:, : int(num_tokens.max())]
     is_token = torch.arange(order.shape[1], device=order.device) < num_tokens[:, None]
-    block, slot = order // K, order % K  # the slot's index: slot k stands at k - 1
-    # The state of slot k ends with the draft before it, which stands at position a + k - 1.
+    block, slot = order // K, order % K  # the slot's index: slot k is at k - 1
+    # The state of slot k ends with the draft before it, at position a + k - 1.
     tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
     positions = (anchors.gather(1, block) + slot).clamp(min=0)
     first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
@@ -94,8 +94,8 @@ def branch_mask(
     prefix_ends: torch.Tensor, block: torch.Tensor, slot: torch.Tensor, is_token: torch.Tensor, length: int
 ) -> torch.Tensor:
     """
-    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its branch's
-    first token), or a token of its own branch up to itself.
+    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its
+    branch's first token), or a token of its own branch up to itself.
     """
     index = torch.arange(length, device=block.device)
     # Position 0 is text in every row, so that no query is left without a key.

@@ -25,7 +25,8 @@ from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
 
 class FrozenTarget:
     """
-    The LLM being accelerated: frozen, in evaluation mode, and read through two calls, `read_text` and `step`, that keep only what is asked for.
+    The LLM being accelerated: frozen, in evaluation mode, and read through two calls, `read_text` and `step`, that
+    keep only what the caller needs.
 
     Not an `nn.Module`, so that no trainer, optimiser or checkpoint ever picks up its weights.
 
@@ -36,7 +37,8 @@ class FrozenTarget:
             Its tokenizer.
 
     Raises:
-        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be reproduced outside of it.
+        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be
+            reproduced outside of it.
 
     Example:
 
@@ -94,8 +96,8 @@ class FrozenTarget:
         if isinstance(target, PreTrainedModel):
             if init_kwargs:
                 raise ValueError(
-                    f"`target_model_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the target's id "
-                    "or path, or load it with these arguments yourself."
+                    f"`target_model_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass "
+                    "the target's id or path, or load it with these arguments yourself."
                 )
             return cls(target, tokenizer)
         options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}
@@ -107,7 +109,7 @@ class FrozenTarget:
             )
         return cls(model, tokenizer)
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -146,16 +148,14 @@ class FrozenTarget:
         """
         Find an id that text never uses, for DFlash's masks.
 
-        Looks for the tokenizer's mask token, then for `<|mask|>` or `<|MASK|>`, then for a row of the embedding beyond the
+        Tries the tokenizer's mask token, then `<|mask|>` or `<|MASK|>`, then a row of the embedding beyond the
         tokenizer.
 
         Raises:
             ValueError: If there is none.
         """
         if self.tokenizer is None:
-            raise ValueError(
-                "The target has no tokenizer to look for a mask token in. Pass `mask_token_id=` yourself."
-            )
+            raise ValueError("The target has no tokenizer to find a mask token in. Pass `mask_token_id=`.")
         if self.tokenizer.mask_token_id is not None:
             return self.tokenizer.mask_token_id
         vocabulary = self.tokenizer.get_vocab()
@@ -165,8 +165,8 @@ class FrozenTarget:
         if len(self.tokenizer) < self.vocab_size:
             return len(self.tokenizer)
         raise ValueError(
-            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of a "
-            "reserved token that your text never contains."
+            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of "
+            "a reserved token that your text never contains."
         )
 
     def require_rollback(self) -> None:
@@ -174,7 +174,8 @@ class FrozenTarget:
         Refuse targets whose cache cannot forget rejected drafts.
 
         Raises:
-            ValueError: For recurrent, linear-attention and sliding-window targets, saying which and what serves them.
+            ValueError: For recurrent, linear-attention and sliding-window targets, with the reason and what works
+                instead.
         """
         reason = None
         layer_types = set(getattr(self.config, "layer_types", None) or [])
@@ -186,9 +187,9 @@ class FrozenTarget:
             reason = f"uses a sliding window of {self.config.sliding_window} tokens, counted in cache slots that include rejected drafts"
         if reason is not None:
             raise ValueError(
-                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full attention in every layer. "
-                "Such a target trains without them: supervised with `eval_rollouts=False`, or with `rollout='replay'`, "
-                "`rejected_scope='first'` and no `eval_dataset`."
+                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full "
+                "attention in every layer. Such a target trains without them: supervised with `eval_rollouts=False`, "
+                "or with `rollout='replay'`, `rejected_scope='first'` and no `eval_dataset`."
             )
 
     def place(self, device: torch.device) -> None:
@@ -196,8 +197,8 @@ class FrozenTarget:
         Move the weights to `device`, unless they were spread over devices or quantised on loading.
 
         Raises:
-            ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved, on another kind
-                of device.
+            ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved,
+                on another kind of device.
         """
         place_whole(self.causal_lm, device)
 
@@ -205,8 +206,9 @@ class FrozenTarget:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
-        From now on `read_text`, `step` and `generate` of the model are collective too: every rank ends each phase of using them
-        with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it alone any more.
+        From now on `read_text`, `step` and `generate` of the model are collective too: every rank ends each phase of
+        using them with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it
+        alone any more.
         """
         self.weights_fingerprint = weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
@@ -217,11 +219,14 @@ class FrozenTarget:
         return self._lockstep is not None
 
     def finish_together(self) -> None:
-        """End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole. Collective."""
+        """
+        End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole.
+        Collective.
+        """
         if self._lockstep is not None:
             self._lockstep.finish()
 
-    # -- what it does --------------------------------------------------------------------------------------------------
+    # -- what it does -------------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """
@@ -276,8 +281,8 @@ class FrozenTarget:
             keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for `score_branches`.
 
         Returns:
-            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the padding that
-            the longest row of all would give it; positions no row of a group reaches hold 0.
+            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the
+            padding that the longest row of all would give it; positions no row of a group reaches hold 0.
 
         Raises:
             NotFiniteError: If a hidden state of the text is NaN or infinite.
@@ -316,7 +321,8 @@ class FrozenTarget:
             attention_mask (`torch.LongTensor` of shape `(B, C + n)`):
                 0 hides a slot: left padding or a rejected draft. Or additive and per query, `(B, 1, n, C + n)`.
             position_ids (`torch.LongTensor` of shape `(B, n)`): True positions, whatever slots hold the tokens.
-            cache ([`~transformers.DynamicCache`] or `None`): Cache of `C` slots, changed in place; `None` to keep none.
+            cache ([`~transformers.DynamicCache`] or `None`): Cache of `C` slots, changed in place; `None` to keep
+            none.
             layer_ids (`Sequence[int]`): Layers to tap, ascending.
         """
         self.num_forwards += 1
@@ -363,6 +369,6 @@ class FrozenTarget:
             actual.float(), expected.float(), rtol=1e-2, atol=1e-2
         ):
             raise ValueError(
-                f"The head of target type {self.config.model_type!r} does something to its logits that this package does not know: "
-                "they differ from the model's own. Distilling from it would be wrong; please report the family."
+                f"The head of target type {self.config.model_type!r} changes its logits in a way that this package "
+                "does not know, so distilling from it would be wrong. Please report the family."
             )

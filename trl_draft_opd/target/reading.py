@@ -2,7 +2,7 @@
 """
 What a forward pass of the target leaves behind, and which rows it reads together. Data and lists: knows no model.
 
-Shape letters:  B = sequences, L = text length, R = rows of a group, n = tokens, F = feature width, H = the target's hidden size
+Shape letters:  B = sequences, L = text length, R = rows of a group, n = tokens, F = feature width, H = hidden size
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class TargetReading:
     Attributes:
         features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
         last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
-        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were asked for.
+        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were kept.
     """
 
     features: torch.Tensor
@@ -54,7 +54,7 @@ class TargetReading:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
 
     def without_caches(self) -> "TargetReading":
-        """Return the same reading with its caches let go."""
+        """Return the same reading without its caches."""
         return TargetReading(self.features, self.last_hidden)
 
 

@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once.
-"""
+"""Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,7 +32,9 @@ class MetricSums:
         self.add({name: (numerator, denominator) for name, (numerator, denominator) in state.items()})
 
     def pop(self) -> dict[str, float]:
-        """Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective."""
+        """
+        Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective.
+        """
         merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for sums in gather_object([dict(self._sums)]):
             for name, (numerator, denominator) in sums.items():

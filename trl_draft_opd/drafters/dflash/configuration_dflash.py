@@ -40,21 +40,23 @@ class DFlashDraftConfig(PortableConfig):
         super().__post_init__(**kwargs)
         if self.block_size < 2:
             raise ValueError(
-                f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. The published setting is 16."
+                f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. The published "
+                "setting is 16."
             )
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
-                f"`block_size` {self.block_size} exceeds the target's {self.max_position_embeddings} positions. The published setting is 16."
+                f"`block_size` {self.block_size} exceeds the target's {self.max_position_embeddings} positions. The "
+                "published setting is 16."
             )
         if set(self.layer_types) != {"full_attention"}:
             raise ValueError(
-                f"Only full-attention DFlash drafters are supported, got layer_types={self.layer_types}. Sliding-window drafters "
-                "are trained and served with another mask."
+                f"Only full-attention DFlash drafters are supported, got layer_types={self.layer_types}. "
+                "Sliding-window drafters are trained and served with another mask."
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"`mask_token_id` {self.mask_token_id} lies outside the target's vocabulary 0..{self.vocab_size - 1}. Choose an "
-                "id that the target's embedding has and no text uses."
+                f"`mask_token_id` {self.mask_token_id} lies outside the target's vocabulary 0..{self.vocab_size - 1}. "
+                "Choose an id that the target's embedding has and no text uses."
             )
 
     def to_diff_dict(self) -> dict[str, Any]:

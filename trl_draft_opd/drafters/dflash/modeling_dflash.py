@@ -3,11 +3,11 @@
 The DFlash drafter: fills a block of masks in one pass, reading the target's features as injected keys and values in
 every layer. Knows nothing of rollouts or losses.
 
-Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(..., assistant_model=drafter,
-speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
+Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
+assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H = hidden
-                size, F = feature width
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H =
+                hidden size, F = feature width
 """
 
 from dataclasses import dataclass, replace
@@ -86,7 +86,7 @@ class DFlashState(DraftState):
 
     Attributes:
         columns (`torch.LongTensor` of shape `(B, A')` or `None`):
-            Where the blocks that are left stand in `block_hidden`; `None` for all of them, as they stand.
+            Columns of `block_hidden` that these blocks are; `None` for all, in order.
     """
 
     columns: torch.Tensor | None
@@ -118,8 +118,8 @@ class DFlashDraftModel(Drafter):
         super().__init__(config)
         if config.target_layer_ids is None or config.mask_token_id is None:
             raise ValueError(
-                f"`target_layer_ids` ({config.target_layer_ids}) and `mask_token_id` ({config.mask_token_id}) must both be set. "
-                "Build the drafter with `DFlashDraftModel.from_target(target, mask_token_id=...)`."
+                f"`target_layer_ids` ({config.target_layer_ids}) and `mask_token_id` ({config.mask_token_id}) must "
+                "both be set. Build the drafter with `DFlashDraftModel.from_target(target, mask_token_id=...)`."
             )
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
@@ -146,7 +146,7 @@ class DFlashDraftModel(Drafter):
             target (`str`, `PreTrainedModel` or `FrozenTarget`):
                 The target to draft for.
             mask_token_id (`int`):
-                An id inside the target's embedding that no text uses; [`FrozenTarget.find_mask_token_id`] looks for one.
+                An id inside the target's embedding that no text uses, see [`FrozenTarget.find_mask_token_id`].
             num_hidden_layers (`int`, *optional*, defaults to 5):
                 Layers of the drafter, as published.
             block_size (`int`, *optional*, defaults to 16):
@@ -167,7 +167,8 @@ class DFlashDraftModel(Drafter):
         special = [*special, shape["bos_token_id"], shape["pad_token_id"]]
         if mask_token_id in special:
             raise ValueError(
-                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id that text never uses."
+                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id that text never "
+                "uses."
             )
         config = DFlashDraftConfig(
             **shape,
@@ -209,7 +210,7 @@ class DFlashDraftModel(Drafter):
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """
-        Run one block per sequence over the injected context, as transformers' generation asks.
+        Run one block per sequence over the injected context, as transformers' generation does.
 
         Args:
             noise_embeds (`torch.Tensor` of shape `(B, S, H)`):
@@ -226,8 +227,8 @@ class DFlashDraftModel(Drafter):
                 Accepted for the native signature; the cache is used iff it is given.
 
         Returns:
-            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block is
-            the anchor's and proposes nothing.
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
+            is the anchor's and proposes nothing.
         """
         injected = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
         num_context, block = injected.shape[1], noise_embeds.shape[1]
@@ -255,8 +256,7 @@ class DFlashDraftModel(Drafter):
         num_drafts: int,
         embed: Embed,
     ) -> "DFlashState":
-        # The block is always as wide as in training, because slots see the masks behind them; fewer drafts only means that
-        # fewer slots are read.
+        # Always as wide as in training, because slots see the masks behind them; fewer drafts are fewer slots read.
         masks = anchor_tokens.new_full((*anchors.shape, self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
         packing = BlockPacking(anchors >= 1)
@@ -294,7 +294,7 @@ class DFlashDraftModel(Drafter):
         visible: torch.Tensor,
         packing: BlockPacking,
     ) -> torch.Tensor:
-        """Run one layer on `(N, S, H)` states of the blocks; each sees the context before its entry of `visible` (`(B, A)`)."""
+        """Run one layer on `(N, S, H)` states; each block sees the context before its entry of `visible`, `(B, A)`."""
         attention = layer.self_attn
 
         def spread(states: torch.Tensor) -> torch.Tensor:

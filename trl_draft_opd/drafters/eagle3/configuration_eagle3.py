@@ -49,14 +49,15 @@ class Eagle3DraftConfig(PortableConfig):
         super().__post_init__(**kwargs)
         if self.num_hidden_layers != 1:
             raise ValueError(
-                f"An EAGLE-3 drafter has 1 layer, got num_hidden_layers={self.num_hidden_layers}. EAGLE's code and llama.cpp read no "
-                "more, and vLLM and SGLang read deeper ones differently."
+                f"An EAGLE-3 drafter has 1 layer, got num_hidden_layers={self.num_hidden_layers}. EAGLE's code and "
+                "llama.cpp read no more, and vLLM and SGLang read deeper ones differently."
             )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("`fc_norm` and `norm_before_fc` norm the same features; set one of them.")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"`draft_vocab_size` must lie in 1..{self.vocab_size} (the target's vocabulary), got {self.draft_vocab_size}."
+                f"`draft_vocab_size` must lie in 1..{self.vocab_size} (the target's vocabulary), got "
+                f"{self.draft_vocab_size}."
             )
         if self.ttt_steps < 1:
             raise ValueError(f"`ttt_steps` must be at least 1, got {self.ttt_steps}. The published setting is 7.")

@@ -3,8 +3,8 @@
 The EAGLE-3 drafter: one attention layer that reads fused target features at the first step and its own hidden state
 and drafted token at every later one. Knows nothing of rollouts or losses.
 
-Pair `i` holds the target's feature at position `i` and the token at position `i + 1`. A block at anchor `a` starts from
-pair `a - 1`, whose token is the anchor; step `k` has RoPE position `a - 1 + k - 1` and proposes the token at `a + k`.
+Pair `i` holds the target's feature at position `i` and the token at `i + 1`. A block at anchor `a` starts from pair
+`a - 1`, whose token is the anchor; step `k` has RoPE position `a + k - 2` and proposes the token at `a + k`.
 
 Shape letters:  B = sequences, L = context length, A = anchors per sequence, K = drafts per block, H = hidden size,
                 F = feature width, DV = draft vocabulary, h = heads, g = key/value heads, d = head dimension
@@ -67,8 +67,9 @@ class Eagle3State(DraftState):
     Blocks behind a step.
 
     Attributes:
-        context (`DraftContext`), anchors (`torch.LongTensor` of shape `(B, A)`), embed (`Callable`): As the blocks were begun.
-        packing (`BlockPacking`): The N blocks that are no padding; that is spared every layer but the attention.
+        context (`DraftContext`), anchors (`torch.LongTensor` of shape `(B, A)`), embed (`Callable`):
+            As the blocks were begun.
+        packing (`BlockPacking`): The N blocks that are not padding, which only attention sees.
         fed (`torch.Tensor` of shape `(N, H)`): What the next step reads beside the token.
         keys (`list[torch.Tensor]`), values (`list[torch.Tensor]`): `(B, g, A, 1, d)` of every step but the first.
     """
@@ -162,10 +163,9 @@ class Eagle3DraftModel(Drafter):
             target (`str`, `PreTrainedModel` or `FrozenTarget`):
                 The target to draft for.
             target_layer_ids (`list[int]`, *optional*):
-                0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` for `N` layers, the convention every engine
-                falls back to.
+                0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` of `N` layers, every engine's default.
             draft_vocabulary ([`DraftVocabulary`], *optional*):
-                Reduced vocabulary, see `build_draft_vocabulary`. Defaults to the target's full vocabulary, which loses no target mass.
+                Reduced vocabulary, see `build_draft_vocabulary`. The full one by default, which loses no target mass.
             ttt_steps (`int`, *optional*, defaults to 7):
                 Steps of training-time test, as published; the default number of drafts.
             fc_norm (`bool`, *optional*, defaults to `False`), norm_output (`bool`, *optional*, defaults to `False`):
@@ -185,7 +185,8 @@ class Eagle3DraftModel(Drafter):
         if draft_vocabulary is not None and draft_vocabulary.t2d.numel() != shape["vocab_size"]:
             raise ValueError(
                 f"The draft vocabulary was built over {draft_vocabulary.t2d.numel()} tokens but the target has "
-                f"{shape['vocab_size']}. Count tokens again with `count_tokens(dataset, vocab_size={shape['vocab_size']})`."
+                f"{shape['vocab_size']}. Count tokens again with `count_tokens(dataset, "
+                f"vocab_size={shape['vocab_size']})`."
             )
         config = Eagle3DraftConfig(
             **shape,
@@ -302,7 +303,7 @@ class Eagle3DraftModel(Drafter):
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> StepResult:
-        """Run one step of the N blocks, which see the keys and values of the steps before it and, but for the first step, their own."""
+        """Run one step of the N blocks; from the second step on they also see keys and values of the steps so far."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         joined = layer.attention_input(embed(packing.pack(tokens)).to(state.dtype), state)
         query = attention.split_heads(attention.q_proj(joined)[None])
