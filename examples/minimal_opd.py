@@ -13,10 +13,13 @@ import sys
 import torch
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.counts import Counts
+from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.live import rollout_live
 
 
 GAMMA, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 0.8, 8, 128
@@ -28,12 +31,10 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
     drafter = AutoDrafter.from_pretrained(drafter_path, num_target_layers=target.num_layers)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-4)
     chats = [json.loads(line)["prompt"] for line in open(prompts_path, encoding="utf-8")]
-    settings = LiveSettings(
+    settings = DraftingSettings(
         num_drafts=drafter.default_num_drafts,
-        max_new_tokens=MAX_NEW_TOKENS,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         draft_sampling="greedy",
-        eos_token_ids=target.eos_token_ids,
         keep_branch_hidden=True,
     )
     target_head = Head(target.project, (), target.vocab_size)
@@ -49,14 +50,23 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
         ]
 
         # 1. The pair decodes together; the text is the target's own, the blocks are the drafter's.
-        rollout = rollout_live(target, drafter, prompts, settings, DrawKeys(0, step, range(len(prompts))))
+        keys = DrawKeys(seed=0, epoch=step, sample_ids=range(len(prompts)))
+        rollout = rollout_live(
+            target,
+            drafter,
+            prompts,
+            settings,
+            keys,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_ids=target.eos_token_ids,
+        )
 
         # 2. Every block of the chain is replayed: accepted slots, and those the target rejected.
         blocks = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
 
         # 3. The drafter drafts again from every anchor, now with gradient, on the recorded drafts.
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-        hidden = drafter.draft_hidden(reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
+        hidden = run_blocks(drafter, reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
 
         # 4. The target's states: verification has already seen every draft-induced state.
         slot_decay = GAMMA ** torch.arange(hidden.shape[2], dtype=torch.float32)
@@ -86,8 +96,7 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        counted = rollout.is_counted
-        tau = float((rollout.accepted[counted] + 1).float().mean())
+        tau = Counts.of_rollout(rollout).tau
         taus.append(tau)
         print(f"step {step}: loss {loss.item():.4f}, tau {tau:.3f}")
     return taus

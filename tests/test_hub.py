@@ -243,7 +243,9 @@ def test_a_server_that_stays_down_leaves_everything_as_it_was(hub, folder, reque
     hub.fail(request_part, failure, times=10_000)
     with pytest.raises(ConnectionError, match=f"failed 3 times, the last time with: .*{reason}") as caught:
         push(hub, folder, num_retries=2)
-    assert f"'{folder}' is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {REPO}`" in str(caught.value)
+    assert f"'{folder}' is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {REPO}`" in str(
+        caught.value
+    )
     assert content_of(folder) == before
     repository = hub.repositories[REPO]
     assert repository.commits == [] and repository.branches["main"] == {}

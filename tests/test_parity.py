@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_causal_lm, make_drafter, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, build_draft_vocabulary, evaluate_drafter
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.export.record import (
     Measurement,
@@ -27,10 +28,11 @@ from trl_draft_opd.export.record import (
 from trl_draft_opd.parity import EngineSettings, verify_drafter
 from trl_draft_opd.parity.compare import Outcome, Reference, compare
 from trl_draft_opd.parity.consumers import rounds_of
-from trl_draft_opd.parity.counting import Counts, anchors_of, count_rounds, started_within
+from trl_draft_opd.parity.counting import anchors_of, started_within
 from trl_draft_opd.parity.fingerprint import describe_gap, take_fingerprint
 from trl_draft_opd.parity.scene import Scene, decode_plainly, decode_with_us, replay
 from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.rollout.counts import Counts
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -59,7 +61,7 @@ def train(target, drafter, texts, steps=60):
         is_response = (torch.arange(text.shape[1]) >= start)[None]
         anchors = sample_anchors(text, is_response, [0], num_anchors=None, num_drafts=NUM_DRAFTS, seed=0, epoch=0)
         features = names[tuple(text.shape)].features
-        hidden = drafter.draft_hidden(features, text, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, text, anchors.anchors, anchors.drafts, target.embed)
         logits, labels = drafter.draft_logits(hidden, target.project), anchors.labels
         is_learned = anchors.is_accepted
         if drafter.draft_token_ids is not None:
@@ -378,8 +380,8 @@ REPLIES = ["shutil.copy(__file__.replace('python', 'reply.json'), sys.argv[-1])"
 
 
 def reply_of(scene, chains, **changes):
-    counts = count_rounds(chains, NUM_DRAFTS)
-    sums = {"num_rounds": counts.num_rounds, "kept_at_slot": list(counts.kept_at_slot)}
+    counts = Counts.of_chains(chains, NUM_DRAFTS)
+    sums = {"num_rounds": counts.num_blocks, "kept_at_slot": list(counts.kept_at_slot)}
     responses = [response[:NUM_TOKENS] for response in decode_plainly(scene)]
     return {"version": "9", "responses": responses, "accepted": chains} | sums | changes
 
@@ -452,8 +454,8 @@ def test_rounds_start_within_the_limit_and_count_whole():
     assert anchors_of([2, 0, 5, 1]) == [0, 3, 4, 10]
     assert started_within([2, 0, 5, 1], 11) == [2, 0, 5]
     assert started_within([2, 0, 5, 1], 12) == [2, 0, 5, 1]
-    counts = count_rounds([[2, 0, 5], [1]], 5)
-    assert counts == Counts(4, (3, 2, 1, 1, 1)) and counts.tau == 3.0
+    counts = Counts.of_chains([[2, 0, 5], [1]], 5)
+    assert counts.pooled() == Counts((4,), ((3, 2, 1, 1, 1),)) and counts.tau == 3.0
 
 
 def test_rounds_are_read_off_the_targets_forward_passes():

@@ -221,7 +221,6 @@ def test_settings_that_say_how_it_was_trained_are_recorded(tmp_path, config_clas
 def test_every_choice_a_config_allows_can_be_recorded(tmp_path):
     choices = {
         "rollout": ("live", "replay"),
-        "anchor_mode": ("error", "random"),
         "rejected_scope": ("first", "suffix"),
         "supervised_anchors": ("random", "error"),
         "draft_sampling": ("greedy", "sample"),

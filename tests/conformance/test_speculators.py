@@ -8,6 +8,7 @@ import torch
 from tiny import make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import TargetOfExport, export_drafter
 
 
@@ -97,7 +98,7 @@ def test_logits_of_two_steps_or_a_block_are_ours(pair, target):
         recorded = torch.zeros(1, 2, size - 1, dtype=torch.long)
     with torch.no_grad():
         ours = drafter.draft_logits(
-            drafter.draft_hidden(reading.features, ids, anchors, recorded, target.embed), target.project
+            run_blocks(drafter, reading.features, ids, anchors, recorded, target.embed), target.project
         )[0]
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

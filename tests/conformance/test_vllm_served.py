@@ -21,6 +21,7 @@ from trl_draft_opd import (
     FrozenTarget,
     build_draft_vocabulary,
 )
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import export_drafter, read_target
 from trl_draft_opd.parity import EngineSettings, verify_drafter
 from trl_draft_opd.parity.compare import Reference, compare
@@ -110,7 +111,7 @@ def train_short(family: str, target: FrozenTarget, texts: list) -> Eagle3DraftMo
         mask, is_response = (index < lengths).long(), (index >= starts) & (index < lengths)
         features = target.read_text(ids, mask, drafter.config.target_layer_ids).features
         anchors = sample_anchors(ids, is_response, picks, num_anchors=24, num_drafts=num_drafts, seed=0, epoch=step)
-        hidden = drafter.draft_hidden(features, ids, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, ids, anchors.anchors, anchors.drafts, target.embed)
         is_learned, labels = anchors.is_accepted, anchors.labels
         if place is not None:
             labels = place[labels.clamp(min=0)]

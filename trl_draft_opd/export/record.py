@@ -23,7 +23,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
-from ..rollout.sampler import DRAFT_SAMPLING
+from ..rollout.drafting import DRAFT_SAMPLING
 from .source import hub_id_of
 
 
@@ -47,7 +47,6 @@ _CHOICES = {
     "rejected_scope": ("first", "suffix"),
     "slot_weighting": ("decay", "d_pace"),
     "slot_scope": ("block", "until_fail"),
-    "anchor_mode": ("error", "random"),
     "supervised_anchors": ("random", "error"),
     "rollout": ("replay", "live"),
     "draft_sampling": DRAFT_SAMPLING,

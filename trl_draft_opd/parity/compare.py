@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .counting import Counts, anchors_of, count_rounds, first_difference
+from ..drafters.base import run_blocks
+from ..rollout.counts import Counts
+from .counting import anchors_of, first_difference
 from .report import Row, Verdict
 from .scene import Scene
 
@@ -66,13 +68,13 @@ def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: flo
         tolerance (`float`): Relative gap in tau that passes, as a note.
     """
     problems, notes, others = _compare_texts(scene, reference, outcome)
-    counts, expected, num_other_chains = outcome.counts, count_rounds(reference.chains, scene.num_drafts), None
+    counts, expected, num_other_chains = outcome.counts, Counts.of_chains(reference.chains, scene.num_drafts), None
     if outcome.chains is not None:
         # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the
         # drafter.
         same = [row for row in range(len(scene.prompts)) if row not in others]
         counts, expected = (
-            count_rounds([chains[row] for row in same], scene.num_drafts)
+            Counts.of_chains([chains[row] for row in same], scene.num_drafts)
             for chains in (outcome.chains, reference.chains)
         )
         differing = [row for row in same if outcome.chains[row] != reference.chains[row]]
@@ -81,12 +83,12 @@ def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: flo
         found = _compare_rounds(scene, reference, outcome, counts, expected, tolerance)
         problems += found[0]
         notes += found[1]
-    shown = counts or Counts(0, ())
+    shown = counts or Counts()
     row = Row(
         outcome.name,
         shown.tau,
         shown.acceptance_per_slot,
-        shown.num_rounds,
+        shown.num_blocks,
         None if outcome.responses is None else len(others),
         num_other_chains,
         outcome.remark,
@@ -126,12 +128,12 @@ def _compare_rounds(
     scene: Scene, reference: Reference, outcome: Outcome, counts: Counts, expected: Counts, tolerance: float
 ) -> tuple[list[str], list[str]]:
     """Return problems and notes about rounds."""
-    if counts == expected and outcome.chains in (None, reference.chains):
+    if counts.pooled() == expected.pooled() and outcome.chains in (None, reference.chains):
         return [], []
     gap = counts.tau / expected.tau - 1
     text = (
-        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_rounds} "
-        f"rounds instead of {expected.num_rounds}"
+        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_blocks} "
+        f"rounds instead of {expected.num_blocks}"
     )
     told, widest = "", float("inf")
     if outcome.chains is not None:
@@ -169,7 +171,7 @@ def _first_blocks(scene: Scene, reference: Reference, outcome: Outcome) -> tuple
 
 def _hint(counts: Counts, expected: Counts) -> str:
     """Name the likely cause of a gap in tau."""
-    own, wanted = (each.kept_at_slot[0] / max(each.num_rounds, 1) for each in (counts, expected))
+    own, wanted = (each.kept_at_slot[0] / max(each.num_blocks, 1) for each in (counts, expected))
     if abs(own - wanted) > 0.02:
         return (
             f"Already the first draft is kept in {own:.1%} of rounds instead of {wanted:.1%}: look at the layer ids "
@@ -201,6 +203,6 @@ def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slo
     place = len(scene.prompts[row]) + anchor
     anchors = torch.tensor([[place]], device=target.device)
     recorded = ids[:, place + 1 : place + 1 + scene.num_drafts][None]
-    hidden = drafter.draft_hidden(features, ids, anchors, recorded, target.embed)
+    hidden = run_blocks(drafter, features, ids, anchors, recorded, target.embed)
     best = drafter.draft_logits(hidden, target.project)[0, 0, slot - 1].float().topk(2).values
     return float(best[0] - best[1])

@@ -3,42 +3,10 @@
 Rounds of speculative decoding as plain integers, so that every consumer's can be compared with ours.
 
 A chain is the accepted drafts of each round of one response, in order. The prefill commits the first token, which is
-the first anchor, index 0 of the response; the next anchor stands `r + 1` further. Knows no model.
+the first anchor, index 0 of the response; the next anchor is `r + 1` further. Knows no model.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Counts:
-    """
-    Sums over rounds.
-
-    Attributes:
-        num_rounds (`int`): Rounds, that is blocks verified.
-        kept_at_slot (`tuple[int, ...]`): Rounds that keep at least `k` drafts, for `k = 1..K`.
-    """
-
-    num_rounds: int
-    kept_at_slot: tuple[int, ...]
-
-    @property
-    def tau(self) -> float:
-        """Accepted length, the bonus counted; NaN without rounds."""
-        return 1 + sum(self.kept_at_slot) / self.num_rounds if self.num_rounds else float("nan")
-
-    @property
-    def acceptance_per_slot(self) -> list[float]:
-        """Share of rounds that keep at least `k` drafts."""
-        return [kept / self.num_rounds for kept in self.kept_at_slot] if self.num_rounds else []
-
-
-def count_rounds(chains: Iterable[Sequence[int]], num_drafts: int) -> Counts:
-    """Sum the rounds of all responses."""
-    rounds = [accepted for chain in chains for accepted in chain]
-    kept = tuple(sum(accepted >= slot for accepted in rounds) for slot in range(1, num_drafts + 1))
-    return Counts(len(rounds), kept)
+from collections.abc import Sequence
 
 
 def anchors_of(chain: Sequence[int]) -> list[int]:
@@ -61,10 +29,7 @@ def started_within(chain: Sequence[int], max_new_tokens: int) -> list[int]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """
-    Return the index of the first entry in which two sequences differ, or in which one has ended; `None` if they are
-    equal.
-    """
+    """Return the first index at which two sequences differ or one has ended; `None` if they are equal."""
     for index, (own, other) in enumerate(zip(ours, theirs, strict=False)):
         if own != other:
             return index

@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..rollout.counts import Counts
 from .compare import Outcome
-from .counting import Counts, count_rounds, started_within
+from .counting import started_within
 from .scene import EngineSettings, Scene
 
 
@@ -90,10 +91,10 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
     # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have only those.
     chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
     if reply.get("num_rounds") is not None:
-        counts = Counts(reply["num_rounds"], tuple(reply["kept_at_slot"]))
-    if chains is not None and counts is not None and count_rounds(chains, scene.num_drafts) != counts:
+        counts = Counts((reply["num_rounds"],), (tuple(reply["kept_at_slot"]),))
+    if chains is not None and counts not in (None, Counts.of_chains(chains, scene.num_drafts).pooled()):
         raise EngineFailure(
-            f"{name} counts {counts.num_rounds} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its "
+            f"{name} counts {counts.num_blocks} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its "
             "requests report others."
         )
     remark = f"{name} {reply['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..drafters.base import Drafter
+from ..drafters.base import Drafter, run_blocks
 from ..target.frozen import FrozenTarget
 
 
@@ -54,7 +54,7 @@ def take_fingerprint(target: FrozenTarget, drafter: Drafter, num_drafts: int) ->
     anchors = torch.arange(_STRIDE, _LENGTH - num_drafts, _STRIDE, device=target.device)
     slots = torch.arange(1, num_drafts + 1, device=target.device)
     recorded = ids[0, anchors[:, None] + slots][None]
-    hidden = drafter.draft_hidden(features, ids, anchors[None], recorded, target.embed)
+    hidden = run_blocks(drafter, features, ids, anchors[None], recorded, target.embed)
     best = drafter.draft_logits(hidden, target.project)[0].float().log_softmax(dim=-1).max(dim=-1)
     return Fingerprint(drafter.to_target_ids(best.indices), best.values)
 

@@ -18,9 +18,10 @@ from transformers import GenerationConfig
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..rollout.acceptance import SamplingSettings
+from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
-from ..rollout.live import LiveSettings, rollout_live
-from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
+from ..rollout.live import rollout_live
+from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget
 from .counting import started_within
@@ -28,7 +29,7 @@ from .counting import started_within
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 # Rows per forward of the replay, and its logits alive at a time: what a small machine holds.
-_REPLAY_ROWS, _CHUNK_BYTES = 8, 1 << 26
+_REPLAY_ROWS, _SEGMENT_LENGTH, _CHUNK_BYTES = 8, 16, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,17 @@ def decode_plainly(scene: Scene) -> list[list[int]]:
 
 def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
     """Return responses and chains of our reference loop with the published drafter."""
-    settings = LiveSettings(
-        num_drafts=scene.num_drafts,
-        max_new_tokens=scene.num_decoded,
-        sampling=GREEDY,
-        draft_sampling="greedy",
-        eos_token_ids=[],
-        keep_branch_hidden=False,
-    )
     responses, chains = [], []
     for prompt in scene.prompts:
-        rollout = rollout_live(scene.target, scene.drafter, [prompt], settings, DrawKeys(0, 0, [0]))
+        rollout = rollout_live(
+            scene.target,
+            scene.drafter,
+            [prompt],
+            DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False),
+            DrawKeys(0, 0, [0]),
+            max_new_tokens=scene.num_decoded,
+            eos_token_ids=[],
+        )
         responses += rollout.responses()
         chains += _chains(rollout, scene.max_new_tokens)
     return responses, chains
@@ -149,21 +150,21 @@ def replay(
         responses (`list[list[int]]`): What [`decode_plainly`] returned.
         num_prompts (`int`, *optional*): Replay only the first few.
     """
-    settings = ReplaySettings(
-        num_drafts=scene.num_drafts,
-        sampling=GREEDY,
-        draft_sampling="greedy",
-        keep_branch_hidden=False,
-        seed=0,
-        epoch=0,
-        segment_length=16,
-        chunk_bytes=_CHUNK_BYTES,
-    )
+    settings = DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False)
     chains: list[list[int]] = []
     pairs = list(zip(scene.prompts, responses, strict=True))[:num_prompts]
     for start in range(0, len(pairs), _REPLAY_ROWS):
         text = _as_text(scene.target, pairs[start : start + _REPLAY_ROWS])
-        chains += _chains(rollout_replay(scene.target, drafter, text, settings), scene.max_new_tokens)
+        rollout = rollout_replay(
+            scene.target,
+            drafter,
+            text,
+            settings,
+            DrawKeys(0, 0, text.sample_ids),
+            segment_length=_SEGMENT_LENGTH,
+            chunk_bytes=_CHUNK_BYTES,
+        )
+        chains += _chains(rollout, scene.max_new_tokens)
     return chains
 
 

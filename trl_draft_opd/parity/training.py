@@ -16,8 +16,8 @@ from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE
 from ..evaluation import evaluate_drafter
 from ..export.record import Measurement, prompts_digest, read_record
+from ..rollout.counts import Counts
 from .compare import Outcome, Reference, compare
-from .counting import count_rounds
 from .fingerprint import describe_gap, find_reasons, rounded_like, take_fingerprint
 from .report import Row, VerificationReport
 from .scene import Scene, replay
@@ -129,7 +129,7 @@ def _tau_with(scene: Scene, responses: list[list[int]], ids: list[int]) -> float
         chains = replay(scene, scene.drafter, responses, _NUM_PROMPTS)
     finally:
         config.target_layer_ids = named
-    return count_rounds(chains, scene.num_drafts).tau
+    return Counts.of_chains(chains, scene.num_drafts).tau
 
 
 def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:

@@ -21,12 +21,12 @@ from ..rollout.blocks import (
     draft_text,
     join_blocks,
     mark_slots,
-    random_anchors,
     sample_anchors,
 )
+from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
-from ..rollout.live import LiveSettings, rollout_live
-from ..rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
+from ..rollout.live import rollout_live
+from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import loss_entry
 from ..runs.distributed.sharding import whole_drafter
@@ -249,8 +249,8 @@ class DraftOPDTrainer(PublishingTrainer):
                     drafter.config.target_layer_ids,
                     keep_cache=self._needs_branches,
                 )
-                rollout = rollout_replay(self.target, drafter, text, self._replay_settings(epoch), reading)
-                batch = self._mark(rollout, text, epoch, reading)
+                rollout = self._walk(drafter, text, epoch, reading)
+                batch = self._mark(rollout, text, epoch)
             free_bytes -= reading.num_bytes
             prepared.append(batch | {"reading": reading.without_caches() if free_bytes >= 0 else None})
         return prepared
@@ -259,21 +259,14 @@ class DraftOPDTrainer(PublishingTrainer):
         """Decode every prompt together with the current drafter."""
         sample_ids = batch["sample_ids"].tolist()
         keys = DrawKeys(self.args.seed, epoch, sample_ids)
-        keep_now = self._needs_branches and self.args.anchor_mode == "error"
         with self.accelerator.autocast(), naming_rows(sample_ids, "the dataset"):
-            rollout = self._decode(self.accelerator.unwrap_model(self.model), batch, keep_now, keys)
-            return self._mark(rollout, text_of_rollout(rollout, sample_ids), epoch, None) | {"reading": None}
+            rollout = self._decode(self.accelerator.unwrap_model(self.model), batch, keys)
+            return self._mark(rollout, text_of_rollout(rollout, sample_ids), epoch) | {"reading": None}
 
-    def _mark(self, rollout: Rollout, text: TargetText, epoch: int, reading: TargetReading | None) -> dict[str, Any]:
-        """Count a rollout and say which slots belong to which stream; for the ablation, of blocks at random anchors."""
+    def _mark(self, rollout: Rollout, text: TargetText, epoch: int) -> dict[str, Any]:
+        """Count a rollout and mark which slots belong to which stream."""
         self._sums["train"].add(rollout_sums(rollout, self.target.eos_token_ids))
-        chain = rollout
-        if self.args.anchor_mode == "random":
-            anchors = random_anchors(rollout, text.sample_ids, seed=self.args.seed, epoch=epoch)
-            drafter = self.accelerator.unwrap_model(self.model)
-            settings = self._replay_settings(epoch, keep_branch_hidden=self._needs_branches)
-            rollout = redraft(self.target, drafter, text, anchors, settings, reading)
-        anchors = self._add_supervised(self._error_blocks(rollout), chain, text.sample_ids, epoch)
+        anchors = self._add_supervised(self._error_blocks(rollout), rollout, text.sample_ids, epoch)
         return {"rollout": rollout, "anchors": anchors, "sample_ids": torch.tensor(text.sample_ids)}
 
     def _error_blocks(self, rollout: Rollout) -> BlockBatch:
@@ -307,36 +300,43 @@ class DraftOPDTrainer(PublishingTrainer):
     def _needs_branches(self) -> bool:
         return self.args.trains_suffix
 
-    def _replay_settings(self, epoch: int, keep_branch_hidden: bool | None = None) -> ReplaySettings:
-        if keep_branch_hidden is None:
-            keep_branch_hidden = self._needs_branches and self.args.anchor_mode == "error"
-        return ReplaySettings(
+    @property
+    def _drafting(self) -> DraftingSettings:
+        return DraftingSettings(
             num_drafts=self.num_drafts,
             sampling=self.args.sampling_settings(),
             draft_sampling=self.args.draft_sampling,
-            keep_branch_hidden=keep_branch_hidden,
-            seed=self.args.seed,
-            epoch=epoch,
-            segment_length=self.segment_length,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            keep_branch_hidden=self._needs_branches,
         )
 
-    def _decode(
-        self, drafter: Drafter, batch: dict[str, torch.Tensor], keep_branch_hidden: bool, keys: DrawKeys
-    ) -> Rollout:
-        """Decode a batch of prompts live, with a progress bar over its rows."""
-        settings = LiveSettings(
-            num_drafts=self.num_drafts,
-            max_new_tokens=self.args.max_completion_length,
-            sampling=self.args.sampling_settings(),
-            draft_sampling=self.args.draft_sampling,
-            eos_token_ids=self.target.eos_token_ids,
-            keep_branch_hidden=keep_branch_hidden,
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
+        """Draft along a text the target wrote."""
+        return rollout_replay(
+            self.target,
+            drafter,
+            text,
+            self._drafting,
+            DrawKeys(self.args.seed, epoch, text.sample_ids),
+            segment_length=self.segment_length,
+            chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
         )
+
+    def _decode(self, drafter: Drafter, batch: dict[str, torch.Tensor], keys: DrawKeys) -> Rollout:
+        """Decode a batch of prompts live, with a progress bar over its rows."""
         prompts = prompt_rows(batch)
         is_hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         with tqdm(total=len(prompts), desc="rollout", leave=False, disable=is_hidden) as bar:
-            return rollout_live(self.target, drafter, prompts, settings, keys, on_finished=bar.update)
+            return rollout_live(
+                self.target,
+                drafter,
+                prompts,
+                self._drafting,
+                keys,
+                max_new_tokens=self.args.max_completion_length,
+                eos_token_ids=self.target.eos_token_ids,
+                on_finished=bar.update,
+            )
 
     def _is_logging_step(self) -> bool:
         every = max(int(self.state.logging_steps or 1), 1)
@@ -405,7 +405,7 @@ class DraftOPDTrainer(PublishingTrainer):
         keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())
         names = naming_rows(inputs["sample_ids"], "the evaluation dataset")
         with torch.no_grad(), self.accelerator.autocast(), names:
-            rollout = self._decode(drafter, inputs, self._needs_branches, keys)
+            rollout = self._decode(drafter, inputs, keys)
             # Epoch 0, so that every evaluation looks at the same positions.
             anchors = self._add_supervised(
                 self._error_blocks(rollout), rollout, inputs["sample_ids"].tolist(), epoch=0

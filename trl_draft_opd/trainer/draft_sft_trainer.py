@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..data.collators import TextCollator
 from ..drafters.base import Drafter
 from ..rollout.blocks import sample_anchors
+from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
-from ..rollout.live import LiveSettings, rollout_live
+from ..rollout.live import rollout_live
 from ..runs.distributed.launch import loss_entry
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget, TargetReading
@@ -241,18 +242,24 @@ class DraftSFTTrainer(PublishingTrainer):
             result = self._step_loss(inputs, sums, self._read(inputs))
         self._sums["eval"].add(result.sums)
         if self.args.eval_rollouts:
-            settings = LiveSettings(
+            settings = DraftingSettings(
                 num_drafts=self.num_drafts,
-                max_new_tokens=self.args.max_completion_length,
                 sampling=self.args.sampling_settings(),
                 draft_sampling=self.args.draft_sampling,
-                eos_token_ids=self.target.eos_token_ids,
                 keep_branch_hidden=False,
             )
             # Epoch 0, so that every evaluation draws alike.
             keys = DrawKeys(self.args.seed, 0, inputs["sample_ids"].tolist())
             with self.accelerator.autocast():
-                rollout = rollout_live(self.target, drafter, self._prompts(inputs), settings, keys)
+                rollout = rollout_live(
+                    self.target,
+                    drafter,
+                    self._prompts(inputs),
+                    settings,
+                    keys,
+                    max_new_tokens=self.args.max_completion_length,
+                    eos_token_ids=self.target.eos_token_ids,
+                )
             self._count_rollout(rollout, self._prompts(inputs), inputs["sample_ids"].tolist())
         self.target.finish_together()
         return result.loss.detach()

@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..evaluation import bootstrap_tau
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
 from ..export.hub import create_repository, push_folder
@@ -39,6 +38,7 @@ from ..export.record import (
     write_record,
 )
 from ..export.serving import serving_settings
+from ..rollout.counts import bootstrap_tau
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.sharding import full_weights

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..drafters.base import Drafter
+from ..drafters.base import Drafter, run_blocks
 from ..losses import (
     Head,
     RowLosses,
@@ -151,9 +151,7 @@ def step_loss(
     if reading is None:
         reading = target.read_text(input_ids, attention_mask, drafter.config.target_layer_ids)
     device = drafter.device
-    hidden = drafter.draft_hidden(
-        reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed
-    )
+    hidden = run_blocks(drafter, reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed)
     own_head = _own_head(drafter, target) if drafter.owns_head else None
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
     total_weight = sum(settings[name].weight for name in STREAMS if name in settings)
