@@ -15,10 +15,13 @@ from datasets import load_dataset
 from trl import TrlParser
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.counts import Counts
+from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.live import rollout_live
 
 
 POSITION_DECAY, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 0.8, 8, 128
@@ -41,12 +44,10 @@ def main(args: ExampleArguments) -> list[float]:
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-4)
     rows = load_dataset("json", data_files=args.dataset, split="train")
     all_prompts = list(target.text_reader().read_prompts(rows)["prompt_ids"])
-    settings = LiveSettings(
+    settings = DraftingSettings(
         num_drafts=drafter.default_num_drafts,
-        max_new_tokens=MAX_NEW_TOKENS,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         draft_sampling="greedy",
-        eos_token_ids=target.eos_token_ids,
         keep_branch_hidden=True,
     )
     target_head = Head(target.project, (), target.vocab_size)
@@ -57,14 +58,22 @@ def main(args: ExampleArguments) -> list[float]:
         prompts = all_prompts[start : start + PROMPTS_PER_STEP]
 
         # 1. Target and drafter decode together: the text is the target's own, the blocks are the drafter's.
-        rollout = rollout_live(target, drafter, prompts, settings, DrawKeys(0, step, range(len(prompts))))
+        rollout = rollout_live(
+            target,
+            drafter,
+            prompts,
+            settings,
+            DrawKeys(seed=0, epoch=step, sample_ids=range(len(prompts))),
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_ids=target.eos_token_ids,
+        )
 
         # 2. Each block's slots are marked: those that the target accepted, and those that it rejected.
         blocks = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
 
         # 3. The drafter drafts the same blocks again from the same anchors, now with gradient.
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-        hidden = drafter.draft_hidden(reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
+        hidden = run_blocks(drafter, reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
 
         # 4. Each slot learns from the target's state there, which verification has computed already: forward KL where
         #    the target accepted, reverse KL with a decay over the slots where it rejected.
@@ -95,8 +104,7 @@ def main(args: ExampleArguments) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        counted = rollout.is_counted
-        tau = float((rollout.accepted[counted] + 1).float().mean())
+        tau = Counts.of_rollout(rollout).tau
         taus.append(tau)
         print(f"step {step}: loss {loss.item():.4f}, tau {tau:.3f}")
     return taus

@@ -28,7 +28,7 @@ ALLOWED_NAMES = {
 }
 
 # Code of a repository runs in one place, where `verify --trust-remote-code` asked for it.
-TRUSTING_FILE = f"{PACKAGE}/parity/in_process.py"
+TRUSTING_FILE = f"{PACKAGE}/parity/consumers.py"
 
 # Where this project is built is nobody's business. Spelled in pieces so that this file does not match itself.
 WORKPLACE = re.compile(r"(?<![\w.-])/" + r"work(?![\w-])|\bshared/" + r"design\b")

@@ -24,6 +24,7 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
+from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
@@ -119,7 +120,7 @@ def test_a_push_is_one_commit_of_an_export_that_loads(tmp_path, hub, method, fam
     for name, content in commit["files"].items():
         (published / name).parent.mkdir(parents=True, exist_ok=True)
         (published / name).write_bytes(content)
-    assert check_folder(published, target_config=trainer.target.config) == []
+    assert check_folder(published, TargetOfExport(config=trainer.target.config)) == []
     loaded = AutoDrafter.from_pretrained(published)
     assert all(
         (loaded.state_dict()[name] - tensor).abs().max() <= 2**-8 * tensor.abs().max()
@@ -245,9 +246,7 @@ def test_what_cannot_be_published_is_refused_before_the_target_answers(
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize(
-    "setting, value", [("dataset_license", "see /home/me/terms"), ("target_revision", "../x")]
-)
+@pytest.mark.parametrize("setting, value", [("dataset_license", "see /home/me/terms"), ("target_revision", "../x")])
 def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setting, value):
     with pytest.raises(ValueError, match="training_record.json"):
         make_trainer(tmp_path, **{setting: value})

@@ -73,9 +73,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """
-    What is measured: the fields of `paper_table.yaml`, whose comments say what they are.
-    """
+    """What is measured: the fields of `paper_table.yaml`, whose comments say what they are."""
 
     target: str
     before: str

@@ -5,12 +5,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..export import export_drafter, hub_id_of, read_target
+from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
 from ..parity import verify_drafter
@@ -51,18 +51,17 @@ def run_export(argv: Sequence[str]) -> int:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
     name = args.target or drafter.config.target_model_name_or_path
-    facts: dict[str, Any] = {"target_id": args.target_id}
+    target = TargetOfExport(args.target_id)
     if name is not None:
         target = read_target(name, target_id=args.target_id, revision=args.target_revision)
-        facts = {"embedding": target.embedding, "target_config": target.config, "target_id": target.target_id}
     result = export_drafter(
         drafter,
         args.output,
         to=args.to,
+        target=target,
         repo_id=args.repo_id,
         record=read_record(args.drafter) if Path(args.drafter).is_dir() else None,
         license=args.license,
-        **facts,
     )
     for layout, folder in result.layouts.items():
         print(f"{layout:12} {folder}")

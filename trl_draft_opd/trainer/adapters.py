@@ -19,7 +19,7 @@ from torch import nn
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..drafters.published.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
+from ..drafters.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
 from ..runs.distributed.launch import is_sharded
 
 

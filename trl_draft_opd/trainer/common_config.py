@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
-from ..rollout.sampler import check_draft_sampling
+from ..rollout.drafting import check_draft_sampling
 from ..utils.private_trl import _BaseConfig
 
 

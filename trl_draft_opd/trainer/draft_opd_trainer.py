@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..drafters.base import Drafter
 from ..rollout.blocks import BlockBatch, draft_text, join_blocks, mark_slots, sample_anchors
-from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
+from ..rollout.keyed_random import DrawKeys
+from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..runs.distributed.sharding import whole_drafter
 from ..runs.out_of_memory import explained_memory
@@ -111,7 +112,9 @@ class DraftOPDTrainer(DraftTrainer):
             publisher,
             args,
             data_collator=make_collator(pair.target.pad_token_id),
-            train_dataset=read_each(partial(_read_rows, pair=pair, args=args, with_responses=walks_rows), train_dataset),
+            train_dataset=read_each(
+                partial(_read_rows, pair=pair, args=args, with_responses=walks_rows), train_dataset
+            ),
             eval_dataset=read_each(partial(_read_rows, pair=pair, args=args, with_responses=False), eval_dataset),
             callbacks=callbacks,
             optimizers=optimizers,
@@ -176,18 +179,15 @@ class DraftOPDTrainer(DraftTrainer):
 
     def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
         """Find the chain of blocks that the drafter makes along a text."""
-        return rollout_replay(self.target, drafter, text, self._replay_settings(epoch), reading)
-
-    def _replay_settings(self, epoch: int) -> ReplaySettings:
-        return ReplaySettings(
-            num_drafts=self.num_drafts,
-            sampling=self.args.sampling_settings(),
-            draft_sampling=self.args.draft_sampling,
-            keep_branch_hidden=self._keeps_branches,
-            seed=self.args.seed,
-            epoch=epoch,
+        return rollout_replay(
+            self.target,
+            drafter,
+            text,
+            self._drafting,
+            DrawKeys(self.args.seed, epoch, text.sample_ids),
             segment_length=self.segment_length,
             chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
         )
 
     def _decode_live(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:

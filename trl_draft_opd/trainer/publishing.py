@@ -99,7 +99,7 @@ class PublishingTrainer(ResumingTrainer):
         metrics = self._sums["eval"].pop()
         # Ranks whose share is short decode some prompts again, which count once.
         prompts = {prompt.sample_id: prompt for prompt in gather_object(self._decoded)}
-        if sum(prompt.num_blocks for prompt in prompts.values()):
+        if sum(prompt.counts.num_blocks for prompt in prompts.values()):
             in_order = [prompts[number] for number in sorted(prompts)]
             measured = self.publisher.measure(metric_key_prefix, in_order, self.state.global_step)
             metrics |= {"tau": measured.tau, "tau_low": measured.tau_low, "tau_high": measured.tau_high}
