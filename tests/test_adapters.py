@@ -9,11 +9,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import rollouts
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
 from oracle import greedy_text
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model_state_dict
+from rollouts import Options
 from safetensors.torch import load_file
 from test_export import make_variant
 from tiny import EOS, MASK, TINY_RUN, make_prompts, make_target
@@ -26,10 +28,10 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
-from trl_draft_opd.rollout.replay import ReplaySettings, rollout_replay
 from trl_draft_opd.trainer import adapters
 from trl_draft_opd.trainer.adapters import (
     adapt_drafter,
@@ -136,17 +138,9 @@ def clones(model):
 
 
 def replay(target, drafter, text, **changes):
-    settings = {
-        "num_drafts": 4,
-        "sampling": SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
-        "draft_sampling": "greedy",
-        "keep_branch_hidden": True,
-        "seed": 0,
-        "epoch": 0,
-        "segment_length": 4,
-        "chunk_bytes": 2**20,
-    }
-    return rollout_replay(target, drafter, text, ReplaySettings(**settings | changes))
+    return rollouts.replay(
+        target, drafter, text, Options(**{"keep_branch_hidden": True, "segment_length": 4} | changes)
+    )
 
 
 def hand_merged(adapted):
@@ -198,7 +192,7 @@ def test_a_fresh_adapter_changes_no_bit_of_what_is_drafted(target, bases, text, 
     features = target.read_text(text.input_ids, text.attention_mask, plain.config.target_layer_ids).features
     outputs = [
         drafter.draft_logits(
-            drafter.draft_hidden(features, text.input_ids, anchors, drafts, target.embed), target.project
+            run_blocks(drafter, features, text.input_ids, anchors, drafts, target.embed), target.project
         )
         for drafter in (plain, adapted)
     ]
@@ -433,7 +427,7 @@ def test_an_adapter_whose_drafter_is_gone_says_how_to_give_it(tmp_path, bases):
 
 REFUSED = {
     "prompt learning": (PrefixTuningConfig(num_virtual_tokens=2), "is a PrefixTuningConfig"),
-    "another method": (IA3Config(), "takes `peft.LoraConfig` alone"),
+    "another method": (IA3Config(), "takes `peft.LoraConfig` only"),
     "a task": (LoraConfig(task_type="CAUSAL_LM"), "leave `task_type` out"),
     "rewritten weights": (LoraConfig(init_lora_weights="pissa"), "'pissa' rewrites the drafter's own weights"),
     "replication": (LoraConfig(layer_replication=[(0, 1)]), r"sets \['layer_replication'\]"),

@@ -24,6 +24,7 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
+from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
@@ -119,7 +120,7 @@ def test_a_push_is_one_commit_of_an_export_that_loads(tmp_path, hub, method, fam
     for name, content in commit["files"].items():
         (published / name).parent.mkdir(parents=True, exist_ok=True)
         (published / name).write_bytes(content)
-    assert check_folder(published, target_config=trainer.target.config) == []
+    assert check_folder(published, TargetOfExport(config=trainer.target.config)) == []
     loaded = AutoDrafter.from_pretrained(published)
     assert all(
         (loaded.state_dict()[name] - tensor).abs().max() <= 2**-8 * tensor.abs().max()

@@ -6,14 +6,14 @@ One training step against the method's formulas written out naively: one prefix,
 import pytest
 import torch
 from oracle import greedy_text, plant
+from rollouts import Options, decode
 from tiny import EOS, VOCAB, make_drafter, make_prompts, make_target
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from trl_draft_opd import DraftVocabulary, SamplingSettings
+from trl_draft_opd import DraftVocabulary
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.trainer.step import (
     Objective,
@@ -72,10 +72,10 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
     prompts = make_prompts(3, seed=2)
     truths = [greedy_text(target, prompt, 20) for prompt in prompts]
     wrong = {0: {len(prompts[0]) + i for i in (3, 9)}, 1: set(range(40)), 2: {len(prompts[2]) + 2}}
-    settings = LiveSettings(num_drafts, 12, SamplingSettings(0.0, 0, 1.0), "greedy", (), True)
+    options = Options(num_drafts, keep_branch_hidden=True, max_new_tokens=12)
     with monkeypatch.context() as patch:
         plant(patch, drafter, truths, wrong.get)
-        return rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
+        return decode(target, drafter, prompts, options)
 
 
 def prepare(rollout, blocks):
@@ -100,7 +100,7 @@ def slot_logits(target, drafter, ids, anchor, drafts):
     """Logits of the drafter for every slot of one block, from the text up to its anchor alone."""
     text = torch.tensor([ids[: anchor + 1]])
     features = target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).features
-    hidden = drafter.draft_hidden(features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
+    hidden = run_blocks(drafter, features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
     return drafter.lm_head(hidden) if drafter.owns_head else target.causal_lm.get_output_embeddings()(hidden)
 
 
@@ -184,10 +184,9 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
 @pytest.mark.parametrize("num_drafts", [2, 4])
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)
-    settings = LiveSettings(num_drafts, 16, SamplingSettings(0.0, 0, 1.0), "greedy", (), False)
-    rollout = rollout_live(target, drafter, make_prompts(3), settings, DrawKeys(0, 0, range(3)))
+    rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_new_tokens=16))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-    hidden = drafter.draft_hidden(reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
+    hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
     logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)
     assert torch.equal(logits.argmax(-1)[rollout.is_block], rollout.drafts[rollout.is_block])
 

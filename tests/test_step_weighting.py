@@ -7,9 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import rollouts
 import torch
 from datasets import Dataset
 from oracle import greedy_text
+from rollouts import Options
 from test_step import CASES, NUM_DRAFTS, assert_close, exact_norms, make_pair, replay, roll_out, slot_logits, streams
 from tiny import EOS, MASK, TINY_RUN, make_drafter, make_prompts, make_target
 
@@ -18,23 +20,21 @@ from trl_draft_opd import (
     DraftOPDTrainer,
     DraftSFTConfig,
     DraftSFTTrainer,
-    SamplingSettings,
 )
 from trl_draft_opd.rollout.blocks import BlockBatch, draft_text, join_blocks, sample_anchors
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft
+from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.trainer import step
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 __all__ = ["exact_norms"]
-SETTINGS = ReplaySettings(NUM_DRAFTS, SamplingSettings(0.0, 0, 1.0), "greedy", False, 0, 0, 1, 2**20)
 OFF, D_PACE, UNTIL_FAIL, BOTH = SlotRules(), SlotRules(0.5), SlotRules(None, True), SlotRules(0.25, True)
 
 
-def draft_at(target, drafter, ids, anchors):
+def draft_along(target, drafter, ids, anchors):
     """What the drafter proposes and how much of it the text keeps, by replay."""
     text = TargetText(ids, torch.ones_like(ids), torch.ones_like(ids).bool(), list(range(len(ids))))
-    return redraft(target, drafter, text, anchors, replace(SETTINGS, keep_branch_hidden=True))
+    return rollouts.draft_at(target, drafter, text, anchors, Options(NUM_DRAFTS, keep_branch_hidden=True))
 
 
 def half_liked_text(target, drafter):
@@ -43,7 +43,7 @@ def half_liked_text(target, drafter):
     for num_kept in (2, 0, 4, 1, 3, 0):
         anchors.append(len(ids) - 1)
         padded = torch.tensor([ids + [9] * (NUM_DRAFTS + 1)])
-        drafts = draft_at(target, drafter, padded, torch.tensor([anchors[-1:]])).drafts[0, 0].tolist()
+        drafts = draft_along(target, drafter, padded, torch.tensor([anchors[-1:]])).drafts[0, 0].tolist()
         kept = drafts[:num_kept]
         # Every third token is missing in the reduced vocabulary, so some of these misses are of tokens it lacks.
         ids = ids + kept + [(drafts[num_kept % NUM_DRAFTS] + 5 + num_kept) % 50 + 7]
@@ -129,7 +129,7 @@ def test_weighed_slots_give_the_loss_and_gradients_of_their_definition(exact_nor
 def test_until_fail_keeps_the_slots_that_replay_keeps(case):
     target, drafter = make_pair(case, torch.float32)
     ids, blocks = half_liked_text(target, drafter)
-    accepted = draft_at(target, drafter, ids, blocks.anchors).accepted
+    accepted = draft_along(target, drafter, ids, blocks.anchors).accepted
     assert accepted.tolist() == [[2, 0, 4, 1, 3, 0]]
     slots = torch.arange(1, NUM_DRAFTS + 1)
     until_fail = replace(blocks, is_accepted=blocks.is_accepted & (slots <= accepted[..., None] + 1))

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from oracle import greedy_rows
 from tiny import TINY_RUN, make_drafter, make_target
+from transformers import TrainerControl, TrainerState
 
 from trl_draft_opd import (
     AutoDrafter,
@@ -163,9 +164,10 @@ class Float16Accelerator(Accelerator):
 
 def test_a_loss_that_is_not_finite_is_no_overflow_of_float16s_scale():
     guard = NonFiniteGuard(Float16Accelerator(cpu=True), "stop", 10)
-    guard.begin_update(7)
-    guard.note_loss(torch.tensor(1.0), torch.tensor([0]))
-    guard.look_back()  # whatever the scaled gradients are, that is the scale's business
-    guard.note_loss(torch.tensor(float("inf")), torch.tensor([3]))
+    event = (None, TrainerState(global_step=7), TrainerControl())
+    guard.on_step_begin(*event)
+    guard.note_loss(torch.tensor(1.0), [0])
+    guard.on_pre_optimizer_step(*event)  # whatever the scaled gradients are, that is the scale's business
+    guard.note_loss(torch.tensor(float("inf")), [3])
     with pytest.raises(FloatingPointError, match=r"loss is inf at step 7 on samples \[3\]"):
-        guard.look_back()
+        guard.on_pre_optimizer_step(*event)

@@ -32,6 +32,7 @@ from trl_draft_opd import (
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows  # noqa: F401
 from trl_draft_opd.data.text_reader import TextReader
+from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.losses.divergences import LOSS_TYPES  # noqa: F401
 from trl_draft_opd.rollout.acceptance import (
@@ -43,9 +44,10 @@ from trl_draft_opd.rollout.acceptance import (
     verify_sampled,
 )
 from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
+from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.rollout.live import rollout_live
+from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 
 
 # Today's name of a setting, a metric (without `eval_`) or an exception, by its name in the record. What is not listed
@@ -134,18 +136,29 @@ def make_sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) 
 def roll_out_live(
     target, drafter, prompts, sampling, draft_sampling, *, keeps_branches, num_drafts=4, max_new_tokens=20, seed=7
 ):
-    settings = LiveSettings(num_drafts, max_new_tokens, sampling, draft_sampling, target.eos_token_ids, keeps_branches)
-    return rollout_live(target, drafter, prompts, settings, DrawKeys(seed, 3, range(len(prompts))))
+    return rollout_live(
+        target,
+        drafter,
+        prompts,
+        DraftingSettings(num_drafts, sampling, draft_sampling, keeps_branches),
+        DrawKeys(seed, 3, range(len(prompts))),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=target.eos_token_ids,
+    )
 
 
 def replay(target, drafter, text, sampling, draft_sampling, *, keeps_branches, segment_length, num_drafts=4, seed=7):
     """Replay the text of a live rollout."""
     rows = range(len(text.input_ids))
-    settings = ReplaySettings(
-        num_drafts, sampling, draft_sampling, keeps_branches, seed, 3, segment_length, chunk_bytes=4096
+    return rollout_replay(
+        target,
+        drafter,
+        TargetText(text.input_ids, text.attention_mask, text.completion_mask, rows),
+        DraftingSettings(num_drafts, sampling, draft_sampling, keeps_branches),
+        DrawKeys(seed, 3, rows),
+        segment_length=segment_length,
+        chunk_bytes=4096,
     )
-    text = TargetText(text.input_ids, text.attention_mask, text.completion_mask, rows)
-    return rollout_replay(target, drafter, text, settings)
 
 
 def rollout_values(rollout) -> dict[str, Any]:
@@ -285,11 +298,11 @@ def read_prompts(rows: Dataset, keeps_completions: bool = False, max_prompt_leng
 def export(drafter, target_model, folder, **options: Any):
     """Export a drafter of an unwrapped target; returns the layouts that were written and those that were refused."""
     facts = {
-        "embedding": target_model.get_input_embeddings().weight,
-        "target_config": target_model.config,
-        "target_id": "org/target",
+        "hub_id": options.pop("target_id", "org/target"),
+        "config": options.pop("target_config", target_model.config),
+        "embedding": options.pop("embedding", target_model.get_input_embeddings().weight),
     }
-    result = export_drafter(drafter, folder, **facts | options)
+    result = export_drafter(drafter, folder, target=TargetOfExport(**facts), **options)
     return sorted(result.layouts), sorted(result.refused)
 
 

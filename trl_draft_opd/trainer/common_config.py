@@ -6,14 +6,14 @@ Settings both trainers share. A default lives here or in one of the two config f
 import difflib
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
-from ..rollout.sampler import check_draft_sampling
+from ..rollout.drafting import check_draft_sampling
 from ..utils.private_trl import _BaseConfig
 
 
@@ -198,7 +198,7 @@ class DraftTrainingConfig(_BaseConfig):
     dataset_license: str | None = setting(None, "Licence of the training data, for the card.")
     hub_license: str | None = setting(None, "Licence of the published drafter.")
 
-    def __new__(cls, *args: Any, **settings: Any):
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse an unknown setting by its nearest name, before the generated `__init__` refuses it without."""
         known = [known.name for known in fields(cls) if known.init]
         for name in sorted(set(settings) - set(known)):
@@ -209,7 +209,7 @@ class DraftTrainingConfig(_BaseConfig):
                 )
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu

@@ -111,7 +111,7 @@ class DraftOPDConfig(DraftTrainingConfig):
     log_completions: bool = setting(False, "Print sampled responses with drafted, accepted and rejected tokens.")
     num_completions_to_print: int = setting(2, "Responses printed each time.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("rejected_loss", self.rejected_loss, LOSS_TYPES)
         check_choice("rollout", self.rollout, ROLLOUTS)

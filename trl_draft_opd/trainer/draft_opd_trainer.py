@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..drafters.base import Drafter
 from ..rollout.blocks import BlockBatch, draft_text, join_blocks, mark_slots, sample_anchors
-from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
+from ..rollout.keyed_random import DrawKeys
+from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..runs.distributed.sharding import whole_drafter
 from ..runs.out_of_memory import explained_memory
@@ -29,6 +30,7 @@ from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
 from .metrics import rollout_sums
 from .pair import Pair, check_mask_token, load_pair, text_reader
+from .resuming import describe_batches
 from .rollout_printer import print_rollout
 from .step import PreparedBatch, SlotRules, StreamSettings
 from .texts import ResponseSource, prompt_rows, text_of_rollout
@@ -131,7 +133,7 @@ class DraftOPDTrainer(DraftTrainer):
             "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
             "lower `reading_bytes`, `generation_batch_size` or `max_completion_length`",
         )
-        with explained_memory("a rollout", batches, settings):
+        with explained_memory("a rollout", lambda: describe_batches(batches), settings):
             if self.args.rollout == "replay":
                 prepared = self._replay(self._written_texts(batches), epoch)
             else:
@@ -172,18 +174,15 @@ class DraftOPDTrainer(DraftTrainer):
 
     def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
         """Find the chain of blocks that the drafter makes along a text."""
-        return rollout_replay(self.target, drafter, text, self._replay_settings(epoch), reading)
-
-    def _replay_settings(self, epoch: int) -> ReplaySettings:
-        return ReplaySettings(
-            num_drafts=self.num_drafts,
-            sampling=self.args.sampling_settings(),
-            draft_sampling=self.args.draft_sampling,
-            keep_branch_hidden=self._keeps_branches,
-            seed=self.args.seed,
-            epoch=epoch,
+        return rollout_replay(
+            self.target,
+            drafter,
+            text,
+            self._drafting,
+            DrawKeys(self.args.seed, epoch, text.sample_ids),
             segment_length=self.segment_length,
             chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
         )
 
     def _decode_live(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:

@@ -50,7 +50,7 @@ class DraftSFTConfig(DraftTrainingConfig):
         "block", "`block`: train every slot; `until_fail`: up to the drafter's first current mismatch."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.position_decay is not None:
             check_position_decay(self.position_decay)

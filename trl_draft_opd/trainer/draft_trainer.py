@@ -13,8 +13,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.collators import RowCollator
+from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
-from ..rollout.live import LiveSettings, rollout_live
+from ..rollout.live import rollout_live
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import loss_entry
 from ..target.checks import naming_rows
@@ -152,17 +153,27 @@ class DraftTrainer(PublishingTrainer):
         """Whether rollouts keep the target's states behind first rejections."""
         return False
 
-    def _decode(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], epoch: int) -> Rollout:
-        """Decode prompts live with the current drafter, with a progress bar over the rows."""
-        settings = LiveSettings(
+    @property
+    def _drafting(self) -> DraftingSettings:
+        return DraftingSettings(
             num_drafts=self.num_drafts,
-            max_new_tokens=self.args.max_completion_length,
             sampling=self.args.sampling_settings(),
             draft_sampling=self.args.draft_sampling,
-            eos_token_ids=self.target.eos_token_ids,
             keep_branch_hidden=self._keeps_branches,
         )
+
+    def _decode(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], epoch: int) -> Rollout:
+        """Decode prompts live with the current drafter, with a progress bar over the rows."""
         keys = DrawKeys(self.args.seed, epoch, sample_ids)
         is_hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         with tqdm(total=len(prompts), desc="rollout", leave=False, disable=is_hidden) as bar:
-            return rollout_live(self.target, self.drafter, prompts, settings, keys, on_finished=bar.update)
+            return rollout_live(
+                self.target,
+                self.drafter,
+                prompts,
+                self._drafting,
+                keys,
+                max_new_tokens=self.args.max_completion_length,
+                eos_token_ids=self.target.eos_token_ids,
+                on_finished=bar.update,
+            )

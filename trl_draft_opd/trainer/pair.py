@@ -200,7 +200,7 @@ def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -
         raise ValueError(
             f"{where} a model that a save would replace, and it is no drafter of this package: {error} {fix}"
         ) from error
-    theirs = _describe_pair(held.family, held.config_kwargs)
+    theirs = _describe_pair(held.family, held.arguments)
     ours = _describe_pair(drafter.config.family, drafter.config.to_dict() | {"num_target_layers": target.num_layers})
     ours["target"] = hub_id_of(target.config.name_or_path)
     differ = {

@@ -17,10 +17,8 @@ from pathlib import Path
 import torch
 
 from ..drafters.base import Drafter
-from ..evaluation import bootstrap_tau
-from ..export import export_drafter, hub_id_of, read_target
+from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.card import write_card
-from ..export.flat import flat_config
 from ..export.hub import create_repository, push_folder, validate_repo_id
 from ..export.record import (
     Measurement,
@@ -31,6 +29,8 @@ from ..export.record import (
     prompts_digest,
     read_record,
 )
+from ..export.serving import serving_settings
+from ..rollout.counts import Counts
 from .adapters import is_adapted
 from .common_config import DraftTrainingConfig
 from .metrics import DecodedPrompt
@@ -109,9 +109,8 @@ class Publisher:
 
     def measure(self, prefix: str, prompts: Sequence[DecodedPrompt], steps: int) -> Measurement:
         """Add the measurement of one set of prompts after a number of steps; `prefix` is that of its metrics."""
-        sums, blocks = [prompt.accepted_sum for prompt in prompts], [prompt.num_blocks for prompt in prompts]
-        low, high = bootstrap_tau(sums, blocks, num_resamples=_RESAMPLES, seed=self.args.seed)
-        kept = [sum(prompt.kept[slot] for prompt in prompts) for slot in range(self.num_drafts)]
+        counts = sum((prompt.counts for prompt in prompts), Counts())
+        low, high = counts.interval(num_resamples=_RESAMPLES, seed=self.args.seed)
         measured = Measurement(
             prompt_set=_one_word("evaluation" if prefix == "eval" else prefix.removeprefix("eval_")),
             prompts_sha256=prompts_digest([prompt.ids for prompt in prompts]),
@@ -122,11 +121,11 @@ class Publisher:
             max_new_tokens=self.args.max_completion_length,
             batch_size=self.args.per_device_eval_batch_size,
             ignore_eos=False,
-            tau=sum(sums) / sum(blocks),
+            tau=counts.tau,
             tau_low=low,
             tau_high=high,
-            acceptance_per_slot=[count / sum(blocks) for count in kept],
-            num_blocks=sum(blocks),
+            acceptance_per_slot=counts.acceptance_per_slot,
+            num_blocks=counts.num_blocks,
             num_different=None,
             target_dtype=str(self.target.causal_lm.dtype).removeprefix("torch."),
             after_steps=steps,
@@ -178,9 +177,7 @@ class Publisher:
         export_drafter(
             drafter,
             folder,
-            embedding=embedding,
-            target_config=self.target.causal_lm.config,
-            target_id=self.require_target_id(),
+            target=TargetOfExport(self.require_target_id(), self.target.causal_lm.config, embedding),
             repo_id=self.repo_id or self.repo_name,
             record=record,
             license=license or self.args.hub_license,
@@ -195,18 +192,17 @@ class Publisher:
         draws_curve: bool = True,
     ) -> None:
         """Write the card of a checkpoint, which has the flat layout's names."""
-        write_card(
-            folder,
-            config=flat_config(drafter, target_id=self.target_id, dtype=torch.float32),
-            is_adapter=is_adapted(drafter),
-            record=record,
-            license=license or self.args.hub_license,
+        publication = Publication.of(
+            drafter,
+            dtype=torch.float32,
+            layouts=("flat",),
+            target=TargetOfExport(self.target_id, self.target.config),
             repo_id=self.repo_id or self.args.hub_model_id,
-            layouts=["flat"],
-            target_id=self.target_id,
-            target_architectures=list(self.target.config.architectures or []),
-            draws_curve=draws_curve,
+            license=license or self.args.hub_license,
+            record=record,
         )
+        settings = serving_settings(publication)
+        write_card(folder, publication, settings, draws_curve=draws_curve, is_adapter=is_adapted(drafter))
 
     # -- pushes -------------------------------------------------------------------------------------------------------
 

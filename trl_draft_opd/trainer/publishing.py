@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.base import Drafter
 from ..export import hub_id_of
 from ..export.card import CARD_FILE
 from ..export.record import (
@@ -41,7 +40,7 @@ from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
 from .adapters import adapter_settings, check_adapter_launch, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig
 from .metrics import DecodedPrompt, MetricSums, decoded_prompts, rollout_sums
-from .pair import Pair, compile_drafter
+from .pair import Pair
 from .publisher import Publisher
 from .resuming import ResumingTrainer
 
@@ -66,9 +65,8 @@ class PublishingTrainer(ResumingTrainer):
     """
 
     def __init__(self, pair: Pair, publisher: Publisher, args: DraftTrainingConfig, **kwargs: Any):
-        super().__init__(model=pair.drafter, args=compile_drafter(pair.drafter, args), **kwargs)
-        self.target, self.num_drafts, self.publisher = pair.target, pair.num_drafts, publisher
-        self.hub_model_id = publisher.repo_id
+        super().__init__(pair, args, **kwargs)
+        self.publisher, self.hub_model_id = publisher, publisher.repo_id
         self._decoded: list[DecodedPrompt] = []
         # The step at which the best weights were loaded again, and their own.
         self._best_loaded: tuple[int, int] | None = None
@@ -76,11 +74,6 @@ class PublishingTrainer(ResumingTrainer):
         self.model.add_model_tags(self._tag_names)
         # Now rather than at the first save: what could not be written into the record.
         TrainingRecord.from_dict(publisher.record(self._stage(None), self.state.global_step).to_dict())
-
-    @property
-    def drafter(self) -> Drafter:
-        """The drafter without its distributed wrapper."""
-        return self.accelerator.unwrap_model(self.model)
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -106,7 +99,7 @@ class PublishingTrainer(ResumingTrainer):
         metrics = self._sums["eval"].pop()
         # Ranks whose share is short decode some prompts again, which count once.
         prompts = {prompt.sample_id: prompt for prompt in gather_object(self._decoded)}
-        if sum(prompt.num_blocks for prompt in prompts.values()):
+        if sum(prompt.counts.num_blocks for prompt in prompts.values()):
             in_order = [prompts[number] for number in sorted(prompts)]
             measured = self.publisher.measure(metric_key_prefix, in_order, self.state.global_step)
             metrics |= {"tau": measured.tau, "tau_low": measured.tau_low, "tau_high": measured.tau_high}

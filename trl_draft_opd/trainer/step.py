@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..drafters.base import Drafter
+from ..drafters.base import Drafter, run_blocks
 from ..losses import (
     Head,
     RowLosses,
@@ -183,7 +183,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
     """
     blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).reading
     features = reading.features.to(drafter.device)
-    hidden = drafter.draft_hidden(features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
+    hidden = run_blocks(drafter, features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
     head = _own_head(drafter, target) if drafter.owns_head else target_head
     branch_hidden = batch.rollout.branch_hidden if batch.rollout is not None else None
