@@ -85,6 +85,7 @@ class DraftOPDTrainer(DraftTrainer):
     _tag_names = ["trl", "draft-opd", "speculative-decoding"]
     _method = "opd"
     _name = "DraftOPD"
+    args: DraftOPDConfig
 
     def __init__(
         self,

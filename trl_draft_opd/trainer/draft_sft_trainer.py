@@ -72,6 +72,7 @@ class DraftSFTTrainer(DraftTrainer):
     _tag_names = ["trl", "draft-sft", "speculative-decoding"]
     _method = "sft"
     _name = "DraftSFT"
+    args: DraftSFTConfig
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ evaluation batches. How rows become text and blocks, and which streams exist, is
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class DraftTrainer(PublishingTrainer):
         drafter, target, objective = self.drafter, self.target, self._objective(num_items_in_batch)
         with self.accelerator.autocast(), naming_rows(inputs.text.sample_ids, "the dataset"):
             # Outside of the drafter's wrapper, whose collectives must not mix with those of a sharded target.
-            batch = inputs.read_by(target, drafter.config.target_layer_ids)
+            batch = replace(inputs, reading=inputs.read_by(target, drafter.config.target_layer_ids))
             target.finish_together()
 
             def forward(entry: torch.Tensor) -> StepLoss:

@@ -7,7 +7,7 @@ Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = dra
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -50,11 +50,9 @@ class PreparedBatch:
     blocks: BlockBatch
     reading: TargetReading | None
 
-    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> "PreparedBatch":
-        """Return the batch with its reading, which the target makes at `layer_ids` if there is none."""
-        if self.reading is not None:
-            return self
-        return replace(self, reading=target.read_text(self.text.input_ids, self.text.attention_mask, layer_ids))
+    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> TargetReading:
+        """Return the reading, which the target makes at `layer_ids` where it was not kept."""
+        return self.reading or target.read_text(self.text.input_ids, self.text.attention_mask, layer_ids)
 
     def describe(self) -> str:
         """Return rows, length and blocks, for messages."""
@@ -115,7 +113,7 @@ class Objective:
         """Return the factor of each row weight of a stream: its share of the loss over the sum of its weights."""
         total_weight = sum(settings.weight for settings in self.streams.values())
         weight_sum = float(self.weight_sums[STREAMS.index(stream)])
-        return stream_scale(weight_sum, self.streams[stream].weight, total_weight)
+        return float(stream_scale(weight_sum, self.streams[stream].weight, total_weight))
 
 
 class StepLoss(NamedTuple):
@@ -181,7 +179,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
     Returns:
         [`StepLoss`]
     """
-    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).reading
+    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids)
     features = reading.features.to(drafter.device)
     hidden = run_blocks(drafter, features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)

@@ -43,7 +43,7 @@ def read_each(
 ) -> AnyDataset | dict[str, AnyDataset] | None:
     """Return what `read` makes of a dataset, or of each of several by name; `None` stays `None`."""
     if isinstance(datasets, dict):
-        return {name: read_each(read, dataset) for name, dataset in datasets.items()}
+        return {name: read(dataset) for name, dataset in datasets.items()}
     return None if datasets is None else read(datasets)
 
 
@@ -128,13 +128,13 @@ def _pad_rows(
     rows: Sequence[tuple[torch.Tensor, torch.Tensor, int]], pad_token_id: int, device: torch.device
 ) -> TargetText:
     """Pad rows of ids, marks and a sample id on the right."""
-    ids, marks, sample_ids = zip(*rows, strict=True)
+    ids = [row[0] for row in rows]
     attention = [torch.ones_like(row) for row in ids]
     return TargetText(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
         attention_mask=pad_sequence(attention, batch_first=True).to(device),
-        completion_mask=pad_sequence(marks, batch_first=True).to(device),
-        sample_ids=list(sample_ids),
+        completion_mask=pad_sequence([row[1] for row in rows], batch_first=True).to(device),
+        sample_ids=[row[2] for row in rows],
     )
 
 
