@@ -245,9 +245,7 @@ def test_what_cannot_be_published_is_refused_before_the_target_answers(
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize(
-    "setting, value", [("dataset_license", "see /home/me/terms"), ("target_revision", "../x")]
-)
+@pytest.mark.parametrize("setting, value", [("dataset_license", "see /home/me/terms"), ("target_revision", "../x")])
 def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setting, value):
     with pytest.raises(ValueError, match="training_record.json"):
         make_trainer(tmp_path, **{setting: value})

@@ -230,9 +230,7 @@ def test_rows_that_were_refused_are_not_supervised():
         is_block=torch.tensor([[False, False], [True, True]]),
     )
     for positions, expected in (("random", [1, 2, 3, 4, 5, 6, 7, 8]), ("error", [3, 5])):
-        args = SimpleNamespace(
-            supervised_anchors=positions, num_supervised_anchors=0, seed=0
-        )
+        args = SimpleNamespace(supervised_anchors=positions, num_supervised_anchors=0, seed=0)
         trainer = SimpleNamespace(args=args, num_drafts=3)
         blocks = DraftOPDTrainer._supervised_blocks(trainer, chain, [0, 1], epoch=0)
         assert (blocks.anchors[0] == -1).all() and not blocks.is_supervised[0].any()

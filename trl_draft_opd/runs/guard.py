@@ -45,7 +45,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def note_loss(self, loss: torch.Tensor, sample_ids: Sequence[int]) -> None:
         """Remember a micro-batch of this update; its loss is checked when the update is about to be made."""
-        self._losses.append((loss.detach(), list(sample_ids)))
+        self._losses.append((loss.detach(), [int(number) for number in sample_ids]))
 
     def state(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""

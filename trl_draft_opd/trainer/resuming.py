@@ -331,5 +331,5 @@ class ResumingTrainer(_BaseTrainer):
 
 def describe_batches(batches: Sequence[Mapping[str, Any]]) -> str:
     """Return rows and length of collated batches, for [`explained_memory`]."""
-    shapes = [batch.get("input_ids", batch.get("prompt_ids")).shape for batch in batches]
+    shapes = [batch["input_ids"].shape for batch in batches]
     return "; ".join(f"{num_rows} rows of up to {length} tokens" for num_rows, length in shapes)
