@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .distributed import zero
@@ -136,7 +137,7 @@ class NonFiniteGuard(TrainerCallback):
 
 def _local(grad: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a gradient."""
-    return grad.to_local() if isinstance(grad, torch.distributed.tensor.DTensor) else grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def check_weights(tensors: dict[str, torch.Tensor]) -> None:
