@@ -66,7 +66,8 @@ class PublishingTrainer(ResumingTrainer):
 
     def __init__(self, pair: Pair, publisher: Publisher, args: DraftTrainingConfig, **kwargs: Any):
         super().__init__(pair, args, **kwargs)
-        self.publisher, self.hub_model_id = publisher, publisher.repo_id
+        self.publisher = publisher
+        self.hub_model_id = publisher.repo_id
         self._decoded: list[DecodedPrompt] = []
         # The step at which the best weights were loaded again, and their own.
         self._best_loaded: tuple[int, int] | None = None
