@@ -38,8 +38,9 @@ from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import rollout_live
+from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.target.frozen import TargetReading
-from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 GIB = 2**30
@@ -112,19 +113,11 @@ class Scene:
         """Compute the loss as the trainers do."""
         sums = weight_sums([self.anchors], STREAMS, self.drafter.draft_token_ids)
         mask = torch.ones_like(self.input_ids)
+        text = TargetText(self.input_ids, mask, mask.bool(), range(len(mask)))
+        batch = PreparedBatch(text, None, self.anchors, self.reading)
         with self.autocast():
-            self.loss = step_loss(
-                self.drafter,
-                self.target,
-                self.input_ids,
-                mask,
-                self.anchors,
-                None,
-                STREAMS,
-                sums,
-                self.work.chunk_bytes,
-                self.reading,
-            ).loss
+            objective = Objective(STREAMS, SlotRules(), self.work.chunk_bytes, sums)
+            self.loss = step_loss(self.drafter, self.target, batch, objective).loss
 
     def backward(self) -> None:
         """Fill the gradients."""

@@ -16,7 +16,7 @@ from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence
 from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
 from trl_draft_opd.rollout.replay import TargetText
-from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 FAMILIES = ("eagle3", "dflash")
@@ -242,9 +242,8 @@ def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_t
     )
     streams = {"accepted": StreamSettings(loss_type, 1.0, 0.8), "rejected": StreamSettings(loss_type, 0.0, 1.0)}
     sums = weight_sums([anchors], streams, drafter.draft_token_ids)
-    ours = step_loss(
-        drafter, target, text.input_ids, text.attention_mask, anchors, None, streams, sums, CHUNK_BYTES
-    ).loss
+    objective = Objective(streams, SlotRules(), CHUNK_BYTES, sums)
+    ours = step_loss(drafter, target, PreparedBatch(text, None, anchors, None), objective).loss
     places = [[a for a in row if a >= 0] for row in anchors.anchors.tolist()]
     pairs = [(ids, [i >= start for i in range(len(ids))]) for ids, start in zip(texts, lengths, strict=True)]
     plain = step.sft_step(target.causal_lm, drafter, pairs, places, NUM_DRAFTS, step.Stream(loss_type, 1.0, 0.8))
@@ -270,8 +269,8 @@ def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
     streams = {"accepted": ("forward_kl", 1.0, 1.0), "rejected": ("reverse_kl", 0.5, 0.8)}
     fast_streams = {name: StreamSettings(*values) for name, values in streams.items()}
     sums = weight_sums([anchors], fast_streams, drafter.draft_token_ids)
-    arguments = (text.input_ids, text.attention_mask, anchors, result.branch_hidden, fast_streams, sums, CHUNK_BYTES)
-    ours = step_loss(drafter, target, *arguments).loss
+    objective = Objective(fast_streams, SlotRules(), CHUNK_BYTES, sums)
+    ours = step_loss(drafter, target, PreparedBatch(text, result, anchors, None), objective).loss
     plain = step.opd_step(
         target.causal_lm,
         drafter,

@@ -14,7 +14,17 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from trl_draft_opd import DraftVocabulary
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
-from trl_draft_opd.trainer.step import StreamSettings, row_weights, step_loss, weight_sums
+from trl_draft_opd.rollout.replay import TargetText
+from trl_draft_opd.trainer.step import (
+    Objective,
+    PreparedBatch,
+    SlotRules,
+    StreamSettings,
+    row_weights,
+    step_loss,
+    weight_sums,
+)
+from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 NUM_DRAFTS = 4
@@ -68,6 +78,10 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
         return decode(target, drafter, prompts, options)
 
 
+def prepare(rollout, blocks):
+    return PreparedBatch(text_of_rollout(rollout, range(len(rollout.input_ids))), rollout, blocks, None)
+
+
 def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**20):
     """Return the loss and every gradient of one or more micro-batches `(rollout, anchors)`."""
     parts = [(rollout, anchors)] if isinstance(anchors, BlockBatch) else list(zip(rollout, anchors, strict=True))
@@ -75,18 +89,8 @@ def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**2
     if sums is None:
         sums = weight_sums([part for _, part in parts], settings, drafter.draft_token_ids)
     total = 0.0
-    for part, part_anchors in parts:
-        result = step_loss(
-            drafter,
-            target,
-            part.input_ids,
-            part.attention_mask,
-            part_anchors,
-            part.branch_hidden,
-            settings,
-            sums,
-            chunk_bytes,
-        )
+    for part in parts:
+        result = step_loss(drafter, target, prepare(*part), Objective(settings, SlotRules(), chunk_bytes, sums))
         result.loss.backward()
         total += float(result.loss)
     return total, {name: p.grad.clone() for name, p in drafter.named_parameters()}
@@ -196,7 +200,8 @@ def test_supervised_anchors_give_the_mean_forward_kl(exact_norms):
     anchors = sample_anchors(ids, completion, [0, 1], num_anchors=3, num_drafts=NUM_DRAFTS, seed=0, epoch=0)
     settings = streams(weights=(1.0, 0.0))
     sums = weight_sums([anchors], settings, None)
-    result = step_loss(drafter, target, ids, mask, anchors, None, settings, sums, 2**20)
+    batch = PreparedBatch(TargetText(ids, mask, completion, [0, 1]), None, anchors, None)
+    result = step_loss(drafter, target, batch, Objective(settings, SlotRules(), 2**20, sums))
     losses = []
     for row, block, slot in anchors.is_accepted.nonzero().tolist():
         anchor = int(anchors.anchors[row, block])
@@ -262,17 +267,8 @@ def test_metrics_are_sums_that_divide_to_the_means_of_each_stream(monkeypatch, e
     rollout = roll_out(monkeypatch, target, drafter)
     anchors, settings = replay(rollout), streams()
     sums = weight_sums([anchors], settings, drafter.draft_token_ids)
-    result = step_loss(
-        drafter,
-        target,
-        rollout.input_ids,
-        rollout.attention_mask,
-        anchors,
-        rollout.branch_hidden,
-        settings,
-        sums,
-        2**20,
-    )
+    objective = Objective(settings, SlotRules(), 2**20, sums)
+    result = step_loss(drafter, target, prepare(rollout, anchors), objective)
     means = {name: top / bottom for name, (top, bottom) in result.sums.items()}
     assert float(result.loss) == pytest.approx((means["loss/accepted"] + means["loss/rejected"]) / 2, rel=1e-6)
     assert means["slots/accepted"] == int(anchors.is_accepted.sum())

@@ -400,7 +400,5 @@ def test_a_target_is_loaded_by_path_wrapped_or_handed_back(tmp_path):
     assert FrozenTarget.load(tmp_path, dtype="bfloat16").causal_lm.dtype == torch.bfloat16
     assert FrozenTarget.load(loaded) is loaded
     assert FrozenTarget.load(model).causal_lm is model
-    with pytest.raises(
-        ValueError, match=r"`target_model_init_kwargs` \['device_map'\] were given with an instantiated"
-    ):
+    with pytest.raises(ValueError, match=r"`target_init_kwargs` \['device_map'\] were given with an instantiated"):
         FrozenTarget.load(model, init_kwargs={"device_map": "auto"})

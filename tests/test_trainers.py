@@ -517,7 +517,7 @@ def test_logged_completions_show_accepted_and_rejected_drafts_by_colour(monkeypa
     plain = trainer._console.export_text()
     assert plain.count("step 0, row 0") == 1 and "row 1" not in plain and "w9 w10 w11" in plain
     # The first block keeps two drafts and loses two; \x1b[32m is green, 9 strikes through and 31 is red.
-    decode = trainer.reader.tokenizer.decode
+    decode = trainer.target.tokenizer.decode
     assert f"\x1b[32m{decode(truth[4:6])}\x1b[0m" in styled
     assert f"\x1b[9;31m{decode([(truth[6] + 1) % VOCAB, truth[7]])}\x1b[0m" in styled
     assert f"\x1b[1m{decode(truth[6:7])}\x1b[0m" in styled

@@ -12,12 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_draft_opd import DraftOPDTrainer
 from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.losses import position_weights
-from trl_draft_opd.rollout.blocks import BlockBatch
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
-from trl_draft_opd.target.frozen import TargetReading
-from trl_draft_opd.trainer.step import StepLoss
+from trl_draft_opd.target.frozen import FrozenTarget, TargetReading
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, StepLoss
 
 from .redrafting import random_anchors, redraft
 
@@ -34,27 +33,27 @@ class OneTokenTrainer(DraftOPDTrainer):
     served.
     """
 
-    def _step_loss(
-        self, rollout: Rollout, anchors: BlockBatch, sums: torch.Tensor, reading: TargetReading
-    ) -> StepLoss:
-        drafter = self.accelerator.unwrap_model(self.model)
+    @staticmethod
+    def _step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
+        blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).reading
         hidden = run_blocks(
-            drafter, reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, self.target.embed
+            drafter, reading.features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed
         )
-        picked = anchors.is_accepted | anchors.is_rejected
-        states = states_of_slots(reading.last_hidden, rollout.branch_hidden, anchors.anchors, anchors.is_branch)
+        picked = blocks.is_accepted | blocks.is_rejected
+        states = states_of_slots(reading.last_hidden, batch.rollout.branch_hidden, blocks.anchors, blocks.is_branch)
         with torch.no_grad():
-            log_p = self.target.project(states[picked]).log_softmax(dim=-1)
-        log_q = drafter.draft_logits(hidden[picked], self.target.project).log_softmax(dim=-1)
-        tokens = torch.where(anchors.is_accepted, anchors.labels, anchors.drafts)[picked][:, None]
+            log_p = target.project(states[picked]).log_softmax(dim=-1)
+        log_q = drafter.draft_logits(hidden[picked], target.project).log_softmax(dim=-1)
+        tokens = torch.where(blocks.is_accepted, blocks.labels, blocks.drafts)[picked][:, None]
         log_p, log_q = log_p.gather(1, tokens)[:, 0], log_q.gather(1, tokens)[:, 0]
-        is_accepted = anchors.is_accepted[picked]
-        decay = position_weights(self.num_drafts, self.args.position_decay).to(log_q.device)
+        is_accepted = blocks.is_accepted[picked]
+        accepted, rejected = objective.streams["accepted"], objective.streams["rejected"]
+        decay = position_weights(blocks.drafts.shape[-1], rejected.decay).to(log_q.device)
         weights = torch.where(is_accepted, 1.0, decay.expand_as(picked)[picked])
         rows = torch.where(is_accepted, bernoulli_forward_kl(log_p, log_q), bounded_k3(log_p, log_q))
-        pooled = sums[0] * self.args.accepted_weight + sums[1] * self.args.rejected_weight
-        stream = torch.where(is_accepted, self.args.accepted_weight, self.args.rejected_weight)
+        pooled = objective.weight_sums[0] * accepted.weight + objective.weight_sums[1] * rejected.weight
+        stream = torch.where(is_accepted, accepted.weight, rejected.weight)
         loss = (rows * weights * stream).sum() / pooled.clamp(min=1e-8) + hidden.sum() * 0
         return StepLoss(loss, {"loss/one_token": (float((rows.detach() * weights).sum()), float(weights.sum()))})
 

@@ -26,7 +26,8 @@ from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.rollout.types import Rollout
 from trl_draft_opd.trainer import step as package_step
-from trl_draft_opd.trainer.step import StreamSettings, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, weight_sums
+from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
@@ -285,21 +286,12 @@ class OpdStep:
         eos = pair.target.eos_token_ids
         batches = [mark_slots(part, rejected_scope="suffix", eos_token_ids=eos) for part, _ in parts]
         sums = weight_sums(batches, self.streams, pair.drafter.draft_token_ids)
+        objective = Objective(self.streams, SlotRules(), CHUNK_BYTES, sums)
         self.optimizer.zero_grad()
         total = 0.0
         for (part, reading), anchors in zip(parts, batches, strict=True):
-            loss = package_step.step_loss(
-                pair.drafter,
-                pair.target,
-                part.input_ids,
-                part.attention_mask,
-                anchors,
-                part.branch_hidden,
-                self.streams,
-                sums,
-                CHUNK_BYTES,
-                reading,
-            ).loss
+            batch = PreparedBatch(text_of_rollout(part, range(len(part.input_ids))), part, anchors, reading)
+            loss = package_step.step_loss(pair.drafter, pair.target, batch, objective).loss
             with CLOCK.stage("backward"):
                 loss.backward()
             total += float(loss.detach())

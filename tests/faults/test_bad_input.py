@@ -142,7 +142,7 @@ def test_a_model_that_is_no_drafter(tmp_path, target, kind):
 
 
 def test_an_instance_with_loading_arguments(tmp_path, target):
-    with refuses(r"`target_model_init_kwargs` \['dtype'\] were given with an instantiated target"):
+    with refuses(r"`target_init_kwargs` \['dtype'\] were given with an instantiated target"):
         FrozenTarget.load(make_causal_lm(), init_kwargs={"dtype": "float32"})
 
 

@@ -372,7 +372,7 @@ def test_no_token_is_in_a_byte_that_a_run_from_the_shell_prints_writes_or_sends(
         "drafter": made / "dflash",
         "dataset": tmp_path / "rows.jsonl",
         "eval_split": "train",
-        "target_model_init_kwargs": json.dumps({"token": CANARY}),
+        "target_init_kwargs": json.dumps({"token": CANARY}),
         "hub_token": CANARY,
         "hub_model_id": "someone/tiny-dflash",
         "hub_target_id": "org/target",

@@ -97,8 +97,8 @@ class FrozenTarget:
         if isinstance(target, PreTrainedModel):
             if init_kwargs:
                 raise ValueError(
-                    f"`target_model_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass "
-                    "the target's id or path, or load it with these arguments yourself."
+                    f"`target_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the target's id "
+                    "or path, or load it with these arguments yourself."
                 )
             return cls(target, tokenizer)
         options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}

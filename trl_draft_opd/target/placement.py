@@ -89,7 +89,7 @@ def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
         raise ValueError(
             f"The quantised target was loaded to {embedding.type!r} but training runs on {device.type!r}, and "
             "quantised weights cannot be moved. Name its place, e.g. "
-            "`target_model_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+            "`target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
         )
 
 

@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
@@ -32,9 +33,7 @@ class MetricSums:
         self.add({name: (numerator, denominator) for name, (numerator, denominator) in state.items()})
 
     def pop(self) -> dict[str, float]:
-        """
-        Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective.
-        """
+        """Return the ratios over all ranks and start anew; metrics whose denominator is 0 are left out. Collective."""
         merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for sums in gather_object([dict(self._sums)]):
             for name, (numerator, denominator) in sums.items():
@@ -71,3 +70,25 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tu
     }
     slots = enumerate(counts.kept_at_slot, 1)
     return sums | {f"acceptance/slot_{slot}": (float(kept), num_blocks) for slot, kept in slots}
+
+
+@dataclass(frozen=True)
+class DecodedPrompt:
+    """
+    What one evaluation prompt adds to a measurement.
+
+    Attributes:
+        sample_id (`int`), ids (`list[int]`): Its row in the dataset, and its tokens.
+        counts ([`Counts`]): Of its blocks.
+    """
+
+    sample_id: int
+    ids: list[int]
+    counts: Counts
+
+
+def decoded_prompts(rollout: Rollout, sample_ids: Sequence[int]) -> list[DecodedPrompt]:
+    """Return what each row of a live rollout adds to a measurement."""
+    counts, lengths = Counts.of_rollout(rollout), rollout.prompt_lengths.tolist()
+    rows = zip(sample_ids, rollout.input_ids.tolist(), lengths, strict=True)
+    return [DecodedPrompt(number, ids[:length], counts.row(i)) for i, (number, ids, length) in enumerate(rows)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Every private name of TRL that this package uses, and nothing else: when TRL moves one, this is the file to mend.
+Every private name of TRL that this package uses, and nothing else: when TRL moves one, this is the file to change.
 """
 
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed  # noqa: TID251
