@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trl_draft_opd.data.collators import PromptCollator, TextCollator, left_pad_prompts
+from trl_draft_opd.data.collators import RowCollator, left_pad_prompts
 from trl_draft_opd.data.text_reader import TextReader
 
 
@@ -463,34 +463,20 @@ def test_texts_are_padded_on_the_right_and_masks_follow_lengths():
         {"input_ids": [7, 8, EOS], "completion_mask": [0, 1, 1], "sample_id": 4},
         {"input_ids": [7, EOS], "completion_mask": [0, 1], "sample_id": 2},
     ]
-    batch = TextCollator(pad_token_id=EOS)(rows)
+    batch = RowCollator(pad_token_id=EOS)(rows)
     assert batch["input_ids"].tolist() == [[7, 8, EOS], [7, EOS, EOS]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["completion_mask"].tolist() == [[False, True, True], [False, True, False]]
     assert batch["sample_ids"].tolist() == [4, 2]
-    assert [tensor.dtype for tensor in batch.values()] == [torch.int64, torch.int64, torch.bool, torch.int64]
+    assert [tensor.dtype for tensor in batch.values()] == [torch.int64, torch.int64, torch.int64, torch.bool]
 
 
-def test_prompts_and_completions_are_padded_apart():
-    rows = [
-        {"prompt_ids": [7, 8], "completion_ids": [9], "sample_id": 0},
-        {"prompt_ids": [7], "completion_ids": [9, 10, EOS], "sample_id": 1},
-    ]
-    batch = PromptCollator(pad_token_id=0)(rows)
-    assert batch["prompt_ids"].tolist() == [[7, 8], [7, 0]]
-    assert batch["prompt_mask"].tolist() == [[1, 1], [1, 0]]
-    assert batch["completion_ids"].tolist() == [[9, 0, 0], [9, 10, EOS]]
-    assert batch["completion_mask"].tolist() == [[True, False, False], [True, True, True]]
-    assert (batch["prompt_mask"].dtype, batch["completion_mask"].dtype) == (torch.int64, torch.bool)
-    assert batch["sample_ids"].tolist() == [0, 1]
-
-
-def test_collators_take_the_rows_of_a_tokenized_dataset():
+def test_the_collator_takes_the_rows_of_a_tokenized_dataset():
     texts = read_texts([{"text": "hi there"}, {"text": "add two four"}])
-    assert TextCollator(pad_token_id=0)(list(texts))["input_ids"].shape == (2, 3)
-    batch = PromptCollator(pad_token_id=0)(list(read_prompts([{"prompt": "hi there"}, {"prompt": "add"}])))
-    assert batch["prompt_ids"].shape == (2, 2)
-    assert set(batch) == {"prompt_ids", "prompt_mask", "sample_ids"}
+    assert RowCollator(pad_token_id=0)(list(texts))["input_ids"].shape == (2, 3)
+    batch = RowCollator(pad_token_id=0)(list(read_prompts([{"prompt": "hi there"}, {"prompt": "add"}])))
+    assert batch["input_ids"].tolist()[1][1] == batch["attention_mask"].tolist()[1][1] == 0
+    assert set(batch) == {"input_ids", "attention_mask", "sample_ids"}
 
 
 def test_prompts_are_padded_on_the_left_for_generation():

@@ -6,7 +6,7 @@ whether every output is the target's own. Uses the rollout that training uses.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.progress import Progress
@@ -151,9 +151,7 @@ def evaluate_drafter(
     num_drafts = num_drafts or drafter.default_num_drafts
     settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
     eos_token_ids = [] if ignore_eos else target.eos_token_ids
-    counts, num_tokens, num_passes = Counts(), 0, 0
-    speculative_seconds = plain_seconds = 0.0
-    different: list[int] = []
+    done = _Decoded()
     with Progress(disable=not show_progress, transient=True) as progress:
         task = progress.add_task("Evaluating", total=len(prompts))
         for start in range(0, len(prompts), batch_size):
@@ -164,10 +162,10 @@ def evaluate_drafter(
             rollout = rollout_live(
                 target, drafter, batch, settings, keys, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids
             )
-            speculative_seconds += time.perf_counter() - begun
-            counts += Counts.of_rollout(rollout)
-            num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
-            num_passes += int(rollout.num_rounds.sum()) + len(batch)
+            done.speculative_seconds += time.perf_counter() - begun
+            done.counts += Counts.of_rollout(rollout)
+            done.num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
+            done.num_passes += int(rollout.num_rounds.sum()) + len(batch)
             if compare:
                 begun = time.perf_counter()
                 own = generate_responses(
@@ -179,33 +177,52 @@ def evaluate_drafter(
                     seed=seed,
                     show_progress=False,
                 )
-                plain_seconds += time.perf_counter() - begun
+                done.plain_seconds += time.perf_counter() - begun
                 pairs = zip(rollout.responses(), own, strict=True)
-                different += [start + i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
+                done.different += [start + i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
             progress.advance(task, len(batch))
+    return _report(done, settings, batch_size, compare, num_resamples, seed)
+
+
+@dataclass
+class _Decoded:
+    """What was decoded and counted so far."""
+
+    counts: Counts = field(default_factory=Counts)
+    num_tokens: int = 0
+    num_passes: int = 0
+    speculative_seconds: float = 0.0
+    plain_seconds: float = 0.0
+    different: list[int] = field(default_factory=list)
+
+
+def _report(
+    done: _Decoded, settings: DraftingSettings, batch_size: int, compare: bool, num_resamples: int, seed: int
+) -> EvaluationReport:
+    counts, num_prompts = done.counts, len(done.counts.blocks)
     if counts.num_blocks == 0:
         raise ValueError(
-            f"No response among {len(prompts)} prompts is longer than a block of {num_drafts} drafts, so tau cannot "
-            "be measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
+            f"No response among {num_prompts} prompts is longer than a block of {settings.num_drafts} drafts, so tau "
+            "cannot be measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
         )
     low, high = counts.interval(num_resamples=num_resamples, seed=seed)
-    can_compare_text = compare and sampling.is_greedy
+    can_compare_text = compare and settings.sampling.is_greedy
     return EvaluationReport(
         tau=counts.tau,
         tau_low=low,
         tau_high=high,
         # Divided in float32.
         acceptance_per_slot=(torch.tensor(counts.kept_at_slot) / counts.num_blocks).tolist(),
-        tokens_per_target_forward=num_tokens / num_passes,
-        speedup=plain_seconds / speculative_seconds if compare else None,
-        num_different=len(different) if can_compare_text else None,
-        different_prompts=different if can_compare_text else [],
-        num_prompts=len(prompts),
-        num_tokens=num_tokens,
+        tokens_per_target_forward=done.num_tokens / done.num_passes,
+        speedup=done.plain_seconds / done.speculative_seconds if compare else None,
+        num_different=len(done.different) if can_compare_text else None,
+        different_prompts=done.different if can_compare_text else [],
+        num_prompts=num_prompts,
+        num_tokens=done.num_tokens,
         num_blocks=counts.num_blocks,
-        num_drafts=num_drafts,
+        num_drafts=settings.num_drafts,
         batch_size=batch_size,
-        temperature=sampling.temperature,
+        temperature=settings.sampling.temperature,
         accepted_sums=counts.accepted_sums,
         block_counts=list(counts.blocks),
     )

@@ -14,7 +14,7 @@ from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows
-from trl_draft_opd.data.collators import TextCollator
+from trl_draft_opd.data.collators import RowCollator
 from trl_draft_opd.data.text_reader import TextReader
 from trl_draft_opd.responses import write_responses
 from trl_draft_opd.rollout.acceptance import SamplingSettings
@@ -260,7 +260,7 @@ def test_an_eos_that_also_pads_is_read_and_supervised_where_it_is_text():
         [{"prompt": "w9", "completion": "w10 w11"}, {"prompt": "w9 w8", "completion": "w10 w11 w12"}],
         tokenizer=tokenizer,
     )
-    batches = {pad: TextCollator(pad)(list(rows)) for pad in (PAD, EOS)}
+    batches = {pad: RowCollator(pad)(list(rows)) for pad in (PAD, EOS)}
     assert batches[EOS]["input_ids"][0].tolist() == [9, 10, 11, EOS, EOS, EOS]
     for name in ("attention_mask", "completion_mask"):
         assert torch.equal(batches[EOS][name], batches[PAD][name])

@@ -31,11 +31,13 @@ def left_pad_prompts(
     return input_ids.to(device), attention_mask.to(device)
 
 
-@dataclass
-class TextCollator:
+@dataclass(frozen=True)
+class RowCollator:
     """
-    Pad rows of [`tokenize_sft_dataset`] on the right: `input_ids`, `attention_mask` (`torch.LongTensor` of shape `(B,
-    L)`), `completion_mask` (`torch.BoolTensor` of that shape), `sample_ids` (`torch.LongTensor` of shape `(B,)`).
+    Pad rows of [`TextReader`], prompts or whole texts, on the right.
+
+    Returns `input_ids`, `attention_mask` (`torch.LongTensor` of shape `(B, L)`), `sample_ids` (`torch.LongTensor` of shape
+    `(B,)`), and of texts `completion_mask` (`torch.BoolTensor` of shape `(B, L)`).
 
     Args:
         pad_token_id (`int`):
@@ -45,35 +47,11 @@ class TextCollator:
     pad_token_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids, attention_mask = _pad([row["input_ids"] for row in rows], self.pad_token_id, "right")
-        completion_mask, _ = _pad([row["completion_mask"] for row in rows], 0, "right")
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "completion_mask": completion_mask.bool(),
-            "sample_ids": torch.tensor([row["sample_id"] for row in rows], dtype=torch.long),
-        }
-
-
-@dataclass
-class PromptCollator:
-    """
-    Pad rows of [`tokenize_prompt_dataset`] on the right: `prompt_ids` and `prompt_mask` (`torch.LongTensor` of shape
-    `(B, P)`), `sample_ids` (`torch.LongTensor` of shape `(B,)`) and, if rows carry completions, these from column 0
-    on: `completion_ids` (`torch.LongTensor` of shape `(B, R)`), `completion_mask` (`torch.BoolTensor` of shape `(B, R)`).
-
-    Args:
-        pad_token_id (`int`):
-            Id to pad with; it may be an EOS id.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        column = "input_ids" if "input_ids" in rows[0] else "prompt_ids"
+        input_ids, attention_mask = _pad([row[column] for row in rows], self.pad_token_id, "right")
         sample_ids = torch.tensor([row["sample_id"] for row in rows], dtype=torch.long)
-        prompt_ids, prompt_mask = _pad([row["prompt_ids"] for row in rows], self.pad_token_id, "right")
-        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "sample_ids": sample_ids}
-        if "completion_ids" in rows[0]:
-            completion_ids, mask = _pad([row["completion_ids"] for row in rows], self.pad_token_id, "right")
-            batch |= {"completion_ids": completion_ids, "completion_mask": mask.bool()}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "sample_ids": sample_ids}
+        if column == "input_ids":
+            marks, _ = _pad([row["completion_mask"] for row in rows], 0, "right")
+            batch["completion_mask"] = marks.bool()
         return batch

@@ -68,14 +68,6 @@ class AutoDrafter:
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 Folder or Hub id.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-                Precision of the weights in memory.
-            num_target_layers (`int`, *optional*):
-                Layers of the target, for EAGLE-3 checkpoints whose config names no layer ids.
-            allow_pickle_weights (`bool`, *optional*, defaults to `False`):
-                Read a `pytorch_model.bin` (tensors only) when there is no safetensors file.
-            revision, subfolder, token, cache_dir, local_files_only:
-                As in `transformers`.
             base (`str` or `Path`, *optional*):
                 Of an adapter: the drafter it was trained on, in place of the one its config names.
 

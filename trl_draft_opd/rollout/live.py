@@ -9,7 +9,7 @@ Shape letters:  B = unfinished rows, P = longest prompt, K = drafts per block, C
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,13 +24,13 @@ from .keyed_random import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys
 from .types import Rollout
 
 
-@dataclass
-class _Block:
-    """One verified block of one row."""
+class _Round(NamedTuple):
+    """One verified block of every unfinished row: their numbers, `(B,)`, and their blocks."""
 
-    anchor: int
+    rows: torch.Tensor
+    anchors: torch.Tensor
     drafts: torch.Tensor
-    accepted: int
+    accepted: torch.Tensor
     branch_hidden: torch.Tensor | None
 
 
@@ -116,8 +116,7 @@ def _check(
 
 class _LiveBatch:
     """
-    State of one batch. Per-row lists cover all prompts; tensors cover the unfinished rows only, named by
-    `self.active`.
+    State of one batch. Lists cover all prompts; tensors cover the unfinished rows only, named by `self.active`.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class _LiveBatch:
         self.device = target.device
         self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
         self.prompt_lengths = [len(prompt) for prompt in prompts]
-        self.blocks: list[list[_Block]] = [[] for _ in prompts]
+        self.rounds: list[_Round] = []
         self.texts: list[torch.Tensor | None] = [None] * len(prompts)
         self.active = list(range(len(prompts)))
         self.num_target_forwards = 0
@@ -190,7 +189,10 @@ class _LiveBatch:
         self.cache_mask = torch.cat([self.cache_mask, torch.ones_like(block)], dim=1)
         reading = self._step(block, positions)
         accepted, next_tokens = self._verify(anchors, drafts, draft_probs, self.target.project(reading.last_hidden))
-        self._record(anchors, drafts, accepted, reading)
+        # A clone, so that the state behind the last draft is not kept alive.
+        hidden = reading.last_hidden[:, :-1].clone() if self.settings.keep_branch_hidden else None
+        rows = torch.tensor(self.active, device=self.device)
+        self.rounds.append(_Round(rows, anchors, drafts, accepted, hidden))
         self._commit(anchors, drafts, accepted, next_tokens, reading.features, positions)
 
     def _draft(self, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,16 +218,6 @@ class _LiveBatch:
         return verify_sampled(
             drafts, draft_probs, target_probs, accept_uniforms, self._uniforms(anchors, 0, LIVE_TOKEN)
         )
-
-    def _record(
-        self, anchors: torch.Tensor, drafts: torch.Tensor, accepted: torch.Tensor, reading: TargetReading
-    ) -> None:
-        kept = reading.last_hidden[:, :-1] if self.settings.keep_branch_hidden else None
-        anchor_list, accepted_list = anchors.tolist(), accepted.tolist()
-        for index, row in enumerate(self.active):
-            # A clone, so that a block does not keep the whole batch's states alive.
-            hidden = None if kept is None else kept[index].clone()
-            self.blocks[row].append(_Block(anchor_list[index], drafts[index], accepted_list[index], hidden))
 
     def _commit(
         self,
@@ -309,27 +301,19 @@ class _LiveBatch:
         input_ids = pad_sequence(self.texts, batch_first=True, padding_value=self.target.pad_token_id)
         index = torch.arange(input_ids.shape[1], device=self.device)
         mask = (index < lengths[:, None]).long()
-        K = self.settings.num_drafts
-        num_rows, num_blocks = len(self.blocks), max(1, max(len(chain) for chain in self.blocks))
-        anchors = input_ids.new_full((num_rows, num_blocks), -1)
+        K, hidden = self.settings.num_drafts, None
+        anchors = input_ids.new_full((len(input_ids), max(1, len(self.rounds))), -1)
         raw_accepted = torch.zeros_like(anchors)
-        drafts = input_ids.new_zeros(num_rows, num_blocks, K)
-        hidden = None
+        drafts = input_ids.new_zeros(*anchors.shape, K)
         if self.settings.keep_branch_hidden:
-            hidden = torch.zeros(
-                num_rows,
-                num_blocks,
-                K,
-                self.target.config.hidden_size,
-                dtype=self.target.causal_lm.dtype,
-                device=self.device,
-            )
-        for row, chain in enumerate(self.blocks):
-            for number, block in enumerate(chain):
-                anchors[row, number], raw_accepted[row, number] = block.anchor, block.accepted
-                drafts[row, number] = block.drafts
-                if hidden is not None:
-                    hidden[row, number] = block.branch_hidden
+            shape = (*anchors.shape, K, self.target.config.hidden_size)
+            hidden = torch.zeros(shape, dtype=self.target.causal_lm.dtype, device=self.device)
+        # A row has a block in every round until it ends, so rounds and blocks have the same numbers.
+        for number, block in enumerate(self.rounds):
+            anchors[block.rows, number], raw_accepted[block.rows, number] = block.anchors, block.accepted
+            drafts[block.rows, number] = block.drafts
+            if hidden is not None:
+                hidden[block.rows, number] = block.branch_hidden.to(hidden)
         outcome = settle_blocks(raw_accepted, anchors, (lengths - 1)[:, None], K)
         is_block = anchors >= 0
         return Rollout(

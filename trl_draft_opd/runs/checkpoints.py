@@ -143,7 +143,7 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
         return None
     if word in ("true", "auto"):
         return newest_valid(output_dir)
-    folder = Path(asked)
+    folder = Path(str(asked))
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint {str(folder)!r} to resume from. Check the path, or give `True`.")
     try:

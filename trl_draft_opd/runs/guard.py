@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .distributed import zero
@@ -45,7 +46,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def note_loss(self, loss: torch.Tensor, sample_ids: Sequence[int]) -> None:
         """Remember a micro-batch of this update; its loss is checked when the update is about to be made."""
-        self._losses.append((loss.detach(), list(sample_ids)))
+        self._losses.append((loss.detach(), [int(number) for number in sample_ids]))
 
     def state(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""
@@ -136,7 +137,7 @@ class NonFiniteGuard(TrainerCallback):
 
 def _local(grad: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a gradient."""
-    return grad.to_local() if isinstance(grad, torch.distributed.tensor.DTensor) else grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def check_weights(tensors: dict[str, torch.Tensor]) -> None:

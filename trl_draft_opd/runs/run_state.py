@@ -122,10 +122,10 @@ class RunState:
 def random_states(device: torch.device) -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators, and that of `device`, as JSON values."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": _to_hex(torch.get_rng_state()),
     }
     if device.type == "cuda":

@@ -206,9 +206,11 @@ class FrozenTarget:
         if self.causal_lm._is_stateful:
             reason = "keeps a recurrent state, which cannot be rolled back to before a rejected draft"
         elif layer_types - {"full_attention"}:
-            reason = f"has layers of type {sorted(layer_types - {'full_attention'})}, whose cache drops or mixes what a rejected draft must not touch"
+            others = sorted(layer_types - {"full_attention"})
+            reason = f"has layers of type {others}, whose cache drops or mixes what a rejected draft must not touch"
         elif not layer_types and getattr(self.config, "sliding_window", None) is not None:
-            reason = f"uses a sliding window of {self.config.sliding_window} tokens, counted in cache slots that include rejected drafts"
+            window = self.config.sliding_window
+            reason = f"uses a sliding window of {window} tokens, counted in cache slots that include rejected drafts"
         if reason is not None:
             raise ValueError(
                 f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full "

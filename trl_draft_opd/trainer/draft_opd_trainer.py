@@ -1,6 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Draft-OPD: on-policy distillation of a drafter from the target, on the states its own drafting induces.
+
+One optimiser step: `_prepare` rolls out the prompts with the current drafter, along stored responses (`_replay`) or
+live (`_decode_live`); `_mark` tells which slots of its blocks are trained; [`DraftTrainer`] hands each micro-batch to
+[`step_loss`], which drafts the blocks again, with gradient.
 """
 
 from collections.abc import Sequence
@@ -26,11 +30,10 @@ from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
 from .metrics import rollout_sums
 from .pair import Pair, check_mask_token, load_pair, text_reader
-from .publisher import Publisher
 from .resuming import describe_batches
 from .rollout_printer import print_rollout
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import ResponseSource, make_collator, prompt_rows, read_each, text_of_rollout
+from .texts import ResponseSource, prompt_rows, text_of_rollout
 
 
 if TYPE_CHECKING:
@@ -39,10 +42,11 @@ if TYPE_CHECKING:
 
 class DraftOPDTrainer(DraftTrainer):
     """
-    Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an error
-    position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
+    Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an
+    error position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
 
-    Source: [Draft-OPD](https://huggingface.co/papers/2605.29343). Start from a drafter whose supervised training has reached its plateau.
+    Source: [Draft-OPD](https://huggingface.co/papers/2605.29343). Start from a drafter whose supervised training has
+    reached its plateau.
 
     Example:
 
@@ -67,25 +71,21 @@ class DraftOPDTrainer(DraftTrainer):
         args ([`DraftOPDConfig`], *optional*):
             Settings.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with a `prompt` or `messages`. Completions are ignored unless `completions_from_target=True` declares them the
-            target's: the answers of a chat are then walked one by one. Otherwise the target answers every prompt once.
+            Rows with a `prompt` or `messages`, to which the target responds once. Completions are ignored unless
+            `completions_from_target=True` declares them the target's; those of a chat are then walked one by one.
         eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
             As `train_dataset`; always decoded live.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The target's tokenizer; loaded beside the target by default.
-        callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
-            As in [`~transformers.Trainer`].
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says otherwise. Checkpoints
-            hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
+        processing_class, callbacks, optimizers, peft_config (*optional*):
+            As in [`DraftSFTTrainer`].
 
     Raises:
-        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the fix.
+        ValueError: If drafter, target, tokenizer and data do not belong together. The message names value and fix.
     """
 
     _tag_names = ["trl", "draft-opd", "speculative-decoding"]
     _method = "opd"
     _name = "DraftOPD"
+    args: DraftOPDConfig
 
     def __init__(
         self,
@@ -101,21 +101,17 @@ class DraftOPDTrainer(DraftTrainer):
     ):
         args = args or DraftOPDConfig("drafter-opd")
         pair = load_pair(model, target, args, processing_class, peft_config)
-        # Replay of first rejections reads committed text alone. Else a target that cannot branch is refused before a rollout.
+        # Now rather than at the first rollout; only replay of first rejections does without.
         if args.rollout == "live" or args.trains_suffix or eval_dataset is not None:
             pair.target.require_rollback()
-        publisher = Publisher(args, pair)
-        pair.target.place(args.device)
-        walks_rows = args.completions_from_target
+        read = partial(_read_rows, pair=pair, args=args)
         super().__init__(
             pair,
-            publisher,
             args,
-            data_collator=make_collator(pair.target.pad_token_id),
-            train_dataset=read_each(
-                partial(_read_rows, pair=pair, args=args, with_responses=walks_rows), train_dataset
-            ),
-            eval_dataset=read_each(partial(_read_rows, pair=pair, args=args, with_responses=False), eval_dataset),
+            read_train=partial(read, with_responses=args.completions_from_target),
+            read_eval=partial(read, with_responses=False),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -130,7 +126,7 @@ class DraftOPDTrainer(DraftTrainer):
         self._responses = ResponseSource(self.target, args, self.train_dataset)
         self._console = Console()
 
-    # -- 1. the rollout: blocks of the current drafter along text that the target writes --------------------------------
+    # -- the rollout: blocks of the current drafter along the target's text -------------------------------------------
 
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
         """Roll out the prompts of every micro-batch, on the target's stored text or live."""
@@ -162,7 +158,7 @@ class DraftOPDTrainer(DraftTrainer):
         return texts
 
     def _replay(self, texts: list[TargetText], epoch: int) -> list[PreparedBatch]:
-        """Draft along the responses of every micro-batch; readings of the target are kept for the loss while they fit."""
+        """Draft along the responses of every micro-batch; keep readings of the target for the loss while they fit."""
         free_bytes, prepared = self.args.reading_bytes, []
         with whole_drafter(self.accelerator, self.model) as drafter:
             layer_ids = drafter.config.target_layer_ids
@@ -215,10 +211,22 @@ class DraftOPDTrainer(DraftTrainer):
     def _keeps_branches(self) -> bool:
         return self.args.trains_suffix
 
-    # -- 2. the streams: which slots are trained, and as what -----------------------------------------------------------
+    def _print_rollout(self, rollout: Rollout) -> None:
+        """Show a rollout every `logging_steps`, if asked for."""
+        every = max(int(self.state.logging_steps or 1), 1)
+        if self.args.log_completions and self.is_world_process_zero() and self.state.global_step % every == 0:
+            print_rollout(
+                rollout,
+                self.target.tokenizer,
+                num_rows=self.args.num_completions_to_print,
+                step=self.state.global_step,
+                console=self._console,
+            )
+
+    # -- the streams: which slots are trained, and as what ------------------------------------------------------------
 
     def _mark(self, rollout: Rollout, sample_ids: Sequence[int], epoch: int) -> BlockBatch:
-        """Mark accepted and rejected slots of a rollout, and add the blocks of the supervised stream if it has a share."""
+        """Mark accepted and rejected slots of a rollout, and add supervised blocks if they have a share."""
         args = self.args
         # A rollout has no suffixes where they carry no weight.
         scope = "suffix" if args.trains_suffix else "first"
@@ -245,20 +253,6 @@ class DraftOPDTrainer(DraftTrainer):
                 epoch=epoch,
             )
         return blocks.as_supervised()
-
-    # -- 3. the loss: `compute_loss` of `DraftTrainer`, `step_loss` of step.py ------------------------------------------
-
-    def _print_rollout(self, rollout: Rollout) -> None:
-        """Show a rollout every `logging_steps`, if asked for."""
-        every = max(int(self.state.logging_steps or 1), 1)
-        if self.args.log_completions and self.is_world_process_zero() and self.state.global_step % every == 0:
-            print_rollout(
-                rollout,
-                self.target.tokenizer,
-                num_rows=self.args.num_completions_to_print,
-                step=self.state.global_step,
-                console=self._console,
-            )
 
 
 def _read_rows(

@@ -2,12 +2,16 @@
 """Settings of supervised drafter training."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .common_config import DraftTrainingConfig, check_choice, check_position_decay
+from .common_config import DraftTrainingConfig, check_choice, check_position_decay, setting
 
 
 SLOT_SCOPES = ("block", "until_fail")
+# Anchors per row; 0 is every position, over which step 1 of EAGLE-3 runs anyway. In DFlash every anchor costs a block.
+NUM_ANCHORS = {"eagle3": 0, "dflash": 64}
+# EAGLE's training code; DFlash's exp(-(k-1)/7).
+POSITION_DECAYS = {"eagle3": 0.8, "dflash": 0.87}
 
 
 @dataclass
@@ -19,38 +23,34 @@ class DraftSFTConfig(DraftTrainingConfig):
         max_length (`int`, *optional*, defaults to `4096`):
             Rows are cut behind this many tokens.
         regenerate (`bool`, *optional*, defaults to `False`):
-            Have the target rewrite every completion before training. A drafter should learn the target's own text; turn it on when
-            the dataset was written by someone else.
+            Have the target rewrite every completion before training. A drafter should learn the target's own text;
+            turn it on when the dataset was written by someone else.
         num_anchors (`int`, *optional*):
-            Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, whose step 1 runs over all of
-            them anyway, and to 64 for DFlash, where every anchor costs a block: about half the positions of a short answer.
+            Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, and to 64 for
+            DFlash: about half the positions of a short response.
         position_decay (`float`, *optional*):
-            Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3 (EAGLE's training code) and 0.87 for DFlash (DFlash's
-            exp(-(k-1)/7)). Not applied under `slot_weighting="d_pace"`.
+            Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3 and 0.87 for DFlash, as their authors train
+            them. Not applied under `slot_weighting="d_pace"`.
         slot_scope (`str`, *optional*, defaults to `"block"`):
-            `"block"`: every slot is trained. `"until_fail"`: the slots up to and including the first one where the drafter's argmax is not
-            the committed token, which decoding would reach; decided anew in every forward pass (Source:
-            [Spec-AUF](https://huggingface.co/papers/2607.01893)). A committed token outside the draft vocabulary is such a mismatch.
-            Off: at equal FLOPs it gained 0.7 % of tau for DFlash on mathematics and lost 2.9 % for EAGLE-3 on code (docs/why/results.md).
-            The loss is still divided by the weights of all slots, which are known before the first forward pass of a step.
+            `"block"`: every slot is trained. `"until_fail"`: the slots up to and including the first one where the
+            drafter's argmax is not the committed token, which decoding would reach; decided in every forward pass
+            (Source: [Spec-AUF](https://huggingface.co/papers/2607.01893)). A committed token outside the draft
+            vocabulary is such a mismatch. The loss is still divided by the weights of all slots, which are known
+            before the first forward pass of a step. Off: at equal FLOPs it gained 0.7 % of tau for DFlash on
+            mathematics and lost 2.9 % for EAGLE-3 on code (docs/why/results.md).
     """
 
-    max_length: int = field(default=4096, metadata={"help": "Rows are cut behind this many tokens."})
-    regenerate: bool = field(
-        default=False, metadata={"help": "Have the target rewrite every completion before training."}
+    max_length: int = setting(4096, "Rows are cut behind this many tokens.")
+    regenerate: bool = setting(False, "Have the target rewrite every completion before training.")
+    num_anchors: int | None = setting(
+        None, "Anchors per row and epoch; 0 takes every position; family default if unset."
     )
-    num_anchors: int | None = field(
-        default=None, metadata={"help": "Anchors per row and epoch; 0 takes every position; family default if unset."}
-    )
-    position_decay: float | None = field(
-        default=None, metadata={"help": "Weight decay per slot, in (0, 1]; family default if unset."}
-    )
-    slot_scope: str = field(
-        default="block",
-        metadata={"help": "`block`: train every slot; `until_fail`: up to the drafter's first current mismatch."},
+    position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; family default if unset.")
+    slot_scope: str = setting(
+        "block", "`block`: train every slot; `until_fail`: up to the drafter's first current mismatch."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.position_decay is not None:
             check_position_decay(self.position_decay)
@@ -64,15 +64,13 @@ class DraftSFTConfig(DraftTrainingConfig):
 
     def anchors_per_row(self, family: str) -> int | None:
         """Return the anchors sampled per row for a drafter family, `None` for every position."""
-        defaults = {"eagle3": 0, "dflash": 64}
-        return (defaults[family] if self.num_anchors is None else self.num_anchors) or None
+        return (NUM_ANCHORS[family] if self.num_anchors is None else self.num_anchors) or None
 
     def decay(self, family: str) -> float:
         """Return the weight decay per slot for a drafter family; 1 where D-PACE weighs the slots."""
         if self.uses_d_pace:
             return 1.0
-        defaults = {"eagle3": 0.8, "dflash": 0.87}
-        return defaults[family] if self.position_decay is None else self.position_decay
+        return POSITION_DECAYS[family] if self.position_decay is None else self.position_decay
 
     @property
     def completions_are_given(self) -> bool:

@@ -19,9 +19,8 @@ from ..target.frozen import FrozenTarget
 from .draft_sft_config import DraftSFTConfig
 from .draft_trainer import DraftTrainer
 from .pair import Pair, check_mask_token, load_pair, text_reader
-from .publisher import Publisher
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import answer_all, make_collator, prompts_of_text, read_each, text_of
+from .texts import answer_all, prompts_of_text, text_of
 
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 class DraftSFTTrainer(DraftTrainer):
     """
-    Trainer of a drafter on completions of its target: blocks are drafted at sampled anchors, teacher-forced on the text.
+    Trainer of a drafter on text of its target: blocks are drafted at sampled anchors, teacher-forced on the text.
 
     Example:
 
@@ -63,16 +62,17 @@ class DraftSFTTrainer(DraftTrainer):
         callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says otherwise. Checkpoints
-            hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
+            Train an adapter in place of the whole drafter; into every linear layer but the head unless it says
+            otherwise. Checkpoints hold the adapter, `export` and `push_to_hub` publish the drafter with it merged in.
 
     Raises:
-        ValueError: If drafter, target, tokenizer and data do not belong together; each message names the value and the fix.
+        ValueError: If drafter, target, tokenizer and data do not belong together. The message names value and fix.
     """
 
     _tag_names = ["trl", "draft-sft", "speculative-decoding"]
     _method = "sft"
     _name = "DraftSFT"
+    args: DraftSFTConfig
 
     def __init__(
         self,
@@ -91,16 +91,14 @@ class DraftSFTTrainer(DraftTrainer):
         if eval_dataset is not None and args.eval_rollouts:
             # Now rather than after the first epoch.
             pair.target.require_rollback()
-        publisher = Publisher(args, pair)
-        pair.target.place(args.device)
         read = partial(_read_texts, pair=pair, args=args)
         super().__init__(
             pair,
-            publisher,
             args,
-            data_collator=make_collator(pair.target.pad_token_id),
-            train_dataset=read_each(read, train_dataset),
-            eval_dataset=read_each(read, eval_dataset),
+            read_train=read,
+            read_eval=read,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )

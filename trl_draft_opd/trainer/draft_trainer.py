@@ -1,17 +1,19 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What both trainers do in a step: prepare its micro-batches, compute the loss through the drafter's wrapper, measure on evaluation
-batches. How rows become text and blocks, and which streams exist, is each trainer's own.
+What both trainers do in a step: prepare its micro-batches, compute the loss through the drafter's wrapper, measure on
+evaluation batches. How rows become text and blocks, and which streams exist, is each trainer's own.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.collators import RowCollator
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
@@ -19,12 +21,19 @@ from ..rollout.types import Rollout
 from ..runs.distributed.launch import loss_entry
 from ..target.checks import naming_rows
 from ..utils.private_trl import _ForwardRedirection
+from .common_config import DraftTrainingConfig
+from .pair import Pair
+from .publisher import Publisher
 from .publishing import PublishingTrainer
 from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+from .texts import AnyDataset, read_each
 
 
 class DraftTrainer(PublishingTrainer):
-    """Base of both trainers. A trainer sets `streams` and `slot_rules`, and makes batches in `_prepare` and `_prepare_evaluation`."""
+    """
+    Base of both trainers. A trainer sets `streams` and `slot_rules`, and makes batches in `_prepare` and
+    `_prepare_evaluation`.
+    """
 
     # The loss is divided by weight sums of the whole optimiser step, accumulation included.
     loss_is_scaled_for_ga = True
@@ -34,20 +43,49 @@ class DraftTrainer(PublishingTrainer):
     _step_loss = staticmethod(step_loss)
     _redirect = _ForwardRedirection()
 
+    def __init__(
+        self,
+        pair: Pair,
+        args: DraftTrainingConfig,
+        *,
+        read_train: Callable[[AnyDataset], AnyDataset],
+        read_eval: Callable[[AnyDataset], AnyDataset],
+        train_dataset: AnyDataset | None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
+        **kwargs: Any,
+    ):
+        # Refuses what could not be pushed before the target responds to anything.
+        publisher = Publisher(args, pair)
+        pair.target.place(args.device)
+        super().__init__(
+            pair,
+            publisher,
+            args,
+            data_collator=RowCollator(pair.target.pad_token_id),
+            train_dataset=read_each(read_train, train_dataset),
+            eval_dataset=read_each(read_eval, eval_dataset),
+            **kwargs,
+        )
+
     @abstractmethod
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
         """Return text and blocks of the micro-batches of one optimiser step. Collective where anything is sharded."""
 
     @abstractmethod
     def _prepare_evaluation(self, batch: dict[str, torch.Tensor]) -> tuple[PreparedBatch, Rollout | None]:
-        """Return what the loss of an evaluation batch is computed on, and the live rollout that tau is counted on, if any."""
+        """
+        Return what the loss of an evaluation batch is computed on, and the live rollout that tau is counted on, if
+        any.
+        """
 
-    # -- training ------------------------------------------------------------------------------------------------------
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[PreparedBatch], torch.Tensor]:
-        """Fetch and prepare the micro-batches of one optimiser step, and sum the weights of their slots over all ranks."""
+        """
+        Fetch and prepare the micro-batches of one optimiser step, and sum the weights of their slots over all ranks.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
@@ -79,7 +117,7 @@ class DraftTrainer(PublishingTrainer):
         drafter, target, objective = self.drafter, self.target, self._objective(num_items_in_batch)
         with self.accelerator.autocast(), naming_rows(inputs.text.sample_ids, "the dataset"):
             # Outside of the drafter's wrapper, whose collectives must not mix with those of a sharded target.
-            batch = inputs.read_by(target, drafter.config.target_layer_ids)
+            batch = replace(inputs, reading=inputs.read_by(target, drafter.config.target_layer_ids))
             target.finish_together()
 
             def forward(entry: torch.Tensor) -> StepLoss:
@@ -96,7 +134,7 @@ class DraftTrainer(PublishingTrainer):
     def _objective(self, sums: torch.Tensor) -> Objective:
         return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+    # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""

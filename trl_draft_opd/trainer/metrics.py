@@ -14,7 +14,7 @@ from ..rollout.types import Rollout
 class MetricSums:
     """Running numerators and denominators by metric name."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, sums: dict[str, tuple[float, float]]) -> None:

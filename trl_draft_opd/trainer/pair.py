@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The pair that a run trains: loading drafter and target, and checking that they, the tokenizer, the data and `output_dir` belong
-together.
+The pair that a run trains: loading drafter and target, and checking that they, the tokenizer, the data and
+`output_dir` belong together.
 """
 
 import copy
@@ -66,11 +66,12 @@ def load_pair(
     peft_config: "PeftConfig | None",
 ) -> Pair:
     """
-    Load what a trainer is given, and write into the drafter's config which target it is trained for. Collective if the target is to be
-    sharded.
+    Load what a trainer is given, and write into the drafter's config which target it is trained for. Collective if the
+    target is to be sharded.
 
     Raises:
-        ValueError, TypeError: If drafter, target, tokenizer and settings do not belong together; each message names value and fix.
+        ValueError, TypeError: If drafter, target, tokenizer and settings do not belong together; each message names
+            value and fix.
     """
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
@@ -91,8 +92,8 @@ def load_target(
     Load or wrap the target as the config says. Collective if it is to be sharded.
 
     Raises:
-        ValueError: If it is spread over devices, or quantised, where the launch has no use for that, or `processing_class` is another
-            model's.
+        ValueError: If it is spread over devices, or quantised, where the launch has no use for that, or
+            `processing_class` is another model's.
     """
     shard = args.shard_target and args.world_size > 1
     if args.shard_target and not shard:
@@ -124,7 +125,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> N
     Check that a tokenizer which was passed in does not contradict the one that lies beside the target, if one does.
 
     Raises:
-        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no contradiction.
+        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no
+            contradiction.
     """
     if not folder or not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return
@@ -137,8 +139,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> N
     if moved:
         token = min(moved, key=given.get)
         raise ValueError(
-            f"`processing_class` is another model's tokenizer: id {given[token]} is {token!r} there and {tokens.get(given[token])!r} in the "
-            f"target's own, in {folder!r}. {len(moved)} tokens differ. Leave `processing_class` out, or load it from the target."
+            f"`processing_class` is another model's tokenizer: id {given[token]} is {token!r} there and "
+            f"{tokens.get(given[token])!r} in the target's own, in {folder!r}. {len(moved)} tokens differ. Leave "
+            "`processing_class` out, or load it from the target."
         )
 
 
@@ -147,15 +150,16 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     Load the drafter, or take the instance, and check that it fits the target.
 
     Raises:
-        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run would spoil.
+        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run
+            would spoil.
         TypeError: If `model` is no drafter.
     """
     if isinstance(model, (str, Path)):
         model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
     if hasattr(model, "peft_config"):
         raise ValueError(
-            f"`model` is a {type(model).__name__} with an adapter in it already. Give the plain drafter and a `peft_config`, or the folder the "
-            "adapter was saved in, to train on with it merged in."
+            f"`model` is a {type(model).__name__} with an adapter in it already. Give the plain drafter and a "
+            "`peft_config`, or the folder the adapter was saved in, to continue with it merged in."
         )
     if not isinstance(model, Drafter):
         raise TypeError(
@@ -165,8 +169,8 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     check_pair(model, target)
     if args.num_drafts is not None and model.max_drafts is not None and args.num_drafts > model.max_drafts:
         raise ValueError(
-            f"`num_drafts` {args.num_drafts} exceeds the {model.max_drafts} drafts of the drafter's blocks. Lower it, or make a drafter "
-            "with a larger `block_size`."
+            f"`num_drafts` {args.num_drafts} exceeds the {model.max_drafts} drafts of the drafter's blocks. Lower it, "
+            "or make a drafter with a larger `block_size`."
         )
     check_output_content(Path(args.output_dir), model, target)
     return model
@@ -174,16 +178,18 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
 
 def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -> None:
     """
-    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it beside the new.
+    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it
+    beside the new.
 
     Raises:
-        ValueError: If it holds an export, responses, a model that is no drafter, or a drafter of another family or target.
+        ValueError: If it holds an export, responses, a model that is no drafter, or a drafter of another family or
+            target.
     """
-    where, way_out = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
+    where, fix = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
     if (folder / SERVING_FILE).is_file():
-        raise ValueError(f"{where} an export, of which a save would replace one layout alone. {way_out}")
+        raise ValueError(f"{where} an export, of which a save would replace one layout alone. {fix}")
     if is_store(folder):
-        raise ValueError(f"{where} responses. {way_out} To train on them, name the folder in `responses`.")
+        raise ValueError(f"{where} responses. {fix} To train on them, name the folder in `responses`.")
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     except (OSError, ValueError):
@@ -192,7 +198,7 @@ def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -
         held = parse_drafter_config(raw, num_target_layers=None)
     except ValueError as error:
         raise ValueError(
-            f"{where} a model that a save would replace, and it is no drafter of this package: {error} {way_out}"
+            f"{where} a model that a save would replace, and it is no drafter of this package: {error} {fix}"
         ) from error
     theirs = _describe_pair(held.family, held.arguments)
     ours = _describe_pair(drafter.config.family, drafter.config.to_dict() | {"num_target_layers": target.num_layers})
@@ -203,7 +209,7 @@ def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -
         if None not in (value, theirs[name]) and value != theirs[name]
     }
     if differ:
-        raise ValueError(f"{where} a drafter of another family or target, (there, here): {differ}. {way_out}")
+        raise ValueError(f"{where} a drafter of another family or target, (there, here): {differ}. {fix}")
 
 
 def _describe_pair(family: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -217,23 +223,25 @@ def check_pair(drafter: Drafter, target: FrozenTarget) -> None:
     Check that a drafter was made for this target.
 
     Raises:
-        ValueError: Naming both values and the way out.
+        ValueError: Naming both values and the fix.
     """
     config, name = drafter.config, type(drafter).__name__
     if config.vocab_size != target.vocab_size:
         raise ValueError(
-            f"The drafter has vocab_size {config.vocab_size} but the target has {target.vocab_size}. Verification compares token ids, so "
-            f"both must share one tokenizer. Build the drafter with `{name}.from_target(target)`."
+            f"The drafter has vocab_size {config.vocab_size} but the target has {target.vocab_size}. Verification "
+            "compares token ids, so both must share one tokenizer. Build the drafter with "
+            f"`{name}.from_target(target)`."
         )
     if config.target_hidden_size != target.config.hidden_size:
         raise ValueError(
-            f"The drafter reads features of width {config.target_hidden_size} per layer but the target's hidden size is "
-            f"{target.config.hidden_size}. It was made for another target; build one with `{name}.from_target(target)`."
+            f"The drafter reads features of width {config.target_hidden_size} per layer but the target's hidden size "
+            f"is {target.config.hidden_size}. It was made for another target; build one with "
+            f"`{name}.from_target(target)`."
         )
     if config.num_target_layers is not None and config.num_target_layers != target.num_layers:
         raise ValueError(
-            f"The drafter's layer ids {config.target_layer_ids} belong to a target of {config.num_target_layers} layers, but this one has "
-            f"{target.num_layers}. Build a drafter with `{name}.from_target(target)`."
+            f"The drafter's layer ids {config.target_layer_ids} belong to a target of {config.num_target_layers} "
+            f"layers, but this one has {target.num_layers}. Build a drafter with `{name}.from_target(target)`."
         )
     check_layer_ids(config.target_layer_ids, target.num_layers)
 
@@ -268,15 +276,16 @@ def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | 
     bos = target.tokenizer.bos_token_id if target.tokenizer is not None else target.config.bos_token_id
     if mask_token_id in {*target.eos_token_ids, pad, bos}:
         raise ValueError(
-            f"`mask_token_id` {mask_token_id} is an eos, bos or pad token of the target. Choose an id that text never uses."
+            f"`mask_token_id` {mask_token_id} is an eos, bos or pad token of the target. Choose an id that text never "
+            "uses."
         )
     if isinstance(dataset, IterableDataset):
         return
     for row, ids in enumerate(dataset[column]):
         if mask_token_id in ids:
             raise ValueError(
-                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization). The drafter could not tell a mask from "
-                "text; choose an id that text never uses."
+                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization). The drafter "
+                "could not tell a mask from text; choose an id that text never uses."
             )
 
 
@@ -287,8 +296,8 @@ def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> DraftTrainin
     The attention is fused already, and heads and losses run in chunks outside of the drafter.
 
     Returns:
-        [`DraftTrainingConfig`]: the settings for transformers' Trainer, which must not compile the drafter as a whole: its forward
-        is redirected to the training step.
+        [`DraftTrainingConfig`]: the settings for transformers' Trainer, which must not compile the drafter as a whole:
+        its forward is redirected to the training step.
     """
     if not args.torch_compile:
         return args

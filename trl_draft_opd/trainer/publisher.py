@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a run publishes: the names of repository and target, the record of what was trained and measured, exports, cards and pushes.
+What a run publishes: the names of repository and target, the record of what was trained and measured, exports, cards
+and pushes.
 
 Knows the settings and the pair of a run; refuses to know its trainer, whose state is handed in.
 """
@@ -10,8 +11,8 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,8 +47,8 @@ class Publisher:
     """
     The Hub's side of a run.
 
-    Making one refuses what could not be pushed later, before the target responds or anything is trained: with `push_to_hub=True` it
-    checks the names, then the token, by making the repository.
+    Making one refuses what could not be pushed later, before the target responds or anything is trained: with
+    `push_to_hub=True` it checks the names, then the token, by making the repository.
 
     Args:
         args ([`DraftTrainingConfig`]): Settings.
@@ -55,12 +56,13 @@ class Publisher:
 
     Attributes:
         target_id (`str` or `None`): Hub id by which a drafter names its target; `None` where only a path is known.
+        repo_id (`str` or `None`): Full name of the repository, once it is made.
         earlier ([`TrainingRecord`] or `None`): Record in the folder that the drafter was loaded from.
         measurements (`dict[tuple[str, int], Measurement]`): What was measured in this run, by metric prefix and step.
 
     Raises:
-        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is public
-            where `hub_private_repo=True`.
+        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is
+            public where `hub_private_repo=True`.
         PermissionError, ConnectionError: If the Hub refuses or cannot be reached.
     """
 
@@ -69,15 +71,24 @@ class Publisher:
         self.family = pair.drafter.config.family
         # A setting is an id even where a folder of that name lies beside the run.
         self.target_id = args.hub_target_id or hub_id_of(pair.target.config.name_or_path)
+        self.repo_id: str | None = None
         self.earlier = _read_earlier_record(pair.drafter.config.name_or_path)
         self.measurements: dict[tuple[str, int], Measurement] = {}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._push: Future | None = None
         if args.push_to_hub:
-            validate_repo_id(repository_name(args, self.family), self.family)
+            validate_repo_id(self.repo_name, self.family)
             self.require_target_id()
             if args.process_index == 0:
-                make_repository(args, self.family)
+                self.make_repository()
+
+    @property
+    def repo_name(self) -> str:
+        """`hub_model_id`, or a name from the output folder that contains the family, as vLLM wants it."""
+        if self.args.hub_model_id is not None:
+            return self.args.hub_model_id
+        name, word = Path(self.args.output_dir).absolute().name, _FAMILY_WORDS[self.family]
+        return name if word.lower() in name.lower() else f"{name}-{word}"
 
     def require_target_id(self) -> str:
         """
@@ -88,13 +99,13 @@ class Publisher:
         """
         if self.target_id is None:
             raise ValueError(
-                "A published drafter names its target by its Hub id, in the card and in the speculators config, but this "
-                f"target is known as {self.target.config.name_or_path or 'an instance'!r} only. Set "
+                "A published drafter names its target by its Hub id, in the card and in the speculators config, but "
+                f"this target is known as {self.target.config.name_or_path or 'an instance'!r} only. Set "
                 "`hub_target_id='ORG/NAME'`."
             )
         return self.target_id
 
-    # -- the record ----------------------------------------------------------------------------------------------------
+    # -- the record ---------------------------------------------------------------------------------------------------
 
     def measure(self, prefix: str, prompts: Sequence[DecodedPrompt], steps: int) -> Measurement:
         """Add the measurement of one set of prompts after a number of steps; `prefix` is that of its metrics."""
@@ -152,11 +163,9 @@ class Publisher:
             versions=describe_versions(),
         )
 
-    # -- files ---------------------------------------------------------------------------------------------------------
+    # -- files --------------------------------------------------------------------------------------------------------
 
-    def export(
-        self, drafter: Drafter, folder: Path, record: TrainingRecord, *, repo_id: str | None, license: str | None
-    ) -> None:
+    def export(self, drafter: Drafter, folder: Path, record: TrainingRecord, license: str | None) -> None:
         """Write a drafter in every layout that can hold it; see [`export_drafter`]."""
         name = self.target.config.name_or_path
         if name:
@@ -169,7 +178,7 @@ class Publisher:
             drafter,
             folder,
             target=TargetOfExport(self.require_target_id(), self.target.causal_lm.config, embedding),
-            repo_id=repo_id or repository_name(self.args, self.family),
+            repo_id=self.repo_id or self.repo_name,
             record=record,
             license=license or self.args.hub_license,
         )
@@ -179,8 +188,6 @@ class Publisher:
         drafter: Drafter,
         folder: Path,
         record: TrainingRecord,
-        *,
-        repo_id: str | None,
         license: str | None = None,
         draws_curve: bool = True,
     ) -> None:
@@ -190,23 +197,50 @@ class Publisher:
             dtype=torch.float32,
             layouts=("flat",),
             target=TargetOfExport(self.target_id, self.target.config),
-            repo_id=repo_id or self.args.hub_model_id,
+            repo_id=self.repo_id or self.args.hub_model_id,
             license=license or self.args.hub_license,
             record=record,
         )
         settings = serving_settings(publication)
         write_card(folder, publication, settings, draws_curve=draws_curve, is_adapter=is_adapted(drafter))
 
-    # -- pushes --------------------------------------------------------------------------------------------------------
+    # -- pushes -------------------------------------------------------------------------------------------------------
+
+    def make_repository(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository if it is not there yet; see [`create_repository`]."""
+        private = self.args.hub_private_repo if private is None else private
+        self.repo_id = create_repository(self.repo_name, token=token or self.args.hub_token, private=private)
 
     @property
     def is_pushing(self) -> bool:
         """Whether a push is under way in the background."""
         return self._push is not None and not self._push.done()
 
-    def push_in_background(self, folder: Path, repo_id: str, **options: Any) -> Future:
-        """Start a push, see [`push_folder`]; it begins once the one before it has ended."""
-        self._push = self._pool.submit(push_folder, folder, repo_id, **options)
+    def push(
+        self,
+        folder: Path,
+        commit_message: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        extra_folders: dict[str, str] | None = None,
+        blocking: bool,
+    ) -> "str | Future":
+        """Push an export, see [`push_folder`]; what is not given is taken from the settings."""
+        push = partial(
+            push_folder,
+            folder,
+            self.repo_id,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            extra_folders=extra_folders,
+        )
+        if blocking:
+            return push()
+        self._push = self._pool.submit(push)
         return self._push
 
     def finish_push(self) -> None:
@@ -217,25 +251,6 @@ class Publisher:
         error = push.exception()
         if error is not None:
             logger.warning("A push failed, training goes on: %s", error)
-
-
-def repository_name(args: DraftTrainingConfig, family: str) -> str:
-    """Return `hub_model_id`, or a name from the output folder that contains the family, as vLLM wants it."""
-    if args.hub_model_id is not None:
-        return args.hub_model_id
-    name, word = Path(args.output_dir).absolute().name, _FAMILY_WORDS[family]
-    return name if word.lower() in name.lower() else f"{name}-{word}"
-
-
-def make_repository(
-    args: DraftTrainingConfig, family: str, *, token: str | None = None, private: bool | None = None
-) -> str:
-    """Make the repository of a run, if it is not there yet, and return its full name; see [`create_repository`]."""
-    return create_repository(
-        repository_name(args, family),
-        token=token or args.hub_token,
-        private=args.hub_private_repo if private is None else private,
-    )
 
 
 def _one_word(name: str) -> str:

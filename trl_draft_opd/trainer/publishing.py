@@ -2,7 +2,8 @@
 """
 What both trainers do after their steps: measure, save the drafter with its record and card, and publish it.
 
-A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in [`Publisher`].
+A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in
+[`Publisher`].
 """
 
 import logging
@@ -22,7 +23,6 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from ..drafters.auto import AutoDrafter
 from ..export import hub_id_of
 from ..export.card import CARD_FILE
-from ..export.hub import push_folder
 from ..export.record import (
     DatasetFacts,
     Measurement,
@@ -41,7 +41,7 @@ from .adapters import adapter_settings, check_adapter_launch, merged_drafter, sa
 from .common_config import DraftTrainingConfig
 from .metrics import DecodedPrompt, MetricSums, decoded_prompts, rollout_sums
 from .pair import Pair
-from .publisher import Publisher, make_repository
+from .publisher import Publisher
 from .resuming import ResumingTrainer
 
 
@@ -67,6 +67,7 @@ class PublishingTrainer(ResumingTrainer):
     def __init__(self, pair: Pair, publisher: Publisher, args: DraftTrainingConfig, **kwargs: Any):
         super().__init__(pair, args, **kwargs)
         self.publisher = publisher
+        self.hub_model_id = publisher.repo_id
         self._decoded: list[DecodedPrompt] = []
         # The step at which the best weights were loaded again, and their own.
         self._best_loaded: tuple[int, int] | None = None
@@ -75,7 +76,7 @@ class PublishingTrainer(ResumingTrainer):
         # Now rather than at the first save: what could not be written into the record.
         TrainingRecord.from_dict(publisher.record(self._stage(None), self.state.global_step).to_dict())
 
-    # -- measurements --------------------------------------------------------------------------------------------------
+    # -- measurements -------------------------------------------------------------------------------------------------
 
     def _count_rollout(self, rollout: Rollout, sample_ids: Sequence[int]) -> None:
         """Add a rollout of evaluation prompts to the metrics, and its rows to the measurement."""
@@ -90,7 +91,7 @@ class PublishingTrainer(ResumingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate one dataset and add the metrics gathered on it, under its own prefix, tau with its 95 % interval."""
+        """Evaluate one dataset and add its own metrics under their prefix, tau with its 95 % interval."""
         self._sums["eval"], self._decoded = MetricSums(), []
         with evaluating_before_training(self):
             output = super().evaluation_loop(
@@ -114,11 +115,11 @@ class PublishingTrainer(ResumingTrainer):
 
     @property
     def _steps_done(self) -> int:
-        """Optimiser steps behind the weights as they are now: fewer than were run where the best ones were loaded again."""
+        """Optimiser steps behind the weights: fewer than were run where the best ones were loaded again."""
         is_best = self._best_loaded is not None and self._best_loaded[0] == self.state.global_step
         return self._best_loaded[1] if is_best else self.state.global_step
 
-    # -- the record ----------------------------------------------------------------------------------------------------
+    # -- the record ---------------------------------------------------------------------------------------------------
 
     def training_record(self, *, dataset_name: str | None = None) -> TrainingRecord:
         """
@@ -159,7 +160,7 @@ class PublishingTrainer(ResumingTrainer):
         measured = {(prefix, step): Measurement(**m) for prefix, step, m in shared["measurements"]}
         self.publisher.measurements = measured
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+    # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -207,19 +208,13 @@ class PublishingTrainer(ResumingTrainer):
             # The new card keeps the notes people wrote into the earlier one.
             shutil.copy(notes_of / CARD_FILE, folder / CARD_FILE)
         # Checkpoints are written often, and a picture takes longer than all else in a small one.
-        draws_curve = notes_of is not None
-        self.publisher.write_card(self.drafter, folder, record, repo_id=self.hub_model_id, draws_curve=draws_curve)
+        self.publisher.write_card(self.drafter, folder, record, draws_curve=notes_of is not None)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write the card into `output_dir`; of the arguments of transformers' card, `dataset_name` and `license` are used."""
+        """Write the card into `output_dir`; of the arguments, `dataset_name` and `license` are used."""
         if self.is_world_process_zero():
-            self.publisher.write_card(
-                self.drafter,
-                Path(self.args.output_dir),
-                self.training_record(dataset_name=kwargs.get("dataset_name")),
-                repo_id=self.hub_model_id,
-                license=kwargs.get("license"),
-            )
+            record = self.training_record(dataset_name=kwargs.get("dataset_name"))
+            self.publisher.write_card(self.drafter, Path(self.args.output_dir), record, kwargs.get("license"))
 
     def export(
         self, folder: str | Path | None = None, *, dataset_name: str | None = None, license: str | None = None
@@ -227,7 +222,8 @@ class PublishingTrainer(ResumingTrainer):
         """
         Write the drafter as it is now in every layout that can hold it; see [`export_drafter`].
 
-        Where the drafter is sharded (FSDP2, ZeRO-3), every rank has to call it, and the drafter is saved to `output_dir` first.
+        Where the drafter is sharded (FSDP2, ZeRO-3), every rank has to call it, and the drafter is saved to
+        `output_dir` first.
 
         Args:
             folder (`str` or `Path`, *optional*): Where to; `_publication` in `output_dir` by default.
@@ -255,21 +251,12 @@ class PublishingTrainer(ResumingTrainer):
             drafter = AutoDrafter.from_pretrained(saved, num_target_layers=self.target.num_layers)
         else:
             drafter = merged_drafter(self.drafter)
-        record = self.training_record(dataset_name=dataset_name)
-        self.publisher.export(drafter, folder, record, repo_id=self.hub_model_id, license=license)
+        self.publisher.export(drafter, folder, self.training_record(dataset_name=dataset_name), license)
 
-    # -- the Hub -------------------------------------------------------------------------------------------------------
+    # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Make the repository to publish to; transformers calls it before training where `push_to_hub=True`.
-
-        Raises:
-            ValueError, PermissionError, ConnectionError: As [`push_to_hub`].
-        """
-        if self.is_world_process_zero():
-            family = self.drafter.config.family
-            self.hub_model_id = make_repository(self.args, family, token=token, private=private)
+        """Do nothing: [`Publisher`] makes the repository, before this trainer is there or at the first push."""
 
     def push_to_hub(
         self,
@@ -298,36 +285,31 @@ class PublishingTrainer(ResumingTrainer):
             `str`, the commit's address, or a `Future` of it if not `blocking`; `None` on other ranks than the first.
 
         Raises:
-            ValueError: If the repository's name is refused, the target has no Hub id, or the repository is public where a private
-                one is asked for; the drafter is saved by then.
-            PermissionError, ConnectionError: If the Hub refuses or cannot be reached; the export in `_publication` is complete.
+            ValueError: If the repository's name is refused, the target has no Hub id, or the repository is public
+                where a private one is asked for; the drafter is saved by then.
+            PermissionError, ConnectionError: If the Hub refuses or cannot be reached; the export in `_publication` is
+                complete.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.publisher.finish_push()
-        if self.publisher.earlier is None and not self.publisher.measurements:
+        publisher, output_dir = self.publisher, Path(self.args.output_dir)
+        publisher.finish_push()
+        if publisher.earlier is None and not publisher.measurements:
             logger.warning(
                 "Nothing was measured, and the card will say so. Call `evaluate()` before a push to have tau on it."
             )
-        output_dir = Path(self.args.output_dir)
         folder = output_dir / PUBLICATION
         try:
-            if self.hub_model_id is None:
+            if publisher.repo_id is None:
                 # Not asked for before training. Its full name goes into commands that can be pasted.
-                self.init_hf_repo(token=token, private=private)
+                publisher.make_repository(token, private)
+                self.hub_model_id = publisher.repo_id
         finally:
             self._export(folder, output_dir, dataset_name=dataset_name, license=license)
-        push = push_folder if blocking else self.publisher.push_in_background
-        return push(
-            folder,
-            self.hub_model_id,
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message or "Upload drafter",
-        )
+        message = commit_message or "Upload drafter"
+        return publisher.push(folder, message, token=token, private=private, revision=revision, blocking=blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """
@@ -355,15 +337,11 @@ class PublishingTrainer(ResumingTrainer):
             extra = {"last-checkpoint": checkpoint_folder}
         elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             extra = {Path(checkpoint_folder).name: checkpoint_folder}
-        publisher.push_in_background(
-            folder,
-            self.hub_model_id,
-            token=args.hub_token,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            commit_message=f"Training in progress, {when}",
-            extra_folders=extra,
-        )
+        publisher.push(folder, f"Training in progress, {when}", extra_folders=extra, blocking=False)
         if extra and args.save_total_limit is not None:
             # The folder that is being read is the next to be deleted.
             publisher.finish_push()
+
+    def _finish_current_push(self) -> None:
+        """Wait for a push in the background; transformers calls it when training ends."""
+        self.publisher.finish_push()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -78,7 +79,13 @@ class ResumingTrainer(_BaseTrainer):
     """
 
     _method: str
+    # Narrower than transformers declares them: what they are once a drafter is trained.
     args: DraftTrainingConfig
+    model: nn.Module
+    model_wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    train_dataset: Dataset | IterableDataset | None
 
     def __init__(self, pair: Pair, args: DraftTrainingConfig, **kwargs: Any):
         super().__init__(model=pair.drafter, args=compile_drafter(pair.drafter, args), **kwargs)
@@ -97,7 +104,8 @@ class ResumingTrainer(_BaseTrainer):
     @property
     def drafter(self) -> Drafter:
         """The drafter, or the [`~peft.PeftModel`] around it, without its distributed wrapper."""
-        return self.accelerator.unwrap_model(self.model)
+        drafter: Any = self.accelerator.unwrap_model(self.model)
+        return drafter
 
     @abstractmethod
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -331,5 +339,5 @@ class ResumingTrainer(_BaseTrainer):
 
 def describe_batches(batches: Sequence[Mapping[str, Any]]) -> str:
     """Return rows and length of collated batches, for [`explained_memory`]."""
-    shapes = [batch.get("input_ids", batch.get("prompt_ids")).shape for batch in batches]
+    shapes = [batch["input_ids"].shape for batch in batches]
     return "; ".join(f"{num_rows} rows of up to {length} tokens" for num_rows, length in shapes)

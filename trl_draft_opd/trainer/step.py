@@ -2,11 +2,12 @@
 """
 One training step as pure functions, shared by both trainers: blocks in, a loss normalised per stream out.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = hidden size, N = rows
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = hidden size,
+                N = rows
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,9 @@ class PreparedBatch:
 
     Attributes:
         text ([`TargetText`]): The text.
-        rollout ([`Rollout`] or `None`): Where the blocks come from; `None` where they were drafted along the text itself.
+        rollout ([`Rollout`] or `None`): Where the blocks come from; `None` in supervised training.
         blocks ([`BlockBatch`]): Where to draft, and which slots belong to which stream.
-        reading ([`TargetReading`] or `None`): The target's reading of the text at the drafter's layers, if it is at hand.
+        reading ([`TargetReading`] or `None`): The target's reading at the drafter's layers, where it was kept.
     """
 
     text: TargetText
@@ -49,11 +50,9 @@ class PreparedBatch:
     blocks: BlockBatch
     reading: TargetReading | None
 
-    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> "PreparedBatch":
-        """Return the batch with its reading, which the target makes at `layer_ids` if it is not at hand."""
-        if self.reading is not None:
-            return self
-        return replace(self, reading=target.read_text(self.text.input_ids, self.text.attention_mask, layer_ids))
+    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> TargetReading:
+        """Return the reading, which the target makes at `layer_ids` where it was not kept."""
+        return self.reading or target.read_text(self.text.input_ids, self.text.attention_mask, layer_ids)
 
     def describe(self) -> str:
         """Return rows, length and blocks, for messages."""
@@ -81,11 +80,12 @@ class StreamSettings:
 @dataclass(frozen=True)
 class SlotRules:
     """
-    How slots are weighed by the current drafter's probabilities of the committed tokens, on top of their stream's weights.
+    How slots are weighed by the drafter's current probabilities of the committed tokens, on top of their stream.
 
     Attributes:
         d_pace_floor (`float`, *optional*): Floor of D-PACE's weights, in [0, 1]; `None` leaves them out.
-        is_until_fail (`bool`, *optional*, defaults to `False`): Whether slots behind the drafter's first mismatch weigh nothing.
+        is_until_fail (`bool`, *optional*, defaults to `False`):
+            Whether slots behind the drafter's first mismatch weigh nothing.
     """
 
     d_pace_floor: float | None = None
@@ -113,7 +113,7 @@ class Objective:
         """Return the factor of each row weight of a stream: its share of the loss over the sum of its weights."""
         total_weight = sum(settings.weight for settings in self.streams.values())
         weight_sum = float(self.weight_sums[STREAMS.index(stream)])
-        return stream_scale(weight_sum, self.streams[stream].weight, total_weight)
+        return float(stream_scale(weight_sum, self.streams[stream].weight, total_weight))
 
 
 class StepLoss(NamedTuple):
@@ -122,7 +122,8 @@ class StepLoss(NamedTuple):
 
     Attributes:
         loss (`torch.Tensor`): Scalar with gradient: this micro-batch's share of the optimiser step's loss.
-        sums (`dict[str, tuple[float, float]]`): Numerator and denominator of each metric, to be summed before dividing.
+        sums (`dict[str, tuple[float, float]]`):
+            Numerator and denominator of each metric, to be summed before dividing.
     """
 
     loss: torch.Tensor
@@ -133,10 +134,10 @@ def row_weights(
     blocks: BlockBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    Return the weight of every slot in a stream, `(B, A, K)`, zero outside of it and throughout a stream without a share.
+    Return the weight of every slot in a stream, `(B, A, K)`: 0 outside of it and in a stream without a share.
 
-    Under `ce` a committed token outside the draft vocabulary cannot be learnt, so its slot weighs nothing. [`SlotRules`] are
-    not in these weights: they depend on a forward pass, and the sum over a whole step is needed before the first one.
+    Under `ce` a committed token outside the draft vocabulary cannot be learnt, so its slot weighs nothing.
+    [`SlotRules`] have no part in it: they need a forward pass, before which the sum over a whole step must be known.
     """
     mask = _stream_mask(blocks, stream)
     weights = mask * position_weights(mask.shape[-1], settings.decay).to(mask.device) * float(settings.weight > 0)
@@ -172,20 +173,20 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
     Args:
         drafter ([`Drafter`]): Gradient flows into it.
         target ([`FrozenTarget`]): Reads the text, unless the batch has its reading.
-        batch ([`PreparedBatch`]): Text and blocks. Slots behind a first rejection need the `branch_hidden` of its rollout.
+        batch ([`PreparedBatch`]): Text and blocks. Slots behind a first rejection need its rollout's `branch_hidden`.
         objective ([`Objective`]): How slots are compared and weighed.
 
     Returns:
         [`StepLoss`]
     """
-    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).reading
+    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids)
     features = reading.features.to(drafter.device)
     hidden = run_blocks(drafter, features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
     head = _own_head(drafter, target) if drafter.owns_head else target_head
     branch_hidden = batch.rollout.branch_hidden if batch.rollout is not None else None
     factors = _slot_factors(drafter, hidden, head, blocks, objective)
-    # Each total below reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
+    # Each total reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
     loss = hidden.new_zeros(())
     sums: dict[str, tuple[float, float]] = {}
     for name in STREAMS:
@@ -218,7 +219,7 @@ def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:
     head = drafter.lm_head
     if type(head) is nn.Linear:
         return Head.linear(head.weight)
-    # Base and adapter product, the scaled one, their sum; the gradient overwrites the sum, which no backward pass reads.
+    # Four buffers: base and adapter product, the scaled one, and their sum, which the gradient may overwrite.
     trained = tuple(parameter for parameter in head.parameters() if parameter.requires_grad)
     return Head(
         lambda hidden: drafter.draft_logits(hidden, target.project), trained, drafter.config.draft_vocab_size, 4
@@ -269,7 +270,7 @@ def _target_states(
     last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, blocks: BlockBatch, picked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the distinct target states of the picked slots, `(M, H)`, and which of them each slot is compared with, `(N,)`.
+    Return the distinct target states of the picked slots, `(M, H)`, and the index of each slot's own, `(N,)`.
 
     On the committed text, slots of different blocks that propose for one position share its state.
     """

@@ -1,22 +1,20 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-How dataset rows become the text of an optimiser step: the dataset's own responses, a response store, or the target asked once per
-prompt; rows regrouped by length.
+How dataset rows become the text of an optimiser step: the dataset's own responses, a response store, or the target
+asked once per prompt; rows regrouped by length.
 
 Shape letters:  B = sequences, L = text length
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.collators import PromptCollator, TextCollator
 from ..responses import (
     Origin,
     ResponseAudit,
@@ -45,21 +43,12 @@ def read_each(
 ) -> AnyDataset | dict[str, AnyDataset] | None:
     """Return what `read` makes of a dataset, or of each of several by name; `None` stays `None`."""
     if isinstance(datasets, dict):
-        return {name: read_each(read, dataset) for name, dataset in datasets.items()}
+        return {name: read(dataset) for name, dataset in datasets.items()}
     return None if datasets is None else read(datasets)
 
 
-def make_collator(pad_token_id: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """Return a collator of prompts and, where rows have them, of whole texts."""
-    return partial(_collate, texts=TextCollator(pad_token_id), prompts=PromptCollator(pad_token_id))
-
-
-def _collate(rows: list[dict[str, Any]], texts: TextCollator, prompts: PromptCollator) -> dict[str, torch.Tensor]:
-    return texts(rows) if "input_ids" in rows[0] else prompts(rows)
-
-
 def text_of(batch: dict[str, torch.Tensor]) -> TargetText:
-    """Return a batch of [`TextCollator`] as text."""
+    """Return a batch of whole texts of [`RowCollator`]."""
     return TargetText(
         batch["input_ids"], batch["attention_mask"], batch["completion_mask"], batch["sample_ids"].tolist()
     )
@@ -71,9 +60,9 @@ def text_of_rollout(rollout: Rollout, sample_ids: Sequence[int]) -> TargetText:
 
 
 def prompt_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
-    """Return the prompts of a batch of [`PromptCollator`], without padding."""
-    lengths = batch["prompt_mask"].sum(dim=1).tolist()
-    return [row[:length] for row, length in zip(batch["prompt_ids"].tolist(), lengths, strict=True)]
+    """Return the prompts of a batch of prompts of [`RowCollator`], without padding."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
 
 
 def prompts_of_text(text: TargetText) -> list[list[int]]:
@@ -91,10 +80,10 @@ def join_responses(
 ) -> TargetText:
     """Return prompts and their responses as right-padded text on `device`."""
     rows = [
-        (torch.tensor([*prompt, *response]), torch.arange(len(prompt) + len(response)) >= len(prompt))
-        for prompt, response in zip(prompts, responses, strict=True)
+        (torch.tensor([*prompt, *response]), torch.arange(len(prompt) + len(response)) >= len(prompt), sample_id)
+        for prompt, response, sample_id in zip(prompts, responses, sample_ids, strict=True)
     ]
-    return _pad_rows(rows, sample_ids, pad_token_id, device)
+    return _pad_rows(rows, pad_token_id, device)
 
 
 def response_pairs(text: TargetText) -> list[tuple[list[int], list[int]]]:
@@ -124,37 +113,28 @@ def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[Ta
     """
     if len(texts) < 2:
         return list(texts)
-    rows, sample_ids = [], []
-    for text in texts:
-        for index, length in enumerate(text.attention_mask.sum(dim=1).tolist()):
-            rows.append((text.input_ids[index, :length], text.completion_mask[index, :length]))
-            sample_ids.append(text.sample_ids[index])
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-    regrouped, start = [], 0
-    for text in texts:
-        part = order[start : start + len(text.input_ids)]
-        start += len(part)
-        device = text.input_ids.device
-        regrouped.append(
-            _pad_rows([rows[row] for row in part], [sample_ids[row] for row in part], pad_token_id, device)
-        )
-    return regrouped
+    rows = [
+        (text.input_ids[row, :length], text.completion_mask[row, :length], text.sample_ids[row])
+        for text in texts
+        for row, length in enumerate(text.attention_mask.sum(dim=1).tolist())
+    ]
+    by_length = iter(sorted(rows, key=lambda row: len(row[0])))
+    return [
+        _pad_rows(list(islice(by_length, len(text.sample_ids))), pad_token_id, text.input_ids.device) for text in texts
+    ]
 
 
 def _pad_rows(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    sample_ids: Sequence[int],
-    pad_token_id: int,
-    device: torch.device,
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor, int]], pad_token_id: int, device: torch.device
 ) -> TargetText:
-    """Pad ids and marks of each row on the right."""
-    ids, marks = zip(*rows, strict=True)
+    """Pad rows of ids, marks and a sample id on the right."""
+    ids = [row[0] for row in rows]
     attention = [torch.ones_like(row) for row in ids]
     return TargetText(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
         attention_mask=pad_sequence(attention, batch_first=True).to(device),
-        completion_mask=pad_sequence(marks, batch_first=True).to(device),
-        sample_ids=list(sample_ids),
+        completion_mask=pad_sequence([row[1] for row in rows], batch_first=True).to(device),
+        sample_ids=[row[2] for row in rows],
     )
 
 
@@ -226,8 +206,8 @@ class ResponseSource:
     """
     Turns batches of rows into text the target wrote.
 
-    When the target has to write anyway, it also responds to other prompts of the training set, up to a whole generation batch, if the
-    run will come to all of them; each rank to other ones.
+    When the target has to write anyway, it also responds to other prompts of the training set, up to a whole
+    generation batch, if the run will come to all of them; each rank to other ones.
 
     Args:
         target ([`FrozenTarget`]): Writer of the responses.
@@ -265,7 +245,8 @@ class ResponseSource:
         Return the text of every micro-batch of an optimiser step, rows of similar length together.
 
         Raises:
-            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is another target's.
+            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is
+                another target's.
         """
         if self.args.completions_from_target:
             texts = [text_of(batch) for batch in batches]
@@ -286,11 +267,11 @@ class ResponseSource:
     def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
         prompts = prompt_rows(batch)
         responses = [self.store.find(prompt) for prompt in prompts]
-        device = batch["prompt_ids"].device
-        return join_responses(prompts, responses, batch["sample_ids"].tolist(), self.target.pad_token_id, device)
+        sample_ids, device = batch["sample_ids"].tolist(), batch["input_ids"].device
+        return join_responses(prompts, responses, sample_ids, self.target.pad_token_id, device)
 
     def _respond(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Have the target respond to the prompts of these batches that have no response yet, and fill the generation batch up."""
+        """Have the target respond to prompts that have no response yet, and fill the generation batch up."""
         prompts = [prompt for batch in batches for prompt in prompt_rows(batch)]
         if not self.store.missing(prompts):
             return

@@ -8,6 +8,7 @@ fire. The drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whateve
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -56,7 +57,7 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
 
 
 def _check_fsdp(accelerator: Accelerator) -> None:
-    plugin = accelerator.state.fsdp_plugin
+    plugin: Any = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise ValueError(
             "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in "
@@ -103,15 +104,16 @@ def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus
 
 def _shard_as_one(accelerator: Accelerator, model: nn.Module) -> None:
     """Shard the drafter as a single unit of FSDP2; accelerate leaves a sharded model as it is."""
-    mesh = accelerator.torch_device_mesh
-    if mesh is not None:
-        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    mesh, parallelism = accelerator.torch_device_mesh, accelerator.parallelism_config
+    if mesh is not None and parallelism is not None:
+        mesh = mesh[tuple(parallelism.fsdp_dim_names)]
     else:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Parameters stay in float32 under autocast, as under DDP. The backward pass follows the forward pass at once.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
     # It would look in the drafter for the classes it names, and fail.
-    accelerator.state.fsdp_plugin.auto_wrap_policy = None
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.auto_wrap_policy = None
     # So that an evaluation before training takes it as prepared: accelerate would ask for an optimizer.
     accelerator._models.append(model)
 

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 def any_rank(accelerator: Accelerator, claim: bool) -> bool:
     """Whether the claim is true on any rank. Collective."""
-    vote = torch.tensor(float(claim), device=accelerator.device)
-    return bool(accelerator.reduce(vote, "sum") > 0)
+    votes: Any = accelerator.reduce(torch.tensor(float(claim), device=accelerator.device), "sum")
+    return bool(votes > 0)
 
 
 def first_rank_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -55,7 +55,7 @@ def whole_drafter(accelerator: Accelerator, model: nn.Module) -> Iterator[Drafte
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
         model (`nn.Module`): The drafter, wrapped or not.
     """
-    drafter = accelerator.unwrap_model(model)
+    drafter: Any = accelerator.unwrap_model(model)
     if isinstance(drafter, FSDPModule):
         drafter.unshard()
         try:
@@ -77,7 +77,7 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
     Returns:
         `dict[str, torch.Tensor]` by the names of the drafter's `state_dict()` on the main process, empty on others.
     """
-    drafter = accelerator.unwrap_model(model)
+    drafter: Any = accelerator.unwrap_model(model)
     weights = {}
     for name, tensor in drafter.state_dict(keep_vars=True).items():
         whole = zero.full_parameter(tensor) if zero.is_managed(tensor) else _whole(tensor)
@@ -98,7 +98,8 @@ def load_full_weights(accelerator: Accelerator, model: nn.Module, tensors: dict[
     Raises:
         ValueError: Naming tensors that are missing, unknown, or of another shape.
     """
-    own = accelerator.unwrap_model(model).state_dict(keep_vars=True)
+    drafter: Any = accelerator.unwrap_model(model)
+    own = drafter.state_dict(keep_vars=True)
     shapes = {(name, tuple(zero.full_shape(tensor))) for name, tensor in own.items()}
     given = {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if shapes != given:
@@ -129,7 +130,8 @@ def full_optimizer_state(
     """
     optimizer = zero.without_accelerate(optimizer)
     state = OptimizerState({}, {"groups": [], "parameters": {}})
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+    drafter: Any = accelerator.unwrap_model(model)
+    for name, parameter in drafter.named_parameters():
         if zero.is_optimizer(optimizer):
             entries = zero.parameter_state(optimizer, parameter)
         else:
@@ -177,7 +179,8 @@ def load_full_optimizer_state(
     for path, tensor in state.tensors.items():
         key, name = path.split("/", 1)
         entries.setdefault(name, {})[key] = tensor
-    parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    drafter: Any = accelerator.unwrap_model(model)
+    parameters = dict(drafter.named_parameters())
     if unknown := sorted(entries.keys() - parameters.keys()):
         raise ValueError(
             f"The optimizer's state is of parameters that this drafter does not have: {unknown[:10]}. Load the "

@@ -24,7 +24,7 @@ def is_managed(tensor: torch.Tensor) -> bool:
     return is_sharded(tensor) or hasattr(tensor, "_hp_mapping")
 
 
-def full_shape(tensor: torch.Tensor) -> torch.Size:
+def full_shape(tensor: Any) -> torch.Size:
     """Return the shape of the whole tensor."""
     return tensor.ds_shape if is_sharded(tensor) else tensor.shape
 
@@ -59,17 +59,19 @@ def gathered(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def full_parameter(parameter: torch.Tensor) -> torch.Tensor:
+def full_parameter(parameter: Any) -> torch.Tensor:
     """Return a parameter's whole float32 master, or the parameter itself where it has none. Collective."""
     if not _has_master(parameter):
         with gathered([parameter]):
             return parameter.detach().float().clone()
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return safe_get_full_fp32_param(parameter)
+    whole = safe_get_full_fp32_param(parameter)
+    assert whole is not None, "a parameter with a master has a value"
+    return whole
 
 
-def load_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
+def load_parameter(parameter: Any, value: torch.Tensor) -> None:
     """Write a whole value, the same on every rank, into a parameter and its master. Collective."""
     value = value.to(parameter.device)
     if is_sharded(parameter):
@@ -89,7 +91,7 @@ def load_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
         parameter.set_full_hp_param(value.float())
 
 
-def parameter_state(optimizer: Any, parameter: torch.Tensor) -> dict[str, Any]:
+def parameter_state(optimizer: Any, parameter: Any) -> dict[str, Any]:
     """
     Return what the optimizer keeps of a parameter: whole tensors, and numbers shared with its group. Collective.
 
@@ -107,6 +109,7 @@ def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, A
     inner.state.clear()
     for parameter, entries in states.items():
         flat = _flat_piece(optimizer, parameter)
+        assert flat is not None, "only trained parameters have state"
         state = inner.state[flat]
         group = inner.param_groups[_group_index(optimizer, parameter)]
         is_on_device = group.get("fused") or group.get("capturable")
@@ -120,16 +123,16 @@ def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, A
                 _write_piece(optimizer, parameter, state[key], value)
 
 
-def _has_master(parameter: torch.Tensor) -> bool:
+def _has_master(parameter: Any) -> bool:
     """Whether an optimizer steps this parameter: it is trained, and training is set up."""
     return parameter.requires_grad and (not is_sharded(parameter) or hasattr(parameter, "_z3_optimizer"))
 
 
-def _is_cut(value: Any, flat: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == flat.shape
+def _is_cut(value: Any, flat: torch.Tensor | None) -> bool:
+    return flat is not None and isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == flat.shape
 
 
-def _group_index(optimizer: Any, parameter: torch.Tensor) -> int | None:
+def _group_index(optimizer: Any, parameter: Any) -> int | None:
     """Return the index of a parameter's group in the inner optimizer, `None` for one that is not trained."""
     if is_sharded(parameter):
         if not _has_master(parameter):
@@ -141,7 +144,7 @@ def _group_index(optimizer: Any, parameter: torch.Tensor) -> int | None:
     )
 
 
-def _flat_piece(optimizer: Any, parameter: torch.Tensor) -> torch.Tensor | None:
+def _flat_piece(optimizer: Any, parameter: Any) -> torch.Tensor | None:
     """Return this rank's masters of the group that a parameter is in, which key the inner optimizer's state."""
     if is_sharded(parameter):
         if not _has_master(parameter):
@@ -152,7 +155,7 @@ def _flat_piece(optimizer: Any, parameter: torch.Tensor) -> torch.Tensor | None:
     return None if group is None else optimizer.single_partition_of_fp32_groups[group]
 
 
-def _join(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+def _join(optimizer: Any, parameter: Any, flat: torch.Tensor) -> torch.Tensor:
     """Return a whole tensor of a parameter's shape from the pieces of all ranks. Collective."""
     if is_sharded(parameter):
         _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -166,7 +169,7 @@ def _join(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor) -> torch.
     return whole.view_as(parameter)
 
 
-def _write_piece(optimizer: Any, parameter: torch.Tensor, flat: torch.Tensor, value: torch.Tensor) -> None:
+def _write_piece(optimizer: Any, parameter: Any, flat: torch.Tensor, value: torch.Tensor) -> None:
     """Write this rank's piece of a whole tensor of the parameter's shape into `flat`."""
     if is_sharded(parameter):
         _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
