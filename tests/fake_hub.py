@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A stand-in for the Hub on this machine: the part of its HTTP API that uploads use, with repositories in memory, a record of
-every request, and failures on demand.
+A stand-in for the Hub on this machine: the part of its HTTP API that uploads and downloads use, with repositories in memory,
+a record of every request, and failures on demand.
 """
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,17 @@ class FakeHub:
     #: `(part of "METHOD path", status or "drop", how often)`
     failures: list[list] = field(default_factory=list)
 
+    def add(self, name: str, files: dict[str, bytes]) -> None:
+        """Make a repository that holds files already."""
+        first = {"branch": "main", "is_pr": False, "files": files, "deleted": [], "summary": "initial commit"}
+        self.repositories[name] = Repository(False, {"main": dict(files)}, [first])
+
+    def downloads(self, name: str) -> set[str]:
+        """Return the files of a repository whose content was asked for."""
+        asked = [path.split("?")[0] for method, path, _, _ in self.requests if method == "GET"]
+        pattern = re.compile(rf"/{re.escape(name)}/resolve/[^/]+/(.+)")
+        return {unquote(found[1]) for path in asked if (found := pattern.fullmatch(path))}
+
     def fail(self, part: str, status: int | str, times: int = 1) -> None:
         """Answer the next `times` requests whose `METHOD path` holds `part` with a status, or drop the connection."""
         self.failures.append([part, status, times])
@@ -74,12 +86,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments) -> None:
         pass
 
-    def _answer(self, content=None, status: int = 200, raw: bytes | None = None) -> None:
+    def _answer(
+        self, content=None, status: int = 200, raw: bytes | None = None, revision: str = "0" * 40, code: str = ""
+    ) -> None:
         body = raw if raw is not None else json.dumps({} if content is None else content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json" if raw is None else "application/octet-stream")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", revision)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
         if status == 429:
             self.send_header("Retry-After", "7")
@@ -134,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"transfer": "basic", "objects": actions})
         elif parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in hub.repositories:
             self._repository(hub.repositories["/".join(parts[2:4])], "/".join(parts[2:4]), parts[4:], body)
+        elif parts[2:3] == ["resolve"] and "/".join(parts[:2]) in hub.repositories:
+            self._download(hub.repositories["/".join(parts[:2])], parts[3], "/".join(parts[4:]))
         else:
             self._answer({"error": "Repository not found"}, 404)
 
@@ -169,6 +187,17 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in repository.branches[branch]]
             facts = {"id": name, "sha": repository.head(branch), "private": bool(repository.private)}
             self._answer(facts | {"siblings": siblings})
+
+    def _download(self, repository: Repository, revision: str, name: str) -> None:
+        # Clients ask for a branch first, and then for the commit that it named.
+        known = {repository.head(branch): branch for branch in repository.branches}
+        branch = known.get(revision, revision)
+        if branch not in repository.branches:
+            self._answer({"error": "No such revision"}, 404, code="RevisionNotFound")
+        elif name not in repository.branches[branch]:
+            self._answer({"error": "No such file"}, 404, revision=repository.head(branch), code="EntryNotFound")
+        else:
+            self._answer(raw=repository.branches[branch][name], revision=repository.head(branch))
 
     def _commit(self, repository: Repository, name: str, branch: str, body: bytes) -> None:
         is_pr = "create_pr=1" in self.path
