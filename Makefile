@@ -26,7 +26,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow crash test-oldest conformance lint format check build clean
+.PHONY: help install demo test test-slow test-lab crash guard test-oldest conformance lint format check build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,8 +56,15 @@ test: $(STAMP)  ## Run the tests, without the slow ones
 test-slow: $(STAMP)  ## Run the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
 
+test-lab: TESTS = tests/lab
+test-lab: $(STAMP)  ## Run the tests of the laboratory (benchmarks/lab)
+	$(PYTEST) -m lab $(ARGS)
+
 crash: $(STAMP)  ## Run the crash matrix: a stop at every file operation, thirty kills at random times
 	$(PYTEST) --dist load -m crash $(ARGS)
+
+guard: $(STAMP)  ## Compare losses, weights, rollouts, exports and refusals of tiny models with their record, bit for bit
+	$(BIN)/python tests/guard/record.py --check $(ARGS)
 
 test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
@@ -74,19 +81,21 @@ $(CONFORMANCE)/.installed: setup.cfg pyproject.toml constraints-conformance.txt
 conformance: $(CONFORMANCE)/.installed  ## Run the tests against real engines: make conformance ARGS="--shared PATH"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(CONFORMANCE)/bin/python -m pytest -c pyproject.toml -m conformance tests/conformance $(ARGS)
 
-lint: $(STAMP)  ## Check format and lint
+lint: $(STAMP)  ## Check format, lint, import rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(STAMP)  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint test  ## What must pass before a commit: format, lint, tests
+check: lint test  ## What must pass before a commit: lint and tests
 
 build: $(STAMP)  ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build
 
 clean:  ## Remove builds and caches; keep environments and outputs
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find $(wildcard trl_draft_opd tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,7 +47,7 @@ def main() -> None:
     """Run the suites one after the other."""
     # Started as a file, Python looks beside this file only; the suites name each other from the folder above.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    arms = importlib.import_module("benchmarks.arms")
+    arms = importlib.import_module("benchmarks.arms")  # noqa: TID251
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs, {args.threads} threads, {args.pairs} pairs")
@@ -55,7 +55,7 @@ def main() -> None:
     for name in args.suite:
         print(f"\n== {name}", flush=True)
         report = arms.Report(name, vars(args))
-        importlib.import_module(f"benchmarks.suites.{name}").run(args, report)
+        importlib.import_module(f"benchmarks.suites.{name}").run(args, report)  # noqa: TID251
         reports.append(report)
         # After every suite, so that a later failure loses nothing.
         if args.json is not None:

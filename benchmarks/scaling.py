@@ -33,12 +33,14 @@ from benchmarks.memory import (
     workload_of,
 )
 from trl_draft_opd import FrozenTarget, SamplingSettings
-from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
+from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.live import rollout_live
+from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.target.frozen import TargetReading
-from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 GIB = 2**30
@@ -98,27 +100,24 @@ class Scene:
 
     def draft(self) -> torch.Tensor:
         """Run the blocks with gradient; the caller is inside of `autocast`."""
-        return self.drafter.draft_hidden(
-            self.reading.features, self.input_ids, self.anchors.anchors, self.anchors.drafts, self.target.embed
+        return run_blocks(
+            self.drafter,
+            self.reading.features,
+            self.input_ids,
+            self.anchors.anchors,
+            self.anchors.drafts,
+            self.target.embed,
         )
 
     def forward(self) -> None:
         """Compute the loss as the trainers do."""
         sums = weight_sums([self.anchors], STREAMS, self.drafter.draft_token_ids)
         mask = torch.ones_like(self.input_ids)
+        text = TargetText(self.input_ids, mask, mask.bool(), range(len(mask)))
+        batch = PreparedBatch(text, None, self.anchors, self.reading)
         with self.autocast():
-            self.loss = step_loss(
-                self.drafter,
-                self.target,
-                self.input_ids,
-                mask,
-                self.anchors,
-                None,
-                STREAMS,
-                sums,
-                self.work.chunk_bytes,
-                self.reading,
-            ).loss
+            objective = Objective(STREAMS, SlotRules(), self.work.chunk_bytes, sums)
+            self.loss = step_loss(self.drafter, self.target, batch, objective).loss
 
     def backward(self) -> None:
         """Fill the gradients."""
@@ -131,17 +130,17 @@ class Scene:
 
     def live(self, max_new_tokens: int) -> None:
         """Decode a few tokens behind the whole text: caches are as long as training makes them."""
-        settings = LiveSettings(
-            num_drafts=self.drafter.default_num_drafts,
-            max_new_tokens=max_new_tokens,
-            sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
-            draft_sampling="greedy",
-            eos_token_ids=(),
-            keep_branch_hidden=False,
-        )
+        greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+        settings = DraftingSettings(self.drafter.default_num_drafts, greedy, "greedy", keep_branch_hidden=False)
         with self.autocast():
             rollout_live(
-                self.target, self.drafter, self.input_ids.tolist(), settings, DrawKeys(0, 0, range(self.work.rows))
+                self.target,
+                self.drafter,
+                self.input_ids.tolist(),
+                settings,
+                DrawKeys(0, 0, range(self.work.rows)),
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=(),
             )
 
 
@@ -175,7 +174,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
     positions = torch.arange(work.length).expand_as(ones)
     with torch.no_grad(), scene.autocast():
         read = target.step(scene.input_ids, ones, positions, cache, scene.drafter.config.target_layer_ids)
-        own = scene.drafter.encode_context(read.features, target.embed(scene.input_ids), positions)
+        own = scene.drafter.encode_context(read.features, scene.input_ids, positions, target.embed)
     cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     cached += [*own.keys, *own.values, *([] if own.fused is None else [own.fused])]
     # The head is not cast while blocks run, only in the loss.

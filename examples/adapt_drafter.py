@@ -1,11 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Adapt a drafter to a fine-tune of its target: a short SFT on what the fine-tune itself answers, as an adapter or of the whole drafter.
+Adapt a drafter to a fine-tune of its target by a short SFT on the fine-tune's responses, whole or as LoRA.
 
-    accelerate launch examples/adapt_drafter.py --target my/fine-tune --model z-lab/Qwen3-4B-DFlash-b16 \
+    accelerate launch examples/adapt_drafter.py --target my/fine-tune --drafter z-lab/Qwen3-4B-DFlash-b16 \
         --dataset prompts.jsonl --output_dir adapted --learning_rate 1e-3
 
-Prompts should be of the kind the fine-tune will serve; docs/do/adapting.md says when an adapter is enough.
+Use prompts of the kind that the fine-tune will serve. Expect tau on the held-out prompts before and after;
+docs/do/adapting.md has a measured trial, and when LoRA is enough.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +20,13 @@ from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer
 
 @dataclass
 class ExampleArguments:
-    """What this script asks for beside the training settings."""
+    """Flags of this script, besides the settings of the trainer."""
 
-    model: str = field(metadata={"help": "Hub id or path of the drafter of the target before its fine-tuning."})
     target: str = field(metadata={"help": "Hub id or path of the fine-tuned target."})
-    dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`; the target answers them anew."})
+    drafter: str = field(metadata={"help": "Hub id or path of the drafter of the target before its fine-tuning."})
+    dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau before and after."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of an adapter; 0 trains the whole drafter."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains the whole drafter."})
 
 
 if __name__ == "__main__":
@@ -33,10 +34,10 @@ if __name__ == "__main__":
     config.regenerate = True
     rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
     adapter = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r) if args.lora_r else None
-    trainer = DraftSFTTrainer(args.model, args.target, config, rows["train"], rows["test"], peft_config=adapter)
+    trainer = DraftSFTTrainer(args.drafter, args.target, config, rows["train"], rows["test"], peft_config=adapter)
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]
-    trainer.save_model()  # behind the evaluation, so that the card says what was measured
+    trainer.save_model()  # after the evaluation, so that the model card has its numbers
     if trainer.is_world_process_zero():
         print(f"tau on {args.num_eval_prompts} held-out prompts: {before:.3f} before, {after:.3f} after")

@@ -1,65 +1,83 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Draft-OPD in one flat loop, without a Trainer: roll out, replay the errors, distil, step.
+Draft-OPD in one flat loop, without a Trainer: decode, mark the errors, draft again, distil, step.
 
-    python examples/minimal_opd.py TARGET DRAFTER PROMPTS.jsonl [STEPS]
+    python examples/minimal_opd.py --target Qwen/Qwen3-0.6B --drafter drafter-sft --dataset prompts.jsonl
 
-The library does the same in `DraftOPDTrainer`, with data handling, distribution, evaluation and checkpoints around it.
+For reading more than for training: one process, no checkpoints. `DraftOPDTrainer` adds data handling, distribution,
+evaluation and checkpoints. Expect a line per step with the loss, and with tau of the text that was just decoded.
 """
 
-import json
-import sys
+from dataclasses import dataclass, field
 
 import torch
+from datasets import load_dataset
+from trl import TrlParser
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.losses import Head, chunked_divergence
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.counts import Counts
+from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.rollout.live import rollout_live
 
 
-GAMMA, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 0.8, 8, 128
+POSITION_DECAY, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 0.8, 8, 128
 
 
-def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int) -> list[float]:
+@dataclass
+class ExampleArguments:
+    """Flags of this script."""
+
+    target: str = field(metadata={"help": "Hub id or path of the target."})
+    drafter: str = field(metadata={"help": "Hub id or path of the drafter, in any published layout."})
+    dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
+    num_steps: int = field(default=100, metadata={"help": "Updates of the drafter."})
+
+
+def main(args: ExampleArguments) -> list[float]:
     """Run the loop and return tau of each step's rollout."""
-    target = FrozenTarget.load(target_path)
-    drafter = AutoDrafter.from_pretrained(drafter_path, num_target_layers=target.num_layers)
+    target = FrozenTarget.load(args.target)
+    drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-4)
-    chats = [json.loads(line)["prompt"] for line in open(prompts_path, encoding="utf-8")]
-    settings = LiveSettings(
+    rows = load_dataset("json", data_files=args.dataset, split="train")
+    all_prompts = list(target.text_reader().read_prompts(rows)["prompt_ids"])
+    settings = DraftingSettings(
         num_drafts=drafter.default_num_drafts,
-        max_new_tokens=MAX_NEW_TOKENS,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         draft_sampling="greedy",
-        eos_token_ids=target.eos_token_ids,
         keep_branch_hidden=True,
     )
     target_head = Head(target.project, (), target.vocab_size)
     draft_head = Head.linear(drafter.lm_head.weight) if drafter.owns_head else target_head
     taus = []
-    for step in range(num_steps):
-        start = step * PROMPTS_PER_STEP % len(chats)
-        prompts = [
-            target.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-            for chat in chats[start : start + PROMPTS_PER_STEP]
-        ]
+    for step in range(args.num_steps):
+        start = step * PROMPTS_PER_STEP % len(all_prompts)
+        prompts = all_prompts[start : start + PROMPTS_PER_STEP]
 
-        # 1. The pair decodes together; the text is the target's own, the blocks are the drafter's.
-        rollout = rollout_live(target, drafter, prompts, settings, DrawKeys(0, step, range(len(prompts))))
+        # 1. Target and drafter decode together: the text is the target's own, the blocks are the drafter's.
+        rollout = rollout_live(
+            target,
+            drafter,
+            prompts,
+            settings,
+            DrawKeys(seed=0, epoch=step, sample_ids=range(len(prompts))),
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_ids=target.eos_token_ids,
+        )
 
-        # 2. Every block of the chain is replayed: accepted slots, and those the target rejected.
+        # 2. Each block's slots are marked: those that the target accepted, and those that it rejected.
         blocks = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
 
-        # 3. The drafter drafts again from every anchor, now with gradient, on the recorded drafts.
+        # 3. The drafter drafts the same blocks again from the same anchors, now with gradient.
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-        hidden = drafter.draft_hidden(reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
+        hidden = run_blocks(drafter, reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
 
-        # 4. The target's states: verification has already seen every draft-induced state.
-        slot_decay = GAMMA ** torch.arange(hidden.shape[2], dtype=torch.float32)
+        # 4. Each slot learns from the target's state there, which verification has computed already: forward KL where
+        #    the target accepted, reverse KL with a decay over the slots where it rejected.
+        slot_decay = POSITION_DECAY ** torch.arange(hidden.shape[2], dtype=torch.float32)
         loss = torch.zeros(())
         for slots, loss_type, weights in (
             (blocks.is_accepted, "forward_kl", torch.ones_like(slot_decay)),
@@ -80,18 +98,17 @@ def main(target_path: str, drafter_path: str, prompts_path: str, num_steps: int)
                 draft_token_ids=drafter.draft_token_ids,
                 chunk_bytes=2**26,
             )
-            # 5. Each stream is a mean of its own; the two means weigh alike.
+            # 5. The loss is half the mean over accepted slots and half the mean over rejected ones.
             loss = loss + stream.total / row_weights.sum() / 2
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        counted = rollout.is_counted
-        tau = float((rollout.accepted[counted] + 1).float().mean())
+        tau = Counts.of_rollout(rollout).tau
         taus.append(tau)
         print(f"step {step}: loss {loss.item():.4f}, tau {tau:.3f}")
     return taus
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], num_steps=int(sys.argv[4]) if len(sys.argv) > 4 else 100)
+    main(*TrlParser((ExampleArguments,)).parse_args_and_config())

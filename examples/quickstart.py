@@ -1,16 +1,18 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The whole path in a few lines: a fresh drafter, SFT on the target's own answers, Draft-OPD, evaluation.
+The whole method in a few lines: a fresh drafter, SFT on its target's responses, Draft-OPD, evaluation.
 
-    python examples/quickstart.py TARGET PROMPTS.jsonl
+    python examples/quickstart.py --target Qwen/Qwen3-0.6B --dataset prompts.jsonl
 
-PROMPTS.jsonl holds one {"prompt": [{"role": "user", "content": "..."}]} per line.
+`prompts.jsonl` holds one {"prompt": [{"role": "user", "content": "..."}]} per line, more than 64 of them. Expect a
+table with tau, acceptance per slot, speed, and whether every output equals the target's own.
 """
 
-import sys
+from dataclasses import dataclass, field
 
 from datasets import load_dataset
 from rich import print
+from trl import TrlParser
 
 from trl_draft_opd import (
     DraftOPDConfig,
@@ -23,17 +25,27 @@ from trl_draft_opd import (
 )
 
 
-target = FrozenTarget.load(sys.argv[1])
-prompts = load_dataset("json", data_files=sys.argv[2], split="train").train_test_split(64, seed=0)
-drafter = Eagle3DraftModel.from_target(target)
+@dataclass
+class ExampleArguments:
+    """Flags of this script."""
 
-# The target answers every prompt once; both stages train on these answers.
-answers = {"responses": "answers"}
-sft = DraftSFTTrainer(drafter, target, DraftSFTConfig("drafter-sft", regenerate=True, **answers), prompts["train"])
-sft.train()
-opd = DraftOPDTrainer(drafter, target, DraftOPDConfig("drafter-opd", **answers), prompts["train"], prompts["test"])
-opd.train()
-opd.save_model()
+    target: str = field(metadata={"help": "Hub id or path of the target."})
+    dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
 
-held_out = [row["prompt_ids"] for row in opd.eval_dataset]
-print(evaluate_drafter(target, drafter, held_out).table("after Draft-OPD"))
+
+if __name__ == "__main__":
+    (args,) = TrlParser((ExampleArguments,)).parse_args_and_config()
+    target = FrozenTarget.load(args.target)
+    drafter = Eagle3DraftModel.from_target(target)
+    rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(64, seed=0)
+
+    # The target responds to every prompt once; both stages train on these responses.
+    config = DraftSFTConfig("drafter-sft", regenerate=True, responses="responses")
+    DraftSFTTrainer(drafter, target, config, rows["train"]).train()
+    config = DraftOPDConfig("drafter-opd", responses="responses")
+    trainer = DraftOPDTrainer(drafter, target, config, rows["train"], rows["test"])
+    trainer.train()
+    trainer.save_model()
+
+    held_out = [row["prompt_ids"] for row in trainer.eval_dataset]
+    print(evaluate_drafter(target, drafter, held_out).table("after Draft-OPD"))

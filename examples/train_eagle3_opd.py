@@ -1,11 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Improve EAGLE-3 by Draft-OPD: the drafter drafts along the answers of its target and learns from what the target rejects.
+Improve a trained drafter by Draft-OPD. The script is named for EAGLE-3 but takes a drafter of any family.
 
-    accelerate launch examples/train_eagle3_opd.py --target Qwen/Qwen3-4B --model drafter-sft \
-        --dataset prompts.jsonl --output_dir drafter-opd
+    accelerate launch examples/train_eagle3_opd.py --target Qwen/Qwen3-4B --drafter drafter-sft \
+        --dataset prompts.jsonl --responses responses --output_dir drafter-opd
 
-Start from a drafter whose supervised training has stopped rising; before that, more SFT gives as much.
+The drafter drafts along the target's responses and learns from what the target rejects. Expect tau on the held-out
+prompts before and after. Start from a drafter that SFT no longer improves: before that, more SFT gains as much.
 """
 
 from dataclasses import dataclass, field
@@ -18,23 +19,21 @@ from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer
 
 @dataclass
 class ExampleArguments:
-    """What this script asks for beside the training settings."""
+    """Flags of this script, besides the settings of the trainer."""
 
-    model: str = field(metadata={"help": "Hub id or path of the drafter, in any published layout."})
     target: str = field(metadata={"help": "Hub id or path of the target."})
+    drafter: str = field(metadata={"help": "Hub id or path of the drafter, in any published layout."})
     dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau before and after."})
 
 
 if __name__ == "__main__":
     args, config = TrlParser((ExampleArguments, DraftOPDConfig)).parse_args_and_config()
-    dataset = load_dataset("json", data_files=args.dataset, split="train").train_test_split(
-        args.num_eval_prompts, seed=0
-    )
-    trainer = DraftOPDTrainer(args.model, args.target, config, dataset["train"], dataset["test"])
+    rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
+    trainer = DraftOPDTrainer(args.drafter, args.target, config, rows["train"], rows["test"])
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]
-    trainer.save_model()
+    trainer.save_model()  # after the evaluation, so that the model card has its numbers
     if trainer.is_world_process_zero():
         print(f"tau on {args.num_eval_prompts} held-out prompts: {before:.3f} before, {after:.3f} after")

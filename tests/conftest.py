@@ -3,7 +3,8 @@
 What holds for every test: no network, nothing written outside temporary folders, one thread, fixed seeds.
 
 Two options decide which tests run: `--shared PATH` gives tests real text and a real small target (without it they are
-skipped, and say so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone. This file builds no model and no data: see `tiny.py`.
+skipped, and report so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone, those of
+the laboratory with `-m lab`. This file builds no model and no data: see `tiny.py`.
 """
 
 import gc
@@ -47,7 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--drafters",
         metavar="PATH",
         default=None,
-        help="Folder with trained drafters, eagle3/ and dflash/, for the tests against real engines. Without it they train short ones.",
+        help="Folder with trained drafters, eagle3/ and dflash/, for the tests against real engines. Without it they "
+        "train short ones.",
     )
     group.addoption("--run-slow", action="store_true", default=False, help="Run the tests marked slow too.")
 
@@ -66,6 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     runs = {
         "conformance": "conformance" in asked,
         "crash": "crash" in asked,
+        "lab": "lab" in asked,
         "slow": config.getoption("--run-slow") or "slow" in asked,
     }
     left_out = [name for name, is_asked in runs.items() if not is_asked]

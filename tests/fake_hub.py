@@ -29,7 +29,7 @@ class Repository:
 
     def head(self, branch: str) -> str:
         """Return the id of the last commit that changed a branch."""
-        numbers = [n for n, commit in enumerate(self.commits, 1) if commit["branch"] == branch and not commit["is_pr"]]
+        numbers = [n for n, commit in enumerate(self.commits, 1) if commit["branch"] == branch]
         return f"{numbers[-1] if numbers else 0:040d}"
 
     def branch_at(self, revision: str) -> str:
@@ -204,11 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(raw=repository.branches[branch][name], revision=repository.head(branch))
 
     def _commit(self, repository: Repository, name: str, branch: str, body: bytes) -> None:
-        is_pr = "create_pr=1" in self.path
-        files, commit = (
-            dict(repository.branches[branch]),
-            {"branch": branch, "is_pr": is_pr, "files": {}, "deleted": []},
-        )
+        files, commit = dict(repository.branches[branch]), {"branch": branch, "files": {}, "deleted": []}
         for line in filter(None, body.decode().split("\n")):
             entry = json.loads(line)
             value = entry["value"]
@@ -225,12 +221,11 @@ class _Handler(BaseHTTPRequestHandler):
                 commit["deleted"].append(value["path"])
                 files.pop(value["path"])
         repository.commits.append(commit)
-        if not is_pr:
-            repository.branches[branch] = files | commit["files"]
+        repository.branches[branch] = files | commit["files"]
         number = f"{len(repository.commits):040d}"
         url = f"{self.hub.endpoint}/{name}"
         done = {"commitOid": number, "commitUrl": f"{url}/commit/{number}", "hookOutput": "", "success": True}
-        self._answer(done | ({"pullRequestUrl": f"{url}/discussions/1"} if is_pr else {}))
+        self._answer(done)
 
 
 @contextmanager

@@ -6,15 +6,18 @@ Knows the target alone; how a drafter drafts is replaced, so both rollout engine
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import pytest
 import torch
 from datasets import Dataset
 from tiny import EOS, MASK, VOCAB, make_prompts
 from torch.nn.functional import one_hot
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.drafters.base import Drafter, Proposal
+from trl_draft_opd.drafters.base import Drafter, DraftState
 from trl_draft_opd.rollout import live
+from trl_draft_opd.rollout.replay import ReplayWalk
 
 
 def greedy_text(target: FrozenTarget, prompt: list[int], num_tokens: int) -> list[int]:
@@ -35,43 +38,55 @@ def planted_drafts(truth: list[int], anchor: int, num_drafts: int, wrong_positio
     ]
 
 
+@dataclass(frozen=True)
+class PlantedState(DraftState):
+    """Blocks of planted drafts."""
+
+    anchors: torch.Tensor
+
+
 def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callable[[int], set[int]]) -> None:
-    """Make live rollouts, replay and redrafting draft along `truths`, wrong at the positions `wrong(row)` names."""
+    """Make live rollouts and replay draft along `truths`, wrong at the positions `wrong(row)` names."""
 
-    def blocks(rows: list[int], anchors: torch.Tensor, num_drafts: int) -> Proposal:
+    def at_slot(anchors, slot):
         drafts = [
-            [planted_drafts(truths[row], anchor, num_drafts, wrong(row)) for anchor in row_anchors]
-            for row, row_anchors in zip(rows, anchors.tolist(), strict=True)
+            [planted_drafts([*truth, *[0] * slot], anchor, slot, wrong(row))[-1] for anchor in anchors[row].tolist()]
+            for row, truth in enumerate(truths)
         ]
-        return Proposal(torch.tensor(drafts, device=anchors.device), None)
+        # The hidden state is the draft itself; the head below turns it into logits.
+        return PlantedState(slot, torch.tensor(drafts, dtype=torch.float32)[..., None], None, anchors)
 
-    def draft_along(context, anchor_positions, anchor_tokens, num_drafts, embed, decide):
+    def begin(context, anchors, anchor_tokens, num_drafts, embed):
         # Padding repeats an early anchor; anchors near a truth's end are asked for fewer slots.
-        anchors = torch.stack([anchor_positions[row].clamp(1, len(truth) - 1) for row, truth in enumerate(truths)])
-        for slot in range(1, num_drafts + 1):
-            drafts = [
-                [
-                    planted_drafts([*truth, *[0] * num_drafts], anchor, slot, wrong(row))[-1]
-                    for anchor in anchors[row].tolist()
-                ]
-                for row, truth in enumerate(truths)
-            ]
-            # The hidden state is the draft itself; the head below turns it into logits.
-            decided = decide(torch.tensor(drafts, dtype=torch.float32)[..., None], slot)
-            if decided is None:
-                return
-            anchors = anchors if decided[1] is None else anchors.gather(1, decided[1].clamp(min=0))
+        return at_slot(torch.stack([anchors[row].clamp(1, len(truth) - 1) for row, truth in enumerate(truths)]), 1)
 
-    monkeypatch.setattr(drafter, "draft_along", draft_along, raising=False)
-    monkeypatch.setattr(
-        drafter, "draft_logits", lambda hidden, project: one_hot(hidden[..., 0].long(), VOCAB).float(), raising=False
-    )
-    # A live batch loses rows as they end; it alone knows which are left.
-    monkeypatch.setattr(
-        live._LiveBatch,
-        "_propose",
-        lambda self, anchors: blocks(self.active, anchors[:, None], self.settings.num_drafts),
-    )
+    def advance(state, tokens, columns=None):
+        anchors = state.anchors if columns is None else state.anchors.gather(1, columns.clamp(min=0))
+        return at_slot(anchors, state.slot + 1)
+
+    def draft_logits(hidden, project):
+        return one_hot(hidden[..., 0].long(), VOCAB).float()
+
+    def planted(method):
+        def run(walk, *args):
+            # Only while it is replayed: what is trained is the drafter itself.
+            with pytest.MonkeyPatch.context() as patch:
+                for own in (begin, advance, draft_logits):
+                    patch.setattr(drafter, own.__name__, own)
+                return method(walk, *args)
+
+        return run
+
+    for name in ("draft", "_draft_suffixes"):
+        monkeypatch.setattr(ReplayWalk, name, planted(getattr(ReplayWalk, name)))
+
+    def draft_live(batch, anchors):
+        # A live batch loses rows as they end; it alone knows which are left.
+        rows = zip(batch.active, anchors.tolist(), strict=True)
+        drafts = [planted_drafts(truths[row], anchor, batch.settings.num_drafts, wrong(row)) for row, anchor in rows]
+        return torch.tensor(drafts, device=anchors.device), None
+
+    monkeypatch.setattr(live._LiveBatch, "_draft", draft_live)
 
 
 def greedy_rows(target: FrozenTarget, count: int, num_tokens: int) -> Dataset:

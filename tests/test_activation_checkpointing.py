@@ -12,6 +12,7 @@ from trl import TrlParser
 
 from benchmarks.counters import PeakBytes
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.trainer.pair import compile_drafter
 
 
@@ -48,7 +49,7 @@ def switch(drafter, state):
     getattr(drafter, f"{name}_{state}")()
 
 
-def run_blocks(drafter, target):
+def run_some_blocks(drafter, target):
     """Return the hidden states of 49 blocks per row, one row shorter than the others."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(7, VOCAB, (3, 60), generator=generator)
@@ -56,7 +57,7 @@ def run_blocks(drafter, target):
     anchors[1, 40:] = -1
     drafts = torch.randint(7, VOCAB, (3, 49, 4), generator=generator)
     reading = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids)
-    return drafter.draft_hidden(reading.features, ids, anchors, drafts, target.embed)
+    return run_blocks(drafter, reading.features, ids, anchors, drafts, target.embed)
 
 
 def count_steps(monkeypatch, drafter, family):
@@ -71,7 +72,7 @@ def gradients(drafter, target, bf16=False):
     """Return states, gradients, and the most bytes alive in forward and backward."""
     with PeakBytes() as counter:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            hidden = run_blocks(drafter, target)
+            hidden = run_some_blocks(drafter, target)
         hidden.float().pow(2).sum().backward()
     found = {name: p.grad for name, p in drafter.named_parameters() if p.grad is not None}
     return hidden.detach(), found, counter.peak
@@ -102,15 +103,15 @@ def test_layers_are_run_again_for_a_gradient_alone(monkeypatch, target, family):
     switch(drafter, "enable")
     calls = count_steps(monkeypatch, drafter, family)
     num_steps = 4 if family == "eagle3" else 2
-    run_blocks(drafter.eval(), target).sum().backward()
+    run_some_blocks(drafter.eval(), target).sum().backward()
     assert len(calls) == num_steps
     with torch.no_grad():
-        run_blocks(drafter.train(), target)
+        run_some_blocks(drafter.train(), target)
     assert len(calls) == 2 * num_steps
-    run_blocks(drafter, target).sum().backward()
+    run_some_blocks(drafter, target).sum().backward()
     assert len(calls) == 4 * num_steps
     switch(drafter, "disable")
-    run_blocks(drafter, target).sum().backward()
+    run_some_blocks(drafter, target).sum().backward()
     assert len(calls) == 5 * num_steps
 
 

@@ -9,11 +9,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import rollouts
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
 from oracle import greedy_text
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model_state_dict
+from rollouts import Options
 from safetensors.torch import load_file
 from test_export import make_variant
 from tiny import EOS, MASK, TINY_RUN, make_prompts, make_target
@@ -26,10 +28,10 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
-from trl_draft_opd.rollout.replay import ReplaySettings, rollout_replay
 from trl_draft_opd.trainer import adapters
 from trl_draft_opd.trainer.adapters import (
     adapt_drafter,
@@ -38,7 +40,7 @@ from trl_draft_opd.trainer.adapters import (
     merged_drafter,
     save_drafter,
 )
-from trl_draft_opd.trainer.step import SlotRules, StreamSettings, step_loss, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 from trl_draft_opd.trainer.texts import join_responses
 
 
@@ -136,17 +138,9 @@ def clones(model):
 
 
 def replay(target, drafter, text, **changes):
-    settings = {
-        "num_drafts": 4,
-        "sampling": SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
-        "draft_sampling": "greedy",
-        "keep_branch_hidden": True,
-        "seed": 0,
-        "epoch": 0,
-        "segment_length": 4,
-        "chunk_bytes": 2**20,
-    }
-    return rollout_replay(target, drafter, text, ReplaySettings(**settings | changes))
+    return rollouts.replay(
+        target, drafter, text, Options(**{"keep_branch_hidden": True, "segment_length": 4} | changes)
+    )
 
 
 def hand_merged(adapted):
@@ -198,7 +192,7 @@ def test_a_fresh_adapter_changes_no_bit_of_what_is_drafted(target, bases, text, 
     features = target.read_text(text.input_ids, text.attention_mask, plain.config.target_layer_ids).features
     outputs = [
         drafter.draft_logits(
-            drafter.draft_hidden(features, text.input_ids, anchors, drafts, target.embed), target.project
+            run_blocks(drafter, features, text.input_ids, anchors, drafts, target.embed), target.project
         )
         for drafter in (plain, adapted)
     ]
@@ -242,8 +236,8 @@ def test_gradients_are_those_of_merged_weights(target, bases, text, variant, opt
     anchors = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=[EOS])
     streams = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 1.0, 0.8)}
     sums = weight_sums([anchors], streams, plain.draft_token_ids)
-    arguments = (target, text.input_ids, text.attention_mask, anchors, rollout.branch_hidden, streams, sums, 4096)
-    arguments += (None, SlotRules(d_pace, False))
+    batch, objective = PreparedBatch(text, rollout, anchors, None), Objective(streams, SlotRules(d_pace), 4096, sums)
+    arguments = (target, batch, objective)
     loss = step_loss(adapted, *arguments).loss
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     found = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
@@ -301,7 +295,8 @@ def test_the_adapters_dropout_reaches_the_loss_in_training_alone(target, bases, 
         text.input_ids, text.completion_mask, [0, 1, 2, 3], num_anchors=3, num_drafts=4, seed=0, epoch=0
     )
     streams = {"accepted": StreamSettings("forward_kl", 1.0, 1.0)}
-    arguments = (target, text.input_ids, text.attention_mask, anchors, None, streams, torch.ones(3), 2**20)
+    objective = Objective(streams, SlotRules(), 2**20, torch.ones(3))
+    arguments = (target, PreparedBatch(text, None, anchors, None), objective)
     losses = {}
     for mode in (True, False):
         adapted.train(mode)
@@ -432,7 +427,7 @@ def test_an_adapter_whose_drafter_is_gone_says_how_to_give_it(tmp_path, bases):
 
 REFUSED = {
     "prompt learning": (PrefixTuningConfig(num_virtual_tokens=2), "is a PrefixTuningConfig"),
-    "another method": (IA3Config(), "takes `peft.LoraConfig` alone"),
+    "another method": (IA3Config(), "takes `peft.LoraConfig` only"),
     "a task": (LoraConfig(task_type="CAUSAL_LM"), "leave `task_type` out"),
     "rewritten weights": (LoraConfig(init_lora_weights="pissa"), "'pissa' rewrites the drafter's own weights"),
     "replication": (LoraConfig(layer_replication=[(0, 1)]), r"sets \['layer_replication'\]"),

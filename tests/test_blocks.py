@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_draft_opd.rollout.acceptance import settle_blocks
-from trl_draft_opd.rollout.blocks import mark_slots, random_anchors, sample_anchors
+from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
 from trl_draft_opd.rollout.types import Rollout
 
 
@@ -173,31 +173,3 @@ def test_sampled_anchors_are_distinct_eligible_and_as_many_as_asked_for():
     assert seen == set(range(5, 29))
     assert chosen(sample(ids, mask, [0], num_anchors=None), 0) == list(range(5, 29))
     assert chosen(sample(ids, mask, [0], num_anchors=100), 0) == list(range(5, 29))
-
-
-# -- random anchors ----------------------------------------------------------------------------------------------------
-
-
-def test_random_anchors_are_as_many_as_the_chain_distinct_and_inside_the_response():
-    rollout, seen = make_rollout(ROUNDS), set()
-    for epoch in range(40):
-        anchors = random_anchors(rollout, [0], seed=0, epoch=epoch)
-        assert anchors.shape == rollout.anchors.shape and anchors[0, 4] == -1
-        kept = anchors[0, :4].tolist()
-        assert kept == sorted(set(kept))
-        seen |= set(kept)
-    # From the first response token to the last but one: an anchor needs a token behind it.
-    assert seen == set(range(PROMPT, PROMPT + len(RESPONSE) - 1))
-
-
-def test_random_anchors_are_keyed_by_seed_epoch_and_sample():
-    rollout = make_rollout(ROUNDS)
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    draws = [random_anchors(rollout, [s], seed=seed, epoch=epoch).tolist() for seed, epoch, s in keys]
-    assert draws[0] == random_anchors(rollout, [0], seed=0, epoch=0).tolist()
-    assert len({str(draw) for draw in draws}) == 4
-
-
-def test_a_response_without_room_has_no_random_anchor():
-    rollout = make_rollout([(0, [U] * 5, 0)], response=[30])
-    assert (random_anchors(rollout, [0], seed=0, epoch=0) == -1).all()

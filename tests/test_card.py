@@ -6,21 +6,21 @@ import logging
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from test_record import CANARIES, make_record
 from tiny import make_drafter, make_target
 
-from trl_draft_opd.export import export_drafter
+from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
 from trl_draft_opd.export.card import CARD_FILE, CURVE_FILE, plain, write_card
-from trl_draft_opd.export.flat import flat_config
 from trl_draft_opd.export.record import read_record
+from trl_draft_opd.export.serving import serving_settings
 
 
 FAMILIES = ("eagle3", "dflash")
-LAYOUTS = {"eagle3": ["flat", "speculators"], "dflash": ["flat", "speculators", "transformers"]}
+LAYOUTS = {"eagle3": ("flat", "speculators"), "dflash": ("flat", "speculators", "transformers")}
 UNKNOWN = ("Not measured yet.", "Not recorded.", "Not estimated", "Not compared with plain decoding yet.")
 
 
@@ -33,11 +33,12 @@ def target():
 def card(target, tmp_path):
     """Write a card and return it parsed."""
 
-    def write(family="eagle3", **options):
-        config = flat_config(make_drafter(family, target), target_id="org/target", dtype=torch.bfloat16)
+    def write(family="eagle3", target_id=None, architectures=(), **options):
+        described = TargetOfExport(target_id, SimpleNamespace(architectures=architectures))
         record = make_record(family=family)
-        defaults = {"record": record, "repo_id": f"org/tiny-{family}", "layouts": LAYOUTS[family]}
-        write_card(tmp_path, config=config, **defaults | options)
+        facts = {"record": record, "repo_id": f"org/tiny-{family}", "layouts": LAYOUTS[family], "target": described}
+        publication = Publication.of(make_drafter(family, target), **facts | options)
+        write_card(tmp_path, publication, serving_settings(publication))
         return ModelCard.load(tmp_path / CARD_FILE)
 
     return write
@@ -64,7 +65,7 @@ def test_the_metadata_is_what_the_hub_finds_drafters_by(card, family):
 
 
 def test_a_speculators_repository_says_so_in_its_metadata(card):
-    written = card(layouts=["speculators"])
+    written = card(layouts=("speculators",))
     assert written.data.library_name == "speculators"
     assert not {"sglang", "custom_generate"} & set(written.data.tags)
     assert "```bash\nvllm serve org/tiny-eagle3\n```" in written.text
@@ -72,10 +73,10 @@ def test_a_speculators_repository_says_so_in_its_metadata(card):
 
 
 def test_a_tag_goes_with_an_engine_that_can_load_it(card):
-    written = card("dflash", target_architectures=["Qwen2ForCausalLM"])
+    written = card("dflash", architectures=["Qwen2ForCausalLM"])
     assert "sglang" not in written.data.tags and "sglang.launch_server" not in written.text
     assert "hands out no layers to DFlash" in written.text
-    assert "sglang" in card("eagle3", target_architectures=["Qwen2ForCausalLM"]).data.tags
+    assert "sglang" in card("eagle3", architectures=["Qwen2ForCausalLM"]).data.tags
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_results_stand_with_interval_slots_and_how_they_were_decoded(card):
         "float32, batch 1, at most 64 tokens",
     ]
     assert "50 of 50 greedy outputs on org/prompts:test equal the target's own (float32)." in written.text
-    assert "trl-draft-opd verify org/tiny-eagle3 --target org/target --prompts" in written.text
+    assert "trl-draft-opd verify --drafter org/tiny-eagle3 --target org/target --dataset" in written.text
 
 
 def test_outputs_that_differ_are_not_called_equal(card):
@@ -166,7 +167,7 @@ def test_a_card_without_a_record_says_what_is_not_known(card, family):
     assert all(text in written.text for text in UNKNOWN)
     assert written.data.base_model is None and written.data.license is None and written.data.datasets is None
     assert "Trained with" not in written.text and "tau is the accepted length" not in written.text
-    assert "ORG/NAME-" in written.text and "Put the real repository" in written.text
+    assert "ORG/NAME-" in written.text and "Put the real name" in written.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,9 +209,10 @@ def test_a_path_or_sentence_is_no_name_of_a_repository(card, tmp_path, canary):
 
 
 def test_a_local_target_in_the_config_does_not_reach_the_card(target, tmp_path):
-    config = flat_config(make_drafter("eagle3", target), target_id=None, dtype=torch.bfloat16)
-    config |= {"target_model_name_or_path": CANARIES[0], "_name_or_path": CANARIES[0], "note": CANARIES[2]}
-    write_card(tmp_path, config=config, record=None, repo_id=None, layouts=["flat"])
+    drafter = make_drafter("eagle3", target)
+    drafter.config.target_model_name_or_path = drafter.config.name_or_path = CANARIES[0]
+    publication = Publication.of(drafter, layouts=("flat",))
+    write_card(tmp_path, publication, serving_settings(publication))
     assert "canary" not in (tmp_path / CARD_FILE).read_text("utf-8").lower()
 
 
@@ -282,9 +284,9 @@ def test_a_second_stage_goes_on_where_the_first_ended(card, monkeypatch):
 
 def test_an_export_carries_record_card_and_settings_that_agree(target, tmp_path):
     drafter = make_drafter("eagle3", target)
-    options = {"embedding": target.causal_lm.get_input_embeddings().weight, "target_id": "org/target"}
+    described = TargetOfExport("org/target", embedding=target.causal_lm.get_input_embeddings().weight)
     record = make_record()
-    export_drafter(drafter, tmp_path / "out", record=record, repo_id="org/tiny-eagle3", **options)
+    export_drafter(drafter, tmp_path / "out", record=record, repo_id="org/tiny-eagle3", target=described)
     assert read_record(tmp_path / "out") == record
     settings = json.loads((tmp_path / "out" / "speculative_config.json").read_text("utf-8"))
     text = ModelCard.load(tmp_path / "out" / CARD_FILE).text

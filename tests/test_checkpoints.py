@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import VOCAB, make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
 
 
@@ -72,7 +73,7 @@ def run(drafter):
     drafts = torch.randint(4, VOCAB, (2, 3, drafter.default_num_drafts), generator=generator)
     anchors = torch.tensor([[1, 5, 8], [2, 3, 7]])
     with torch.no_grad():
-        return drafter.draft_hidden(features, input_ids, anchors, drafts, TARGET.embed)
+        return run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""The command line: what it refuses and how it says so, and each command once on a tiny pair, offline."""
+"""The command line: what it refuses and with which message, and each command once on a tiny pair, offline."""
 
 import json
 import re
@@ -14,22 +14,13 @@ from tiny import make_causal_lm, make_target, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, __version__, evaluate_drafter
 from trl_draft_opd.cli import COMMANDS, main
+from trl_draft_opd.cli.arguments import parse
+from trl_draft_opd.cli.decoding import EvaluateArguments
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.cli.training import make_drafter
 
 
 TRAINING = "--max_steps 1 --warmup_steps 0 --use_cpu --report_to none --save_strategy no --disable_tqdm true".split()
-
-REQUIRED = {
-    "--help",
-    "--target",
-    "--drafter",
-    "--dataset",
-    "--output",
-    "--family",
-    "--repo_id",
-    "--no_remove_unused_columns",
-}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def drafter_folder(target_folder: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:
-    """Run a command that a user got wrong and return the one line it says."""
+    """Run a command that a user got wrong and return the one line that it prints."""
     capsys.readouterr()
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -67,7 +58,7 @@ def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     return error
 
 
-# ---- what needs no model ----------------------------------------------------------------------------------------------
+# ---- what needs no model --------------------------------------------------------------------------------------------
 
 
 def test_help_and_version_load_no_heavy_library():
@@ -162,21 +153,47 @@ def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytes
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_has_a_help_text_both_spellings_and_its_default(command: str, capsys: pytest.CaptureFixture):
+def test_every_flag_has_a_help_text_and_a_default_or_is_required(command: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    flags = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("options:")[2])[1:]
+    groups = capsys.readouterr().out.split("\n\n")
+    flags = [text for group in groups for text in re.split(r"\n  (?=-)", group)[1:]]
     assert len(flags) > 4
     for text in flags:
-        names, words = re.findall(r"--[\w-]+", text.split("  ")[0]), " ".join(text.split())
-        assert [name for name in names if "_" in name] == [] or any("-" in name[2:] for name in names), text
-        is_required = "(default: " not in words
-        assert is_required <= any(name in REQUIRED for name in names), text
-        assert len(re.sub(r"\(default:.*|-\S+|\b[A-Z_]{2,}\b|\W", "", words)) > 8, text
+        name, words = re.search(r"--[\w-]+", text).group(), " ".join(text.split())
+        assert "_" not in name
+        has_value = "(default: " in words or "(required)" in words
+        assert has_value or name == "--help" or name.startswith("--no-"), text
+        assert len(re.sub(r"\(default:.*|\(required.*|-\S+|\b[A-Z_]{2,}\b|\W", "", words)) > 8, text
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+def test_help_lists_the_command_own_flags_first_and_those_of_transformers_last(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    groups = re.findall(r"^(\w.*):$", capsys.readouterr().out, flags=re.M)
+    assert groups == [
+        "options",
+        "drafter",
+        "target and data",
+        "LoRA",
+        "fresh drafter",
+        "settings of DraftSFTConfig",
+        "settings of TrainingArguments",
+    ]
+
+
+def test_a_flag_is_accepted_with_hyphens_and_with_underscores():
+    words = ["--target", "t", "--drafter", "d", "--dataset", "r"]
+    hyphens, underscores = (
+        parse("evaluate", [EvaluateArguments], [*words, name, "7"])
+        for name in ("--max-new-tokens", "--max_new_tokens")
+    )
+    assert hyphens == underscores
+    assert hyphens[0].max_new_tokens == 7
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_come_from_files_and_saved_folders_alike(tmp_path: Path, rows_file: str):
@@ -196,7 +213,7 @@ def test_rows_come_from_files_and_saved_folders_alike(tmp_path: Path, rows_file:
         load_rows(str(tmp_path / "none.json"), None, "train")
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+# ---- commands -------------------------------------------------------------------------------------------------------
 
 
 def test_unset_options_of_a_fresh_drafter_are_the_library_own():
@@ -207,7 +224,7 @@ def test_unset_options_of_a_fresh_drafter_are_the_library_own():
 
 
 def test_an_option_of_the_other_family_is_refused():
-    with pytest.raises(ValueError, match=r"\['ttt_steps'\] mean nothing to a drafter of family 'dflash'"):
+    with pytest.raises(ValueError, match=r"\['ttt_steps'\] are not options of a 'dflash' drafter"):
         make_drafter(make_target(), "dflash", {"ttt_steps": 3, "target_layer_ids": [1]}, None)
     with pytest.raises(ValueError, match="got 'medusa'"):
         make_drafter(make_target(), "medusa", {}, None)
@@ -225,7 +242,7 @@ def test_init_with_the_same_seed_makes_the_same_drafter(drafter_folder: str, tar
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_sft_makes_an_eagle3_drafter_with_the_commonest_tokens(
+def test_sft_makes_an_eagle3_drafter_with_the_most_frequent_tokens(
     target_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     config = tmp_path / "sft.yaml"
@@ -240,17 +257,8 @@ def test_sft_makes_an_eagle3_drafter_with_the_commonest_tokens(
     assert "Draft vocabulary of 12 tokens covers" in capsys.readouterr().out
 
 
-def test_opd_goes_on_from_a_drafter_and_changes_it(
-    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path
-):
-    words = [
-        "--drafter",
-        drafter_folder,
-        "--target",
-        target_folder,
-        "--dataset",
-        rows_file,
-    ]
+def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
+    words = ["--drafter", drafter_folder, "--target", target_folder, "--dataset", rows_file]
     limits = ["--max_completion_length", "12", "--eval-split", "train[:1]", "--eval_strategy", "steps"]
     assert main(["opd", *words, *limits, "--output_dir", str(tmp_path), *TRAINING]) == 0
     before, after = (AutoDrafter.from_pretrained(folder).state_dict() for folder in (drafter_folder, tmp_path))
@@ -279,17 +287,7 @@ def test_evaluate_passes_the_sampling_distribution_on(
     target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path
 ):
     path = tmp_path / "report.json"
-    distribution = [
-        "--temperature",
-        "0.7",
-        "--top-k",
-        "5",
-        "--draft-sampling",
-        "sample",
-        "--seed",
-        "4",
-        "--ignore-eos",
-    ]
+    distribution = "--temperature 0.7 --top-k 5 --draft-sampling sample --seed 4 --ignore-eos".split()
     assert _evaluate(target_folder, drafter_folder, rows_file, *distribution, "--json", str(path)) == 0
     report = json.loads(path.read_text("utf-8"))
     assert report["temperature"] == 0.7
@@ -328,7 +326,7 @@ def test_a_dataset_of_the_library_is_read_like_any_other(tmp_path: Path):
         load_rows(str(tmp_path / "saved"), None, "validation")
 
 
-# ---- publishing -------------------------------------------------------------------------------------------------------
+# ---- publishing -----------------------------------------------------------------------------------------------------
 
 
 def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
@@ -360,17 +358,8 @@ def test_an_export_from_the_shell_loads_and_says_what_it_left_out(
     ],
 )
 def test_an_export_refuses_what_nobody_could_read(target_folder, drafter_folder, tmp_path, capsys, flags, message):
-    words = [
-        "export",
-        "--drafter",
-        drafter_folder,
-        "--target",
-        target_folder,
-        "--output",
-        str(tmp_path / "out"),
-        *flags,
-    ]
-    assert message in _error(words, capsys)
+    words = ["--drafter", drafter_folder, "--target", target_folder, "--output", str(tmp_path / "out")]
+    assert message in _error(["export", *words, *flags], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -379,7 +368,7 @@ def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder
     assert "cannot be the name" in _error(["push", "--drafter", drafter_folder, "--repo-id", "org/../x"], capsys)
 
 
-# ---- adapters ---------------------------------------------------------------------------------------------------------
+# ---- adapters -------------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_trained_by_flags_and_exported_merged(

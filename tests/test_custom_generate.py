@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rollouts import Options, decode
 from safetensors.torch import load_file, save_file
 from test_export import export, make_variant
 from tiny import EOS, PAD, make_drafter, make_prompts, make_target
@@ -30,11 +31,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate
 from trl_draft_opd.rollout.blocks import sample_anchors
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
 class Collected:
@@ -83,7 +83,7 @@ def make_trained(target):
         is_response = (torch.arange(text.shape[1]) >= start)[None]
         features = target.read_text(text, mask, drafter.config.target_layer_ids).features
         anchors = sample_anchors(text, is_response, [0], num_anchors=None, num_drafts=4, seed=0, epoch=0)
-        hidden = drafter.draft_hidden(features, text, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, text, anchors.anchors, anchors.drafts, target.embed)
         logits = drafter.draft_logits(hidden, target.project)[anchors.is_accepted]
         loss = torch.nn.functional.cross_entropy(logits, anchors.labels[anchors.is_accepted])
         optimizer.zero_grad()
@@ -155,11 +155,10 @@ def blocks_of(model):
 @pytest.mark.parametrize("variant", ["eagle3", "eagle3-reduced", "eagle3-norms", "eagle3-prenorms", "trained"])
 def test_text_is_the_targets_own_and_rounds_are_ours_draft_by_draft(target, folders, variant):
     model, drafter = target.causal_lm, AutoDrafter.from_pretrained(folders[variant])
-    greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    settings = LiveSettings(4, 24, greedy, "greedy", target.eos_token_ids, False)
+    options = Options(4, eos_token_ids=target.eos_token_ids)
     accepted = 0
     for prompt in (*TRAINED_ON, [17]):
-        rollout = rollout_live(target, drafter, [prompt], settings, DrawKeys(0, 0, [0]))
+        rollout = decode(target, drafter, [prompt], options)
         own = model.generate(as_ids(prompt), max_new_tokens=24, do_sample=False)
         with blocks_of(model) as blocks:
             text = speculate(model, as_ids(prompt), folders[variant], max_new_tokens=24, do_sample=False)

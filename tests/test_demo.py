@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_draft_opd import AutoDrafter
 from trl_draft_opd.demo.corpus import KINDS, write_chats
-from trl_draft_opd.demo.pair import train_target, train_tokenizer
 from trl_draft_opd.demo.run import DemoSettings, run_demo
+from trl_draft_opd.demo.tiny_target import TinyTargetSettings, train_target, train_tokenizer
 
 
 MINIATURE = {
@@ -27,11 +27,7 @@ MINIATURE = {
     "sft_epochs": 2,
     "opd_epochs": 2,
     "batch_size": 8,
-    "num_chats": 56,
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "target_steps": 6,
-    "target_batch_size": 4,
+    "tiny": TinyTargetSettings(num_chats=56, vocab_size=300, hidden_size=32, num_steps=6, batch_size=4),
 }
 
 
@@ -46,7 +42,7 @@ def _ages(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- corpus -----------------------------------------------------------------------------------------------------------
+# ---- corpus ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_writes_the_same_chats():
@@ -115,7 +111,7 @@ def test_the_code_of_the_answers_runs_and_does_what_it_says():
         assert function(items) == expected
 
 
-# ---- target -----------------------------------------------------------------------------------------------------------
+# ---- target ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_tokenizer_gives_back_every_text():
@@ -139,10 +135,10 @@ def test_the_template_ends_turns_with_eos_and_keeps_the_mask_free():
 
 
 def test_a_trained_target_is_an_ordinary_checkpoint_that_has_learnt(tmp_path: Path):
-    options = {"vocab_size": 300, "hidden_size": 32, "batch_size": 8, "learning_rate": 1e-2, "seed": 0}
+    settings = TinyTargetSettings(vocab_size=300, hidden_size=32, batch_size=8, learning_rate=1e-2)
     chats = write_chats(56, 0)
-    early = train_target(chats, tmp_path, num_steps=2, **options)
-    late = train_target(chats, tmp_path, num_steps=40, **options)
+    early = train_target(chats, tmp_path, replace(settings, num_steps=2), seed=0)
+    late = train_target(chats, tmp_path, replace(settings, num_steps=40), seed=0)
     assert late < early - 1
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert (model.config.model_type, model.config.num_hidden_layers) == ("qwen3", 8)
@@ -150,7 +146,7 @@ def test_a_trained_target_is_an_ordinary_checkpoint_that_has_learnt(tmp_path: Pa
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-# ---- run --------------------------------------------------------------------------------------------------------------
+# ---- run ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_drafters_plot_and_numbers(finished: tuple[DemoSettings, dict]):
@@ -197,12 +193,14 @@ def test_a_second_run_reuses_finished_phases_and_changed_ones_run_again(
     assert again["opd"]["accepted_sums"] == results["opd"]["accepted_sums"]
     kept = {name for name, age in _ages(settings.output).items() if age == first.get(name)}
     assert set(first) - kept == {"results.json", "demo.png"}
-    # Another family needs another drafter, but neither another target nor other responses. An interrupted phase is repeated.
+    # Another family needs another drafter, but neither another target nor other responses. An interrupted phase is
+    # repeated.
     (settings.output / "drafter-sft" / "settings.json").rename(settings.output / "drafter-sft" / "unfinished")
     capsys.readouterr()
     results = run_demo(replace(settings, family="eagle3"), None)
     printed = capsys.readouterr().out
     assert printed.count("already in") == 2
+    assert "WARNING" not in printed
     for word in ("tau", "gain in tau", "kept per slot", "equal outputs", "speed"):
         assert word in printed
     assert AutoDrafter.from_pretrained(settings.output / "drafter-opd").config.family == "eagle3"

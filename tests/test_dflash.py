@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MuseGlimmerAssistantConf
 from transformers.cache_utils import DFlashCache
 
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel, SamplingSettings
-from trl_draft_opd.rollout.sampler import greedy_chooser, sampling_chooser
+from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
 
 
 TARGET = make_target("llama")
@@ -55,12 +56,12 @@ def no_drafts(num_drafts=BLOCK - 1):
     return torch.zeros(*ANCHORS.shape, num_drafts, dtype=torch.long)
 
 
-def propose(drafter, features, input_ids, anchors, num_drafts, choose):
-    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+def draft(drafter, features, input_ids, anchors, num_drafts, uniforms=None, temperature=0.0):
+    """Return drafts and their distributions: argmax, or drawn with the uniforms at the temperature."""
     with torch.no_grad():
-        context = drafter.encode_context(features, TARGET.embed(input_ids), positions)
-    tokens = input_ids.gather(1, anchors)
-    return drafter.propose(context, anchors, tokens, num_drafts, TARGET.embed, TARGET.project, choose)
+        context = drafter.encode_text(features, input_ids, TARGET.embed)
+    settings = DraftingSettings(num_drafts, SamplingSettings(temperature, 0, 1.0), "greedy", False)
+    return draft_blocks(TARGET, drafter, context, anchors, input_ids.gather(1, anchors), settings, uniforms)
 
 
 # -- packed blocks equal one block at a time ---------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_packed_blocks_equal_the_native_forward_of_each(block_size):
     drafter = make_dflash(block_size=block_size)
     input_ids, features = make_text()
     with torch.no_grad():
-        hidden = drafter.draft_hidden(features, input_ids, ANCHORS, no_drafts(block_size - 1), TARGET.embed)
+        hidden = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(block_size - 1), TARGET.embed)
         assert hidden.shape == (*ANCHORS.shape, block_size - 1, 32)
         for row, block in (ANCHORS >= 1).nonzero().tolist():
             anchor = int(ANCHORS[row, block])
@@ -111,9 +112,7 @@ def test_packed_blocks_equal_the_native_forward_with_a_growing_cache():
     chain = [3, 4, 8, 11]
     with torch.no_grad():
         native = native_chain(drafter, features[0], input_ids[0], chain, embed_block)
-        packed = drafter.draft_hidden(
-            features[:1], input_ids[:1], torch.tensor([chain]), no_drafts()[:1], TARGET.embed
-        )
+        packed = run_blocks(drafter, features[:1], input_ids[:1], torch.tensor([chain]), no_drafts()[:1], TARGET.embed)
     torch.testing.assert_close(packed[0], native, **TOLERANCE)
 
 
@@ -175,9 +174,7 @@ def test_the_drafter_computes_what_transformers_own_model_computes():
     with torch.no_grad():
         theirs = native_chain(assistant, features[1], input_ids[1], chain, embed_block)
         ours = native_chain(drafter, features[1], input_ids[1], chain, embed_block)
-        packed = drafter.draft_hidden(
-            features[1:], input_ids[1:], torch.tensor([chain]), no_drafts()[:1], TARGET.embed
-        )
+        packed = run_blocks(drafter, features[1:], input_ids[1:], torch.tensor([chain]), no_drafts()[:1], TARGET.embed)
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     torch.testing.assert_close(packed[0], theirs, **TOLERANCE)
 
@@ -189,11 +186,11 @@ def test_a_context_token_is_visible_iff_it_stands_before_the_anchor():
     drafter = make_dflash()
     input_ids, features = make_text()
     with torch.no_grad():
-        clean = drafter.draft_hidden(features, input_ids, ANCHORS, no_drafts(), TARGET.embed)
+        clean = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(), TARGET.embed)
         for position in range(L):
             changed = features.clone()
             changed[:, position] += 3
-            hidden = drafter.draft_hidden(changed, input_ids, ANCHORS, no_drafts(), TARGET.embed)
+            hidden = run_blocks(drafter, changed, input_ids, ANCHORS, no_drafts(), TARGET.embed)
             moved = (hidden != clean).flatten(2).any(dim=-1)
             assert torch.equal(moved, (position < ANCHORS) & (ANCHORS >= 1))
 
@@ -202,13 +199,13 @@ def test_a_block_reads_no_token_but_its_anchors():
     drafter = make_dflash()
     input_ids, features = make_text()
     with torch.no_grad():
-        clean = drafter.draft_hidden(features, input_ids, ANCHORS, no_drafts(), TARGET.embed)
+        clean = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(), TARGET.embed)
         recorded = torch.randint(4, VOCAB, no_drafts().shape)
-        assert torch.equal(drafter.draft_hidden(features, input_ids, ANCHORS, recorded, TARGET.embed), clean)
+        assert torch.equal(run_blocks(drafter, features, input_ids, ANCHORS, recorded, TARGET.embed), clean)
         for position in range(L):
             ids = input_ids.clone()
             ids[:, position] = (ids[:, position] + 1) % VOCAB
-            hidden = drafter.draft_hidden(features, ids, ANCHORS, no_drafts(), TARGET.embed)
+            hidden = run_blocks(drafter, features, ids, ANCHORS, no_drafts(), TARGET.embed)
             moved = (hidden != clean).flatten(2).any(dim=-1)
             assert torch.equal(moved, (position == ANCHORS) & (ANCHORS >= 1))
 
@@ -217,14 +214,19 @@ def test_blocks_do_not_see_each_other_and_slots_of_a_block_do():
     drafter = make_dflash()
     input_ids, features = make_text()
     anchors = ANCHORS[:1]
-    noise = torch.cat([embed_block(input_ids[0, anchor]) for anchor in anchors[0]], dim=1)
+    noise = torch.stack([embed_block(input_ids[0, anchor]) for anchor in anchors[0]], dim=1)
     with torch.no_grad():
-        clean = drafter(noise, features[:1], anchor_positions=anchors).last_hidden_state
+        context = drafter.encode_text(features[:1], input_ids[:1], TARGET.embed)
+
+        def run(embeds):
+            tokens = input_ids[:1].gather(1, anchors.clamp(min=1))
+            return drafter.begin(context, anchors, tokens, BLOCK - 1, lambda ids: embeds).block_hidden
+
+        clean = run(noise)
         for slot in range(BLOCK):
             changed = noise.clone()
-            changed[:, BLOCK + slot] += 1
-            hidden = drafter(changed, features[:1], anchor_positions=anchors).last_hidden_state
-            moved = (hidden != clean).any(dim=-1).view(len(anchors[0]), BLOCK)
+            changed[:, 1, slot] += 1
+            moved = (run(changed) != clean).any(dim=-1)[0]
             # A later slot moves an earlier one: attention inside the block is bidirectional.
             assert moved[1].all() and not moved[[0, 2, 3]].any()
 
@@ -239,7 +241,7 @@ def test_a_block_is_the_anchor_and_masks_up_to_the_block_size():
         return TARGET.embed(ids)
 
     for num_drafts in (1, 3, BLOCK - 1):
-        hidden = drafter.draft_hidden(features, input_ids, ANCHORS, no_drafts(num_drafts), embed)
+        hidden = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(num_drafts), embed)
         assert hidden.shape == (*ANCHORS.shape, num_drafts, 32)
         ids = seen.pop()
         assert torch.equal(ids[..., 0], input_ids.gather(1, ANCHORS.clamp(min=1)))
@@ -251,13 +253,13 @@ def test_proposed_drafts_are_the_argmax_of_the_pass_with_gradient(num_drafts):
     drafter = make_dflash()
     input_ids, features = make_text()
     anchors = ANCHORS.clamp(min=1)
-    proposal = propose(drafter, features, input_ids, anchors, num_drafts, greedy_chooser())
-    assert proposal.probs is None and proposal.drafts.shape == (*anchors.shape, num_drafts)
-    hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
-    assert torch.equal(TARGET.project(hidden).argmax(dim=-1), proposal.drafts)
-    longest = propose(drafter, features, input_ids, anchors, BLOCK - 1, greedy_chooser())
-    assert torch.equal(longest.drafts[..., :num_drafts], proposal.drafts)
-    assert len(longest.drafts.unique()) > 5
+    drafts, probs = draft(drafter, features, input_ids, anchors, num_drafts)
+    assert probs is None and drafts.shape == (*anchors.shape, num_drafts)
+    hidden = run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
+    assert torch.equal(TARGET.project(hidden).argmax(dim=-1), drafts)
+    longest, _ = draft(drafter, features, input_ids, anchors, BLOCK - 1)
+    assert torch.equal(longest[..., :num_drafts], drafts)
+    assert len(longest.unique()) > 5
 
 
 def test_drawn_drafts_come_with_the_distribution_they_were_drawn_from():
@@ -265,18 +267,17 @@ def test_drawn_drafts_come_with_the_distribution_they_were_drawn_from():
     input_ids, features = make_text()
     anchors = ANCHORS.clamp(min=1)
     uniforms = torch.rand(*anchors.shape, BLOCK - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    choose = sampling_chooser(SamplingSettings(0.8, 0, 1.0), uniforms)
-    proposal = propose(drafter, features, input_ids, anchors, BLOCK - 1, choose)
-    hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
+    drafts, probs = draft(drafter, features, input_ids, anchors, BLOCK - 1, uniforms, 0.8)
+    hidden = run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
     distribution = (TARGET.project(hidden) / 0.8).softmax(dim=-1)
-    torch.testing.assert_close(proposal.probs.float(), distribution, rtol=1e-3, atol=1e-6)
-    assert proposal.probs.gather(-1, proposal.drafts[..., None]).gt(0).all()
+    torch.testing.assert_close(probs.float(), distribution, rtol=1e-3, atol=1e-6)
+    assert probs.gather(-1, drafts[..., None]).gt(0).all()
 
 
 def test_every_weight_gets_a_gradient():
     drafter = make_dflash()
     input_ids, features = make_text()
-    hidden = drafter.draft_hidden(features, input_ids, ANCHORS, no_drafts(), TARGET.embed)
+    hidden = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(), TARGET.embed)
     (hidden[ANCHORS >= 1] * torch.randn(32)).sum().backward()
     assert not [name for name, parameter in drafter.named_parameters() if not parameter.grad.abs().sum() > 0]
 
@@ -289,22 +290,23 @@ def test_a_context_written_in_pieces_equals_one_of_the_whole_text():
     tokens = input_ids.gather(1, anchors)
 
     def draft(context):
-        return drafter.propose(context, anchors, tokens, BLOCK - 1, TARGET.embed, TARGET.project, greedy_chooser())
+        settings = DraftingSettings(BLOCK - 1, SamplingSettings(0.0, 0, 1.0), "greedy", False)
+        return draft_blocks(TARGET, drafter, context, anchors, tokens, settings, None)[0]
 
     with torch.no_grad():
-        embeds = TARGET.embed(input_ids)
-        whole = drafter.encode_context(features, embeds, positions)
-        pieces = drafter.encode_context(features[:, :2], embeds[:, :2], positions[:, :2]).extended(L + 3)
+        whole = drafter.encode_context(features, input_ids, positions, TARGET.embed)
+        pieces = drafter.encode_context(features[:, :2], input_ids[:, :2], positions[:, :2], TARGET.embed)
+        pieces = pieces.extended(L + 3)
         for start in torch.tensor([[[2], [1]], [[5], [4]]]):
             index = start + torch.arange(4)
             for wrong in (1, 0):
                 part = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1])) + wrong
-                pieces.write(drafter.encode_context(part, embeds[:, :4], index), index)
+                pieces.write(drafter.encode_context(part, input_ids[:, :4], index, TARGET.embed), index)
         for tensor in pieces.keys + pieces.values:
             tensor[:, :, 8:] = 1e4
     assert len(pieces.keys) == 2 and pieces.fused is None
-    assert torch.equal(draft(pieces).drafts, draft(whole).drafts)
-    assert torch.equal(draft(pieces.prefix(8)).drafts, draft(whole).drafts)
+    assert torch.equal(draft(pieces), draft(whole))
+    assert torch.equal(draft(pieces.prefix(8)), draft(whole))
     for own, other in zip(pieces.keys + pieces.values, whole.keys + whole.values, strict=True):
         torch.testing.assert_close(own[:, :, :8], other[:, :, :8], **TOLERANCE)
 

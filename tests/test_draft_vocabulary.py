@@ -5,7 +5,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary, check_draft_vocabulary, count_tokens
+from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary, count_tokens
+from trl_draft_opd.drafters.published.vocabulary_maps import check_draft_vocabulary
 
 
 COUNTS = torch.tensor([0, 5, 0, 2, 7, 2, 0, 4])  # 20 tokens; ids 3 and 5 tie

@@ -13,9 +13,10 @@ from tiny import VOCAB, make_causal_lm, make_drafter, make_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_draft_opd import Eagle3DraftConfig, Eagle3DraftModel, SamplingSettings
-from trl_draft_opd.drafters.base import DraftContext
+from trl_draft_opd.drafters.base import DraftContext, run_blocks
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
-from trl_draft_opd.rollout.sampler import greedy_chooser, sampling_chooser
+from trl_draft_opd.drafters.portable_config import PortableConfig
+from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
 
 
 TARGET = make_target("llama")
@@ -50,7 +51,7 @@ def make_lively(drafter, seed=3):
 
 def make_eagle3(**options):
     base = make_drafter("eagle3", TARGET).config
-    names = Eagle3DraftConfig.__annotations__
+    names = {**PortableConfig.__annotations__, **Eagle3DraftConfig.__annotations__}.keys() - {"family"}
     settings = {name: getattr(base, name) for name in names} | options
     return make_lively(Eagle3DraftModel(Eagle3DraftConfig(**settings)).eval())
 
@@ -164,7 +165,7 @@ def test_packed_blocks_equal_drafting_one_block_at_a_time(options, kind):
     input_ids, features = make_text()
     drafts = recorded_drafts(input_ids, kind)
     with torch.no_grad():
-        hidden = drafter.draft_hidden(features, input_ids, ANCHORS, drafts, TARGET.embed).double()
+        hidden = run_blocks(drafter, features, input_ids, ANCHORS, drafts, TARGET.embed).double()
         naive = NaiveEagle3(drafter)
         for row, block in (ANCHORS >= 1).nonzero().tolist():
             anchor = int(ANCHORS[row, block])
@@ -178,8 +179,8 @@ def test_norm_output_changes_what_is_fed_back_and_nothing_before():
     plain, normed = make_eagle3(), make_eagle3(norm_output=True)
     assert plain.state_dict().keys() == normed.state_dict().keys()
     with torch.no_grad():
-        before = plain.draft_hidden(features, input_ids, ANCHORS, drafts, TARGET.embed)
-        after = normed.draft_hidden(features, input_ids, ANCHORS, drafts, TARGET.embed)
+        before = run_blocks(plain, features, input_ids, ANCHORS, drafts, TARGET.embed)
+        after = run_blocks(normed, features, input_ids, ANCHORS, drafts, TARGET.embed)
     assert not before[ANCHORS < 1].any()  # padding
     before, after = before[ANCHORS >= 1], after[ANCHORS >= 1]
     assert torch.equal(before[:, 0], after[:, 0])
@@ -194,7 +195,7 @@ def test_feature_i_is_paired_with_token_i_plus_1():
     input_ids, features = make_text()
     anchors, drafts = torch.tensor([[5]]), torch.randint(4, VOCAB, (1, 1, 1))
     features, input_ids = features[:1], input_ids[:1]
-    clean = drafter.draft_hidden(features, input_ids, anchors, drafts, TARGET.embed)
+    clean = run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
 
     def moves(position_of_token=None, position_of_feature=None):
         ids, changed = input_ids.clone(), features.clone()
@@ -202,7 +203,7 @@ def test_feature_i_is_paired_with_token_i_plus_1():
             ids[0, position_of_token] = (ids[0, position_of_token] + 1) % VOCAB
         if position_of_feature is not None:
             changed[0, position_of_feature] += 1
-        return not torch.equal(clean, drafter.draft_hidden(changed, ids, anchors, drafts, TARGET.embed))
+        return not torch.equal(clean, run_blocks(drafter, changed, ids, anchors, drafts, TARGET.embed))
 
     # Token 0 belongs to no pair; the last pair is (feature 4, token 5), the anchor.
     assert [position for position in range(L) if moves(position_of_token=position)] == [1, 2, 3, 4, 5]
@@ -215,7 +216,7 @@ def test_slot_s_stands_at_the_base_pairs_position_plus_s_minus_1():
     seen = []
     drafter.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
     anchors = torch.tensor([[2, 6]])
-    drafter.draft_hidden(features[:1], input_ids[:1], anchors, torch.zeros(1, 2, 3, dtype=torch.long), TARGET.embed)
+    run_blocks(drafter, features[:1], input_ids[:1], anchors, torch.zeros(1, 2, 3, dtype=torch.long), TARGET.embed)
     assert seen == [[list(range(L))], [[1, 5]], [[2, 6]], [[3, 7]]]
 
 
@@ -230,21 +231,20 @@ def test_a_changed_draft_moves_the_slots_behind_it_and_no_other(slot):
     changed = drafts.clone()
     changed[0, 1, slot - 1] = (drafts[0, 1, slot - 1] + 7) % VOCAB
     with torch.no_grad():
-        before = drafter.draft_hidden(features, input_ids, ANCHORS, drafts, TARGET.embed)
-        after = drafter.draft_hidden(features, input_ids, ANCHORS, changed, TARGET.embed)
+        before = run_blocks(drafter, features, input_ids, ANCHORS, drafts, TARGET.embed)
+        after = run_blocks(drafter, features, input_ids, ANCHORS, changed, TARGET.embed)
     moved = (before != after).any(dim=-1)
     expected = torch.zeros_like(moved)
     expected[0, 1, slot:] = True
     assert torch.equal(moved, expected)
 
 
-def propose(drafter, features, input_ids, anchors, num_drafts, choose):
-    next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
-    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+def draft(drafter, features, input_ids, anchors, num_drafts, uniforms=None, temperature=0.0):
+    """Return drafts and their distributions: argmax, or drawn with the uniforms at the temperature."""
     with torch.no_grad():
-        context = drafter.encode_context(features, TARGET.embed(next_ids), positions)
-    tokens = input_ids.gather(1, anchors)
-    return drafter.propose(context, anchors, tokens, num_drafts, TARGET.embed, TARGET.project, choose)
+        context = drafter.encode_text(features, input_ids, TARGET.embed)
+    settings = DraftingSettings(num_drafts, SamplingSettings(temperature, 0, 1.0), "greedy", False)
+    return draft_blocks(TARGET, drafter, context, anchors, input_ids.gather(1, anchors), settings, uniforms)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
@@ -252,11 +252,11 @@ def test_proposed_drafts_are_the_argmax_of_the_pass_that_reads_them(options):
     drafter = make_eagle3(**options)
     input_ids, features = make_text()
     anchors = ANCHORS.clamp(min=1)
-    proposal = propose(drafter, features, input_ids, anchors, K, greedy_chooser())
-    assert proposal.probs is None
-    hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
-    assert torch.equal(drafter.lm_head(hidden).argmax(dim=-1), proposal.drafts)
-    assert len(proposal.drafts.unique()) > 5
+    drafts, probs = draft(drafter, features, input_ids, anchors, K)
+    assert probs is None
+    hidden = run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
+    assert torch.equal(drafter.lm_head(hidden).argmax(dim=-1), drafts)
+    assert len(drafts.unique()) > 5
 
 
 def test_every_weight_gets_a_gradient_and_padding_gives_none():
@@ -264,7 +264,7 @@ def test_every_weight_gets_a_gradient_and_padding_gives_none():
     input_ids, features = make_text()
     drafts = recorded_drafts(input_ids, "recorded")
     features.requires_grad_()
-    hidden = drafter.draft_hidden(features, input_ids, ANCHORS, drafts, TARGET.embed)
+    hidden = run_blocks(drafter, features, input_ids, ANCHORS, drafts, TARGET.embed)
     drafter.lm_head(hidden[ANCHORS >= 1]).square().sum().backward()
     assert not [name for name, parameter in drafter.named_parameters() if not parameter.grad.abs().sum() > 0]
     last_seen = ANCHORS.amax(dim=1)
@@ -278,25 +278,27 @@ def test_every_weight_gets_a_gradient_and_padding_gives_none():
 def test_a_context_written_in_pieces_equals_one_of_the_whole_text():
     drafter = make_eagle3(fc_norm=True)
     input_ids, features = make_text()
-    next_embeds = TARGET.embed(torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1))
+    next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
     positions = torch.arange(L).expand(B, L)
     anchors = torch.tensor([[8, 3], [5, 6], [7, 8]])
     tokens = input_ids.gather(1, anchors)
 
     def draft(context):
-        return drafter.propose(context, anchors, tokens, K, TARGET.embed, TARGET.project, greedy_chooser()).drafts
+        settings = DraftingSettings(K, SamplingSettings(0.0, 0, 1.0), "greedy", False)
+        return draft_blocks(TARGET, drafter, context, anchors, tokens, settings, None)[0]
 
     with torch.no_grad():
-        whole = drafter.encode_context(features, next_embeds, positions)
-        pieces = drafter.encode_context(features[:, :2], next_embeds[:, :2], positions[:, :2]).extended(L + 3)
+        whole = drafter.encode_context(features, next_ids, positions, TARGET.embed)
+        pieces = drafter.encode_context(features[:, :2], next_ids[:, :2], positions[:, :2], TARGET.embed)
+        pieces = pieces.extended(L + 3)
         # First what a rejected block left there, then, from a start of its own in each row, the text.
         starts = torch.tensor([2, 1, 2])[:, None]
         for start in (starts, starts + 3):
             index = start + torch.arange(5)
             for wrong in (True, False):
                 part = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1])) + wrong
-                embeds = next_embeds.gather(1, index[..., None].expand(-1, -1, next_embeds.shape[-1]))
-                pieces.write(drafter.encode_context(part, embeds, index), index)
+                ids = next_ids.gather(1, index)
+                pieces.write(drafter.encode_context(part, ids, index, TARGET.embed), index)
         for tensor, dim in ((pieces.keys[0], 2), (pieces.values[0], 2), (pieces.fused, 1)):
             tensor.narrow(dim, 8, tensor.shape[dim] - 8).fill_(1e4)
     assert torch.equal(draft(pieces), draft(whole))
@@ -325,12 +327,12 @@ def test_a_reduced_drafter_proposes_target_ids_of_its_vocabulary():
     assert drafter.lm_head.weight.shape[0] == 21 and drafter.draft_token_ids.tolist() == vocabulary.token_ids.tolist()
     input_ids, features = make_text()
     anchors = ANCHORS.clamp(min=1)
-    proposal = propose(drafter, features, input_ids, anchors, K, greedy_chooser())
-    assert vocabulary.t2d[proposal.drafts].all()
-    hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
+    drafts, probs = draft(drafter, features, input_ids, anchors, K)
+    assert vocabulary.t2d[drafts].all()
+    hidden = run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
     rows = drafter.lm_head(hidden).argmax(dim=-1)
-    assert torch.equal(vocabulary.token_ids[rows], proposal.drafts)
-    assert len(proposal.drafts.unique()) > 5
+    assert torch.equal(vocabulary.token_ids[rows], drafts)
+    assert len(drafts.unique()) > 5
 
 
 def test_drawn_drafts_of_a_reduced_drafter_have_a_distribution_over_the_targets_vocabulary():
@@ -339,15 +341,14 @@ def test_drawn_drafts_of_a_reduced_drafter_have_a_distribution_over_the_targets_
     input_ids, features = make_text()
     anchors = ANCHORS.clamp(min=1)
     uniforms = torch.rand(B, ANCHORS.shape[1], K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    choose = sampling_chooser(SamplingSettings(0.7, 0, 1.0), uniforms)
-    proposal = propose(drafter, features, input_ids, anchors, K, choose)
-    assert proposal.probs.shape == (*proposal.drafts.shape, VOCAB)
-    torch.testing.assert_close(proposal.probs.sum(dim=-1), torch.ones_like(proposal.probs[..., 0]))
-    assert proposal.probs[..., ~vocabulary.t2d].eq(0).all()
-    assert proposal.probs.gather(-1, proposal.drafts[..., None]).gt(0).all()
-    hidden = drafter.draft_hidden(features, input_ids, anchors, proposal.drafts, TARGET.embed)
+    drafts, probs = draft(drafter, features, input_ids, anchors, K, uniforms, 0.7)
+    assert probs.shape == (*drafts.shape, VOCAB)
+    torch.testing.assert_close(probs.sum(dim=-1), torch.ones_like(probs[..., 0]))
+    assert probs[..., ~vocabulary.t2d].eq(0).all()
+    assert probs.gather(-1, drafts[..., None]).gt(0).all()
+    hidden = run_blocks(drafter, features, input_ids, anchors, drafts, TARGET.embed)
     distribution = (drafter.lm_head(hidden) / 0.7).softmax(dim=-1)
-    torch.testing.assert_close(proposal.probs[..., vocabulary.token_ids].float(), distribution, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probs[..., vocabulary.token_ids].float(), distribution, rtol=1e-4, atol=1e-6)
 
 
 def test_the_head_starts_from_the_targets_rows():

@@ -19,8 +19,9 @@ from trl_draft_opd import (
     evaluate_drafter,
     generate_responses,
 )
-from trl_draft_opd.evaluation import bootstrap_tau, paired_gain
+from trl_draft_opd.evaluation import paired_gain
 from trl_draft_opd.rollout import live
+from trl_draft_opd.rollout.counts import bootstrap_tau
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-The example scripts run as they are, on a tiny target and a few prompts.
-"""
+"""The example scripts run as they are, on a tiny target and a few prompts."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from trl_draft_opd import AutoDrafter
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = (
-    "--max_steps 1 --max_completion_length 12 --per_device_train_batch_size 2 --use_cpu true --bf16 false "
+    "--max_steps 1 --max_completion_length 24 --per_device_train_batch_size 2 --use_cpu true --bf16 false "
     "--report_to none --save_strategy no --disable_tqdm true"
 ).split()
 
@@ -35,46 +34,58 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_script(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+def run_script(monkeypatch, folder, name, *flags):
+    """Run a script with `--target` and `--dataset` from a folder, and more flags."""
+    pair = ["--target", folder / "target", "--dataset", folder / "prompts.jsonl"]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, [*pair, *flags])])
     return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_the_flat_loop_runs_three_steps(folder, capsys):
-    minimal = runpy.run_path(str(EXAMPLES / "minimal_opd.py"))
-    taus = minimal["main"](folder / "target", folder / "eagle3", folder / "prompts.jsonl", 3)
-    assert len(taus) == 3 and all(tau >= 1 for tau in taus)
-    assert capsys.readouterr().out.count("loss") == 3
+def test_the_readme_names_every_script():
+    named = set(re.findall(r"`(\w+\.py)`", (EXAMPLES / "README.md").read_text("utf-8")))
+    assert named == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+def test_every_script_shows_its_own_command():
+    for path in EXAMPLES.glob("*.py"):
+        assert re.search(
+            rf"^    (python|accelerate launch) examples/{path.name} --target ", path.read_text("utf-8"), re.M
+        )
+
+
+def test_the_flat_loop_runs_three_steps(monkeypatch, folder, capsys):
+    run_script(monkeypatch, folder, "minimal_opd.py", "--drafter", folder / "eagle3", "--num_steps", 3)
+    taus = re.findall(r"^step \d: loss \S+, tau (\S+)$", capsys.readouterr().out, re.M)
+    assert len(taus) == 3 and all(float(tau) >= 1 for tau in taus)
 
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
-def test_the_opd_scripts_train_and_save(monkeypatch, tmp_path, folder, capsys, family):
-    arguments = [
-        "--model",
-        folder / family,
-        "--target",
-        folder / "target",
-        "--dataset",
-        folder / "prompts.jsonl",
-    ]
-    arguments += ["--output_dir", tmp_path, "--num_eval_prompts", 2]
-    run_script(monkeypatch, f"train_{family}_opd.py", *arguments, *SMALL)
+def test_the_opd_script_trains_a_drafter_of_either_family(monkeypatch, tmp_path, folder, capsys, family):
+    flags = ["--drafter", folder / family, "--output_dir", tmp_path, "--num_eval_prompts", 2]
+    run_script(monkeypatch, folder, "train_eagle3_opd.py", *flags, *SMALL)
     assert "held-out prompts" in capsys.readouterr().out
     assert AutoDrafter.from_pretrained(tmp_path).config.family == family
 
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
-def test_the_sft_scripts_train_and_save(monkeypatch, tmp_path, folder, family):
-    arguments = ["--target", folder / "target", "--dataset", folder / "prompts.jsonl"]
-    run_script(monkeypatch, f"train_{family}_sft.py", *arguments, "--output_dir", tmp_path, *SMALL)
+def test_the_sft_script_trains_a_fresh_drafter_of_either_family(monkeypatch, tmp_path, folder, capsys, family):
+    flags = ["--family", family, "--output_dir", tmp_path, "--num_eval_prompts", 2]
+    run_script(monkeypatch, folder, "train_sft.py", *flags, *SMALL)
+    assert "held-out prompts" in capsys.readouterr().out
     assert AutoDrafter.from_pretrained(tmp_path).config.family == family
+
+
+def test_the_sft_script_trains_a_drafter_further(monkeypatch, tmp_path, folder):
+    flags = ["--drafter", folder / "dflash", "--output_dir", tmp_path, "--num_eval_prompts", 2]
+    run_script(monkeypatch, folder, "train_sft.py", *flags, *SMALL)
+    trained, start = (AutoDrafter.from_pretrained(path).config for path in (tmp_path, folder / "dflash"))
+    assert (trained.family, trained.block_size) == ("dflash", start.block_size)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_adapting_script_saves_a_drafter_or_an_adapter(monkeypatch, tmp_path, folder, capsys, rank):
-    arguments = ["--model", folder / "dflash", "--target", folder / "target", "--dataset"]
-    arguments += [folder / "prompts.jsonl", "--output_dir", tmp_path, "--num_eval_prompts", 2, "--lora_r", rank]
-    run_script(monkeypatch, "adapt_drafter.py", *arguments, *SMALL)
+    flags = ["--drafter", folder / "dflash", "--output_dir", tmp_path, "--num_eval_prompts", 2, "--lora_r", rank]
+    run_script(monkeypatch, folder, "adapt_drafter.py", *flags, *SMALL)
     assert "held-out prompts" in capsys.readouterr().out
     assert (tmp_path / "adapter_config.json").exists() == (rank > 0)
     assert AutoDrafter.from_pretrained(tmp_path).config.family == "dflash"

@@ -10,7 +10,7 @@ from test_published_checkpoints import LAYOUTS, H, V, eagle3, randomise, write
 from tiny import make_causal_lm, make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
-from trl_draft_opd.export import export_drafter, read_target
+from trl_draft_opd.export import TargetOfExport, export_drafter, read_target
 from trl_draft_opd.export import write as write_module
 from trl_draft_opd.export.rules import check_folder
 
@@ -38,9 +38,8 @@ def export(drafter, target, folder, **options):
     return export_drafter(
         drafter,
         folder,
-        embedding=target.causal_lm.get_input_embeddings().weight,
-        target_config=target.causal_lm.config,
-        **{"target_id": "org/target"} | options,
+        target=TargetOfExport("org/target", target.causal_lm.config, target.causal_lm.get_input_embeddings().weight),
+        **options,
     )
 
 
@@ -64,7 +63,7 @@ def test_every_layout_of_an_export_gives_the_drafter_back_bit_for_bit(tmp_path, 
             assert getattr(loaded.config, name) == getattr(drafter.config, name), name
         assert loaded.default_num_drafts == drafter.default_num_drafts
         assert loaded.config.target_model_name_or_path == "org/target"
-        assert check_folder(folder, target_config=target.causal_lm.config) == []
+        assert check_folder(folder, TargetOfExport(config=target.causal_lm.config)) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +75,7 @@ def test_a_public_drafter_comes_through_import_and_export_unchanged(tmp_path, la
             parameter.copy_(parameter.bfloat16())
     public = write(tmp_path / "public", *publish(drafter))
     embedding = torch.randn(V, H).bfloat16()
-    options = {"embedding": embedding, "target_id": "org/target"}
+    options = {"target": TargetOfExport("org/target", embedding=embedding)}
     result = export_drafter(AutoDrafter.from_pretrained(public), tmp_path / "first", **options)
     tensors = load_file(tmp_path / "first" / "model.safetensors")
     if drafter.config.family == "eagle3":
@@ -117,20 +116,19 @@ def test_one_layout_alone_stands_at_the_root(tmp_path, target, to):
 
 
 @pytest.mark.parametrize(
-    "variant, options, message",
+    "variant, to, changes, message",
     [
-        ("eagle3", {"to": "transformers"}, "transformers has no class for EAGLE-3"),
-        ("eagle3", {"to": "speculators", "target_id": None}, "only a Hub id says where"),
-        ("eagle3", {"to": "flat", "embedding": None}, "copy of its target's embedding"),
-        ("eagle3", {"embedding": torch.zeros(64, 31)}, "this drafter's target has"),
-        ("dflash", {"to": "onnx"}, "`to` must be one of"),
+        ("eagle3", "transformers", {}, "transformers has no class for EAGLE-3"),
+        ("eagle3", "speculators", {"hub_id": None}, "only a Hub id says where"),
+        ("eagle3", "flat", {"embedding": None}, "copy of its target's embedding"),
+        ("eagle3", "all", {"embedding": torch.zeros(64, 31)}, "this drafter's target has"),
+        ("dflash", "onnx", {}, "`to` must be one of"),
     ],
 )
-def test_what_a_layout_cannot_hold_is_refused_with_the_reason(tmp_path, target, variant, options, message):
-    embedding = target.causal_lm.get_input_embeddings().weight
-    options = {"embedding": embedding, "target_id": "org/target"} | options
+def test_what_a_layout_cannot_hold_is_refused_with_the_reason(tmp_path, target, variant, to, changes, message):
+    facts = {"hub_id": "org/target", "embedding": target.causal_lm.get_input_embeddings().weight} | changes
     with pytest.raises(ValueError, match=message):
-        export_drafter(make_variant(variant, target), tmp_path / "out", **options)
+        export_drafter(make_variant(variant, target), tmp_path / "out", to=to, target=TargetOfExport(**facts))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +145,7 @@ def test_another_target_than_the_drafters_own_is_refused(tmp_path, target):
     config = make_causal_lm().config
     config.num_hidden_layers = 9
     with pytest.raises(ValueError, match="made for another target.*num_hidden_layers"):
-        export_drafter(drafter, tmp_path / "out", target_config=config)
+        export_drafter(drafter, tmp_path / "out", target=TargetOfExport(config=config))
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path, target):
@@ -208,9 +206,9 @@ def test_the_embedding_of_a_target_is_read_without_building_it(tmp_path, kind, i
     assert (tmp_path / "model.safetensors.index.json").exists() is is_sharded
     found = read_target(tmp_path, target_id="org/target")
     assert torch.equal(found.embedding, model.get_input_embeddings().weight)
-    assert found.config.num_hidden_layers == 8 and found.target_id == "org/target"
+    assert found.config.num_hidden_layers == 8 and found.hub_id == "org/target"
     # A path of this machine is no id.
-    assert read_target(tmp_path).target_id is None
+    assert read_target(tmp_path).hub_id is None
 
 
 def test_a_pickled_target_is_refused_before_it_is_opened(tmp_path):

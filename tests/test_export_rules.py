@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_export import VARIANTS, export, make_variant
 from tiny import make_target
 
+from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.rules import check_folder, check_repo_name
 
 
@@ -41,7 +42,7 @@ def changed(source, folder, config=None, tensors=None):
 
 def problems(folder, target):
     model = target.causal_lm
-    return check_folder(folder, target_config=model.config, embedding=model.get_input_embeddings().weight)
+    return check_folder(folder, TargetOfExport(None, model.config, model.get_input_embeddings().weight))
 
 
 def put(**entries):

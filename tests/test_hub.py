@@ -93,12 +93,6 @@ def test_private_branch_and_token_reach_the_hub(hub, folder):
     assert asked == {f"Bearer {TOKEN}"}
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub, folder):
-    assert push(hub, folder, create_pr=True).endswith("/discussions/1")
-    repository = hub.repositories[REPO]
-    assert len(repository.commits) == 1 and repository.branches["main"] == {}
-
-
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, folder):
     push(hub, folder)
     for call in (lambda: push(hub, folder, private=True), lambda: create(hub, private=True)):
@@ -143,7 +137,7 @@ def test_a_commit_made_meanwhile_is_seen_before_the_next_attempt(hub, folder, mo
 
     def commit_second(api, *arguments, **options):
         if len(repository.commits) == 1:
-            others = {"branch": "main", "is_pr": False, "files": {"transformers/config.json": b"another push"}}
+            others = {"branch": "main", "files": {"transformers/config.json": b"another push"}}
             repository.commits.append(others | {"deleted": []})
             repository.branches["main"] |= others["files"]
         return commit(api, *arguments, **options)
@@ -249,7 +243,9 @@ def test_a_server_that_stays_down_leaves_everything_as_it_was(hub, folder, reque
     hub.fail(request_part, failure, times=10_000)
     with pytest.raises(ConnectionError, match=f"failed 3 times, the last time with: .*{reason}") as caught:
         push(hub, folder, num_retries=2)
-    assert f"'{folder}' is complete. Try again with `trl-draft-opd push {folder} {REPO}`" in str(caught.value)
+    assert f"'{folder}' is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {REPO}`" in str(
+        caught.value
+    )
     assert content_of(folder) == before
     repository = hub.repositories[REPO]
     assert repository.commits == [] and repository.branches["main"] == {}

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.lab import statistics
 from benchmarks.lab.statistics import Estimate, arm_counts, paired_gain, resampled_taus, tau, tau_interval
-from trl_draft_opd import evaluation
+from trl_draft_opd.rollout import counts as package
 
 
 def counts(*rows: tuple[list[int], list[int]], **options):
@@ -58,14 +58,14 @@ def test_one_seed_gives_the_interval_of_the_package():
     def sums(arm):
         return (arm.accepted_SP + arm.rounds_SP)[0].tolist(), arm.rounds_SP[0].tolist()
 
-    taus = [evaluation._resampled_taus(*sums(arm), 2000, 5) for arm in (before, after)]
-    low, high = evaluation._interval(taus[1] / taus[0] - 1)
+    taus = [package.resampled_taus(*sums(arm), 2000, 5) for arm in (before, after)]
+    low, high = package.interval(taus[1] / taus[0] - 1)
     ours = paired_gain(before, after, num_resamples=2000, seed=5)
     assert (ours.low, ours.high) == pytest.approx((low, high), abs=1e-12)
     assert ours.value == pytest.approx(after.tau / before.tau - 1, abs=1e-12)
     interval = tau_interval(before, num_resamples=2000, seed=5)
     assert (interval.low, interval.high) == pytest.approx(
-        evaluation.bootstrap_tau(*sums(before), num_resamples=2000, seed=5), abs=1e-12
+        package.bootstrap_tau(*sums(before), num_resamples=2000, seed=5), abs=1e-12
     )
 
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.big_modeling import dispatch_model
+from rollouts import Options, decode
 from tiny import make_causal_lm, make_drafter, make_prompts, make_target, make_tokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
-from trl_draft_opd.rollout.acceptance import SamplingSettings
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 from trl_draft_opd.runs.distributed.launch import check_launch
 from trl_draft_opd.target.placement import check_placement
 from trl_draft_opd.trainer.pair import load_target
@@ -104,11 +102,8 @@ def test_a_target_with_offloaded_layers_decodes_as_a_whole_one(tmp_path):
     spread = FrozenTarget(causal_lm, make_tokenizer())
     spread.place(torch.device("cpu"))
     drafter, prompts = make_drafter("dflash", whole), make_prompts(3)
-    settings = LiveSettings(4, 8, SamplingSettings(0.0, 0, 1.0), "greedy", [2], keep_branch_hidden=False)
-    texts = [
-        rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, [0, 1, 2])).input_ids
-        for target in (whole, spread)
-    ]
+    options = Options(max_new_tokens=8, eos_token_ids=[2])
+    texts = [decode(target, drafter, prompts, options).input_ids for target in (whole, spread)]
     assert torch.equal(*texts)
 
 

@@ -8,12 +8,12 @@ forwards is the proof: it is right only if layers, positions, masks and the cach
 
 import pytest
 import torch
+from rollouts import Options, decode
 from tiny import EOS, MASK, make_causal_lm, make_drafter, make_prompts, make_tokenizer
 
-from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings
+from trl_draft_opd import AutoDrafter, FrozenTarget
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import sample_anchors
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
 NUM_DRAFTS, TRAINED_LENGTH = 4, 40
@@ -38,15 +38,8 @@ def native(target, drafter, prompt, max_new_tokens, **options):
 
 
 def live(target, drafter, prompt, max_new_tokens, eos_token_ids=(EOS,)):
-    settings = LiveSettings(
-        num_drafts=NUM_DRAFTS,
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingSettings(0.0, 0, 1.0),
-        draft_sampling="greedy",
-        eos_token_ids=list(eos_token_ids),
-        keep_branch_hidden=False,
-    )
-    return rollout_live(target, drafter, [prompt], settings, DrawKeys(0, 0, [0]))
+    options = Options(NUM_DRAFTS, max_new_tokens=max_new_tokens, eos_token_ids=list(eos_token_ids))
+    return decode(target, drafter, [prompt], options)
 
 
 def train(target, drafter, texts, steps):
@@ -62,7 +55,7 @@ def train(target, drafter, texts, steps):
     )
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(steps):
-        hidden = drafter.draft_hidden(features, input_ids, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, input_ids, anchors.anchors, anchors.drafts, target.embed)
         logits = target.project(hidden[anchors.is_accepted])
         loss = torch.nn.functional.cross_entropy(logits, anchors.labels[anchors.is_accepted])
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The parity gate: good exports pass in every consumer of this process, and each way an export goes wrong is caught and named, though
-the text stays the target's own in all of them.
+The parity gate: good exports pass in every consumer of this process, and each way an export goes wrong is caught and
+named, though the text stays the target's own in all of them.
 """
 
 import io
@@ -16,17 +16,23 @@ from safetensors.torch import load_file, save_file
 from tiny import make_causal_lm, make_drafter, make_tokenizer
 
 from trl_draft_opd import AutoDrafter, FrozenTarget, build_draft_vocabulary, evaluate_drafter
-from trl_draft_opd.export import export_drafter
-from trl_draft_opd.export.record import Measurement, TrainingRecord, describe_target, write_record
+from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.export import TargetOfExport, export_drafter
+from trl_draft_opd.export.record import (
+    Measurement,
+    TrainingRecord,
+    describe_target,
+    prompts_digest,
+    write_record,
+)
 from trl_draft_opd.parity import EngineSettings, verify_drafter
-from trl_draft_opd.parity.compare import Reference, compare
-from trl_draft_opd.parity.counting import Counts, anchors_of, count_rounds, started_within
+from trl_draft_opd.parity.compare import Outcome, Reference, compare
+from trl_draft_opd.parity.consumers import rounds_of
+from trl_draft_opd.parity.counting import anchors_of, started_within
 from trl_draft_opd.parity.fingerprint import describe_gap, take_fingerprint
-from trl_draft_opd.parity.in_process import rounds_of
-from trl_draft_opd.parity.known_faults import find_known_fault
-from trl_draft_opd.parity.report import Outcome
 from trl_draft_opd.parity.scene import Scene, decode_plainly, decode_with_us, replay
 from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.rollout.counts import Counts
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -55,7 +61,7 @@ def train(target, drafter, texts, steps=60):
         is_response = (torch.arange(text.shape[1]) >= start)[None]
         anchors = sample_anchors(text, is_response, [0], num_anchors=None, num_drafts=NUM_DRAFTS, seed=0, epoch=0)
         features = names[tuple(text.shape)].features
-        hidden = drafter.draft_hidden(features, text, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, text, anchors.anchors, anchors.drafts, target.embed)
         logits, labels = drafter.draft_logits(hidden, target.project), anchors.labels
         is_learned = anchors.is_accepted
         if drafter.draft_token_ids is not None:
@@ -106,8 +112,8 @@ def published(tmp_path_factory, target):
 
 def export(drafter, target, folder, **options):
     stored = load_file(f"{target.causal_lm.config.name_or_path}/model.safetensors")["model.embed_tokens.weight"]
-    facts = {"embedding": stored, "target_config": target.causal_lm.config, "target_id": "org/target"}
-    return export_drafter(drafter, folder, **facts, **options)
+    facts = TargetOfExport("org/target", target.causal_lm.config, stored)
+    return export_drafter(drafter, folder, target=facts, **options)
 
 
 @pytest.fixture
@@ -149,7 +155,7 @@ def read_other_layer(config):
                 section[key][0] -= 1
 
 
-# ---- good exports ------------------------------------------------------------------------------------------------------
+# ---- good exports ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["eagle3", "reduced", "dflash"])
@@ -205,7 +211,7 @@ def test_a_report_is_plain_json_and_prints(published, target):
     assert f"{report.rows[0].tau:.4f}" in printed and "2 of 2" in printed and "our own loop" in printed
 
 
-# ---- exports gone wrong ------------------------------------------------------------------------------------------------
+# ---- exports gone wrong ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["eagle3", "dflash"])
@@ -308,7 +314,7 @@ def test_a_consumer_that_drafts_otherwise_is_caught_though_its_text_is_right(cop
     assert not report.ok and "custom_generate: tau is" in report.problems[0]
 
 
-# ---- the record --------------------------------------------------------------------------------------------------------
+# ---- the record -----------------------------------------------------------------------------------------------------
 
 
 def record_of(target, folder, **changes):
@@ -316,11 +322,17 @@ def record_of(target, folder, **changes):
     found = evaluate_drafter(
         target, drafter, PROMPTS, max_new_tokens=16, compare_with_target=False, show_progress=False
     )
-    facts = {"prompt_set": "some", "prompts": PROMPTS, "max_new_tokens": 16, "target_dtype": torch.float32}
-    measured = Measurement.from_report(found, **facts)
+    shared = "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks"
+    values = {name: getattr(found, name) for name in [*shared.split(), "num_different"]} | {
+        "prompt_set": "some",
+        "prompts_sha256": prompts_digest(PROMPTS),
+        "draft_sampling": "greedy",
+        "max_new_tokens": 16,
+        "ignore_eos": False,
+        "target_dtype": "float32",
+    }
     described = describe_target(target.config, name=None, revision=None)
-    values = vars(measured) | changes
-    return TrainingRecord(described, drafter.config.family, [], [Measurement(**values)], {})
+    return TrainingRecord(described, drafter.config.family, [], [Measurement(**values | changes)], {})
 
 
 def test_the_recorded_tau_is_measured_again_and_must_be_met(copy, target):
@@ -346,7 +358,7 @@ def test_a_record_of_other_prompts_is_skipped_and_said_so(copy, target):
     assert report.skipped["record"] == "none of its measurements is of these prompts"
 
 
-# ---- engines, played by a script ---------------------------------------------------------------------------------------
+# ---- engines, played by a script ------------------------------------------------------------------------------------
 
 
 def make_scene(target, folder):
@@ -354,9 +366,9 @@ def make_scene(target, folder):
     return Scene(target, None, folder, drafter, PROMPTS, NUM_DRAFTS, NUM_TOKENS)
 
 
-def play_engine(tmp_path, lines, answer=None):
+def play_engine(tmp_path, lines, reply=None):
     """Return settings whose interpreter is a script: it finds every module, and runs `lines` in place of a worker."""
-    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    (tmp_path / "reply.json").write_text(json.dumps(reply))
     script = tmp_path / "python"
     body = ["import shutil, sys, time", "if '-c' in sys.argv: sys.exit(0)", *lines]
     script.write_text(f"#!{sys.executable}\n" + "\n".join(body) + "\n")
@@ -364,30 +376,26 @@ def play_engine(tmp_path, lines, answer=None):
     return EngineSettings(python=str(script), timeout=1.0 if any("sleep" in line for line in lines) else 60.0)
 
 
-ANSWERS = ["shutil.copy(__file__.replace('python', 'answer.json'), sys.argv[-1])"]
+REPLIES = ["shutil.copy(__file__.replace('python', 'reply.json'), sys.argv[-1])"]
 
 
-def answer_of(scene, chains, **changes):
-    counts = count_rounds(chains, NUM_DRAFTS)
-    sums = {
-        "num_rounds": counts.num_rounds,
-        "num_accepted": sum(counts.kept_at_slot),
-        "kept_at_slot": list(counts.kept_at_slot),
-    }
+def reply_of(scene, chains, **changes):
+    counts = Counts.of_chains(chains, NUM_DRAFTS)
+    sums = {"num_rounds": counts.num_blocks, "kept_at_slot": list(counts.kept_at_slot)}
     responses = [response[:NUM_TOKENS] for response in decode_plainly(scene)]
-    return {"version": "9", "device": "cpu", "responses": responses, "accepted": chains} | sums | changes
+    return {"version": "9", "responses": responses, "accepted": chains} | sums | changes
 
 
 def test_an_engine_that_takes_our_rounds_passes(tmp_path, published, target):
     folder = published["eagle3"][1]
     scene = make_scene(target, folder)
     _, chains = decode_with_us(scene)
-    settings = play_engine(tmp_path, ANSWERS, answer_of(scene, chains))
+    settings = play_engine(tmp_path, REPLIES, reply_of(scene, chains))
     report = verify(folder, target, consumers=["vllm"], engines=settings)
     assert report.ok and report.rows[-1].name == "vllm" and report.rows[-1].num_other_chains == 0
     assert report.rows[-1].num_rounds == report.rows[0].num_rounds
     # An engine that tells sums alone is held to those.
-    settings = play_engine(tmp_path, ANSWERS, answer_of(scene, chains, accepted=None))
+    settings = play_engine(tmp_path, REPLIES, reply_of(scene, chains, accepted=None))
     report = verify(folder, target, consumers=["vllm"], engines=settings)
     assert report.ok and report.rows[-1].num_other_chains is None
     assert report.rows[-1].tau == report.rows[0].tau
@@ -396,7 +404,7 @@ def test_an_engine_that_takes_our_rounds_passes(tmp_path, published, target):
 def test_an_engine_that_keeps_no_drafts_is_a_problem_with_a_hint(tmp_path, published, target):
     folder = published["eagle3"][1]
     scene = make_scene(target, folder)
-    settings = play_engine(tmp_path, ANSWERS, answer_of(scene, [[0] * (NUM_TOKENS - 1)] * 2))
+    settings = play_engine(tmp_path, REPLIES, reply_of(scene, [[0] * (NUM_TOKENS - 1)] * 2))
     report = verify(folder, target, consumers=["vllm"], engines=settings)
     (problem,) = report.problems
     assert "vllm: tau is 1.0000 instead of" in problem and "the two best logits of slot" in problem
@@ -407,9 +415,9 @@ def test_an_engine_that_writes_other_text_is_a_problem(tmp_path, published, targ
     folder = published["eagle3"][1]
     scene = make_scene(target, folder)
     _, chains = decode_with_us(scene)
-    answer = answer_of(scene, chains)
-    answer["responses"][1][5] ^= 1
-    report = verify(folder, target, consumers=["vllm"], engines=play_engine(tmp_path, ANSWERS, answer))
+    reply = reply_of(scene, chains)
+    reply["responses"][1][5] ^= 1
+    report = verify(folder, target, consumers=["vllm"], engines=play_engine(tmp_path, REPLIES, reply))
     assert "vllm: 1 of 2 outputs are not the target's own: response 1 from token 5 on" in report.problems[0]
     assert "its plain decoding writes the same outputs" in report.notes[-1]
     # In half precision a choice between close tokens may differ, so it is told and let pass.
@@ -433,30 +441,12 @@ def test_counters_that_contradict_the_requests_are_a_problem(tmp_path, published
     folder = published["eagle3"][1]
     scene = make_scene(target, folder)
     _, chains = decode_with_us(scene)
-    settings = play_engine(tmp_path, ANSWERS, answer_of(scene, chains, num_rounds=1))
+    settings = play_engine(tmp_path, REPLIES, reply_of(scene, chains, num_rounds=1))
     report = verify(folder, target, consumers=["vllm"], engines=settings)
     assert "vllm counts 1 rounds" in report.problems[0]
 
 
-def test_a_known_fault_of_an_engine_is_not_laid_on_the_export(tmp_path, published, target):
-    folder = published["dflash"][1]
-    scene = make_scene(target, folder)
-    _, right = decode_with_us(scene)
-    fault = find_known_fault("vllm", scene, Outcome("vllm", None, None, None, "", "cpu"))
-    with fault.imitate(scene.drafter):
-        _, chains = decode_with_us(scene)
-    assert chains != right
-    # The fault ends with the block that imitates it.
-    assert decode_with_us(scene)[1] == right
-    answer = answer_of(scene, chains)
-    report = verify(folder, target, consumers=["vllm"], engines=play_engine(tmp_path, ANSWERS, answer))
-    assert report.ok and "takes exactly these rounds" in report.notes[0] and "PR 56431" in report.notes[0]
-    # One round off, or on a device without the fault, it is no excuse.
-    on_gpu = play_engine(tmp_path, ANSWERS, answer | {"device": "cuda"})
-    assert not verify(folder, target, consumers=["vllm"], engines=on_gpu).ok
-
-
-# ---- counting ----------------------------------------------------------------------------------------------------------
+# ---- counting -------------------------------------------------------------------------------------------------------
 
 
 def test_rounds_start_within_the_limit_and_count_whole():
@@ -464,8 +454,8 @@ def test_rounds_start_within_the_limit_and_count_whole():
     assert anchors_of([2, 0, 5, 1]) == [0, 3, 4, 10]
     assert started_within([2, 0, 5, 1], 11) == [2, 0, 5]
     assert started_within([2, 0, 5, 1], 12) == [2, 0, 5, 1]
-    counts = count_rounds([[2, 0, 5], [1]], 5)
-    assert counts == Counts(4, (3, 2, 1, 1, 1)) and counts.tau == 3.0
+    counts = Counts.of_chains([[2, 0, 5], [1]], 5)
+    assert counts.pooled() == Counts((4,), ((3, 2, 1, 1, 1),)) and counts.tau == 3.0
 
 
 def test_rounds_are_read_off_the_targets_forward_passes():
@@ -508,7 +498,7 @@ def test_fingerprints_of_one_drafter_agree_and_of_two_differ(published, target):
     assert "drafts differ on a fixed text" in describe_gap(own, other)
 
 
-# ---- bad requests ------------------------------------------------------------------------------------------------------
+# ---- bad requests ---------------------------------------------------------------------------------------------------
 
 
 def test_requests_that_cannot_be_met_say_what_to_do(tmp_path, published, target):

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import rollouts
 import torch
+from rollouts import Options, decode
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.rollout import acceptance as verification
-from trl_draft_opd.rollout import live, replay
+from trl_draft_opd.rollout import keyed_random, live, replay
 from trl_draft_opd.rollout.acceptance import choose_tokens, sample_posterior, token_probs
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.rollout.replay import TargetText
 
 
 PROMPT = (0, 2)
@@ -183,8 +183,12 @@ def blocks_of(rollout, row: int, has_suffix: bool) -> tuple:
 def live_distribution(name: str) -> dict[tuple, float]:
     """Return the joint distribution of text and blocks under live decoding."""
     case = CASES[name]()
-    settings = LiveSettings(
-        case.num_drafts, case.max_new_tokens, case.sampling, case.draft_sampling, [case.eos], False
+    options = Options(
+        case.num_drafts,
+        case.sampling,
+        case.draft_sampling,
+        max_new_tokens=case.max_new_tokens,
+        eos_token_ids=[case.eos],
     )
 
     def run(prompts, tapes):
@@ -198,7 +202,7 @@ def live_distribution(name: str) -> dict[tuple, float]:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(live._LiveBatch, "_uniforms", uniforms)
-            rollout = rollout_live(case.target, case.drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
+            rollout = decode(case.target, case.drafter, prompts, options)
         return [blocks_of(rollout, row, case.has_suffix) for row in range(len(prompts))]
 
     return follow_all(run, [PROMPT])[0]
@@ -206,8 +210,13 @@ def live_distribution(name: str) -> dict[tuple, float]:
 
 def replay_distributions(case: Case, texts: list[tuple[int, ...]]) -> list[dict[tuple, float]]:
     """Return, for each text, the distribution of its blocks under replay."""
-    settings = ReplaySettings(
-        case.num_drafts, case.sampling, case.draft_sampling, case.has_suffix, 0, 0, case.segment_length, 10_000
+    options = Options(
+        case.num_drafts,
+        case.sampling,
+        case.draft_sampling,
+        case.has_suffix,
+        segment_length=case.segment_length,
+        chunk_bytes=10_000,
     )
 
     def run(responses, tapes):
@@ -223,8 +232,8 @@ def replay_distributions(case: Case, texts: list[tuple[int, ...]]) -> list[dict[
         is_text = index < torch.tensor([len(row) for row in rows])[:, None]
         text = TargetText(ids, is_text.long(), is_text & (index >= len(PROMPT)), range(len(rows)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(replay, "keyed_uniforms", keyed_uniforms)
-            rollout = rollout_replay(case.target, case.drafter, text, settings)
+            patch.setattr(keyed_random, "keyed_uniforms", keyed_uniforms)
+            rollout = rollouts.replay(case.target, case.drafter, text, options)
         assert rollout.num_refused == 0
         return [blocks_of(rollout, row, case.has_suffix) for row in range(len(rows))]
 
@@ -396,9 +405,9 @@ def test_a_suffix_from_the_targets_distribution_is_found(monkeypatch):
     def choose_as_target(walk, hidden, rows, anchors, slot):
         states = walk.reading.last_hidden[rows, (anchors + slot - 1).clamp(max=walk.text.input_ids.shape[1] - 1)]
         distribution = token_probs(walk.target.project(states), walk.settings.sampling)
-        return choose_tokens(distribution, walk._uniforms(rows, anchors, slot, replay.REPLAY_DRAFT))
+        return choose_tokens(distribution, walk.keys.uniforms(rows, anchors, slot, replay.REPLAY_DRAFT))
 
-    monkeypatch.setattr(replay._Walk, "_choose", choose_as_target)
+    monkeypatch.setattr(replay.ReplayWalk, "_choose", choose_as_target)
     assert_found("eagle3")
     assert_found("dflash")
 
@@ -410,17 +419,16 @@ def test_one_uniform_for_acceptance_and_for_the_refused_draft_is_found(monkeypat
 
 
 def test_a_suffix_that_follows_the_text_and_not_the_refused_draft_is_found(monkeypatch):
-    draft_suffixes = replay._Walk._draft_suffixes
+    draft_suffixes = replay.ReplayWalk._draft_suffixes
 
     def follow_text(walk, anchors, drafts, num_known):
         slots = torch.arange(1, drafts.shape[-1] + 1)
         places = (anchors.clamp(min=0)[..., None] + slots).clamp(max=walk.text.input_ids.shape[1] - 1)
-        decided = drafts.clone()
-        drafts.copy_(walk.text.input_ids.gather(1, places.flatten(1)).view_as(drafts))
-        draft_suffixes(walk, anchors, drafts, num_known)
-        drafts.copy_(torch.where(slots <= num_known[..., None], decided, drafts))
+        along_text = walk.text.input_ids.gather(1, places.flatten(1)).view_as(drafts)
+        found = draft_suffixes(walk, anchors, along_text, num_known)
+        return torch.where(slots <= num_known[..., None], drafts, found)
 
-    monkeypatch.setattr(replay._Walk, "_draft_suffixes", follow_text)
+    monkeypatch.setattr(replay.ReplayWalk, "_draft_suffixes", follow_text)
     assert_found("eagle3")
     # A parallel drafter's slots do not read its drafts.
     assert total_variation(live_distribution("dflash"), replayed_distribution("dflash")) <= 1e-12

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from published import boundaries_of, eagle_drafts, engine_parameters, sglang_parameters, vllm_parameters, zlab_hidden
+from rollouts import Options, decode
 from safetensors.torch import load_file
 from test_export import VARIANTS, export, make_variant
 from tiny import MASK, make_drafter, make_prompts, make_target
@@ -20,11 +21,9 @@ from trl_draft_opd import (
     DFlashDraftModel,
     Eagle3DraftModel,
     FrozenTarget,
-    SamplingSettings,
 )
-from trl_draft_opd.export import export_drafter
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.export import TargetOfExport, export_drafter
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,8 @@ def test_eagles_own_forward_drafts_what_we_draft(exports, target, variant):
     drafts, logits = eagle_drafts(exports[variant]["flat"], read(target, ids), ids, num_drafts=4)
     anchor = torch.tensor([[10]])
     with torch.no_grad():
-        hidden = drafter.draft_hidden(
-            features_of(target, drafter, ids), ids[None], anchor, torch.tensor([[drafts]]), target.embed
+        hidden = run_blocks(
+            drafter, features_of(target, drafter, ids), ids[None], anchor, torch.tensor([[drafts]]), target.embed
         )
         ours = drafter.draft_logits(hidden, target.project)[0, 0]
     # The second slot and those behind it read the state that was fed back.
@@ -72,8 +71,8 @@ def test_zlabs_own_forward_gives_the_states_we_draft_from(exports, target):
     with torch.no_grad():
         theirs = zlab_hidden(exports["dflash"]["flat"], read(target, ids), target.embed(block))
         no_drafts = torch.zeros(1, 1, 4, dtype=torch.long)
-        ours = drafter.draft_hidden(
-            features_of(target, drafter, ids), ids[None], torch.tensor([[10]]), no_drafts, target.embed
+        ours = run_blocks(
+            drafter, features_of(target, drafter, ids), ids[None], torch.tensor([[10]]), no_drafts, target.embed
         )
     torch.testing.assert_close(ours[0, 0], theirs[1:], atol=1e-4, rtol=1e-4)
 
@@ -115,7 +114,7 @@ def test_every_convention_names_the_layers_the_drafter_reads(tmp_path, num_layer
         drafter = DFlashDraftModel.from_target(model, mask_token_id=3, num_hidden_layers=1, block_size=4)
         readers = ("vllm", "sglang", "z-lab", "transformers")
     embedding = model.get_input_embeddings().weight
-    export_drafter(drafter, tmp_path, embedding=embedding, target_config=config, target_id="org/target")
+    export_drafter(drafter, tmp_path, target=TargetOfExport("org/target", config, embedding))
     flat, speculators = (json.loads((tmp_path / part / "config.json").read_text()) for part in ("", "speculators"))
     # What the drafter was trained on, read off a forward pass: boundary b is the b-th hidden state.
     ids = torch.randint(4, 40, (1, 5))
@@ -163,8 +162,7 @@ def rounds_of(target, prompt, draft):
 
 
 def ours(target, drafter, prompt):
-    settings = LiveSettings(4, NUM_TOKENS, SamplingSettings(0.0, 0, 1.0), "greedy", [], False)
-    rollout = rollout_live(target, drafter, [prompt], settings, DrawKeys(0, 0, [0]))
+    rollout = decode(target, drafter, [prompt], Options(max_new_tokens=NUM_TOKENS))
     return rollout.input_ids[0].tolist(), rollout.accepted[0][rollout.is_block[0]].tolist()
 
 

@@ -24,10 +24,11 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
+from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
-from trl_draft_opd.trainer import publishing
+from trl_draft_opd.trainer import publisher, publishing
 from trl_draft_opd.trainer.texts import PRIVATE_FOLDER
 
 
@@ -119,7 +120,7 @@ def test_a_push_is_one_commit_of_an_export_that_loads(tmp_path, hub, method, fam
     for name, content in commit["files"].items():
         (published / name).parent.mkdir(parents=True, exist_ok=True)
         (published / name).write_bytes(content)
-    assert check_folder(published, target_config=trainer.target.config) == []
+    assert check_folder(published, TargetOfExport(config=trainer.target.config)) == []
     loaded = AutoDrafter.from_pretrained(published)
     assert all(
         (loaded.state_dict()[name] - tensor).abs().max() <= 2**-8 * tensor.abs().max()
@@ -157,10 +158,10 @@ def test_a_path_is_no_id_for_target_or_data(tmp_path, setting):
 
 def test_credentials_inside_of_settings_are_masked_in_logs(tmp_path):
     options = {"token": CANARY, "revision": "main", "headers": {"Authorization": CANARY}}
-    args = DraftSFTConfig(str(tmp_path), target_model_init_kwargs=options, hub_token=CANARY, report_to="none")
+    args = DraftSFTConfig(str(tmp_path), target_init_kwargs=options, hub_token=CANARY, report_to="none")
     assert CANARY not in args.to_json_string()
-    assert args.to_dict()["target_model_init_kwargs"]["revision"] == "main"
-    assert args.target_model_init_kwargs["token"] == CANARY
+    assert args.to_dict()["target_init_kwargs"]["revision"] == "main"
+    assert args.target_init_kwargs["token"] == CANARY
 
 
 @pytest.mark.parametrize("method", TRAINERS)
@@ -177,7 +178,7 @@ def test_no_canary_token_and_no_path_is_in_a_byte_that_leaves(tmp_path, hub, mon
         "torch.save", lambda content, *to, **options: (saved.append(content), save(content, *to, **options))
     )
     settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "report_to": "tensorboard"}
-    settings["target_model_init_kwargs"] = {"token": CANARY}
+    settings["target_init_kwargs"] = {"token": CANARY}
     if method == "opd":
         settings |= {"log_completions": True}
     trainer = make_trainer(tmp_path, method, drafter=drafter, target=str(home / "target"), **settings)
@@ -245,9 +246,7 @@ def test_what_cannot_be_published_is_refused_before_the_target_answers(
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize(
-    "setting, value", [("dataset_license", "see /home/me/terms"), ("target_model_revision", "../x")]
-)
+@pytest.mark.parametrize("setting, value", [("dataset_license", "see /home/me/terms"), ("target_revision", "../x")])
 def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setting, value):
     with pytest.raises(ValueError, match="training_record.json"):
         make_trainer(tmp_path, **{setting: value})
@@ -323,7 +322,7 @@ def test_one_push_is_in_flight_and_saves_skip_it_or_wait(tmp_path, hub, monkeypa
         started.append(commit_message)
         assert is_over.wait(20)
 
-    monkeypatch.setattr(publishing, "push_folder", push)
+    monkeypatch.setattr(publisher, "push_folder", push)
     make_trainer(tmp_path, callbacks=[AfterSaves()], **EVERY_SAVE | {"hub_always_push": always}).train()
     assert len(started) == pushed
 
@@ -341,7 +340,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, hub, monkeyp
         is_deleted.wait(0.3)
         was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.safetensors").is_file())
 
-    monkeypatch.setattr(publishing, "push_folder", push)
+    monkeypatch.setattr(publisher, "push_folder", push)
     settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "hub_always_push": False, "save_total_limit": 1}
     make_trainer(tmp_path, callbacks=[AfterDeletion()], **settings).train()
     assert was_there == [True, True] and not (tmp_path / "out" / "checkpoint-1").exists()

@@ -104,7 +104,7 @@ def test_both_trainers_take_a_quantised_target_by_its_config(tmp_path, folder, k
         learning_rate=1e-2,
         warmup_steps=0,
         # As the command line hands it over.
-        target_model_init_kwargs=json.dumps({"quantization_config": QUANTIZATIONS[bits]}),
+        target_init_kwargs=json.dumps({"quantization_config": QUANTIZATIONS[bits]}),
         # 8 bits: how activations are rounded depends on the other rows of a batch, and random weights have many near ties.
         **({} if kind == "sft" else {"warn_mismatch_share": 1.0, "max_mismatch_share": 1.0}),
     )
@@ -141,5 +141,5 @@ def test_a_quantised_head_is_refused(folder):
 
 
 def test_quantised_weights_elsewhere_are_refused_and_not_moved(folder):
-    with pytest.raises(ValueError, match="loaded to 'cpu' but training runs on 'cuda'.*`target_model_init_kwargs="):
+    with pytest.raises(ValueError, match="loaded to 'cpu' but training runs on 'cuda'.*`target_init_kwargs="):
         load(folder, "8bit").place(torch.device("cuda"))

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import rollouts
 import torch
 from datasets import Dataset
+from rollouts import GREEDY, Options
 
 from trl_draft_opd import (
     AutoDrafter,
@@ -19,16 +21,12 @@ from trl_draft_opd import (
     DraftSFTTrainer,
     Eagle3DraftModel,
     FrozenTarget,
-    SamplingSettings,
     evaluate_drafter,
     generate_responses,
 )
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
 
 
-GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 FAMILIES = ("eagle3", "dflash")
 
 
@@ -62,11 +60,11 @@ def briefly_trained(family: str, target: FrozenTarget, folder: Path, rows: Datas
 def decode(
     target: FrozenTarget, drafter: Drafter, prompts: list, batch_size: int, max_new_tokens: int
 ) -> list[list[int]]:
-    settings = LiveSettings(drafter.default_num_drafts, max_new_tokens, GREEDY, "greedy", target.eos_token_ids, False)
+    options = Options(drafter.default_num_drafts, max_new_tokens=max_new_tokens, eos_token_ids=target.eos_token_ids)
     texts = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        texts += rollout_live(target, drafter, batch, settings, DrawKeys(0, 0, range(len(batch)))).responses()
+        texts += rollouts.decode(target, drafter, batch, options).responses()
     return texts
 
 

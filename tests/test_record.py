@@ -221,7 +221,6 @@ def test_settings_that_say_how_it_was_trained_are_recorded(tmp_path, config_clas
 def test_every_choice_a_config_allows_can_be_recorded(tmp_path):
     choices = {
         "rollout": ("live", "replay"),
-        "anchor_mode": ("error", "random"),
         "rejected_scope": ("first", "suffix"),
         "supervised_anchors": ("random", "error"),
         "draft_sampling": ("greedy", "sample"),
@@ -270,26 +269,6 @@ def test_a_long_curve_is_thinned_without_losing_evaluations():
     assert len(curve) <= 102
     assert curve[0]["step"] == 1 and curve[-1]["step"] == 1000
     assert {"step": 777, "loss": 1.0, "eval_tau": 2.0} in curve
-
-
-def test_a_measurement_takes_its_numbers_from_the_report():
-    numbers = {
-        "num_prompts": 2,
-        "temperature": 0.0,
-        "num_drafts": 4,
-        "batch_size": 1,
-        "num_blocks": 9,
-        "num_different": 0,
-    }
-    report = SimpleNamespace(tau=2.5, tau_low=2.0, tau_high=3.0, acceptance_per_slot=[0.5, 0.4, 0.3, 0.3], **numbers)
-    prompts = [[7, 8], [9]]
-    made = Measurement.from_report(
-        report, prompt_set="gsm8k", prompts=prompts, max_new_tokens=64, target_dtype="torch.float32", after_steps=5
-    )
-    assert (made.tau, made.num_blocks, made.target_dtype, made.after_steps) == (2.5, 9, "float32", 5)
-    assert made.prompts_sha256 == prompts_digest(prompts)
-    write = make_record(measurements=[made])
-    assert TrainingRecord.from_dict(write.to_dict()) == write
 
 
 def test_the_digest_tells_prompts_and_their_order_apart():

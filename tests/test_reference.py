@@ -6,17 +6,17 @@ replay, branch states, and whole training steps of both families.
 
 import pytest
 import torch
+from rollouts import Options, decode, replay
 from tiny import EOS, make_drafter, make_prompts, make_target
 
 from benchmarks.reference import attention, drafting, loss, rollout, step
 from trl_draft_opd import SamplingSettings, build_draft_vocabulary
 from trl_draft_opd.drafters.attention import anchored_attention
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence
 from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
-from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+from trl_draft_opd.rollout.replay import TargetText
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 FAMILIES = ("eagle3", "dflash")
@@ -25,19 +25,12 @@ CHUNK_BYTES = 4096
 NUM_DRAFTS = 4
 
 
-def replay_settings(**options) -> ReplaySettings:
-    return ReplaySettings(
-        **{
-            "num_drafts": NUM_DRAFTS,
-            "sampling": GREEDY,
-            "draft_sampling": "greedy",
-            "keep_branch_hidden": True,
-            "seed": 0,
-            "epoch": 0,
-            "segment_length": 3,
-            "chunk_bytes": CHUNK_BYTES,
-        }
-        | options
+def replay_options(keep_branch_hidden=True, segment_length=3) -> Options:
+    return Options(
+        NUM_DRAFTS,
+        keep_branch_hidden=keep_branch_hidden,
+        segment_length=segment_length,
+        chunk_bytes=CHUNK_BYTES,
     )
 
 
@@ -154,8 +147,7 @@ def assert_same_blocks(result, chains: list[list[rollout.Block]]) -> None:
 
 def test_batched_decoding_equals_one_prompt_at_a_time(target, drafter, decoded):
     prompts, texts, chains = decoded
-    settings = LiveSettings(NUM_DRAFTS, 17, GREEDY, "greedy", [EOS], keep_branch_hidden=False)
-    result = rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
+    result = decode(target, drafter, prompts, Options(NUM_DRAFTS, max_new_tokens=17, eos_token_ids=[EOS]))
     responses = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
     assert result.responses() == responses
     assert_same_blocks(result, chains)
@@ -170,7 +162,7 @@ def test_replay_in_segments_equals_replay_block_by_block(target, drafter, decode
         for text, length in zip(texts, lengths, strict=True)
     ]
     assert plain == chains
-    result = rollout_replay(target, drafter, to_text(texts, lengths), replay_settings(segment_length=segment_length))
+    result = replay(target, drafter, to_text(texts, lengths), replay_options(segment_length=segment_length))
     # Behind the end of a text nothing is drafted along it: only what was judged can be compared.
     for row, chain in enumerate(plain):
         count = int(result.num_rounds[row])
@@ -184,7 +176,7 @@ def test_replay_in_segments_equals_replay_block_by_block(target, drafter, decode
 def test_packed_branches_equal_one_forward_per_branch(target, drafter, decoded):
     prompts, texts, _ = decoded
     text = to_text(texts, [len(prompt) for prompt in prompts])
-    result = rollout_replay(target, drafter, text, replay_settings())
+    result = replay(target, drafter, text, replay_options())
     anchors = mark_slots(result, rejected_scope="suffix", eos_token_ids=[EOS])
     compared = 0
     for row, block, slot in anchors.is_branch.nonzero().tolist():
@@ -234,8 +226,8 @@ def test_packed_drafting_equals_the_layers_written_out(target, family, variant):
     anchors, drafts = [1, 4, 5, len(text) - 1], torch.randint(7, 60, (4, NUM_DRAFTS))
     reading = drafting.read_text(target.causal_lm, text, drafter.config.target_layer_ids)
     plain, _ = drafting.draft_states(drafter, target.causal_lm, reading.features, text, anchors, NUM_DRAFTS, drafts)
-    fast = drafter.draft_hidden(
-        reading.features[None], torch.tensor([text]), torch.tensor([anchors]), drafts[None], target.embed
+    fast = run_blocks(
+        drafter, reading.features[None], torch.tensor([text]), torch.tensor([anchors]), drafts[None], target.embed
     )
     torch.testing.assert_close(fast[0], plain, rtol=1e-4, atol=1e-5)
 
@@ -250,9 +242,8 @@ def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_t
     )
     streams = {"accepted": StreamSettings(loss_type, 1.0, 0.8), "rejected": StreamSettings(loss_type, 0.0, 1.0)}
     sums = weight_sums([anchors], streams, drafter.draft_token_ids)
-    ours = step_loss(
-        drafter, target, text.input_ids, text.attention_mask, anchors, None, streams, sums, CHUNK_BYTES
-    ).loss
+    objective = Objective(streams, SlotRules(), CHUNK_BYTES, sums)
+    ours = step_loss(drafter, target, PreparedBatch(text, None, anchors, None), objective).loss
     places = [[a for a in row if a >= 0] for row in anchors.anchors.tolist()]
     pairs = [(ids, [i >= start for i in range(len(ids))]) for ids, start in zip(texts, lengths, strict=True)]
     plain = step.sft_step(target.causal_lm, drafter, pairs, places, NUM_DRAFTS, step.Stream(loss_type, 1.0, 0.8))
@@ -267,20 +258,19 @@ def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_t
 def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
     drafter = make_variant(family, target, variant)
     prompts = make_prompts(4, seed=2)
-    settings = LiveSettings(NUM_DRAFTS, 15, GREEDY, "greedy", [EOS], keep_branch_hidden=False)
-    texts = rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
+    texts = decode(target, drafter, prompts, Options(NUM_DRAFTS, max_new_tokens=15, eos_token_ids=[EOS]))
     responses = texts.responses()
     joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     lengths = [len(prompt) for prompt in prompts]
     text = to_text(joined, lengths)
-    result = rollout_replay(target, drafter, text, replay_settings(keep_branch_hidden=scope == "suffix"))
+    result = replay(target, drafter, text, replay_options(keep_branch_hidden=scope == "suffix"))
     anchors = mark_slots(result, rejected_scope=scope, eos_token_ids=[EOS])
     assert anchors.is_rejected.any()
     streams = {"accepted": ("forward_kl", 1.0, 1.0), "rejected": ("reverse_kl", 0.5, 0.8)}
     fast_streams = {name: StreamSettings(*values) for name, values in streams.items()}
     sums = weight_sums([anchors], fast_streams, drafter.draft_token_ids)
-    arguments = (text.input_ids, text.attention_mask, anchors, result.branch_hidden, fast_streams, sums, CHUNK_BYTES)
-    ours = step_loss(drafter, target, *arguments).loss
+    objective = Objective(fast_streams, SlotRules(), CHUNK_BYTES, sums)
+    ours = step_loss(drafter, target, PreparedBatch(text, result, anchors, None), objective).loss
     plain = step.opd_step(
         target.causal_lm,
         drafter,

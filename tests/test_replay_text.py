@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import greedy_text
+from rollouts import GREEDY, Options, decode, draft_at, replay
 from tiny import VOCAB, make_drafter, make_prompts, make_target
 from transformers import (
     FalconH1Config,
@@ -22,19 +23,17 @@ from transformers import (
 )
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.acceptance import count_accepted, token_probs
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
-from trl_draft_opd.rollout.sampler import greedy_chooser
+from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
+from trl_draft_opd.rollout.replay import TargetText
 
 
 K = 4
 FAMILIES = ("dflash", "eagle3")
-GREEDY = SamplingSettings(0.0, 0, 1.0)
 # Hot, so that two random models agree now and then.
 HOT = SamplingSettings(3.0, 0, 1.0)
-DRAWN = ReplaySettings(
+DRAWN = Options(
     num_drafts=K,
     sampling=HOT,
     draft_sampling="sample",
@@ -127,28 +126,26 @@ def assert_same_blocks(first: list[dict], second: list[dict]) -> None:
 def test_drawn_blocks_do_not_depend_on_segments_or_batch(family, target, drafters):
     rows = random_rows([30, 17, 2, 9])
     ids = [50, 8, 10**12, 9]
-    whole = rollout_replay(target, drafters[family], make_text(rows, ids), DRAWN)
+    whole = replay(target, drafters[family], make_text(rows, ids), DRAWN)
     blocks = [blocks_of(whole, row) for row in range(4)]
     seen = {(block["accepted"], block["is_censored"]) for row in blocks for block in row}
     assert {accepted for accepted, _ in seen} >= {0, 1, 2} and {ended for _, ended in seen} == {True, False}
     for segment_length, chunk_rows in [(1, 1000), (3, 1), (100, 7)]:
         settings = replace(DRAWN, segment_length=segment_length, chunk_bytes=16 * VOCAB * chunk_rows)
-        again = rollout_replay(target, drafters[family], make_text(rows, ids), settings)
+        again = replay(target, drafters[family], make_text(rows, ids), settings)
         for row in range(4):
             assert_same_blocks(blocks_of(again, row), blocks[row])
-            alone = rollout_replay(
-                target, drafters[family], make_text(rows[row : row + 1], ids[row : row + 1]), settings
-            )
+            alone = replay(target, drafters[family], make_text(rows[row : row + 1], ids[row : row + 1]), settings)
             assert_same_blocks(blocks_of(alone, 0), blocks[row])
-    backwards = rollout_replay(target, drafters[family], make_text(rows[::-1], ids[::-1]), DRAWN)
+    backwards = replay(target, drafters[family], make_text(rows[::-1], ids[::-1]), DRAWN)
     for row in range(4):
         assert_same_blocks(blocks_of(backwards, 3 - row), blocks[row])
 
 
 def test_without_suffixes_the_decided_slots_stay_the_same(target, drafters):
     text = make_text(random_rows([30, 17]))
-    kept = rollout_replay(target, drafters["eagle3"], text, DRAWN)
-    bare = rollout_replay(target, drafters["eagle3"], text, replace(DRAWN, keep_branch_hidden=False))
+    kept = replay(target, drafters["eagle3"], text, DRAWN)
+    bare = replay(target, drafters["eagle3"], text, replace(DRAWN, keep_branch_hidden=False))
     assert bare.branch_hidden is None and not bare.has_suffix
     for row in range(2):
         for one, other in zip(blocks_of(kept, row), blocks_of(bare, row), strict=True):
@@ -160,9 +157,9 @@ def test_without_suffixes_the_decided_slots_stay_the_same(target, drafters):
 def test_each_key_of_the_draws_changes_the_blocks(changes, target, drafters):
     rows, changes = random_rows([30, 30]), dict(changes)
     sample_ids = changes.pop("sample_ids", [50, 8])
-    first = rollout_replay(target, drafters["dflash"], make_text(rows, [50, 8]), DRAWN)
-    again = rollout_replay(target, drafters["dflash"], make_text(rows, [50, 8]), DRAWN)
-    other = rollout_replay(target, drafters["dflash"], make_text(rows, sample_ids), replace(DRAWN, **changes))
+    first = replay(target, drafters["dflash"], make_text(rows, [50, 8]), DRAWN)
+    again = replay(target, drafters["dflash"], make_text(rows, [50, 8]), DRAWN)
+    other = replay(target, drafters["dflash"], make_text(rows, sample_ids), replace(DRAWN, **changes))
     for row in range(2):
         assert_same_blocks(blocks_of(first, row), blocks_of(again, row))
         mine, theirs = ([b["drafts"] for b in blocks_of(rollout, row)] for rollout in (first, other))
@@ -172,25 +169,25 @@ def test_each_key_of_the_draws_changes_the_blocks(changes, target, drafters):
 
 def test_argmax_drafts_do_not_read_the_keys(target, drafters):
     text = make_text(random_rows([20, 11]))
-    first = rollout_replay(target, drafters["eagle3"], text, replace(DRAWN, draft_sampling="greedy"))
-    other = rollout_replay(target, drafters["eagle3"], text, replace(DRAWN, draft_sampling="greedy", seed=1, epoch=5))
+    first = replay(target, drafters["eagle3"], text, replace(DRAWN, draft_sampling="greedy"))
+    other = replay(target, drafters["eagle3"], text, replace(DRAWN, draft_sampling="greedy", seed=1, epoch=5))
     assert torch.equal(first.drafts, other.drafts) and torch.equal(first.anchors, other.anchors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_redrafting_draws_the_chains_own_blocks(family, target, drafters):
     text = make_text(random_rows([25, 14], seed=3), [4, 90])
-    chain = rollout_replay(target, drafters[family], text, DRAWN)
-    again = redraft(target, drafters[family], text, chain.anchors, DRAWN)
+    chain = replay(target, drafters[family], text, DRAWN)
+    again = draft_at(target, drafters[family], text, chain.anchors, DRAWN)
     for row in range(2):
         assert_same_blocks(blocks_of(again, row), blocks_of(chain, row))
     # Any other anchor, however near the end, draws the block of a response that begins there.
     ends = text.attention_mask.sum(dim=1) - 1
     anchors = ends[:, None] - torch.tensor([[7, 3, 2, 1]])
-    late = redraft(target, drafters[family], text, anchors, DRAWN)
+    late = draft_at(target, drafters[family], text, anchors, DRAWN)
     for column in range(4):
         mask = text.completion_mask & (torch.arange(text.input_ids.shape[1]) >= anchors[:, column, None])
-        begun = rollout_replay(target, drafters[family], replace(text, completion_mask=mask), DRAWN)
+        begun = replay(target, drafters[family], replace(text, completion_mask=mask), DRAWN)
         for row in range(2):
             assert_same_blocks(blocks_of(late, row)[column : column + 1], blocks_of(begun, row)[:1])
 
@@ -200,12 +197,12 @@ def test_redrafting_draws_the_chains_own_blocks(family, target, drafters):
 def test_a_reading_handed_in_changes_nothing(family, keep_branch_hidden, target, drafters, monkeypatch):
     text, drafter = make_text(random_rows([18, 7])), drafters[family]
     settings = replace(DRAWN, keep_branch_hidden=keep_branch_hidden)
-    own = rollout_replay(target, drafter, text, settings)
+    own = replay(target, drafter, text, settings)
     reading = target.read_text(
         text.input_ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=keep_branch_hidden
     )
     monkeypatch.setattr(target, "read_text", None, raising=False)
-    given = rollout_replay(target, drafter, text, settings, reading)
+    given = replay(target, drafter, text, settings, reading)
     for row in range(2):
         assert_same_blocks(blocks_of(given, row), blocks_of(own, row))
 
@@ -226,7 +223,7 @@ def test_the_head_sees_each_decided_slot_once_and_no_other(family, settings, tar
 
     monkeypatch.setattr(drafter, "draft_logits", counted, raising=False)
     one_walk = replace(settings, segment_length=100, keep_branch_hidden=False)
-    rollout = rollout_replay(target, drafter, text, one_walk)
+    rollout = replay(target, drafter, text, one_walk)
     num_blocks = int(rollout.num_rounds.sum())
     num_decided = sum(
         min(block["accepted"] + (not block["is_censored"]), K) for row in range(3) for block in blocks_of(rollout, row)
@@ -234,7 +231,7 @@ def test_the_head_sees_each_decided_slot_once_and_no_other(family, settings, tar
     assert sum(num_rows) == num_decided < K * num_blocks
     assert max(num_rows) <= settings.chunk_bytes // (16 * VOCAB if settings is DRAWN else 4 * VOCAB)
     num_rows.clear()
-    rollout_replay(target, drafter, text, replace(one_walk, keep_branch_hidden=True))
+    replay(target, drafter, text, replace(one_walk, keep_branch_hidden=True))
     assert sum(num_rows) == K * num_blocks
 
 
@@ -246,29 +243,25 @@ def test_blocks_that_go_on_are_untouched_by_those_that_stop(family, target, draf
     slots = torch.arange(1, K + 1)
     drafts = ids.gather(1, (anchors[..., None] + slots).flatten(1)).view(2, 4, K)
     features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
-    expected = drafter.draft_hidden(features, ids, anchors, drafts, target.embed)
+    expected = run_blocks(drafter, features, ids, anchors, drafts, target.embed)
     # Columns of the first call that are left behind each slot, in any order; -1 is padding.
     left = [torch.tensor([[0, 1, 2, 3]] * 2), torch.tensor([[3, 0, 2], [1, 2, 0]]), torch.tensor([[2, 3], [0, -1]])]
     left.append(left[-1])
-    seen = []
-
-    def decide(hidden, slot):
-        columns, is_block = left[slot - 1], left[slot - 1] >= 0
-        wanted = expected[torch.arange(2)[:, None], columns.clamp(min=0), slot - 1]
-        torch.testing.assert_close(hidden[is_block], wanted[is_block], rtol=1e-9, atol=1e-9)
-        seen.append(slot)
-        if slot == K:
-            return None
-        following = left[slot]
-        places = (following[:, :, None] == columns[:, None]).to(torch.uint8).argmax(dim=2)
-        tokens = drafts[:, :, slot - 1].gather(1, following.clamp(min=0))
-        return tokens, None if following is columns else torch.where(following >= 0, places, -1)
-
     with torch.no_grad():
-        positions = torch.arange(14).expand_as(ids)
-        context = drafter.encode_context(features, target.embed(ids.roll(-1, dims=1)), positions)
-        drafter.draft_along(context, anchors, ids.gather(1, anchors), K, target.embed, decide)
-    assert seen == [1, 2, 3, 4]
+        context = drafter.encode_text(features, ids, target.embed)
+        state = drafter.begin(context, anchors, ids.gather(1, anchors), K, target.embed)
+        for slot in range(1, K + 1):
+            columns, is_block = left[slot - 1], left[slot - 1] >= 0
+            wanted = expected[torch.arange(2)[:, None], columns.clamp(min=0), slot - 1]
+            torch.testing.assert_close(state.hidden[is_block], wanted[is_block], rtol=1e-9, atol=1e-9)
+            assert state.slot == slot
+            if slot == K:
+                break
+            following = left[slot]
+            places = (following[:, :, None] == columns[:, None]).to(torch.uint8).argmax(dim=2)
+            tokens = drafts[:, :, slot - 1].gather(1, following.clamp(min=0))
+            places = None if following is columns else torch.where(following >= 0, places, -1)
+            state = drafter.advance(state, tokens, places)
     assert (expected[:, 1:] - expected[:, :-1]).abs().max() > 0.1
 
 
@@ -306,7 +299,7 @@ def test_every_answer_of_a_chat_has_the_chain_it_has_alone(family, segment_lengt
         ),
     ]
     settings = replace(DRAWN, segment_length=segment_length)
-    rollout = rollout_replay(target, drafters[family], make_text(chats, [3, 4]), settings)
+    rollout = replay(target, drafters[family], make_text(chats, [3, 4]), settings)
     censored = []
     for row, (ids, mask) in enumerate(chats):
         blocks, expected = blocks_of(rollout, row), []
@@ -316,7 +309,7 @@ def test_every_answer_of_a_chat_has_the_chain_it_has_alone(family, segment_lengt
             assert all(block["anchor"] + block["accepted"] <= end for block in own)
             assert all(block["is_counted"] == (block["anchor"] + K <= end) for block in own)
             alone = make_text([(ids[: end + 1], [start <= position for position in range(end + 1)])], [3 + row])
-            expected += blocks_of(rollout_replay(target, drafters[family], alone, settings), 0)
+            expected += blocks_of(replay(target, drafters[family], alone, settings), 0)
             censored += [block["is_censored"] for block in own]
         assert_same_blocks(blocks, expected)
     assert set(censored) == {True, False}
@@ -328,11 +321,11 @@ def test_every_answer_of_a_greedy_chat_has_the_chain_of_live_decoding(family, ta
     for length, question in [(9, [12, 13]), (6, [14]), (11, [15])]:
         ids = greedy_text(target, ids, length) + question
         mask += [True] * length + [False] * len(question)
-    rollout = rollout_replay(target, drafters[family], make_text([(ids, mask)]), ARGMAX)
+    rollout = replay(target, drafters[family], make_text([(ids, mask)]), ARGMAX)
     expected = []
     for start, end in runs_of(mask):
-        settings = LiveSettings(K, end + 1 - start, GREEDY, "greedy", (), True)
-        alone = rollout_live(target, drafters[family], [ids[:start]], settings, DrawKeys(0, 0, [0]))
+        options = Options(K, keep_branch_hidden=True, max_new_tokens=end + 1 - start)
+        alone = decode(target, drafters[family], [ids[:start]], options)
         assert alone.responses()[0] == ids[start : end + 1]
         expected += blocks_of(alone, 0)
     assert_same_blocks(blocks_of(rollout, 0), expected)
@@ -341,16 +334,16 @@ def test_every_answer_of_a_greedy_chat_has_the_chain_of_live_decoding(family, ta
 @pytest.mark.parametrize("settings", [DRAWN, ARGMAX], ids=["drawn", "argmax"])
 def test_rows_without_room_for_a_block_have_none(settings, target, drafters):
     rows = [*random_rows([15, 1, 1]), ([9, 8, 7], [False] * 3), *random_rows([6], seed=5)]
-    rollout = rollout_replay(target, drafters["dflash"], make_text(rows), settings)
+    rollout = replay(target, drafters["dflash"], make_text(rows), settings)
     assert [int(n) == 0 for n in rollout.num_rounds] == [False, True, True, True, False]
     assert rollout.num_refused == 0 and rollout.responses()[3] == []
     for row in (0, 4):
-        alone = rollout_replay(target, drafters["dflash"], make_text([rows[row]], [row]), settings)
+        alone = replay(target, drafters["dflash"], make_text([rows[row]], [row]), settings)
         assert_same_blocks(blocks_of(rollout, row), blocks_of(alone, 0))
     is_padding = ~rollout.is_block
     for tensor in (rollout.drafts, rollout.accepted, rollout.is_censored, rollout.is_counted, rollout.branch_hidden):
         assert not tensor[is_padding].any()
-    none = rollout_replay(target, drafters["dflash"], make_text(rows[1:4]), settings)
+    none = replay(target, drafters["dflash"], make_text(rows[1:4]), settings)
     assert none.anchors.tolist() == [[-1]] * 3 and none.drafts.shape == (3, 1, K)
 
 
@@ -365,22 +358,21 @@ def test_a_row_with_an_impossible_token_is_refused_and_leaves_the_others_alone(
     narrow = SamplingSettings(1.0, 2, 1.0)
     settings = replace(DRAWN, sampling=narrow, segment_length=segment_length)
     prompts = make_prompts(3, seed=1)
-    live = LiveSettings(K, 16, narrow, "sample", (), False)
-    written = rollout_live(target, drafters[family], prompts, live, DrawKeys(0, 0, range(len(prompts)))).responses()
+    written = decode(target, drafters[family], prompts, Options(K, narrow, "sample", max_new_tokens=16)).responses()
     rows = [one_turn(prompt + response, len(prompt)) for prompt, response in zip(prompts, written, strict=True)]
-    clean = rollout_replay(target, drafters[family], make_text(rows), settings)
+    clean = replay(target, drafters[family], make_text(rows), settings)
     assert clean.num_refused == 0 and clean.is_block[:, 0].all()
     # The last token: every text before it is possible, and the walk gets there.
     ids = list(rows[1][0])
     distribution = token_probs(target.causal_lm(torch.tensor([ids[:-1]])).logits[0, -1], narrow)
     ids[-1] = int(distribution[7:].argmin()) + 7
     assert distribution[ids[-1]] == 0 and distribution.count_nonzero() == 2
-    broken = rollout_replay(target, drafters[family], make_text([rows[0], (ids, rows[1][1]), rows[2]]), settings)
+    broken = replay(target, drafters[family], make_text([rows[0], (ids, rows[1][1]), rows[2]]), settings)
     assert broken.num_refused == 1 and broken.num_rounds.tolist()[1] == 0 and broken.branch_hidden.isfinite().all()
     assert not broken.is_counted[1].any() and not broken.is_censored[1].any() and not broken.drafts[1].any()
     for row in (0, 2):
         assert_same_blocks(blocks_of(broken, row), blocks_of(clean, row))
-    only = rollout_replay(target, drafters[family], make_text([(ids, rows[1][1])], [1]), settings)
+    only = replay(target, drafters[family], make_text([(ids, rows[1][1])], [1]), settings)
     assert only.num_refused == 1 and only.anchors.tolist() == [[-1]]
 
 
@@ -390,7 +382,7 @@ def test_what_the_user_wrote_may_be_impossible(target, drafters):
     distribution = token_probs(target.causal_lm(torch.tensor([ids])).logits[0, -1], narrow)
     ids, mask = [*ids, int(distribution[7:].argmin()) + 7], [*mask, False]
     ids, mask = greedy_text(target, ids, 8), mask + [True] * 8
-    rollout = rollout_replay(target, drafters["dflash"], make_text([(ids, mask)]), replace(DRAWN, sampling=narrow))
+    rollout = replay(target, drafters["dflash"], make_text([(ids, mask)]), replace(DRAWN, sampling=narrow))
     assert rollout.num_refused == 0 and {2, 11} <= set(rollout.anchors[0].tolist())
 
 
@@ -437,20 +429,14 @@ def walk_one_by_one(target, drafter, ids, start):
     """Draft greedily from the target's features of one unpadded text, a block at a time."""
     ids = torch.tensor([ids])
     features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
-    positions = torch.arange(ids.shape[1])[None]
-    context = drafter.encode_context(features, target.embed(ids.roll(-1, dims=1)), positions)
+    with torch.no_grad():
+        context = drafter.encode_text(features, ids, target.embed)
+    settings = DraftingSettings(K, GREEDY, "greedy", False)
     anchor, end, chain = start, ids.shape[1] - 1, []
     while anchor < end:
-        proposal = drafter.propose(
-            context.prefix(anchor),
-            torch.tensor([[anchor]]),
-            ids[:, [anchor]],
-            K,
-            target.embed,
-            target.project,
-            greedy_chooser(),
-        )
-        drafts = proposal.drafts[0, 0, : end - anchor]
+        place = torch.tensor([[anchor]])
+        drafts, _ = draft_blocks(target, drafter, context.prefix(anchor), place, ids[:, [anchor]], settings, None)
+        drafts = drafts[0, 0, : end - anchor]
         accepted = int(count_accepted(drafts, ids[0, anchor + 1 : anchor + 1 + len(drafts)][:K]))
         chain.append((anchor, accepted, drafts[: accepted + 1].tolist()))
         anchor += accepted + 1
@@ -468,11 +454,11 @@ def test_targets_that_cannot_branch_are_replayed_without_suffixes(kind, family):
     texts = [greedy_text(target, prompt, length) for prompt, length in zip(prompts, (14, 9), strict=True)]
     rows = [one_turn(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
     bare = replace(ARGMAX, keep_branch_hidden=False)
-    rollout = rollout_replay(target, drafter, make_text(rows), bare)
+    rollout = replay(target, drafter, make_text(rows), bare)
     for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         chain = [(block["anchor"], block["accepted"], block["drafts"]) for block in blocks_of(rollout, row)]
         assert chain == walk_one_by_one(target, drafter, text, len(prompt))
-    drawn = rollout_replay(target, drafter, make_text(rows), replace(DRAWN, keep_branch_hidden=False))
+    drawn = replay(target, drafter, make_text(rows), replace(DRAWN, keep_branch_hidden=False))
     assert drawn.num_rounds.min() > 1 and drawn.num_refused == 0
     with pytest.raises(ValueError, match=reason):
-        rollout_replay(target, drafter, make_text(rows), ARGMAX)
+        replay(target, drafter, make_text(rows), ARGMAX)

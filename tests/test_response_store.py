@@ -223,7 +223,7 @@ BAD_ROWS = {
     "row 1 holds the token id None": ([7], [None], None, "length"),
     "row 1 has a response of 9 tokens, more than `max_new_tokens` 8": ([7], [8] * 9, None, "length"),
     "row 1 has 34 tokens, but the target has 32 positions": ([7] * 30, [8] * 4, None, "length"),
-    "row 1 goes on behind an end-of-sequence id": ([7], [EOS, 8], None, "length"),
+    "row 1 continues after an end-of-sequence id": ([7], [EOS, 8], None, "length"),
     "row 1 has the finish_reason 'stop', but its last token is no": ([7], [8], None, "stop"),
     "row 1 has the finish_reason 'length', but its last token is an": ([7], [8, EOS], None, "length"),
     "row 1 has the finish_reason 'abort'": ([7], [8], None, "abort"),

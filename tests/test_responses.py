@@ -27,7 +27,6 @@ from trl_draft_opd.responses import (
     check_responses,
     generate_missing,
     generate_responses,
-    greedy_mismatches,
     import_responses,
     summarize_store,
     write_responses,
@@ -197,7 +196,7 @@ def test_stored_responses_are_those_of_plain_decoding(tmp_path: Path):
         target, prompts, max_new_tokens=12, sampling=GREEDY, batch_size=3, seed=0, show_progress=False
     )
     assert [store.find(prompt) for prompt in prompts] == plain
-    assert greedy_mismatches(target, store.texts(max_rows=None), 99) == 0.0
+    assert audit_responses(target, store.texts(max_rows=None), GREEDY).share == 0.0
     # Complete iff they end with an end of sequence.
     for prompt, response in zip(prompts, plain, strict=True):
         assert store.read(prompt).finish_reason == ("stop" if response[-1] == EOS else "length")
@@ -305,7 +304,7 @@ def test_imported_responses_end_where_the_target_would_have_been_cut(tmp_path: P
 def test_an_imported_response_that_goes_on_behind_its_end_is_refused(tmp_path: Path):
     store = ResponseStore.open(tmp_path, _origin(make_target()))
     rows = Dataset.from_dict({"prompt_ids": [[7]], "completion_ids": [[9, EOS, 9]]})
-    with pytest.raises(ValueError, match="row 0 goes on behind an end-of-sequence id"):
+    with pytest.raises(ValueError, match="row 0 continues after an end-of-sequence id"):
         import_responses(store, rows, make_target().text_reader(), shard_size=2)
 
 
@@ -346,7 +345,7 @@ def test_scores_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch, ch
 def test_mismatches_are_counted_token_by_token():
     target = make_target()
     (prompt, response), *_ = _texts(target, GREEDY)
-    assert greedy_mismatches(target, [(prompt, response)], 9) == 0.0
+    assert audit_responses(target, [(prompt, response)], GREEDY).share == 0.0
     # The last token alone, so that no later state changes.
     broken = [*response[:-1], (response[-1] + 1) % VOCAB]
     audit = audit_responses(target, [(prompt, broken)], GREEDY)
@@ -357,7 +356,7 @@ def test_mismatches_are_counted_token_by_token():
 def test_a_tie_is_no_mismatch():
     target = make_target("llama")
     target.causal_lm.lm_head.weight.data.zero_()
-    assert greedy_mismatches(target, [([7], [8, 9, 10])], 9) == 0.0
+    assert audit_responses(target, [([7], [8, 9, 10])], GREEDY).share == 0.0
 
 
 def test_greedy_text_of_another_target_is_refused_and_a_little_of_it_warned_of():

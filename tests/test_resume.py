@@ -142,7 +142,7 @@ def test_the_newest_valid_checkpoint_is_gone_on_from_and_the_rest_named(tmp_path
     (cut / "checkpoint-3" / "model.safetensors").write_bytes(b"half of it")
     resumed = train(cut, "sft", target, rows, resume=True, seed=9, **options)
     assert differing(whole, resumed) == []
-    assert "Going on from checkpoint-2. Passed over checkpoint-4: optimizer.safetensors is missing" in caplog.text
+    assert "Resuming from checkpoint-2. Passed over checkpoint-4: optimizer.safetensors is missing" in caplog.text
     assert "checkpoint-3: model.safetensors has 10 bytes," in caplog.text
 
 

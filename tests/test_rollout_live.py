@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from oracle import greedy_text, plant
+from rollouts import Options, decode
 from tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -18,29 +19,14 @@ from trl_draft_opd.rollout import keyed_random as draws
 from trl_draft_opd.rollout import live
 from trl_draft_opd.rollout.acceptance import token_probs
 from trl_draft_opd.rollout.blocks import mark_slots
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
+from trl_draft_opd.target.branches import score_branches
 
 
 FAMILIES = ("dflash", "eagle3")
-GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 
 
-def settings(**changes) -> LiveSettings:
-    defaults = {
-        "num_drafts": 4,
-        "max_new_tokens": 24,
-        "sampling": GREEDY,
-        "draft_sampling": "greedy",
-        "eos_token_ids": (),
-        "keep_branch_hidden": False,
-    }
-    return LiveSettings(**defaults | changes)
-
-
-def roll_out(target, drafter, prompts, seed=0, sample_ids=None, **changes):
-    keys = DrawKeys(seed, 0, range(len(prompts)) if sample_ids is None else sample_ids)
-    return rollout_live(target, drafter, prompts, settings(**changes), keys)
+def roll_out(target, drafter, prompts, sample_ids=None, **options):
+    return decode(target, drafter, prompts, Options(**options), sample_ids)
 
 
 def generate(target, prompts, max_new_tokens, eos_token_ids=()):
@@ -251,7 +237,7 @@ def test_branch_states_are_those_of_a_packed_forward(family, kind):
     rollout = roll_out(target, make_drafter(family, target), make_prompts(3), keep_branch_hidden=True)
     is_branch = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=[]).is_branch
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, (), keep_cache=True)
-    packed = target.score_branches(reading, rollout.anchors, rollout.drafts, is_branch)
+    packed = score_branches(target, reading, rollout.anchors, rollout.drafts, is_branch)
     assert rollout.branch_hidden.shape == packed.shape and is_branch.sum() > 30
     torch.testing.assert_close(rollout.branch_hidden[is_branch], packed[is_branch], rtol=1e-4, atol=1e-4)
     assert not packed[~is_branch].any()
@@ -394,8 +380,8 @@ def test_draws_are_told_apart_by_every_key(target, monkeypatch):
 
 def test_another_epoch_draws_other_text(target):
     drafter, prompts = make_drafter("dflash", target), make_prompts(3)
-    live_settings = settings(sampling=SamplingSettings(1.0, 0, 1.0))
-    first, second = (rollout_live(target, drafter, prompts, live_settings, DrawKeys(0, e, [0, 1, 2])) for e in (0, 1))
+    warm = SamplingSettings(1.0, 0, 1.0)
+    first, second = (roll_out(target, drafter, prompts, sampling=warm, epoch=epoch) for epoch in (0, 1))
     assert first.responses() != second.responses()
 
 
@@ -417,15 +403,15 @@ def test_greedy_rollouts_draw_nothing(target, monkeypatch):
 @pytest.mark.parametrize("is_training", [True, False])
 def test_the_drafters_mode_is_restored(is_training, target):
     drafter = make_drafter("dflash", target).train(is_training)
-    seen, propose = [], drafter.propose
-    drafter.propose = lambda *args: (seen.append(drafter.training), propose(*args))[1]
+    seen, begin = [], drafter.begin
+    drafter.begin = lambda *args: (seen.append(drafter.training), begin(*args))[1]
     roll_out(target, drafter, make_prompts(1), max_new_tokens=4)
     assert drafter.training is is_training and seen and not any(seen)
 
 
 def test_the_drafters_mode_is_restored_after_an_error(target):
     drafter = make_drafter("dflash", target).train()
-    drafter.propose = lambda *args: 1 / 0
+    drafter.begin = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
         roll_out(target, drafter, make_prompts(1))
     assert drafter.training
@@ -435,14 +421,8 @@ def test_finished_rows_are_reported_once_each(target):
     prompts = make_prompts(4)
     eos = [generate(target, prompts, 10)[1][3]]
     ended = []
-    rollout_live(
-        target,
-        make_drafter("dflash", target),
-        prompts,
-        settings(max_new_tokens=10, eos_token_ids=eos),
-        DrawKeys(0, 0, range(4)),
-        on_finished=ended.append,
-    )
+    options = Options(max_new_tokens=10, eos_token_ids=eos)
+    decode(target, make_drafter("dflash", target), prompts, options, on_finished=ended.append)
     assert sum(ended) == 4 and len(ended) > 1
 
 

@@ -6,17 +6,15 @@ Replay draws the same blocks as live decoding, from the text alone. Knows no tra
 import pytest
 import torch
 from oracle import greedy_text, plant
+from rollouts import Options, decode, draft_at, replay
 from tiny import VOCAB, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM
 
-from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd import FrozenTarget
 from trl_draft_opd.rollout.blocks import mark_slots
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft, rollout_replay
+from trl_draft_opd.rollout.replay import TargetText
 
 
-GREEDY = SamplingSettings(0.0, 0, 1.0)
 FIELDS = (
     "input_ids",
     "attention_mask",
@@ -30,12 +28,12 @@ FIELDS = (
 
 
 def roll_out(target, drafter, prompts, eos_token_ids=(), max_new_tokens=20):
-    settings = LiveSettings(4, max_new_tokens, GREEDY, "greedy", eos_token_ids, True)
-    return rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
+    options = Options(keep_branch_hidden=True, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
+    return decode(target, drafter, prompts, options)
 
 
-def replay_settings(keep_branch_hidden, segment_length=1):
-    return ReplaySettings(4, GREEDY, "greedy", keep_branch_hidden, 0, 0, segment_length, 4 * VOCAB * 7)
+def replay_options(keep_branch_hidden, segment_length=1):
+    return Options(keep_branch_hidden=keep_branch_hidden, segment_length=segment_length, chunk_bytes=4 * VOCAB * 7)
 
 
 def text_of(rollout):
@@ -75,7 +73,7 @@ def test_replay_of_live_text_is_the_live_rollout(family, num_rows, segment_lengt
     prompts = make_prompts(num_rows, seed=num_rows)
     eos = [roll_out(target, drafter, prompts).responses()[0][11]]
     live = roll_out(target, drafter, prompts, eos)
-    replayed = rollout_replay(target, drafter, text_of(live), replay_settings(True, segment_length))
+    replayed = replay(target, drafter, text_of(live), replay_options(True, segment_length))
     assert_same_blocks(live, replayed)
     is_branch = mark_slots(live, rejected_scope="suffix", eos_token_ids=[]).is_branch
     assert is_branch.any()
@@ -97,7 +95,7 @@ def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
     # An EOS that several rows meet, some of them inside an accepted block.
     eos = [truths[0][len(prompts[0]) + 7], truths[2][len(prompts[2]) + 12]]
     live = roll_out(target, drafter, prompts, eos)
-    replayed = rollout_replay(target, drafter, text_of(live), replay_settings(False, 5))
+    replayed = replay(target, drafter, text_of(live), replay_options(False, 5))
     assert_same_blocks(live, replayed)
     assert replayed.branch_hidden is None and replayed.num_target_forwards == 1
     assert live.is_censored.any() and (live.accepted == 4).any() and (live.is_block & (live.accepted == 0)).any()
@@ -107,15 +105,15 @@ def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
 def test_redrafting_at_the_chains_own_anchors_gives_the_chain(family, target):
     drafter = make_drafter(family, target)
     live = roll_out(target, drafter, make_prompts(3))
-    again = redraft(target, drafter, text_of(live), live.anchors, replay_settings(True))
+    again = draft_at(target, drafter, text_of(live), live.anchors, replay_options(True))
     assert_same_blocks(live, again)
-    shifted = redraft(target, drafter, text_of(live), live.anchors[:, :4], replay_settings(True))
+    shifted = draft_at(target, drafter, text_of(live), live.anchors[:, :4], replay_options(True))
     assert torch.equal(shifted.drafts, live.drafts[:, :4])
 
 
 def test_a_response_of_one_token_has_no_block(target):
     text = text_of_ids([9, 8, 7], 2)
-    replayed = rollout_replay(target, make_drafter("dflash", target), text, replay_settings(True))
+    replayed = replay(target, make_drafter("dflash", target), text, replay_options(True))
     assert replayed.anchors.tolist() == [[-1]] and int(replayed.num_rounds) == 0
     assert not replayed.is_counted.any() and not replayed.is_censored.any() and replayed.drafts.shape == (1, 1, 4)
 
@@ -124,9 +122,8 @@ def test_a_response_of_one_token_has_no_block(target):
 def test_replay_restores_the_drafters_mode(is_training, target):
     drafter = make_drafter("eagle3", target).train(is_training)
     text = text_of_ids([9, 8, 7, 6], 2)
-    rollout = rollout_replay(target, drafter, text, replay_settings(False))
-    redraft(target, drafter, text, rollout.anchors, replay_settings(False))
-    assert drafter.training is is_training
+    rollout = replay(target, drafter, text, replay_options(False))
+    assert rollout.num_rounds > 0 and drafter.training is is_training
 
 
 def test_a_sliding_window_target_can_be_replayed_but_not_branched():
@@ -135,6 +132,6 @@ def test_a_sliding_window_target_can_be_replayed_but_not_branched():
     target = FrozenTarget(MistralForCausalLM(config).eval())
     drafter = make_drafter("dflash", target)
     text = text_of_ids(greedy_text(target, [9, 10], 12), 2)
-    assert int(rollout_replay(target, drafter, text, replay_settings(False)).num_rounds) > 0
+    assert int(replay(target, drafter, text, replay_options(False)).num_rounds) > 0
     with pytest.raises(ValueError, match="sliding window of 6 tokens"):
-        rollout_replay(target, drafter, text, replay_settings(True))
+        replay(target, drafter, text, replay_options(True))

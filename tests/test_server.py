@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Responses from a server: what is asked, what is believed, and a server that answers late, wrongly, or stops midway.
+Responses from a server: what is asked, what is believed, and a server that replies late, wrongly, or stops midway.
 
 The server here is a thread on 127.0.0.1 that speaks as much of the two protocols as is asked for.
 """
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_draft_opd import Origin, ResponseStore, ServerSettings
 from trl_draft_opd.responses import ServerError, ask_server
-from trl_draft_opd.responses.protocols import WrongAnswer, build_request, prompt_seed, read_answer
+from trl_draft_opd.responses.protocols import WrongReply, build_request, prompt_seed, read_reply
 
 
 PROMPTS = [row.prompt_ids for row in make_rows(12)]
@@ -32,8 +32,8 @@ def respond(prompt_ids: list[int]) -> list[int]:
     return [min(i + 1, VOCAB - 1) for i in prompt_ids[:5]] + [EOS]
 
 
-def vllm_answer(body: dict, **changes: Any) -> dict:
-    """What vLLM answers to a request."""
+def vllm_reply(body: dict, **changes: Any) -> dict:
+    """What vLLM replies to a request."""
     ids = respond(body["prompt"])
     choice = {
         "text": "...",
@@ -46,8 +46,8 @@ def vllm_answer(body: dict, **changes: Any) -> dict:
     return {"choices": [choice | changes], "usage": {"completion_tokens": len(ids)}}
 
 
-def sglang_answer(body: dict, **changes: Any) -> dict:
-    """What SGLang's own endpoint answers to a request."""
+def sglang_reply(body: dict, **changes: Any) -> dict:
+    """What SGLang's own endpoint replies to a request."""
     ids = respond(body["input_ids"])
     meta = {
         "prompt_tokens": len(body["input_ids"]),
@@ -104,11 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.at_once -= 1
 
-    def _send(self, answer: Any) -> None:
-        if answer is None:
+    def _send(self, reply: Any) -> None:
+        if reply is None:
             self.close_connection = True
             return
-        status, content = (answer, b"no") if isinstance(answer, int) else (200, answer)
+        status, content = (reply, b"no") if isinstance(reply, int) else (200, reply)
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -162,9 +162,9 @@ def _is_right(store: ResponseStore, prompts: list[list[int]]) -> bool:
 # ---- what is asked and stored ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("engine", "answer"), [("vllm", vllm_answer), ("sglang", sglang_answer)])
-def test_every_prompt_is_sent_as_ids_and_its_response_stored(serve, store: ResponseStore, engine: str, answer):
-    server = serve(lambda number, path, body: answer(body))
+@pytest.mark.parametrize(("engine", "reply"), [("vllm", vllm_reply), ("sglang", sglang_reply)])
+def test_every_prompt_is_sent_as_ids_and_its_response_stored(serve, store: ResponseStore, engine: str, reply):
+    server = serve(lambda number, path, body: reply(body))
     assert _ask(store, server, engine=engine) == len(PROMPTS) == len(store)
     assert _is_right(ResponseStore.read_only(store.path), PROMPTS)
     assert store.read(PROMPTS[0]).logprobs == [-0.5] * len(respond(PROMPTS[0]))
@@ -180,7 +180,7 @@ def test_requests_run_at_the_same_time(serve, store: ResponseStore):
 
     def script(number: int, path: str, body: dict) -> dict:
         everyone.wait()  # breaks, and the test fails, unless four are under way together
-        return vllm_answer(body)
+        return vllm_reply(body)
 
     assert _ask(store, serve(script), concurrency=4) == 12
 
@@ -212,7 +212,7 @@ def test_a_seed_depends_on_prompt_and_run_alone():
 
 
 def test_the_name_of_the_target_is_asked_for_where_there_is_one(serve, store: ResponseStore):
-    server = serve(lambda number, path, body: vllm_answer(body))
+    server = serve(lambda number, path, body: vllm_reply(body))
     _ask(store, server, PROMPTS[:1], base_url=server.url + "/v1/")
     assert server.seen[0][1]["model"] == "tiny"
     server.models = ["tiny", "other"]
@@ -246,17 +246,17 @@ def test_settings_of_a_server_out_of_range_are_refused(settings: dict, reason: s
 
 @pytest.mark.parametrize("trouble", [500, 503, 429, None, b"{", b"\xff"])
 def test_passing_trouble_is_tried_again(serve, store: ResponseStore, trouble: Any):
-    server = serve(lambda number, path, body: trouble if number < 2 else vllm_answer(body))
+    server = serve(lambda number, path, body: trouble if number < 2 else vllm_reply(body))
     assert _ask(store, server) == 12
     assert _is_right(store, PROMPTS)
     assert len(server.seen) == 14
 
 
-def test_a_late_answer_is_given_up_and_asked_for_again(serve, store: ResponseStore):
+def test_a_late_reply_is_given_up_and_asked_for_again(serve, store: ResponseStore):
     def script(number: int, path: str, body: dict) -> dict:
         if number == 0:
             time.sleep(1.0)
-        return vllm_answer(body)
+        return vllm_reply(body)
 
     server = serve(script)
     assert _ask(store, server, PROMPTS[:2], timeout=0.3) == 2
@@ -265,7 +265,7 @@ def test_a_late_answer_is_given_up_and_asked_for_again(serve, store: ResponseSto
 
 
 def test_a_server_that_stops_midway_loses_nothing_and_the_run_resumes(serve, store: ResponseStore):
-    dying = serve(lambda number, path, body: vllm_answer(body) if number < 5 else None)
+    dying = serve(lambda number, path, body: vllm_reply(body) if number < 5 else None)
     with pytest.raises(ServerError) as error:
         _ask(store, dying)
     message = str(error.value)
@@ -273,7 +273,7 @@ def test_a_server_that_stops_midway_loses_nothing_and_the_run_resumes(serve, sto
     assert "The same command resumes" in message
     reopened = ResponseStore.open(store.path, make_origin())
     assert len(reopened) == 5
-    healthy = serve(lambda number, path, body: vllm_answer(body))
+    healthy = serve(lambda number, path, body: vllm_reply(body))
     assert _ask(reopened, healthy) == 7
     assert len(healthy.seen) == 7
     assert _is_right(reopened, PROMPTS)
@@ -294,28 +294,28 @@ def test_a_request_the_server_refuses_is_not_repeated(serve, store: ResponseStor
     assert len(server.seen) == 1
 
 
-def test_a_wrong_answer_stops_sending_and_keeps_the_right_ones(serve, store: ResponseStore):
+def test_a_wrong_reply_stops_sending_and_keeps_the_right_ones(serve, store: ResponseStore):
     def script(number: int, path: str, body: dict) -> dict:
-        return vllm_answer(body, **({"token_ids": [7, VOCAB]} if number == 4 else {}))
+        return vllm_reply(body, **({"token_ids": [7, VOCAB]} if number == 4 else {}))
 
     server = serve(script)
-    with pytest.raises(ValueError, match="4 of 12 missing .*1 answers were refused: prompt 4: the id 64 is outside"):
+    with pytest.raises(ValueError, match="4 of 12 missing .*1 replies were refused: prompt 4: the id 64 is outside"):
         _ask(store, server, concurrency=1)
     assert len(server.seen) == 5
     assert len(ResponseStore.open(store.path, make_origin())) == 4
 
 
 def test_an_interrupt_keeps_what_came_in(serve, store: ResponseStore, monkeypatch: pytest.MonkeyPatch):
-    server = serve(lambda number, path, body: vllm_answer(body))
-    real, taken = ask_server.__globals__["_Crew"].__next__, []
+    server = serve(lambda number, path, body: vllm_reply(body))
+    real = ask_server.__globals__["ask_all"]
 
-    def interrupted(crew: Any) -> Any:
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        taken.append(1)
-        return real(crew)
+    def interrupted(*arguments: Any) -> Any:
+        for number_taken, result in enumerate(real(*arguments)):
+            if number_taken == 3:
+                raise KeyboardInterrupt
+            yield result
 
-    monkeypatch.setattr(ask_server.__globals__["_Crew"], "__next__", interrupted)
+    monkeypatch.setitem(ask_server.__globals__, "ask_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _ask(store, server)
     assert len(ResponseStore.open(store.path, make_origin())) == 3
@@ -326,9 +326,9 @@ def test_an_interrupt_keeps_what_came_in(serve, store: ResponseStore, monkeypatc
 
 def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = None, **changes: Any) -> Any:
     prompt = [7, 8, 9]
-    answer = vllm_answer if engine == "vllm" else sglang_answer
+    reply = vllm_reply if engine == "vllm" else sglang_reply
     body = {"prompt": prompt, "input_ids": prompt, "logprobs": 0, "return_logprob": True}
-    return read_answer(engine, answer(body, **changes), prompt, origin or make_origin(), tokenizer)
+    return read_reply(engine, reply(body, **changes), prompt, origin or make_origin(), tokenizer)
 
 
 WRONG_CHOICES = {
@@ -336,7 +336,7 @@ WRONG_CHOICES = {
     "the id 7.0 is outside": {"token_ids": [7.0, EOS]},
     "9 tokens were returned, at most 8": {"token_ids": [7] * 9},
     "read another prompt, of 2 ids in place of 3": {"prompt_token_ids": [7, 8]},
-    "goes on behind the end-of-sequence id 2 at token 1": {"token_ids": [7, EOS, 8]},
+    "continues after the end-of-sequence id 2 at token 1": {"token_ids": [7, EOS, 8]},
     "was cut at 2 of 8 tokens": {"token_ids": [7, 8], "finish_reason": "length"},
     "ended the response for the reason 'abort'": {"finish_reason": "abort"},
     "stopped by 'Human:'": {"token_ids": [7, 8], "stop_reason": "Human:"},
@@ -347,16 +347,16 @@ WRONG_CHOICES = {
 
 
 @pytest.mark.parametrize("reason", WRONG_CHOICES)
-def test_an_answer_that_is_no_response_of_the_target_is_refused(reason: str):
-    with pytest.raises(WrongAnswer, match=reason):
+def test_a_reply_that_is_no_response_of_the_target_is_refused(reason: str):
+    with pytest.raises(WrongReply, match=reason):
         _read(**WRONG_CHOICES[reason])
 
 
-@pytest.mark.parametrize("answer", [None, [], {}, {"choices": []}, {"choices": [{}, {}]}, {"choices": [3]}, "no"])
-def test_an_answer_of_another_form_is_refused(answer: Any):
+@pytest.mark.parametrize("reply", [None, [], {}, {"choices": []}, {"choices": [{}, {}]}, {"choices": [3]}, "no"])
+def test_a_reply_of_another_form_is_refused(reply: Any):
     for engine in ("vllm", "sglang"):
-        with pytest.raises(WrongAnswer):
-            read_answer(engine, answer, [7], make_origin(), None)
+        with pytest.raises(WrongReply):
+            read_reply(engine, reply, [7], make_origin(), None)
 
 
 def test_an_end_of_sequence_that_the_engine_strips_is_put_back():
@@ -365,7 +365,7 @@ def test_an_end_of_sequence_that_the_engine_strips_is_put_back():
     assert row.logprobs is None, "the end has no log-probability, and half a row has none"
     two = make_origin(eos_token_ids=(EOS, 3))
     assert _read(two, token_ids=[7], stop_reason=3, logprobs=None).completion_ids == [7, 3]
-    with pytest.raises(WrongAnswer, match=r"stopped by None, and not by one of .* \[2, 3\]"):
+    with pytest.raises(WrongReply, match=r"stopped by None, and not by one of .* \[2, 3\]"):
         _read(two, token_ids=[7], logprobs=None)
 
 
@@ -382,9 +382,9 @@ def test_a_response_as_long_as_allowed_is_cut_and_not_complete():
 
 def test_log_probabilities_of_sglang_must_belong_to_the_returned_ids():
     assert _read(engine="sglang").logprobs == [-0.5] * 4
-    with pytest.raises(WrongAnswer, match="belong to other tokens"):
+    with pytest.raises(WrongReply, match="belong to other tokens"):
         _read(engine="sglang", output_token_logprobs=[[-0.5, 50, None]] * 4)
-    with pytest.raises(WrongAnswer, match="of 5 ids in place of 3"):
+    with pytest.raises(WrongReply, match="of 5 ids in place of 3"):
         _read(engine="sglang", prompt_tokens=5)
 
 
@@ -398,8 +398,8 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _read_text(text: str, count: int | None, prompt: list[int]) -> Any:
-    answer = {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"completion_tokens": count}}
-    return read_answer("vllm", answer, prompt, make_origin(), _byte_tokenizer()).completion_ids
+    reply = {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"completion_tokens": count}}
+    return read_reply("vllm", reply, prompt, make_origin(), _byte_tokenizer()).completion_ids
 
 
 def test_text_becomes_ids_only_where_the_way_back_is_proven():
@@ -413,5 +413,5 @@ def test_text_becomes_ids_only_where_the_way_back_is_proven():
         "text this tokenizer cannot write": ("cz", 3, [9]),
     }
     for case, arguments in refused.items():
-        with pytest.raises(WrongAnswer, match="no proven way back"):
+        with pytest.raises(WrongReply, match="no proven way back"):
             pytest.fail(f"{case}: {_read_text(*arguments)}")

@@ -7,46 +7,27 @@ import contextlib
 import io
 import json
 import shlex
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_record import make_record
 from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 
-from trl_draft_opd import build_draft_vocabulary
-from trl_draft_opd.export import export_drafter
-from trl_draft_opd.export.flat import flat_config
-from trl_draft_opd.export.serving import (
-    BATCH_SIZES,
-    break_even,
-    drafter_parameters,
-    drafter_reads,
-    measured_facts,
-    readers,
-    serving_settings,
-)
+from trl_draft_opd import DFlashDraftConfig, Eagle3DraftConfig, build_draft_vocabulary
+from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
+from trl_draft_opd.export.costs import BATCH_SIZES, break_even, drafter_parameters, drafter_reads
+from trl_draft_opd.export.serving import readers, serving_settings
 
 
 FAMILIES = ("eagle3", "dflash")
-IDS = "eagle_aux_hidden_state_layer_ids"
 # Two families small enough to count by hand; each reads 156 or 160 parameters per block of two drafts.
 SHAPE = {"hidden_size": 2, "target_hidden_size": 2, "intermediate_size": 4, "head_dim": 2, "num_attention_heads": 1}
 SHAPE |= {"num_key_value_heads": 1, "max_position_embeddings": 256}
 BY_HAND = {
-    "eagle3": SHAPE
-    | {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "ttt_steps": 2,
-        "draft_vocab_size": 10,
-        "eagle_config": {IDS: [1, 3, 4]},
-    },
-    "dflash": SHAPE
-    | {
-        "architectures": ["DFlashDraftModel"],
-        "block_size": 3,
-        "num_hidden_layers": 1,
-        "vocab_size": 56,
-        "target_layer_ids": [1, 3],
-    },
+    "eagle3": Eagle3DraftConfig(**SHAPE, ttt_steps=2, vocab_size=56, draft_vocab_size=10, target_layer_ids=[1, 3, 4]),
+    "dflash": DFlashDraftConfig(**SHAPE, block_size=3, num_hidden_layers=1, vocab_size=56, target_layer_ids=[1, 3]),
 }
 
 
@@ -55,13 +36,20 @@ def target():
     return make_target()
 
 
-def config_of(family, target, **options):
-    return flat_config(make_drafter(family, target, **options), target_id="org/target", dtype=torch.bfloat16)
+def publication_of(family, frozen, architectures=(), changes=None, **facts):
+    drafter = make_drafter(family, frozen)
+    for name, value in (changes or {}).items():
+        setattr(drafter.config, name, value)
+    described = TargetOfExport("org/target", SimpleNamespace(architectures=architectures))
+    return Publication.of(drafter, **{"target": described, "repo_id": f"org/tiny-{family}"} | facts)
 
 
-def settings_of(family, target, **options):
-    ids = {"target_id": "org/target", "repo_id": f"org/tiny-{family}"}
-    return serving_settings(config_of(family, target), **ids | options)
+def settings_of(family, frozen, **facts):
+    return serving_settings(publication_of(family, frozen, **facts))
+
+
+def readers_of(family, frozen, **facts):
+    return readers(publication_of(family, frozen, **facts))
 
 
 # ---- commands ---------------------------------------------------------------------------------------------------------
@@ -69,15 +57,14 @@ def settings_of(family, target, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vllm_command_survives_a_shell_and_names_the_right_number(target, family):
-    settings = settings_of(family, target, max_model_len=128)
+    settings = settings_of(family, target)
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("--speculative-config", type=json.loads)
-    parser.add_argument("--max-model-len", type=int)
     words = shlex.split(settings["vllm"]["command"])
     assert words[:2] == ["vllm", "serve"]
     options = parser.parse_args(words[2:])
-    assert options.target == "org/target" and options.max_model_len == 128
+    assert options.target == "org/target"
     assert options.speculative_config == settings["vllm"]["speculative_config"]
     # The drafters of `tiny` have four drafts: four steps, or a block of five.
     assert options.speculative_config == {
@@ -92,23 +79,22 @@ def test_the_sglang_command_counts_steps_and_drafts_as_sglang_does(target, famil
     parser = argparse.ArgumentParser()
     for name in ("model-path", "speculative-algorithm", "speculative-draft-model-path"):
         parser.add_argument(f"--{name}", required=True)
-    numbers = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens", "context-length")
-    for name in numbers:
+    for name in ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens"):
         parser.add_argument(f"--{name}", type=int)
-    words = shlex.split(settings_of(family, target, max_model_len=128)["sglang"]["command"])
+    words = shlex.split(settings_of(family, target)["sglang"]["command"])
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     options = parser.parse_args(words[3:])
     assert (options.model_path, options.speculative_draft_model_path) == ("org/target", f"org/tiny-{family}")
     assert options.speculative_algorithm == {"eagle3": "EAGLE3", "dflash": "DFLASH"}[family]
     # DFlash counts the anchor into its block; EAGLE's chain of four steps makes five tokens to verify.
-    assert options.speculative_num_draft_tokens == 5 and options.context_length == 128
+    assert options.speculative_num_draft_tokens == 5
     chain = (options.speculative_num_steps, options.speculative_eagle_topk)
     assert chain == ((4, 1) if family == "eagle3" else (None, None))
 
 
 def test_unknown_names_are_placeholders_that_say_so(target):
     for family, name in (("eagle3", "ORG/NAME-EAGLE3"), ("dflash", "ORG/NAME-DFlash")):
-        settings = settings_of(family, target, repo_id=None, target_id=None)
+        settings = settings_of(family, target, repo_id=None, target=TargetOfExport())
         assert settings["repository"] is None and settings["target"] is None
         assert settings["vllm"]["speculative_config"]["model"] == name
         assert shlex.split(settings["sglang"]["command"])[4] == "ORG/TARGET"
@@ -116,19 +102,13 @@ def test_unknown_names_are_placeholders_that_say_so(target):
 
 def test_a_path_is_never_put_into_a_command(target):
     for name in ("/home/canary/target", "./canary", "org/target; rm -rf", "a/b/c"):
-        for option in ("target_id", "repo_id"):
+        for facts in ({"target": TargetOfExport(name)}, {"repo_id": name}):
             with pytest.raises(ValueError):
-                settings_of("eagle3", target, **{option: name})
-
-
-def test_a_context_beyond_the_drafters_is_refused(target):
-    assert settings_of("dflash", target)["context_length"] == 256
-    with pytest.raises(ValueError, match=r"must be in 1\.\.256"):
-        settings_of("dflash", target, max_model_len=257)
+                settings_of("eagle3", target, **facts)
 
 
 def test_a_speculators_repository_is_served_by_one_argument(target):
-    settings = settings_of("eagle3", target, layouts=["speculators"])
+    settings = settings_of("eagle3", target, layouts=("speculators",))
     assert shlex.split(settings["vllm"]["command"]) == ["vllm", "serve", "org/tiny-eagle3"]
     assert settings["transformers"] is None
     assert settings["readers"]["vLLM"] == "yes" and settings["readers"]["SGLang"].startswith("no: it reads the flat")
@@ -158,15 +138,14 @@ def test_the_eagle3_snippet_asks_for_the_repositorys_function(target):
 
 
 def test_the_snippet_carries_the_thinking_mode_of_training(target):
-    snippet = settings_of("eagle3", target, template_arguments={"enable_thinking": False})["transformers"]
-    assert "enable_thinking=False" in snippet
+    assert "enable_thinking=False" in settings_of("eagle3", target, record=make_record())["transformers"]
     assert "enable_thinking" not in settings_of("eagle3", target)["transformers"]
 
 
 def test_a_layout_that_is_absent_gives_no_snippet(target):
-    assert settings_of("dflash", target, layouts=["flat"])["transformers"] is None
-    assert settings_of("eagle3", target, layouts=["flat"])["transformers"] is not None
-    root = settings_of("dflash", target, layouts=["transformers"])["transformers"]
+    assert settings_of("dflash", target, layouts=("flat",))["transformers"] is None
+    assert settings_of("eagle3", target, layouts=("flat",))["transformers"] is not None
+    root = settings_of("dflash", target, layouts=("transformers",))["transformers"]
     assert "subfolder" not in root and 'from_pretrained("org/tiny-dflash", dtype' in root
 
 
@@ -175,7 +154,8 @@ def test_the_dflash_snippet_runs_and_writes_the_targets_own_text(tmp_path):
     model.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
     drafter = make_drafter("dflash", make_target())
-    export_drafter(drafter, tmp_path / "out", target_config=model.config, target_id="org/target", dtype=torch.float32)
+    described = TargetOfExport("org/target", model.config)
+    export_drafter(drafter, tmp_path / "out", target=described, dtype=torch.float32)
     snippet = settings_of("dflash", make_target())["transformers"]
     for name, folder in (("org/target", tmp_path / "target"), ("org/tiny-dflash", tmp_path / "out")):
         assert name in snippet
@@ -193,9 +173,9 @@ def test_the_dflash_snippet_runs_and_writes_the_targets_own_text(tmp_path):
 
 def test_every_reader_loads_a_plain_drafter(target):
     for family in FAMILIES:
-        answers = readers(config_of(family, target))
-        assert len(answers) == 6
-        assert all(answer.startswith("yes") for answer in answers.values()), answers
+        verdicts = readers_of(family, target)
+        assert len(verdicts) == 6
+        assert all(verdict.startswith("yes") for verdict in verdicts.values()), verdicts
 
 
 @pytest.mark.parametrize(
@@ -206,30 +186,32 @@ def test_every_reader_loads_a_plain_drafter(target):
             {"SGLang": "norm_before_residual", "EAGLE's code": "", "llama.cpp's converter": ""},
         ),
         ({"fc_norm": True}, {"EAGLE's code": "fc_norm", "llama.cpp's converter": "fc_norm"}),
-        ({"eagle_config": {IDS: [0, 3, 5]}}, {"EAGLE's code": "[0, 3, 5]", "llama.cpp's converter": "[0, 3, 5]"}),
+        ({"target_layer_ids": [0, 3, 5]}, {"EAGLE's code": "[0, 3, 5]", "llama.cpp's converter": "[0, 3, 5]"}),
         ({"head_dim": 16}, {"EAGLE's code": "head size"}),
-        ({"rope_scaling": {"rope_type": "llama3"}}, {"EAGLE's code": "RoPE"}),
+        ({"rope_parameters": {"rope_type": "llama3"}}, {"EAGLE's code": "RoPE"}),
     ],
 )
 def test_a_reader_that_cannot_express_a_drafter_says_why(target, changes, refused):
-    answers = readers(config_of("eagle3", target) | changes)
-    assert {name for name, answer in answers.items() if answer.startswith("no")} == set(refused)
-    assert all(reason in answers[name] for name, reason in refused.items())
+    verdicts = readers_of("eagle3", target, changes=changes)
+    assert {name for name, verdict in verdicts.items() if verdict.startswith("no")} == set(refused)
+    assert all(reason in verdicts[name] for name, reason in refused.items())
 
 
 def test_engines_without_a_class_for_the_target_are_named(target):
-    config = config_of("dflash", target)
-    assert readers(config, ["Qwen2ForCausalLM"])["SGLang"].startswith("no: its class for Qwen2ForCausalLM")
-    assert readers(config, ["Qwen3ForCausalLM"])["SGLang"] == "yes"
-    assert readers(config_of("eagle3", target), ["Qwen2ForCausalLM"])["SGLang"] == "yes"
-    assert "--model-impl transformers" in readers(config, ["Gemma3ForCausalLM"])["vLLM"]
+    def verdict(family, reader, architecture):
+        return readers_of(family, target, architectures=[architecture])[reader]
+
+    assert verdict("dflash", "SGLang", "Qwen2ForCausalLM").startswith("no: its class for Qwen2ForCausalLM")
+    assert verdict("dflash", "SGLang", "Qwen3ForCausalLM") == "yes"
+    assert verdict("eagle3", "SGLang", "Qwen2ForCausalLM") == "yes"
+    assert "--model-impl transformers" in verdict("dflash", "vLLM", "Gemma3ForCausalLM")
 
 
 def test_an_absent_layout_is_not_offered_to_its_readers(target):
-    answers = readers(config_of("dflash", target), layouts=["flat"])
-    assert answers["speculators"] == "no: the repository does not hold the speculators layout"
-    assert answers["transformers (assistant_model)"].startswith("no: the repository does not hold the transformers")
-    assert answers["z-lab's code"] == "yes"
+    verdicts = readers_of("dflash", target, layouts=("flat",))
+    assert verdicts["speculators"] == "no: the repository does not hold the speculators layout"
+    assert verdicts["transformers (assistant_model)"].startswith("no: the repository does not hold the transformers")
+    assert verdicts["z-lab's code"] == "yes"
 
 
 # ---- sizes and break-even ---------------------------------------------------------------------------------------------
@@ -242,16 +224,15 @@ def test_parameters_counted_from_the_config_are_the_drafters_own(target, variant
     if kind == "reduced":
         options = {"draft_vocabulary": build_draft_vocabulary(torch.arange(1, 65), 24, target.eos_token_ids)}
     drafter = make_drafter(family, target, **options)
-    config = flat_config(drafter, target_id=None, dtype=torch.bfloat16)
-    assert drafter_parameters(config) == sum(parameter.numel() for parameter in drafter.parameters())
+    assert drafter_parameters(drafter.config) == sum(parameter.numel() for parameter in drafter.parameters())
 
 
 def test_what_a_block_reads_is_counted_by_hand():
     # EAGLE-3: fc 3*2*2; a pass: q, k, v 4*(2+2+2), o 2*2, mlp 3*2*4, head 2*10; two passes.
-    assert drafter_reads(BY_HAND["eagle3"]) == 12 + 2 * (24 + 4 + 24 + 20) == 156
+    assert drafter_reads(BY_HAND["eagle3"], 2) == 12 + 2 * (24 + 4 + 24 + 20) == 156
     assert drafter_reads(BY_HAND["eagle3"], 1) == 12 + 72
     # DFlash: fc 2*2*2; one layer: q, k, v 2*6, o 4, mlp 24; the target's head 2*56.
-    assert drafter_reads(BY_HAND["dflash"]) == 8 + (12 + 4 + 24) + 112 == 160
+    assert drafter_reads(BY_HAND["dflash"], 2) == 8 + (12 + 4 + 24) + 112 == 160
 
 
 @pytest.mark.parametrize(
@@ -261,7 +242,7 @@ def test_what_a_block_reads_is_counted_by_hand():
     [("eagle3", 1560, {1: 1.1, 8: 2.5, 32: 3.1, 256: 3.1}), ("dflash", 1600, {1: 1.1, 8: 2.64, 32: 3.3, 256: 3.3})],
 )
 def test_the_break_even_table_is_what_one_computes_by_hand(family, num_target_parameters, wanted):
-    found = break_even(BY_HAND[family], num_target_parameters, [2.2], ridge_tokens=10)
+    found = break_even(BY_HAND[family], 2, num_target_parameters, taus=[2.2], ridge_tokens=10)
     assert found["draft_cost"] == 0.1 and found["ridge_tokens"] == 10
     rows = {row["batch"]: row for row in found["rows"]}
     assert tuple(rows) == BATCH_SIZES
@@ -272,7 +253,7 @@ def test_the_break_even_table_is_what_one_computes_by_hand(family, num_target_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_break_even_rises_with_the_batch_and_falls_with_the_target(family):
     small, large = (
-        [row["break_even_tau"] for row in break_even(BY_HAND[family], size)["rows"]] for size in (1600, 160_000)
+        [row["break_even_tau"] for row in break_even(BY_HAND[family], 2, size)["rows"]] for size in (1600, 160_000)
     )
     assert small == sorted(small) and large == sorted(large)
     assert all(b < a for a, b in zip(small, large, strict=True))
@@ -280,32 +261,37 @@ def test_break_even_rises_with_the_batch_and_falls_with_the_target(family):
 
 
 def test_a_higher_tau_gives_a_higher_speedup():
-    for row in break_even(BY_HAND["eagle3"], 1560, [1.5, 2.0, 3.0])["rows"]:
+    for row in break_even(BY_HAND["eagle3"], 2, 1560, taus=[1.5, 2.0, 3.0])["rows"]:
         gains = [row["speedup"][tau] for tau in ("1.50", "2.00", "3.00")]
         assert gains == sorted(gains) and gains[0] < gains[-1]
 
 
 def test_fewer_drafts_are_advised_where_the_last_one_is_hardly_kept():
     # One draft: 1.9 tokens for 1 + 84/1560; two: 1.95 tokens for 1.1.
-    row = break_even(BY_HAND["eagle3"], 1560, acceptance=[0.9, 0.05])["rows"][0]
+    row = break_even(BY_HAND["eagle3"], 2, 1560, acceptance=[0.9, 0.05])["rows"][0]
     assert row["best_drafts"] == {"num_drafts": 1, "speedup": 1.8}
-    assert break_even(BY_HAND["eagle3"], 1560, acceptance=[0.9, 0.8])["rows"][0]["best_drafts"]["num_drafts"] == 2
-    assert break_even(BY_HAND["eagle3"], 1560)["rows"][0]["best_drafts"] is None
-    assert break_even(BY_HAND["dflash"], 1600, acceptance=[0.9, 0.05])["rows"][0]["best_drafts"] is None
+    assert break_even(BY_HAND["eagle3"], 2, 1560, acceptance=[0.9, 0.8])["rows"][0]["best_drafts"]["num_drafts"] == 2
+    assert break_even(BY_HAND["eagle3"], 2, 1560)["rows"][0]["best_drafts"] is None
+    assert break_even(BY_HAND["dflash"], 2, 1600, acceptance=[0.9, 0.05])["rows"][0]["best_drafts"] is None
 
 
 def test_a_table_needs_the_targets_size(target):
+    record = make_record()
+    unknown = replace(record, target=replace(record.target, num_parameters=None))
     assert settings_of("eagle3", target)["break_even"] is None
-    assert settings_of("eagle3", target, num_target_parameters=10**6)["break_even"]["rows"]
+    assert settings_of("eagle3", target, record=unknown)["break_even"] is None
+    assert settings_of("eagle3", target, record=record)["break_even"]["rows"]
 
 
 def test_only_measurements_with_the_served_number_of_drafts_count(target):
-    from test_record import make_record
-
     record = make_record()
-    facts = measured_facts(record, config_of("eagle3", target))
-    assert facts["taus"] == [2.5] and facts["acceptance"] == [0.7, 0.5, 0.2, 0.1]
-    assert facts["num_target_parameters"] == 70_000 and facts["template_arguments"] == {"enable_thinking": False}
-    other = measured_facts(record, config_of("eagle3", target, ttt_steps=3))
-    assert other["taus"] == [] and other["acceptance"] == []
-    assert measured_facts(None, config_of("eagle3", target)) == {}
+    wanted = break_even(make_drafter("eagle3", target).config, 4, 70_000, taus=[2.5], acceptance=[0.7, 0.5, 0.2, 0.1])
+    assert settings_of("eagle3", target, record=record)["break_even"] == wanted
+    fewer = replace(record, measurements=[replace(record.measurements[0], num_drafts=3)])
+    row = settings_of("eagle3", target, record=fewer)["break_even"]["rows"][0]
+    assert row["speedup"] == {} and row["best_drafts"] is None
+
+
+def test_a_target_known_from_training_is_named_in_the_commands(target):
+    settings = settings_of("eagle3", target, record=make_record(), target=TargetOfExport())
+    assert settings["target"] == "org/target" and "vllm serve org/target" in settings["vllm"]["command"]

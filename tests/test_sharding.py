@@ -23,11 +23,15 @@ from trl_draft_opd.runs.distributed.sharding import (
 
 FROZEN = "midlayer.mlp.up_proj.weight"
 OPTIMIZERS = {
-    "adamw": (lambda groups: torch.optim.AdamW(groups, lr=1e-2), {"exp_avg", "exp_avg_sq"}),
+    "adamw": (lambda groups: torch.optim.AdamW(groups, lr=1e-2), {"step", "exp_avg", "exp_avg_sq"}),
+    "adamw with a tensor as rate": (
+        lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-2), foreach=False),
+        {"step", "exp_avg", "exp_avg_sq"},
+    ),
     "sgd": (lambda groups: torch.optim.SGD(groups, lr=1e-2), set()),
     "momentum": (lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9), {"momentum_buffer"}),
     # State of other shapes than the parameter's.
-    "adafactor": (lambda groups: torch.optim.Adafactor(groups, lr=1e-2), {"row_var", "col_var", "variance"}),
+    "adafactor": (lambda groups: torch.optim.Adafactor(groups, lr=1e-2), {"step", "row_var", "col_var", "variance"}),
 }
 
 
@@ -56,7 +60,7 @@ def test_loaded_weights_and_state_go_on_to_the_same_bits(kind):
     drafter, optimizer = accelerator.prepare(*_pair(kind, seed=1))
     for seed in range(2):
         _step(drafter, optimizer, seed)
-    optimizer.param_groups[0]["lr"] = 5e-3
+    optimizer.param_groups[0]["lr"] /= 2
     weights = full_weights(accelerator, drafter)
     state = full_optimizer_state(accelerator, drafter, optimizer)
     assert {path.split("/")[0] for path in state.tensors} == OPTIMIZERS[kind][1]
@@ -78,8 +82,8 @@ def test_a_state_without_its_counters_is_noticed():
     drafter, optimizer = _pair("adamw", seed=1)
     _step(drafter, optimizer, 0)
     state = full_optimizer_state(accelerator, drafter, optimizer)
-    for numbers in state.values["parameters"].values():
-        numbers["step"]["value"] = 9.0
+    for path in [path for path in state.tensors if path.startswith("step/")]:
+        state.tensors[path] = torch.tensor(9.0)
     other, other_optimizer = _pair("adamw", seed=1)
     load_full_weights(accelerator, other, full_weights(accelerator, drafter))
     load_full_optimizer_state(accelerator, other, other_optimizer, state)

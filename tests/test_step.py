@@ -6,15 +6,25 @@ One training step against the method's formulas written out naively: one prefix,
 import pytest
 import torch
 from oracle import greedy_text, plant
+from rollouts import Options, decode
 from tiny import EOS, VOCAB, make_drafter, make_prompts, make_target
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from trl_draft_opd import DraftVocabulary, SamplingSettings
+from trl_draft_opd import DraftVocabulary
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
-from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings, rollout_live
-from trl_draft_opd.trainer.step import StreamSettings, row_weights, step_loss, weight_sums
+from trl_draft_opd.rollout.replay import TargetText
+from trl_draft_opd.trainer.step import (
+    Objective,
+    PreparedBatch,
+    SlotRules,
+    StreamSettings,
+    row_weights,
+    step_loss,
+    weight_sums,
+)
+from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 NUM_DRAFTS = 4
@@ -62,10 +72,14 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
     prompts = make_prompts(3, seed=2)
     truths = [greedy_text(target, prompt, 20) for prompt in prompts]
     wrong = {0: {len(prompts[0]) + i for i in (3, 9)}, 1: set(range(40)), 2: {len(prompts[2]) + 2}}
-    settings = LiveSettings(num_drafts, 12, SamplingSettings(0.0, 0, 1.0), "greedy", (), True)
+    options = Options(num_drafts, keep_branch_hidden=True, max_new_tokens=12)
     with monkeypatch.context() as patch:
         plant(patch, drafter, truths, wrong.get)
-        return rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
+        return decode(target, drafter, prompts, options)
+
+
+def prepare(rollout, blocks):
+    return PreparedBatch(text_of_rollout(rollout, range(len(rollout.input_ids))), rollout, blocks, None)
 
 
 def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**20):
@@ -75,18 +89,8 @@ def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**2
     if sums is None:
         sums = weight_sums([part for _, part in parts], settings, drafter.draft_token_ids)
     total = 0.0
-    for part, part_anchors in parts:
-        result = step_loss(
-            drafter,
-            target,
-            part.input_ids,
-            part.attention_mask,
-            part_anchors,
-            part.branch_hidden,
-            settings,
-            sums,
-            chunk_bytes,
-        )
+    for part in parts:
+        result = step_loss(drafter, target, prepare(*part), Objective(settings, SlotRules(), chunk_bytes, sums))
         result.loss.backward()
         total += float(result.loss)
     return total, {name: p.grad.clone() for name, p in drafter.named_parameters()}
@@ -96,7 +100,7 @@ def slot_logits(target, drafter, ids, anchor, drafts):
     """Logits of the drafter for every slot of one block, from the text up to its anchor alone."""
     text = torch.tensor([ids[: anchor + 1]])
     features = target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).features
-    hidden = drafter.draft_hidden(features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
+    hidden = run_blocks(drafter, features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
     return drafter.lm_head(hidden) if drafter.owns_head else target.causal_lm.get_output_embeddings()(hidden)
 
 
@@ -180,10 +184,9 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
 @pytest.mark.parametrize("num_drafts", [2, 4])
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)
-    settings = LiveSettings(num_drafts, 16, SamplingSettings(0.0, 0, 1.0), "greedy", (), False)
-    rollout = rollout_live(target, drafter, make_prompts(3), settings, DrawKeys(0, 0, range(3)))
+    rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_new_tokens=16))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-    hidden = drafter.draft_hidden(reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
+    hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
     logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)
     assert torch.equal(logits.argmax(-1)[rollout.is_block], rollout.drafts[rollout.is_block])
 
@@ -197,7 +200,8 @@ def test_supervised_anchors_give_the_mean_forward_kl(exact_norms):
     anchors = sample_anchors(ids, completion, [0, 1], num_anchors=3, num_drafts=NUM_DRAFTS, seed=0, epoch=0)
     settings = streams(weights=(1.0, 0.0))
     sums = weight_sums([anchors], settings, None)
-    result = step_loss(drafter, target, ids, mask, anchors, None, settings, sums, 2**20)
+    batch = PreparedBatch(TargetText(ids, mask, completion, [0, 1]), None, anchors, None)
+    result = step_loss(drafter, target, batch, Objective(settings, SlotRules(), 2**20, sums))
     losses = []
     for row, block, slot in anchors.is_accepted.nonzero().tolist():
         anchor = int(anchors.anchors[row, block])
@@ -263,17 +267,8 @@ def test_metrics_are_sums_that_divide_to_the_means_of_each_stream(monkeypatch, e
     rollout = roll_out(monkeypatch, target, drafter)
     anchors, settings = replay(rollout), streams()
     sums = weight_sums([anchors], settings, drafter.draft_token_ids)
-    result = step_loss(
-        drafter,
-        target,
-        rollout.input_ids,
-        rollout.attention_mask,
-        anchors,
-        rollout.branch_hidden,
-        settings,
-        sums,
-        2**20,
-    )
+    objective = Objective(settings, SlotRules(), 2**20, sums)
+    result = step_loss(drafter, target, prepare(rollout, anchors), objective)
     means = {name: top / bottom for name, (top, bottom) in result.sums.items()}
     assert float(result.loss) == pytest.approx((means["loss/accepted"] + means["loss/rejected"]) / 2, rel=1e-6)
     assert means["slots/accepted"] == int(anchors.is_accepted.sum())

@@ -7,9 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import rollouts
 import torch
 from datasets import Dataset
 from oracle import greedy_text
+from rollouts import Options
 from test_step import CASES, NUM_DRAFTS, assert_close, exact_norms, make_pair, replay, roll_out, slot_logits, streams
 from tiny import EOS, MASK, TINY_RUN, make_drafter, make_prompts, make_target
 
@@ -18,23 +20,21 @@ from trl_draft_opd import (
     DraftOPDTrainer,
     DraftSFTConfig,
     DraftSFTTrainer,
-    SamplingSettings,
 )
 from trl_draft_opd.rollout.blocks import BlockBatch, draft_text, join_blocks, sample_anchors
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, redraft
+from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.trainer import step
-from trl_draft_opd.trainer.step import SlotRules, StreamSettings, step_loss, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 __all__ = ["exact_norms"]
-SETTINGS = ReplaySettings(NUM_DRAFTS, SamplingSettings(0.0, 0, 1.0), "greedy", False, 0, 0, 1, 2**20)
-D_PACE, UNTIL_FAIL, BOTH = SlotRules(0.5, False), SlotRules(None, True), SlotRules(0.25, True)
+OFF, D_PACE, UNTIL_FAIL, BOTH = SlotRules(), SlotRules(0.5), SlotRules(None, True), SlotRules(0.25, True)
 
 
-def draft_at(target, drafter, ids, anchors):
+def draft_along(target, drafter, ids, anchors):
     """What the drafter proposes and how much of it the text keeps, by replay."""
     text = TargetText(ids, torch.ones_like(ids), torch.ones_like(ids).bool(), list(range(len(ids))))
-    return redraft(target, drafter, text, anchors, replace(SETTINGS, keep_branch_hidden=True))
+    return rollouts.draft_at(target, drafter, text, anchors, Options(NUM_DRAFTS, keep_branch_hidden=True))
 
 
 def half_liked_text(target, drafter):
@@ -43,7 +43,7 @@ def half_liked_text(target, drafter):
     for num_kept in (2, 0, 4, 1, 3, 0):
         anchors.append(len(ids) - 1)
         padded = torch.tensor([ids + [9] * (NUM_DRAFTS + 1)])
-        drafts = draft_at(target, drafter, padded, torch.tensor([anchors[-1:]])).drafts[0, 0].tolist()
+        drafts = draft_along(target, drafter, padded, torch.tensor([anchors[-1:]])).drafts[0, 0].tolist()
         kept = drafts[:num_kept]
         # Every third token is missing in the reduced vocabulary, so some of these misses are of tokens it lacks.
         ids = ids + kept + [(drafts[num_kept % NUM_DRAFTS] + 5 + num_kept) % 50 + 7]
@@ -53,13 +53,14 @@ def half_liked_text(target, drafter):
     return ids, blocks
 
 
-def run(drafter, target, ids, blocks, settings, rules, branch_hidden=None, sums=None, mask=None):
+def run(drafter, target, ids, blocks, settings, rules, rollout=None, sums=None, mask=None):
     """Return the step, its loss as a number and every gradient."""
     drafter.zero_grad()
     mask = torch.ones_like(ids) if mask is None else mask
     if sums is None:
         sums = weight_sums([blocks], settings, drafter.draft_token_ids)
-    result = step_loss(drafter, target, ids, mask, blocks, branch_hidden, settings, sums, 3000, slot_rules=rules)
+    batch = PreparedBatch(TargetText(ids, mask, mask.bool(), range(len(ids))), rollout, blocks, None)
+    result = step_loss(drafter, target, batch, Objective(settings, rules, 3000, sums))
     result.loss.backward()
     return result, (float(result.loss.detach()), {name: p.grad.clone() for name, p in drafter.named_parameters()})
 
@@ -121,26 +122,26 @@ def test_weighed_slots_give_the_loss_and_gradients_of_their_definition(exact_nor
     assert_close(actual, plain(drafter, target, ids, blocks, settings, rules), 1e-10)
     num_slots = result.sums["slots/accepted"][0]
     assert (num_slots < blocks.is_accepted.sum()) == rules.is_until_fail and num_slots >= 12
-    assert actual[0] != run(drafter, target, ids, blocks, settings, None)[1][0]
+    assert actual[0] != run(drafter, target, ids, blocks, settings, OFF)[1][0]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_until_fail_keeps_the_slots_that_replay_keeps(case):
     target, drafter = make_pair(case, torch.float32)
     ids, blocks = half_liked_text(target, drafter)
-    accepted = draft_at(target, drafter, ids, blocks.anchors).accepted
+    accepted = draft_along(target, drafter, ids, blocks.anchors).accepted
     assert accepted.tolist() == [[2, 0, 4, 1, 3, 0]]
     slots = torch.arange(1, NUM_DRAFTS + 1)
     until_fail = replace(blocks, is_accepted=blocks.is_accepted & (slots <= accepted[..., None] + 1))
     settings = {"accepted": StreamSettings("forward_kl", 1.0, 0.8)}
     sums = weight_sums([blocks], settings, drafter.draft_token_ids)
     result, actual = run(drafter, target, ids, blocks, settings, UNTIL_FAIL)
-    expected, by_hand = run(drafter, target, ids, until_fail, settings, None, sums=sums)
+    expected, by_hand = run(drafter, target, ids, until_fail, settings, OFF, sums=sums)
     assert actual[0] == by_hand[0] and all(torch.equal(actual[1][n], by_hand[1][n]) for n in actual[1])
     assert result.sums == expected.sums
 
 
-def test_rules_that_are_off_score_nothing_and_change_nothing(monkeypatch):
+def test_without_rules_nothing_is_scored(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("nothing is to be scored")
 
@@ -149,10 +150,7 @@ def test_rules_that_are_off_score_nothing_and_change_nothing(monkeypatch):
         target, drafter = make_pair(case, torch.float32)
         ids, blocks = half_liked_text(target, drafter)
         settings = streams(weights=(1.0, 0.0))
-        result, (loss, grads) = run(drafter, target, ids, blocks, settings, None)
-        off, (same_loss, same_grads) = run(drafter, target, ids, blocks, settings, SlotRules(None, False))
-        assert loss == same_loss and result.sums == off.sums
-        assert all(torch.equal(grads[name], same_grads[name]) for name in grads)
+        assert run(drafter, target, ids, blocks, settings, OFF)[1][0] > 0
         with pytest.raises(AssertionError, match="nothing is to be scored"):
             run(drafter, target, ids, blocks, settings, D_PACE)
 
@@ -188,12 +186,12 @@ def test_one_pass_over_all_streams_is_the_sum_of_two(monkeypatch, exact_norms, c
     target, drafter = make_pair(case, torch.float64)
     rollout = roll_out(monkeypatch, target, drafter)
     chain, on_text = replay(rollout), supervised_blocks(rollout)
-    arguments = {"branch_hidden": rollout.branch_hidden, "mask": rollout.attention_mask}
+    arguments = {"rollout": rollout, "mask": rollout.attention_mask}
     joined = join_blocks(chain, on_text)
     assert chain.is_branch.any() and joined.anchors.shape[1] == chain.anchors.shape[1] + 3
 
     def loss_of(blocks, settings):
-        return run(drafter, target, rollout.input_ids, blocks, settings, None, **arguments)[1]
+        return run(drafter, target, rollout.input_ids, blocks, settings, OFF, **arguments)[1]
 
     loss, grads = loss_of(joined, three_streams())
     chain_loss, chain_grads = loss_of(chain, streams(weights=(1.0, 3.0)))
@@ -204,7 +202,7 @@ def test_one_pass_over_all_streams_is_the_sum_of_two(monkeypatch, exact_norms, c
     assert_close((loss, grads), expected, 1e-10)
 
 
-@pytest.mark.parametrize("rules", [None, D_PACE], ids=["decay", "d_pace"])
+@pytest.mark.parametrize("rules", [OFF, D_PACE], ids=["decay", "d_pace"])
 def test_splits_of_a_step_give_the_same_loss(monkeypatch, exact_norms, rules):
     target, drafter = make_pair("reduced", torch.float64)
     rollout = roll_out(monkeypatch, target, drafter)
@@ -232,11 +230,9 @@ def test_rows_that_were_refused_are_not_supervised():
         is_block=torch.tensor([[False, False], [True, True]]),
     )
     for positions, expected in (("random", [1, 2, 3, 4, 5, 6, 7, 8]), ("error", [3, 5])):
-        args = SimpleNamespace(
-            supervised_weight=1.0, supervised_anchors=positions, num_supervised_anchors=0, seed=0, trains_chain=False
-        )
+        args = SimpleNamespace(supervised_anchors=positions, num_supervised_anchors=0, seed=0)
         trainer = SimpleNamespace(args=args, num_drafts=3)
-        blocks = DraftOPDTrainer._add_supervised(trainer, None, chain, [0, 1], epoch=0)
+        blocks = DraftOPDTrainer._supervised_blocks(trainer, chain, [0, 1], epoch=0)
         assert (blocks.anchors[0] == -1).all() and not blocks.is_supervised[0].any()
         assert blocks.anchors[1].tolist() == expected and not blocks.is_accepted.any()
         assert blocks.is_supervised[1].sum(dim=-1).tolist() == [min(3, 9 - anchor) for anchor in expected]
@@ -302,7 +298,7 @@ def test_the_supervised_stream_alone_trains_as_supervised_training_does(tmp_path
         ("sft", "dflash", {"slot_scope": "until_fail"}),
         ("opd", "eagle3", {"slot_weighting": "d_pace", "rejected_scope": "first", "bf16": True}),
         ("opd", "eagle3", {"supervised_weight": 1.0, "num_supervised_anchors": 3}),
-        ("opd", "dflash", {"supervised_weight": 1.0, "supervised_anchors": "error", "anchor_mode": "random"}),
+        ("opd", "dflash", {"supervised_weight": 1.0, "supervised_anchors": "error"}),
         ("opd", "dflash", SUPERVISED_ALONE | {"supervised_anchors": "error", "slot_weighting": "d_pace"}),
         ("opd", "eagle3", SUPERVISED_ALONE | {"rollout": "live"}),
     ],

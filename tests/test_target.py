@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.target import branches as target_rows
-from trl_draft_opd.target.branches import rows_of_similar_width
+from trl_draft_opd.target import reading as target_rows
+from trl_draft_opd.target.branches import score_branches
+from trl_draft_opd.target.reading import rows_of_similar_width
 
 
 LAYER_IDS = [0, 3, 6]
@@ -175,7 +176,7 @@ def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
     is_branch = (slots > accepted[..., None] + 1) & (anchors >= 0)[..., None]
     exact = FrozenTarget(copy.deepcopy(target.causal_lm).to(dtype))
     reading = exact.read_text(input_ids, mask, LAYER_IDS, keep_cache=True)
-    hidden = exact.score_branches(reading, anchors, drafts, is_branch)
+    hidden = score_branches(exact, reading, anchors, drafts, is_branch)
     assert hidden.shape == (3, 3, num_drafts, 32) and not hidden[~is_branch].any()
     for row, block, slot in is_branch.nonzero().tolist():
         branch = torch.cat([input_ids[row, : anchors[row, block] + 1], drafts[row, block, :slot]])[None]
@@ -200,7 +201,7 @@ def test_rows_read_and_scored_apart_are_those_done_together(monkeypatch):
         monkeypatch.setattr(target_rows, "SIMILAR_TOKENS", tokens)
         before = target.num_forwards
         readings.append(target.read_text(input_ids, mask, LAYER_IDS, keep_cache=True))
-        states.append(target.score_branches(readings[-1], anchors, drafts, is_branch))
+        states.append(score_branches(target, readings[-1], anchors, drafts, is_branch))
         forwards.append(target.num_forwards - before)
     # Texts of 9 and 7 tokens apart from one of 4, and then branches of 9 and 6 tokens apart from one of 3.
     assert forwards == [2, 4]
@@ -285,7 +286,7 @@ def test_a_head_that_does_something_unknown_is_refused(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(ValueError, match="head of target type 'llama' does something to its logits"):
+    with pytest.raises(ValueError, match="head of target type 'llama' changes its logits"):
         FrozenTarget(model)
 
 
@@ -316,7 +317,7 @@ def test_a_target_that_cannot_be_rolled_back_is_read_but_not_branched(case):
         target.require_rollback()
     with pytest.raises(ValueError, match=reason):
         reading = target.read_text(input_ids, torch.ones_like(input_ids), [0])
-        target.score_branches(reading, torch.tensor([[1]]), torch.tensor([[[4, 5]]]), torch.tensor([[[False, True]]]))
+        score_branches(target, reading, torch.tensor([[1]]), torch.tensor([[[4, 5]]]), torch.tensor([[[False, True]]]))
 
 
 def test_a_target_of_full_attention_can_be_rolled_back(target):
@@ -399,7 +400,5 @@ def test_a_target_is_loaded_by_path_wrapped_or_handed_back(tmp_path):
     assert FrozenTarget.load(tmp_path, dtype="bfloat16").causal_lm.dtype == torch.bfloat16
     assert FrozenTarget.load(loaded) is loaded
     assert FrozenTarget.load(model).causal_lm is model
-    with pytest.raises(
-        ValueError, match=r"`target_model_init_kwargs` \['device_map'\] were given with an instantiated"
-    ):
+    with pytest.raises(ValueError, match=r"`target_init_kwargs` \['device_map'\] were given with an instantiated"):
         FrozenTarget.load(model, init_kwargs={"device_map": "auto"})

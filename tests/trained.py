@@ -6,7 +6,7 @@ Tiny drafters that are often right: overfitted in seconds to a few texts of thei
 import torch
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.rollout.blocks import sample_anchors
 
 
@@ -34,7 +34,7 @@ def overfit(
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     drafter.train()
     for _ in range(steps):
-        hidden = drafter.draft_hidden(features, input_ids, anchors.anchors, anchors.drafts, target.embed)
+        hidden = run_blocks(drafter, features, input_ids, anchors.anchors, anchors.drafts, target.embed)
         logits = drafter.draft_logits(hidden[anchors.is_accepted], target.project)
         loss = torch.nn.functional.cross_entropy(logits, anchors.labels[anchors.is_accepted])
         optimizer.zero_grad()

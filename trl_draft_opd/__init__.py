@@ -48,7 +48,7 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'trl_draft_opd' has no attribute {name!r}; public names are {sorted(_PUBLIC)}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)  # noqa: TID251
 
 
 def __dir__() -> list[str]:

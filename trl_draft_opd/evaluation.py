@@ -15,9 +15,10 @@ from rich.table import Table
 from .drafters.base import Drafter
 from .responses import generate_responses
 from .rollout.acceptance import SamplingSettings
+from .rollout.counts import Counts, interval, resampled_taus
+from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
-from .rollout.live import LiveSettings, rollout_live
-from .rollout.types import Rollout
+from .rollout.live import rollout_live
 from .target.frozen import FrozenTarget
 
 
@@ -31,12 +32,15 @@ class EvaluationReport:
         tau_low (`float`), tau_high (`float`): 95 % interval by bootstrap over prompts.
         acceptance_per_slot (`list[float]`): Share of counted blocks that keep at least `k` drafts, for `k = 1..K`.
         tokens_per_target_forward (`float`): Response tokens per target pass of a row, its prefill included.
-        speedup (`float` or `None`): Plain decoding time over speculative time, same batches, same process; `None` if not compared.
+        speedup (`float` or `None`):
+            Plain decoding time over speculative time, same batches, same process; `None` if not compared.
         num_different (`int` or `None`): Responses that differ from the target's own; `None` if not compared.
         different_prompts (`list[int]`): Indices of those prompts.
-        num_prompts (`int`), num_tokens (`int`), num_blocks (`int`), num_drafts (`int`), batch_size (`int`): Sizes of the run.
+        num_prompts (`int`), num_tokens (`int`), num_blocks (`int`), num_drafts (`int`), batch_size (`int`):
+            Sizes of the run.
         temperature (`float`): Of the target.
-        accepted_sums (`list[int]`), block_counts (`list[int]`): Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
+        accepted_sums (`list[int]`), block_counts (`list[int]`):
+            Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
     """
 
     tau: float
@@ -57,7 +61,7 @@ class EvaluationReport:
     block_counts: list[int]
 
     def to_dict(self) -> dict:
-        """Return plain numbers and lists, ready for JSON."""
+        """Return plain numbers and lists for JSON."""
         return asdict(self)
 
     def table(self, title: str) -> Table:
@@ -77,21 +81,6 @@ class EvaluationReport:
         return table
 
 
-def bootstrap_tau(
-    accepted_sums: Sequence[int], block_counts: Sequence[int], *, num_resamples: int, seed: int
-) -> tuple[float, float]:
-    """
-    Return the 95 % interval of pooled tau, resampling prompts.
-
-    Args:
-        accepted_sums (`Sequence[int]`): Per prompt, `sum (r + 1)` over counted blocks.
-        block_counts (`Sequence[int]`): Per prompt, counted blocks.
-    """
-    taus = _resampled_taus(accepted_sums, block_counts, num_resamples, seed)
-    # A resample may miss every prompt that has a block: it says nothing about tau.
-    return _interval(taus[taus.isfinite()])
-
-
 def paired_gain(
     before: EvaluationReport, after: EvaluationReport, *, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -103,31 +92,15 @@ def paired_gain(
     """
     if before.num_prompts != after.num_prompts:
         raise ValueError(
-            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same prompts in the same order."
+            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same "
+            "prompts in the same order."
         )
     # The same seed picks the same prompts for both.
-    tau_before = _resampled_taus(before.accepted_sums, before.block_counts, num_resamples, seed)
-    tau_after = _resampled_taus(after.accepted_sums, after.block_counts, num_resamples, seed)
+    tau_before = resampled_taus(before.accepted_sums, before.block_counts, num_resamples, seed)
+    tau_after = resampled_taus(after.accepted_sums, after.block_counts, num_resamples, seed)
     gains = tau_after / tau_before - 1
-    low, high = _interval(gains[gains.isfinite()])
+    low, high = interval(gains[gains.isfinite()])
     return after.tau / before.tau - 1, low, high
-
-
-def _resampled_taus(
-    accepted_sums: Sequence[int], block_counts: Sequence[int], num_resamples: int, seed: int
-) -> torch.Tensor:
-    """Return pooled tau of each resample of the prompts, NaN where it holds no block."""
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(block_counts), (num_resamples, len(block_counts)), generator=generator)
-    sums, counts = (
-        torch.tensor(values, dtype=torch.float64)[picks].sum(dim=1) for values in (accepted_sums, block_counts)
-    )
-    return sums / counts
-
-
-def _interval(values: torch.Tensor) -> tuple[float, float]:
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
 
 
 def evaluate_drafter(
@@ -161,7 +134,8 @@ def evaluate_drafter(
         ignore_eos (`bool`, *optional*, defaults to `False`):
             Decode exactly `max_new_tokens` tokens, to compare with an engine that counts past the end of sequence.
         compare_with_target (`bool`, *optional*, defaults to `True`):
-            Also decode plainly, batch by batch in turns, for speed and, at temperature 0, for equality. Needs `ignore_eos=False`.
+            Also decode plainly, batch by batch in turns, for speed and, at temperature 0, equality. Not with
+            `ignore_eos`.
         num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
         seed (`int`, *optional*, defaults to 0): Of draws and bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`): Draw a progress bar.
@@ -175,15 +149,11 @@ def evaluate_drafter(
     sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     compare = compare_with_target and not ignore_eos
     num_drafts = num_drafts or drafter.default_num_drafts
-    settings = LiveSettings(
-        num_drafts=num_drafts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        draft_sampling=draft_sampling,
-        eos_token_ids=[] if ignore_eos else target.eos_token_ids,
-        keep_branch_hidden=False,
-    )
-    tally = _Tally(num_drafts)
+    settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
+    eos_token_ids = [] if ignore_eos else target.eos_token_ids
+    counts, num_tokens, num_passes = Counts(), 0, 0
+    speculative_seconds = plain_seconds = 0.0
+    different: list[int] = []
     with Progress(disable=not show_progress, transient=True) as progress:
         task = progress.add_task("Evaluating", total=len(prompts))
         for start in range(0, len(prompts), batch_size):
@@ -191,9 +161,13 @@ def evaluate_drafter(
             # By a prompt's number, so that the batch size changes no draw.
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             begun = time.perf_counter()
-            rollout = rollout_live(target, drafter, batch, settings, keys)
-            tally.speculative_seconds += time.perf_counter() - begun
-            tally.add(rollout)
+            rollout = rollout_live(
+                target, drafter, batch, settings, keys, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids
+            )
+            speculative_seconds += time.perf_counter() - begun
+            counts += Counts.of_rollout(rollout)
+            num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
+            num_passes += int(rollout.num_rounds.sum()) + len(batch)
             if compare:
                 begun = time.perf_counter()
                 own = generate_responses(
@@ -205,60 +179,33 @@ def evaluate_drafter(
                     seed=seed,
                     show_progress=False,
                 )
-                tally.plain_seconds += time.perf_counter() - begun
+                plain_seconds += time.perf_counter() - begun
                 pairs = zip(rollout.responses(), own, strict=True)
-                tally.different += [start + i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
+                different += [start + i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
             progress.advance(task, len(batch))
-    return tally.report(sampling, batch_size, compare, num_resamples, seed)
-
-
-class _Tally:
-    """Sums over batches of an evaluation."""
-
-    def __init__(self, num_drafts: int):
-        self.num_drafts = num_drafts
-        self.accepted_sums: list[int] = []
-        self.block_counts: list[int] = []
-        self.kept_at_slot = torch.zeros(num_drafts, dtype=torch.long)
-        self.num_tokens = self.num_passes = 0
-        self.speculative_seconds = self.plain_seconds = 0.0
-        self.different: list[int] = []
-
-    def add(self, rollout: Rollout) -> None:
-        counted = rollout.is_counted
-        self.accepted_sums += ((rollout.accepted + 1) * counted).sum(dim=1).tolist()
-        self.block_counts += counted.sum(dim=1).tolist()
-        slots = torch.arange(1, self.num_drafts + 1, device=counted.device)
-        self.kept_at_slot += (rollout.accepted[counted][:, None] >= slots).sum(dim=0).cpu()
-        self.num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
-        self.num_passes += int(rollout.num_rounds.sum()) + len(rollout.lengths)
-
-    def report(
-        self, sampling: SamplingSettings, batch_size: int, compare: bool, num_resamples: int, seed: int
-    ) -> EvaluationReport:
-        num_blocks = sum(self.block_counts)
-        if num_blocks == 0:
-            raise ValueError(
-                f"No response among {len(self.block_counts)} prompts is longer than a block of {self.num_drafts} drafts, so tau cannot be "
-                "measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
-            )
-        low, high = bootstrap_tau(self.accepted_sums, self.block_counts, num_resamples=num_resamples, seed=seed)
-        can_compare_text = compare and sampling.is_greedy
-        return EvaluationReport(
-            tau=sum(self.accepted_sums) / num_blocks,
-            tau_low=low,
-            tau_high=high,
-            acceptance_per_slot=(self.kept_at_slot / num_blocks).tolist(),
-            tokens_per_target_forward=self.num_tokens / self.num_passes,
-            speedup=self.plain_seconds / self.speculative_seconds if compare else None,
-            num_different=len(self.different) if can_compare_text else None,
-            different_prompts=self.different if can_compare_text else [],
-            num_prompts=len(self.block_counts),
-            num_tokens=self.num_tokens,
-            num_blocks=num_blocks,
-            num_drafts=self.num_drafts,
-            batch_size=batch_size,
-            temperature=sampling.temperature,
-            accepted_sums=self.accepted_sums,
-            block_counts=self.block_counts,
+    if counts.num_blocks == 0:
+        raise ValueError(
+            f"No response among {len(prompts)} prompts is longer than a block of {num_drafts} drafts, so tau cannot "
+            "be measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
         )
+    low, high = counts.interval(num_resamples=num_resamples, seed=seed)
+    can_compare_text = compare and sampling.is_greedy
+    return EvaluationReport(
+        tau=counts.tau,
+        tau_low=low,
+        tau_high=high,
+        # Divided in float32.
+        acceptance_per_slot=(torch.tensor(counts.kept_at_slot) / counts.num_blocks).tolist(),
+        tokens_per_target_forward=num_tokens / num_passes,
+        speedup=plain_seconds / speculative_seconds if compare else None,
+        num_different=len(different) if can_compare_text else None,
+        different_prompts=different if can_compare_text else [],
+        num_prompts=len(prompts),
+        num_tokens=num_tokens,
+        num_blocks=counts.num_blocks,
+        num_drafts=num_drafts,
+        batch_size=batch_size,
+        temperature=sampling.temperature,
+        accepted_sums=counts.accepted_sums,
+        block_counts=list(counts.blocks),
+    )

@@ -22,7 +22,7 @@ from .diagnose import diagnose_states
 from .measure import measure_drafter
 from .plan import Arm, read_arms
 from .start import common_settings, count_flops, make_start, sft_flops
-from .trainers import OneTokenTrainer, StaleAnchorsTrainer
+from .trainers import OneTokenTrainer, RandomAnchorsTrainer, StaleAnchorsTrainer
 from .workbench import Workbench, read_json, require_unchanged, write_json
 
 
@@ -46,7 +46,13 @@ def make_trainer(
     if arm.trainer == "sft":
         return DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows, peft_config=adapter)
     fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
-    kind = {"opd": DraftOPDTrainer, "one_token": OneTokenTrainer, "stale": StaleAnchorsTrainer}[arm.trainer]
+    kinds = {
+        "opd": DraftOPDTrainer,
+        "one_token": OneTokenTrainer,
+        "random_anchors": RandomAnchorsTrainer,
+        "stale": StaleAnchorsTrainer,
+    }
+    kind = kinds[arm.trainer]
     fields = {"completions_from_target": True} | fields
     trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows, peft_config=adapter)
     if isinstance(trainer, StaleAnchorsTrainer):

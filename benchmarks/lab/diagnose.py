@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Where a drafter disagrees with its target: on the states of accepted slots, of first rejections, and behind them.
-"""
+"""Where a drafter disagrees with its target: on the states of accepted slots, of first rejections, and behind them."""
 
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.losses import divergence
 from trl_draft_opd.rollout.blocks import mark_slots
 
@@ -33,8 +31,8 @@ def diagnose_states(target: FrozenTarget, drafter: Drafter, rows: Dataset) -> di
     for rollout in replays(target, drafter, rows, 0.0, "greedy", keep_branch_hidden=True):
         anchors = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-        hidden = drafter.draft_hidden(
-            reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, target.embed
+        hidden = run_blocks(
+            drafter, reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, target.embed
         )
         states = states_of_slots(reading.last_hidden, rollout.branch_hidden, anchors.anchors, anchors.is_branch)
         kinds = {

@@ -11,12 +11,14 @@ Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = dra
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText, rollout_replay
+from trl_draft_opd.rollout.counts import Counts
+from trl_draft_opd.rollout.drafting import DraftingSettings
+from trl_draft_opd.rollout.keyed_random import DrawKeys
+from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
 from trl_draft_opd.trainer.texts import join_responses
 
@@ -44,22 +46,15 @@ def measure_drafter(
     Returns:
         `dict`: per prompt `rounds` (counted blocks) and `accepted` (drafts they keep), `slot_acceptance` of length K, and `tau`.
     """
-    rounds, accepted = [], []
-    num_drafts = drafter.default_num_drafts
-    kept = torch.zeros(num_drafts)
-    for rollout in replays(target, drafter, rows, temperature, draft_sampling, keep_branch_hidden=False):
-        counted = rollout.is_counted
-        rounds += counted.sum(dim=1).tolist()
-        accepted += (rollout.accepted * counted).sum(dim=1).tolist()
-        slots = torch.arange(1, num_drafts + 1, device=counted.device)
-        kept += (rollout.accepted[counted][:, None] >= slots).sum(dim=0).cpu()
+    rollouts = replays(target, drafter, rows, temperature, draft_sampling, keep_branch_hidden=False)
+    counts = sum(map(Counts.of_rollout, rollouts), Counts())
     return {
         "temperature": temperature,
         "draft_sampling": draft_sampling,
-        "rounds": rounds,
-        "accepted": accepted,
-        "slot_acceptance": (kept / sum(rounds)).tolist(),
-        "tau": 1 + sum(accepted) / sum(rounds),
+        "rounds": list(counts.blocks),
+        "accepted": [sum(kept) for kept in counts.kept],
+        "slot_acceptance": counts.acceptance_per_slot,
+        "tau": counts.tau,
     }
 
 
@@ -73,15 +68,11 @@ def replays(
     keep_branch_hidden: bool,
 ) -> Iterator[Rollout]:
     """Yield the rollouts along the responses of `rows`, some rows at a time, in their order."""
-    settings = ReplaySettings(
+    settings = DraftingSettings(
         num_drafts=drafter.default_num_drafts,
         sampling=SamplingSettings(temperature=temperature, top_k=0, top_p=1.0),
         draft_sampling=draft_sampling,
         keep_branch_hidden=keep_branch_hidden,
-        seed=0,
-        epoch=0,
-        segment_length=1 if drafter.reads_drafts else 16,
-        chunk_bytes=CHUNK_BYTES,
     )
     for start in range(0, len(rows), BATCH_SIZE):
         part = rows[start : start + BATCH_SIZE]
@@ -89,4 +80,12 @@ def replays(
         text: TargetText = join_responses(
             part["prompt_ids"], part["completion_ids"], sample_ids, target.pad_token_id, target.device
         )
-        yield rollout_replay(target, drafter, text, settings)
+        yield rollout_replay(
+            target,
+            drafter,
+            text,
+            settings,
+            DrawKeys(0, 0, sample_ids),
+            segment_length=1 if drafter.reads_drafts else 16,
+            chunk_bytes=CHUNK_BYTES,
+        )

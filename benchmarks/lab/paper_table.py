@@ -27,7 +27,7 @@ from datasets import Dataset, DatasetDict
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, FrozenTarget
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.demo.corpus import write_chats
-from trl_draft_opd.demo.pair import make_target, train_tokenizer
+from trl_draft_opd.demo.tiny_target import make_target, train_tokenizer
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.evaluation import evaluate_drafter
 from trl_draft_opd.responses import generate_responses
@@ -73,9 +73,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """
-    What is measured: the fields of `paper_table.yaml`, whose comments say what they are.
-    """
+    """What is measured: the fields of `paper_table.yaml`, whose comments say what they are."""
 
     target: str
     before: str

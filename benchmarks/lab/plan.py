@@ -14,7 +14,7 @@ import yaml
 
 
 FOLDER = Path(__file__).parent
-TRAINERS = ("sft", "opd", "one_token", "stale")
+TRAINERS = ("sft", "opd", "one_token", "random_anchors", "stale")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Arm:
     Attributes:
         name (`str`): Its name in tables.
         tiers (`tuple[int, ...]`): Tiers it belongs to. 1: complete, several seeds. 2: one seed, shorter.
-        trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators) or `"stale"` (anchors kept for some epochs).
+        trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators),
+            `"random_anchors"` (the paper's ablation) or `"stale"` (anchors kept for some epochs).
         settings (`dict`): Fields of the trainer's config that differ from the pair's.
         by_family (`dict[str, dict]`): Fields that differ by drafter family.
         pool (`int`, *optional*): Train on the first so many prompts only.

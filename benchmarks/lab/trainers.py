@@ -1,20 +1,24 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Trainers that only the laboratory needs: the one-token estimators of the method's released code, and anchors that go stale.
+Trainers that only the laboratory needs: the one-token estimators of the method's released code, random anchors, and
+anchors that go stale.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_draft_opd import DraftOPDTrainer
+from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.losses import position_weights
-from trl_draft_opd.rollout.blocks import BlockBatch
-from trl_draft_opd.rollout.replay import TargetText, redraft, rollout_replay
+from trl_draft_opd.rollout.keyed_random import DrawKeys
+from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
-from trl_draft_opd.target.frozen import TargetReading
-from trl_draft_opd.trainer.step import StepLoss
+from trl_draft_opd.target.frozen import FrozenTarget, TargetReading
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, StepLoss
+
+from .redrafting import random_anchors, redraft
 
 
 MAX_LOG_RATIO, MAX_ESTIMATE = 20.0, 10.0  # the released code's bounds; beyond them a draft has no gradient
@@ -24,31 +28,32 @@ class OneTokenTrainer(DraftOPDTrainer):
     """
     Draft-OPD with one-token estimators in place of divergences over the vocabulary.
 
-    Accepted slots: the Bernoulli forward KL of the committed token's probability. Rejected slots: `r - 1 - log r` with `r = p / q`
-    of the drafted token, bounded. One pooled denominator. Drafters with a reduced vocabulary are not served.
+    Accepted slots: the Bernoulli forward KL of the committed token's probability. Rejected slots: `r - 1 - log r` with
+    `r = p / q` of the drafted token, bounded. One pooled denominator. Drafters with a reduced vocabulary are not
+    served.
     """
 
-    def _step_loss(
-        self, rollout: Rollout, anchors: BlockBatch, sums: torch.Tensor, reading: TargetReading
-    ) -> StepLoss:
-        drafter = self.accelerator.unwrap_model(self.model)
+    @staticmethod
+    def _step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
-        hidden = drafter.draft_hidden(
-            reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, self.target.embed
+        blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).reading
+        hidden = run_blocks(
+            drafter, reading.features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed
         )
-        picked = anchors.is_accepted | anchors.is_rejected
-        states = states_of_slots(reading.last_hidden, rollout.branch_hidden, anchors.anchors, anchors.is_branch)
+        picked = blocks.is_accepted | blocks.is_rejected
+        states = states_of_slots(reading.last_hidden, batch.rollout.branch_hidden, blocks.anchors, blocks.is_branch)
         with torch.no_grad():
-            log_p = self.target.project(states[picked]).log_softmax(dim=-1)
-        log_q = drafter.draft_logits(hidden[picked], self.target.project).log_softmax(dim=-1)
-        tokens = torch.where(anchors.is_accepted, anchors.labels, anchors.drafts)[picked][:, None]
+            log_p = target.project(states[picked]).log_softmax(dim=-1)
+        log_q = drafter.draft_logits(hidden[picked], target.project).log_softmax(dim=-1)
+        tokens = torch.where(blocks.is_accepted, blocks.labels, blocks.drafts)[picked][:, None]
         log_p, log_q = log_p.gather(1, tokens)[:, 0], log_q.gather(1, tokens)[:, 0]
-        is_accepted = anchors.is_accepted[picked]
-        decay = position_weights(self.num_drafts, self.args.position_decay).to(log_q.device)
+        is_accepted = blocks.is_accepted[picked]
+        accepted, rejected = objective.streams["accepted"], objective.streams["rejected"]
+        decay = position_weights(blocks.drafts.shape[-1], rejected.decay).to(log_q.device)
         weights = torch.where(is_accepted, 1.0, decay.expand_as(picked)[picked])
         rows = torch.where(is_accepted, bernoulli_forward_kl(log_p, log_q), bounded_k3(log_p, log_q))
-        pooled = sums[0] * self.args.accepted_weight + sums[1] * self.args.rejected_weight
-        stream = torch.where(is_accepted, self.args.accepted_weight, self.args.rejected_weight)
+        pooled = objective.weight_sums[0] * accepted.weight + objective.weight_sums[1] * rejected.weight
+        stream = torch.where(is_accepted, accepted.weight, rejected.weight)
         loss = (rows * weights * stream).sum() / pooled.clamp(min=1e-8) + hidden.sum() * 0
         return StepLoss(loss, {"loss/one_token": (float((rows.detach() * weights).sum()), float(weights.sum()))})
 
@@ -60,7 +65,9 @@ def bernoulli_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tens
 
 
 def bounded_k3(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Return `r - 1 - log r` with `r = p / q`, both the logarithm and the result cut off where the released code does."""
+    """
+    Return `r - 1 - log r` with `r = p / q`, both the logarithm and the result cut off where the released code does.
+    """
     log_ratio = (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.exp() - log_ratio - 1).clamp(max=MAX_ESTIMATE)
 
@@ -68,7 +75,9 @@ def bounded_k3(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 def states_of_slots(
     last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: torch.Tensor, is_branch: torch.Tensor
 ) -> torch.Tensor:
-    """Return the target's state of every slot, `(B, A, K, H)`: on the committed text, or on the branch where it is one."""
+    """
+    Return the target's state of every slot, `(B, A, K, H)`: on the committed text, or on the branch where it is one.
+    """
     B, L, H = last_hidden.shape
     A, K = is_branch.shape[1:]
     positions = (anchors[..., None] + torch.arange(K, device=anchors.device)).clamp(0, L - 1)
@@ -76,6 +85,36 @@ def states_of_slots(
     if branch_hidden is None:
         return on_text
     return torch.where(is_branch[..., None], branch_hidden.to(on_text), on_text)
+
+
+class RandomAnchorsTrainer(DraftOPDTrainer):
+    """
+    Draft-OPD at as many random positions of each response as its chain has anchors: the paper's ablation. By replay
+    alone.
+    """
+
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
+        keys = DrawKeys(self.args.seed, epoch, text.sample_ids)
+        chain = rollout_replay(
+            self.target,
+            drafter,
+            text,
+            replace(self._drafting, keep_branch_hidden=False),
+            keys,
+            segment_length=self.segment_length,
+            chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
+        )
+        return redraft(
+            self.target,
+            drafter,
+            text,
+            random_anchors(chain, keys),
+            self._drafting,
+            keys,
+            chunk_bytes=self.args.loss_chunk_bytes,
+            reading=reading,
+        )
 
 
 class StaleAnchorsTrainer(DraftOPDTrainer):
@@ -87,23 +126,20 @@ class StaleAnchorsTrainer(DraftOPDTrainer):
 
     refresh_epochs = 1
 
-    def _replay(self, texts: list[TargetText], epoch: int) -> list[dict[str, Any]]:
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
         known = self.__dict__.setdefault("_known_anchors", {})
-        stage = epoch // self.refresh_epochs
-        drafter = self.accelerator.unwrap_model(self.model)
-        prepared = []
-        for text in texts:
-            reading = self.target.read_text(
-                text.input_ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=self._needs_branches
+        names = [(epoch // self.refresh_epochs, sample_id) for sample_id in text.sample_ids]
+        if all(name in known for name in names):
+            return redraft(
+                self.target,
+                drafter,
+                text,
+                pad_sequence([known[name] for name in names], batch_first=True, padding_value=-1),
+                self._drafting,
+                DrawKeys(self.args.seed, epoch, text.sample_ids),
+                chunk_bytes=self.args.loss_chunk_bytes,
+                reading=reading,
             )
-            keys = [(stage, sample_id) for sample_id in text.sample_ids]
-            settings = self._replay_settings(epoch)
-            if all(key in known for key in keys):
-                anchors = pad_sequence([known[key] for key in keys], batch_first=True, padding_value=-1)
-                rollout = redraft(self.target, drafter, text, anchors, settings, reading)
-            else:
-                rollout = rollout_replay(self.target, drafter, text, settings, reading)
-                known |= {key: row[row >= 0] for key, row in zip(keys, rollout.anchors, strict=True)}
-            batch = self._mark(rollout, text, epoch, reading)
-            prepared.append(batch | {"reading": reading.without_caches()})
-        return prepared
+        rollout = super()._walk(drafter, text, epoch, reading)
+        known |= {name: row[row >= 0] for name, row in zip(names, rollout.anchors, strict=True)}
+        return rollout

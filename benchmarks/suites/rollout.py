@@ -20,12 +20,14 @@ from trl_draft_opd import DraftOPDConfig, FrozenTarget, SamplingSettings, genera
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout import live, replay
 from trl_draft_opd.rollout.blocks import mark_slots
+from trl_draft_opd.rollout.counts import Counts
+from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.live import LiveSettings
-from trl_draft_opd.rollout.replay import ReplaySettings, TargetText
+from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.rollout.types import Rollout
 from trl_draft_opd.trainer import step as package_step
-from trl_draft_opd.trainer.step import StreamSettings, weight_sums
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, weight_sums
+from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
@@ -53,29 +55,28 @@ class Pair:
 
     def live(self, prompts, *, num_drafts=None, ignores_eos=False, keeps_branches=False) -> Rollout:
         """Decode speculatively as one batch."""
-        settings = LiveSettings(
-            num_drafts=num_drafts or self.num_drafts,
+        return live.rollout_live(
+            self.target,
+            self.drafter,
+            prompts,
+            DraftingSettings(num_drafts or self.num_drafts, GREEDY, "greedy", keeps_branches),
+            DrawKeys(0, 0, range(len(prompts))),
             max_new_tokens=self.max_new_tokens,
-            sampling=GREEDY,
-            draft_sampling="greedy",
             eos_token_ids=[] if ignores_eos else self.target.eos_token_ids,
-            keep_branch_hidden=keeps_branches,
         )
-        return live.rollout_live(self.target, self.drafter, prompts, settings, DrawKeys(0, 0, range(len(prompts))))
 
     def replay(self, text: TargetText, *, keeps_branches: bool, reading=None) -> Rollout:
         """Replay texts as the trainer does."""
-        settings = ReplaySettings(
-            num_drafts=self.num_drafts,
-            sampling=GREEDY,
-            draft_sampling="greedy",
-            keep_branch_hidden=keeps_branches,
-            seed=0,
-            epoch=0,
+        return replay.rollout_replay(
+            self.target,
+            self.drafter,
+            text,
+            DraftingSettings(self.num_drafts, GREEDY, "greedy", keeps_branches),
+            DrawKeys(0, 0, text.sample_ids),
             segment_length=self.segment_length,
             chunk_bytes=CHUNK_BYTES,
+            reading=reading,
         )
-        return replay.rollout_replay(self.target, self.drafter, text, settings, reading)
 
     def to_text(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TargetText:
         """Join prompts and responses, right-padded."""
@@ -194,8 +195,7 @@ def decoding(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> N
     taus = {}
     for count in counts:
         decoded = [pair.live([prompt], num_drafts=count) for prompt in few]
-        blocks = torch.cat([(rollout.accepted + 1)[rollout.is_counted] for rollout in decoded]).float()
-        taus[count] = float(blocks.mean())
+        taus[count] = sum(map(Counts.of_rollout, decoded), Counts()).tau
         arms.append(
             Arm(f"K={count}", lambda c=count: listed([pair.live([p], num_drafts=c).responses()[0] for p in few]))
         )
@@ -286,21 +286,12 @@ class OpdStep:
         eos = pair.target.eos_token_ids
         batches = [mark_slots(part, rejected_scope="suffix", eos_token_ids=eos) for part, _ in parts]
         sums = weight_sums(batches, self.streams, pair.drafter.draft_token_ids)
+        objective = Objective(self.streams, SlotRules(), CHUNK_BYTES, sums)
         self.optimizer.zero_grad()
         total = 0.0
         for (part, reading), anchors in zip(parts, batches, strict=True):
-            loss = package_step.step_loss(
-                pair.drafter,
-                pair.target,
-                part.input_ids,
-                part.attention_mask,
-                anchors,
-                part.branch_hidden,
-                self.streams,
-                sums,
-                CHUNK_BYTES,
-                reading,
-            ).loss
+            batch = PreparedBatch(text_of_rollout(part, range(len(part.input_ids))), part, anchors, reading)
+            loss = package_step.step_loss(pair.drafter, pair.target, batch, objective).loss
             with CLOCK.stage("backward"):
                 loss.backward()
             total += float(loss.detach())
@@ -353,8 +344,8 @@ def split(pair: Pair, arm: Arm) -> dict[str, float]:
         (live, "rollout_live", "decoding"),
         (replay, "rollout_replay", "walk"),
         (pair.target, "read_text", "target"),
-        (pair.target, "score_branches", "branches"),
-        (pair.drafter, "draft_hidden", "draft"),
+        (replay, "score_branches", "branches"),
+        (package_step, "run_blocks", "draft"),
         (package_step, "chunked_divergence", "loss"),
     ]
     with CLOCK.watch(*places):

@@ -25,7 +25,8 @@ from benchmarks.suites import trainer_share
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
-from trl_draft_opd.trainer.step import StreamSettings, step_loss, weight_sums
+from trl_draft_opd.rollout.replay import TargetText
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 CHUNK_BYTES = DraftSFTConfig.__dataclass_fields__["loss_chunk_bytes"].default
@@ -135,18 +136,10 @@ class SftProblem:
 
     def loss(self, reading=None) -> torch.Tensor:
         """Return our loss, reading the texts if no reading is given."""
-        return step_loss(
-            self.drafter,
-            self.target,
-            self.input_ids,
-            self.attention_mask,
-            self.anchors,
-            None,
-            self.streams,
-            self.weight_sums,
-            CHUNK_BYTES,
-            reading,
-        ).loss
+        marks = pad_sequence(self.marks, batch_first=True)
+        text = TargetText(self.input_ids, self.attention_mask, marks, range(len(self.rows)))
+        objective = Objective(self.streams, SlotRules(), CHUNK_BYTES, self.weight_sums)
+        return step_loss(self.drafter, self.target, PreparedBatch(text, None, self.anchors, reading), objective).loss
 
     def peer_loss(self, reads: bool) -> torch.Tensor:
         """Return speculators' loss."""

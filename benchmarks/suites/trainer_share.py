@@ -20,6 +20,7 @@ from trl_draft_opd import (
     SamplingSettings,
     generate_responses,
 )
+from trl_draft_opd.rollout import replay
 from trl_draft_opd.trainer import draft_opd_trainer, step
 
 
@@ -79,9 +80,9 @@ def stage_shares(args: argparse.Namespace, name: str, target, drafter, data: Dat
         optimizer = trainer.create_optimizer()
         places = [
             (target, "read_text", "target"),
-            (target, "score_branches", "branches"),
+            (replay, "score_branches", "branches"),
             (draft_opd_trainer, "rollout_replay", "walk"),
-            (drafter, "draft_hidden", "draft"),
+            (step, "run_blocks", "draft"),
             (step, "chunked_divergence", "loss"),
             (trainer.accelerator, "backward", "backward"),
             (trainer.accelerator, "clip_grad_norm_", "optimiser"),

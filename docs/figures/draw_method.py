@@ -16,8 +16,8 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import Circle, FancyBboxPatch, Rectangle  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 
 # One unit is one inch.

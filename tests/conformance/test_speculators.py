@@ -8,7 +8,8 @@ import torch
 from tiny import make_drafter, make_target
 
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
-from trl_draft_opd.export import export_drafter
+from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.export import TargetOfExport, export_drafter
 
 
 pytestmark = pytest.mark.conformance
@@ -45,9 +46,7 @@ def pair(request, tmp_path, target):
         drafter,
         tmp_path / "out",
         to="speculators",
-        embedding=target.causal_lm.get_input_embeddings().weight,
-        target_config=target.causal_lm.config,
-        target_id="org/target",
+        target=TargetOfExport("org/target", target.causal_lm.config, target.causal_lm.get_input_embeddings().weight),
         dtype=torch.float32,
     )
     # The library fetches the target it is named; here that is a folder.
@@ -99,7 +98,7 @@ def test_logits_of_two_steps_or_a_block_are_ours(pair, target):
         recorded = torch.zeros(1, 2, size - 1, dtype=torch.long)
     with torch.no_grad():
         ours = drafter.draft_logits(
-            drafter.draft_hidden(reading.features, ids, anchors, recorded, target.embed), target.project
+            run_blocks(drafter, reading.features, ids, anchors, recorded, target.embed), target.project
         )[0]
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

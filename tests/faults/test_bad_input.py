@@ -142,7 +142,7 @@ def test_a_model_that_is_no_drafter(tmp_path, target, kind):
 
 
 def test_an_instance_with_loading_arguments(tmp_path, target):
-    with refuses(r"`target_model_init_kwargs` \['dtype'\] were given with an instantiated target"):
+    with refuses(r"`target_init_kwargs` \['dtype'\] were given with an instantiated target"):
         FrozenTarget.load(make_causal_lm(), init_kwargs={"dtype": "float32"})
 
 
@@ -334,7 +334,6 @@ def test_a_setting_out_of_range(tmp_path, kind, changes, match):
         ({"replay_segment_length": 0}, "`replay_segment_length` must be at least 1, got 0"),
         ({"warn_mismatch_share": 0.5}, "Mismatch shares must rise within .*0.5.*0.1"),
         ({"rollout": "offline"}, r"`rollout` must be one of \('live', 'replay'\), got 'offline'"),
-        ({"anchor_mode": "all"}, r"`anchor_mode` must be one of \('error', 'random'\), got 'all'"),
         ({"rejected_scope": "last"}, r"`rejected_scope` must be one of \('suffix', 'first'\), got 'last'"),
         ({"rejected_loss": "k3"}, "`rejected_loss` must be one of .*got 'k3'"),
         ({"accepted_weight": -1.0}, "must not be negative nor all 0, got -1.0, 1.0, 0.0"),

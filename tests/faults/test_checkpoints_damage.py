@@ -70,7 +70,7 @@ def test_a_damaged_file_sends_the_run_back_to_the_checkpoint_before(tmp_path, ca
     with pytest.raises(DamagedCheckpoint, match=message.replace("{}", name)):
         read_checkpoint(newest)
     assert newest_valid(tmp_path).folder == earlier
-    assert "Going on from checkpoint-10. Passed over checkpoint-20" in caplog.text and name in caplog.text
+    assert "Resuming from checkpoint-10. Passed over checkpoint-20" in caplog.text and name in caplog.text
     assert contents(earlier) == before
 
 
@@ -221,7 +221,7 @@ def test_starting_anew_in_the_folder_of_a_finished_run_is_refused(copy, target, 
         ({"kind": "opd"}, r"the trainer's kind \('sft' there, 'opd' here\)"),
         ({"family": "eagle3"}, "the drafter's architecture or adapter"),
         ({"target": make_target(seed=5)}, "the target's weights, architecture or tokenizer"),
-        ({"rows": "fewer"}, "the training data .*`ignore_data_skip=True` goes on"),
+        ({"rows": "fewer"}, "the training data .*`ignore_data_skip=True` continues"),
         ({"per_device_train_batch_size": 1}, r"rows per update .*\(2 there, 1 here\)"),
     ],
 )
@@ -230,7 +230,7 @@ def test_another_runs_checkpoint_is_refused_by_what_differs(trained, tmp_path, t
     if isinstance(changes["rows"], str):
         changes["rows"] = rows.select(range(5))
     trainer = make_trainer(tmp_path / "other", **changes)
-    with refuses(f"This run cannot go on from that checkpoint, because these differ: .*{match}"):
+    with refuses(f"This run cannot resume from that checkpoint, because these differ: .*{match}"):
         trainer.train(resume_from_checkpoint=trained / "checkpoint-1")
 
 
@@ -243,23 +243,23 @@ def test_other_batches_may_be_gone_on_with_from_the_start_of_the_data(trained, t
 def test_changed_settings_are_told_and_the_run_goes_on(trained, tmp_path, caplog, target, rows):
     trainer = make_trainer(tmp_path, target, rows, max_steps=3, learning_rate=1e-3)
     trainer.train(resume_from_checkpoint=trained / "checkpoint-2")
-    assert "Going on from checkpoint-2 under other settings" in caplog.text
+    assert "Resuming from checkpoint-2 under other settings" in caplog.text
     assert "learning_rate: 0.0003 there, 0.001 here" in caplog.text and "max_steps: 2 there, 3 here" in caplog.text
 
 
 def test_a_path_that_is_no_checkpoint_is_refused_with_the_reason(copy, tmp_path, target, rows):
     trainer = make_trainer(tmp_path / "other", target, rows)
-    with refuses("There is no checkpoint '.*nowhere' to go on from"):
+    with refuses("There is no checkpoint '.*nowhere' to resume from"):
         trainer.train(resume_from_checkpoint=tmp_path / "nowhere")
     flip(copy / "checkpoint-2" / "optimizer.safetensors")
-    with refuses("is no checkpoint to go on from: the content of optimizer.safetensors has changed"):
+    with refuses("is not a checkpoint to resume from: the content of optimizer.safetensors has changed"):
         trainer.train(resume_from_checkpoint=copy / "checkpoint-2")
 
 
 def test_a_checkpoint_of_the_drafter_alone_says_how_to_use_it(tmp_path, target, rows):
     make_trainer(tmp_path / "a", target, rows, save_only_model=True).train()
     trainer = make_trainer(tmp_path / "b", target, rows)
-    with refuses("holds the drafter alone .*Start a new run from it: give the folder as `model`"):
+    with refuses("holds the drafter alone .*start a new run from its drafter: give the folder as `model`"):
         trainer.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
 
 
@@ -271,7 +271,7 @@ def test_transformers_own_checkpoint_is_refused_and_not_executed(tmp_path, targe
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
     with refuses("No valid checkpoint found in .*checkpoint-1: it has no manifest.json"):
         make_trainer(tmp_path / "out", target, rows).train(resume_from_checkpoint=True)
-    with refuses("is no checkpoint to go on from: it has no manifest.json"):
+    with refuses("is not a checkpoint to resume from: it has no manifest.json"):
         make_trainer(tmp_path / "new", target, rows).train(resume_from_checkpoint=folder)
 
 
@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_training(monkeypatch,
 
     monkeypatch.setattr(checkpoints, "write_file", refuse)
     with pytest.raises(
-        PermissionError, match="No checkpoint can be written .Permission denied., so training was not begun"
+        PermissionError, match="No checkpoint can be written .Permission denied., so training was not started"
     ):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -59,19 +59,19 @@ def warnings_of(action):
 @pytest.mark.parametrize(
     "name, content, reason",
     [
-        ("cut.jsonl", GOOD * 5 + GOOD[:20], "line 6, its last, ends in the middle: its writer was cut off"),
+        ("cut.jsonl", GOOD * 5 + GOOD[:20], "line 6, its last, ends in the middle: its writer was interrupted"),
         ("cut.json", b"[" + GOOD[:-1] + b",\n" + GOOD[:20], "line 2, its last, ends in the middle"),
         (
             "nested.json",
             b'{\n "data": [\n  {"prompt": w9}\n ]\n}\n',
-            r"line 3 is no JSON \(Expecting value at column 14\)",
+            r"line 3 is not JSON \(Expecting value at column 14\)",
         ),
-        ("rows.json", GOOD * 2 + b"hello\n" + GOOD, "line 3 is no JSON"),
-        ("word.jsonl", GOOD + b"hello\n" + GOOD, r"line 2 is no JSON \(Expecting value at column 1\)"),
-        ("nul.jsonl", GOOD + GOOD.replace(b"w9", b"w\x009"), r"line 2 is no JSON \(Invalid control character"),
-        ("latin.jsonl", GOOD + GOOD.replace(b"w9", b"w\xff9"), r"line 2 is no UTF-8 \(byte 0xff at 13\)"),
+        ("rows.json", GOOD * 2 + b"hello\n" + GOOD, "line 3 is not JSON"),
+        ("word.jsonl", GOOD + b"hello\n" + GOOD, r"line 2 is not JSON \(Expecting value at column 1\)"),
+        ("nul.jsonl", GOOD + GOOD.replace(b"w9", b"w\x009"), r"line 2 is not JSON \(Invalid control character"),
+        ("latin.jsonl", GOOD + GOOD.replace(b"w9", b"w\xff9"), r"line 2 is not UTF-8 \(byte 0xff at 13\)"),
         ("half.jsonl", GOOD + GOOD.replace(b"w9", rb"w\ud83d9"), "line 2 holds half of a surrogate pair"),
-        ("empty.jsonl", b"", "it holds no row"),
+        ("empty.jsonl", b"", "it has no rows"),
         ("cut.csv", b'prompt,completion\nw9,w10\nw9,"w1', "EOF inside string"),
         ("noise.parquet", b"PAR1" + bytes(90), "[Pp]arquet"),
     ],
@@ -79,7 +79,7 @@ def warnings_of(action):
 def test_a_damaged_file_is_named_with_its_line(tmp_path, name, content, reason):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"The dataset '{path}' cannot be read: .*{reason}.*Mend or replace it"):
+    with pytest.raises(ValueError, match=f"The dataset '{path}' cannot be read: .*{reason}.*Fix or replace it"):
         load_rows(str(path), None, "train")
 
 

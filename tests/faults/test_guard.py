@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from oracle import greedy_rows
 from tiny import TINY_RUN, make_drafter, make_target
+from transformers import TrainerControl, TrainerState
 
 from trl_draft_opd import (
     AutoDrafter,
@@ -54,7 +55,7 @@ def poison_loss(monkeypatch, trainer, sample_id):
     honest = trainer.compute_loss
 
     def compute_loss(model, inputs, *args, **kwargs):
-        if sample_id in inputs["sample_ids"].tolist():
+        if sample_id in inputs.text.sample_ids:
             poisoned = trainer._step_loss
             with monkeypatch.context() as patch:
                 patch.setattr(trainer, "_step_loss", lambda *a: spoil(poisoned(*a)))
@@ -65,10 +66,7 @@ def poison_loss(monkeypatch, trainer, sample_id):
 
 
 def spoil(result):
-    loss, *rest = result if isinstance(result, tuple) else (result.loss, result)
-    if isinstance(result, tuple):
-        return (loss * float("nan"), *rest)
-    return type(result)(result.loss * float("nan"), result.sums)
+    return result._replace(loss=result.loss * float("nan"))
 
 
 def weights(drafter):
@@ -166,9 +164,10 @@ class Float16Accelerator(Accelerator):
 
 def test_a_loss_that_is_not_finite_is_no_overflow_of_float16s_scale():
     guard = NonFiniteGuard(Float16Accelerator(cpu=True), "stop", 10)
-    guard.begin_update(7)
-    guard.note_loss(torch.tensor(1.0), torch.tensor([0]))
-    guard.look_back()  # whatever the scaled gradients are, that is the scale's business
-    guard.note_loss(torch.tensor(float("inf")), torch.tensor([3]))
+    event = (None, TrainerState(global_step=7), TrainerControl())
+    guard.on_step_begin(*event)
+    guard.note_loss(torch.tensor(1.0), [0])
+    guard.on_pre_optimizer_step(*event)  # whatever the scaled gradients are, that is the scale's business
+    guard.note_loss(torch.tensor(float("inf")), [3])
     with pytest.raises(FloatingPointError, match=r"loss is inf at step 7 on samples \[3\]"):
-        guard.look_back()
+        guard.on_pre_optimizer_step(*event)

@@ -11,6 +11,7 @@ from tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.runs.out_of_memory import explained_memory
 from trl_draft_opd.target.frozen import FrozenTarget
+from trl_draft_opd.trainer.resuming import describe_batches
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +77,13 @@ def test_an_evaluation_step_names_its_rows_and_settings(monkeypatch, tmp_path, t
 
 
 def test_other_errors_pass_through_as_they_are():
-    with pytest.raises(RuntimeError, match="^something else$"), explained_memory("a step", [], ("x",)):
+    with (
+        pytest.raises(RuntimeError, match="^something else$"),
+        explained_memory("a step", lambda: pytest.fail("nothing to explain"), ("x",)),
+    ):
         raise RuntimeError("something else")
     with (
         pytest.raises(torch.OutOfMemoryError, match=r"in a step \(sizes unknown\): no further details"),
-        explained_memory("a step", [{}], ("lower `x`",)),
+        explained_memory("a step", lambda: describe_batches([]), ("lower `x`",)),
     ):
         raise MemoryError

@@ -25,6 +25,7 @@ from trl_draft_opd import (
     FrozenTarget,
 )
 from trl_draft_opd.drafters import attention
+from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.responses import Origin, ResponseStore
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.target.checks import NotFiniteError
@@ -296,14 +297,14 @@ def half_broken():
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_reading_that_is_not_finite_names_its_rows_and_padding_does_not_count(target, monkeypatch, value):
     ids, mask = torch.full((3, 5), 9), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
-    forward = target._forward
+    step = target.step
 
     def broken(*arguments):
-        reading = forward(*arguments)
+        reading = step(*arguments)
         reading.last_hidden[1, 3:], reading.last_hidden[2, 3, 7] = value, value
         return reading
 
-    monkeypatch.setattr(target, "_forward", broken)
+    monkeypatch.setattr(target, "step", broken)
     with pytest.raises(NotFiniteError, match=r"NaN or infinite in rows \[2\] of the text"):
         target.read_text(ids, mask, [1])
     mask[2, 3] = 0
@@ -360,7 +361,7 @@ def test_a_device_without_the_fused_kernel_masks_as_the_cpu_does(target, monkeyp
     anchors, drafts = torch.tensor([[3, 9, 20], [1, 2, 15]]), torch.randint(7, VOCAB, (2, 3, 4))
 
     def states(changed):
-        return drafter.draft_hidden(features + changed, ids, anchors, drafts, target.embed)
+        return run_blocks(drafter, features + changed, ids, anchors, drafts, target.embed)
 
     later = torch.zeros_like(features)
     later[:, 15:] = 100.0

@@ -29,7 +29,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows
-from trl_draft_opd.export import export_drafter, hub_id_of, read_target
+from trl_draft_opd.export import TargetOfExport, export_drafter, hub_id_of, read_target
 from trl_draft_opd.export.hub import push_folder, validate_repo_id
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.export.rules import check_folder
@@ -100,7 +100,7 @@ def made(target, tmp_path_factory):
         make_drafter(family, target).save_pretrained(home / family)
     embedding = target.causal_lm.get_input_embeddings().weight
     drafter = make_drafter("eagle3", target)
-    export_drafter(drafter, home / "export", embedding=embedding, target_config=target.config, target_id="org/target")
+    export_drafter(drafter, home / "export", target=TargetOfExport("org/target", target.config, embedding))
     return home
 
 
@@ -372,7 +372,7 @@ def test_no_token_is_in_a_byte_that_a_run_from_the_shell_prints_writes_or_sends(
         "drafter": made / "dflash",
         "dataset": tmp_path / "rows.jsonl",
         "eval_split": "train",
-        "target_model_init_kwargs": json.dumps({"token": CANARY}),
+        "target_init_kwargs": json.dumps({"token": CANARY}),
         "hub_token": CANARY,
         "hub_model_id": "someone/tiny-dflash",
         "hub_target_id": "org/target",

@@ -2,26 +2,34 @@
 """
 What commands share: how words become the fields of dataclasses, and the fields that several commands have.
 
-Every flag is a field of a dataclass with a help text and a default, accepted with hyphens and with underscores, and as a key of the
-YAML file of `--config`.
+Every flag is a field of a dataclass, with a help text and, unless it is required, a default. It may be written with
+hyphens or with underscores, and be a key in the YAML file of `--config`.
 """
 
+import argparse
+import copy
 import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, cast, get_type_hints
 
 import torch
 from datasets import Dataset
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import DraftTrainingConfig
 from . import COMMANDS
 from .rows import load_rows
+
+
+_PACKAGE = __name__.partition(".")[0]
+# Help lists the choices of a flag up to this number.
+_MAX_LISTED_CHOICES = 6
+_FLAGS_NOTE = "Flags may also be written with underscores, and be keys in the file of --config."
 
 
 def flag(help: str, **default: Any) -> Any:
@@ -34,7 +42,42 @@ def default_of(function: Callable, name: str) -> Any:
     return inspect.signature(function).parameters[name].default
 
 
-def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple:
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each flag in one spelling, the one with hyphens, and marks those that are required."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [option for option in action.option_strings if "_" not in option]
+        if len(list(action.choices or ())) > _MAX_LISTED_CHOICES:
+            shown.metavar = action.dest.upper()
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.option_strings[0].startswith("--no_"):
+            return f"Switch {action.option_strings[1].replace('no-', '', 1)} off."
+        return f"{action.help} (required)" if action.required else super()._get_help_string(action)
+
+
+class _Parser(TrlParser):
+    """Lists the flags in groups, one for each class that a dataclass is made of, the most specific class first."""
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        types, unlisted = get_type_hints(dtype), {setting.name: setting for setting in fields(dtype) if setting.init}
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        for owner in dtype.__mro__:
+            is_ours = owner.__module__.startswith(_PACKAGE)
+            title = f"settings of {dtype.__name__ if is_ours else 'TrainingArguments'}"
+            title = getattr(owner, "_argument_group_name", title)
+            for name in [name for name in inspect.get_annotations(owner) if name in unlisted]:
+                if title not in groups:
+                    groups[title] = self.add_argument_group(title)
+                setting = unlisted.pop(name)
+                setting.type = types[name]
+                # A group takes arguments as a parser does.
+                self._parse_dataclass_field(cast(argparse.ArgumentParser, groups[title]), setting)
+
+
+def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
     """
     Read the flags of a command, and the YAML file of `--config`, into dataclasses.
 
@@ -50,11 +93,12 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple:
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words[-1:] == ["--config"]:
         raise ValueError("`--config` needs the path of a YAML file.")
-    parser = TrlParser(
+    parser = _Parser(
         types,
         prog=f"trl-draft-opd {command}",
         usage=f"trl-draft-opd {command} [--config FILE.yaml] [FLAGS]",
-        description=COMMANDS[command][1],
+        description=f"{COMMANDS[command][1]} {_FLAGS_NOTE}",
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     *parsed, config_rest, flags_rest = parser.parse_args_and_config(
@@ -74,16 +118,18 @@ def _refuse_unknown(unknown: Iterable[str], known: Sequence[str], where: str) ->
         near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
         hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
     if hints:
-        raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists what there is.")
+        raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists all flags.")
 
 
 @dataclass(kw_only=True)
 class TargetArguments:
     """The target that a command loads."""
 
+    _argument_group_name = "target"
+
     target: str = flag("Hub id or path of the target.")
     target_dtype: str = flag(
-        "Precision of the target; float32 where outputs must agree to the last token.",
+        "Precision of the target; use float32 where outputs must agree to the last token.",
         default=DraftTrainingConfig.target_dtype,
     )
     target_revision: str | None = flag("Revision of the target.", default=None)
@@ -103,14 +149,16 @@ class TargetArguments:
 class RowsArguments:
     """The rows that a command reads prompts from."""
 
+    _argument_group_name = "prompts"
+
     dataset: str = flag("Prompts: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
-    num_prompts: int | None = flag("Read this many rows; all of them if unset.", default=None)
+    num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)
     max_prompt_length: int = flag(
         "Prompts with more tokens are skipped.", default=DraftTrainingConfig.max_prompt_length
     )
-    chat_template_kwargs: str | None = flag("Arguments of the chat template, as JSON.", default=None)
+    chat_template_kwargs: str | None = flag("Arguments for the chat template, as JSON.", default=None)
 
     def load_rows(self) -> Dataset:
         """Load the rows."""
@@ -122,7 +170,7 @@ class RowsArguments:
         try:
             arguments = json.loads(self.chat_template_kwargs or "null")
         except json.JSONDecodeError as error:
-            raise ValueError(f"`--chat-template-kwargs` is no JSON: {error}. Write '{{\"name\": value}}'.") from error
+            raise ValueError(f"`--chat-template-kwargs` is not JSON: {error}. Write '{{\"name\": value}}'.") from error
         return {"max_prompt_length": self.max_prompt_length, "chat_template_kwargs": arguments}
 
     def read_prompts(self, target: FrozenTarget) -> list[list[int]]:
@@ -134,19 +182,22 @@ class RowsArguments:
 class SamplingArguments:
     """The distribution that the target's tokens are drawn from."""
 
+    _argument_group_name = "sampling"
+
     temperature: float = flag(
         "Temperature of the target; 0 decodes greedily.", default=DraftTrainingConfig.temperature
     )
     top_k: int = flag("Keep the k most likely tokens; 0 keeps all.", default=DraftTrainingConfig.top_k)
     top_p: float = flag(
-        "Keep the smallest set of tokens with this mass; 1.0 keeps all.", default=DraftTrainingConfig.top_p
+        "Keep the smallest set of tokens with this probability; 1.0 keeps all.", default=DraftTrainingConfig.top_p
     )
 
     def sampling_settings(self) -> SamplingSettings:
-        """Return the distribution; raises `ValueError` when a value is out of range."""
+        """Return the distribution; raise `ValueError` if a value is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 def accelerator_or_cpu() -> torch.device:
     """Return the accelerator of this process, or the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")

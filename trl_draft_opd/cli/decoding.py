@@ -30,19 +30,21 @@ from .arguments import (
 class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
     """Flags of `evaluate`."""
 
+    _argument_group_name = "evaluation"
+
     drafter: str = flag("Hub id or path of the drafter, in any published layout.")
     num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
     draft_sampling: Literal["greedy", "sample"] = flag(
-        "`greedy`: drafts are argmax; `sample`: drawn from the drafter's distribution.",
+        "`greedy`: drafts are the drafter's argmax; `sample`: they are drawn from its distribution.",
         default=default_of(evaluate_drafter, "draft_sampling"),
     )
     max_new_tokens: int = flag("Longest response.", default=default_of(evaluate_drafter, "max_new_tokens"))
     ignore_eos: bool = flag(
-        "Decode exactly that many tokens, to compare with an engine that counts past the end of sequence.",
+        "Decode exactly --max-new-tokens, to compare with an engine that counts past the end of sequence.",
         default=default_of(evaluate_drafter, "ignore_eos"),
     )
     batch_size: int = flag("Prompts decoded together.", default=default_of(evaluate_drafter, "batch_size"))
-    seed: int = flag("Of draws and bootstrap.", default=default_of(evaluate_drafter, "seed"))
+    seed: int = flag("Seed of draws and bootstrap.", default=default_of(evaluate_drafter, "seed"))
     json: str | None = flag("File to write the numbers to.", default=None)
 
 
@@ -76,36 +78,39 @@ def run_evaluate(argv: Sequence[str]) -> int:
 class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
     """Flags of `generate`."""
 
-    output: str = flag("Folder of the response store; made, or continued.")
+    _argument_group_name = "responses"
+
+    output: str = flag("Folder for the responses; those that it holds are kept.")
     engine: Literal["transformers", "vllm", "sglang", "dataset"] = flag(
-        "Who writes: the target in this process, a server, or the dataset's own responses, taken on trust.",
+        "Source of the responses: the target in this process, a server, or the dataset itself, taken on trust.",
         default=default_of(write_responses, "engine"),
     )
     max_new_tokens: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
-    batch_size: int = flag("Prompts transformers decodes together.", default=default_of(write_responses, "batch_size"))
+    batch_size: int = flag(
+        "Prompts that transformers decodes together.", default=default_of(write_responses, "batch_size")
+    )
     shard_size: int = flag(
-        "Responses per file: as many a killed process loses at most.",
+        "Responses per file; a killed process loses this many at most.",
         default=default_of(write_responses, "shard_size"),
     )
-    seed: int = flag("Of draws at a temperature above 0.", default=default_of(write_responses, "seed"))
+    seed: int = flag("Seed of draws at a temperature above 0.", default=default_of(write_responses, "seed"))
     num_proc: int | None = flag("Processes that tokenize.", default=None)
     check_rows: int | None = flag(
-        f"Responses compared with the target afterwards; {CHECKED_ROWS} if unset, none where this process wrote them.",
+        f"Responses to compare with the target afterwards; {CHECKED_ROWS} if unset, none if this process wrote them.",
         default=None,
     )
     base_url: str | None = flag("Address of the vLLM or SGLang server.", default=None)
     served_model_name: str | None = flag(
-        "Name the server serves the target under; asked from a server of a single one.", default=ServerSettings.model
+        "The server's name for the target; if unset, the server is asked and must serve one model only.",
+        default=ServerSettings.model,
     )
-    api_key_file: str | None = flag("File that holds the server's key.", default=None)
-    timeout: float = flag(
-        "Seconds without a sign of life before a request is sent again.", default=ServerSettings.timeout
-    )
-    concurrency: int = flag("Requests under way at a time.", default=ServerSettings.concurrency)
+    api_key_file: str | None = flag("File with the server's API key.", default=None)
+    timeout: float = flag("Seconds without a reply before a request is sent again.", default=ServerSettings.timeout)
+    concurrency: int = flag("Requests at a time.", default=ServerSettings.concurrency)
     json: str | None = flag("File to write the numbers to.", default=None)
 
     def server(self) -> ServerSettings | None:
-        """Return the server that the flags name, or `None`; raises `ValueError` if they do not go together."""
+        """Return the server that the flags name, or `None`; raise `ValueError` if they contradict each other."""
         names = ("base_url", "served_model_name", "api_key_file", "timeout", "concurrency")
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         is_served = self.engine in ("vllm", "sglang")
@@ -113,8 +118,8 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
             return None
         if not is_served or self.base_url is None:
             raise ValueError(
-                "`--engine vllm` and `--engine sglang` need `--base-url`, other engines take no flag of a server; got "
-                f"{sorted(given)}."
+                "`--engine vllm` and `--engine sglang` need `--base-url`, and other engines take no server flags; got "
+                f"`--engine {self.engine}` with {sorted(given)}."
             )
         return ServerSettings(
             base_url=self.base_url,
@@ -131,7 +136,7 @@ def run_generate(argv: Sequence[str]) -> int:
     (args,) = parse("generate", [GenerateArguments], argv)
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
-    # Beside a server, the accelerator is the server's.
+    # The accelerator belongs to the server, if there is one.
     if server is None and torch.accelerator.is_available():
         target.place(accelerator_or_cpu())
     store = write_responses(
@@ -147,7 +152,7 @@ def run_generate(argv: Sequence[str]) -> int:
         shard_size=args.shard_size,
         seed=args.seed,
     )
-    # Text decoded in this process needs no check by the same target.
+    # Responses decoded in this process need no check by the same target.
     num_checked = 0 if args.engine == "transformers" else CHECKED_ROWS
     summary = summarize_store(store, target, num_checked if args.check_rows is None else args.check_rows)
     print("\n".join(summary["lines"]))

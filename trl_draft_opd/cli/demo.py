@@ -16,29 +16,31 @@ from .rows import load_rows
 class DemoArguments:
     """Flags of `demo`."""
 
+    _argument_group_name = "demo"
+
     family: Literal["dflash", "eagle3"] = flag("Family of the drafter.", default=DemoSettings.family)
     target: str | None = flag(
-        "Hub id or path of a real target in place of the tiny one; needs --dataset.", default=None
+        "Hub id or path of a real target, in place of the tiny one; needs --dataset.", default=None
     )
-    dataset: str | None = flag("Rows with a prompt or messages, for --target.", default=None)
+    dataset: str | None = flag("Prompts for --target: Hub id, folder, or file.", default=None)
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
-    output: str = flag("Folder; everything is written below it.", default=str(DemoSettings.output))
+    output: Path = flag("Folder; everything is written below it.", default=DemoSettings.output)
     num_prompts: int = flag("Prompts to train on.", default=DemoSettings.num_prompts)
     max_new_tokens: int = flag("Longest response.", default=DemoSettings.max_new_tokens)
     sft_epochs: int = flag("Epochs of supervised training.", default=DemoSettings.sft_epochs)
     opd_epochs: int = flag("Epochs of Draft-OPD.", default=DemoSettings.opd_epochs)
-    seed: int = flag("Of everything.", default=DemoSettings.seed)
+    seed: int = flag("Seed of everything.", default=DemoSettings.seed)
 
 
 def run_demo(argv: Sequence[str]) -> int:
     """Run the whole method in minutes; see [`DemoSettings`]."""
     (args,) = parse("demo", [DemoArguments], argv)
     if (args.target is None) != (args.dataset is None):
-        raise ValueError("`--target` and `--dataset` go together: the demo's own chats suit its own target only.")
+        raise ValueError("`--target` and `--dataset` go together: the demo's own chats suit its tiny target only.")
     rows = None if args.dataset is None else load_rows(args.dataset, args.dataset_config, args.split)
     settings = DemoSettings(
-        output=Path(args.output),
+        output=args.output,
         family=args.family,
         target=args.target,
         dataset=args.dataset,

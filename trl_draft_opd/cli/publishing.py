@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..export import export_drafter, hub_id_of, read_target
+from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
 from ..parity import verify_drafter
@@ -22,17 +22,24 @@ from .arguments import RowsArguments, default_of, flag, parse
 class ExportArguments:
     """Flags of `export`."""
 
-    drafter: str = flag("Folder or Hub id of a drafter, or folder of a LoRA adapter.")
-    output: str = flag("Folder to write: empty, new, or an earlier export.")
+    _argument_group_name = "export"
+
+    drafter: str = flag("Hub id or path of the drafter, or path of a LoRA adapter.")
+    output: str = flag("Folder to write to: new, empty, or an earlier export.")
     to: Literal["all", "flat", "speculators", "transformers"] = flag(
-        "Layout; `all`: the flat one, and the others in folders beside it.", default=default_of(export_drafter, "to")
+        "Layout to write; `all`: the flat one, with the others in subfolders.",
+        default=default_of(export_drafter, "to"),
     )
-    target: str | None = flag("Hub id or path of the target; the one the drafter names if unset.", default=None)
-    target_id: str | None = flag("The target's Hub id, where --target is a folder.", default=None)
+    target: str | None = flag(
+        "Hub id or path of the target; if unset, the one that the drafter's config names.", default=None
+    )
+    target_id: str | None = flag("The target's Hub id, if --target is a folder.", default=None)
     target_revision: str | None = flag("Revision of the target.", default=None)
-    repo_id: str | None = flag("Where the export will be pushed to, ORG/NAME.", default=None)
-    license: str | None = flag("Licence of the drafter, for the card.", default=None)
-    base: str | None = flag("The drafter under a LoRA adapter; the one the adapter names if unset.", default=None)
+    repo_id: str | None = flag("Repository that the export will be pushed to, ORG/NAME.", default=None)
+    license: str | None = flag("Licence of the drafter, for the model card.", default=None)
+    base: str | None = flag(
+        "The drafter that a LoRA adapter belongs to; if unset, the one that the adapter names.", default=None
+    )
 
 
 def run_export(argv: Sequence[str]) -> int:
@@ -44,18 +51,17 @@ def run_export(argv: Sequence[str]) -> int:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
     name = args.target or drafter.config.target_model_name_or_path
-    facts = {"target_id": args.target_id}
+    target = TargetOfExport(args.target_id)
     if name is not None:
         target = read_target(name, target_id=args.target_id, revision=args.target_revision)
-        facts = {"embedding": target.embedding, "target_config": target.config, "target_id": target.target_id}
     result = export_drafter(
         drafter,
         args.output,
         to=args.to,
+        target=target,
         repo_id=args.repo_id,
         record=read_record(args.drafter) if Path(args.drafter).is_dir() else None,
         license=args.license,
-        **facts,
     )
     for layout, folder in result.layouts.items():
         print(f"{layout:12} {folder}")
@@ -68,22 +74,24 @@ def run_export(argv: Sequence[str]) -> int:
 class VerifyArguments(RowsArguments):
     """Flags of `verify`."""
 
-    drafter: str = flag("Folder or Hub id of an exported drafter.")
+    _argument_group_name = "verification"
+
+    drafter: str = flag("Path or Hub id of an exported drafter.")
     target: str = flag(
         "Hub id or path of the target; loaded in float32, because outputs are compared to the last token."
     )
-    checkpoint: str | None = flag("The training checkpoint the export was made from.", default=None)
-    consumers: list[str] | None = flag("Readers to run; all that are installed if unset.", default=None)
+    checkpoint: str | None = flag("The checkpoint that the export was made from.", default=None)
+    consumers: list[str] | None = flag("Engines to run; all that are installed if unset.", default=None)
     num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
     max_new_tokens: int = flag(
-        "Tokens whose rounds are counted.", default=default_of(verify_drafter, "max_new_tokens")
+        "Tokens per prompt, whose rounds are counted.", default=default_of(verify_drafter, "max_new_tokens")
     )
-    trust_remote_code: bool = flag("Run the export's own custom_generate, too.", default=False)
+    trust_remote_code: bool = flag("Also run the export's own custom_generate.", default=False)
     json: str | None = flag("File to write the numbers to.", default=None)
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    """Compare an export with its training and with every reader; see [`verify_drafter`]."""
+    """Compare an export with its training in every engine; see [`verify_drafter`]."""
     (args,) = parse("verify", [VerifyArguments], argv)
     target = FrozenTarget.load(args.target, dtype="float32")
     report = verify_drafter(
@@ -111,11 +119,13 @@ def run_verify(argv: Sequence[str]) -> int:
 class PushArguments:
     """Flags of `push`."""
 
+    _argument_group_name = "push"
+
     drafter: str = flag("Folder that `export` wrote.")
-    repo_id: str = flag("Where to, ORG/NAME; made if it does not exist.")
-    private: bool | None = flag("Make a new repository private; the account's own rule if unset.", default=None)
-    revision: str | None = flag("Branch; the main one if unset.", default=None)
-    commit_message: str = flag("Of the commit.", default=default_of(push_folder, "commit_message"))
+    repo_id: str = flag("Repository to push to, ORG/NAME; created if it does not exist.")
+    private: bool | None = flag("Make a new repository private; the account's default if unset.", default=None)
+    revision: str | None = flag("Branch to push to; the main one if unset.", default=None)
+    commit_message: str = flag("Message of the commit.", default=default_of(push_folder, "commit_message"))
 
 
 def run_push(argv: Sequence[str]) -> int:

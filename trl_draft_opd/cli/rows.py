@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Rows of a dataset from wherever they lie; of a damaged file, the line that is damaged."""
+"""Loads rows from the Hub, a folder or a file. Of a damaged file, the error names the line."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -14,11 +15,11 @@ _FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv":
 
 def load_rows(name: str, config: str | None, split: str) -> Dataset:
     """
-    Load one split of a Hub dataset, of a folder, or of a file, which is one split called `train`.
+    Load one split of a Hub dataset, of a folder, or of a file. A file is one split, `train`.
 
     Raises:
         OSError: If there is no such file, folder or dataset.
-        ValueError: If there is no such split, or a file is damaged; of JSON, the message names the line.
+        ValueError: If there is no such split, or a file is damaged; the message names the line of a JSON file.
     """
     path = Path(name)
     kind = _FILE_KINDS.get(path.suffix)
@@ -35,26 +36,26 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
     return splits[split]
 
 
-def _load(shown: str, path: str, split: str, **options: str | None) -> Dataset:
-    """Call `load_dataset`, whose errors of damaged files name neither file nor line."""
+def _load(shown: str, path: str, split: str, **options: Any) -> Dataset:
+    """Call `load_dataset`, whose own errors about damaged files name neither file nor line."""
     try:
         rows = load_dataset(path, split=split, **options)
         if path in _FILE_KINDS.values():
-            # Arrow takes text in as bytes: what is no UTF-8 would fail at the row that is read, without a name.
+            # Arrow does not check that text is UTF-8: reading the row would fail later, without its number.
             rows.data.validate(full=True)
         return rows
     except (DatasetGenerationError, UnicodeDecodeError, ArrowInvalid, StopIteration) as error:
-        reason = str(error.__cause__ or error) or "it holds no row"
+        reason = str(error.__cause__ or error) or "it has no rows"
         if path == "json":
             reason = find_json_fault(Path(shown)) or reason
-        raise ValueError(f"The dataset {shown!r} cannot be read: {reason.rstrip('.')}. Mend or replace it.") from error
+        raise ValueError(f"The dataset {shown!r} cannot be read: {reason.rstrip('.')}. Fix or replace it.") from error
 
 
 def find_json_fault(path: Path) -> str | None:
-    """Say which line of a file of JSON rows is damaged and how, or return `None` where none is."""
+    """Return which line of a file of JSON rows is damaged and how, or `None`."""
     lines = path.read_bytes().splitlines(keepends=True)
     if path.suffix == ".json" and lines and not lines[0].strip().endswith(b"}"):
-        lines = [b"".join(lines)]  # one value over many lines, and not a row a line
+        lines = [b"".join(lines)]  # one value over many lines, not one row per line
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -62,14 +63,14 @@ def find_json_fault(path: Path) -> str | None:
             row = json.loads(line.decode("utf-8-sig"))
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeDecodeError as error:
-            return f"line {number} is no UTF-8 (byte {line[error.start]:#04x} at {error.start})"
+            return f"line {number} is not UTF-8 (byte {line[error.start]:#04x} at {error.start})"
         except UnicodeEncodeError:
             return f"line {number} holds half of a surrogate pair"
         except json.JSONDecodeError as error:
             number += error.lineno - 1
             if line is lines[-1] and not line.endswith(b"\n"):
-                return f"line {number}, its last, ends in the middle: its writer was cut off ({error.msg})"
-            return f"line {number} is no JSON ({error.msg} at column {error.colno})"
+                return f"line {number}, its last, ends in the middle: its writer was interrupted ({error.msg})"
+            return f"line {number} is not JSON ({error.msg} at column {error.colno})"
         if not isinstance(row, dict) and line is not lines[0]:
-            return f"line {number} holds no row but a {type(row).__name__}"
+            return f"line {number} is not a row but a {type(row).__name__}"
     return None

@@ -14,7 +14,7 @@ from transformers import set_seed
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
-from ..drafters.published.merging import require_peft
+from ..drafters.merging import require_peft
 from ..export import hub_id_of
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import DraftTrainingConfig
@@ -40,14 +40,16 @@ _FAMILY_OPTIONS = {
 
 @dataclass(kw_only=True)
 class FreshDrafterArguments:
-    """What a fresh drafter is made with; unset options are left to its `from_target`."""
+    """Options of a fresh drafter; those that are unset are left to its `from_target`."""
 
-    block_size: int | None = flag("DFlash: anchor and drafts per block.", default=None)
-    num_hidden_layers: int | None = flag("DFlash: layers.", default=None)
-    mask_token_id: int | None = flag("DFlash: an id that text never uses; looked for if unset.", default=None)
+    _argument_group_name = "fresh drafter"
+
+    block_size: int | None = flag("DFlash: tokens per block, the anchor and its drafts.", default=None)
+    num_hidden_layers: int | None = flag("DFlash: number of layers.", default=None)
+    mask_token_id: int | None = flag("DFlash: an id that text never uses; searched for if unset.", default=None)
     ttt_steps: int | None = flag("EAGLE-3: steps of training-time test.", default=None)
     draft_vocab_size: int | None = flag(
-        "EAGLE-3: tokens it can propose, the commonest of the dataset; all of them if unset.", default=None
+        "EAGLE-3: propose only this many tokens, the most frequent of the dataset; all if unset.", default=None
     )
     target_layer_ids: list[int] | None = flag("Target layers to read, from 0 and ascending.", default=None)
 
@@ -67,16 +69,16 @@ def make_drafter(
         target ([`FrozenTarget`]): The target.
         family (`str`): `"dflash"` or `"eagle3"`.
         options (`dict`): Fields of [`FreshDrafterArguments`] that were set.
-        count (`Callable`): Called for a reduced vocabulary only; returns how often each token of the target's occurs.
+        count (`Callable`): Returns how often each of the target's tokens occurs; called for a reduced vocabulary only.
 
     Raises:
-        ValueError: If the family is unknown, or an option belongs to another one.
+        ValueError: If the family is unknown, or an option belongs to another family.
     """
     if family not in _FAMILY_OPTIONS:
         raise ValueError(f"`family` must be one of {sorted(_FAMILY_OPTIONS)}, got {family!r}.")
     foreign = sorted(set(options) - {"target_layer_ids", *_FAMILY_OPTIONS[family]})
     if foreign:
-        raise ValueError(f"{foreign} mean nothing to a drafter of family {family!r}. Leave them out.")
+        raise ValueError(f"{foreign} are not options of a {family!r} drafter. Leave them out.")
     if family == "dflash":
         if "mask_token_id" not in options:
             options = options | {"mask_token_id": target.find_mask_token_id()}
@@ -85,6 +87,7 @@ def make_drafter(
     options = {name: value for name, value in options.items() if name != "draft_vocab_size"}
     if size is None:
         return Eagle3DraftModel.from_target(target, **options)
+    assert count is not None, "a reduced vocabulary needs counts"
     vocabulary = build_draft_vocabulary(count(), size, target.eos_token_ids)
     print(f"Draft vocabulary of {size} tokens covers {vocabulary.coverage:.2%} of the supervised tokens.")
     return Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary, **options)
@@ -94,19 +97,23 @@ def make_drafter(
 class InitArguments(TargetArguments, FreshDrafterArguments):
     """Flags of `init`."""
 
+    _argument_group_name = "drafter"
+
     family: Literal["dflash", "eagle3"] = flag("Family of the drafter.")
     output: str = flag("Folder to save the drafter in.")
-    dataset: str | None = flag("Text of the target, whose commonest tokens --draft-vocab-size keeps.", default=None)
+    dataset: str | None = flag("Texts whose most frequent tokens --draft-vocab-size keeps.", default=None)
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
-    seed: int | None = flag("Of the random weights.", default=None)
+    seed: int | None = flag("Seed of the random weights.", default=None)
 
 
 def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
     if (args.draft_vocab_size is None) != (args.dataset is None):
-        raise ValueError("`--draft-vocab-size` and `--dataset` go together: the commonest tokens of the one are kept.")
+        raise ValueError(
+            "`--draft-vocab-size` and `--dataset` go together: the dataset's most frequent tokens are kept."
+        )
     target = args.load_target()
 
     def count() -> torch.Tensor:
@@ -123,19 +130,21 @@ def run_init(argv: Sequence[str]) -> int:
 
 @dataclass(kw_only=True)
 class LoraArguments:
-    """The adapter that is trained in place of the whole drafter; unset options are left to PEFT."""
+    """The adapter that is trained in place of the whole drafter; options that are unset are left to PEFT."""
+
+    _argument_group_name = "LoRA"
 
     use_peft: bool = flag("Train a LoRA adapter in place of the whole drafter.", default=False)
     lora_r: int | None = flag("Rank of the adapter.", default=None)
-    lora_alpha: int | None = flag("The adapter is scaled by this over its rank.", default=None)
+    lora_alpha: int | None = flag("Scale of the adapter, times its rank.", default=None)
     lora_dropout: float | None = flag("Dropout in the adapter.", default=None)
     lora_target_modules: list[str] | None = flag(
-        "Layers it goes into; every linear one but the head if unset.", default=None
+        "Layers with an adapter; every linear layer but the head if unset.", default=None
     )
-    lora_modules_to_save: list[str] | None = flag("Layers trained as a whole beside it.", default=None)
+    lora_modules_to_save: list[str] | None = flag("Layers trained as a whole.", default=None)
 
     def lora_config(self) -> LoraConfig | None:
-        """Return the adapter's config, `None` without `--use-peft`; raises `ValueError` if that is missing."""
+        """Return the adapter's config, or `None` without `use_peft`; raise `ValueError` if options lack it."""
         options = {
             "r": self.lora_r,
             "lora_alpha": self.lora_alpha,
@@ -153,7 +162,9 @@ class LoraArguments:
 
 @dataclass(kw_only=True)
 class TrainArguments(LoraArguments):
-    """What `sft` and `opd` train and on what."""
+    """What `sft` and `opd` train on."""
+
+    _argument_group_name = "target and data"
 
     target: str = flag("Hub id or path of the target.")
     dataset: str = flag("Training rows: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
@@ -164,30 +175,34 @@ class TrainArguments(LoraArguments):
 
 @dataclass(kw_only=True)
 class SFTArguments(TrainArguments, FreshDrafterArguments):
-    """Flags of `sft`, next to those of [`DraftSFTConfig`]."""
+    """Flags of `sft`, besides those of [`DraftSFTConfig`]."""
 
-    drafter: str | None = flag("Hub id or path of a drafter to continue from.", default=None)
-    family: Literal["dflash", "eagle3"] | None = flag("Make a fresh drafter of this family.", default=None)
+    _argument_group_name = "drafter"
+
+    drafter: str | None = flag("Hub id or path of a drafter to train further; give this or --family.", default=None)
+    family: Literal["dflash", "eagle3"] | None = flag("Train a fresh drafter of this family.", default=None)
 
 
 @dataclass(kw_only=True)
 class OPDArguments(TrainArguments):
-    """Flags of `opd`, next to those of [`DraftOPDConfig`]."""
+    """Flags of `opd`, besides those of [`DraftOPDConfig`]."""
+
+    _argument_group_name = "drafter"
 
     drafter: str = flag("Hub id or path of the trained drafter, in any published layout.")
 
 
 def run_sft(argv: Sequence[str]) -> int:
-    """Train a drafter on text its target wrote; see [`DraftSFTTrainer`]."""
+    """Train a drafter on its target's responses; see [`DraftSFTTrainer`]."""
     args, config = parse("sft", [SFTArguments, DraftSFTConfig], argv)
     if (args.drafter is None) == (args.family is None) or (args.drafter and args.given()):
         names = ", ".join(setting.name for setting in fields(FreshDrafterArguments))
         raise ValueError(
-            f"Give either `drafter` to continue from one, or `family` to make a fresh one, to which {names} belong."
+            f"Give either `drafter` to train one further, or `family` to make a fresh one, to which {names} belong."
         )
     if config.regenerate and args.draft_vocab_size is not None:
         raise ValueError(
-            "`draft_vocab_size` counts the dataset's completions, which `regenerate` replaces. Leave one of the two out."
+            "`draft_vocab_size` counts the dataset's completions, which `regenerate` replaces. Leave out one of them."
         )
 
     def fresh_drafter(target: FrozenTarget, rows: Dataset) -> Drafter:
@@ -208,24 +223,24 @@ def run_opd(argv: Sequence[str]) -> int:
 
 
 def _train(
-    trainer_class: type[DraftSFTTrainer] | type[DraftOPDTrainer],
+    trainer_class: Callable[..., DraftSFTTrainer | DraftOPDTrainer],
     args: TrainArguments,
     config: DraftTrainingConfig,
     drafter: str | Callable[[FrozenTarget, Dataset], Drafter],
 ) -> int:
-    """Load, train, save, and push if asked for."""
+    """Load the pair and the rows, train, save, and push if asked for."""
     peft_config = args.lora_config()
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
     if config.dataset_id is None:
-        # So that a push between two saves knows it, too; a local file or folder is none.
+        # Pushes during training write it into the card; `None` for a local file or folder.
         config.dataset_id = hub_id_of(args.dataset)
     target = load_target(args.target, config, None)
     model = drafter if isinstance(drafter, str) else drafter(target, rows)
     trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
     trainer.train()
     if config.push_to_hub:
-        # Saves first, so that a push that fails loses nothing.
+        # It saves first: a failed push loses nothing.
         commit = trainer.push_to_hub()
     else:
         trainer.save_model(config.output_dir)

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Writes the demo's own chats: generated questions with worked answers, of seven kinds. Same seed, same chats.
+Writes the demo's own chats: questions of seven kinds with worked answers. The same seed writes the same chats.
 
 Knows words and numbers. Refuses to know any tokenizer or model.
 """
@@ -15,15 +15,17 @@ Chat = list[dict[str, str]]
 NAMES = (
     "Aino Bela Chidi Dara Emeka Farah Goran Hana Ivo Juno Kaya Lior Mira Nils Oona Pavel Rosa Sami Tove Yara".split()
 )
-THINGS = "apples bolts candles drums envelopes feathers globes hats jars kites lamps marbles nails onions pears ropes".split()
+THINGS = (
+    "apples bolts candles drums envelopes feathers globes hats jars kites lamps marbles nails onions pears ropes"
+).split()
 PLACES = "at the harbour|in the old mill|on the hill|by the station|in the garden|near the bridge|at the market".split(
     "|"
 )
 WORDS = (
-    "amber birch cedar delta ember fjord grove heron iris jade koala lemon maple nectar olive pebble quartz river saffron "
-    "tulip umber violet willow yarrow zephyr"
+    "amber birch cedar delta ember fjord grove heron iris jade koala lemon maple nectar olive pebble quartz river "
+    "saffron tulip umber violet willow yarrow zephyr"
 ).split()
-# From, to, factor: exact in whole numbers.
+# From, to, factor.
 UNITS = (
     ("metres", "centimetres", 100),
     ("kilometres", "metres", 1000),
@@ -43,8 +45,8 @@ def _add(rng: random.Random) -> tuple[str, str]:
     tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
     split = f"{a} = {a // 10 * 10} + {a % 10} and {b} = {b // 10 * 10} + {b % 10}"
     answer = (
-        f"{rng.choice(OPENINGS)} We split {split}. The tens give {a // 10 * 10} + {b // 10 * 10} = {tens}, the ones give "
-        f"{a % 10} + {b % 10} = {ones}. So {tens} + {ones} = {a + b}, and the answer is {a + b}."
+        f"{rng.choice(OPENINGS)} We split {split}. The tens give {a // 10 * 10} + {b // 10 * 10} = {tens}, the ones "
+        f"give {a % 10} + {b % 10} = {ones}. So {tens} + {ones} = {a + b}, and the answer is {a + b}."
     )
     return question, answer
 
@@ -53,11 +55,14 @@ def _buy(rng: random.Random) -> tuple[str, str]:
     name, thing, place = rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES)
     start, boxes, size = rng.randint(2, 40), rng.randint(2, 9), rng.randint(2, 9)
     verb = rng.choice(("buys", "finds", "is given"))
-    question = f"{name} has {start} {thing} and {verb} {boxes} boxes of {size} {thing} {place}. How many {thing} does {name} have now?"
+    question = (
+        f"{name} has {start} {thing} and {verb} {boxes} boxes of {size} {thing} {place}. "
+        f"How many {thing} does {name} have now?"
+    )
     more = boxes * size
     answer = (
-        f"{rng.choice(OPENINGS)} The boxes that {name} {verb} {place} hold {boxes} times {size}, which is {more} {thing}. With the "
-        f"{start} from before, {name} has {start} + {more} = {start + more} {thing}."
+        f"{rng.choice(OPENINGS)} The boxes that {name} {verb} {place} hold {boxes} times {size}, which is {more} "
+        f"{thing}. With the {start} from before, {name} has {start} + {more} = {start + more} {thing}."
     )
     return question, answer
 
@@ -67,8 +72,8 @@ def _convert(rng: random.Random) -> tuple[str, str]:
     amount = rng.randint(2, 60)
     form = rng.choice(("How many {1} are {2} {0}?", "Convert {2} {0} to {1}.", "Express {2} {0} in {1}."))
     answer = (
-        f"There are {factor} {result} in each of the {source}. We multiply: {amount} x {factor} = {amount * factor}. Therefore "
-        f"{amount} {source} are {amount * factor} {result}."
+        f"There are {factor} {result} in each of the {source}. We multiply: {amount} x {factor} = {amount * factor}. "
+        f"Therefore {amount} {source} are {amount * factor} {result}."
     )
     return form.format(source, result, amount), answer
 
@@ -122,9 +127,9 @@ def _letters(rng: random.Random) -> tuple[str, str]:
     places = [index + 1 for index, other in enumerate(word) if other == letter]
     question = f'Spell "{word}" backwards and count the letter {letter}.'
     answer = (
-        f"The letters are {' '.join(word)}. Backwards they read {' '.join(reversed(word))}. The letter {letter} stands at "
-        f"{'place' if len(places) == 1 else 'places'} {', '.join(map(str, places))}, so it occurs {len(places)} "
-        f"{'time' if len(places) == 1 else 'times'}."
+        f"The letters are {' '.join(word)}. Backwards they read {' '.join(reversed(word))}. The letter {letter} "
+        f"stands at {'place' if len(places) == 1 else 'places'} {', '.join(map(str, places))}, so it occurs "
+        f"{len(places)} {'time' if len(places) == 1 else 'times'}."
     )
     return question, answer
 
@@ -134,23 +139,23 @@ KINDS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (_add, _buy, _co
 
 def write_chats(count: int, seed: int) -> list[Chat]:
     """
-    Write different chats, the kinds in turn.
+    Write chats, one kind after another, without repeating a question.
 
     Args:
         count (`int`): Chats to write.
-        seed (`int`): Seed; chats of a smaller count are the first ones of a larger.
+        seed (`int`): Seed. A smaller count gives the first chats of a larger one.
 
     Returns:
-        `list[Chat]`: one user message and one assistant message each; no question occurs twice.
+        `list[Chat]`: one user message and one assistant message each.
     """
     rng = random.Random(seed)
     chats: list[Chat] = []
     seen: set[str] = set()
-    # By attempts and not by chats, because one kind may run out of questions.
-    for attempt in itertools.count():
-        if len(chats) == count:
-            return chats
-        question, answer = KINDS[attempt % len(KINDS)](rng)
+    kinds = itertools.cycle(KINDS)
+    while len(chats) < count:
+        question, answer = next(kinds)(rng)
+        # A kind that has run out of new questions is passed over.
         if question not in seen:
             seen.add(question)
             chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return chats

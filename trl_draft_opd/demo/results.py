@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Shows two evaluations side by side: a table, a plot, numbers for JSON. Measures and trains nothing.
+Shows two evaluations side by side: as a table, as a plot, as numbers for JSON. Measures and trains nothing.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..evaluation import EvaluationReport, paired_gain
 
 
 def require_matplotlib() -> None:
-    """Raise `ValueError` when the plot could not be drawn in the end."""
+    """Raise `ValueError` if the plot could not be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -25,7 +25,7 @@ def summary(before: EvaluationReport, after: EvaluationReport) -> dict:
 
 
 def results_table(before: EvaluationReport, after: EvaluationReport, family: str) -> Table:
-    """Return the table to print with `rich`: plain decoding, the SFT drafter, the drafter after Draft-OPD."""
+    """Return a table to print with `rich`: plain decoding, the SFT drafter, the drafter after Draft-OPD."""
     gain, low, high = paired_gain(before, after)
     table = Table(
         "",
@@ -42,18 +42,12 @@ def results_table(before: EvaluationReport, after: EvaluationReport, family: str
         caption_justify="left",
     )
     reports = (before, after)
-    rows = {
-        "tau": ("1", *(f"{r.tau:.2f} [{r.tau_low:.2f}, {r.tau_high:.2f}]" for r in reports)),
-        "gain in tau": ("", "", f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"),
-        "kept per slot": (
-            "",
-            *(" ".join(f"{100 * rate:.0f}" for rate in r.acceptance_per_slot) + " %" for r in reports),
-        ),
-        "equal outputs": ("", *(_equal_outputs(r) for r in reports)),
-        "speed": ("1.00x", *(f"{r.speedup:.2f}x" for r in reports)),
-    }
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
+    slots = (" ".join(f"{100 * rate:.0f}" for rate in r.acceptance_per_slot) for r in reports)
+    table.add_row("tau", "1", *(f"{r.tau:.2f} [{r.tau_low:.2f}, {r.tau_high:.2f}]" for r in reports))
+    table.add_row("gain in tau", "", "", f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]")
+    table.add_row("kept per slot", "", *(f"{rates} %" for rates in slots))
+    table.add_row("equal outputs", "", *(_equal_outputs(r) for r in reports))
+    table.add_row("speed", "1.00x", *(f"{r.speedup:.2f}x" for r in reports))
     return table
 
 

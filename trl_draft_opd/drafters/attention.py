@@ -4,11 +4,12 @@ Attention of drafted blocks over the committed context. Pure tensor math shared 
 replay and serving, so that what is trained is what is served. Knows nothing of masks made by a model or of caches.
 
 The softmax over context and block is computed in two parts that are merged by their log-sum-exp: the context part by a
-fused kernel in tiles of anchors, the small block part by plain products. Nothing of the size of all pairs ever exists, and the
+fused kernel in tiles of anchors, the small block part by plain products. No tensor of all pairs is ever made, and the
 cost is linear in the number of anchors. The backward pass hands the merged output and log-sum-exp to the same kernels.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = queries per block, T = keys of a block,
-                Q = A S = queries per sequence, h = query heads, g = key/value heads, r = h / g, d = head dimension
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = queries per block, T = keys of a
+                block, Q = A S = queries per sequence, h = query heads, g = key/value heads, r = h / g, d = head
+                dimension
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,9 @@ def anchored_attention(
 
 
 class _Tile(NamedTuple):
-    """Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, `None` if they see all."""
+    """
+    Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, `None` if they see all.
+    """
 
     start: int
     stop: int
@@ -135,7 +138,7 @@ class _AnchoredAttention(torch.autograd.Function):
             grad_key, grad_value = torch.zeros_like(context_key), torch.zeros_like(context_value)
             for tile in _tiles(anchors, S, query.dtype):
                 part = slice(tile.start * S, tile.stop * S)
-                # With the merged output and log-sum-exp, the kernel's own formulas give the gradients of the merged softmax.
+                # With the merged output and log-sum-exp, the kernel's formulas differentiate the merged softmax.
                 tile_grads = _context_backward(
                     grad[:, :, part],
                     flat[:, :, part],
@@ -165,7 +168,7 @@ def _softmax_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-# -- the context part: a kernel per device, with one meaning ---------------------------------------------------------------
+# -- the context part: a kernel per device, with one meaning ----------------------------------------------------------
 
 
 def _context(query, key, value, mask, scaling) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,7 @@ def _grouped_scores(query, key, mask, scaling) -> Tensor:
     return scores if mask is None else scores + mask[:, :, None]
 
 
-# -- the block part --------------------------------------------------------------------------------------------------------
+# -- the block part ---------------------------------------------------------------------------------------------------
 
 
 def _block_scores(query, keys, scaling, is_causal) -> Tensor:
@@ -250,7 +253,9 @@ def _spread(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gather_back(weight: Tensor, rows: Tensor, num_groups: int) -> Tensor:
-    """Return the transposed product `(B, g, A, T, d)` of `(B, h, A, S, T)` weights and `(B, h, A, S, d)` rows, summed over a group."""
+    """
+    Return weights `(B, h, A, S, T)`, transposed, times rows `(B, h, A, S, d)`, summed over a group: `(B, g, A, T, d)`.
+    """
     weight, rows = weight.unflatten(1, (num_groups, -1)), rows.unflatten(1, (num_groups, -1))
     if weight.shape[-2:] == (1, 1):
         return (weight * rows).sum(dim=2)

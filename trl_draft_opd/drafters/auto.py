@@ -1,5 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Load a drafter without knowing its family. Decides by the checkpoint's config and leaves the loading to the family."""
+"""
+Load a drafter without knowing its family. Decides by the checkpoint's config and leaves the loading to the family.
+"""
 
 from pathlib import Path
 
@@ -8,8 +10,8 @@ import torch
 from .base import Drafter
 from .dflash import DFlashDraftModel
 from .eagle3 import Eagle3DraftModel
+from .merging import is_adapter, read_adapted
 from .published.checkpoint import CheckpointSource, read_drafter_config
-from .published.merging import is_adapter, read_adapted
 
 
 _CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
@@ -27,8 +29,8 @@ class AutoDrafter:
     | DFlash of transformers | `architectures`: `MuseGlimmerAssistantModel` |
     | LoRA adapter of any of them, as PEFT saves it | `adapter_config.json`; merged into the drafter it names |
 
-    `model_type` plays no part: published drafters say llama or qwen3 there. Variants that compute something else (DFlash2,
-    DSpark, Domino, P-EAGLE, sliding windows, more than one EAGLE-3 layer, ...) are refused with the reason.
+    `model_type` is not read: published drafters have llama or qwen3 there. Variants that compute something else
+    (DFlash2, DSpark, Domino, P-EAGLE, sliding windows, more than one EAGLE-3 layer, ...) are refused with the reason.
 
     Example:
 
@@ -41,8 +43,8 @@ class AutoDrafter:
 
     def __init__(self):
         raise TypeError(
-            "`AutoDrafter` is not made itself. Load a drafter with `AutoDrafter.from_pretrained(...)`, or make a fresh one with "
-            "`Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+            "`AutoDrafter` is not instantiated. Load a drafter with `AutoDrafter.from_pretrained(...)`, or make a "
+            "fresh one with `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
         )
 
     @classmethod

@@ -1,16 +1,38 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The contract every drafter family fulfils: the target's features in, draft hidden states out; drafts without gradient.
+The contract of every drafter family. Knows nothing of trainers, rollouts and losses, and owns no embedding: the
+target's embedding is handed in as a function.
 
-Knows nothing of trainers, rollouts or losses, and owns no embedding: the target's embedding is handed in as a function.
+A drafter turns the target's features of the committed text into a `DraftContext`, once per position
+(`encode_context`). From there it drafts blocks, one per anchor, slot by slot; the caller owns the loop and decides
+which token each slot holds:
+
+    state = drafter.begin(context, anchors, anchor_tokens, num_drafts, embed)    # slot 1 of every block
+    for slot in range(1, num_drafts + 1):
+        logits = drafter.draft_logits(state.hidden, project)                     # (B, A, DV)
+        tokens = ...                                     # drawn, argmax or recorded: ids of the target, (B, A)
+        if slot < num_drafts:
+            state = drafter.advance(state, tokens)       # slot + 1; `columns` picks the blocks that continue
+
+There are three callers: training runs all slots along recorded drafts with gradient (`run_blocks`), live decoding
+drafts by argmax or by draws (`rollout/drafting.py`), replay drops blocks on the way (`rollout/replay.py`). What a
+family must fulfil:
+
+- A state is a value: `advance` returns a new one and leaves the old one as it was.
+- `state.hidden` is `(B, A, H)`, ready for the head. A block sees the context before its anchor and its own earlier
+  slots only, so its states depend neither on other blocks nor on which of them continue.
+- Anchors below 1, and columns below 0, are padding: it costs no layer, and its states hold no meaning.
+- A family that drafts all slots at once (`reads_drafts = False`) ignores tokens and fills `state.block_hidden`.
+- Gradients flow through all of it, each step under `run_recomputed`; callers that need none switch them off.
 
 Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block, H = hidden size,
                 F = width of the target's features (number of tapped layers times the target's hidden size),
-                V = the target's vocabulary
+                V = the target's vocabulary, DV = the drafter's vocabulary
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,10 +48,6 @@ from .published.checkpoint import CheckpointSource, read_drafter_config, read_dr
 Result = TypeVar("Result")
 Embed = Callable[[torch.Tensor], torch.Tensor]
 Project = Callable[[torch.Tensor], torch.Tensor]
-# Chooses tokens from draft logits: `(logits (B, A, S, DV), first_slot) -> (ids (B, A, S), probs (B, A, S, DV) or None)`.
-ChooseDrafts = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
-# Says how blocks go on behind a slot, see `Drafter.draft_along`: `(hidden (B, A, H), slot) -> (tokens, columns)`, `(B, A')` each.
-DecideSlot = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None] | None]
 
 
 @dataclass
@@ -37,13 +55,14 @@ class DraftContext:
     """
     What a drafter keeps of the committed text, indexed by position: entry `i` belongs to position `i` of its row.
 
-    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything finite: rejected
-    drafts are rolled back by being overwritten.
+    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything finite:
+    rejected drafts are rolled back by being overwritten.
 
     Attributes:
         keys (`list[torch.Tensor]`): One `(B, kv_heads, L, head_dim)` tensor per drafter layer, positions rotated in.
         values (`list[torch.Tensor]`): As `keys`.
-        fused (`torch.Tensor` or `None`): `(B, L, H)`, the fused target features (EAGLE-3); `None` for families that do not read them.
+        fused (`torch.Tensor` or `None`):
+            `(B, L, H)`, the fused target features (EAGLE-3); `None` for families that do not read them.
     """
 
     keys: list[torch.Tensor]
@@ -58,10 +77,22 @@ class DraftContext:
             shape[dim] = capacity - shape[dim]
             return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
+        return self._map(pad)
+
+    def rows(self, index: torch.Tensor) -> "DraftContext":
+        """Return the context of the rows in `index`."""
+        return self._map(lambda tensor, dim: tensor[index])
+
+    def prefix(self, length: int) -> "DraftContext":
+        """Return views on the first `length` positions; no block may have an anchor behind them."""
+        return self._map(lambda tensor, dim: tensor.narrow(dim, 0, length))
+
+    def _map(self, change: Callable[[torch.Tensor, int], torch.Tensor]) -> "DraftContext":
+        """Return the context with every tensor changed; `change` is given the dimension of positions too."""
         return DraftContext(
-            keys=[pad(key, 2) for key in self.keys],
-            values=[pad(value, 2) for value in self.values],
-            fused=None if self.fused is None else pad(self.fused, 1),
+            keys=[change(key, 2) for key in self.keys],
+            values=[change(value, 2) for value in self.values],
+            fused=None if self.fused is None else change(self.fused, 1),
         )
 
     def write(self, entries: "DraftContext", position_ids: torch.Tensor) -> None:
@@ -73,44 +104,29 @@ class DraftContext:
         if self.fused is not None and entries.fused is not None:
             self.fused[rows, position_ids] = entries.fused
 
-    def rows(self, index: torch.Tensor) -> "DraftContext":
-        """Return the context of the rows in `index`."""
-        return DraftContext(
-            keys=[key[index] for key in self.keys],
-            values=[value[index] for value in self.values],
-            fused=None if self.fused is None else self.fused[index],
-        )
-
-    def prefix(self, length: int) -> "DraftContext":
-        """Return views on the first `length` positions; no block may have an anchor behind them."""
-        return DraftContext(
-            keys=[key[:, :, :length] for key in self.keys],
-            values=[value[:, :, :length] for value in self.values],
-            fused=None if self.fused is None else self.fused[:, :length],
-        )
-
 
 @dataclass(frozen=True)
-class Proposal:
+class DraftState:
     """
-    Drafts of one or more blocks per sequence.
+    Blocks at one of their slots. Families add what they carry from slot to slot.
 
     Attributes:
-        drafts (`torch.LongTensor` of shape `(B, A, K)`): Proposed token ids of the target's vocabulary.
-        probs (`torch.Tensor` of shape `(B, A, K, V)` or `None`):
-            The distribution each draft was drawn from; `None` when drafts are the argmax.
+        slot (`int`): The current slot, 1 for the first draft.
+        hidden (`torch.Tensor` of shape `(B, A, H)`): Its hidden states, ready for the head.
+        block_hidden (`torch.Tensor` of shape `(B, A, K, H)` or `None`):
+            Hidden states of all slots of the blocks as begun; `None` from a family that drafts slot by slot.
     """
 
-    drafts: torch.Tensor
-    probs: torch.Tensor | None
+    slot: int
+    hidden: torch.Tensor
+    block_hidden: torch.Tensor | None
 
 
 class Drafter(PreTrainedModel):
     """
     Base of all drafters: a small network that proposes tokens from the target's hidden states.
 
-    The same three methods serve training, replay and serving: `encode_context` turns the target's features into keys and
-    values once per position, `draft_hidden` runs blocks with gradient on recorded drafts, `propose` drafts without gradient.
+    Training, replay and live decoding run the same three methods: `encode_context`, `begin` and `advance`.
     """
 
     base_model_prefix = ""
@@ -119,7 +135,7 @@ class Drafter(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
-    #: Set by transformers' own switch, `activation_checkpointing_enable` (`gradient_checkpointing_enable` before 5.23).
+    #: Set by transformers' `activation_checkpointing_enable`, until 5.22 `gradient_checkpointing_enable`.
     gradient_checkpointing: bool = False
     #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
     owns_head: bool = False
@@ -134,17 +150,18 @@ class Drafter(PreTrainedModel):
 
     def run_recomputed(self, part: Callable[..., Result], *args: Any) -> Result:
         """
-        Run `part(*args)`, a layer or a step; with activation checkpointing on, what it keeps for the backward pass is let go and
+        Run `part(*args)`, a layer or a step; with activation checkpointing on, what the backward pass needs is
         computed again there. Only in training mode and with gradient.
 
-        `part` must have no side result, which a second run would repeat, and be given lists that nobody changes afterwards.
+        `part` runs twice: it must change nothing outside, and its arguments must not change in between.
         """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(part, *args)
         return part(*args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # Whoever casts the whole module, as older DeepSpeed does, means the weights: no long position survives rounded rotary frequencies.
+        # A cast of the whole module, as older DeepSpeed makes, means the weights: rounded rotary frequencies would
+        # spoil long positions.
         before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -157,16 +174,16 @@ class Drafter(PreTrainedModel):
     @property
     @abstractmethod
     def max_drafts(self) -> int | None:
-        """Largest number of drafts per block the family can make in one go, or `None` where only training bounds it."""
+        """Most drafts a block can hold; `None` where only training bounds it."""
 
     @property
     @abstractmethod
     def default_num_drafts(self) -> int:
-        """Drafts per block used in rollouts and evaluation unless said otherwise."""
+        """Drafts per block in rollouts and evaluation unless another number is given."""
 
     @abstractmethod
     def encode_context(
-        self, target_features: torch.Tensor, next_embeds: torch.Tensor, position_ids: torch.Tensor
+        self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
     ) -> DraftContext:
         """
         Turn the target's features into the drafter's context entries.
@@ -174,92 +191,55 @@ class Drafter(PreTrainedModel):
         Args:
             target_features (`torch.Tensor` of shape `(B, n, F)`):
                 Outputs of the tapped target layers, concatenated in ascending layer order.
-            next_embeds (`torch.Tensor` of shape `(B, n, H)`):
-                Embedding of the token that follows each position (read by EAGLE-3 only).
+            next_ids (`torch.LongTensor` of shape `(B, n)`):
+                The token that follows each position (read by EAGLE-3 only).
             position_ids (`torch.LongTensor` of shape `(B, n)`):
                 Position of each entry in its row.
+            embed (`Callable`):
+                The target's embedding, token ids to `(..., H)`.
 
         Returns:
             `DraftContext` with `n` entries.
         """
 
     @abstractmethod
-    def draft_hidden(
-        self,
-        target_features: torch.Tensor,
-        input_ids: torch.Tensor,
-        anchor_positions: torch.Tensor,
-        drafts: torch.Tensor,
-        embed: Embed,
-    ) -> torch.Tensor:
-        """
-        Run blocks from many anchors of each sequence with gradient, on recorded drafts.
-
-        Args:
-            target_features (`torch.Tensor` of shape `(B, L, F)`):
-                The target's features of the committed text.
-            input_ids (`torch.LongTensor` of shape `(B, L)`):
-                The committed text, right-padded.
-            anchor_positions (`torch.LongTensor` of shape `(B, A)`):
-                Anchors, 1..L-1; entries below 1 mark padding, whose rows hold no meaning.
-            drafts (`torch.LongTensor` of shape `(B, A, K)`):
-                Recorded drafts that later slots read; a family whose slots do not read drafts ignores their values.
-            embed (`Callable`):
-                The target's embedding, token ids to `(..., H)`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.
-        """
-
-    @abstractmethod
-    def propose(
+    def begin(
         self,
         context: DraftContext,
-        anchor_positions: torch.Tensor,
+        anchors: torch.Tensor,
         anchor_tokens: torch.Tensor,
         num_drafts: int,
         embed: Embed,
-        project: Project,
-        choose: ChooseDrafts,
-    ) -> Proposal:
+    ) -> DraftState:
         """
-        Draft `num_drafts` tokens from each anchor, without gradient.
+        Begin a block at every anchor.
 
         Args:
             context (`DraftContext`): Entries for every position before the largest anchor.
-            anchor_positions (`torch.LongTensor` of shape `(B, A)`): Anchors, at least 1.
+            anchors (`torch.LongTensor` of shape `(B, A)`):
+                Position of each block's anchor; entries below 1 are padding.
             anchor_tokens (`torch.LongTensor` of shape `(B, A)`): Token at each anchor.
-            num_drafts (`int`): K, at least 1.
+            num_drafts (`int`): K, at least 1 and at most `max_drafts`.
             embed (`Callable`): The target's embedding.
-            project (`Callable`): The target's head, hidden states to logits; families with a head of their own ignore it.
-            choose (`Callable`): Picks tokens from logits, see `ChooseDrafts`.
 
         Returns:
-            `Proposal`
+            `DraftState` at slot 1.
         """
 
     @abstractmethod
-    def draft_along(
-        self,
-        context: DraftContext,
-        anchor_positions: torch.Tensor,
-        anchor_tokens: torch.Tensor,
-        num_drafts: int,
-        embed: Embed,
-        decide: DecideSlot,
-    ) -> None:
+    def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> DraftState:
         """
-        Run blocks slot by slot along tokens that are handed in, without gradient, and drop blocks whose fate is known.
+        Continue blocks behind the token of their current slot.
 
         Args:
-            context (`DraftContext`), anchor_positions (`torch.LongTensor` of shape `(B, A)`), anchor_tokens (same shape):
-                As for [`propose`].
-            num_drafts (`int`): K, at least 1.
-            embed (`Callable`): The target's embedding.
-            decide (`Callable`):
-                Called with the hidden states `(B, A, H)` of slot 1, then of slot 2 and so on. Returns the token of that
-                slot for every block that goes on, and the columns, `(B, A')` each, at which those blocks stand among the `A` it was
-                given (-1 for padding; `None` for all of them as they stand); or `None` alone when no block goes on.
+            state (`DraftState`): From [`begin`] or from here; at a slot before K.
+            tokens (`torch.LongTensor` of shape `(B, A')`):
+                Token of the current slot, in target ids, of every block that continues.
+            columns (`torch.LongTensor` of shape `(B, A')`, *optional*):
+                Which of the `A` blocks of `state` these are, -1 for padding. All continue, in order, if not given.
+
+        Returns:
+            `DraftState` at the next slot, of `A'` blocks per sequence.
         """
 
     @abstractmethod
@@ -273,6 +253,23 @@ class Drafter(PreTrainedModel):
     def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
         """Turn probabilities over the drafter's vocabulary `(..., DV)` into ones over the target's, `(..., V)`."""
         return draft_probs
+
+    def encode_text(self, target_features: torch.Tensor, input_ids: torch.Tensor, embed: Embed) -> DraftContext:
+        """Return the context of whole texts: features `(B, L, F)` of right-padded ids `(B, L)`."""
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        # The last entry has no next token; it lies before no anchor, so whatever it holds is never seen.
+        next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
+        return self.encode_context(target_features, next_ids, position_ids, embed)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the drafter in evaluation mode, and back into its own afterwards."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     @classmethod
     def from_pretrained(
@@ -299,7 +296,7 @@ class Drafter(PreTrainedModel):
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 Precision of the weights in memory. Training keeps fp32 masters; bf16 Adam steps lose small updates.
             num_target_layers (`int`, *optional*):
-                Layers of the target, for EAGLE-3 checkpoints whose config names no layer ids: the reference convention is then resolved with it.
+                Layers of the target, for EAGLE-3 checkpoints whose config names no layer ids.
             allow_pickle_weights (`bool`, *optional*, defaults to `False`):
                 Read a `pytorch_model.bin` (with `weights_only=True`) when there is no safetensors file.
             revision, subfolder, token, cache_dir, local_files_only:
@@ -316,10 +313,10 @@ class Drafter(PreTrainedModel):
         imported = read_drafter_config(source, num_target_layers=num_target_layers)
         if imported.family != cls.config_class.family:
             raise ValueError(
-                f"{source.name_or_path!r} holds a {imported.family} drafter (architectures {imported.architectures}), but "
-                f"{cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
+                f"{source.name_or_path!r} holds a {imported.family} drafter (architectures {imported.architectures}), "
+                f"but {cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
             )
-        model = cls(cls.config_class(**imported.config_kwargs))
+        model = cls(cls.config_class(**imported.arguments))
         model.load_exact(read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights))
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype
@@ -342,8 +339,8 @@ class Drafter(PreTrainedModel):
         ]
         if missing or unexpected or misshapen:
             raise ValueError(
-                f"The weights do not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}, wrong shape "
-                f"{misshapen}. Check that config.json and the weight files belong together."
+                f"The weights do not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}, wrong "
+                f"shape {misshapen}. Check that config.json and the weight files belong together."
             )
         self.load_state_dict(tensors)
 
@@ -354,3 +351,38 @@ class Drafter(PreTrainedModel):
             with loading_whole():
                 return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
         return target if isinstance(target, PreTrainedModel) else target.causal_lm
+
+
+def run_blocks(
+    drafter: Drafter,
+    target_features: torch.Tensor,
+    input_ids: torch.Tensor,
+    anchors: torch.Tensor,
+    drafts: torch.Tensor,
+    embed: Embed,
+) -> torch.Tensor:
+    """
+    Run blocks from many anchors of each sequence along recorded drafts, with gradient.
+
+    Args:
+        drafter ([`Drafter`]): Any family's.
+        target_features (`torch.Tensor` of shape `(B, L, F)`): The target's features of the committed text.
+        input_ids (`torch.LongTensor` of shape `(B, L)`): The committed text, right-padded.
+        anchors (`torch.LongTensor` of shape `(B, A)`): Anchors, 1..L-1; entries below 1 are padding.
+        drafts (`torch.LongTensor` of shape `(B, A, K)`):
+            Recorded drafts, which later slots read, never a fresh argmax.
+        embed (`Callable`): The target's embedding.
+
+    Returns:
+        `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.
+    """
+    context = drafter.encode_text(target_features, input_ids, embed)
+    num_drafts = drafts.shape[-1]
+    state = drafter.begin(context, anchors, input_ids.gather(1, anchors.clamp(min=1)), num_drafts, embed)
+    if state.block_hidden is not None:
+        return state.block_hidden
+    hidden = [state.hidden]
+    for slot in range(1, num_drafts):
+        state = drafter.advance(state, drafts[:, :, slot - 1])
+        hidden.append(state.hidden)
+    return torch.stack(hidden, dim=2)

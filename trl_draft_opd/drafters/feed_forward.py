@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The gated feed-forward layer of transformers with half the memory in training: the activation is computed again in the backward
-pass, from the two projections that are kept anyway. Knows nothing of drafters.
+The gated feed-forward layer of transformers with half the memory in training: the backward pass computes the
+activation again from the two projections it keeps anyway. Knows nothing of drafters.
 
 Shape letters:  H = hidden size, I = intermediate size
 """
@@ -18,7 +18,7 @@ def run_mlp(mlp: LlamaMLP | Qwen3MLP, hidden: torch.Tensor) -> torch.Tensor:
     """
     Run `mlp` on hidden states `(..., H)`; values and gradients are those of calling it.
 
-    Anything but the plain layer (another activation, a bias, an adapter around the last projection, a compiled layer) is called as it is.
+    Any other layer (activation, bias, an adapter around the last projection, compiled) is called as it is.
     """
     down = mlp.down_proj
     is_plain = isinstance(mlp.act_fn, (SiLUActivation, nn.SiLU)) and type(down) is nn.Linear and down.bias is None

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Rows have different numbers of blocks. Layers that look at one token at a time run on the blocks that are there, without the
-padding; only the attention sees the padded shape. Pure tensor math.
+Rows have different numbers of blocks. Layers that read one token at a time skip the padding; only attention sees the
+padded shape. Pure tensor math.
 
 Shape letters:  B = sequences, A = anchors per sequence, N = blocks that are there
 """

@@ -1,13 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a drafter must know of its target's shape: sizes, RoPE, and which layers to tap. Reads configs only, never weights.
+What a drafter must know of its target's shape: sizes, RoPE, and which layers to tap. Reads configs, never weights.
 """
 
 import difflib
 from collections.abc import Iterable
 from typing import Any
 
-import transformers
 from transformers import PreTrainedConfig
 
 
@@ -20,12 +19,14 @@ def text_config(target_config: PreTrainedConfig) -> PreTrainedConfig:
     """
     if target_config.get_text_config() is not target_config:
         raise ValueError(
-            f"Target of type {target_config.model_type!r} is a multimodal model. Only text-only decoder targets are supported: load "
-            "its language model alone, e.g. with the family's `...ForCausalLM` class and `config.get_text_config()`."
+            f"Target of type {target_config.model_type!r} is a multimodal model. Only text-only decoder targets are "
+            "supported: load its language model alone, e.g. with the family's `...ForCausalLM` class and "
+            "`config.get_text_config()`."
         )
     if target_config.is_encoder_decoder:
         raise ValueError(
-            f"Target of type {target_config.model_type!r} is an encoder-decoder model; speculative drafters need a decoder-only target."
+            f"Target of type {target_config.model_type!r} is an encoder-decoder model; speculative drafters need a "
+            "decoder-only target."
         )
     return target_config
 
@@ -44,8 +45,8 @@ def shape_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     """
     Return the config keys a drafter shares with its target.
 
-    Head size and key/value heads are the target's because engines keep both models' caches in one layout; vocabulary and
-    positions are the target's because engines refuse or cut otherwise.
+    Head size and key/value heads are the target's because engines keep both models' caches in one layout; vocabulary
+    and positions are the target's because engines refuse or cut otherwise.
 
     Raises:
         ValueError: If the target has no attention heads or feed-forward layers to take the shape of.
@@ -55,8 +56,8 @@ def shape_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     missing = [name for name in needed if getattr(config, name, None) is None]
     if missing:
         raise ValueError(
-            f"Target of type {config.model_type!r} has no {missing} in its config, so a drafter cannot take its shape from it. Build the "
-            "drafter's config by hand and pass it to the drafter's class."
+            f"Target of type {config.model_type!r} has no {missing} in its config, so a drafter cannot take its shape "
+            "from it. Build the drafter's config by hand and pass it to the drafter's class."
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
@@ -84,7 +85,7 @@ def spread_layer_ids(num_target_layers: int, num_ids: int) -> list[int]:
 
     Args:
         num_target_layers (`int`): Layers of the target, at least 7.
-        num_ids (`int`): How many ids are wished for; fewer are given when the range holds fewer.
+        num_ids (`int`): How many ids to return; fewer if the range holds fewer.
 
     Returns:
         `list[int]`: ascending 0-based ids of the layers whose output is read.
@@ -101,8 +102,8 @@ def check_layer_ids(target_layer_ids: list[int], num_target_layers: int) -> None
     Check that layer ids can be tapped and are expressible by every engine.
 
     Raises:
-        ValueError: If ids are empty, not strictly ascending, negative, or reach the last layer (whose output engines read
-            after the final norm, some before it).
+        ValueError: If ids are empty, not strictly ascending, negative, or reach the last layer (whose output engines
+            read after the final norm, some before it).
     """
     if not target_layer_ids or sorted(set(target_layer_ids)) != list(target_layer_ids):
         raise ValueError(
@@ -111,26 +112,27 @@ def check_layer_ids(target_layer_ids: list[int], num_target_layers: int) -> None
         )
     if target_layer_ids[0] < 0 or target_layer_ids[-1] > num_target_layers - 2:
         raise ValueError(
-            f"`target_layer_ids` must lie in 0..{num_target_layers - 2} for a target of {num_target_layers} layers, got "
-            f"{target_layer_ids}. The last layer is excluded: engines disagree on whether it is read before the final norm."
+            f"`target_layer_ids` must lie in 0..{num_target_layers - 2} for a target of {num_target_layers} layers, "
+            f"got {target_layer_ids}. The last layer is excluded: engines disagree on whether it is read before the "
+            "final norm."
         )
 
 
 def require_layer_ids(target_layer_ids: list[int] | None, num_target_layers: int) -> None:
-    """Raise `ValueError` when default layer ids are asked of a target with fewer than 7 layers."""
+    """Raise `ValueError` if default layer ids are needed and the target has fewer than 7 layers."""
     if target_layer_ids is None and num_target_layers < 7:
         raise ValueError(
-            f"The target has {num_target_layers} layers; the default layer ids need at least 7. Pass `target_layer_ids=[...]` "
-            f"with ascending ids in 0..{num_target_layers - 2}."
+            f"The target has {num_target_layers} layers; the default layer ids need at least 7. Pass "
+            f"`target_layer_ids=[...]` with ascending ids in 0..{num_target_layers - 2}."
         )
 
 
 def refuse_misspelt(names: Iterable[str], known: Iterable[str], where: str) -> None:
     """
-    Refuse names that are a letter or two away from a known one: they would be ignored, and a default stand in their place.
+    Refuse names a letter or two away from a known one: they would be ignored and a default used.
 
     Args:
-        names (`Iterable[str]`): Names that nobody reads.
+        names (`Iterable[str]`): Names that are not read.
         known (`Iterable[str]`): Names that are read.
         where (`str`): What to call their place.
 
@@ -142,33 +144,5 @@ def refuse_misspelt(names: Iterable[str], known: Iterable[str], where: str) -> N
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.87)
         if near:
             raise ValueError(
-                f"{where} has {name!r}, which nobody reads. Did you mean {near[0]!r}? Rename or remove it."
+                f"{where} has {name!r}, which is not read. Did you mean {near[0]!r}? Rename or remove it."
             )
-
-
-def portable_base(config: PreTrainedConfig) -> dict[str, Any]:
-    """
-    Return the keys both families' portable profiles share.
-
-    RoPE is written three ways, because EAGLE's code reads the legacy pair and SGLang and transformers 5 the new one.
-    """
-    rope = dict(config.rope_parameters or {})
-    rope_theta = rope.get("rope_theta", 10000.0)
-    is_scaled = rope.get("rope_type", "default") != "default"
-    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    copied = (
-        "attention_bias bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size "
-        "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads num_target_layers pad_token_id "
-        "rms_norm_eps target_hidden_size target_model_name_or_path target_model_revision vocab_size"
-    ).split()
-    return {name: getattr(config, name) for name in copied} | {
-        "attention_dropout": 0.0,
-        "dtype": dtype,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta} | rope,
-        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if is_scaled else None,
-        "rope_theta": rope_theta,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "transformers_version": transformers.__version__,
-        "use_cache": True,
-    }

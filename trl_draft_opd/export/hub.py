@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Upload an exported folder to the Hub: one commit that holds what an export wrote and nothing else, tried again where the network
-failed, with the local folder left as it is.
+Upload an exported folder to the Hub: one commit that holds what an export wrote and nothing else, tried again where
+the network failed. The local folder stays as it is.
 """
 
 import json
@@ -23,13 +23,14 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from .publication import LAYOUTS
 from .rules import check_repo_name
 from .source import hub_id_of
-from .write import CUSTOM_GENERATE, LAYOUTS, PUBLISHED_NAMES
+from .write import CUSTOM_GENERATE, PUBLISHED_NAMES
 
 
 try:
-    # huggingface_hub 2 speaks through this package, 1 through its predecessor.
+    # huggingface_hub 2 uses this package, 1 its predecessor.
     from httpx2 import TransportError
 except ImportError:
     from httpx import TransportError
@@ -42,9 +43,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 # Of the server's making, and likely to pass; 412: somebody else committed meanwhile.
 _PASSING = {408, 412, 425, 429, 500, 502, 503, 504}
 _LAYOUT_FOLDERS = LAYOUTS[1:]
-# What a checkpoint holds beside what a run goes on from: arguments (with their token), texts, logs.
+# What a checkpoint holds that a run does not resume from: arguments, with their token.
 _NOT_RESUMED = {"training_args.bin"}
-# Entries of a checkpoint's JSON files that may be paths of this machine; nothing goes on from them.
+# Entries of a checkpoint's JSON files that may be paths of this machine; no run resumes from them.
 _PATH_ENTRIES = (
     "_name_or_path",
     "base_model_name_or_path",
@@ -69,12 +70,13 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
         validate_hub_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"{repo_id!r} cannot be the name of a repository: {error} Use ORG/NAME with letters, digits, '-', '_' and '.'."
+            f"{repo_id!r} cannot be the name of a repository: {error} Use ORG/NAME with letters, digits, '-', '_' and "
+            "'.'."
         ) from error
     if "eagle-" in repo_id.lower():
         raise ValueError(
-            f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1 whenever no method is named: it would be loaded as another "
-            "architecture. Write EAGLE3 in one word."
+            f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1 whenever no method is named: "
+            "it would be loaded as another architecture. Write EAGLE3 in one word."
         )
     if family is not None:
         for problem in check_repo_name(repo_id, family):
@@ -107,7 +109,9 @@ def _is_published(path: Path) -> bool:
 
 
 def _is_replaced(name: str) -> bool:
-    """Whether a file in the repository gives way to an export: an earlier one's, or weights that a reader would take for the drafter's."""
+    """
+    Whether an export replaces a file in the repository: an earlier one's, or what a reader would take for its weights.
+    """
     parts = name.split("/")
     if parts[0] in PUBLISHED_NAMES:
         return True
@@ -125,14 +129,13 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload drafter",
-    create_pr: bool = False,
     extra_folders: Mapping[str, str | Path] | None = None,
     endpoint: str | None = None,
     num_retries: int = NUM_RETRIES,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
     """
-    Upload an export as one commit; files of an earlier export that are no longer there are deleted in it, others are left alone.
+    Upload an export as one commit, which also deletes files of an earlier export; other files are left alone.
 
     Args:
         folder (`str` or `Path`): The export.
@@ -141,20 +144,21 @@ def push_folder(
         private (`bool`, *optional*): Whether a new repository is private; the account's own rule by default.
         revision (`str`, *optional*): Branch; made if it does not exist. The main one by default.
         commit_message (`str`, *optional*): Of the commit.
-        create_pr (`bool`, *optional*, defaults to `False`): Propose the commit in a pull request.
-        extra_folders (`Mapping[str, str | Path]`, *optional*): Checkpoints to add, by their place in the repository, to resume from.
+        extra_folders (`Mapping[str, str | Path]`, *optional*):
+            Checkpoints to add, by their place in the repository, to resume from.
         endpoint (`str`, *optional*): Address of the Hub.
         num_retries (`int`, *optional*, defaults to 4): Times to try again after errors of network or server.
         sleep (`Callable`, *optional*): Waits a number of seconds between them.
 
     Returns:
-        `str`: Address of the commit, or of the pull request.
+        `str`: Address of the commit.
 
     Raises:
-        ValueError: If the name is refused, the folder holds no export, a file holds the token, or the repository is public
-            where a private one was asked for. Nothing was uploaded.
+        ValueError: If the name is refused, the folder holds no export, a file holds the token, or the repository is
+            public where a private one was asked for. Nothing was uploaded.
         PermissionError: If the token is missing, expired, or may not write there.
-        ConnectionError: If network or server failed to the end. The repository is as it was: a commit is made whole or not at all.
+        ConnectionError: If network or server kept failing. The repository is as it was: a commit is made whole or not
+            at all.
     """
     validate_repo_id(repo_id)
     folder = Path(folder)
@@ -163,7 +167,7 @@ def push_folder(
         files |= {f"{place}/{name}": content for name, content in _resumable_files(Path(extra)).items()}
     _refuse_token_in(files, token or get_token())
     api = HfApi(endpoint=endpoint, token=token)
-    makes_branch = revision not in (None, "main") and not revision.startswith("refs/") and not create_pr
+    makes_branch = revision not in (None, "main") and not revision.startswith("refs/")
 
     def upload() -> str:
         made = _ready_repository(api, repo_id, private)
@@ -181,14 +185,13 @@ def push_folder(
             operations,
             commit_message=commit_message,
             revision=revision,
-            create_pr=create_pr,
             # What is stale was read from this commit.
             parent_commit=info.sha,
         )
-        return str(commit.pr_url if create_pr else commit.commit_url)
+        return str(commit.commit_url)
 
-    way_out = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push {folder} {repo_id}`"
-    return _with_retries(upload, way_out, num_retries, sleep)
+    fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
+    return _with_retries(upload, fix, num_retries, sleep)
 
 
 def create_repository(
@@ -216,18 +219,18 @@ def create_repository(
 
 
 def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """Make the repository if it does not exist, and return its full id; one that is public already is not made private by asking."""
+    """Make the repository if it does not exist, and return its full id; a public one is not made private by asking."""
     made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(made).private:
         raise ValueError(
-            f"{made!r} exists and is public, but a private repository was asked for. Make it private in its settings, name another, or leave "
-            "`private` out. Nothing was uploaded."
+            f"{made!r} exists and is public, but a private repository was asked for. Make it private in its settings, "
+            "name another, or leave `private` out. Nothing was uploaded."
         )
     return made
 
 
 def _resumable_files(folder: Path) -> dict[str, Path | bytes]:
-    """Return the files of a checkpoint that a run goes on from; no arguments, no text of rollouts, no path of this machine."""
+    """Return the files of a checkpoint that a run resumes from: no arguments, no rollouts, no path of this machine."""
     held = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     found = {path.relative_to(folder): path for path in held}
     return {
@@ -267,16 +270,16 @@ def _holds(content: Path | bytes, needle: bytes) -> bool:
         return data.find(needle, 0, end) >= 0
 
 
-def _with_retries(action: Callable[[], str], way_out: str, num_retries: int, sleep: Callable[[float], None]) -> str:
-    """Run `action`; try again after errors that pass by themselves, and say of the others what to do."""
+def _with_retries(action: Callable[[], str], fix: str, num_retries: int, sleep: Callable[[float], None]) -> str:
+    """Run `action`; try again after errors that pass by themselves, and tell of the others what to do."""
     for attempt in range(num_retries + 1):
         pause = _FIRST_PAUSE * 2**attempt
         try:
             return action()
         except OfflineModeIsEnabled as error:
-            raise ConnectionError(f"The Hub is switched off in this process (HF_HUB_OFFLINE=1). {way_out}.") from error
+            raise ConnectionError(f"The Hub is switched off in this process (HF_HUB_OFFLINE=1). {fix}.") from error
         except HfHubHTTPError as error:
-            refusal = _refusal(error, way_out)
+            refusal = _refusal(error, fix)
             if refusal is not None:
                 raise refusal from error
             reason, failure = f"status {error.response.status_code}", error
@@ -284,33 +287,35 @@ def _with_retries(action: Callable[[], str], way_out: str, num_retries: int, sle
             pause = max(pause, float(asked)) if asked.isdigit() else pause
         except LocalTokenNotFoundError as error:
             raise PermissionError(
-                f"The Hub asks for a token with write access: run `hf auth login`. {way_out}."
+                f"The Hub asks for a token with write access: run `hf auth login`. {fix}."
             ) from error
         except (TransportError, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
-            # So the library reports a weights file that did not go through, after attempts of its own.
+            # The library reports a weights file that did not go through this way, after attempts of its own.
             reason, failure = str(error).rstrip("."), error
         if attempt == num_retries:
             raise ConnectionError(
-                f"The upload failed {num_retries + 1} times, the last time with: {reason}. {way_out}."
+                f"The upload failed {num_retries + 1} times, the last time with: {reason}. {fix}."
             ) from failure
         logger.warning("The upload failed (%s); trying again.", reason)
         sleep(min(pause, _LONGEST_PAUSE))
     raise AssertionError("unreachable")
 
 
-def _refusal(error: HfHubHTTPError, way_out: str) -> OSError | None:
-    """Return what to raise for an answer of the Hub that will not change, or `None` for one that may."""
+def _refusal(error: HfHubHTTPError, fix: str) -> OSError | None:
+    """Return what to raise for a refusal of the Hub that will not change, or `None` for one that may."""
     status = error.response.status_code
     if status in _PASSING:
         return None
     if status in (401, 403):
         return PermissionError(
-            f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf auth login`. {way_out}."
+            f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf "
+            f"auth login`. {fix}."
         )
     if isinstance(error, GatedRepoError | RepositoryNotFoundError):
         return PermissionError(
-            f"The Hub does not show the repository to this account: the token is missing, expired or may not write there (`hf auth login`). {way_out}."
+            "The Hub does not show the repository to this account: the token is missing, expired or may not write "
+            f"there (`hf auth login`). {fix}."
         )
-    return OSError(f"The Hub refused (status {status}): {error.server_message or 'no reason given'}. {way_out}.")
+    return OSError(f"The Hub refused (status {status}): {error.server_message or 'no reason given'}. {fix}.")

@@ -1,40 +1,42 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What was trained and measured, as one JSON file beside a drafter: the card is written from it, `verify` compares with it.
+What was trained and measured, as one JSON file next to a drafter: the card is written from it, `verify` compares with
+it.
 
-Nothing gets in that is not on a list: numbers, choices by name, Hub ids. No prompt, no path of a machine, no token.
+A record is published, so it holds only numbers, choices by name and Hub ids: no prompt, no path of a machine, no
+token. Each field states what it may hold; everything else is refused when a record is written and when it is read.
 """
 
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
-from ..rollout.sampler import DRAFT_SAMPLING
-from .record_checks import (
-    CURVE_VALUES,
-    RECORD_FILE,
-    check_record,
-    is_number,
-    recorded_template_arguments,
-)
+from ..rollout.drafting import DRAFT_SAMPLING
 from .source import hub_id_of
 
 
+RECORD_FILE = "training_record.json"
 FORMAT_VERSION = 1
-# Settings that say how a drafter was trained, and are numbers. A name that is in none of these lists is never published.
+FAMILIES, METHODS = ("eagle3", "dflash"), ("sft", "opd")
+# Settings that describe the training, and are numbers. A name that is in none of these lists is never published.
 _NUMBERS = (
-    "learning_rate warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps generation_batch_size seed bf16 fp16 max_length max_prompt_length max_completion_length accepted_weight "
-    "rejected_weight supervised_weight slot_decay position_decay d_pace_floor num_anchors num_supervised_anchors num_drafts temperature "
-    "top_k top_p regenerate completions_from_target"
+    "learning_rate warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps generation_batch_size seed bf16 fp16 max_length "
+    "max_prompt_length max_completion_length accepted_weight rejected_weight supervised_weight slot_decay "
+    "position_decay d_pace_floor num_anchors num_supervised_anchors num_drafts temperature top_k top_p regenerate "
+    "completions_from_target"
 ).split()
 # Settings that transformers turns into members of an enumeration.
 _ENUMERATED = ("lr_scheduler_type", "optim")
@@ -45,13 +47,86 @@ _CHOICES = {
     "rejected_scope": ("first", "suffix"),
     "slot_weighting": ("decay", "d_pace"),
     "slot_scope": ("block", "until_fail"),
-    "anchor_mode": ("error", "random"),
     "supervised_anchors": ("random", "error"),
     "rollout": ("replay", "live"),
     "draft_sampling": DRAFT_SAMPLING,
     "target_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 _PACKAGES = ("trl-draft-opd", "torch", "transformers", "trl", "accelerate", "datasets")
+_CURVE_VALUES = ("loss", "tau", "eval_loss", "eval_tau")
+# Arguments of chat templates that switch thinking, and the words they are switched with.
+_TEMPLATE_ARGUMENTS = ("enable_thinking", "thinking", "reasoning_effort", "reasoning")
+_TEMPLATE_WORDS = ("none", "minimal", "low", "medium", "high", "max", "on", "off", "auto")
+# What texts of a record look like: never a path, an address, a sentence or a key.
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+_VERSION = re.compile(r"[\w.+!-]{1,48}")
+_SECRET = re.compile(r"(hf_|api_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
+
+
+# ---- what a field may hold ------------------------------------------------------------------------------------------
+
+
+def _holding(fits: Callable[[Any], bool], wanted: str, **options: Any) -> Any:
+    """Return a dataclass field whose values, null aside, must pass `fits`; `wanted` describes them in errors."""
+    return field(metadata={"fits": fits, "wanted": wanted}, **options)
+
+
+def _text(pattern: str | re.Pattern, wanted: str, **options: Any) -> Any:
+    return _holding(re.compile(pattern).fullmatch, wanted, **options)
+
+
+def _one_of(choices: Sequence[str]) -> Any:
+    return _holding(choices.__contains__, f"one of {tuple(choices)}")
+
+
+def _hub_id() -> Any:
+    return _holding(_is_hub_id, "a Hub id or null")
+
+
+def _is_hub_id(text: str) -> bool:
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_settings(settings: Mapping[Any, Any]) -> bool:
+    return all(
+        _matches(_NAME, name) and (isinstance(value, bool | int | float) or _matches(_NAME, value))
+        for name, value in settings.items()
+    )
+
+
+def _are_points(curve: list[Any]) -> bool:
+    return all(
+        isinstance(point, Mapping)
+        and isinstance(point.get("step"), int)
+        and all(name in ("step", *_CURVE_VALUES) and _is_number(value) for name, value in point.items())
+        for point in curve
+    )
+
+
+def _matches(pattern: re.Pattern, value: Any) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def recorded_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return those arguments of a chat template that switch thinking; others may hold anything."""
+    found = {}
+    for name in _TEMPLATE_ARGUMENTS:
+        value = (arguments or {}).get(name)
+        if isinstance(value, bool) or value in _TEMPLATE_WORDS:
+            found[name] = value
+    return found
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,21 +144,27 @@ class TargetFacts:
         chat_template_kwargs (`dict`): Its arguments that switch thinking.
     """
 
-    name: str | None
-    revision: str | None
+    name: str | None = _hub_id()
+    revision: str | None = _text(r"[A-Za-z0-9][\w./-]{0,99}", "a branch, tag or commit")
     num_layers: int
     vocab_size: int
     hidden_size: int
     max_position_embeddings: int
     num_parameters: int | None = None
-    dtype: str | None = None
-    chat_template_sha256: str | None = None
-    chat_template_kwargs: dict = field(default_factory=dict)
+    dtype: str | None = _text(_NAME, "a short lower-case name", default=None)
+    chat_template_sha256: str | None = _text("[0-9a-f]{64}", "64 hexadecimal digits", default=None)
+    chat_template_kwargs: dict = _holding(
+        lambda given: recorded_template_arguments(given) == given,
+        f"true, false or one of {_TEMPLATE_WORDS} for {_TEMPLATE_ARGUMENTS}",
+        default_factory=dict,
+    )
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
     """
+    What a drafter was trained on.
+
     Attributes:
         name (`str` or `None`): Hub id; `None` for local data.
         licence (`str` or `None`): As given by the user or the Hub.
@@ -91,10 +172,10 @@ class DatasetFacts:
         completions (`str`): `"target"`: the target wrote the text; `"dataset"`: it came with the data.
     """
 
-    name: str | None
-    licence: str | None
+    name: str | None = _hub_id()
+    licence: str | None = _text(LICENCE, "an identifier such as cc-by-4.0, or null")
     num_rows: int | None
-    completions: str
+    completions: str = _one_of(("target", "dataset"))
 
 
 @dataclass(frozen=True)
@@ -104,17 +185,17 @@ class StageRecord:
 
     Attributes:
         method (`str`): `"sft"` or `"opd"`.
-        steps (`int`): Optimiser steps done.
+        steps (`int`): Optimizer steps done.
         settings (`dict`): See [`recorded_settings`].
         dataset ([`DatasetFacts`]): What it was trained on.
         curve (`list[dict]`): Points with `step` and any of `loss`, `tau`, `eval_tau`, `eval_loss`.
     """
 
-    method: str
+    method: str = _one_of(METHODS)
     steps: int
-    settings: dict
+    settings: dict = _holding(_are_settings, "numbers and short names by setting")
     dataset: DatasetFacts
-    curve: list
+    curve: list = _holding(_are_points, f"objects with `step` and numbers for {_CURVE_VALUES}")
 
 
 @dataclass(frozen=True)
@@ -127,17 +208,21 @@ class Measurement:
         prompts_sha256 (`str`): See [`prompts_digest`].
         num_prompts (`int`), num_blocks (`int`), num_drafts (`int`), max_new_tokens (`int`), batch_size (`int`): Sizes.
         temperature (`float`), draft_sampling (`str`), ignore_eos (`bool`), target_dtype (`str`): How it was decoded.
-        tau (`float`), tau_low (`float`), tau_high (`float`): Pooled accepted length, bonus counted, and its 95 % interval.
+        tau (`float`), tau_low (`float`), tau_high (`float`):
+            Pooled accepted length, bonus counted, and its 95 % interval.
         acceptance_per_slot (`list[float]`): Share of blocks that keep at least `k` drafts.
         num_different (`int` or `None`): Outputs that differ from the target's own; `None` if not compared.
-        after_steps (`int` or `None`): Optimiser steps of the last stage before it.
+        after_steps (`int` or `None`): Optimizer steps of the last stage before it.
     """
 
-    prompt_set: str
-    prompts_sha256: str
+    prompt_set: str = _text(
+        r"(?!.*\.(json|jsonl|csv|txt|parquet|arrow)$)([\w-]+/)?[A-Za-z0-9][\w.+-]{0,63}(:[\w.-]{1,32})?",
+        "a Hub id, with `:split` if you like, or one word; no file",
+    )
+    prompts_sha256: str = _text("[0-9a-f]{64}", "64 hexadecimal digits")
     num_prompts: int
     temperature: float
-    draft_sampling: str
+    draft_sampling: str = _one_of(DRAFT_SAMPLING)
     num_drafts: int
     max_new_tokens: int
     batch_size: int
@@ -145,53 +230,19 @@ class Measurement:
     tau: float
     tau_low: float
     tau_high: float
-    acceptance_per_slot: list
+    acceptance_per_slot: list = _holding(
+        lambda rates: all(_is_number(rate) and 0 <= rate <= 1 for rate in rates), "numbers in [0, 1]"
+    )
     num_blocks: int
     num_different: int | None
-    target_dtype: str
+    target_dtype: str = _text(_NAME, "a short lower-case name")
     after_steps: int | None = None
-
-    @classmethod
-    def from_report(
-        cls,
-        report: Any,
-        *,
-        prompt_set: str,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        target_dtype: Any,
-        draft_sampling: str = "greedy",
-        ignore_eos: bool = False,
-        after_steps: int | None = None,
-    ) -> "Measurement":
-        """
-        Return what is published of an evaluation.
-
-        Args:
-            report ([`EvaluationReport`]): The result.
-            prompt_set (`str`): A name for the prompts: a Hub id, with `:split` behind it if you like, or one word.
-            prompts (`Sequence[Sequence[int]]`): The prompts' token ids; their hash alone is kept.
-            max_new_tokens (`int`), draft_sampling (`str`), ignore_eos (`bool`): As they were given to the evaluation.
-            target_dtype (`torch.dtype` or `str`): Precision of the target.
-            after_steps (`int`, *optional*): Optimiser steps of the last stage before it.
-        """
-        shared = "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks num_different"
-        return cls(
-            prompt_set=prompt_set,
-            prompts_sha256=prompts_digest(prompts),
-            draft_sampling=draft_sampling,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            target_dtype=str(target_dtype).removeprefix("torch."),
-            after_steps=after_steps,
-            **{name: getattr(report, name) for name in shared.split()},
-        )
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
     """
-    All that is published about a drafter's making.
+    All that is published about how a drafter was made.
 
     Attributes:
         target ([`TargetFacts`]), family (`str`): What it drafts for, and how.
@@ -202,10 +253,13 @@ class TrainingRecord:
     """
 
     target: TargetFacts
-    family: str
-    stages: list
-    measurements: list
-    versions: dict
+    family: str = _one_of(FAMILIES)
+    stages: list[StageRecord]
+    measurements: list[Measurement]
+    versions: dict = _holding(
+        lambda versions: all(_matches(_VERSION, text) for item in versions.items() for text in item),
+        "version numbers by package",
+    )
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,57 +272,78 @@ class TrainingRecord:
         Read what [`to_dict`] returned.
 
         Raises:
-            ValueError: If the format is another one, a key is missing, unknown or of the wrong type, or a text is not of the
-                form it must have.
+            ValueError: If the format is another one, a key is missing, unknown or of the wrong type, a number is not
+                finite, or a text is not of the form it must have. Private text is not repeated in the message.
         """
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{RECORD_FILE} has format_version {version!r}, this version of trl-draft-opd reads {FORMAT_VERSION}. Update the package, or "
-                "delete the file: the drafter does not need it."
+                f"{RECORD_FILE} has format_version {version!r}, this version of trl-draft-opd reads {FORMAT_VERSION}. "
+                "Update the package, or delete the file: the drafter does not need it."
             )
-        record = _build(cls, content, "")
-        stages = [_build(StageRecord, stage, f"stages[{i}].") for i, stage in enumerate(record.stages)]
-        record = replace(
-            record,
-            target=_build(TargetFacts, record.target, "target."),
-            stages=[
-                replace(s, dataset=_build(DatasetFacts, s.dataset, f"stages[{i}].dataset."))
-                for i, s in enumerate(stages)
-            ],
-            measurements=[_build(Measurement, m, f"measurements[{i}].") for i, m in enumerate(record.measurements)],
-        )
-        check_record(record)
-        return record
+        for where, value in _leaves(content, ""):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{RECORD_FILE}: {where} is {value}, which JSON cannot hold. Leave the point out.")
+            if isinstance(value, str) and _SECRET.search(value):
+                raise ValueError(f"{RECORD_FILE}: {where} looks like an access token. Its value is not repeated here.")
+        return _read_object(cls, content, "")
+
+    def check(self) -> None:
+        """Raise `ValueError` if the record holds what must not be published; see [`TrainingRecord.from_dict`]."""
+        self.from_dict(self.to_dict())
 
 
-def _build(cls: type, content: Any, where: str) -> Any:
-    """Make a dataclass out of a JSON object, holding keys and plain types to it."""
+def _leaves(content: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested JSON with the path to it."""
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _leaves(value, f"{where}.{name}" if where else str(name))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            yield from _leaves(value, f"{where}[{index}]")
+    else:
+        yield where, content
+
+
+def _read_object(cls: Any, content: Any, where: str) -> Any:
+    """Make a dataclass out of a JSON object, its fields checked against their types and against what they may hold."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{RECORD_FILE}: {where.rstrip('.') or 'the file'} must be an object, got {content!r}.")
+        raise ValueError(f"{RECORD_FILE}: {where.rstrip('.')} must be an object, got {content!r}.")
     hints = get_type_hints(cls)
     unknown = sorted(set(content) - set(hints))
     if unknown:
         raise ValueError(f"{RECORD_FILE}: unknown {[where + name for name in unknown]}.")
-    plain = (str, int, float, bool, type(None), list, dict)
-    for name, value in content.items():
-        options = getattr(hints[name], "__args__", (hints[name],))
-        options = tuple(option for option in options if option in plain)
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and float in options
-        if options and not is_whole and type(value) not in options:
-            raise ValueError(
-                f"{RECORD_FILE}: {where}{name} is {value!r}, which is no {' or '.join(o.__name__ for o in options)}."
-            )
-    try:
-        return cls(**content)
-    except TypeError as error:
-        missing = [f.name for f in fields(cls) if f.name not in content]
-        raise ValueError(f"{RECORD_FILE}: {[where + name for name in missing]} missing: {error}.") from error
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [where + name for name in required if name not in content]
+    if missing:
+        raise ValueError(f"{RECORD_FILE}: {missing} missing.")
+    return cls(
+        **{
+            f.name: _read_value(f, hints[f.name], content[f.name], where + f.name)
+            for f in fields(cls)
+            if f.name in content
+        }
+    )
+
+
+def _read_value(held: Any, hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        return _read_object(hint, value, f"{where}.")
+    options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
+    is_whole = float in options and type(value) is int
+    if type(value) not in options and not is_whole:
+        names = " or ".join(option.__name__ for option in options)
+        raise ValueError(f"{RECORD_FILE}: {where} is {value!r}, which is no {names}.")
+    if get_origin(hint) is list:
+        return [_read_object(get_args(hint)[0], each, f"{where}[{i}].") for i, each in enumerate(value)]
+    if value is not None and "fits" in held.metadata and not held.metadata["fits"](value):
+        raise ValueError(f"{RECORD_FILE}: {where} must be {held.metadata['wanted']}. Its value is not repeated here.")
+    return value
 
 
 def read_record(folder: str | Path) -> TrainingRecord | None:
     """
-    Return the record beside a drafter, or `None` if there is none.
+    Return the record next to a drafter, or `None` if there is none.
 
     Raises:
         ValueError: If the file is damaged.
@@ -289,12 +364,12 @@ def read_record(folder: str | Path) -> TrainingRecord | None:
 
 def write_record(record: TrainingRecord, folder: str | Path) -> None:
     """
-    Write the record beside a drafter.
+    Write the record next to a drafter.
 
     Raises:
-        ValueError: If it holds what must not be published, see [`check_record`]; nothing is written then.
+        ValueError: If it holds what must not be published; nothing is written then.
     """
-    TrainingRecord.from_dict(record.to_dict())
+    record.check()
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
     (Path(folder) / RECORD_FILE).write_text(text, encoding="utf-8")
 
@@ -327,11 +402,12 @@ def recorded_curve(log_history: Sequence[Mapping[str, Any]], max_points: int = 4
 
     Args:
         log_history (`Sequence[Mapping]`): `trainer.state.log_history`.
-        max_points (`int`, *optional*, defaults to 400): Longer curves are thinned evenly; evaluations and the last point stay.
+        max_points (`int`, *optional*, defaults to 400):
+            Longer curves are thinned evenly; evaluations and the last point stay.
     """
     points: dict[int, dict[str, Any]] = {}
     for entry in log_history:
-        values = {name: entry[name] for name in CURVE_VALUES if is_number(entry.get(name))}
+        values = {name: entry[name] for name in _CURVE_VALUES if _is_number(entry.get(name))}
         if values and isinstance(entry.get("step"), int):
             points.setdefault(entry["step"], {"step": entry["step"]}).update(values)
     curve = [points[step] for step in sorted(points)]

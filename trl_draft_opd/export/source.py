@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What an export needs of the target: its config and its embedding. The target's model is never built: one tensor of its file is
-read.
+What an export needs of the target: its id, its config and its embedding. The target's model is never built: one tensor
+of its files is read.
 """
 
 import re
@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..drafters.published.checkpoint import INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
+from ..drafters.published.checkpoint import CheckpointSource
 from ..drafters.target_shape import text_config
 
 
@@ -27,19 +27,32 @@ _SCALED_FAMILIES = ("gemma", "recurrent_gemma")
 @dataclass(frozen=True)
 class TargetOfExport:
     """
-    What an export takes from the target.
+    What an export takes from the target. What is not known is left out, and what needs it is refused or not checked.
 
     Attributes:
-        target_id (`str` or `None`): Its Hub id, to be named in configs and card; `None` if only a local path is known.
-        revision (`str` or `None`): Its revision.
-        config ([`~transformers.PreTrainedConfig`]): Its config.
-        embedding (`torch.Tensor` of shape `(V, H)`): Its input embedding, in the precision of its file.
+        hub_id (`str` or `None`): Its Hub id, to be named in configs and card; `None` if only a local path is known.
+        config ([`~transformers.PreTrainedConfig`] or `None`): Its config, which the drafter is checked against.
+        embedding (`torch.Tensor` of shape `(V, H)` or `None`): Its input embedding, in the precision of its file.
     """
 
-    target_id: str | None
-    revision: str | None
-    config: PreTrainedConfig
-    embedding: torch.Tensor
+    hub_id: str | None = None
+    config: PreTrainedConfig | None = None
+    embedding: torch.Tensor | None = None
+
+    @property
+    def architectures(self) -> list[str]:
+        """Names of the model classes in its config."""
+        return list(getattr(self.config, "architectures", None) or [])
+
+    @property
+    def embedding_scale(self) -> str | None:
+        """How its family scales embeddings, or `None`: engines hand drafters the bare rows."""
+        for name in _SCALES:
+            if getattr(self.config, name, None) not in (None, 1, 1.0):
+                return f"{name}={getattr(self.config, name)}"
+        if self.config is not None and self.config.model_type.startswith(_SCALED_FAMILIES):
+            return f"model_type={self.config.model_type}"
+        return None
 
 
 def hub_id_of(name_or_path: str | None) -> str | None:
@@ -72,40 +85,29 @@ def read_target(
     config = text_config(AutoConfig.from_pretrained(name, revision=revision, token=token, trust_remote_code=False))
     source = CheckpointSource(name, revision, "", token, None, False)
     embedding = _read_embedding(source, (config.vocab_size, config.hidden_size))
-    return TargetOfExport(target_id or hub_id_of(name), revision, config, embedding)
+    return TargetOfExport(target_id or hub_id_of(name), config, embedding)
 
 
 def _read_embedding(source: CheckpointSource, shape: tuple[int, int]) -> torch.Tensor:
-    files = [SAFETENSORS_FILE]
-    if source.find(SAFETENSORS_FILE) is None:
-        if source.find(INDEX_FILE) is None:
-            raise ValueError(
-                f"The target {str(source)!r} has neither {SAFETENSORS_FILE} nor {INDEX_FILE}. Its embedding is read from safetensors files "
-                "alone, because pickled ones can carry code: convert it with `save_pretrained` first."
-            )
-        weight_map = source.read_json(INDEX_FILE).get("weight_map", {})
-        files = sorted({file for name, file in weight_map.items() if _EMBEDDING_NAME.fullmatch(name)})
+    files = source.weight_files()
+    if files is None:
+        raise ValueError(
+            f"The target {str(source)!r} has no safetensors files. Its embedding is read from safetensors files "
+            "alone, because pickled ones can carry code: convert it with `save_pretrained` first."
+        )
     found = {}
-    for file in files:
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise ValueError(f"{INDEX_FILE} of {str(source)!r} names {file!r}, which is not a plain file name.")
-        with safe_open(source.find(file), framework="pt") as tensors:
+    for file, names in files.items():
+        # Of a target in several files, only those that can hold the embedding are downloaded.
+        if names and not any(map(_EMBEDDING_NAME.fullmatch, names)):
+            continue
+        with safe_open(source.find_weights(file), framework="pt") as tensors:
             for name in filter(_EMBEDDING_NAME.fullmatch, tensors.keys()):
                 if tuple(tensors.get_slice(name).get_shape()) == shape:
                     found[name] = tensors.get_tensor(name)
     if len(found) != 1:
         raise ValueError(
-            f"The target {str(source)!r} has {sorted(found) or 'no tensor'} that could be its embedding of shape {shape}. Load the target and pass "
-            "`embedding=target.get_input_embeddings().weight` to `export_drafter`."
+            f"The target {str(source)!r} has {sorted(found) or 'no tensor'} that could be its embedding of shape "
+            f"{shape}. Load the target and pass "
+            "`target=TargetOfExport(embedding=model.get_input_embeddings().weight)` to `export_drafter`."
         )
     return next(iter(found.values()))
-
-
-def embedding_scale(target_config: PreTrainedConfig) -> str | None:
-    """Return how a family scales its embeddings, or `None`: engines hand drafters the bare rows."""
-    for name in _SCALES:
-        if getattr(target_config, name, None) not in (None, 1, 1.0):
-            return f"{name}={getattr(target_config, name)}"
-    if target_config.model_type.startswith(_SCALED_FAMILIES):
-        return f"model_type={target_config.model_type}"
-    return None

@@ -6,11 +6,15 @@ Its `config.json` names no `model_type` (else vLLM parses it as that model) and 
 (boundaries) for both families.
 """
 
+import re
 from typing import Any
 
 import torch
 
 from ..drafters.base import Drafter
+from . import flat
+from .publication import Publication
+from .source import TargetOfExport
 
 
 # The version of the format that is written, and checked against the library of that version.
@@ -22,26 +26,19 @@ _LAYER_KEYS = (
 ).split()
 
 
-def speculators_config(
-    flat: dict[str, Any], *, family: str, target_id: str, target_architectures: list[str], num_drafts: int
-) -> dict[str, Any]:
-    """
-    Return the content of `config.json`, from that of the flat layout.
-
-    Args:
-        flat (`dict`): See [`flat_config`].
-        family (`str`): `"eagle3"` or `"dflash"`.
-        target_id (`str`): Hub id of the target.
-        target_architectures (`list[str]`): Its `architectures`.
-        num_drafts (`int`): Drafts per block when served.
-    """
-    layer = {key: flat[key] for key in _LAYER_KEYS}
-    boundaries = [i + 1 for i in flat.get("target_layer_ids", flat.get("eagle_config", {}).get(_EAGLE_IDS, []))]
-    own = _eagle3_keys(flat, boundaries) if family == "eagle3" else _dflash_keys(flat, boundaries)
+def speculators_config(flat_config: dict[str, Any], publication: Publication) -> dict[str, Any]:
+    """Return the content of `config.json`, from that of the flat layout."""
+    family, target = publication.family, publication.target
+    boundaries = [i + 1 for i in publication.config.target_layer_ids]
+    layer = {key: flat_config[key] for key in _LAYER_KEYS}
     if family == "eagle3":
+        own = _eagle3_keys(flat_config, boundaries)
         layer |= {"model_type": "llama"}
     else:
-        layer |= {name: flat[name] for name in ("is_causal", "layer_types", "max_window_layers", "sliding_window")}
+        own = _dflash_keys(flat_config, boundaries)
+        layer |= {
+            name: flat_config[name] for name in ("is_causal", "layer_types", "max_window_layers", "sliding_window")
+        }
         layer |= {"model_type": "qwen3", "use_sliding_window": False}
     return own | {
         "speculators_model_type": family,
@@ -52,43 +49,40 @@ def speculators_config(
             "proposal_methods": [
                 {
                     "proposal_type": "greedy",
-                    "speculative_tokens": num_drafts,
+                    "speculative_tokens": publication.num_drafts,
                     "verifier_accept_k": 1,
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": target_id, "architectures": target_architectures},
+            "verifier": {"name_or_path": target.hub_id, "architectures": target.architectures},
         },
         "transformer_layer_config": layer,
-        "dtype": flat["dtype"],
+        "dtype": flat_config["dtype"],
         "tie_word_embeddings": False,
-        "transformers_version": flat["transformers_version"],
+        "transformers_version": flat_config["transformers_version"],
     }
 
 
-_EAGLE_IDS = "eagle_aux_hidden_state_layer_ids"
-
-
-def _eagle3_keys(flat: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
+def _eagle3_keys(flat_config: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
     flags = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
-    return {name: flat[name] for name in ("draft_vocab_size", *flags)} | {
+    return {name: flat_config[name] for name in ("draft_vocab_size", *flags)} | {
         "architectures": ["Eagle3DraftModel"],
-        _EAGLE_IDS: boundaries,
+        "eagle_aux_hidden_state_layer_ids": boundaries,
         "embed_requires_grad": False,
         # Not needed by the library, and kept so that the drafter comes back as it was.
-        "num_target_layers": flat["num_target_layers"],
-        "ttt_steps": flat["ttt_steps"],
+        "num_target_layers": flat_config["num_target_layers"],
+        "ttt_steps": flat_config["ttt_steps"],
     }
 
 
-def _dflash_keys(flat: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
+def _dflash_keys(flat_config: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
     return {
         "architectures": ["DFlashDraftModel"],
         "aux_hidden_state_layer_ids": boundaries,
-        "block_size": flat["block_size"],
-        "draft_vocab_size": flat["vocab_size"],
-        "mask_token_id": flat["mask_token_id"],
-        "num_target_layers": flat["num_target_layers"],
+        "block_size": flat_config["block_size"],
+        "draft_vocab_size": flat_config["vocab_size"],
+        "mask_token_id": flat_config["mask_token_id"],
+        "num_target_layers": flat_config["num_target_layers"],
         "sample_from_anchor": False,
         # vLLM turns `false`, the library's own default, into causal attention in every layer.
         "sliding_window_non_causal": True,
@@ -96,21 +90,22 @@ def _dflash_keys(flat: dict[str, Any], boundaries: list[int]) -> dict[str, Any]:
 
 
 def speculators_tensors(flat_tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what `model.safetensors` holds: the flat layout's tensors, with EAGLE-3's layer under the library's name."""
-    return {_speculators_name(name): tensor for name, tensor in flat_tensors.items()}
+    """
+    Return what `model.safetensors` holds: the flat layout's tensors, with EAGLE-3's layer under the library's name.
+    """
+    return {re.sub(r"^midlayer\.", "layers.0.", name): tensor for name, tensor in flat_tensors.items()}
 
 
-def _speculators_name(name: str) -> str:
-    return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
-
-
-def check_drafter(drafter: Drafter, target_id: str | None) -> str | None:
+def find_refusal(drafter: Drafter, target: TargetOfExport) -> str | None:
     """Return why a drafter cannot be written in this layout, or `None`."""
-    if target_id is None:
+    if (reason := flat.find_refusal(drafter, target)) is not None:
+        return reason
+    if target.hub_id is None:
         return (
-            "the speculators format names the target, and only a Hub id says where others find it. The target is known by a "
-            "local path or not at all: pass its id (`--target-id ORG/NAME`, in a trainer `hub_target_id`)"
+            "the speculators format names the target, and only a Hub id says where others find it. The target is "
+            "known by a local path or not at all: pass its id (`--target-id ORG/NAME`, in a trainer `hub_target_id`)"
         )
-    if drafter.config.target_hidden_size != drafter.config.hidden_size:
-        return f"its `fc` reads features of the drafter's own width alone, but the target's are {drafter.config.target_hidden_size} wide"
+    width, hidden = drafter.config.target_hidden_size, drafter.config.hidden_size
+    if width != hidden:
+        return f"its `fc` reads features of the drafter's own width {hidden}, but the target's are {width} wide"
     return None

@@ -58,7 +58,7 @@ class Head:
     parameters: tuple[nn.Parameter, ...]
     vocab_size: int
     num_buffers: int = 1
-    # Set by `linear`, where `project` is nothing but a product with this matrix. `replace` drops it with the projection.
+    # Set by `linear`: `project` is a product with this matrix. `replace` drops it with the projection.
     weight: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
@@ -152,16 +152,16 @@ def chunked_divergence(
         labels_N = draft_labels_N
         if draft_token_ids is None and not (labels_N[kept_M] == NO_TOKEN).any():
             target_head = None  # nothing would be read from it: spare its projection
-    num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
-    block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
     is_reduced = draft_token_ids is not None
-    rows_per_chunk, rows_per_block = _fit_budget(num_logits, block_share, head, target_head, is_reduced)
+    rows_per_chunk, rows_per_block = _fit_budget(chunk_bytes, hidden_NH, head, target_head, is_reduced)
     comparison = _Comparison(head, target_head, target_hidden_MH, labels_N, loss_type, draft_token_ids, rows_per_block)
     chunks = _cut_chunks(kept_M, target_rows_N, rows_per_chunk)
-    if not torch.is_grad_enabled():
-        return RowLosses(*_GradInForward.apply(comparison, chunks, weights_N, hidden_NH.detach()))
-    # The parameters travel as inputs so that autograd, and through it DDP, sees that this loss trains them.
-    parameters = dict.fromkeys(parameter for parameter in head.parameters if parameter.requires_grad)
+    parameters: list[Tensor] = []
+    if torch.is_grad_enabled():
+        # The parameters travel as inputs so that autograd, and through it DDP, sees that this loss trains them.
+        parameters = list(dict.fromkeys(parameter for parameter in head.parameters if parameter.requires_grad))
+    else:
+        hidden_NH = hidden_NH.detach()
     return RowLosses(*_GradInForward.apply(comparison, chunks, weights_N, hidden_NH, *parameters))
 
 
@@ -207,11 +207,10 @@ def score_labels(
     dtype = accumulation_dtype(hidden_NH)
     log_probs_N = torch.full(labels_N.shape, -torch.inf, dtype=dtype, device=hidden_NH.device)
     is_top_N = torch.zeros_like(is_known_N)
-    block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
-    rows_per_chunk, rows_per_block = _fit_budget(chunk_bytes // dtype.itemsize, block_share, head, None, False)
+    rows_per_chunk, rows_per_block = _fit_budget(chunk_bytes, hidden_NH, head, None, False)
     kept_M = is_known_N.nonzero().squeeze(1)
     for rows_C in kept_M.split(rows_per_chunk):
-        # Not under `no_grad`: older torch's autocast would keep the head's cast weight for the loss, without its gradient.
+        # Not under `no_grad`: older torch's autocast would cache the head's weight without its gradient.
         logits_CD = head.project(hidden_NH[rows_C].detach()).detach()
         labels_C = draft_labels_N[rows_C]
         is_top_N[rows_C] = logits_CD.argmax(dim=1) == labels_C
@@ -335,8 +334,10 @@ class _Comparison:
         return [slice(first, first + self.rows_per_block) for first in range(0, num_rows, self.rows_per_block)]
 
 
-def _fit_budget(num_logits, block_share, head, target_head, is_reduced):
-    """Return how many rows, and as many target states, make a chunk of at most `num_logits`, and how many a block."""
+def _fit_budget(chunk_bytes, hidden_NH, head, target_head, is_reduced):
+    """Return how many rows, and as many target states, make a chunk of at most `chunk_bytes`, and how many a block."""
+    num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
+    block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
     draft_vocab, target_vocab = head.vocab_size, target_head.vocab_size if target_head else 0
     temporaries = NUM_TEMPORARIES * max(draft_vocab, target_vocab)
     rows_per_block = max(1, int(num_logits * block_share) // temporaries)
@@ -376,7 +377,7 @@ def _even_cuts(length, size):
 
 
 def _pull_back(head, logits_CD, hidden_CH, parameters, parameter_grads):
-    """Send the gradient that stands in `logits_CD` through the head; return what arrives at the hidden states."""
+    """Send the gradient in `logits_CD` through the head; return the gradient of the hidden states."""
     grad_CD = logits_CD.detach()
     wanted = [hidden_CH] if hidden_CH.requires_grad else []
     summed_later = []

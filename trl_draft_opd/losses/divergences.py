@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Divergences between the target's and the drafter's next-token distributions, row by row: values, and closed-form gradients.
+Divergences between the target's and the drafter's next-token distributions, row by row, with closed-form gradients.
 
-`divergence` is the readable reference, differentiated by autograd; `differentiate` gives the same values and gradients in
-a few passes over memory. This file knows logits and labels; it refuses to know hidden states, heads, weights and chunks.
+`divergence` is the readable reference, differentiated by autograd; `differentiate` gives the same values and gradients
+in a few passes over memory. Knows logits and labels, and refuses to know heads, weights and chunks.
 
 Shape letters:  N = rows, V = vocabulary that drafter and target share
 """
@@ -46,8 +46,8 @@ def divergence(
         target_logits_NV (`torch.Tensor` of shape `(N, V)`, *optional*):
             Finite logits over the same vocabulary. May be `None` under `"ce"` if no label is `-1`.
         labels_N (`torch.LongTensor` of shape `(N,)`, *optional*), loss_type (`str`):
-            One of `LOSS_TYPES`; labels are read under `"ce"` only. `-1` says that no token was committed: the target's
-            argmax stands in.
+            One of `LOSS_TYPES`; labels are read under `"ce"` only. `-1` means that no token was committed: the
+            target's argmax is used.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: differentiable losses, float32 or float64.
@@ -110,7 +110,9 @@ def differentiate(draft_logits_NV: Tensor, target_logits_NV: Tensor, loss_type: 
 
 
 def differentiate_ce(draft_logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy with labels in the vocabulary, and its gradient with respect to the drafter's logits."""
+    """
+    Return the cross-entropy with labels in the vocabulary, and its gradient with respect to the drafter's logits.
+    """
     log_q_NV, q_NV = normalise(draft_logits_NV)
     labels_N1 = labels_N.unsqueeze(1)
     losses_N1 = -log_q_NV.gather(1, labels_N1)

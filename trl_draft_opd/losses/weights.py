@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Weights of rows: by slot within a block, and per stream over a whole optimiser step. Knows nothing of losses and logits.
+Weights of rows: by slot within a block, and per stream over a whole optimiser step. Knows no losses.
 
 Shape letters:  B = sequences, A = anchors per sequence, K = drafts per block
 """
@@ -35,20 +35,20 @@ def d_pace_weights(log_probs_BAK: Tensor, mask_BAK: Tensor, floor: float) -> Ten
     Weight each slot of a block by what the block's expected accepted length owes to it: D-PACE.
 
     With `q` the drafter's probability of the committed token and `s = (1 - floor) q + floor`, slot `j` weighs
-    `sum_{m >= j} prod_{i <= m} s_i`: the gradient of the expected accepted length `sum_m prod_{i <= m} s_i` with respect
-    to `log s_j`.
+    `sum_{m >= j} prod_{i <= m} s_i`: the gradient of the expected accepted length `sum_m prod_{i <= m} s_i` in `log
+    s_j`.
 
     Source: [D-PACE](https://huggingface.co/papers/2605.18810).
 
     Args:
         log_probs_BAK (`torch.Tensor` of shape `(B, A, K)`):
-            The drafter's log-probability of the committed token at each slot, in nats, at most 0; `-inf` where it cannot
-            draft that token. Slots behind the last one of the mask are read by no weight.
+            The drafter's log-probability of the committed token at each slot, in nats, at most 0; `-inf` where it
+            cannot draft that token. Slots behind the last one of the mask are not read.
         mask_BAK (`torch.BoolTensor` of shape `(B, A, K)`):
             Slots `m` that the sum counts. The product runs over all slots up to `m`.
         floor (`float`):
-            What a slot passes on where the drafter gives the token probability 0, in `[0, 1]`. 1 weighs a slot by the number
-            of counted slots from it on.
+            What a slot passes on where the drafter gives the token probability 0, in `[0, 1]`. 1 weighs a slot by the
+            number of counted slots from it on.
 
     Returns:
         `torch.Tensor` of shape `(B, A, K)`: weights in `[0, K]` without gradient, 0 behind the last slot of the mask.
@@ -67,7 +67,7 @@ def d_pace_weights(log_probs_BAK: Tensor, mask_BAK: Tensor, floor: float) -> Ten
 
 def mark_until_fail(is_top_BAK: Tensor) -> Tensor:
     """
-    Mark the slots of each block up to and including the first one where the drafter's argmax is not the committed token.
+    Mark the slots of each block up to and including the first whose argmax is not the committed token.
 
     Source: [Spec-AUF](https://huggingface.co/papers/2607.01893), accept-until-fail.
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Lay a consumer's outcome beside the reference's: text to the last token, rounds block by block, tau. Every difference gets a reason:
-a near tie, which other kernels break otherwise, or none, and then the consumer computes something else.
+Compare a consumer's outcome with the reference's: text to the last token, rounds block by block, tau. Every difference
+gets a reason: a near tie, which other kernels break otherwise, or none, and then the consumer computes something else.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .counting import Counts, anchors_of, count_rounds, first_difference
-from .report import Outcome, Row
+from ..drafters.base import run_blocks
+from ..rollout.counts import Counts
+from .counting import anchors_of, first_difference
+from .report import Row, Verdict
 from .scene import Scene
 
 
@@ -20,9 +22,29 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """
+    What one consumer did with the prompts.
+
+    Attributes:
+        name (`str`): The consumer.
+        responses (`list[list[int]]` or `None`): What it wrote; `None` for a consumer that writes nothing.
+        chains (`list[list[int]]` or `None`): Accepted drafts of every round that started within the counted tokens.
+        counts ([`Counts`] or `None`): The consumer's own counters, where it has some.
+        remark (`str`): What a reader should know.
+    """
+
+    name: str
+    responses: list[list[int]] | None
+    chains: list[list[int]] | None
+    counts: Counts | None
+    remark: str
+
+
+@dataclass(frozen=True)
 class Reference:
     """
-    What consumers are held to.
+    What consumers are checked against.
 
     Attributes:
         responses (`list[list[int]]`): The target's own, by plain decoding.
@@ -35,37 +57,24 @@ class Reference:
     is_exact: bool = True
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """
-    Attributes:
-        row ([`Row`]): For the table.
-        problems (`list[str]`): Differences without an excuse.
-        notes (`list[str]`): Differences with one.
-    """
-
-    row: Row
-    problems: list[str]
-    notes: list[str]
-
-
 def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: float) -> Verdict:
     """
-    Hold a consumer to the reference.
+    Check a consumer against the reference.
 
     Args:
         scene ([`Scene`]): What was decoded.
         reference ([`Reference`]): The truth.
         outcome ([`Outcome`]): What the consumer did.
-        tolerance (`float`): Relative gap in tau that is let pass, as a note.
+        tolerance (`float`): Relative gap in tau that passes, as a note.
     """
     problems, notes, others = _compare_texts(scene, reference, outcome)
-    counts, expected, num_other_chains = outcome.counts, count_rounds(reference.chains, scene.num_drafts), None
+    counts, expected, num_other_chains = outcome.counts, Counts.of_chains(reference.chains, scene.num_drafts), None
     if outcome.chains is not None:
-        # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the drafter.
+        # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the
+        # drafter.
         same = [row for row in range(len(scene.prompts)) if row not in others]
         counts, expected = (
-            count_rounds([chains[row] for row in same], scene.num_drafts)
+            Counts.of_chains([chains[row] for row in same], scene.num_drafts)
             for chains in (outcome.chains, reference.chains)
         )
         differing = [row for row in same if outcome.chains[row] != reference.chains[row]]
@@ -74,12 +83,12 @@ def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: flo
         found = _compare_rounds(scene, reference, outcome, counts, expected, tolerance)
         problems += found[0]
         notes += found[1]
-    shown = counts or Counts(0, ())
+    shown = counts or Counts()
     row = Row(
         outcome.name,
         shown.tau,
         shown.acceptance_per_slot,
-        shown.num_rounds,
+        shown.num_blocks,
         None if outcome.responses is None else len(others),
         num_other_chains,
         outcome.remark,
@@ -119,12 +128,12 @@ def _compare_rounds(
     scene: Scene, reference: Reference, outcome: Outcome, counts: Counts, expected: Counts, tolerance: float
 ) -> tuple[list[str], list[str]]:
     """Return problems and notes about rounds."""
-    if counts == expected and outcome.chains in (None, reference.chains):
+    if counts.pooled() == expected.pooled() and outcome.chains in (None, reference.chains):
         return [], []
     gap = counts.tau / expected.tau - 1
     text = (
-        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_rounds} rounds instead of "
-        f"{expected.num_rounds}"
+        f"{outcome.name}: tau is {counts.tau:.4f} instead of {expected.tau:.4f} ({gap:+.2%}), in {counts.num_blocks} "
+        f"rounds instead of {expected.num_blocks}"
     )
     told, widest = "", float("inf")
     if outcome.chains is not None:
@@ -132,7 +141,7 @@ def _compare_rounds(
     if not abs(gap) <= tolerance:
         return [f"{text}{told}. {_hint(counts, expected)}"], []
     if outcome.chains is None:
-        return [], [f"{text}; within {tolerance:.0%}, and the consumer does not tell in which rounds."]
+        return [], [f"{text}; within {tolerance:.0%}, and the consumer does not report in which rounds."]
     if widest >= NEAR_TIE * 10 and reference.is_exact:
         return [f"{text}{told}. No near tie explains it, so the consumer computes something else."], []
     return [], [f"{text}{told}; near ties of two drafts."]
@@ -153,8 +162,8 @@ def _first_blocks(scene: Scene, reference: Reference, outcome: Outcome) -> tuple
         gap = _draft_gap(scene, row, reference.responses[row], anchor, slot)
         widest = max(widest, gap)
         told.append(
-            f"prompt {row}, block at token {anchor}: {other[index]} drafts kept instead of {own[index]}, the two best logits of slot {slot} "
-            f"are {gap:.2g} apart"
+            f"prompt {row}, block at token {anchor}: {other[index]} drafts kept instead of {own[index]}, the two best "
+            f"logits of slot {slot} are {gap:.2g} apart"
         )
     more = f"; and in {len(told) - _NAMED} more prompts" if len(told) > _NAMED else ""
     return (": " + "; ".join(told[:_NAMED]) + more if told else ""), widest
@@ -162,15 +171,15 @@ def _first_blocks(scene: Scene, reference: Reference, outcome: Outcome) -> tuple
 
 def _hint(counts: Counts, expected: Counts) -> str:
     """Name the likely cause of a gap in tau."""
-    own, wanted = (each.kept_at_slot[0] / max(each.num_rounds, 1) for each in (counts, expected))
+    own, wanted = (each.kept_at_slot[0] / max(each.num_blocks, 1) for each in (counts, expected))
     if abs(own - wanted) > 0.02:
         return (
-            f"Already the first draft is kept in {own:.1%} of rounds instead of {wanted:.1%}: look at the layer ids as this consumer counts "
-            "them, at d2t, and at the embedding."
+            f"Already the first draft is kept in {own:.1%} of rounds instead of {wanted:.1%}: look at the layer ids "
+            "as this consumer counts them, at d2t, and at the embedding."
         )
     return (
-        f"The first draft is kept as often as it should ({own:.1%}), later ones are not: look at what is fed back (norm_output), at the mask "
-        "inside a block (is_causal), and at positions (rope)."
+        f"The first draft is kept as often as it should ({own:.1%}), later ones are not: look at what is fed back "
+        "(norm_output), at the mask inside a block (is_causal), and at positions (rope)."
     )
 
 
@@ -185,13 +194,15 @@ def _target_gap(scene: Scene, row: int, response: Sequence[int], place: int) -> 
 
 @torch.no_grad()
 def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slot: int) -> float:
-    """Return how far apart the drafter's two best logits are for a slot of the block at token `anchor` of a response."""
+    """
+    Return how far apart the drafter's two best logits are for a slot of the block at token `anchor` of a response.
+    """
     target, drafter = scene.target, scene.drafter
     ids = torch.tensor([[*scene.prompts[row], *response]], device=target.device)
     features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
     place = len(scene.prompts[row]) + anchor
     anchors = torch.tensor([[place]], device=target.device)
     recorded = ids[:, place + 1 : place + 1 + scene.num_drafts][None]
-    hidden = drafter.draft_hidden(features, ids, anchors, recorded, target.embed)
+    hidden = run_blocks(drafter, features, ids, anchors, recorded, target.embed)
     best = drafter.draft_logits(hidden, target.project)[0, 0, slot - 1].float().topk(2).values
     return float(best[0] - best[1])

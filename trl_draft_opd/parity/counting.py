@@ -1,44 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Rounds of speculative decoding as plain integers, so that every consumer's can be laid beside ours.
+Rounds of speculative decoding as plain integers, so that every consumer's can be compared with ours.
 
-A chain is the accepted drafts of each round of one response, in order. The prefill commits the first token, which is the first
-anchor, index 0 of the response; the next anchor stands `r + 1` further. Knows no model.
+A chain is the accepted drafts of each round of one response, in order. The prefill commits the first token, which is
+the first anchor, index 0 of the response; the next anchor is `r + 1` further. Knows no model.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Counts:
-    """
-    Sums over rounds.
-
-    Attributes:
-        num_rounds (`int`): Rounds, that is blocks verified.
-        kept_at_slot (`tuple[int, ...]`): Rounds that keep at least `k` drafts, for `k = 1..K`.
-    """
-
-    num_rounds: int
-    kept_at_slot: tuple[int, ...]
-
-    @property
-    def tau(self) -> float:
-        """Accepted length, the bonus counted; NaN without rounds."""
-        return 1 + sum(self.kept_at_slot) / self.num_rounds if self.num_rounds else float("nan")
-
-    @property
-    def acceptance_per_slot(self) -> list[float]:
-        """Share of rounds that keep at least `k` drafts."""
-        return [kept / self.num_rounds for kept in self.kept_at_slot] if self.num_rounds else []
-
-
-def count_rounds(chains: Iterable[Sequence[int]], num_drafts: int) -> Counts:
-    """Sum the rounds of all responses."""
-    rounds = [accepted for chain in chains for accepted in chain]
-    kept = tuple(sum(accepted >= slot for accepted in rounds) for slot in range(1, num_drafts + 1))
-    return Counts(len(rounds), kept)
+from collections.abc import Sequence
 
 
 def anchors_of(chain: Sequence[int]) -> list[int]:
@@ -54,14 +22,14 @@ def started_within(chain: Sequence[int], max_new_tokens: int) -> list[int]:
     """
     Return the rounds that an engine runs to write `max_new_tokens` tokens, each with all the drafts it kept.
 
-    An engine verifies the last block as a whole and then cuts the text, so its counters hold drafts past the limit. Decoding a
-    block further and keeping the rounds that started before the limit counts the same.
+    An engine verifies the last block as a whole and then cuts the text, so its counters hold drafts past the limit.
+    Decoding a block further and keeping the rounds that started before the limit counts the same.
     """
     return [accepted for accepted, anchor in zip(chain, anchors_of(chain), strict=True) if anchor < max_new_tokens - 1]
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Return the index of the first entry in which two sequences differ, or in which one has ended; `None` if they are equal."""
+    """Return the first index at which two sequences differ or one has ended; `None` if they are equal."""
     for index, (own, other) in enumerate(zip(ours, theirs, strict=False)):
         if own != other:
             return index

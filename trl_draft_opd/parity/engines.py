@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Consumers that are servers: vLLM and SGLang, each started in a process of its own with an explicit speculative configuration, greedy,
-to a fixed number of tokens. Their counters are read, not their logs.
+Consumers that are engines: vLLM and SGLang, each started in a process of its own with an explicit speculative
+configuration, greedy, to a fixed number of tokens. Their counters are read, not their logs.
 """
 
 import json
@@ -9,80 +9,70 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .counting import Counts, count_rounds, started_within
-from .report import Outcome
-from .scene import Scene
+from ..rollout.counts import Counts
+from .compare import Outcome
+from .counting import started_within
+from .scene import EngineSettings, Scene
 
 
 WORKERS = {"vllm": "vllm_worker.py", "sglang": "sglang_worker.py"}
 _LEAST_CACHE, _LOG_LINES = 1 << 28, 12
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """
-    How engines are started.
-
-    Attributes:
-        python (`str`): Interpreter of the environment that holds the engine; this one's by default.
-        dtype (`str`): Precision the engine computes in. Outputs are held equal in float32 alone.
-        batch_size (`int`): Requests decoded together. Other batches round otherwise, so 1 compares best.
-        timeout (`float`): Seconds an engine may take in all.
-    """
-
-    python: str = sys.executable
-    dtype: str = "float32"
-    batch_size: int = 1
-    timeout: float = 3600.0
-
-
 class EngineFailure(RuntimeError):
     """An engine that is installed did not decode: it refused the export, crashed or took too long."""
 
 
-def find_reason_to_skip(name: str, scene: Scene, settings: EngineSettings) -> str | None:
+def find_reason_to_skip(name: str, scene: Scene) -> str | None:
     """Return why an engine is not run, or `None`."""
+    python = scene.engines.python
+    if _find_layout(name, scene) is None:
+        return f"{name} reads no layout of this export"
     probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    if subprocess.run([settings.python, "-P", "-c", probe], check=False).returncode != 0:
-        return f"{name} is not installed" + ("" if settings.python == sys.executable else f" for {settings.python}")
+    if subprocess.run([python, "-P", "-c", probe], check=False).returncode != 0:
+        return f"{name} is not installed" + ("" if python == sys.executable else f" for {python}")
     if scene.target_name is None:
         return "engines load the target themselves, and no folder or id of it was given (`target_name`)"
     if name == "sglang":
         probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-        if subprocess.run([settings.python, "-P", "-c", probe], check=False).returncode != 0:
+        if subprocess.run([python, "-P", "-c", probe], check=False).returncode != 0:
             return "SGLang decodes speculatively on a GPU, and there is none"
     return None
 
 
-def speculative_config(scene: Scene, folder: Path) -> dict[str, Any]:
-    """Return vLLM's `speculative_config` for a folder; SGLang's settings are derived from it."""
-    family = scene.drafter.config.family
-    return {"method": family, "model": str(folder.resolve()), "num_speculative_tokens": scene.num_drafts}
+def _find_layout(name: str, scene: Scene) -> Path | None:
+    return scene.layouts.get("flat") or (scene.layouts.get("speculators") if name == "vllm" else None)
 
 
-def run_engine(
-    name: str, scene: Scene, settings: EngineSettings, *, model: str | None = None, speculative: dict[str, Any] | None
-) -> Outcome:
+def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: bool = False) -> Outcome:
     """
     Decode the prompts in an engine.
 
     Args:
         name (`str`): `"vllm"` or `"sglang"`.
-        scene ([`Scene`]): Prompts and sizes.
-        settings ([`EngineSettings`]): How to start it.
-        model (`str`, *optional*): What the engine serves; the target by default.
-        speculative (`dict` or `None`): See [`speculative_config`]; `None` decodes plainly.
+        scene ([`Scene`]): Prompts and sizes, and how to start the engine.
+        model (`str`, *optional*):
+            What the engine serves in place of the target: a speculators layout, whose config names target and numbers.
+        is_plain (`bool`, *optional*): Decode with the target alone.
 
     Raises:
         EngineFailure: With the last lines of its log.
     """
+    speculative = None
+    if model is None and not is_plain:
+        # vLLM's own form; SGLang's settings are derived from it.
+        speculative = {
+            "method": scene.drafter.config.family,
+            "model": str(_find_layout(name, scene).resolve()),
+            "num_speculative_tokens": scene.num_drafts,
+        }
+    settings = scene.engines
     longest = max(len(prompt) for prompt in scene.prompts) + scene.num_decoded + 2 * (scene.num_drafts + 1)
-    answer = _ask(
+    reply = _ask(
         name,
         settings,
         {
@@ -97,17 +87,18 @@ def run_engine(
             "cache_bytes": _cache_bytes(scene, longest * settings.batch_size),
         },
     )
-    accepted, counts = answer["accepted"], None
-    # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have those alone.
+    accepted, counts = reply["accepted"], None
+    # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have only those.
     chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
-    if answer.get("num_rounds") is not None:
-        counts = Counts(answer["num_rounds"], tuple(answer["kept_at_slot"]))
-    if chains is not None and counts is not None and count_rounds(chains, scene.num_drafts) != counts:
+    if reply.get("num_rounds") is not None:
+        counts = Counts((reply["num_rounds"],), (tuple(reply["kept_at_slot"]),))
+    if chains is not None and counts not in (None, Counts.of_chains(chains, scene.num_drafts).pooled()):
         raise EngineFailure(
-            f"{name} counts {counts.num_rounds} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its requests tell of others."
+            f"{name} counts {counts.num_blocks} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its "
+            "requests report others."
         )
-    remark = f"{name} {answer['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"
-    return Outcome(name, answer["responses"], chains, counts, remark, answer["device"])
+    remark = f"{name} {reply['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"
+    return Outcome(name, reply["responses"], chains, counts, remark)
 
 
 def _cache_bytes(scene: Scene, num_tokens: int) -> int:
@@ -120,11 +111,11 @@ def _cache_bytes(scene: Scene, num_tokens: int) -> int:
 
 def _ask(name: str, settings: EngineSettings, request: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as scratch:
-        asked, answer, log = (Path(scratch) / file for file in ("request.json", "answer.json", "log.txt"))
+        asked, reply, log = (Path(scratch) / file for file in ("request.json", "reply.json", "log.txt"))
         asked.write_text(json.dumps(request), encoding="utf-8")
         worker = Path(__file__).with_name(WORKERS[name])
         # -P: the folder of the worker holds modules of its own, which must not shadow the engine's.
-        command = [settings.python, "-P", str(worker), str(asked), str(answer)]
+        command = [settings.python, "-P", str(worker), str(asked), str(reply)]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
@@ -134,11 +125,11 @@ def _ask(name: str, settings: EngineSettings, request: dict[str, Any]) -> dict[s
             finally:
                 # Engines start further processes; none may outlive the verification.
                 _end(process)
-        if code != 0 or not answer.is_file():
+        if code != 0 or not reply.is_file():
             lines = log.read_text("utf-8", "replace").strip().splitlines()[-_LOG_LINES:]
             why = f"took more than {settings.timeout:.0f} s" if code is None else f"ended with code {code}"
             raise EngineFailure(f"{name} {why}:\n" + "\n".join(lines))
-        return json.loads(answer.read_text("utf-8"))
+        return json.loads(reply.read_text("utf-8"))
 
 
 def _end(process: subprocess.Popen) -> None:

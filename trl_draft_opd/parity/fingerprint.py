@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A drafter's fingerprint: what it drafts on one fixed text of random tokens, and with which log-probabilities. Two layouts of one
-drafter have the same one, whatever the prompts; where they differ, config and tensors are searched for the reason.
+A drafter's fingerprint: what it drafts on one fixed text of random tokens, and with which log-probabilities. Two
+layouts of one drafter have the same one, whatever the prompts; where they differ, config and tensors are searched for
+the reason.
 """
 
 from collections.abc import Iterator
@@ -10,18 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..drafters.base import Drafter
+from ..drafters.base import Drafter, run_blocks
 from ..target.frozen import FrozenTarget
 
 
 _LENGTH, _STRIDE, _SEED = 96, 4, 20260001
 # Same weights and same code give the same bits on one machine; this allows for other kernels.
 _CLOSE = 1e-4
-# What decides a drafter's computation beside its weights. Names that a family lacks are passed over.
+# What decides a drafter's computation besides its weights. Names that a family lacks are passed over.
 _DECISIVE = (
-    "target_layer_ids block_size mask_token_id num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size "
-    "intermediate_size hidden_act rms_norm_eps rope_parameters vocab_size draft_vocab_size fc_norm norm_before_fc "
-    "norm_before_residual norm_output is_causal"
+    "target_layer_ids block_size mask_token_id num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_size intermediate_size hidden_act rms_norm_eps rope_parameters vocab_size draft_vocab_size fc_norm "
+    "norm_before_fc norm_before_residual norm_output is_causal"
 ).split()
 
 
@@ -53,7 +54,7 @@ def take_fingerprint(target: FrozenTarget, drafter: Drafter, num_drafts: int) ->
     anchors = torch.arange(_STRIDE, _LENGTH - num_drafts, _STRIDE, device=target.device)
     slots = torch.arange(1, num_drafts + 1, device=target.device)
     recorded = ids[0, anchors[:, None] + slots][None]
-    hidden = drafter.draft_hidden(features, ids, anchors[None], recorded, target.embed)
+    hidden = run_blocks(drafter, features, ids, anchors[None], recorded, target.embed)
     best = drafter.draft_logits(hidden, target.project)[0].float().log_softmax(dim=-1).max(dim=-1)
     return Fingerprint(drafter.to_target_ids(best.indices), best.values)
 
@@ -131,6 +132,6 @@ def _tensor_reasons(published: Drafter, checkpoint: Drafter) -> Iterator[str]:
 def _vocabulary_reason(name: str, stored: torch.Tensor, trained: torch.Tensor) -> str:
     num_other = int((stored != trained).sum())
     return (
-        f"its {name} differs from the checkpoint's in {num_other} of {len(trained)} entries: the draft vocabulary is another one, perhaps "
-        "stale, so drafts stand for other tokens than in training"
+        f"its {name} differs from the checkpoint's in {num_other} of {len(trained)} entries: the draft vocabulary is "
+        "another one, perhaps stale, so drafts stand for other tokens than in training"
     )

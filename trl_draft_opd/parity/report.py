@@ -7,30 +7,6 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from .counting import Counts
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """
-    What one consumer did with the prompts.
-
-    Attributes:
-        name (`str`): The consumer.
-        responses (`list[list[int]]` or `None`): What it wrote; `None` for a consumer that writes nothing.
-        chains (`list[list[int]]` or `None`): Accepted drafts of every round that started within the counted tokens.
-        counts ([`Counts`] or `None`): The consumer's own counters, where it has some.
-        remark (`str`): What a reader should know.
-        device (`str`): Where an engine computes; empty for consumers in this process.
-    """
-
-    name: str
-    responses: list[list[int]] | None
-    chains: list[list[int]] | None
-    counts: Counts | None
-    remark: str
-    device: str = ""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -39,9 +15,11 @@ class Row:
 
     Attributes:
         name (`str`): What decoded, or what was estimated.
-        tau (`float`), acceptance_per_slot (`list[float]`), num_rounds (`int`): Of the counted rounds; NaN, empty and 0 for plain decoding.
+        tau (`float`), acceptance_per_slot (`list[float]`), num_rounds (`int`):
+            Of the counted rounds; NaN, empty and 0 for plain decoding.
         num_different (`int` or `None`): Responses that differ from the target's own; `None` where nothing was written.
-        num_other_chains (`int` or `None`): Prompts whose rounds differ from the reference's; `None` where they were not told.
+        num_other_chains (`int` or `None`):
+            Prompts whose rounds differ from the reference's; `None` where they are unknown.
         remark (`str`): What a reader should know.
     """
 
@@ -52,6 +30,22 @@ class Row:
     num_different: int | None
     num_other_chains: int | None
     remark: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What comparing one consumer with the reference found.
+
+    Attributes:
+        row ([`Row`]): For the table.
+        problems (`list[str]`): Differences without an explanation.
+        notes (`list[str]`): Differences with one.
+    """
+
+    row: Row
+    problems: list[str]
+    notes: list[str]
 
 
 @dataclass
@@ -80,8 +74,14 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong with what was run; `skipped` says what was not."""
+        """Whether nothing is wrong with what was run; `skipped` lists what was not."""
         return not self.problems
+
+    def add(self, verdict: Verdict) -> None:
+        """Take in what a comparison found."""
+        self.rows.append(verdict.row)
+        self.problems += verdict.problems
+        self.notes += verdict.notes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; a tau that does not exist is `None`."""

@@ -1,23 +1,27 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What every consumer is asked to decode, and what is held against it: the target's plain decoding, our reference loop, and the
-estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens with the end of sequence ignored.
+What every consumer is asked to decode, and what it is checked against: the target's plain decoding, our reference
+loop, and the estimate that training uses. One prompt at a time, in float32, to a fixed number of tokens, end of
+sequence ignored.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..rollout.acceptance import SamplingSettings
+from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
-from ..rollout.live import LiveSettings, rollout_live
-from ..rollout.replay import ReplaySettings, TargetText, rollout_replay
+from ..rollout.live import rollout_live
+from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget
 from .counting import started_within
@@ -25,7 +29,25 @@ from .counting import started_within
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 # Rows per forward of the replay, and its logits alive at a time: what a small machine holds.
-_REPLAY_ROWS, _CHUNK_BYTES = 8, 1 << 26
+_REPLAY_ROWS, _SEGMENT_LENGTH, _CHUNK_BYTES = 8, 16, 1 << 26
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """
+    How engines are started.
+
+    Attributes:
+        python (`str`): Interpreter of the environment that holds the engine; this one's by default.
+        dtype (`str`): Precision the engine computes in. Outputs must be equal in float32 only.
+        batch_size (`int`): Requests decoded together. Other batches round otherwise, so 1 compares best.
+        timeout (`float`): Seconds an engine may take in all.
+    """
+
+    python: str = sys.executable
+    dtype: str = "float32"
+    batch_size: int = 1
+    timeout: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -35,12 +57,16 @@ class Scene:
 
     Attributes:
         target ([`FrozenTarget`]): In float32, because outputs are compared to the last token.
-        target_name (`str` or `None`): Folder or Hub id to load it from, for engines and libraries that read it themselves.
+        target_name (`str` or `None`):
+            Folder or Hub id to load it from, for engines and libraries that read it themselves.
         folder (`Path`): The published files.
         drafter ([`Drafter`]): Read afresh from them.
         prompts (`list[list[int]]`): Token ids.
         num_drafts (`int`): Drafts per block, K.
         max_new_tokens (`int`): Tokens whose rounds are counted, N.
+        layouts (`dict[str, Path]`): Folder of each published layout, the one at the root first.
+        engines ([`EngineSettings`]): How engines are started.
+        trust_remote_code (`bool`): Whether code in the published folder may be run.
     """
 
     target: FrozenTarget
@@ -50,16 +76,23 @@ class Scene:
     prompts: list[list[int]]
     num_drafts: int
     max_new_tokens: int
+    layouts: dict[str, Path] = field(default_factory=dict)
+    engines: EngineSettings = field(default_factory=EngineSettings)
+    trust_remote_code: bool = False
 
     @property
     def num_decoded(self) -> int:
         """Tokens to decode so that every round that starts within N tokens is seen as a whole."""
         return self.max_new_tokens + self.num_drafts + 1
 
+    def load(self, folder: str | Path) -> Drafter:
+        """Load another drafter of this target."""
+        return AutoDrafter.from_pretrained(folder, num_target_layers=self.target.num_layers).to(self.target.device)
+
 
 @contextmanager
 def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
-    """Have the target's `generate` decode greedily past every end of sequence, whatever its generation config says."""
+    """Have the target decode greedily past every end of sequence, whatever its generation config states."""
     own = target.causal_lm.generation_config
     target.causal_lm.generation_config = GenerationConfig(do_sample=False, pad_token_id=target.pad_token_id)
     try:
@@ -70,7 +103,9 @@ def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(scene: Scene, prompt: list[int], **options) -> list[int]:
-    """Return `scene.num_decoded` tokens that the target's own `generate` writes behind a prompt, under further `options`."""
+    """
+    Return `scene.num_decoded` tokens that the target's own `generate` writes after a prompt, under further `options`.
+    """
     ids = torch.tensor([prompt], device=scene.target.device)
     with decoding_greedily(scene.target):
         output = scene.target.causal_lm.generate(
@@ -86,17 +121,17 @@ def decode_plainly(scene: Scene) -> list[list[int]]:
 
 def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
     """Return responses and chains of our reference loop with the published drafter."""
-    settings = LiveSettings(
-        num_drafts=scene.num_drafts,
-        max_new_tokens=scene.num_decoded,
-        sampling=GREEDY,
-        draft_sampling="greedy",
-        eos_token_ids=[],
-        keep_branch_hidden=False,
-    )
     responses, chains = [], []
     for prompt in scene.prompts:
-        rollout = rollout_live(scene.target, scene.drafter, [prompt], settings, DrawKeys(0, 0, [0]))
+        rollout = rollout_live(
+            scene.target,
+            scene.drafter,
+            [prompt],
+            DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False),
+            DrawKeys(0, 0, [0]),
+            max_new_tokens=scene.num_decoded,
+            eos_token_ids=[],
+        )
         responses += rollout.responses()
         chains += _chains(rollout, scene.max_new_tokens)
     return responses, chains
@@ -106,29 +141,30 @@ def replay(
     scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
 ) -> list[list[int]]:
     """
-    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without generation.
+    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without
+    generation.
 
     Args:
         scene ([`Scene`]): Prompts and settings.
         drafter ([`Drafter`]): Any drafter of the same target.
         responses (`list[list[int]]`): What [`decode_plainly`] returned.
-        num_prompts (`int`, *optional*): Replay the first few alone.
+        num_prompts (`int`, *optional*): Replay only the first few.
     """
-    settings = ReplaySettings(
-        num_drafts=scene.num_drafts,
-        sampling=GREEDY,
-        draft_sampling="greedy",
-        keep_branch_hidden=False,
-        seed=0,
-        epoch=0,
-        segment_length=16,
-        chunk_bytes=_CHUNK_BYTES,
-    )
+    settings = DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False)
     chains: list[list[int]] = []
     pairs = list(zip(scene.prompts, responses, strict=True))[:num_prompts]
     for start in range(0, len(pairs), _REPLAY_ROWS):
         text = _as_text(scene.target, pairs[start : start + _REPLAY_ROWS])
-        chains += _chains(rollout_replay(scene.target, drafter, text, settings), scene.max_new_tokens)
+        rollout = rollout_replay(
+            scene.target,
+            drafter,
+            text,
+            settings,
+            DrawKeys(0, 0, text.sample_ids),
+            segment_length=_SEGMENT_LENGTH,
+            chunk_bytes=_CHUNK_BYTES,
+        )
+        chains += _chains(rollout, scene.max_new_tokens)
     return chains
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Decode prompts in SGLang and write down what it did: `python -P sglang_worker.py REQUEST.json ANSWER.json`.
+Decode prompts in SGLang and write down what it did: `python -P sglang_worker.py REQUEST.json REPLY.json`.
 
-Needs a GPU. Written from SGLang's documentation and source (0.5.23) and never run: no machine with SGLang was at hand. Where its
-answer lacks a field, the consumer is reported as failed and nothing is guessed.
+Needs a GPU. Written from SGLang's documentation and source (0.5.23) and never run: no machine with SGLang was at hand.
+Where its output lacks a field, the consumer is reported as failed and nothing is guessed.
 """
 
 import json
@@ -22,11 +22,12 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     Start an offline engine, decode the prompts greedily to a fixed number of tokens, and return tokens and counters.
 
     Args:
-        request (`dict`): As for `vllm_worker.decode`; `speculative` names `method`, `model` and `num_speculative_tokens`.
+        request (`dict`):
+            As for `vllm_worker.decode`; `speculative` names `method`, `model` and `num_speculative_tokens`.
 
     Returns:
-        `dict` with `version`, `device`, `responses`, `num_rounds`, `num_accepted`, `kept_at_slot`; `accepted` is `None`, because the engine
-        tells how many rounds kept how many drafts, and not in which order.
+        `dict` with `version`, `responses`, `num_rounds` and `kept_at_slot`; `accepted` is `None`, because the engine
+        reports how many rounds kept how many drafts, and not in which order.
     """
     import sglang
 
@@ -58,31 +59,23 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
         outputs = engine.generate(input_ids=request["prompts"], sampling_params=sampling)
     finally:
         engine.shutdown()
-    answer = {
-        "version": sglang.__version__,
-        "device": "cuda",
-        "responses": [output["output_ids"] for output in outputs],
-        "accepted": None,
-    }
-    return answer | (_count([output["meta_info"] for output in outputs], num_drafts) if asked is not None else {})
+    counts = _count([output["meta_info"] for output in outputs], num_drafts) if asked is not None else {}
+    responses = [output["output_ids"] for output in outputs]
+    return {"version": sglang.__version__, "responses": responses, "accepted": None} | counts
 
 
-def _count(answers: list[dict[str, Any]], num_drafts: int) -> dict[str, Any]:
-    name = next((name for name in _HISTOGRAMS if name in answers[0]), None)
+def _count(reports: list[dict[str, Any]], num_drafts: int) -> dict[str, Any]:
+    name = next((name for name in _HISTOGRAMS if name in reports[0]), None)
     if name is None:
-        raise KeyError(f"this SGLang reports none of {_HISTOGRAMS}, but {sorted(answers[0])}")
+        raise KeyError(f"this SGLang reports none of {_HISTOGRAMS}, but {sorted(reports[0])}")
     kept = [0] * num_drafts
-    for answer in answers:
-        for accepted, num_rounds in enumerate(answer[name]):
+    for report in reports:
+        for accepted, num_rounds in enumerate(report[name]):
             for slot in range(accepted):
                 kept[slot] += num_rounds
-    return {
-        "num_rounds": sum(sum(answer[name]) for answer in answers),
-        "num_accepted": sum(kept),
-        "kept_at_slot": kept,
-    }
+    return {"num_rounds": sum(sum(report[name]) for report in reports), "kept_at_slot": kept}
 
 
 if __name__ == "__main__":
-    asked_path, answer_path = map(Path, sys.argv[1:])
-    answer_path.write_text(json.dumps(decode(json.loads(asked_path.read_text("utf-8")))), encoding="utf-8")
+    asked_path, reply_path = map(Path, sys.argv[1:])
+    reply_path.write_text(json.dumps(decode(json.loads(asked_path.read_text("utf-8")))), encoding="utf-8")

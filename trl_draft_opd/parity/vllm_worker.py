@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Decode prompts in vLLM and write down what it did: `python -P vllm_worker.py REQUEST.json ANSWER.json`.
+Decode prompts in vLLM and write down what it did: `python -P vllm_worker.py REQUEST.json REPLY.json`.
 
-A process of its own, because an engine takes a whole process for itself, and perhaps of another environment, because vLLM pins
-other versions than training does. So this file stands alone: it imports vLLM and nothing of this package.
+A process of its own, because an engine takes a whole process for itself, and perhaps of another environment, because
+vLLM pins other versions than training does. So this file stands alone: it imports vLLM and nothing of this package.
 """
 
 import json
@@ -16,8 +16,6 @@ from typing import Any
 # The engine's own counters, summed over all requests.
 _COUNTERS = {
     "num_rounds": "vllm:spec_decode_num_drafts",
-    "num_accepted": "vllm:spec_decode_num_accepted_tokens",
-    "num_drafted": "vllm:spec_decode_num_draft_tokens",
     "kept_at_slot": "vllm:spec_decode_num_accepted_tokens_per_pos",
 }
 # Lets the engine write down every round of every request; younger than the counters.
@@ -30,18 +28,18 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request (`dict`):
-            `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids), `max_new_tokens`,
-            `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or by the model's own config), `dtype`,
-            `max_model_len`, `batch_size`, `cache_bytes`.
+            `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids),
+            `max_new_tokens`, `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or by the
+            model's own config), `dtype`, `max_model_len`, `batch_size`, `cache_bytes`.
 
     Returns:
-        `dict` with `version`, `device`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None` where nothing
-        is drafted or this vLLM does not tell), and the engine's counters `num_rounds`, `num_accepted`, `num_drafted`, `kept_at_slot`.
+        `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None`
+        where nothing is drafted or this vLLM does not report them), and the engine's counters `num_rounds` and
+        `kept_at_slot`.
     """
     import vllm
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
 
     options = {
         "model": request["model"],
@@ -65,7 +63,6 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     kept = [getattr(output, "spec_decode_metrics", None) for output in outputs]
     return {
         "version": vllm.__version__,
-        "device": current_platform.device_type,
         "responses": [list(output.token_ids) for output in outputs],
         "accepted": None if None in kept else [list(each.per_step_accepted) for each in kept],
         **_count(engine.get_metrics()),
@@ -82,5 +79,5 @@ def _count(metrics: list) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked, answer = map(Path, sys.argv[1:])
-    answer.write_text(json.dumps(decode(json.loads(asked.read_text("utf-8")))), encoding="utf-8")
+    asked, reply = map(Path, sys.argv[1:])
+    reply.write_text(json.dumps(decode(json.loads(asked.read_text("utf-8")))), encoding="utf-8")

@@ -1,7 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""The target's responses to prompts: written once, by whatever engine, stored with who wrote them, and checked before use."""
+"""
+The target's responses to prompts: written once by any engine, stored with who wrote them, and checked before use.
 
-from .audit import ResponseAudit, audit_responses, check_responses, greedy_mismatches
+Refuses to know drafters and training: only the target, its distribution and files.
+"""
+
+from .audit import ResponseAudit, audit_responses, check_responses
 from .generate import generate_missing, generate_responses
 from .origin import Origin
 from .server import ServerError, ServerSettings, ask_server
@@ -23,7 +27,6 @@ __all__ = [
     "check_responses",
     "generate_missing",
     "generate_responses",
-    "greedy_mismatches",
     "import_responses",
     "summarize_store",
     "write_responses",

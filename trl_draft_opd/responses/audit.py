@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Whether the target at hand could have written given responses: teacher-forced scores, and what they say. Knows no files.
+Whether the target at hand could have written given responses: teacher-forced scores, and a
+verdict. Knows no files.
 
-Shape letters:  B = responses in a batch, L = text length, N = response tokens in a chunk, H = hidden size, V = vocabulary
+Shape letters:  B = responses in a batch, L = text length, N = response tokens in a chunk, H = hidden size,
+                V = vocabulary
 """
 
 import math
@@ -21,19 +23,19 @@ from ..target.frozen import FrozenTarget
 # Padded tokens the target reads at once, and bytes of one float32 buffer of logits.
 _TOKENS_PER_BATCH = 8192
 _CHUNK_BYTES = 32 * 2**20
-# Sampled text of another distribution is less likely than the target's own by whole nats per token; other precision or kernels cost
-# hundredths. Both count only when chance is excluded at this many standard errors.
+# Sampled text of another distribution is less likely than the target's own by whole nats per token; other precision or
+# kernels cost hundredths. Both count only when chance is excluded at this many standard errors.
 _SURPRISE_WARN, _SURPRISE_REFUSE, _SURPRISE_ERRORS = 0.05, 0.5, 6.0
 
 
 class ResponseScores(NamedTuple):
     """
-    What the target says of one response, each `torch.Tensor` on the CPU with one entry per response token.
+    What the target computes of one response, each `torch.Tensor` on the CPU with one entry per response token.
 
     Attributes:
         logprobs (`torch.FloatTensor`):
-            Log-probability under the distribution; `-inf` where its filters exclude the token. Greedy: of the unfiltered distribution at
-            temperature 1.
+            Log-probability under the distribution; `-inf` where its filters exclude the token. Greedy: of the
+            unfiltered distribution at temperature 1.
         is_choice (`torch.BoolTensor`):
             No other token has a larger logit.
         entropies (`torch.FloatTensor`), variances (`torch.FloatTensor`):
@@ -55,14 +57,14 @@ class ResponseAudit:
         num_responses (`int`), num_tokens (`int`):
             What was looked at.
         is_greedy (`bool`):
-            Which distribution the responses are held to.
+            Which distribution the responses are checked against.
         num_mismatches (`int`):
             Tokens that are not the target's argmax; ties count as argmax.
         num_impossible (`int`):
             Responses holding a token that the distribution's filters exclude; 0 for a greedy distribution.
         mean_logprob (`float`), expected_logprob (`float`):
-            Mean log-probability per token, and what the distribution's own text would have there, in nats; at temperature 1 for a greedy
-            distribution.
+            Mean log-probability per token, and what the distribution's own text would have there, in nats; at
+            temperature 1 for a greedy distribution.
         surprise (`float`), surprise_error (`float`):
             `expected_logprob - mean_logprob`, near 0 for text drawn from the distribution, and its standard error.
     """
@@ -87,10 +89,13 @@ class ResponseAudit:
     def describe(self) -> str:
         """Return one sentence."""
         if self.is_greedy:
-            return f"{self.num_mismatches} of {self.num_tokens} response tokens ({self.share:.2%}) are not the target's argmax"
+            return (
+                f"{self.num_mismatches} of {self.num_tokens} response tokens ({self.share:.2%}) are not the target's "
+                "argmax"
+            )
         return (
-            f"{self.num_impossible} of {self.num_responses} responses ({self.share:.2%}) hold a token of probability 0; mean "
-            f"log-probability {self.mean_logprob:.3f}, expected {self.expected_logprob:.3f}"
+            f"{self.num_impossible} of {self.num_responses} responses ({self.share:.2%}) hold a token of probability "
+            f"0; mean log-probability {self.mean_logprob:.3f}, expected {self.expected_logprob:.3f}"
         )
 
 
@@ -98,7 +103,7 @@ def audit_responses(
     target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
 ) -> ResponseAudit:
     """
-    Hold responses to the target at hand.
+    Check responses against the target at hand.
 
     Args:
         target ([`FrozenTarget`]): The target.
@@ -134,14 +139,6 @@ def audit_responses(
     )
 
 
-def greedy_mismatches(
-    target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], max_rows: int
-) -> float:
-    """Return the share of response tokens, in up to `max_rows` evenly spaced texts, that are not the target's argmax."""
-    greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    return audit_responses(target, pick_evenly(texts, max_rows), greedy).share
-
-
 def check_responses(
     target: FrozenTarget,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -157,8 +154,8 @@ def check_responses(
         target ([`FrozenTarget`]), texts (`Sequence[tuple]`), sampling ([`SamplingSettings`]):
             As for [`audit_responses`]; a few dozen texts are enough.
         warn_above (`float`), refuse_above (`float`):
-            Shares in [0, 1] of [`ResponseAudit.share`]. Another precision or another engine flips near-ties: about 1 % of greedy
-            tokens in bfloat16.
+            Shares in [0, 1] of [`ResponseAudit.share`]. Another precision or another engine flips near-ties: about 1 %
+            of greedy tokens in bfloat16.
 
     Returns:
         `ResponseAudit`.
@@ -171,23 +168,16 @@ def check_responses(
     surprise = audit.surprise if beyond_doubt else 0.0
     if audit.share > refuse_above or surprise > _SURPRISE_REFUSE:
         raise ValueError(
-            f"The target at hand did not write these responses: {audit.describe()}. Draft-OPD on text of another model teaches "
-            "the drafter nothing about this one. Write them anew with `trl-draft-opd generate`, or load the target and the precision "
-            f"that wrote them. (Refused above {refuse_above:.2%}.)"
+            f"The target at hand did not write these responses: {audit.describe()}. Draft-OPD on text of another "
+            "model teaches the drafter nothing about this one. Write them anew with `trl-draft-opd generate`, or load "
+            f"the target and the precision that wrote them. (Refused above {refuse_above:.2%}.)"
         )
     if audit.share > warn_above or surprise > _SURPRISE_WARN:
         warnings.warn(
-            f"The responses fit the target at hand only roughly: {audit.describe()}. Expected from another precision or engine; "
-            f"otherwise write them anew. (Warned above {warn_above:.2%}, refused above {refuse_above:.2%}.)"
+            f"The responses fit the target at hand only roughly: {audit.describe()}. Expected from another precision "
+            f"or engine; otherwise write them anew. (Warned above {warn_above:.2%}, refused above {refuse_above:.2%}.)"
         )
     return audit
-
-
-def pick_evenly(rows: Sequence, max_rows: int) -> list:
-    """Return up to `max_rows` rows, evenly spaced from the first to the last."""
-    if len(rows) <= max_rows:
-        return list(rows)
-    return [rows[index * len(rows) // max_rows] for index in range(max_rows)]
 
 
 @torch.no_grad()
@@ -195,7 +185,8 @@ def score_responses(
     target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
 ) -> Iterator[tuple[int, ResponseScores]]:
     """
-    Score responses by one forward pass each, in batches of similar length; heads run in chunks, on response tokens only.
+    Score responses by one forward pass each, in batches of similar length; heads run in chunks, on response tokens
+    only.
 
     Yields:
         `tuple` of the index in `texts` and its [`ResponseScores`], shortest text first.

@@ -33,7 +33,7 @@ def generate_responses(
     show_progress: bool,
 ) -> list[list[int]]:
     """
-    Have the target answer prompts by plain decoding, in batches of similar length, and keep nothing on disk.
+    Have the target respond to prompts by plain decoding, in batches of similar length, and keep nothing on disk.
 
     Args:
         target ([`FrozenTarget`]): The target.
@@ -42,11 +42,13 @@ def generate_responses(
         sampling ([`SamplingSettings`]): Temperature 0 decodes greedily.
         batch_size (`int`): Prompts decoded together.
         seed (`int`):
-            The draws of a response depend on it and on the prompt's place among `prompts`, not on the batch; unused at temperature 0.
+            The draws of a response depend on it and on the prompt's place among `prompts`, not on the batch; unused at
+            temperature 0.
         show_progress (`bool`): Whether to draw a progress bar.
 
     Returns:
-        `list[list[int]]`: response ids in the order of the prompts, the end-of-sequence id included where one was written.
+        `list[list[int]]`: response ids in the order of the prompts, the end-of-sequence id included where one was
+        written.
 
     Raises:
         ValueError: If a prompt is empty.
@@ -59,9 +61,9 @@ def generate_responses(
         task = progress.add_task("Target responses", total=len(prompts))
         for rows in _batches(prompts, batch_size):
             batch = [prompts[row] for row in rows]
-            answers = _generate_batch(target, batch, max_new_tokens, sampling, DrawKeys(seed, 0, rows))
-            for row, answer in zip(rows, answers, strict=True):
-                responses[row] = answer
+            written = _generate_batch(target, batch, max_new_tokens, sampling, DrawKeys(seed, 0, rows))
+            for row, response in zip(rows, written, strict=True):
+                responses[row] = response
             progress.advance(task, len(rows))
     return responses
 
@@ -78,11 +80,11 @@ def generate_missing(
     show_progress: bool,
 ) -> int:
     """
-    Have the target answer the prompts that the store has no response for, under the store's distribution.
+    Have the target respond to the prompts that the store has no response for, under the store's distribution.
 
-    Every `shard_size` responses are written at once, so a killed process loses at most as many, and the next one goes on
-    from there. Sampled responses come with their tokens' log-probabilities under the distribution, from one forward pass per batch;
-    greedy ones have none: under a greedy distribution they are 0.
+    Every `shard_size` responses are written at once, so a killed process loses at most as many, and the next one goes
+    on from there. Sampled responses come with their tokens' log-probabilities under the distribution, from one forward
+    pass per batch; greedy ones have none: under a greedy distribution they are 0.
 
     Args:
         store ([`ResponseStore`]): Where responses go; its origin names distribution and longest response.
@@ -90,8 +92,8 @@ def generate_missing(
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
         batch_size (`int`): Prompts decoded together.
         seed (`int`):
-            The draws of a response depend on it and on the prompt alone, so neither the batch, the rank nor a resumption changes them;
-            unused at temperature 0.
+            The draws of a response depend only on it and on the prompt, so neither the batch, the rank nor a
+            resumption changes them; unused at temperature 0.
         shard_size (`int`): Responses per shard.
         show_progress (`bool`): Whether to draw a progress bar.
 
@@ -125,8 +127,8 @@ def generate_missing(
                     _read(target, batch)
             # By prompt and not by number: a resumed run draws as the uninterrupted one.
             keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in batch])
-            answers = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, keys)
-            buffer.add(_as_responses(target, batch, answers, origin.sampling))
+            responses = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, keys)
+            buffer.add(_as_stored(target, batch, responses, origin.sampling))
             progress.advance(task, len(rows))
     return buffer.num_written
 
@@ -145,19 +147,19 @@ def _read(target: FrozenTarget, prompts: list[Sequence[int]]) -> None:
     target.read_text(pad_sequence(ids, batch_first=True, padding_value=target.pad_token_id), mask, ())
 
 
-def _as_responses(
-    target: FrozenTarget, prompts: list[list[int]], answers: list[list[int]], sampling: SamplingSettings
+def _as_stored(
+    target: FrozenTarget, prompts: list[list[int]], responses: list[list[int]], sampling: SamplingSettings
 ) -> list[StoredResponse]:
-    logprobs: list[list[float] | None] = [None] * len(answers)
+    logprobs: list[list[float] | None] = [None] * len(responses)
     if not sampling.is_greedy:
-        for row, scores in score_responses(target, list(zip(prompts, answers, strict=True)), sampling):
+        for row, scores in score_responses(target, list(zip(prompts, responses, strict=True)), sampling):
             # Decoding and scoring round differently: a token at the edge of a filter may fall outside now.
             if scores.logprobs.isfinite().all():
                 logprobs[row] = scores.logprobs.clamp(max=0).tolist()
     eos = set(target.eos_token_ids)
     return [
-        StoredResponse(list(prompt), answer, values, "stop" if answer[-1] in eos else "length")
-        for prompt, answer, values in zip(prompts, answers, logprobs, strict=True)
+        StoredResponse(list(prompt), response, values, "stop" if response[-1] in eos else "length")
+        for prompt, response, values in zip(prompts, responses, logprobs, strict=True)
     ]
 
 
@@ -168,7 +170,7 @@ def _generate_batch(
     sampling: SamplingSettings,
     keys: DrawKeys,
 ) -> list[list[int]]:
-    """Decode one left-padded batch with `generate` and cut each row behind its end of sequence."""
+    """Decode one left-padded batch with `generate` and cut each row after its end of sequence."""
     input_ids, mask = left_pad_prompts(prompts, target.pad_token_id, target.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -179,25 +181,29 @@ def _generate_batch(
     # `generate` draws from one global state for the whole batch, so it is handed rows whose argmax is drawn already.
     draw = LogitsProcessorList([] if sampling.is_greedy else [_KeyedDraw(sampling, keys, input_ids.shape[1])])
     own_config = target.causal_lm.generation_config
-    # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the distribution.
+    # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the
+    # distribution.
     target.causal_lm.generation_config = config
     try:
-        # Ranks answer different prompts; a sharded target keeps them in step itself, a whole one needs none of it.
+        # Ranks read different prompts; a sharded target keeps them in step itself, a whole one needs none of it.
         output = target.causal_lm.generate(
             input_ids=input_ids, attention_mask=mask, logits_processor=draw, synced_gpus=False
         )
     finally:
         target.causal_lm.generation_config = own_config
     eos = set(target.eos_token_ids)
-    answers = []
+    responses = []
     for row in output[:, input_ids.shape[1] :].tolist():
         end = next((index + 1 for index, token in enumerate(row) if token in eos), len(row))
-        answers.append(row[:end])
-    return answers
+        responses.append(row[:end])
+    return responses
 
 
 class _KeyedDraw(LogitsProcessor):
-    """Draws each row's next token by its own key and leaves that one possible; prompts are `width` tokens wide, padding included."""
+    """
+    Draws each row's next token by its own key and leaves that one possible; prompts are `width` tokens wide, padding
+    included.
+    """
 
     def __init__(self, sampling: SamplingSettings, keys: DrawKeys, width: int):
         self.sampling, self.keys, self.width = sampling, keys, width

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Who wrote a response, and under which distribution: the identity that stored responses carry. Knows no file format and no engine.
+Who wrote a response, and under which distribution: the identity that stored responses carry. Knows no file format and
+no engine.
 """
 
 import hashlib
@@ -33,8 +34,9 @@ class Origin:
     """
     Name the target that wrote responses, how it read prompts, and the distribution it drew tokens from.
 
-    Two origins are the same when all fields but `target` and `revision` agree: those two are names, and the same weights
-    may lie in several places. The precision of the weights and the engine are not part of it; they are kept per shard.
+    Two origins are the same when all fields but `target` and `revision` agree: those two are names, and the same
+    weights may lie in several places. The precision of the weights and the engine are not part of it; they are kept
+    per shard.
 
     Attributes:
         target (`str` or `None`), revision (`str` or `None`):
@@ -85,7 +87,8 @@ class Origin:
 
         Args:
             target ([`FrozenTarget`]): The target, with its tokenizer where prompts are text.
-            reader ([`TextReader`], *optional*): How prompts are read: its chat template and the template's variables, plain JSON values.
+            reader ([`TextReader`], *optional*):
+                How prompts are read: its chat template and the template's variables, plain JSON values.
             sampling ([`SamplingSettings`]): The distribution of its tokens.
             max_new_tokens (`int`): Longest response.
 
@@ -130,8 +133,8 @@ class Origin:
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"the layout is version {version!r}, this release reads version {SCHEMA_VERSION}. Read it with the release that "
-                "wrote it, or write the responses anew into another folder."
+                f"the layout is version {version!r}, this release reads version {SCHEMA_VERSION}. Read it with the "
+                "release that wrote it, or write the responses anew into another folder."
             )
         names = {field.name for field in fields(cls)}
         if set(values) != names:
@@ -165,7 +168,7 @@ class Origin:
             where (`str`): What to call it.
 
         Raises:
-            ValueError: Naming each field that differs, both values, and the way out.
+            ValueError: Naming each field that differs, both values, and the fix.
         """
         mine, theirs = self.to_dict(), other.to_dict()
         lines = [
@@ -175,15 +178,16 @@ class Origin:
         ]
         if lines:
             raise ValueError(
-                f"{where} were written under other conditions, by target {other.target!r}; this run's is {self.target!r}:\n"
+                f"{where} were written under other conditions, by target {other.target!r}; this run's is "
+                f"{self.target!r}:\n"
                 + "\n".join(lines)
-                + "\nUse the settings and the target they were written with, or give another folder and write them anew with "
-                "`trl-draft-opd generate`."
+                + "\nUse the settings and the target they were written with, or give another folder and write them anew "
+                "with `trl-draft-opd generate`."
             )
 
 
 def _meaning(name: str) -> str:
-    """Say what a difference in a field means."""
+    """Return what a difference in a field means."""
     return {
         "config_hash": "another architecture",
         "weights_fingerprint": "other weights",
@@ -221,7 +225,8 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         return _hash_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added])
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-    # As pairs, because older files spell a merge as one string; "special" turns on when a known token is made the pad token.
+    # As pairs, because older files spell a merge as one string; "special" turns on when a known token is made the pad
+    # token.
     merges = pipeline["model"].get("merges", [])
     pipeline["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for token in pipeline["added_tokens"]:
@@ -234,11 +239,12 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
     """
     Hash names, shapes and up to 256 evenly spaced elements of every stored tensor, in the order of their names.
 
-    Elements are rounded to bfloat16 first, so that a checkpoint gives one fingerprint in float32 and in bfloat16 (in float16
-    only where it was stored so). It tells apart models, fine-tunes and quantisations, at the cost of reading a few thousand
-    numbers. It cannot see a change that spares every sampled element or stays below bfloat16's precision: the check of
-    responses against the target is there for that. A tied head is the embedding itself and counts once; loading the same
-    values untied gives another fingerprint. Of tensors that are offloaded to disk, names and shapes alone count.
+    Elements are rounded to bfloat16 first, so that a checkpoint gives one fingerprint in float32 and in bfloat16 (in
+    float16 only where it was stored so). It tells apart models, fine-tunes and quantisations, at the cost of reading a
+    few thousand numbers. It cannot see a change that spares every sampled element or stays below bfloat16's precision:
+    the check of responses against the target is there for that. A tied head is the embedding itself and counts once;
+    loading the same values untied gives another fingerprint. Of tensors that are offloaded to disk, names and shapes
+    alone count.
     """
     digest, seen = hashlib.sha256(), set()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):

@@ -2,7 +2,7 @@
 """
 The target's responses from a vLLM or an SGLang server: many requests at once, retries, and nothing lost on the way.
 
-Knows HTTP and threads; what is asked and how an answer is read stands in `protocols.py`. The standard library's client is
+Knows HTTP and threads; what is asked and how a reply is read is in `protocols.py`. The standard library's client is
 used: the one of `huggingface_hub` refuses every call in offline mode, which is where local servers are at home.
 """
 
@@ -12,7 +12,8 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from .protocols import ENGINES, WrongAnswer, build_request, prompt_seed, read_answer
+from .protocols import ENGINES, WrongReply, build_request, prompt_seed, read_reply
 from .shards import StoredResponse
 from .store import ResponseStore, ShardBuffer
 
@@ -29,7 +30,7 @@ from .store import ResponseStore, ShardBuffer
 _RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 60.0
 # More than any response with its log-probabilities; a server that streams without end must not fill the memory.
-_MAX_ANSWER_BYTES = 256 * 2**20
+_MAX_REPLY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class ServerSettings:
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds without a sign of life after which a request is given up and sent again.
         max_retries (`int`, *optional*, defaults to `5`), retry_wait (`float`, *optional*, defaults to `1.0`):
-            How often a request that failed is sent again, and seconds before the first time; doubled each time, up to a minute.
+            How often a request that failed is sent again, and seconds before the first time; doubled each time, up to
+            a minute.
         with_logprobs (`bool`, *optional*, defaults to `True`):
-            Keep the sampled tokens' log-probabilities as the server reports them: under the unfiltered distribution at temperature 1
-            unless it was started otherwise.
+            Keep the sampled tokens' log-probabilities as the server reports them: under the unfiltered distribution at
+            temperature 1 unless it was started otherwise.
         api_key (`str`, *optional*):
             Sent as a bearer token; never stored.
 
@@ -70,7 +72,7 @@ class ServerSettings:
     with_logprobs: bool = True
     api_key: str | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"`base_url` must be an address like http://127.0.0.1:8000, got {self.base_url!r}.")
@@ -80,8 +82,8 @@ class ServerSettings:
             raise ValueError(f"`concurrency` must be at least 1, got {self.concurrency}.")
         if not self.timeout > 0 or not self.retry_wait >= 0 or self.max_retries < 0:
             raise ValueError(
-                f"`timeout` must be above 0, `retry_wait` and `max_retries` not below, got {self.timeout}, {self.retry_wait} and "
-                f"{self.max_retries}."
+                f"`timeout` must be above 0, `retry_wait` and `max_retries` not below, got {self.timeout}, "
+                f"{self.retry_wait} and {self.max_retries}."
             )
 
     @property
@@ -91,7 +93,7 @@ class ServerSettings:
 
 
 class ServerError(OSError):
-    """The server could not be reached or did not answer; the message says what is stored and how to go on."""
+    """The server could not be reached or did not reply; the message tells what is stored and how to resume."""
 
 
 def ask_server(
@@ -105,16 +107,17 @@ def ask_server(
     show_progress: bool,
 ) -> int:
     """
-    Have a server answer the prompts that the store has no response for, under the store's distribution.
+    Have a server respond to the prompts that the store has no response for, under the store's distribution.
 
-    Failed connections, time-outs and the statuses 408, 425, 429 and 5xx are tried again. When a request fails for good, or an
-    answer is not the target's response to its prompt, no new prompt is sent, what is under way comes in, everything good is
-    written, and an error says what is missing.
+    Failed connections, time-outs and the statuses 408, 425, 429 and 5xx are tried again. When a request fails for
+    good, or a reply is not the target's response to its prompt, no new prompt is sent, what is under way comes in,
+    everything good is written, and an error tells what is missing.
 
     Args:
         store ([`ResponseStore`]): Where responses go; its origin names distribution and longest response.
-        settings ([`ServerSettings`]): The server. Whether it serves the target of the origin, only a check of its responses can
-            tell: see [`check_responses`].
+        settings ([`ServerSettings`]):
+            The server. Only a check of its responses can tell whether it serves the target of the origin: see
+            [`check_responses`].
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): For servers that return text only.
         seed (`int`): Draws depend on it and on the prompt, as far as the server keeps to seeds.
@@ -126,13 +129,25 @@ def ask_server(
 
     Raises:
         ServerError: If requests failed for good. The same call resumes.
-        ValueError: If answers were refused, naming the prompts' numbers among the missing ones and the reasons.
+        ValueError: If replies were refused, naming the prompts' numbers among the missing ones and the reasons.
     """
     missing = store.missing(prompts)
     if not missing:
         return 0
     client = _Client(settings)
     model, version = client.describe()
+    # Tokenizers change state while they encode.
+    lock = threading.Lock()
+
+    def ask(prompt_ids: list[int]) -> StoredResponse:
+        drawn_by = prompt_seed(prompt_ids, seed)
+        path, body = build_request(
+            settings.engine, prompt_ids, store.origin, model=model, seed=drawn_by, with_logprobs=settings.with_logprobs
+        )
+        reply = client.call(path, body)
+        with lock:
+            return read_reply(settings.engine, reply, prompt_ids, store.origin, tokenizer)
+
     provenance = {
         "engine": settings.engine,
         "engine_version": version,
@@ -140,15 +155,14 @@ def ask_server(
         "seed": seed,
         "logprobs": "as reported" if settings.with_logprobs else None,
     }
-    crew = _Crew(client, model, missing, store, tokenizer, seed)
     failures: list[tuple[int, Exception]] = []
     with (
         ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer,
         Progress(disable=not show_progress) as progress,
-        crew,
+        closing(ask_all(ask, missing, settings.concurrency, client.is_stopped)) as results,
     ):
         task = progress.add_task("Target responses", total=len(missing))
-        for number, result in crew:
+        for number, result in results:
             if isinstance(result, StoredResponse):
                 buffer.add([result])
                 progress.advance(task)
@@ -159,95 +173,62 @@ def ask_server(
     return buffer.num_written
 
 
+def ask_all(
+    ask: Callable[[list[int]], StoredResponse], prompts: list[list[int]], concurrency: int, is_stopped: threading.Event
+) -> Generator[tuple[int, StoredResponse | Exception], None, None]:
+    """
+    Ask for several prompts at a time; yield each one's number and its response or its error, as they come in.
+
+    After an error, or when the caller closes the iterator, no further prompt is sent; what is under way still comes
+    in.
+    """
+    todo: queue.SimpleQueue = queue.SimpleQueue()
+    done: queue.SimpleQueue = queue.SimpleQueue()
+    for number in range(len(prompts)):
+        todo.put(number)
+
+    def work() -> None:
+        try:
+            while not is_stopped.is_set():
+                number = todo.get_nowait()
+                try:
+                    done.put((number, ask(prompts[number])))
+                except (OSError, HTTPException, ValueError) as error:
+                    is_stopped.set()
+                    done.put((number, error))
+        except queue.Empty:
+            pass
+        finally:
+            done.put(None)
+
+    # Daemons, so that Ctrl-C ends the program without waiting for replies that are under way.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(concurrency, len(prompts)))]
+    for thread in threads:
+        thread.start()
+    num_at_work = len(threads)
+    try:
+        while num_at_work:
+            result = done.get()
+            if result is None:
+                num_at_work -= 1
+            else:
+                yield result
+    finally:
+        is_stopped.set()
+
+
 def _report(failures: list[tuple[int, Exception]], num_written: int, total: int, store: ResponseStore) -> None:
+    """Raise an error that tells what is stored, what is missing and why."""
     failures = sorted(failures, key=lambda failure: failure[0])
     head = (
-        f"{num_written} of {total} missing responses came in and are stored in {store.path}; {total - num_written} are still "
-        "missing. "
+        f"{num_written} of {total} missing responses came in and are stored in {store.path}; {total - num_written} "
+        "are still missing. "
     )
-    tail = " The same command resumes: it asks for what is missing alone."
-    wrong = [f"prompt {number}: {error}" for number, error in failures if isinstance(error, WrongAnswer)]
+    tail = " The same command resumes: it asks only for what is missing."
+    wrong = [f"prompt {number}: {error}" for number, error in failures if isinstance(error, WrongReply)]
     if wrong:
-        raise ValueError(f"{head}{len(wrong)} answers were refused: {'; '.join(wrong[:3])}.{tail}")
+        raise ValueError(f"{head}{len(wrong)} replies were refused: {'; '.join(wrong[:3])}.{tail}")
     raise ServerError(f"{head}The server failed: {failures[0][1]}.{tail}") from failures[0][1]
-
-
-class _Crew:
-    """Threads that ask for one prompt after the other; iterating gives each prompt's number and its response or its error."""
-
-    def __init__(
-        self,
-        client: "_Client",
-        model: str | None,
-        prompts: list[list[int]],
-        store: ResponseStore,
-        tokenizer: PreTrainedTokenizerBase | None,
-        seed: int,
-    ):
-        self._client, self._model, self._origin = client, model, store.origin
-        self._prompts, self._tokenizer, self._seed = prompts, tokenizer, seed
-        self._todo: queue.SimpleQueue = queue.SimpleQueue()
-        self._done: queue.SimpleQueue = queue.SimpleQueue()
-        for number in range(len(prompts)):
-            self._todo.put(number)
-        # Tokenizers change state while they encode.
-        self._lock = threading.Lock()
-        # Daemons, so that Ctrl-C ends the program without waiting for answers that are under way.
-        count = min(client.settings.concurrency, len(prompts))
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
-
-    def __enter__(self) -> "_Crew":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.stop_sending()
-
-    def __iter__(self) -> "_Crew":
-        self._num_at_work = len(self._threads)
-        return self
-
-    def __next__(self) -> tuple[int, StoredResponse | Exception]:
-        while self._num_at_work:
-            result = self._done.get()
-            if result is not None:
-                return result
-            self._num_at_work -= 1
-        raise StopIteration
-
-    def stop_sending(self) -> None:
-        """Send no further prompt, and wait for no retry."""
-        self._client.is_stopped.set()
-
-    def _work(self) -> None:
-        try:
-            while not self._client.is_stopped.is_set():
-                try:
-                    number = self._todo.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    self._done.put((number, self._ask(self._prompts[number])))
-                except (OSError, HTTPException, ValueError) as error:
-                    self.stop_sending()
-                    self._done.put((number, error))
-        finally:
-            self._done.put(None)
-
-    def _ask(self, prompt_ids: list[int]) -> StoredResponse:
-        settings = self._client.settings
-        path, body = build_request(
-            settings.engine,
-            prompt_ids,
-            self._origin,
-            model=self._model,
-            seed=prompt_seed(prompt_ids, self._seed),
-            with_logprobs=settings.with_logprobs,
-        )
-        answer = self._client.call(path, body)
-        with self._lock:
-            return read_answer(settings.engine, answer, prompt_ids, self._origin, self._tokenizer)
 
 
 class _Client:
@@ -260,7 +241,7 @@ class _Client:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def describe(self) -> tuple[str | None, str | None]:
-        """Return the name the target is served under, and the server's version where it says."""
+        """Return the name the target is served under, and the server's version where it reports one."""
         if self.settings.engine == "sglang":
             return None, None
         if self.settings.model is None:
@@ -268,18 +249,18 @@ class _Client:
             names = [str(entry.get("id")) for entry in listed.get("data", [])] if isinstance(listed, dict) else []
             if len(names) != 1:
                 raise ValueError(
-                    f"The server {self.settings.root} serves {names or 'no named model'}. Name the one that is the target with `model` "
-                    "(`--model`)."
+                    f"The server {self.settings.root} serves {names or 'no named model'}. Name the one that is the "
+                    "target with `model` (`--model`)."
                 )
             return names[0], self._version()
         return self.settings.model, self._version()
 
     def _version(self) -> str | None:
         try:
-            answer = self._send("/version", None)
+            reply = self._send("/version", None)
         except (OSError, HTTPException, ValueError):
             return None  # other servers have no such page
-        return str(answer.get("version")) if isinstance(answer, dict) else None
+        return str(reply.get("version")) if isinstance(reply, dict) else None
 
     def call(self, path: str, body: dict[str, Any] | None) -> Any:
         """Send one request, again after passing faults."""
@@ -290,7 +271,7 @@ class _Client:
             except urllib.error.HTTPError as error:
                 said = error.read(500).decode("utf-8", "replace")
                 if error.code not in _RETRY_STATUS:
-                    raise WrongAnswer(f"the server refused the request with status {error.code}: {said}") from error
+                    raise WrongReply(f"the server refused the request with status {error.code}: {said}") from error
                 failure: Exception = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
             except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
                 failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {error}")
@@ -307,7 +288,7 @@ class _Client:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.settings.root + path, data=data, headers=headers)
         with self._opener.open(request, timeout=self.settings.timeout) as response:
-            content = response.read(_MAX_ANSWER_BYTES + 1)
-        if len(content) > _MAX_ANSWER_BYTES:
-            raise WrongAnswer(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+            content = response.read(_MAX_REPLY_BYTES + 1)
+        if len(content) > _MAX_REPLY_BYTES:
+            raise WrongReply(f"the reply is longer than {_MAX_REPLY_BYTES} bytes")
         return json.loads(content)

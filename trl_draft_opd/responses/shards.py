@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The files of stored responses: one parquet shard with a JSON sidecar beside it, each written whole or not at all.
+The files of stored responses: one parquet shard with a JSON sidecar next to it, each written whole or not at all.
 
 Knows the columns, what a row may hold, and how a file is proven to be what was written. Refuses to know who reads it.
 """
@@ -58,7 +58,9 @@ class StoredResponse(NamedTuple):
 
 
 def prompt_key(prompt_ids: Sequence[int]) -> str:
-    """Return the key a prompt is found by: the first 32 hex digits of the SHA-256 of its ids as little-endian int32."""
+    """
+    Return the key a prompt is found by: the first 32 hex digits of the SHA-256 of its ids as little-endian int32.
+    """
     return hashlib.sha256(np.asarray(prompt_ids, dtype="<i4").tobytes()).hexdigest()[:32]
 
 
@@ -100,7 +102,8 @@ def check_table(table: pa.Table, origin: Origin) -> None:
     _refuse_first(
         completions.lengths > origin.max_new_tokens,
         lambda row: (
-            f"row {row} has a response of {completions.lengths[row]} tokens, more than `max_new_tokens` {origin.max_new_tokens}."
+            f"row {row} has a response of {completions.lengths[row]} tokens, more than `max_new_tokens` "
+            f"{origin.max_new_tokens}."
         ),
     )
     totals = prompts.lengths + completions.lengths
@@ -108,8 +111,8 @@ def check_table(table: pa.Table, origin: Origin) -> None:
         _refuse_first(
             totals > origin.max_positions,
             lambda row: (
-                f"row {row} has {totals[row]} tokens, but the target has {origin.max_positions} positions. Lower `max_prompt_length` or "
-                "`max_new_tokens`."
+                f"row {row} has {totals[row]} tokens, but the target has {origin.max_positions} positions. Lower "
+                "`max_prompt_length` or `max_new_tokens`."
             ),
         )
     _check_ends(completions, table["finish_reason"], origin)
@@ -134,8 +137,8 @@ def _refuse_first(is_wrong: np.ndarray, message: Any) -> None:
 
 def _outside_vocabulary(row: int, token_id: Any, origin: Origin) -> str:
     return (
-        f"row {row} holds the token id {token_id!r}, outside the target's vocabulary of {origin.vocab_size} tokens. Use the "
-        "target's own tokenizer."
+        f"row {row} holds the token id {token_id!r}, outside the target's vocabulary of {origin.vocab_size} tokens. "
+        "Use the target's own tokenizer."
     )
 
 
@@ -148,7 +151,7 @@ def _check_ids(lists: _Lists, origin: Origin) -> None:
 
 
 def _check_ends(completions: _Lists, finish_reasons: pa.ChunkedArray, origin: Origin) -> None:
-    """Check that a response ends with its first end-of-sequence id, and that `finish_reason` says so."""
+    """Check that a response ends with its first end-of-sequence id, and that `finish_reason` agrees."""
     is_eos = np.isin(completions.values, origin.eos_token_ids)
     ends_with_eos = is_eos[completions.last]
     is_last = np.zeros_like(is_eos)
@@ -158,7 +161,7 @@ def _check_ends(completions: _Lists, finish_reasons: pa.ChunkedArray, origin: Or
     _refuse_first(
         too_early,
         lambda row: (
-            f"row {row} goes on behind an end-of-sequence id ({list(origin.eos_token_ids)}). Cut the response there."
+            f"row {row} continues after an end-of-sequence id ({list(origin.eos_token_ids)}). Cut the response there."
         ),
     )
     reasons = np.array(finish_reasons.to_pylist(), dtype=object)
@@ -169,8 +172,8 @@ def _check_ends(completions: _Lists, finish_reasons: pa.ChunkedArray, origin: Or
     _refuse_first(
         (reasons == "stop") != ends_with_eos,
         lambda row: (
-            f"row {row} has the finish_reason {reasons[row]!r}, but its last token is {'an' if ends_with_eos[row] else 'no'} "
-            f"end-of-sequence id ({list(origin.eos_token_ids)})."
+            f"row {row} has the finish_reason {reasons[row]!r}, but its last token is "
+            f"{'an' if ends_with_eos[row] else 'no'} end-of-sequence id ({list(origin.eos_token_ids)})."
         ),
     )
 
@@ -186,12 +189,12 @@ def _check_logprobs(column: pa.ChunkedArray, completions: _Lists) -> None:
     wrong = np.flatnonzero(~(logprobs.values <= _LOGPROB_ROUNDOFF) | np.isinf(logprobs.values))
     if len(wrong):
         raise ValueError(
-            f"row {logprobs.row_of_value[wrong[0]]} holds the log-probability {logprobs.values[wrong[0]]}; it must be finite and "
-            "not above 0."
+            f"row {logprobs.row_of_value[wrong[0]]} holds the log-probability {logprobs.values[wrong[0]]}; it must be "
+            "finite and not above 0."
         )
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def write_shard(folder: Path, table: pa.Table, origin: Origin, provenance: dict[str, Any]) -> str:
@@ -231,8 +234,8 @@ def read_shard(folder: Path, name: str, origin: Origin, columns: Sequence[str]) 
     Read one shard and prove that it is what was written.
 
     Raises:
-        ValueError: If it is truncated, changed, of another origin, or holds rows that this origin cannot have written; the
-            message names the file, the reason and the way out.
+        ValueError: If it is truncated, changed, of another origin, or holds rows that this origin cannot have written;
+            the message names the file, the reason and the fix.
     """
     path = folder / f"{name}.parquet"
     try:
@@ -241,7 +244,7 @@ def read_shard(folder: Path, name: str, origin: Origin, columns: Sequence[str]) 
         # Parquet's own errors, a missing field of the sidecar and a missing file are one thing to a user.
         reason = f"the sidecar {name}.json lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"StoredResponse shard {path} is not usable: {reason.rstrip('.')}. Delete {name}.parquet and {name}.json; "
+            f"Shard {path} is not usable: {reason.rstrip('.')}. Delete {name}.parquet and {name}.json; "
             "`trl-draft-opd generate` then writes their responses again."
         ) from error
 

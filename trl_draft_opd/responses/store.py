@@ -34,11 +34,13 @@ _COLUMNS = ("prompt_ids", "completion_ids", "finish_reason")
 
 class ResponseStore:
     """
-    Responses of one target under one distribution, in a folder that several processes may write to and read at the same time.
+    Responses of one target under one distribution, in a folder that several processes may write to and read at the
+    same time.
 
-    A manifest says who wrote the responses; each shard stands for itself, with its size and hash in a sidecar, so there is no
-    list that writers share. A shard counts once its sidecar is there: a writer that dies leaves nothing half-written that a
-    reader could see. One response is kept per prompt; where writers gave several, the one in the first shard by name.
+    A manifest states who wrote the responses; each shard stands for itself, with its size and hash in a sidecar, so
+    there is no list that writers share. A shard counts once its sidecar is there: a writer that dies leaves nothing
+    half-written that a reader could see. One response is kept per prompt; where writers gave several, the one in the
+    first shard by name.
 
     Open with [`ResponseStore.open`] to write, with [`ResponseStore.read_only`] to look.
 
@@ -72,8 +74,8 @@ class ResponseStore:
             origin ([`Origin`]): Who is about to read or write the responses.
 
         Raises:
-            ValueError: If the folder holds responses of another origin, another release's layout, a damaged shard, or other
-                files.
+            ValueError: If the folder holds responses of another origin, another release's layout, a damaged shard, or
+                other files.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +84,8 @@ class ResponseStore:
             # Another writer may have made the manifest between the two looks.
             if strangers and not (folder / MANIFEST).exists():
                 raise ValueError(
-                    f"The folder {folder} holds {strangers[:3]} and no {MANIFEST}: it is no response store. Give an empty or a "
-                    "new folder."
+                    f"The folder {folder} holds {strangers[:3]} and no {MANIFEST}: it is no response store. Give an "
+                    "empty or a new folder."
                 )
             content = {"format": _FORMAT, "digest": origin.digest, "origin": origin.to_dict()}
             write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
@@ -127,14 +129,14 @@ class ResponseStore:
             rows (`Iterable[StoredResponse]`):
                 `(prompt_ids, completion_ids, logprobs or None, finish_reason)`; token ids as plain lists.
             provenance (`dict`, *optional*):
-                How they were made, as JSON: engine, its version, precision. Kept beside the shard.
+                How they were made, as JSON: engine, its version, precision. Kept next to the shard.
 
         Returns:
             `int`: rows written. Prompts that have a response already are left out.
 
         Raises:
-            ValueError: If a row is not what the target could have written, naming it, or the store is read-only. Nothing is
-                written then.
+            ValueError: If a row is not what the target could have written, naming it, or the store is read-only.
+                Nothing is written then.
         """
         if self.is_read_only:
             raise ValueError(f"The store {self.path} is open for reading only. Open it with `ResponseStore.open`.")
@@ -205,11 +207,12 @@ class ResponseStore:
         for row, prompt in enumerate(prompts):
             length = len(prompt) + self.origin.max_new_tokens
             if not len(prompt):
-                raise ValueError(f"Prompt {row} is empty: the target has nothing to answer. Fill it or drop it.")
+                raise ValueError(f"Prompt {row} is empty: the target has nothing to respond to. Fill it or drop it.")
             if self.origin.max_positions is not None and length > self.origin.max_positions:
                 raise ValueError(
-                    f"Prompt {row} has {len(prompt)} tokens; with `max_new_tokens` {self.origin.max_new_tokens} that exceeds the target's "
-                    f"{self.origin.max_positions} positions. Lower `max_new_tokens`, or drop long prompts with `max_prompt_length`."
+                    f"Prompt {row} has {len(prompt)} tokens; with `max_new_tokens` {self.origin.max_new_tokens} that "
+                    f"exceeds the target's {self.origin.max_positions} positions. Lower `max_new_tokens`, or drop "
+                    "long prompts with `max_prompt_length`."
                 )
             key = prompt_key(prompt)
             if key not in self._places:
@@ -276,6 +279,7 @@ def _read_manifest(folder: Path) -> Origin:
             raise ValueError("its fields were changed after it was written.")
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"The manifest {path} is not usable: {error} Restore it, or give another folder and write the responses anew."
+            f"The manifest {path} is not usable: {error} Restore it, or give another folder and write the responses "
+            "anew."
         ) from error
     return origin

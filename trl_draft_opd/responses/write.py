@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Fill a store from a dataset: prompts for an engine to answer, or responses the user already has. One call for both.
+Fill a store from a dataset: prompts for an engine to respond to, or responses the user already has. One call for both.
 """
 
 import warnings
@@ -51,12 +51,12 @@ def write_responses(
         dataset (`Dataset`):
             Rows with `messages`, `prompt` or `prompt_ids`; for `engine="dataset"` with their responses.
         path (`str` or `Path`):
-            Folder of the store; made, or gone on with.
+            Folder of the store; made, or resumed.
         sampling ([`SamplingSettings`]), max_new_tokens (`int`):
             The distribution of the responses, and the longest one.
         engine (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"`: the target in this process. `"vllm"` or `"sglang"`: the server at `server`. `"dataset"`: the
-            dataset's own responses, taken on trust that this target wrote them under this distribution.
+            `"transformers"`: the target in this process. `"vllm"` or `"sglang"`: the server at `server`. `"dataset"`:
+            the dataset's own responses, taken on trust that this target wrote them under this distribution.
         server ([`ServerSettings`], *optional*):
             The server; its `engine` must be the one named here.
         reader ([`TextReader`], *optional*):
@@ -81,7 +81,8 @@ def write_responses(
         raise ValueError(f"`engine` must be one of {('transformers', 'dataset', *ENGINES)}, got {engine!r}.")
     if (server.engine if server is not None else None) != (engine if engine in ENGINES else None):
         raise ValueError(
-            f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given for {ENGINES} alone, with the same engine."
+            f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given only for {ENGINES}, "
+            "with the same engine."
         )
     reader = reader or target.text_reader()
     origin = Origin.of(target, reader, sampling=sampling, max_new_tokens=max_new_tokens)
@@ -108,14 +109,14 @@ def import_responses(
     """
     Store responses that the user already has.
 
-    Nothing here can tell who wrote them: check with [`check_responses`] before training on them. Responses longer than the
-    store's `max_new_tokens` are cut there, as the target would have been, and where a prompt has several, the first is kept; warnings
-    count both.
+    Nothing here can tell who wrote them: check with [`check_responses`] before training on them. Responses longer than
+    the store's `max_new_tokens` are cut there, as the target would have been, and where a prompt has several, the
+    first is kept; warnings count both.
 
     Args:
         store ([`ResponseStore`]): Where they go.
         dataset (`Dataset`): `messages`, `prompt` with `completion`, or `prompt_ids` with `completion_ids`.
-        reader ([`TextReader`]): How rows are read, with the tokenizer of the target said to have written them.
+        reader ([`TextReader`]): How rows are read, with the tokenizer of the target that is meant to have written them.
         shard_size (`int`): Responses per shard.
 
     Returns:
@@ -140,28 +141,31 @@ def import_responses(
         )
     if num_cut:
         warnings.warn(
-            f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {store.origin.max_new_tokens} and were cut there."
+            f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {store.origin.max_new_tokens} and "
+            "were cut there."
         )
     return buffer.num_written
 
 
 def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int) -> dict[str, Any]:
     """
-    Say what a store holds, and how well it fits the target at hand.
+    Describe what a store holds, and how well it fits the target at hand.
 
     Args:
         store ([`ResponseStore`]): The store.
         target ([`FrozenTarget`]): The target.
-        num_checked (`int`): Responses to hold to the target, evenly spaced; 0 for none.
+        num_checked (`int`): Responses to check against the target, evenly spaced; 0 for none.
 
     Returns:
-        `dict` of JSON values: `path`, counts, `check` (fields of [`ResponseAudit`] and its share, or `None`), and `lines` to print.
+        `dict` of JSON values: `path`, counts, `check` (fields of [`ResponseAudit`] and its share, or `None`), and
+        `lines` to print.
     """
     texts = store.texts(max_rows=None)
     num_complete = sum(completion[-1] in store.origin.eos_token_ids for _, completion in texts)
     num_tokens = sum(len(completion) for _, completion in texts)
     lines = [
-        f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of sequence."
+        f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of "
+        "sequence."
     ]
     check = None
     if num_checked and texts:

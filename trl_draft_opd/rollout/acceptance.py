@@ -18,7 +18,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 @dataclass(frozen=True)
 class SamplingSettings:
     """
-    Name the distribution that tokens are drawn from: the model's logits after temperature, top-k and top-p, in this order.
+    Name the distribution that tokens are drawn from: the logits after temperature, top-k and top-p, in this order.
 
     Args:
         temperature (`float`):
@@ -208,10 +208,11 @@ def verify_sampled(
         drafts_BK (`torch.LongTensor` of shape `(B, K)`):
             Token ids proposed after the anchor.
         draft_probs_BKV (`torch.FloatTensor` of shape `(B, K, V)` or `None`):
-            Distribution `q` each draft was drawn from, given the drafts before it, over the target's vocabulary. `None`: drafts
-            were taken deterministically (argmax), `q` is one-hot, and `d` is kept with probability `p(d)`.
+            Distribution `q` each draft was drawn from, given the drafts before it, over the target's vocabulary.
+            `None`: drafts were taken deterministically (argmax), `q` is one-hot, and `d` is kept with probability
+            `p(d)`.
         target_probs_BK1V (`torch.FloatTensor` of shape `(B, K + 1, V)`):
-            Distribution `p` of the target after the anchor and after each draft; temperature, top-k and top-p included.
+            Distribution `p` of the target after the anchor and each draft; temperature, top-k and top-p included.
         accept_uniforms_BK (`torch.FloatTensor` of shape `(B, K)`), next_uniforms_B (of shape `(B,)`):
             Uniform numbers in `[0, 1)`.
 
@@ -239,7 +240,7 @@ def verify_sampled(
         draft_row_BV = torch.nn.functional.one_hot(_at(drafts_BK, refused_slot_B), vocab_size)
     else:
         draft_row_BV = _row_at(draft_probs_BKV, refused_slot_B)
-    # The bonus answers no draft: nothing is subtracted from its row.
+    # The bonus replaces no draft: nothing is subtracted from its row.
     draft_row_BV = draft_row_BV.masked_fill((accepted_B == num_drafts).unsqueeze(-1), 0)
     return accepted_B, choose_tokens(residual_probs(target_row_BV, draft_row_BV), next_uniforms_B)
 
@@ -268,7 +269,8 @@ def sample_posterior(
         draft_choices_BK (`torch.LongTensor` of shape `(B, K)` or `None`):
             Drafts taken deterministically, accepted where they equal the text; the next four are then not read.
         draft_probs_BKV, target_probs_BKV (`torch.FloatTensor` of shape `(B, K, V)` or `None`):
-            Distribution `q` of drawn drafts (give either this or `draft_choices_BK`), and distribution `p` the text was drawn from.
+            Distribution `q` of drawn drafts (give either this or `draft_choices_BK`), and distribution `p` of the
+            text.
         accept_uniforms_BK, draft_uniforms_BK (`torch.FloatTensor` of shape `(B, K)` or `None`):
             Uniform numbers in `[0, 1)`.
         is_in_text_BK (`torch.BoolTensor` of shape `(B, K)`):
@@ -305,7 +307,7 @@ def settle_blocks(
     accepted: torch.Tensor, anchors: torch.Tensor, last_index: torch.Tensor, num_drafts: int
 ) -> BlockOutcome:
     """
-    Cut blocks at the end of their text, and say which are censored and which are counted.
+    Cut blocks at the end of their text, and return which are censored and which are counted.
 
     With `r = min(accepted, last_index - anchor)`: censored iff `r < K` and `anchor + r == last_index`; counted iff
     `anchor + K <= last_index`. Counting by geometry keeps means unbiased: censored blocks are mostly long ones.

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Where drafting is trained, the thesis of this package: supervised training samples anchors along the text (`sample_anchors`),
-Draft-OPD replays the anchors the drafter's own decoding exposed (`mark_slots`). Both return one `BlockBatch`; `join_blocks` puts
-two of them side by side.
+Where drafting is trained, the core of the method: supervised training samples anchors along the text
+(`sample_anchors`), Draft-OPD replays the anchors the drafter's own decoding exposed (`mark_slots`). Both return one
+`BlockBatch`; `join_blocks` puts two of them side by side.
 
 Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block
 """
@@ -68,13 +68,14 @@ def sample_anchors(
     """
     Sample anchors along text the target wrote; the drafts are the committed tokens, all accepted.
 
-    A position is an anchor iff it and its next token are completion tokens: those are the anchors decoding meets. A slot is
-    trained while every token up to its own belongs to the same completion.
+    A position is an anchor iff it and its next token are response tokens: those are the anchors decoding meets. A
+    slot is trained while every token up to its own belongs to the same response.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Right-padded text.
         completion_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens the target wrote.
-        sample_ids (`Sequence[int]`): One id per row; with `seed` and `epoch` it keys the draw, so batches, ranks and order change nothing.
+        sample_ids (`Sequence[int]`):
+            One id per row; with `seed` and `epoch` it keys the draw, so batches, ranks and order change nothing.
         num_anchors (`int` or `None`): Anchors per row, uniform without replacement; `None` takes every one.
         num_drafts (`int`): K.
         seed (`int`), epoch (`int`): Keys of the draw.
@@ -103,7 +104,7 @@ def draft_text(
     anchors: torch.Tensor, input_ids: torch.Tensor, completion_mask: torch.Tensor, *, num_drafts: int
 ) -> BlockBatch:
     """
-    Take the committed tokens behind given anchors as the drafts, all accepted, as far as they belong to one completion.
+    Take the committed tokens behind given anchors as accepted drafts, as far as they belong to one response.
 
     Args:
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchor of each block, -1 for padding.
@@ -135,8 +136,8 @@ def mark_slots(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Sequence
     """
     Replay every block of a rollout: the accepted slots, and those the target rejected.
 
-    A censored block trains its accepted slots only. With `rejected_scope="suffix"` every slot from the first rejection on is
-    rejected, up to and including the first drafted end-of-sequence token; with `"first"` the first rejected slot alone.
+    A censored block trains its accepted slots only. With `rejected_scope="suffix"` every slot from the first rejection
+    on is rejected, up to and including the first drafted end-of-sequence token; with `"first"`, only the first.
 
     Source: [Draft-OPD](https://huggingface.co/papers/2605.29343), section 3.
 
@@ -146,7 +147,7 @@ def mark_slots(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Sequence
         eos_token_ids (`Sequence[int]`): Ids that end a response.
 
     Raises:
-        ValueError: If `rejected_scope` is unknown, or `"suffix"` is asked of a rollout without suffixes.
+        ValueError: If `rejected_scope` is unknown, or `"suffix"` is given with a rollout without suffixes.
     """
     if rejected_scope == "suffix" and not rollout.has_suffix:
         raise ValueError(
@@ -198,23 +199,6 @@ def join_blocks(first: BlockBatch, second: BlockBatch) -> BlockBatch:
         for batch in (first, second)
     ]
     return BlockBatch(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in vars(first)})
-
-
-def random_anchors(rollout: Rollout, sample_ids: Sequence[int], *, seed: int, epoch: int) -> torch.Tensor:
-    """
-    Draw as many anchors per row as its chains have, uniform without replacement (the paper's ablation).
-
-    Returns:
-        `torch.LongTensor` of the shape of `rollout.anchors`, ascending, -1 for padding.
-    """
-    anchors = torch.full_like(rollout.anchors, -1)
-    is_eligible = rollout.completion_mask[:, :-1] & rollout.completion_mask[:, 1:]
-    for row, sample_id in enumerate(sample_ids):
-        positions = is_eligible[row].nonzero()[:, 0]
-        order = torch.randperm(len(positions), generator=keyed_generator(seed, epoch, int(sample_id)))
-        chosen = positions[order[: int(rollout.num_rounds[row])].to(positions.device)].sort().values
-        anchors[row, : len(chosen)] = chosen
-    return anchors
 
 
 def keyed_generator(seed: int, epoch: int, sample_id: int) -> torch.Generator:

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Random numbers by what they are for: functions of seed, epoch, sample, position, slot and purpose, and of nothing drawn before. Holds no
-random state.
+Random numbers by what they are for: functions of seed, epoch, sample, position, slot and purpose. No random state.
 """
 
 from collections.abc import Sequence
@@ -10,16 +9,16 @@ from dataclasses import dataclass
 import torch
 
 
-# Purposes of draws. Live rollout and replay share none: a replay of text that was just drawn must not use the numbers the text
-# depends on, or its blocks would not have their distribution given the text.
+# Purposes of draws. Live rollout and replay share none: a replay of text that was just drawn must not use the numbers
+# the text depends on, or its blocks would not have their distribution given the text.
 REPLAY_ACCEPT, REPLAY_DRAFT, LIVE_DRAFT, LIVE_ACCEPT, LIVE_TOKEN, PLAIN_TOKEN = range(6)
 
 
 @dataclass(frozen=True)
 class DrawKeys:
     """
-    What the draws of a batch of rows depend on, next to position, slot and purpose: nothing else does, be it the batch, the order of
-    rows or calls, or the rank.
+    What the draws of a batch depend on, besides position, slot and purpose, and on nothing else: not on the batch, the
+    order of rows or calls, or the rank.
 
     Attributes:
         seed (`int`): Of the run.
@@ -31,22 +30,27 @@ class DrawKeys:
     epoch: int
     sample_ids: Sequence[int]
 
+    def check_rows(self, num_rows: int) -> None:
+        """Raise `ValueError` unless there is one sample id for each of `num_rows` prompts."""
+        if len(self.sample_ids) != num_rows:
+            raise ValueError(f"{num_rows} prompts need as many sample ids in `keys`, got {len(self.sample_ids)}.")
+
     def uniforms(
-        self, rows: Sequence[int], anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int
+        self, rows: Sequence[int] | torch.Tensor, anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int
     ) -> torch.Tensor:
         """
-        Return one number in [0, 1) per row, or per row and slot.
+        Return one number in [0, 1) per draw, or per draw and slot.
 
         Args:
-            rows (`Sequence[int]`): Indices into `sample_ids`, B of them.
-            anchors (`torch.LongTensor` of shape `(B,)`): Position each row draws at.
+            rows (`Sequence[int]` or `torch.LongTensor` of shape `(B,)`): Indices into `sample_ids`, one per draw.
+            anchors (`torch.LongTensor` of shape `(B,)`): Position of each draw.
             slots (`int` or `torch.LongTensor` of shape `(S,)`): Slots to draw for.
             purpose (`int`): One of this module's constants.
 
         Returns:
             `torch.DoubleTensor` of shape `(B,)`, or `(B, S)` for a tensor of slots, on the device of `anchors`.
         """
-        sample_ids = torch.tensor([self.sample_ids[row] for row in rows], device=anchors.device)
+        sample_ids = torch.tensor(list(self.sample_ids), device=anchors.device)[rows]
         if isinstance(slots, torch.Tensor):
             sample_ids, anchors = sample_ids[:, None], anchors[:, None]
         return keyed_uniforms(self.seed, self.epoch, sample_ids, anchors, slots, purpose)
@@ -56,10 +60,12 @@ def keyed_uniforms(
     seed: int, epoch: int, sample_ids: torch.Tensor, anchors: torch.Tensor, slot: int | torch.Tensor, purpose: int
 ) -> torch.Tensor:
     """
-    Return one uniform number per block that depends on these six values alone: not on the batch, the order or the rank.
+    Return one uniform number per block that depends on these six values alone: not on the batch, the order or the
+    rank.
 
     A counter-based generator, so that two walks which meet at an anchor draw the same block there.
-    Source: Steele et al., Fast splittable pseudorandom number generators (OOPSLA 2014), the mixing function of SplitMix64.
+    Source: Steele et al., Fast splittable pseudorandom number generators (OOPSLA 2014), the mixing function of
+    SplitMix64.
 
     Args:
         seed (`int`), epoch (`int`), purpose (`int`): Keys; `purpose` keeps different uses of one slot apart.

@@ -15,41 +15,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from ..drafters.base import DraftContext, Drafter, Proposal
-from ..target.frozen import FrozenTarget, TargetReading
-from .acceptance import (
-    SamplingSettings,
-    choose_tokens,
-    settle_blocks,
-    token_probs,
-    verify_greedy,
-    verify_sampled,
-)
+from ..drafters.base import DraftContext, Drafter
+from ..target.frozen import FrozenTarget
+from ..target.reading import TargetReading
+from .acceptance import choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
+from .drafting import DraftingSettings, draft_blocks
 from .keyed_random import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys
-from .sampler import draws_drafts, greedy_chooser, sampling_chooser
 from .types import Rollout
-
-
-@dataclass(frozen=True)
-class LiveSettings:
-    """
-    How a live rollout decodes.
-
-    Attributes:
-        num_drafts (`int`): Drafts per block, K.
-        max_new_tokens (`int`): Longest response.
-        sampling ([`SamplingSettings`]): Temperature, top-k and top-p; temperature 0 decodes greedily.
-        draft_sampling (`str`): `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's distribution).
-        eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
-        keep_branch_hidden (`bool`): Record the target's hidden states on draft-induced states.
-    """
-
-    num_drafts: int
-    max_new_tokens: int
-    sampling: SamplingSettings
-    draft_sampling: str
-    eos_token_ids: Sequence[int]
-    keep_branch_hidden: bool
 
 
 @dataclass
@@ -67,82 +39,85 @@ def rollout_live(
     target: FrozenTarget,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
-    settings: LiveSettings,
+    settings: DraftingSettings,
     keys: DrawKeys,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
     on_finished: Callable[[int], object] | None = None,
 ) -> Rollout:
     """
     Decode a batch of prompts speculatively until every row ends.
 
-    The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise, whatever the
-    drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
+    The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise,
+    whatever the drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
     Decoding](https://huggingface.co/papers/2211.17192), section 2.3.
 
     Args:
         target ([`FrozenTarget`]): The target.
         drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
-        settings ([`LiveSettings`]): How to decode.
+        settings ([`DraftingSettings`]): How to draft and verify.
         keys ([`DrawKeys`]):
-            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that rounding breaks. Nothing
-            is drawn at temperature 0.
-        on_finished (`Callable`, *optional*): Called with the number of rows that ended since the last call, for a progress bar.
+            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that
+            rounding breaks. Nothing is drawn at temperature 0.
+        max_new_tokens (`int`): Longest response.
+        eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
+        on_finished (`Callable`, *optional*):
+            Called with the number of rows that ended since the last call, for a progress bar.
 
     Returns:
         [`Rollout`] with one row per prompt, in order.
 
     Raises:
-        ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many drafts, or the
-            target's cache cannot be rolled back, or there is not one sample id per prompt.
+        ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many
+            drafts, or the target's cache cannot be rolled back, or there is not one sample id per prompt.
     """
-    _check(target, drafter, prompts, settings)
-    if len(keys.sample_ids) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many sample ids in `keys`, got {len(keys.sample_ids)}.")
-    was_training = drafter.training
-    drafter.eval()
-    try:
-        batch = _LiveBatch(target, drafter, prompts, settings, keys)
+    _check(target, drafter, prompts, settings.num_drafts, max_new_tokens)
+    keys.check_rows(len(prompts))
+    with drafter.evaluating():
+        batch = _LiveBatch(target, drafter, prompts, settings, keys, max_new_tokens, eos_token_ids)
         num_open = len(prompts)
         while True:
             if on_finished is not None and len(batch.active) < num_open:
                 on_finished(num_open - len(batch.active))
             num_open = len(batch.active)
             if not num_open:
-                break
+                return batch.finish()
             batch.run_round()
-        return batch.finish()
-    finally:
-        drafter.train(was_training)
 
 
-def _check(target: FrozenTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], settings: LiveSettings) -> None:
+def _check(
+    target: FrozenTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], num_drafts: int, max_new_tokens: int
+) -> None:
     target.require_rollback()
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
     if not len(prompts) or empty:
         raise ValueError(
             f"Every prompt needs at least one token; {len(prompts)} prompts given, empty rows: {empty[:10]}."
         )
-    if settings.num_drafts < 1 or settings.max_new_tokens < 1:
+    if num_drafts < 1 or max_new_tokens < 1:
         raise ValueError(
-            f"`num_drafts` and `max_new_tokens` must be at least 1, got {settings.num_drafts} and {settings.max_new_tokens}."
+            f"`num_drafts` and `max_new_tokens` must be at least 1, got {num_drafts} and {max_new_tokens}."
         )
-    if drafter.max_drafts is not None and settings.num_drafts > drafter.max_drafts:
+    if drafter.max_drafts is not None and num_drafts > drafter.max_drafts:
         raise ValueError(
-            f"`num_drafts` {settings.num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, or train "
-            "a drafter with a larger `block_size`."
+            f"`num_drafts` {num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, "
+            "or train a drafter with a larger `block_size`."
         )
     limit = target.config.max_position_embeddings
-    needed = max(len(prompt) for prompt in prompts) + settings.max_new_tokens + settings.num_drafts
+    needed = max(len(prompt) for prompt in prompts) + max_new_tokens + num_drafts
     if needed > limit:
         raise ValueError(
-            f"Prompt, response and one block may take {needed} positions but the target has {limit}. Lower `max_prompt_length` or "
-            "`max_completion_length`."
+            f"Prompt, response and one block may take {needed} positions but the target has {limit}. Lower "
+            "`max_prompt_length` or `max_completion_length`."
         )
 
 
 class _LiveBatch:
     """
-    State of one batch. Per-row lists cover all prompts; tensors cover the unfinished rows only, named by `self.active`.
+    State of one batch. Per-row lists cover all prompts; tensors cover the unfinished rows only, named by
+    `self.active`.
     """
 
     def __init__(
@@ -150,13 +125,16 @@ class _LiveBatch:
         target: FrozenTarget,
         drafter: Drafter,
         prompts: Sequence[Sequence[int]],
-        settings: LiveSettings,
+        settings: DraftingSettings,
         keys: DrawKeys,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int],
     ):
         self.target, self.drafter, self.settings, self.keys = target, drafter, settings, keys
+        self.max_new_tokens = max_new_tokens
         self.layer_ids = drafter.config.target_layer_ids
         self.device = target.device
-        self.eos = torch.tensor(list(settings.eos_token_ids), dtype=torch.long, device=self.device)
+        self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.blocks: list[list[_Block]] = [[] for _ in prompts]
         self.texts: list[torch.Tensor | None] = [None] * len(prompts)
@@ -164,7 +142,7 @@ class _LiveBatch:
         self.num_target_forwards = 0
         self._prefill(prompts)
 
-    # -- start ---------------------------------------------------------------------------------------------------------
+    # -- start --------------------------------------------------------------------------------------------------------
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read the left-padded prompts, commit the first token of each and encode the drafter's context."""
@@ -182,11 +160,11 @@ class _LiveBatch:
         self.cache_mask = is_token.long()
         reading = self._step(left, (index - shift).clamp(min=0))
         first = self._choose_first(self.target.project(reading.last_hidden[:, -1]), lengths - 1)
-        capacity = width + self.settings.max_new_tokens + K + 1
+        capacity = width + self.max_new_tokens + K + 1
         self.text = right.new_zeros(len(prompts), capacity)
         self.text[:, :width] = right
         self.text.scatter_(1, lengths[:, None], first[:, None])
-        self.limit = lengths + self.settings.max_new_tokens
+        self.limit = lengths + self.max_new_tokens
         self.length = lengths + 1
         # From left padding to positions: entry p of a row lies `shift` slots to the right.
         source = (index + shift).clamp(max=width - 1)
@@ -199,47 +177,40 @@ class _LiveBatch:
     def _encode(self, features: torch.Tensor, position_ids: torch.Tensor) -> DraftContext:
         next_ids = self.text.gather(1, position_ids + 1)
         features = features.to(self.drafter.device)
-        return self.drafter.encode_context(features, self.target.embed(next_ids), position_ids)
+        return self.drafter.encode_context(features, next_ids, position_ids, self.target.embed)
 
-    # -- one round -----------------------------------------------------------------------------------------------------
+    # -- one round ----------------------------------------------------------------------------------------------------
 
     def run_round(self) -> None:
         """Draft a block for every unfinished row, verify all of them in one target forward, and commit."""
         anchors = self.length - 1
-        proposal = self._propose(anchors)
-        drafts = proposal.drafts[:, 0]
+        drafts, draft_probs = self._draft(anchors)
         block = torch.cat([self.text.gather(1, anchors[:, None]), drafts], dim=1)
         positions = anchors[:, None] + torch.arange(block.shape[1], device=self.device)
         self.cache_mask = torch.cat([self.cache_mask, torch.ones_like(block)], dim=1)
         reading = self._step(block, positions)
-        accepted, next_tokens = self._verify(anchors, proposal, self.target.project(reading.last_hidden))
+        accepted, next_tokens = self._verify(anchors, drafts, draft_probs, self.target.project(reading.last_hidden))
         self._record(anchors, drafts, accepted, reading)
         self._commit(anchors, drafts, accepted, next_tokens, reading.features, positions)
 
-    def _propose(self, anchors: torch.Tensor) -> Proposal:
-        settings = self.settings
-        choose = greedy_chooser()
-        if draws_drafts(settings.sampling, settings.draft_sampling):
-            uniforms = self._uniforms(anchors, self._slots(settings.num_drafts), LIVE_DRAFT)
-            choose = sampling_chooser(settings.sampling, uniforms[:, None])
-        return self.drafter.propose(
-            self.context.prefix(int(anchors.max())),
-            anchors[:, None],
-            self.text.gather(1, anchors[:, None]),
-            settings.num_drafts,
-            self.target.embed,
-            self.target.project,
-            choose,
+    def _draft(self, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a block of drafts per row, and the distributions they were drawn from, if they were."""
+        uniforms = None
+        if self.settings.draws_drafts:
+            uniforms = self._uniforms(anchors, self._slots(self.settings.num_drafts), LIVE_DRAFT)[:, None]
+        context = self.context.prefix(int(anchors.max()))
+        tokens = self.text.gather(1, anchors[:, None])
+        drafts, probs = draft_blocks(
+            self.target, self.drafter, context, anchors[:, None], tokens, self.settings, uniforms
         )
+        return drafts[:, 0], None if probs is None else probs[:, 0]
 
     def _verify(
-        self, anchors: torch.Tensor, proposal: Proposal, logits: torch.Tensor
+        self, anchors: torch.Tensor, drafts: torch.Tensor, draft_probs: torch.Tensor | None, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return accepted drafts and the bonus or correction token of every row."""
-        drafts = proposal.drafts[:, 0]
         if self.settings.sampling.is_greedy:
             return verify_greedy(drafts, logits.argmax(dim=-1))
-        draft_probs = None if proposal.probs is None else proposal.probs[:, 0]
         target_probs = token_probs(logits, self.settings.sampling)
         accept_uniforms = self._uniforms(anchors, self._slots(drafts.shape[1]), LIVE_ACCEPT)
         return verify_sampled(
@@ -282,7 +253,7 @@ class _LiveBatch:
         self.context.write(self._encode(features, positions), positions)
         self._retire((first_eos <= accepted) | (new_length >= self.limit))
 
-    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+    # -- bookkeeping --------------------------------------------------------------------------------------------------
 
     def _step(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TargetReading:
         self.num_target_forwards += 1
@@ -295,7 +266,9 @@ class _LiveBatch:
         return self.keys.uniforms(self.active, anchors, slots, purpose)
 
     def _choose_first(self, logits: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
-        """Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts."""
+        """
+        Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts.
+        """
         if self.settings.sampling.is_greedy:
             return logits.argmax(dim=-1)
         distribution = token_probs(logits, self.settings.sampling)

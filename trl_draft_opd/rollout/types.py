@@ -1,8 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a rollout hands on: the text, and every block that was drafted along it. Data only.
+The result of a rollout: the text, and every block that was drafted along it. Data only.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = the target's hidden size
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = the target's hidden
+                size
 """
 
 from dataclasses import dataclass, replace
@@ -21,15 +22,16 @@ class Rollout:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Prompt and response, right-padded.
         attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
         completion_mask (`torch.BoolTensor` of shape `(B, L)`):
-            Tokens the target wrote. Each run of them is one response with a chain of its own: one per row from live decoding,
-            one per answer of a stored chat.
+            Tokens the target wrote. Each run of them is one response with a chain of its own: one per row from live
+            decoding, one per response of a stored chat.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchor of each block; -1 where a row has fewer blocks.
         drafts (`torch.LongTensor` of shape `(B, A, K)`):
-            Drafted tokens; slot `k` stands at index `k - 1`. Behind the first rejection there are drafts only if
+            Drafted tokens; slot `k` is at index `k - 1`. Behind the first rejection there are drafts only if
             `has_suffix`; else these entries hold any id.
         accepted (`torch.LongTensor` of shape `(B, A)`): Accepted drafts inside the text, 0..K.
         is_censored (`torch.BoolTensor` of shape `(B, A)`): The text ended before the block's fate was known.
-        is_counted (`torch.BoolTensor` of shape `(B, A)`): The block lies inside the text by geometry alone; tau counts these.
+        is_counted (`torch.BoolTensor` of shape `(B, A)`):
+            The block lies inside the text by geometry alone; tau counts these.
         branch_hidden (`torch.Tensor` of shape `(B, A, K, H)` or `None`):
             Input of the target's head at the draft-induced state of each slot; `None` when not recorded.
         has_suffix (`bool`): Whether the slots behind the first rejection were drafted.

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Checkpoints as folders that prove themselves: written beside their place, listed with sizes and hashes, then renamed.
+Checkpoints as folders that prove themselves: filled in a temporary folder, listed with sizes and hashes, then renamed.
 
 Knows files and nothing of what is in them: no model, no trainer, no process group.
 """
@@ -36,7 +36,7 @@ _OURS = re.compile(rf"{_NAME.pattern}|{_PROBE}")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written, or was not written by this package; the message says what and why."""
+    """A folder that is not what was written, or was not written by this package; the message states what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Checkpoint:
 
     Attributes:
         folder (`Path`): The folder.
-        step (`int`): Optimiser steps behind it.
+        step (`int`): Optimizer steps behind it.
         is_resumable (`bool`): Whether it holds more than the drafter.
-        run_id (`str`): The run that wrote it; a run that is gone on with keeps its id.
+        run_id (`str`): The run that wrote it; a resumed run keeps its id.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the name of the folder of a checkpoint after `step` optimiser steps."""
+    """Return the name of the folder of a checkpoint after `step` optimizer steps."""
     return f"checkpoint-{step}"
 
 
@@ -68,11 +68,12 @@ def writing_checkpoint(output_dir: Path, step: int, *, is_resumable: bool, run_i
     Yield an empty folder to fill; on leaving, its files are listed in a manifest, forced to the disk and put in place.
 
     Args:
-        output_dir (`Path`): Where checkpoints stand.
+        output_dir (`Path`): The folder of all checkpoints.
         step (`int`), is_resumable (`bool`), run_id (`str`): See [`Checkpoint`].
     """
     with making_folder(output_dir / checkpoint_name(step)) as staged:
         yield staged
+        files = sorted(path for path in staged.rglob("*") if path.is_file())
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -81,8 +82,7 @@ def writing_checkpoint(output_dir: Path, step: int, *, is_resumable: bool, run_i
             "run_id": run_id,
             "files": {
                 path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-                for path in sorted(staged.rglob("*"))
-                if path.is_file()
+                for path in files
             },
         }
         content["sha256"] = _digest(content)
@@ -126,9 +126,38 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     )
 
 
+def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Checkpoint | None:
+    """
+    Return the checkpoint that `resume_from_checkpoint` asks for, `None` to start from the beginning.
+
+    Args:
+        output_dir (`Path`): The folder of all checkpoints.
+        asked (`str`, `Path`, `bool` or `None`):
+            `True` or `"true"`: the newest valid one. `"auto"`: the same, `None` if there are none. A path: that one.
+
+    Raises:
+        ValueError: If it does not exist, is damaged, or holds the drafter alone.
+    """
+    word = str(asked).lower()
+    if asked in (None, False) or (word == "auto" and not list_checkpoints(output_dir)):
+        return None
+    if word in ("true", "auto"):
+        return newest_valid(output_dir)
+    folder = Path(asked)
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint {str(folder)!r} to resume from. Check the path, or give `True`.")
+    try:
+        return _read_resumable(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(folder)!r} is not a checkpoint to resume from: {error}. Give `resume_from_checkpoint=True` for the "
+            "newest valid one in `output_dir`, or start a new run from its drafter: give the folder as `model`."
+        ) from error
+
+
 def newest_valid(output_dir: Path) -> Checkpoint:
     """
-    Return the newest checkpoint that a run can go on from, and say which newer ones were passed over and why.
+    Return the newest checkpoint that a run can resume from, and report which newer ones were passed over and why.
 
     Raises:
         ValueError: If there is none; the message lists what was found.
@@ -137,29 +166,33 @@ def newest_valid(output_dir: Path) -> Checkpoint:
     skipped = []
     for _, folder in reversed(list_checkpoints(output_dir)):
         try:
-            found = read_checkpoint(folder)
-        except DamagedCheckpoint as error:
+            found = _read_resumable(folder)
+        except ValueError as error:
             skipped.append(f"{folder.name}: {error}")
             continue
-        if not found.is_resumable:
-            skipped.append(f"{folder.name}: it holds the drafter alone (`save_only_model=True`)")
-            continue
         if skipped:
-            logger.warning("Going on from %s. Passed over %s", folder.name, "; ".join(skipped))
+            logger.warning("Resuming from %s. Passed over %s", folder.name, "; ".join(skipped))
         return found
     reasons = "; ".join(skipped) if skipped else "there is no folder called checkpoint-N"
     raise ValueError(
-        f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with `resume_from_checkpoint=None` and another "
-        "`output_dir`, or give a drafter's folder as `model`."
+        f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with "
+        "`resume_from_checkpoint=None` and another `output_dir`, or give a drafter's folder as `model`."
     )
+
+
+def _read_resumable(folder: Path) -> Checkpoint:
+    found = read_checkpoint(folder)
+    if not found.is_resumable:
+        raise ValueError("it holds the drafter alone (`save_only_model=True`)")
+    return found
 
 
 def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) -> None:
     """
-    Delete the oldest checkpoints beyond `limit`; what this package did not write, or what is damaged, is neither counted nor deleted.
+    Delete the oldest checkpoints beyond `limit`; what is damaged or foreign is neither counted nor deleted.
 
     Args:
-        output_dir (`Path`): Where checkpoints stand.
+        output_dir (`Path`): The folder of all checkpoints.
         limit (`int` or `None`): Checkpoints to keep, at least 1; `None` keeps all.
         protected (`Path` or `None`): The best one, never deleted.
     """
@@ -175,7 +208,7 @@ def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) 
         valid.append(folder)
     kept = set(valid[-limit:])
     if protected is not None and protected in valid:
-        # The best takes the place of an old one, never of the newest: training goes on from there.
+        # The best takes the place of an old one, never of the newest, from which training resumes.
         kept = {protected, *[folder for folder in valid if folder != protected][-max(limit - 1, 1) :]}
     for folder in valid:
         if folder not in kept:
@@ -184,14 +217,14 @@ def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) 
 
 def check_output_dir(output_dir: Path, run_id: str | None) -> None:
     """
-    Refuse to write a run's checkpoints among those of another, which a later resume would mix up, or where nothing can be written.
+    Refuse to write a run's checkpoints among another's, which a later resume would mix up, or where no file can be.
 
     Args:
-        output_dir (`Path`): Where checkpoints will stand.
-        run_id (`str` or `None`): The run that is gone on with; `None` for a new one.
+        output_dir (`Path`): The folder of all checkpoints.
+        run_id (`str` or `None`): The run that is resumed; `None` for a new one.
 
     Raises:
-        ValueError: Naming what is there and the ways out.
+        ValueError: Naming what is there and the fixes.
         OSError: If nothing can be written there; now rather than at the first checkpoint.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -202,7 +235,8 @@ def check_output_dir(output_dir: Path, run_id: str | None) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"No checkpoint can be written ({error.strerror}), so training was not begun. Mend the folder, or name another `output_dir`",
+            f"No checkpoint can be written ({error.strerror}), so training was not started. Repair the folder, or "
+            "name another `output_dir`",
             str(output_dir),
         ) from error
     others = []
@@ -216,7 +250,7 @@ def check_output_dir(output_dir: Path, run_id: str | None) -> None:
         others.append(folder.name)
     if others:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {', '.join(others)} of another run. Go on with that run with "
+            f"`output_dir` {str(output_dir)!r} holds {', '.join(others)} of another run. Resume that run with "
             "`resume_from_checkpoint=True`, or give this one another `output_dir`; nothing there was touched."
         )
 

@@ -1,59 +1,113 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Which rows the target reads together, and what its branch tokens may see. Pure tensors and lists: knows no model.
+The target's states on drafted branches of a text. A branch starts at the first rejected draft of a block, on the
+committed prefix before it; many branches are packed behind the text's cache and read in one forward pass.
 
-Shape letters:  B = sequences, L = text length, R = rows of a group, n = branch tokens
+Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L = text length, n = branch tokens of a
+                row, H = the target's hidden size
 """
 
-from collections.abc import Sequence
-
 import torch
+from transformers import DynamicCache
+
+from .frozen import FrozenTarget
+from .reading import TargetReading, rows_of_similar_width
 
 
-# Rows are read together down to this share of the widest one's tokens, and in any case within this many tokens of it:
-# beyond, padding costs more than another forward.
-SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
-
-
-def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: tuple[int, int]) -> torch.Tensor:
-    """Put the parts, `(rows, length, (R, length, ...) tensor)` each, into one `(B, L, ...)` tensor."""
-    rows, length, first = parts[0]
-    if len(rows) == shape[0] and length == shape[1]:
-        return first
-    padded = first.new_zeros(*shape, first.shape[-1])
-    for rows, length, part in parts:
-        padded[rows, :length] = part
-    return padded
-
-
-def rows_of_similar_width(widths: torch.Tensor) -> list[list[int]]:
+@torch.no_grad()
+def score_branches(
+    target: FrozenTarget,
+    reading: TargetReading,
+    anchors: torch.Tensor,
+    drafts: torch.Tensor,
+    is_branch: torch.Tensor,
+) -> torch.Tensor:
     """
-    Group rows of similar width, see `SIMILAR_WIDTH`, widest first; rows without any tokens are left out.
+    Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few
+    where rows differ widely in length or in the number of branch tokens.
+
+    The tokens of a branch attend to the committed prefix and to their own branch, at the positions the drafts were
+    proposed for; blocks do not see each other.
 
     Args:
-        widths (`torch.LongTensor` of shape `(B,)`): Tokens of each row, of its text or of its branches.
+        target ([`FrozenTarget`]): Reader of the text.
+        reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
+        anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries are padding.
+        drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
+        is_branch (`torch.BoolTensor` of shape `(B, A, K)`):
+            Slots whose state holds a rejected draft: per block one run of slots, its first slot at least the second.
+
+    Returns:
+        `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero
+        outside `is_branch`.
+
+    Raises:
+        ValueError: If the target cannot branch, see [`FrozenTarget.require_rollback`].
     """
-    counts = widths.tolist()
-    groups: list[list[int]] = []
-    for row in sorted(range(len(counts)), key=lambda row: -counts[row]):
-        if counts[row] == 0:
-            continue
-        widest = counts[groups[-1][0]] if groups else None
-        if widest is None or counts[row] < min(SIMILAR_WIDTH * widest, widest - SIMILAR_TOKENS):
-            groups.append([])
-        groups[-1].append(row)
-    return [sorted(group) for group in groups]
+    target.require_rollback()
+    assert reading.caches, "branches are scored on top of the text's cache"
+    hidden = reading.last_hidden.new_zeros(*drafts.shape, reading.last_hidden.shape[-1])
+    num_tokens = is_branch.flatten(1).sum(dim=1)
+    for text in reading.caches:
+        for places in rows_of_similar_width(num_tokens[text.rows]):
+            picked = torch.tensor(places, device=hidden.device)
+            rows = text.rows[picked]
+            cache = text.cache if len(places) == len(text.rows) else _rows_of_cache(target, text.cache, picked)
+            scored = _score_rows(target, cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
+            hidden[rows] = scored.to(hidden)
+    return hidden
+
+
+def _score_rows(
+    target: FrozenTarget,
+    cache: DynamicCache,
+    length: int,
+    anchors: torch.Tensor,
+    drafts: torch.Tensor,
+    is_branch: torch.Tensor,
+) -> torch.Tensor:
+    """Score the branches of rows whose text of padded `length` is in `cache`, as [`score_branches`] does."""
+    B, A, K = drafts.shape
+    num_tokens = is_branch.flatten(1).sum(dim=1)
+    # The tokens of a row's branches, packed to the front in order of block and slot.
+    order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    order = order[:, : int(num_tokens.max())]
+    is_token = torch.arange(order.shape[1], device=order.device) < num_tokens[:, None]
+    block, slot = order // K, order % K  # the slot's index: slot k is at k - 1
+    # The state of slot k ends with the draft before it, at position a + k - 1.
+    tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
+    positions = (anchors.gather(1, block) + slot).clamp(min=0)
+    first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
+    is_visible = branch_mask(positions - slot + first_slot, block, slot, is_token, length)
+    # In the additive form, which every attention implementation takes.
+    mask = torch.zeros(is_visible.shape, dtype=target.causal_lm.dtype, device=is_visible.device)
+    mask = mask.masked_fill_(~is_visible, torch.finfo(mask.dtype).min)[:, None]
+    tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
+    scored = target.step(tokens, mask, positions, cache, ()).last_hidden
+    row = torch.arange(B, device=order.device)[:, None].expand_as(order)
+    hidden = scored.new_zeros(B, A, K, scored.shape[-1])
+    hidden[row[is_token], block[is_token], slot[is_token]] = scored[is_token]
+    return hidden
 
 
 def branch_mask(
     prefix_ends: torch.Tensor, block: torch.Tensor, slot: torch.Tensor, is_token: torch.Tensor, length: int
 ) -> torch.Tensor:
     """
-    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its branch's
-    first token), or a token of its own branch up to itself.
+    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its
+    branch's first token), or a token of its own branch up to itself.
     """
     index = torch.arange(length, device=block.device)
     # Position 0 is text in every row, so that no query is left without a key.
     sees_text = (index < prefix_ends[..., None]) | (index == 0)
     sees_branch = (block[:, :, None] == block[:, None]) & (slot[:, :, None] >= slot[:, None]) & is_token[:, None]
     return torch.cat([sees_text, sees_branch], dim=2)
+
+
+def _rows_of_cache(target: FrozenTarget, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """Return a cache of the given rows alone."""
+    picked = DynamicCache(config=target.config)
+    for number, layer in enumerate(cache.layers):
+        own = rows.to(layer.keys.device)
+        picked.update(layer.keys[own], layer.values[own], number)
+    return picked

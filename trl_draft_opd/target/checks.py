@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What a target must be able to do before anything is learnt from it: hold its embedding, layers and head, and read text as finite
-numbers.
+What a target must fulfil before a drafter learns from it: its embedding, layers and head are in reach, and it reads
+text as finite numbers.
 
 Shape letters:  B = sequences, L = text length, H = hidden size
 """
@@ -19,7 +19,7 @@ def require_weights(causal_lm: PreTrainedModel) -> None:
     Check that embedding and head can be called outside of the model.
 
     Raises:
-        ValueError: If one of them is missing, offloaded or quantised, with the way out.
+        ValueError: If one of them is missing, offloaded or quantised, with the fix.
     """
     kind = f"Target of type {causal_lm.config.model_type!r}"
     for name, module in {
@@ -29,18 +29,18 @@ def require_weights(causal_lm: PreTrainedModel) -> None:
         weight = getattr(module, "weight", None)
         if weight is None:
             raise ValueError(
-                f"{kind} ({type(causal_lm).__name__}) has no {name} with a plain `weight`. Load it with `AutoModelForCausalLM`; where it is "
-                f"quantised, leave the {name} out (`modules_to_not_convert`)."
+                f"{kind} ({type(causal_lm).__name__}) has no {name} with a plain `weight`. Load it with "
+                f"`AutoModelForCausalLM`; where it is quantised, leave the {name} out (`modules_to_not_convert`)."
             )
         if weight.is_meta:
             raise ValueError(
-                f"{kind} has its {name} on the meta device: it was offloaded or never loaded. Load it without offloading, in a lower "
-                f"precision or on more devices; the {name} must stay in memory."
+                f"{kind} has its {name} on the meta device: it was offloaded or never loaded. Load it without "
+                f"offloading, in a lower precision or on more devices; the {name} must stay in memory."
             )
         if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation, with `modules_to_not_convert` or bitsandbytes' "
-                "`llm_int8_skip_modules=['lm_head']`."
+                f"{kind} has its {name} in {weight.dtype}. Leave it out of the quantisation, with "
+                "`modules_to_not_convert` or bitsandbytes' `llm_int8_skip_modules=['lm_head']`."
             )
 
 
@@ -49,20 +49,21 @@ def find_layers(backbone: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
     Return the decoder layers of a model without its head.
 
     Raises:
-        ValueError: If there is no list of as many layers as the config says.
+        ValueError: If no list has as many layers as the config states.
     """
     for module in backbone.children():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module
     raise ValueError(
-        f"Target of type {config.model_type!r} has no list of {config.num_hidden_layers} decoder layers in its backbone "
-        f"{type(backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of transformers are supported."
+        f"Target of type {config.model_type!r} has no list of {config.num_hidden_layers} decoder layers in its "
+        f"backbone {type(backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of "
+        "transformers are supported."
     )
 
 
 class NotFiniteError(FloatingPointError):
     """
-    Says which rows the target reads as NaN or infinity.
+    Names the rows that the target reads as NaN or infinity.
 
     Args:
         rows (`list[int]`): The rows.
@@ -75,14 +76,14 @@ class NotFiniteError(FloatingPointError):
         if dtype != torch.float32:
             cause = f"Its numbers overflow in {dtype}, or its weights are damaged: try `target_dtype='float32'`"
         super().__init__(
-            f"The target's hidden states are NaN or infinite in rows {rows} of {place}. {cause}, and look at these rows."
+            f"The target's hidden states are NaN or infinite in rows {rows} of {place}. {cause}, and check these rows."
         )
         self.rows, self.dtype = rows, dtype
 
 
 @contextmanager
 def naming_rows(names: Sequence[int] | torch.Tensor, place: str) -> Iterator[None]:
-    """Let a [`NotFiniteError`] raised inside speak of `names[row]`, rows of `place`, where it speaks of `row`."""
+    """Let a [`NotFiniteError`] raised inside name `names[row]`, rows of `place`, in place of `row`."""
     try:
         yield
     except NotFiniteError as error:
@@ -95,7 +96,7 @@ def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> Non
 
     Args:
         hidden (`torch.Tensor` of shape `(B, L, H)`): Hidden states.
-        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text; what stands at padding does not matter.
+        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text; padding is not checked.
 
     Raises:
         NotFiniteError: Naming the rows.

@@ -1,14 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The frozen target: load it, tap its layers, read text, decode with its cache, score branches. Knows no drafter.
+The frozen target: load it, tap its layers, read text, decode with its cache. Knows no drafter.
 
-Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens, A = anchors per sequence, K = drafts per
-                block, H = the target's hidden size, F = feature width (tapped layers times H), V = vocabulary
+Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens, H = the target's hidden size,
+                F = feature width (tapped layers times H), V = vocabulary
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +19,15 @@ from ..data.text_reader import TextReader
 from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from ..utils.private_trl import create_model_from_path
-from .branches import branch_mask, pad_rows, rows_of_similar_width
 from .checks import find_layers, refuse_not_finite, require_weights
 from .placement import Lockstep, device_of, place_whole, shard_layers
-
-
-@dataclass(frozen=True)
-class CachedRows:
-    """
-    Keys and values of some rows of a text.
-
-    Attributes:
-        rows (`torch.LongTensor` of shape `(R,)`): The rows, ascending.
-        length (`int`): Positions in the cache: the rows' longest text.
-        cache ([`~transformers.DynamicCache`]): Their cache.
-    """
-
-    rows: torch.Tensor
-    length: int
-    cache: DynamicCache
-
-
-@dataclass(frozen=True)
-class TargetReading:
-    """
-    What one forward pass of the target leaves behind.
-
-    Attributes:
-        features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
-        last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
-        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were asked for.
-    """
-
-    features: torch.Tensor
-    last_hidden: torch.Tensor
-    caches: tuple[CachedRows, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held by features and hidden states."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
-
-    def without_caches(self) -> "TargetReading":
-        """Return the same reading with its caches let go."""
-        return TargetReading(self.features, self.last_hidden)
+from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
 
 
 class FrozenTarget:
     """
-    The LLM being accelerated: frozen, in evaluation mode, and read through three calls that keep only what is asked for.
+    The LLM being accelerated: frozen, in evaluation mode, and read through two calls, `read_text` and `step`, that
+    keep only what the caller needs.
 
     Not an `nn.Module`, so that no trainer, optimiser or checkpoint ever picks up its weights.
 
@@ -79,7 +38,8 @@ class FrozenTarget:
             Its tokenizer.
 
     Raises:
-        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be reproduced outside of it.
+        ValueError: If the model is multimodal, has no decoder layers to tap, its head is quantised, or cannot be
+            reproduced outside of it.
 
     Example:
 
@@ -96,7 +56,7 @@ class FrozenTarget:
         self.config = text_config(causal_lm.config)
         self.backbone = causal_lm.base_model
         self.layers = find_layers(self.backbone, self.config)
-        # A counter for reports: forward passes of `read_text`, `step` and `score_branches`.
+        # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
         require_weights(causal_lm)
@@ -137,7 +97,7 @@ class FrozenTarget:
         if isinstance(target, PreTrainedModel):
             if init_kwargs:
                 raise ValueError(
-                    f"`target_model_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the target's id "
+                    f"`target_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the target's id "
                     "or path, or load it with these arguments yourself."
                 )
             return cls(target, tokenizer)
@@ -150,7 +110,7 @@ class FrozenTarget:
             )
         return cls(model, tokenizer)
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -189,16 +149,14 @@ class FrozenTarget:
         """
         Find an id that text never uses, for DFlash's masks.
 
-        Looks for the tokenizer's mask token, then for `<|mask|>` or `<|MASK|>`, then for a row of the embedding beyond the
+        Tries the tokenizer's mask token, then `<|mask|>` or `<|MASK|>`, then a row of the embedding beyond the
         tokenizer.
 
         Raises:
             ValueError: If there is none.
         """
         if self.tokenizer is None:
-            raise ValueError(
-                "The target has no tokenizer to look for a mask token in. Pass `mask_token_id=` yourself."
-            )
+            raise ValueError("The target has no tokenizer to find a mask token in. Pass `mask_token_id=`.")
         if self.tokenizer.mask_token_id is not None:
             return self.tokenizer.mask_token_id
         vocabulary = self.tokenizer.get_vocab()
@@ -208,8 +166,8 @@ class FrozenTarget:
         if len(self.tokenizer) < self.vocab_size:
             return len(self.tokenizer)
         raise ValueError(
-            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of a "
-            "reserved token that your text never contains."
+            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of "
+            "a reserved token that your text never contains."
         )
 
     def text_reader(self, **settings: Any) -> TextReader:
@@ -240,7 +198,8 @@ class FrozenTarget:
         Refuse targets whose cache cannot forget rejected drafts.
 
         Raises:
-            ValueError: For recurrent, linear-attention and sliding-window targets, saying which and what serves them.
+            ValueError: For recurrent, linear-attention and sliding-window targets, with the reason and what works
+                instead.
         """
         reason = None
         layer_types = set(getattr(self.config, "layer_types", None) or [])
@@ -252,9 +211,9 @@ class FrozenTarget:
             reason = f"uses a sliding window of {self.config.sliding_window} tokens, counted in cache slots that include rejected drafts"
         if reason is not None:
             raise ValueError(
-                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full attention in every layer. "
-                "Such a target trains without them: supervised with `eval_rollouts=False`, or with `rollout='replay'`, "
-                "`rejected_scope='first'` and no `eval_dataset`."
+                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full "
+                "attention in every layer. Such a target trains without them: supervised with `eval_rollouts=False`, "
+                "or with `rollout='replay'`, `rejected_scope='first'` and no `eval_dataset`."
             )
 
     def place(self, device: torch.device) -> None:
@@ -262,8 +221,8 @@ class FrozenTarget:
         Move the weights to `device`, unless they were spread over devices or quantised on loading.
 
         Raises:
-            ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved, on another kind
-                of device.
+            ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved,
+                on another kind of device.
         """
         place_whole(self.causal_lm, device)
 
@@ -271,8 +230,9 @@ class FrozenTarget:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
-        From now on the three calls below, and `generate` of the model, are collective too: every rank ends each phase of using them
-        with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it alone any more.
+        From now on `read_text`, `step` and `generate` of the model are collective too: every rank ends each phase of
+        using them with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it
+        alone any more.
         """
         self.weights_fingerprint = weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
@@ -283,11 +243,14 @@ class FrozenTarget:
         return self._lockstep is not None
 
     def finish_together(self) -> None:
-        """End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole. Collective."""
+        """
+        End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole.
+        Collective.
+        """
         if self._lockstep is not None:
             self._lockstep.finish()
 
-    # -- what it does --------------------------------------------------------------------------------------------------
+    # -- what it does -------------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """
@@ -339,11 +302,11 @@ class FrozenTarget:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Right-padded token ids.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
             layer_ids (`Sequence[int]`): Layers to tap, ascending.
-            keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for [`score_branches`].
+            keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for `score_branches`.
 
         Returns:
-            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the padding that
-            the longest row of all would give it; positions no row of a group reaches hold 0.
+            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the
+            padding that the longest row of all would give it; positions no row of a group reaches hold 0.
 
         Raises:
             NotFiniteError: If a hidden state of the text is NaN or infinite.
@@ -356,7 +319,7 @@ class FrozenTarget:
             length = int(lengths[rows].max())
             cache = DynamicCache(config=self.config) if keep_cache else None
             texts = (tensor[rows, :length] for tensor in (input_ids, attention_mask, position_ids))
-            parts.append((rows, length, self._forward(*texts, cache, layer_ids)))
+            parts.append((rows, length, self.step(*texts, cache, layer_ids)))
             caches += [CachedRows(rows, length, cache)] if keep_cache else []
         features, last_hidden = (
             pad_rows([(rows, length, getattr(part, name)) for rows, length, part in parts], input_ids.shape)
@@ -371,105 +334,21 @@ class FrozenTarget:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        cache: DynamicCache,
-        layer_ids: Sequence[int],
-    ) -> TargetReading:
-        """
-        Read `n` new tokens per row on top of the cache, which grows by `n` slots.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, n)`): New tokens.
-            attention_mask (`torch.LongTensor` of shape `(B, C + n)`): 0 hides a slot: left padding or a rejected draft.
-            position_ids (`torch.LongTensor` of shape `(B, n)`): True positions, whatever slots hold the tokens.
-            cache ([`~transformers.DynamicCache`]): Cache of `C` slots, changed in place.
-            layer_ids (`Sequence[int]`): Layers to tap, ascending.
-        """
-        return self._forward(input_ids, attention_mask, position_ids, cache, layer_ids)
-
-    @torch.no_grad()
-    def score_branches(
-        self, reading: TargetReading, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few of them, of
-        rows of similar width, where rows differ widely in the number of branch tokens.
-
-        The branch of a block starts at its first rejected draft, on the committed prefix before it. Its tokens attend to that
-        prefix and to their own branch, at the positions the drafts were proposed for; blocks do not see each other.
-
-        Args:
-            reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
-            anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries mark padding.
-            drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
-            is_branch (`torch.BoolTensor` of shape `(B, A, K)`):
-                Slots whose state holds a rejected draft: per block one run of slots, its first slot at least the second.
-
-        Returns:
-            `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero outside
-            `is_branch`.
-
-        Raises:
-            ValueError: If the target cannot branch, see [`require_rollback`].
-        """
-        self.require_rollback()
-        assert reading.caches, "branches are scored on top of the text's cache"
-        B, A, K = drafts.shape
-        hidden = reading.last_hidden.new_zeros(B, A, K, reading.last_hidden.shape[-1])
-        num_tokens = is_branch.flatten(1).sum(dim=1)
-        for text in reading.caches:
-            for places in rows_of_similar_width(num_tokens[text.rows]):
-                picked = torch.tensor(places, device=hidden.device)
-                rows = text.rows[picked]
-                cache = text.cache if len(places) == len(text.rows) else self._cache_rows(text.cache, picked)
-                scored = self._score_rows(cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
-                hidden[rows] = scored.to(hidden)
-        return hidden
-
-    def _score_rows(
-        self, cache: DynamicCache, length: int, anchors: torch.Tensor, drafts: torch.Tensor, is_branch: torch.Tensor
-    ) -> torch.Tensor:
-        """Score the branches of rows whose text of padded `length` is in `cache`, as [`score_branches`] does."""
-        B, A, K = drafts.shape
-        num_tokens = is_branch.flatten(1).sum(dim=1)
-        # The tokens of a row's branches, packed to the front in order of block and slot.
-        order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        order = order[:, : int(num_tokens.max())]
-        is_token = torch.arange(order.shape[1], device=order.device) < num_tokens[:, None]
-        block, slot = order // K, order % K  # the slot's index: slot k stands at k - 1
-        # The state of slot k ends with the draft before it, which stands at position a + k - 1.
-        tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
-        positions = (anchors.gather(1, block) + slot).clamp(min=0)
-        first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
-        mask = branch_mask(positions - slot + first_slot, block, slot, is_token, length)
-        tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
-        scored = self._forward(tokens, self._attention_mask(mask), positions, cache, ()).last_hidden
-        row = torch.arange(B, device=order.device)[:, None].expand_as(order)
-        hidden = scored.new_zeros(B, A, K, scored.shape[-1])
-        hidden[row[is_token], block[is_token], slot[is_token]] = scored[is_token]
-        return hidden
-
-    def _cache_rows(self, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-        """Return a cache of the given rows alone."""
-        picked = DynamicCache(config=self.config)
-        for number, layer in enumerate(cache.layers):
-            own = rows.to(layer.keys.device)
-            picked.update(layer.keys[own], layer.values[own], number)
-        return picked
-
-    def _attention_mask(self, is_visible: torch.Tensor) -> torch.Tensor:
-        """Return a boolean mask `(B, n, C)` in the additive form every attention implementation takes."""
-        dtype = self.causal_lm.dtype
-        hidden = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
-        return hidden.masked_fill_(~is_visible, torch.finfo(dtype).min)[:, None]
-
-    def _forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
         cache: DynamicCache | None,
         layer_ids: Sequence[int],
     ) -> TargetReading:
+        """
+        Read `n` new tokens per row in one forward pass, on top of the cache, which grows by `n` slots.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, n)`): New tokens.
+            attention_mask (`torch.LongTensor` of shape `(B, C + n)`):
+                0 hides a slot: left padding or a rejected draft. Or additive and per query, `(B, 1, n, C + n)`.
+            position_ids (`torch.LongTensor` of shape `(B, n)`): True positions, whatever slots hold the tokens.
+            cache ([`~transformers.DynamicCache`] or `None`): Cache of `C` slots, changed in place; `None` to keep
+            none.
+            layer_ids (`Sequence[int]`): Layers to tap, ascending.
+        """
         self.num_forwards += 1
         with self._tapped(layer_ids) as taps:
             output = self.backbone(
@@ -514,6 +393,6 @@ class FrozenTarget:
             actual.float(), expected.float(), rtol=1e-2, atol=1e-2
         ):
             raise ValueError(
-                f"The head of target type {self.config.model_type!r} does something to its logits that this package does not know: "
-                "they differ from the model's own. Distilling from it would be wrong; please report the family."
+                f"The head of target type {self.config.model_type!r} changes its logits in a way that this package "
+                "does not know, so distilling from it would be wrong. Please report the family."
             )

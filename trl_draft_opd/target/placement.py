@@ -1,9 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Where the target's weights lie: whole on one device, spread over several of one process, or a share of every layer on each rank.
+Where the target's weights are: whole on one device, spread over several of one process, or a share of every layer on
+each rank.
 
-A sharded layer is put together by all ranks for the time of its forward pass, so all ranks have to run the backbone equally often,
-though their texts differ in number and length. `Lockstep` sees to that. Knows no drafter and no trainer.
+A sharded layer is put together by all ranks for the time of its forward pass, so all ranks have to run the backbone
+equally often, though their texts differ in number and length. `Lockstep` sees to that. Knows no drafter and no
+trainer.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +23,9 @@ Loaded = TypeVar("Loaded")
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device a module with a `weight` runs on, also where accelerate's hooks fetch the weight when it runs."""
+    """
+    Return the device a module with a `weight` runs on, also where accelerate's hooks fetch the weight when it runs.
+    """
     if module.weight.device.type == "meta":
         return torch.device(module._hf_hook.execution_device)
     return module.weight.device
@@ -42,22 +46,24 @@ def check_placement(causal_lm: PreTrainedModel, *, shard: bool, num_processes: i
         num_processes (`int`): Ranks of the launch.
 
     Raises:
-        ValueError: If it was spread over devices and there are several processes, or is spread or quantised and to be sharded.
+        ValueError: If it was spread over devices and there are several processes, or is spread or quantised and to be
+            sharded.
     """
     devices = devices_of(causal_lm)
     if num_processes > 1 and len(devices) > 1:
         raise ValueError(
-            f"The target's `device_map` spreads it over {sorted(devices)}, but {num_processes} processes share these devices. Leave "
-            "`device_map` out and set `shard_target=True`, or launch one process."
+            f"The target's `device_map` spreads it over {sorted(devices)}, but {num_processes} processes share these "
+            "devices. Leave `device_map` out and set `shard_target=True`, or launch one process."
         )
     if shard and devices:
         raise ValueError(
-            f"`shard_target=True` places the target's layers itself, but a `device_map` put them on {sorted(devices)}. Leave one of the two out."
+            "`shard_target=True` places the target's layers itself, but a `device_map` put them on "
+            f"{sorted(devices)}. Leave one of the two out."
         )
     if shard and getattr(causal_lm.config, "quantization_config", None) is not None:
         raise ValueError(
-            "`shard_target=True` cannot shard quantised weights. Load the target without its `quantization_config`, or leave it whole on every "
-            "rank: it is small for being quantised."
+            "`shard_target=True` cannot shard quantised weights. Load the target without its `quantization_config`, "
+            "or leave it whole on every rank: it is small for being quantised."
         )
 
 
@@ -66,7 +72,8 @@ def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
     Move a model to `device`, unless it was spread over devices or quantised on loading.
 
     Raises:
-        ValueError: If it was spread, and its embedding is not on `device`; or quantised, which cannot be moved, on another kind of device.
+        ValueError: If it was spread, and its embedding is not on `device`; or quantised, which cannot be moved, on
+            another kind of device.
     """
     is_spread = getattr(causal_lm, "hf_device_map", None) is not None
     is_quantized = getattr(causal_lm.config, "quantization_config", None) is not None
@@ -75,21 +82,24 @@ def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
     embedding = device_of(causal_lm.get_input_embeddings())
     if is_spread and embedding != device:
         raise ValueError(
-            f"The target's `device_map` puts its embedding on {embedding}, but the drafter trains on {device}. Map `embed_tokens` there."
+            f"The target's `device_map` puts its embedding on {embedding}, but the drafter trains on {device}. Map "
+            "`embed_tokens` there."
         )
     if is_quantized and embedding.type != device.type:
         raise ValueError(
-            f"The quantised target was loaded to {embedding.type!r} but training runs on {device.type!r}, and quantised weights cannot be moved. "
-            "Name its place, e.g. `target_model_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+            f"The quantised target was loaded to {embedding.type!r} but training runs on {device.type!r}, and "
+            "quantised weights cannot be moved. Name its place, e.g. "
+            "`target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
         )
 
 
 class Lockstep:
     """
-    Makes every rank run a sharded backbone as often as the rank that needs it most, in phases that all ranks end together.
+    Makes every rank run a sharded backbone as often as the rank that needs it most, in phases that all ranks end
+    together.
 
-    Before a forward pass a rank says that it needs one; a rank whose phase is over answers that it needs none, and runs one token
-    along until nobody needs any.
+    Before a forward pass a rank announces that it needs one; a rank whose phase is over announces that it needs none,
+    and runs one token along until no rank needs any.
 
     Args:
         backbone (`nn.Module`): The sharded module.
@@ -115,7 +125,9 @@ class Lockstep:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """End a phase: run along until no rank needs a forward pass any more. Collective; once per phase on every rank."""
+        """
+        End a phase: run along until no rank needs a forward pass any more. Collective; once per phase on every rank.
+        """
         while self._is_needed(False):
             self._is_idle = True
             try:
@@ -129,7 +141,8 @@ def shard_layers(
     causal_lm: PreTrainedModel, backbone: nn.Module, layers: Sequence[nn.Module], device: torch.device
 ) -> Lockstep:
     """
-    Shard a frozen model's decoder layers over all ranks, one by one, in place; embedding, norms outside of layers, and head stay whole.
+    Shard a frozen model's decoder layers over all ranks, one by one, in place; embedding, norms outside of layers, and
+    head stay whole.
 
     Args:
         causal_lm ([`~transformers.PreTrainedModel`]): The whole model, equal on every rank; moved to `device`.
@@ -151,7 +164,10 @@ def shard_layers(
 
 
 def load_in_turns(load: Callable[[], Loaded]) -> Loaded:
-    """Call `load` on one rank of each machine after another, so that one whole copy stands in its memory at a time. Collective."""
+    """
+    Call `load` on one rank of each machine after another, so that its memory holds one whole copy at a time.
+    Collective.
+    """
     state = PartialState()
     loaded = None
     for turn in range(state.num_processes):

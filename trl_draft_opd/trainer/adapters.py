@@ -2,8 +2,9 @@
 """
 Training a LoRA adapter in place of the whole drafter: make it, save it, load its weights, merge it.
 
-An adapted drafter is a [`~peft.PeftModel`], which hands every call it does not know on to the drafter inside, whose layers apply the
-adapter. So whatever calls the drafter's layers as modules respects it, and nothing else in training has to know.
+An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside, whose
+layers apply the adapter. So whatever calls the drafter's layers as modules respects it, and nothing else in training
+has to know.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..drafters.published.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
+from ..drafters.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
 from ..runs.distributed.launch import is_sharded
 
 
@@ -28,20 +29,12 @@ if TYPE_CHECKING:
 
 # Fields of a `LoraConfig` that training, saving and merging here respect; any other one must be left at its default.
 _SUPPORTED = frozenset(
-    "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora lora_bias init_lora_weights "
-    "rank_pattern alpha_pattern layers_to_transform layers_pattern task_type peft_type peft_version auto_mapping "
-    "base_model_name_or_path revision inference_mode".split()
+    "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora lora_bias "
+    "init_lora_weights rank_pattern alpha_pattern layers_to_transform layers_pattern task_type peft_type "
+    "peft_version auto_mapping base_model_name_or_path revision inference_mode".split()
 )
 # The others rewrite the drafter's own weights, so that the adapter's file would not fit the drafter it names.
 _INITIALISATIONS = (True, False, "gaussian")
-# What a training record says of an adapter, and the field it is in.
-_RECORDED = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
 
 
 def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: int) -> "Drafter | PeftModel":
@@ -50,27 +43,28 @@ def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: i
 
     Args:
         drafter ([`Drafter`]):
-            The drafter, as it lies in the folder or repository that its config names: an adapter's file is worth nothing without.
+            The drafter, equal to the one in the folder or repository that its config names: an adapter's file is
+            useless without it.
         peft_config ([`~peft.LoraConfig`] or `None`):
-            The adapter; not changed. Without `target_modules`, or with `"all-linear"`, it goes into every linear layer but the head.
-            `None` returns the drafter as it is.
+            The adapter; not changed. Without `target_modules`, or with `"all-linear"`, it goes into every linear layer
+            but the head. With `None` the drafter is returned as it is.
         seed (`int`): Of the adapter's initial weights.
 
     Returns:
-        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter does, bit for bit,
-        unless `init_lora_weights=False` asks for something else.
+        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter
+        does, bit for bit, unless `init_lora_weights=False` asks for something else.
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If the config is of a kind that a drafter cannot take, names layers that it does not have, or the drafter differs
-            from what its config names.
+        ValueError: If the config is of a kind that a drafter cannot take, names layers that it does not have, or the
+            drafter differs from what its config names.
     """
     if peft_config is None:
         return drafter
     peft = require_peft("Training with `peft_config`")
     config = _checked(peft_config, drafter, peft.LoraConfig)
     base = _checked_base(drafter)
-    # The draws must not move those of whatever is made next; adapters are made on the CPU.
+    # The draws must not move those of whatever comes next; adapters are made on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(drafter, config)
@@ -82,16 +76,17 @@ def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: i
 
 
 def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[LoraConfig]") -> "LoraConfig":
-    """Return a copy of a config that a drafter can take, its layers named; raise `ValueError` if it is none."""
+    """Return a copy of a config that a drafter can take, its layers named; raise `ValueError` if it cannot."""
     if getattr(peft_config, "is_prompt_learning", False) or not isinstance(peft_config, lora_config):
         raise ValueError(
-            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` alone: it reads the target's hidden states, "
-            "to which no prompt can be added, and what is published is the drafter with the adapter merged in."
+            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` only: it reads the "
+            "target's hidden states, to which no prompt can be added, and what is published is the drafter with the "
+            "adapter merged in."
         )
     if peft_config.task_type is not None:
         raise ValueError(
-            f"`peft_config` has task_type {peft_config.task_type!r}, for which PEFT expects a model that generates or classifies. A drafter is "
-            "neither: leave `task_type` out."
+            f"`peft_config` has task_type {peft_config.task_type!r}, for which PEFT expects a model that generates or "
+            "classifies. A drafter is neither: leave `task_type` out."
         )
     defaults = lora_config()
     names = [field.name for field in dataclasses.fields(peft_config) if field.name not in _SUPPORTED]
@@ -100,10 +95,21 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
         raise ValueError(f"`peft_config` sets {unknown}, which drafters do not support. Leave them at their defaults.")
     if peft_config.init_lora_weights not in _INITIALISATIONS:
         raise ValueError(
-            f"`init_lora_weights` {peft_config.init_lora_weights!r} rewrites the drafter's own weights, which the adapter's file does not hold. "
-            f"Use one of {_INITIALISATIONS}."
+            f"`init_lora_weights` {peft_config.init_lora_weights!r} rewrites the drafter's own weights, which the "
+            f"adapter's file does not hold. Use one of {_INITIALISATIONS}."
         )
     config = copy.deepcopy(peft_config)
+    _name_layers(config, drafter)
+    if config.modules_to_save and drafter.dtype != torch.float32:
+        raise ValueError(
+            f"`modules_to_save` trains whole layers in float32, but the drafter is in {drafter.dtype}. Load it in "
+            "float32, or use `target_modules` alone."
+        )
+    return config
+
+
+def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
+    """Fill in the layers a config leaves to us; raise `ValueError` if it names some that the drafter does not have."""
     linear = {name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)}
     if config.target_modules in (None, "all-linear"):
         config.target_modules = sorted({name.split(".")[-1] for name in linear} - {"lm_head"})
@@ -115,14 +121,9 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
         if missing:
             leaves = sorted({name.split(".")[-1] for name in known if name} - {str(i) for i in range(len(known))})
             raise ValueError(
-                f"`{setting}` names {sorted(missing)}, which this {drafter.config.family} drafter does not have. It has {leaves}."
+                f"`{setting}` names {sorted(missing)}, which this {drafter.config.family} drafter does not have. It "
+                f"has {leaves}."
             )
-    if config.modules_to_save and drafter.dtype != torch.float32:
-        raise ValueError(
-            f"`modules_to_save` trains whole layers in float32, but the drafter is in {drafter.dtype}. Load it in float32, or use "
-            "`target_modules` alone."
-        )
-    return config
 
 
 def _names_any(name: str, modules: set[str]) -> bool:
@@ -130,12 +131,15 @@ def _names_any(name: str, modules: set[str]) -> bool:
 
 
 def _checked_base(drafter: Drafter) -> str:
-    """Return the folder or id a drafter was loaded from, having held the drafter to it; raise `ValueError` if it is not what lies there."""
+    """
+    Return the folder or id a drafter was loaded from; raise `ValueError` if the drafter differs from what is there.
+    """
     name = drafter.config.name_or_path
-    way_out = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model`."
+    fix = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model`."
     if not name:
         raise ValueError(
-            f"With `peft_config` only the adapter is saved, which is worth nothing without the drafter it was trained on, and this one was never saved. {way_out}"
+            "With `peft_config` only the adapter is saved, which is useless without the drafter it was trained on, "
+            f"and this one was never saved. {fix}"
         )
     own = drafter.state_dict()
     there = AutoDrafter.from_pretrained(
@@ -143,8 +147,8 @@ def _checked_base(drafter: Drafter) -> str:
     ).state_dict()
     if own.keys() != there.keys() or any(not torch.equal(own[key].cpu(), there[key]) for key in own):
         raise ValueError(
-            f"With `peft_config` only the adapter is saved, but the drafter has been trained since it was loaded from {name!r}: the adapter would not "
-            f"fit what lies there. {way_out}"
+            "With `peft_config` only the adapter is saved, but the drafter has been trained since it was loaded from "
+            f"{name!r}: the adapter would not fit what is there. {fix}"
         )
     return name
 
@@ -163,29 +167,30 @@ def check_adapter_launch(model: nn.Module, accelerator: Accelerator) -> None:
     """
     if is_adapted(model) and is_sharded(accelerator):
         raise ValueError(
-            "`peft_config` under FSDP or ZeRO-3 is not supported: adapters are small, and what they leave frozen needs no optimiser state to "
-            "shard. Launch with plain data parallelism (DDP) or ZeRO-2."
+            "`peft_config` under FSDP or ZeRO-3 is not supported: adapters are small, and what they leave frozen "
+            "needs no optimizer state to shard. Launch with plain data parallelism (DDP) or ZeRO-2."
         )
 
 
 def merged_drafter(model: "Drafter | PeftModel") -> Drafter:
-    """Return a drafter with its adapter, if it has one, merged into a copy; `model` goes on training as it is."""
+    """Return a drafter with its adapter, if it has one, merged into a copy; `model` is not changed."""
     return merge(model) if is_adapted(model) else model
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:
-    """Return what a training record says of an adapter: nothing where there is none."""
+    """Return what a training record states about an adapter: nothing where there is none."""
     if not is_adapted(model):
         return {}
     config = model.peft_config["default"]
-    return {name: getattr(config, field) for name, field in _RECORDED.items()}
+    names = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    return {"lora_r": config.r} | {name: getattr(config, name) for name in names}
 
 
 def save_drafter(
     model: "Drafter | PeftModel", folder: Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
     """
-    Save a drafter; of an adapted one the adapter alone, in PEFT's own files, beside the drafter's config.
+    Save a drafter; of an adapted one the adapter alone, in PEFT's own files, with the drafter's config.
 
     Args:
         model ([`Drafter`] or [`~peft.PeftModel`]): What is trained, without its distributed wrapper.
@@ -195,13 +200,13 @@ def save_drafter(
     if not is_adapted(model):
         model.save_pretrained(folder, state_dict=state_dict)
         return
-    # Not `PeftModel.save_pretrained`: it writes a card of its own, and the whole head where the adapter touches it.
+    # Not `PeftModel.save_pretrained`, which writes a card of its own, and the whole head where the adapter touches it.
     tensors = _adapter_tensors(model, state_dict)
     save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    # What it says of the target is this training's, not the base's.
+    # What it states about the target is this training's, not the base's.
     model.config.save_pretrained(folder)
 
 
@@ -233,7 +238,7 @@ def load_adapter_weights(model: "PeftModel", folder: str | Path) -> None:
     wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
     if wrong:
         raise ValueError(
-            f"The adapter in {str(folder)!r} has another `peft_config` than this run: {len(wrong)} tensors differ in name or shape, the first is "
-            f"{wrong[0]!r} ({shapes.get(wrong[0])} there, {wanted.get(wrong[0])} here)."
+            f"The adapter in {str(folder)!r} has another `peft_config` than this run: {len(wrong)} tensors differ in "
+            f"name or shape, the first is {wrong[0]!r} ({shapes.get(wrong[0])} there, {wanted.get(wrong[0])} here)."
         )
     require_peft("Loading an adapter").set_peft_model_state_dict(model, tensors)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
-from ..rollout.sampler import check_draft_sampling
+from ..rollout.drafting import check_draft_sampling
 from ..utils.private_trl import _BaseConfig
 
 
@@ -29,10 +29,10 @@ class DraftTrainingConfig(_BaseConfig):
     Parameters:
         > Parameters that control the target
 
-        target_model_init_kwargs (`dict[str, Any]`, *optional*):
+        target_init_kwargs (`dict[str, Any]`, *optional*):
             Further arguments for loading the target by id or path, as JSON on the command line, e.g. a `quantization_config`. A quantised
             target is another target: the drafter is trained for its text and its states.
-        target_model_revision (`str`, *optional*):
+        target_revision (`str`, *optional*):
             Revision of the target.
         target_dtype (`str`, *optional*, defaults to `"auto"`):
             Precision of the target's weights. `"auto"` keeps the checkpoint's: the target is only read. Use
@@ -134,7 +134,7 @@ class DraftTrainingConfig(_BaseConfig):
     > (every parameter is used in every step).
     """
 
-    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_init_kwargs", "chat_template_kwargs"]
 
     # transformers renamed it in 5.23; both names work with every version, and without a value on the command line.
     activation_checkpointing: bool | None = field(
@@ -159,10 +159,10 @@ class DraftTrainingConfig(_BaseConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for unused parameters; drafters have none."}
     )
-    target_model_init_kwargs: dict[str, Any] | str | None = field(
+    target_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments for loading the target by id or path."}
     )
-    target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
+    target_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
     target_dtype: str = field(default="auto", metadata={"help": "Precision of the target's weights, e.g. `float32`."})
     shard_target: bool = field(
         default=False,

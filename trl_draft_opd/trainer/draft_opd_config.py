@@ -39,8 +39,6 @@ class DraftOPDConfig(DraftTrainingConfig):
         warn_mismatch_share (`float`, *optional*, defaults to `0.01`), max_mismatch_share (`float`, *optional*, defaults to `0.1`):
             Share of response tokens, of the first step, that are not the target's own choice, from which on a replay warns, and
             refuses. Another engine's rounding moves well under 1 %; another model, template or temperature far more than 10 %.
-        anchor_mode (`str`, *optional*, defaults to `"error"`):
-            `"error"`: the anchors of the drafter's own chain. `"random"`: as many positions drawn at random, the ablation.
         rejected_scope (`str`, *optional*, defaults to `"first"`):
             `"first"`: the first rejected slot alone; `"suffix"`: every slot from there on, as the paper. The default departs from the
             paper: at equal FLOPs the suffix was behind by 1.9 to 3.3 % of tau in three of four pairs and not clearly apart in the
@@ -93,9 +91,6 @@ class DraftOPDConfig(DraftTrainingConfig):
     max_mismatch_share: float = field(
         default=0.1, metadata={"help": "Share of tokens the target would not write from which on a replay refuses."}
     )
-    anchor_mode: str = field(
-        default="error", metadata={"help": "`error`: the anchors of the drafter's chain; `random`: the ablation."}
-    )
     rejected_scope: str = field(
         default="first",
         metadata={"help": "`first`: the first rejected slot alone; `suffix`: every slot from there on, as the paper."},
@@ -127,7 +122,6 @@ class DraftOPDConfig(DraftTrainingConfig):
         check_position_decay(self.position_decay)
         for name, known in {
             "rollout": ("live", "replay"),
-            "anchor_mode": ("error", "random"),
             "rejected_scope": REJECTED_SCOPES,
             "supervised_anchors": SUPERVISED_ANCHORS,
         }.items():

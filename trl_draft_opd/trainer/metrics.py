@@ -1,13 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once.
-"""
+"""Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
+from ..rollout.counts import Counts
 from ..rollout.types import Rollout
 
 
@@ -28,12 +28,12 @@ class MetricSums:
         return {name: list(sums) for name, sums in self._sums.items()}
 
     def load(self, state: dict[str, list[float]]) -> None:
-        """Go on from the sums of a checkpoint."""
+        """Continue from the sums of a checkpoint."""
         self._sums.clear()
         self.add({name: (numerator, denominator) for name, (numerator, denominator) in state.items()})
 
     def pop(self) -> dict[str, float]:
-        """Return the ratios over all ranks and start anew; metrics without any denominator are left out. Collective."""
+        """Return the ratios over all ranks and start anew; metrics whose denominator is 0 are left out. Collective."""
         merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for sums in gather_object([dict(self._sums)]):
             for name, (numerator, denominator) in sums.items():
@@ -51,24 +51,44 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tu
 
     tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`.
     """
-    counted = rollout.is_counted
+    counts, num_rows = Counts.of_rollout(rollout), float(len(rollout.anchors))
     # The last token of every response: of a chat, there are several in a row.
     is_written = rollout.completion_mask
     is_last = is_written.clone()
     is_last[:, :-1] &= ~is_written[:, 1:]
     last_ids = rollout.input_ids[is_last].tolist()
     num_cut = sum(token not in eos_token_ids for token in last_ids)
-    num_counted = float(counted.sum())
-    accepted = rollout.accepted[counted]
+    num_blocks = float(counts.num_blocks)
     sums = {
-        "tau": (float(accepted.sum()) + num_counted, num_counted),
-        "response_length": (float(rollout.completion_mask.sum()), float(len(rollout.anchors))),
-        "rounds": (float(rollout.num_rounds.sum()), float(len(rollout.anchors))),
-        "refused_responses": (float(rollout.num_refused), float(len(rollout.anchors))),
+        "tau": (float(sum(counts.accepted_sums)), num_blocks),
+        "response_length": (float(rollout.completion_mask.sum()), num_rows),
+        "rounds": (float(rollout.num_rounds.sum()), num_rows),
+        "refused_responses": (float(rollout.num_refused), num_rows),
         "truncated_responses": (float(num_cut), float(len(last_ids))),
         # A text that ends with its first token has nothing to draft.
-        "empty_responses": (float((rollout.completion_mask.sum(dim=1) <= 1).sum()), float(len(rollout.anchors))),
+        "empty_responses": (float((rollout.completion_mask.sum(dim=1) <= 1).sum()), num_rows),
     }
-    for slot in range(1, rollout.drafts.shape[-1] + 1):
-        sums[f"acceptance/slot_{slot}"] = (float((accepted >= slot).sum()), num_counted)
-    return sums
+    slots = enumerate(counts.kept_at_slot, 1)
+    return sums | {f"acceptance/slot_{slot}": (float(kept), num_blocks) for slot, kept in slots}
+
+
+@dataclass(frozen=True)
+class DecodedPrompt:
+    """
+    What one evaluation prompt adds to a measurement.
+
+    Attributes:
+        sample_id (`int`), ids (`list[int]`): Its row in the dataset, and its tokens.
+        counts ([`Counts`]): Of its blocks.
+    """
+
+    sample_id: int
+    ids: list[int]
+    counts: Counts
+
+
+def decoded_prompts(rollout: Rollout, sample_ids: Sequence[int]) -> list[DecodedPrompt]:
+    """Return what each row of a live rollout adds to a measurement."""
+    counts, lengths = Counts.of_rollout(rollout), rollout.prompt_lengths.tolist()
+    rows = zip(sample_ids, rollout.input_ids.tolist(), lengths, strict=True)
+    return [DecodedPrompt(number, ids[:length], counts.row(i)) for i, (number, ids, length) in enumerate(rows)]

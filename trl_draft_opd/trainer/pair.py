@@ -1,12 +1,15 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What both trainers do before the first step: load the pair, check that it belongs together, prepare data and messages.
+The pair that a run trains: loading drafter and target, and checking that they, the tokenizer, the data and `output_dir` belong
+together.
 """
 
+import copy
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,13 +28,58 @@ from ..responses.origin import fingerprint_weights
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
+from .adapters import adapt_drafter
 from .common_config import DraftTrainingConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 logger = logging.getLogger(__name__)
 
 # Files by which a tokenizer lies in a folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    A drafter and the target it drafts for, checked against each other.
+
+    Attributes:
+        target ([`FrozenTarget`]): The target.
+        drafter ([`Drafter`] or [`~peft.PeftModel`]): What is trained, with its adapter if it has one.
+        num_drafts (`int`): Drafts per block in rollouts and evaluation.
+    """
+
+    target: FrozenTarget
+    drafter: "Drafter | PeftModel"
+    num_drafts: int
+
+
+def load_pair(
+    model: str | Path | Drafter,
+    target: str | Path | PreTrainedModel | FrozenTarget,
+    args: DraftTrainingConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: "PeftConfig | None",
+) -> Pair:
+    """
+    Load what a trainer is given, and write into the drafter's config which target it is trained for. Collective if the target is to be
+    sharded.
+
+    Raises:
+        ValueError, TypeError: If drafter, target, tokenizer and settings do not belong together; each message names value and fix.
+    """
+    frozen = load_target(target, args, processing_class)
+    drafter = load_drafter(model, frozen, args)
+    drafter.config.num_target_layers = frozen.num_layers
+    if frozen.config.name_or_path:
+        drafter.config.target_model_name_or_path = frozen.config.name_or_path
+        drafter.config.target_model_revision = args.target_revision
+    num_drafts = args.num_drafts or drafter.default_num_drafts
+    return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts)
 
 
 def load_target(
@@ -43,26 +91,27 @@ def load_target(
     Load or wrap the target as the config says. Collective if it is to be sharded.
 
     Raises:
-        ValueError: If it is spread over devices, or quantised, where the launch has no use for that.
+        ValueError: If it is spread over devices, or quantised, where the launch has no use for that, or `processing_class` is another
+            model's.
     """
+    shard = args.shard_target and args.world_size > 1
+    if args.shard_target and not shard:
+        logger.warning("`shard_target=True` has no effect with one process: the target stays whole.")
 
     def load() -> FrozenTarget:
         frozen = FrozenTarget.load(
             target,
             dtype=args.target_dtype,
-            revision=args.target_model_revision,
+            revision=args.target_revision,
             trust_remote_code=args.trust_remote_code,
             tokenizer=processing_class,
-            init_kwargs=args.target_model_init_kwargs,
+            init_kwargs=args.target_init_kwargs,
         )
         check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not frozen.is_sharded:
             frozen.shard(args.device, fingerprint_weights(frozen.causal_lm))
         return frozen
 
-    shard = args.shard_target and args.world_size > 1
-    if args.shard_target and not shard:
-        logger.warning("`shard_target=True` has no effect with one process: the target stays whole.")
     frozen = load_in_turns(load) if shard else load()
     if processing_class is not None:
         check_tokenizer(processing_class, frozen.config.name_or_path)
@@ -120,10 +169,6 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
             "with a larger `block_size`."
         )
     check_output_content(Path(args.output_dir), model, target)
-    if target.config.name_or_path:
-        model.config.target_model_name_or_path = target.config.name_or_path
-        model.config.target_model_revision = args.target_model_revision
-    model.config.num_target_layers = target.num_layers
     return model
 
 
@@ -149,7 +194,7 @@ def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -
         raise ValueError(
             f"{where} a model that a save would replace, and it is no drafter of this package: {error} {way_out}"
         ) from error
-    theirs = _describe_pair(held.family, held.config_kwargs)
+    theirs = _describe_pair(held.family, held.arguments)
     ours = _describe_pair(drafter.config.family, drafter.config.to_dict() | {"num_target_layers": target.num_layers})
     ours["target"] = hub_id_of(target.config.name_or_path)
     differ = {
@@ -235,19 +280,24 @@ def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | 
             )
 
 
-def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> None:
+def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> DraftTrainingConfig:
     """
     Compile the drafter's feed-forward and norm layers in place if `torch_compile` asks for it.
 
     The attention is fused already, and heads and losses run in chunks outside of the drafter.
+
+    Returns:
+        [`DraftTrainingConfig`]: the settings for transformers' Trainer, which must not compile the drafter as a whole: its forward
+        is redirected to the training step.
     """
     if not args.torch_compile:
-        return
+        return args
     for module in drafter.modules():
         if isinstance(module, (LlamaMLP, LlamaRMSNorm, Qwen3MLP, Qwen3RMSNorm)):
             # Rollouts and steps differ in the number of rows every time.
             module.compile(
                 backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode, dynamic=True
             )
-    # Else accelerate would compile the model as a whole, whose forward is redirected to the training step.
+    args = copy.copy(args)
     args.torch_compile_backend = args.torch_compile_mode = None
+    return args

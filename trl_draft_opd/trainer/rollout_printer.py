@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Shows what a rollout drafted: text, accepted and rejected drafts by colour. Display only.
+Print what a rollout drafted: text, accepted and rejected drafts by colour. Display only.
 """
 
 from rich.console import Console
@@ -15,12 +15,10 @@ ACCEPTED, REJECTED, COMMITTED = "green", "red strike", "bold"
 
 
 def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """
-    Return one response with its blocks: accepted drafts green, the target's own tokens bold, rejected drafts struck red.
-    """
+    """Return one response with its blocks: accepted drafts green, the target's tokens bold, rejected drafts red."""
     start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
     ids = rollout.input_ids[row].tolist()
-    # Appended, because a style of the whole text would lie under every part.
+    # Appended: a style of the whole text would apply to every part.
     styled = Text().append(tokenizer.decode(ids[start : start + 1]), style=COMMITTED)
     for block in range(int(rollout.num_rounds[row])):
         anchor, accepted = int(rollout.anchors[row, block]), int(rollout.accepted[row, block])

@@ -1,16 +1,18 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-One training step as pure functions, shared by both trainers: anchors in, a loss normalised per stream out.
+One training step as pure functions, shared by both trainers: blocks in, a loss normalised per stream out.
 
-Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block, H = hidden size, N = rows
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = hidden size, N = rows
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..drafters.base import Drafter
+from ..drafters.base import Drafter, run_blocks
 from ..losses import (
     Head,
     RowLosses,
@@ -22,10 +24,42 @@ from ..losses import (
     stream_scale,
 )
 from ..rollout.blocks import BlockBatch
+from ..rollout.replay import TargetText
+from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget, TargetReading
 
 
 STREAMS = ("accepted", "rejected", "supervised")
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """
+    One micro-batch: text that the target wrote, and the blocks to train on it.
+
+    Attributes:
+        text ([`TargetText`]): The text.
+        rollout ([`Rollout`] or `None`): Where the blocks come from; `None` where they were drafted along the text itself.
+        blocks ([`BlockBatch`]): Where to draft, and which slots belong to which stream.
+        reading ([`TargetReading`] or `None`): The target's reading of the text at the drafter's layers, if it is at hand.
+    """
+
+    text: TargetText
+    rollout: Rollout | None
+    blocks: BlockBatch
+    reading: TargetReading | None
+
+    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> "PreparedBatch":
+        """Return the batch with its reading, which the target makes at `layer_ids` if it is not at hand."""
+        if self.reading is not None:
+            return self
+        return replace(self, reading=target.read_text(self.text.input_ids, self.text.attention_mask, layer_ids))
+
+    def describe(self) -> str:
+        """Return rows, length and blocks, for messages."""
+        num_rows, length = self.text.input_ids.shape
+        num_blocks, num_drafts = int((self.blocks.anchors >= 0).sum()), self.blocks.drafts.shape[-1]
+        return f"{num_rows} rows of up to {length} tokens, {num_blocks} blocks of {num_drafts} drafts"
 
 
 @dataclass(frozen=True)
@@ -47,26 +81,44 @@ class StreamSettings:
 @dataclass(frozen=True)
 class SlotRules:
     """
-    How slots are weighed by what the current drafter makes of the committed text, on top of their stream's weights.
+    How slots are weighed by the current drafter's probabilities of the committed tokens, on top of their stream's weights.
 
     Attributes:
         d_pace_floor (`float`, *optional*): Floor of D-PACE's weights, in [0, 1]; `None` leaves them out.
-        is_until_fail (`bool`): Whether slots behind the drafter's first mismatch weigh nothing.
+        is_until_fail (`bool`, *optional*, defaults to `False`): Whether slots behind the drafter's first mismatch weigh nothing.
     """
 
-    d_pace_floor: float | None
-    is_until_fail: bool
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the drafter's probabilities of the committed tokens are asked for."""
-        return self.d_pace_floor is not None or self.is_until_fail
+    d_pace_floor: float | None = None
+    is_until_fail: bool = False
 
 
 @dataclass(frozen=True)
-class StepLoss:
+class Objective:
     """
-    The loss of one micro-batch.
+    What an optimiser step minimises.
+
+    Attributes:
+        streams (`dict[str, StreamSettings]`): The streams that take part, of `STREAMS`.
+        slot_rules ([`SlotRules`]): Factors of the row weights, decided in the forward pass.
+        chunk_bytes (`int`): Memory of the loss, see [`chunked_divergence`].
+        weight_sums (`torch.Tensor` of shape `(3,)`): [`weight_sums`] of the whole step, all ranks together.
+    """
+
+    streams: dict[str, StreamSettings]
+    slot_rules: SlotRules
+    chunk_bytes: int
+    weight_sums: torch.Tensor
+
+    def scale(self, stream: str) -> float:
+        """Return the factor of each row weight of a stream: its share of the loss over the sum of its weights."""
+        total_weight = sum(settings.weight for settings in self.streams.values())
+        weight_sum = float(self.weight_sums[STREAMS.index(stream)])
+        return stream_scale(weight_sum, self.streams[stream].weight, total_weight)
+
+
+class StepLoss(NamedTuple):
+    """
+    The loss of one micro-batch. A tuple, so that the wrappers of sharded drafters find the tensor in it.
 
     Attributes:
         loss (`torch.Tensor`): Scalar with gradient: this micro-batch's share of the optimiser step's loss.
@@ -78,116 +130,85 @@ class StepLoss:
 
 
 def row_weights(
-    anchors: BlockBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
+    blocks: BlockBatch, stream: str, settings: StreamSettings, draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
     Return the weight of every slot in a stream, `(B, A, K)`, zero outside of it and throughout a stream without a share.
 
-    Under `ce` a committed token outside the draft vocabulary cannot be learnt, so its slot weighs nothing. [`SlotRules`] are not
-    in these weights: they depend on a forward pass, and the sum over a whole optimiser step is needed before the first one.
+    Under `ce` a committed token outside the draft vocabulary cannot be learnt, so its slot weighs nothing. [`SlotRules`] are
+    not in these weights: they depend on a forward pass, and the sum over a whole step is needed before the first one.
     """
-    mask = _stream_mask(anchors, stream)
+    mask = _stream_mask(blocks, stream)
     weights = mask * position_weights(mask.shape[-1], settings.decay).to(mask.device) * float(settings.weight > 0)
     if settings.loss_type == "ce" and draft_token_ids is not None:
-        known = torch.isin(anchors.labels, draft_token_ids.to(mask.device)) | (anchors.labels < 0)
+        known = torch.isin(blocks.labels, draft_token_ids.to(mask.device)) | (blocks.labels < 0)
         weights = weights * known
     return weights
 
 
 def weight_sums(
-    batches: list[BlockBatch], settings: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
+    batches: Sequence[BlockBatch], streams: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
     Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64.
 
-    A stream that `settings` does not name takes no part: its sum is 0.
+    The sum of a stream that takes no part is 0.
     """
     sums = [
         sum(
-            float(row_weights(batch, name, settings[name], draft_token_ids).sum(dtype=torch.float64))
+            float(row_weights(batch, name, streams[name], draft_token_ids).sum(dtype=torch.float64))
             for batch in batches
-            if name in settings
+            if name in streams
         )
         for name in STREAMS
     ]
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def step_loss(
-    drafter: Drafter,
-    target: FrozenTarget,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    anchors: BlockBatch,
-    branch_hidden: torch.Tensor | None,
-    settings: dict[str, StreamSettings],
-    global_weight_sums: torch.Tensor,
-    chunk_bytes: int,
-    reading: TargetReading | None = None,
-    slot_rules: SlotRules | None = None,
-) -> StepLoss:
+def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
     """
-    Run the drafter from every anchor of a micro-batch and compare it with the target on the same states.
+    Draft every block of a micro-batch anew, with gradient, and compare the drafter with the target on the same states.
 
     Args:
         drafter ([`Drafter`]): Gradient flows into it.
-        target ([`FrozenTarget`]): Reads the text once.
-        input_ids (`torch.LongTensor` of shape `(B, L)`), attention_mask (`torch.LongTensor` of shape `(B, L)`): The text.
-        anchors ([`BlockBatch`]): Where to draft and which slots belong to which stream.
-        branch_hidden (`torch.Tensor` of shape `(B, A', K, H)`, *optional*):
-            The target's hidden states on draft-induced states of the first `A'` blocks; needed when a slot lies behind a first
-            rejection.
-        settings (`dict`): [`StreamSettings`] of the streams that take part.
-        global_weight_sums (`torch.Tensor` of shape `(3,)`):
-            Weight sums over the whole optimiser step, see `weight_sums`. Slot rules do not change them.
-        chunk_bytes (`int`): See `chunked_divergence`.
-        reading ([`TargetReading`], *optional*): The target's reading of the text at the drafter's layers, made here if not given.
-        slot_rules ([`SlotRules`], *optional*):
-            Factors of the row weights, decided in this same forward pass; none if not given.
+        target ([`FrozenTarget`]): Reads the text, unless the batch has its reading.
+        batch ([`PreparedBatch`]): Text and blocks. Slots behind a first rejection need the `branch_hidden` of its rollout.
+        objective ([`Objective`]): How slots are compared and weighed.
 
     Returns:
         [`StepLoss`]
     """
-    if reading is None:
-        reading = target.read_text(input_ids, attention_mask, drafter.config.target_layer_ids)
-    device = drafter.device
-    hidden = drafter.draft_hidden(
-        reading.features.to(device), input_ids, anchors.anchors, anchors.drafts, target.embed
-    )
-    own_head = _own_head(drafter, target) if drafter.owns_head else None
+    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).reading
+    features = reading.features.to(drafter.device)
+    hidden = run_blocks(drafter, features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
-    total_weight = sum(settings[name].weight for name in STREAMS if name in settings)
-    factors = None
-    if slot_rules is not None and slot_rules.needs_scores:
-        mask = _weighed_slots(anchors, settings)
-        factors = _slot_factors(
-            slot_rules, hidden, own_head or target_head, anchors.labels, mask, drafter.draft_token_ids, chunk_bytes
-        )
+    head = _own_head(drafter, target) if drafter.owns_head else target_head
+    branch_hidden = batch.rollout.branch_hidden if batch.rollout is not None else None
+    factors = _slot_factors(drafter, hidden, head, blocks, objective)
     # Each total below reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
     loss = hidden.new_zeros(())
     sums: dict[str, tuple[float, float]] = {}
-    for index, name in enumerate(STREAMS):
-        if name not in settings:
+    for name in STREAMS:
+        if name not in objective.streams:
             continue
-        weights = row_weights(anchors, name, settings[name], drafter.draft_token_ids)
+        weights = row_weights(blocks, name, objective.streams[name], drafter.draft_token_ids)
         if factors is not None:
             weights = weights * factors
         picked = weights > 0
-        states, target_rows = _target_states(reading.last_hidden, branch_hidden, anchors, picked)
+        states, target_rows = _target_states(reading.last_hidden, branch_hidden, blocks, picked)
         rows = chunked_divergence(
             hidden[picked],
-            own_head or target_head,
+            head,
             states,
             target_head,
             target_rows_N=target_rows,
-            labels_N=anchors.labels[picked],
+            labels_N=blocks.labels[picked],
             weights_N=weights[picked],
-            loss_type=settings[name].loss_type,
+            loss_type=objective.streams[name].loss_type,
             draft_token_ids=drafter.draft_token_ids,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=objective.chunk_bytes,
         )
-        scale = stream_scale(float(global_weight_sums[index]), settings[name].weight, total_weight)
-        loss = loss + scale * rows.total
+        loss = loss + objective.scale(name) * rows.total
         sums |= _stream_sums(name, rows, weights[picked], drafter)
     return StepLoss(loss, sums)
 
@@ -204,47 +225,40 @@ def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:
     )
 
 
-def _stream_mask(anchors: BlockBatch, stream: str) -> torch.Tensor:
-    if stream == "supervised" and anchors.is_supervised is None:
-        return torch.zeros_like(anchors.is_accepted)
-    masks = {
-        "accepted": anchors.is_accepted,
-        "rejected": anchors.is_rejected,
-        "supervised": anchors.is_supervised,
-    }
-    return masks[stream]
-
-
-def _weighed_slots(anchors: BlockBatch, settings: dict[str, StreamSettings]) -> torch.Tensor:
-    """Return the slots of streams with a share that stand for a committed token, `(B, A, K)`."""
-    mask = torch.zeros_like(anchors.is_accepted)
-    for name in settings:
-        if settings[name].weight > 0:
-            mask = mask | _stream_mask(anchors, name)
-    return mask & (anchors.labels >= 0)
+def _stream_mask(blocks: BlockBatch, stream: str) -> torch.Tensor:
+    """Return the slots of a stream, `(B, A, K)`."""
+    mask = {"accepted": blocks.is_accepted, "rejected": blocks.is_rejected, "supervised": blocks.is_supervised}[stream]
+    return torch.zeros_like(blocks.is_accepted) if mask is None else mask
 
 
 def _slot_factors(
-    slot_rules: SlotRules,
-    hidden: torch.Tensor,
-    head: Head,
-    labels: torch.Tensor,
-    mask: torch.Tensor,
-    draft_token_ids: torch.Tensor | None,
-    chunk_bytes: int,
-) -> torch.Tensor:
-    """Return the factor of every slot's weight under the slot rules, `(B, A, K)`; `mask` says which slots are trained."""
+    drafter: Drafter, hidden: torch.Tensor, head: Head, blocks: BlockBatch, objective: Objective
+) -> torch.Tensor | None:
+    """Return the factor of every slot's weight under the slot rules, `(B, A, K)`; `None` without any rule."""
+    rules, labels = objective.slot_rules, blocks.labels
+    if rules == SlotRules():
+        return None
+    # Trained slots that stand for a committed token.
+    mask = torch.zeros_like(blocks.is_accepted)
+    for name, stream in objective.streams.items():
+        if stream.weight > 0:
+            mask = mask | _stream_mask(blocks, name)
+    mask = mask & (labels >= 0)
     # A slot's chance of being reached depends on all slots before it, trained or not.
     is_read = (mask.flip(-1).cumsum(dim=-1).flip(-1) > 0) & (labels >= 0)
     scores = score_labels(
-        hidden[is_read], head, labels[is_read], draft_token_ids=draft_token_ids, chunk_bytes=chunk_bytes
+        hidden[is_read],
+        head,
+        labels[is_read],
+        draft_token_ids=drafter.draft_token_ids,
+        chunk_bytes=objective.chunk_bytes,
     )
     factors = scores.log_probs_N.new_ones(mask.shape)
-    if slot_rules.d_pace_floor is not None:
+    if rules.d_pace_floor is not None:
         log_probs = torch.zeros_like(factors)
         log_probs[is_read] = scores.log_probs_N
-        factors = factors * d_pace_weights(log_probs, mask, slot_rules.d_pace_floor)
-    if slot_rules.is_until_fail:
+        factors = factors * d_pace_weights(log_probs, mask, rules.d_pace_floor)
+    if rules.is_until_fail:
         is_top = torch.zeros_like(mask)
         is_top[is_read] = scores.is_top_N
         factors = factors * mark_until_fail(is_top)
@@ -252,7 +266,7 @@ def _slot_factors(
 
 
 def _target_states(
-    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, anchors: BlockBatch, picked: torch.Tensor
+    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, blocks: BlockBatch, picked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Return the distinct target states of the picked slots, `(M, H)`, and which of them each slot is compared with, `(N,)`.
@@ -262,8 +276,8 @@ def _target_states(
     row, block, slot = picked.nonzero(as_tuple=True)
     B, L, H = last_hidden.shape
     # Slot k (index k - 1) is predicted by the token before it, at a + k - 1.
-    state = row * L + (anchors.anchors[row, block] + slot).clamp(0, L - 1)
-    is_branch = anchors.is_branch[picked]
+    state = row * L + (blocks.anchors[row, block] + slot).clamp(0, L - 1)
+    is_branch = blocks.is_branch[picked]
     pool = last_hidden.reshape(B * L, H)
     if is_branch.any():
         assert branch_hidden is not None, "slots behind a first rejection need the target's branch states"

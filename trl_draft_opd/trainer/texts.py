@@ -1,19 +1,22 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The text of an optimiser step: the dataset's own responses, a response store, or the target asked once per prompt; rows regrouped by
-length.
+How dataset rows become the text of an optimiser step: the dataset's own responses, a response store, or the target asked once per
+prompt; rows regrouped by length.
 
 Shape letters:  B = sequences, L = text length
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
+from ..data.collators import PromptCollator, TextCollator
 from ..responses import (
     Origin,
     ResponseAudit,
@@ -29,6 +32,30 @@ from ..target.frozen import FrozenTarget
 from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
 from .pair import text_reader
+
+
+AnyDataset = Dataset | IterableDataset
+
+# Prompts can be private: a push of `output_dir` leaves out what begins with an underscore.
+PRIVATE_FOLDER = "_responses"
+
+
+def read_each(
+    read: Callable[[AnyDataset], AnyDataset], datasets: AnyDataset | dict[str, AnyDataset] | None
+) -> AnyDataset | dict[str, AnyDataset] | None:
+    """Return what `read` makes of a dataset, or of each of several by name; `None` stays `None`."""
+    if isinstance(datasets, dict):
+        return {name: read_each(read, dataset) for name, dataset in datasets.items()}
+    return None if datasets is None else read(datasets)
+
+
+def make_collator(pad_token_id: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """Return a collator of prompts and, where rows have them, of whole texts."""
+    return partial(_collate, texts=TextCollator(pad_token_id), prompts=PromptCollator(pad_token_id))
+
+
+def _collate(rows: list[dict[str, Any]], texts: TextCollator, prompts: PromptCollator) -> dict[str, torch.Tensor]:
+    return texts(rows) if "input_ids" in rows[0] else prompts(rows)
 
 
 def text_of(batch: dict[str, torch.Tensor]) -> TargetText:
@@ -47,6 +74,12 @@ def prompt_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     """Return the prompts of a batch of [`PromptCollator`], without padding."""
     lengths = batch["prompt_mask"].sum(dim=1).tolist()
     return [row[:length] for row, length in zip(batch["prompt_ids"].tolist(), lengths, strict=True)]
+
+
+def prompts_of_text(text: TargetText) -> list[list[int]]:
+    """Return what stands before the first token that the target wrote in each row, at least the row's first token."""
+    starts = text.completion_mask.long().argmax(dim=1).tolist()
+    return [row[: max(start, 1)] for row, start in zip(text.input_ids.tolist(), starts, strict=True)]
 
 
 def join_responses(
@@ -125,10 +158,6 @@ def _pad_rows(
     )
 
 
-# Prompts can be private: a push of `output_dir` leaves out what begins with an underscore.
-PRIVATE_FOLDER = "_responses"
-
-
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
     """
     Open the response store of a run.
@@ -141,7 +170,7 @@ def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore
     return ResponseStore.open(args.responses or Path(args.output_dir) / PRIVATE_FOLDER, origin)
 
 
-def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset) -> Dataset:
+def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: AnyDataset) -> Dataset:
     """
     Return every prompt with the target's response; each rank writes its share of those not in the store. Collective.
 
@@ -151,7 +180,12 @@ def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset
 
     Returns:
         `Dataset` with `prompt_ids` and `completion_ids`, in the order of `prompts`.
+
+    Raises:
+        ValueError: If `prompts` is an `IterableDataset`, or the store cannot be used, see [`open_store`].
     """
+    if isinstance(prompts, IterableDataset):
+        raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
     state = PartialState()
     store = open_store(target, args)
     prompt_ids = list(prompts["prompt_ids"])
@@ -159,53 +193,65 @@ def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Dataset
     rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
     # All ranks cut the same list into shares, so nobody may write before everybody has looked.
     state.wait_for_everyone()
-    with naming_rows([rows[prompt_key(prompt)] for prompt in missing], "the dataset"):
-        generate_missing(
-            store,
-            target,
-            missing,
-            batch_size=args.generation_batch_size,
-            seed=args.seed,
-            shard_size=args.generation_batch_size,
-            show_progress=not args.disable_tqdm and state.is_local_main_process,
-        )
+    _write_responses(store, target, args, missing, [rows[prompt_key(prompt)] for prompt in missing])
     target.finish_together()
     state.wait_for_everyone()
     store.refresh()
-    responses = [store.find(prompt) for prompt in prompt_ids]
-    return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
+    return Dataset.from_dict(
+        {"prompt_ids": prompt_ids, "completion_ids": [store.find(prompt) for prompt in prompt_ids]}
+    )
+
+
+def _write_responses(
+    store: ResponseStore,
+    target: FrozenTarget,
+    args: DraftTrainingConfig,
+    prompts: Sequence[Sequence[int]],
+    sample_ids: Sequence[int],
+) -> None:
+    """Have the target respond to prompts, which errors call by their rows in the dataset."""
+    with naming_rows(sample_ids, "the dataset"):
+        generate_missing(
+            store,
+            target,
+            prompts,
+            batch_size=args.generation_batch_size,
+            seed=args.seed,
+            shard_size=args.generation_batch_size,
+            show_progress=not args.disable_tqdm and PartialState().is_local_main_process,
+        )
 
 
 class ResponseSource:
     """
     Turns batches of rows into text the target wrote.
 
+    When the target has to write anyway, it also responds to other prompts of the training set, up to a whole generation batch, if the
+    run will come to all of them; each rank to other ones.
+
     Args:
         target ([`FrozenTarget`]): Writer of the responses.
         args ([`DraftOPDConfig`]): Settings.
-        prompts (`Dataset`, *optional*):
-            Tokenized prompts of the training set. When the target has to write anyway, it also answers prompts from here that have no
-            response yet, up to a whole generation batch; `None` where the run will not come to all of them.
-        rank (`int`), num_ranks (`int`): Ranks answer different prompts of the pool.
-        show_progress (`bool`): Draw a progress bar over responses.
+        rows (`Dataset` or `IterableDataset`, *optional*): The training set, tokenized.
     """
 
-    def __init__(
-        self,
-        target: FrozenTarget,
-        args: DraftOPDConfig,
-        prompts: Dataset | None,
-        rank: int,
-        num_ranks: int,
-        show_progress: bool,
-    ):
+    def __init__(self, target: FrozenTarget, args: DraftOPDConfig, rows: AnyDataset | None):
         self.target, self.args = target, args
-        self.prompts, self.rank, self.num_ranks = prompts, rank, num_ranks
-        self.show_progress = show_progress
-        self._next_row = rank
         # What the check of the first step's rows found.
         self.audit: ResponseAudit | None = None
         self._store: ResponseStore | None = None
+        self._further = iter(())
+        if isinstance(rows, Dataset) and not args.completions_from_target and self._comes_to_all(rows):
+            state = PartialState()
+            self._further = (rows[i] for i in range(state.process_index, len(rows), state.num_processes))
+
+    def _comes_to_all(self, rows: Dataset) -> bool:
+        """Whether training is long enough for every row."""
+        args = self.args
+        if args.max_steps <= 0:
+            return args.num_train_epochs >= 1
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+        return args.max_steps * per_step >= len(rows)
 
     @property
     def store(self) -> ResponseStore:
@@ -216,7 +262,7 @@ class ResponseSource:
 
     def texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:
         """
-        Return the text of every micro-batch of an optimiser step.
+        Return the text of every micro-batch of an optimiser step, rows of similar length together.
 
         Raises:
             ValueError: If too many tokens of the first step's text are not what this target writes, or the store is another target's.
@@ -224,7 +270,7 @@ class ResponseSource:
         if self.args.completions_from_target:
             texts = [text_of(batch) for batch in batches]
         else:
-            self._answer(batches)
+            self._respond(batches)
             texts = [self._join(batch) for batch in batches]
         if self.audit is None:
             # Once, before anything is trained on them.
@@ -235,7 +281,7 @@ class ResponseSource:
                 warn_above=self.args.warn_mismatch_share,
                 refuse_above=self.args.max_mismatch_share,
             )
-        return texts
+        return regroup_by_length(texts, self.target.pad_token_id)
 
     def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
         prompts = prompt_rows(batch)
@@ -243,33 +289,17 @@ class ResponseSource:
         device = batch["prompt_ids"].device
         return join_responses(prompts, responses, batch["sample_ids"].tolist(), self.target.pad_token_id, device)
 
-    def _answer(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Have the target answer the prompts of these batches that have no response yet, and fill the generation batch up."""
+    def _respond(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Have the target respond to the prompts of these batches that have no response yet, and fill the generation batch up."""
         prompts = [prompt for batch in batches for prompt in prompt_rows(batch)]
         if not self.store.missing(prompts):
             return
-        # Another rank, or another run on the same store, may have answered meanwhile.
+        # Another rank, or another run on the same store, may have responded meanwhile.
         self.store.refresh()
         rows = [row for batch in batches for row in batch["sample_ids"].tolist()]
         row_of = {tuple(prompt): row for prompt, row in zip(prompts, rows, strict=True)}
         missing = {tuple(prompt): row_of[tuple(prompt)] for prompt in self.store.missing(prompts)}
-        size = self.args.generation_batch_size
-        self._add_prompts(missing, size)
-        with naming_rows(list(missing.values()), "the dataset"):
-            generate_missing(
-                self.store,
-                self.target,
-                list(missing),
-                batch_size=size,
-                seed=self.args.seed,
-                shard_size=size,
-                show_progress=self.show_progress,
-            )
-
-    def _add_prompts(self, missing: dict[tuple[int, ...], int], size: int) -> None:
-        """Fill `missing`, prompts and their rows, up to `size` with prompts of this rank's share that have no response yet."""
-        while self.prompts is not None and len(missing) < size and self._next_row < len(self.prompts):
-            row = self.prompts[self._next_row]
-            self._next_row += self.num_ranks
+        while len(missing) < self.args.generation_batch_size and (row := next(self._further, None)) is not None:
             if self.store.find(row["prompt_ids"]) is None:
                 missing.setdefault(tuple(row["prompt_ids"]), row["sample_id"])
+        _write_responses(self.store, self.target, self.args, list(missing), list(missing.values()))

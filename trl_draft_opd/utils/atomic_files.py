@@ -1,8 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Files and folders that are there whole or not at all, whenever the process or the machine stops. Knows no format.
+Files and folders that exist whole or not at all, whenever the process or the machine stops. Knows no format.
 
-Everything is made beside its place under a name that begins with a dot, forced to the disk, and put in place by one rename.
+Everything is made in a temporary sibling whose name begins with a dot, forced to the disk, then renamed.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ _LEFTOVER = re.compile(r"\.(?P<kind>making|replaced|deleting)-(?P<name>.+)-[0-9a
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside its place, to the disk, then under its name."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    """Write a file whole or not at all: to a temporary sibling, to the disk, then under its name."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_entry(path.parent)
 
 
@@ -55,9 +55,9 @@ def hash_file(path: Path) -> str:
 @contextmanager
 def staging_folder(parent: Path, name: str) -> Iterator[Path]:
     """
-    Yield an empty folder in `parent` that is gone afterwards; should the process be stopped, [`clear_leftovers`] knows it by `name`.
+    Yield an empty folder in `parent`, deleted afterwards, or by [`clear_leftovers`] if the process was stopped.
     """
-    staged = _beside(parent / name, "making")
+    staged = _sibling(parent / name, "making")
     staged.mkdir()
     try:
         yield staged
@@ -71,11 +71,11 @@ def making_folder(folder: Path) -> Iterator[Path]:
     """
     Yield an empty folder to fill; on leaving it takes the place of `folder`, and on any error it is removed.
 
-    A folder that was there before is kept until the new one stands in its place. Where the process is stopped between the two
+    A folder that was there before is kept until the new one is in place. If the process is stopped between the two
     renames, [`clear_leftovers`] puts the earlier one back.
 
     Args:
-        folder (`Path`): The place; its parent is made if missing.
+        folder (`Path`): Where it goes; its parent is made if missing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.parent, folder.name) as staged:
@@ -84,7 +84,7 @@ def making_folder(folder: Path) -> Iterator[Path]:
             sync_entry(path)
         replaced = None
         if folder.exists():
-            replaced = _beside(folder, "replaced")
+            replaced = _sibling(folder, "replaced")
             os.rename(folder, replaced)
         try:
             os.rename(staged, folder)
@@ -107,15 +107,15 @@ def move_files(staged: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; it loses its name first, so that nobody reads half of it."""
-    doomed = _beside(folder, "deleting")
+    """Delete a folder; it is renamed first, so that nobody reads half of it."""
+    doomed = _sibling(folder, "deleting")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def clear_leftovers(parent: Path, is_ours: "re.Pattern[str]") -> None:
     """
-    Tidy up what stopped processes left in a folder: put back what was being replaced, delete the rest.
+    Clear what stopped processes left in a folder: put back what was being replaced, delete the rest.
 
     Args:
         parent (`Path`): The folder.
@@ -134,5 +134,5 @@ def clear_leftovers(parent: Path, is_ours: "re.Pattern[str]") -> None:
             shutil.rmtree(path)
 
 
-def _beside(folder: Path, kind: str) -> Path:
+def _sibling(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{kind}-{folder.name}-{uuid.uuid4().hex[:12]}")

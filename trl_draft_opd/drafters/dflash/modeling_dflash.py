@@ -3,13 +3,14 @@
 The DFlash drafter: fills a block of masks in one pass, reading the target's features as injected keys and values in
 every layer. Knows nothing of rollouts or losses.
 
-Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(..., assistant_model=drafter,
-speculation_type="dflash")` works; with `anchor_positions` the same forward runs any number of blocks of a batch at once.
+Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
+assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H = hidden
-                size, F = feature width
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H =
+                hidden size, F = feature width
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
 from ..attention import anchored_attention
-from ..base import (
-    ChooseDrafts,
-    DecideSlot,
-    DraftContext,
-    Drafter,
-    Embed,
-    Project,
-    Proposal,
-)
+from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..target_shape import (
@@ -86,6 +79,19 @@ class DFlashLayer(nn.Module):
         return hidden + run_mlp(self.mlp, self.post_attention_layernorm(hidden))
 
 
+@dataclass(frozen=True)
+class DFlashState(DraftState):
+    """
+    Blocks at a slot, all of whose slots are drafted.
+
+    Attributes:
+        columns (`torch.LongTensor` of shape `(B, A')` or `None`):
+            Columns of `block_hidden` that these blocks are; `None` for all, in order.
+    """
+
+    columns: torch.Tensor | None
+
+
 class DFlashDraftModel(Drafter):
     """
     DFlash drafter.
@@ -112,8 +118,8 @@ class DFlashDraftModel(Drafter):
         super().__init__(config)
         if config.target_layer_ids is None or config.mask_token_id is None:
             raise ValueError(
-                f"`target_layer_ids` ({config.target_layer_ids}) and `mask_token_id` ({config.mask_token_id}) must both be set. "
-                "Build the drafter with `DFlashDraftModel.from_target(target, mask_token_id=...)`."
+                f"`target_layer_ids` ({config.target_layer_ids}) and `mask_token_id` ({config.mask_token_id}) must "
+                "both be set. Build the drafter with `DFlashDraftModel.from_target(target, mask_token_id=...)`."
             )
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
@@ -140,7 +146,7 @@ class DFlashDraftModel(Drafter):
             target (`str`, `PreTrainedModel` or `FrozenTarget`):
                 The target to draft for.
             mask_token_id (`int`):
-                An id inside the target's embedding that no text uses; [`FrozenTarget.find_mask_token_id`] looks for one.
+                An id inside the target's embedding that no text uses, see [`FrozenTarget.find_mask_token_id`].
             num_hidden_layers (`int`, *optional*, defaults to 5):
                 Layers of the drafter, as published.
             block_size (`int`, *optional*, defaults to 16):
@@ -161,7 +167,8 @@ class DFlashDraftModel(Drafter):
         special = [*special, shape["bos_token_id"], shape["pad_token_id"]]
         if mask_token_id in special:
             raise ValueError(
-                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id that text never uses."
+                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id that text never "
+                "uses."
             )
         config = DFlashDraftConfig(
             **shape,
@@ -186,27 +193,12 @@ class DFlashDraftModel(Drafter):
         return None
 
     def encode_context(
-        self, target_features: torch.Tensor, next_embeds: torch.Tensor, position_ids: torch.Tensor
+        self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
     ) -> DraftContext:
         injected = self.hidden_norm(self.fc(target_features.to(self.fc.weight.dtype)))
         cos, sin = self.rotary_emb(injected, position_ids)
         pairs = [layer.self_attn.key_value(injected, cos, sin) for layer in self.layers]
         return DraftContext(keys=[key for key, _ in pairs], values=[value for _, value in pairs], fused=None)
-
-    def draft_hidden(
-        self,
-        target_features: torch.Tensor,
-        input_ids: torch.Tensor,
-        anchor_positions: torch.Tensor,
-        drafts: torch.Tensor,
-        embed: Embed,
-    ) -> torch.Tensor:
-        anchors = anchor_positions.clamp(min=1)
-        # The block is as wide as `propose` makes it, however few slots are asked for: slots see the masks behind them.
-        noise_embeds = self._noise_embeds(input_ids.gather(1, anchors), self.config.block_size - 1, embed)
-        # Not `self(...)`: the hooks of a sharded drafter fire on the wrapper around the whole step, and must not fire again.
-        output = self.forward(noise_embeds.flatten(1, 2), target_features, anchor_positions=anchor_positions)
-        return output.last_hidden_state.unflatten(1, (anchors.shape[1], -1))[:, :, 1 : 1 + drafts.shape[-1]]
 
     def forward(
         self,
@@ -216,38 +208,28 @@ class DFlashDraftModel(Drafter):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = None,
-        anchor_positions: torch.LongTensor | None = None,
     ) -> BaseModelOutputWithPast:
         """
-        Run blocks over the injected context: one block per sequence as transformers' generation does, or many.
+        Run one block per sequence over the injected context, as transformers' generation does.
 
         Args:
-            noise_embeds (`torch.Tensor` of shape `(B, S, H)`, or `(B, A * S, H)` with `anchor_positions`):
+            noise_embeds (`torch.Tensor` of shape `(B, S, H)`):
                 Embeddings of the anchor and the masks of each block.
             context_hidden_states (`torch.Tensor` of shape `(B, n, F)`):
-                The target's features: those not yet in `past_key_values`, or of the whole text with `anchor_positions`.
+                The target's features that are not yet in `past_key_values`.
             attention_mask (`torch.Tensor` of shape `(B, cached + n + S)`, *optional*):
-                0 hides a key from every query. Without `anchor_positions` only.
+                0 hides a key from every query.
             position_ids (`torch.LongTensor` of shape `(B, n + S)`, *optional*):
-                Positions of the new context and the block. Without `anchor_positions` only.
+                Positions of the new context and the block.
             past_key_values (`DFlashCache`, *optional*):
-                Keys and values of earlier context. Without `anchor_positions` only.
+                Keys and values of earlier context.
             use_cache (`bool`, *optional*):
                 Accepted for the native signature; the cache is used iff it is given.
-            anchor_positions (`torch.LongTensor` of shape `(B, A)`, *optional*):
-                Anchors of the packed blocks; entries below 1 mark padding, whose states are 0. Entry `i` of the context is visible to
-                a block iff `i` is before its anchor, and blocks do not see each other.
 
         Returns:
-            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block is
-            the anchor's and proposes nothing.
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
+            is the anchor's and proposes nothing.
         """
-        if anchor_positions is not None:
-            context_ids = torch.arange(context_hidden_states.shape[1], device=noise_embeds.device)
-            context_ids = context_ids.expand(context_hidden_states.shape[:2])
-            context = self.encode_context(context_hidden_states, noise_embeds, context_ids)
-            hidden = self._run_blocks(context, anchor_positions, noise_embeds)
-            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         injected = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
         num_context, block = injected.shape[1], noise_embeds.shape[1]
         if position_ids is None:
@@ -266,75 +248,41 @@ class DFlashDraftModel(Drafter):
             hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
-    @torch.no_grad()
-    def propose(
+    def begin(
         self,
         context: DraftContext,
-        anchor_positions: torch.Tensor,
+        anchors: torch.Tensor,
         anchor_tokens: torch.Tensor,
         num_drafts: int,
         embed: Embed,
-        project: Project,
-        choose: ChooseDrafts,
-    ) -> Proposal:
-        slots = self._slot_hidden(context, anchor_positions, anchor_tokens, num_drafts, embed)
-        drafts, probs = choose(self.draft_logits(slots, project), 0)
-        return Proposal(drafts, probs)
+    ) -> "DFlashState":
+        # Always as wide as in training, because slots see the masks behind them; fewer drafts are fewer slots read.
+        masks = anchor_tokens.new_full((*anchors.shape, self.config.block_size - 1), self.config.mask_token_id)
+        noise_embeds = embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
+        packing = BlockPacking(anchors >= 1)
+        hidden = packing.pack(noise_embeds.to(self.fc.weight.dtype))
+        positions = packing.pack(anchors)[:, None] + torch.arange(self.config.block_size, device=anchors.device)
+        rotation = self.rotary_emb(hidden, positions)
+        visible = anchors.clamp(min=1)
+        for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
+            hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, visible, packing)
+        slots = packing.unpack(self.norm(hidden))[:, :, 1 : 1 + num_drafts]
+        return DFlashState(1, slots[:, :, 0], slots, None)
 
-    @torch.no_grad()
-    def draft_along(
-        self,
-        context: DraftContext,
-        anchor_positions: torch.Tensor,
-        anchor_tokens: torch.Tensor,
-        num_drafts: int,
-        embed: Embed,
-        decide: DecideSlot,
-    ) -> None:
-        slots = self._slot_hidden(context, anchor_positions, anchor_tokens, num_drafts, embed)
-        columns = torch.arange(slots.shape[1], device=slots.device).expand(slots.shape[:2])
-        for slot in range(1, num_drafts + 1):
-            index = columns[..., None].expand(-1, -1, slots.shape[-1])
-            decided = decide(slots[:, :, slot - 1].gather(1, index), slot)
-            if decided is None:
-                return
-            # A slot reads no draft, so the tokens are of no use here.
-            columns = columns if decided[1] is None else columns.gather(1, decided[1].clamp(min=0))
+    def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "DFlashState":
+        assert isinstance(state, DFlashState), "a state of this family"
+        if columns is None:
+            columns = state.columns
+        else:
+            columns = columns.clamp(min=0)
+            columns = columns if state.columns is None else state.columns.gather(1, columns)
+        hidden = state.block_hidden[:, :, state.slot]
+        if columns is not None:
+            hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+        return replace(state, slot=state.slot + 1, hidden=hidden, columns=columns)
 
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
         return project(hidden)
-
-    def _slot_hidden(
-        self,
-        context: DraftContext,
-        anchor_positions: torch.Tensor,
-        anchor_tokens: torch.Tensor,
-        num_drafts: int,
-        embed: Embed,
-    ) -> torch.Tensor:
-        """Return the hidden states of the first `num_drafts` slots of every block, `(B, A, K, H)`."""
-        noise_embeds = self._noise_embeds(anchor_tokens, self.config.block_size - 1, embed)
-        hidden = self._run_blocks(context, anchor_positions, noise_embeds.flatten(1, 2))
-        # The block is always as wide as in training; fewer drafts only means fewer slots are read.
-        return hidden.unflatten(1, (anchor_positions.shape[1], -1))[:, :, 1 : 1 + num_drafts]
-
-    def _noise_embeds(self, anchor_tokens: torch.Tensor, num_masks: int, embed: Embed) -> torch.Tensor:
-        """Embed `[anchor, mask, ...]` for every anchor, `(B, A, 1 + num_masks, H)`."""
-        masks = anchor_tokens.new_full((*anchor_tokens.shape, num_masks), self.config.mask_token_id)
-        return embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
-
-    def _run_blocks(self, context: DraftContext, anchors: torch.Tensor, noise_embeds: torch.Tensor) -> torch.Tensor:
-        """Run `(B, A * S, H)` block inputs over the context and return states of the same shape, 0 for padding (anchors below 1)."""
-        packing = BlockPacking(anchors >= 1)
-        block = noise_embeds.shape[1] // anchors.shape[1]
-        padded = noise_embeds.to(self.fc.weight.dtype).unflatten(1, (anchors.shape[1], block))
-        hidden = packing.pack(padded)
-        positions = packing.pack(anchors)[:, None] + torch.arange(block, device=anchors.device)
-        cos, sin = self.rotary_emb(hidden, positions)
-        visible = anchors.clamp(min=1)
-        for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
-            hidden = self.run_recomputed(self._run_layer, layer, hidden, (cos, sin), key, value, visible, packing)
-        return packing.unpack(self.norm(hidden)).flatten(1, 2)
 
     def _run_layer(
         self,
@@ -346,7 +294,7 @@ class DFlashDraftModel(Drafter):
         visible: torch.Tensor,
         packing: BlockPacking,
     ) -> torch.Tensor:
-        """Run one layer on `(N, S, H)` states of the blocks; each sees the context before its entry of `visible` (`(B, A)`)."""
+        """Run one layer on `(N, S, H)` states; each block sees the context before its entry of `visible`, `(B, A)`."""
         attention = layer.self_attn
 
         def spread(states: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from .configuration_eagle3 import Eagle3DraftConfig
 from .draft_vocabulary import (
     DraftVocabulary,
     build_draft_vocabulary,
-    check_draft_vocabulary,
     count_tokens,
 )
 from .modeling_eagle3 import Eagle3DraftModel
@@ -16,6 +15,5 @@ __all__ = [
     "Eagle3DraftConfig",
     "Eagle3DraftModel",
     "build_draft_vocabulary",
-    "check_draft_vocabulary",
     "count_tokens",
 ]

@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Choose the reduced vocabulary of an EAGLE-3 head from token counts, and check the two maps that describe it.
+Choose the reduced vocabulary of an EAGLE-3 head from token counts.
 
-Knows token ids, counts and the maps `d2t` and `t2d`. Refuses to know any model, head or tokenizer: slicing the target's rows
-and renormalising the target are the work of others.
+Knows token ids, counts and the maps `d2t` and `t2d`, which `published/vocabulary_maps.py` checks. Refuses to know any
+model, head or tokenizer: slicing the target's rows and renormalising the target are the work of others.
 
 Shape letters:  V = the target's vocabulary, DV = draft vocabulary
 """
@@ -65,8 +65,8 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.T
         is_outside = (token_ids < 0) | (token_ids >= vocab_size)
         if is_outside.any():
             raise ValueError(
-                f"Token id {token_ids[is_outside][0]} is outside the target's vocabulary of {vocab_size} tokens. Tokenize the "
-                "dataset with the target's own tokenizer."
+                f"Token id {token_ids[is_outside][0]} is outside the target's vocabulary of {vocab_size} tokens. "
+                "Tokenize the dataset with the target's own tokenizer."
             )
         counts_V += np.bincount(token_ids, minlength=vocab_size)
     return torch.from_numpy(counts_V)
@@ -90,8 +90,8 @@ def build_draft_vocabulary(
         [`DraftVocabulary`] on the CPU.
 
     Raises:
-        ValueError: If the counts are not one non-negative integer per token, or all zero; if `draft_vocab_size` is out of
-            range; or if `always_include` does not fit.
+        ValueError: If the counts are not one non-negative integer per token, or all zero; if `draft_vocab_size` is out
+            of range; or if `always_include` does not fit.
     """
     counts_V, forced = _check_counts(token_counts), sorted(set(always_include))
     vocab_size = len(counts_V)
@@ -110,8 +110,8 @@ def build_draft_vocabulary(
 def _check_counts(token_counts: torch.Tensor) -> torch.Tensor:
     if token_counts.dim() != 1 or token_counts.is_floating_point() or token_counts.dtype == torch.bool:
         raise ValueError(
-            f"`token_counts` must hold one integer per token of the target's vocabulary, got shape {tuple(token_counts.shape)} "
-            f"and {token_counts.dtype}. `count_tokens` returns them."
+            "`token_counts` must hold one integer per token of the target's vocabulary, got shape "
+            f"{tuple(token_counts.shape)} and {token_counts.dtype}. `count_tokens` returns them."
         )
     if (token_counts < 0).any():
         first = int((token_counts < 0).nonzero()[0])
@@ -130,56 +130,14 @@ def _check_size(draft_vocab_size: int, vocab_size: int, forced: list[int]) -> No
         )
     if not 1 <= draft_vocab_size < vocab_size:
         raise ValueError(
-            f"`draft_vocab_size` must lie in 1..{vocab_size - 1} (the target has {vocab_size} tokens), got {draft_vocab_size}."
+            f"`draft_vocab_size` must lie in 1..{vocab_size - 1} (the target has {vocab_size} tokens), got "
+            f"{draft_vocab_size}."
         )
     outside = [token_id for token_id in forced if not 0 <= token_id < vocab_size]
     if outside:
         raise ValueError(f"`always_include` holds {outside}, outside the target's vocabulary of {vocab_size} tokens.")
     if len(forced) > draft_vocab_size:
         raise ValueError(
-            f"`always_include` holds {len(forced)} tokens, more than `draft_vocab_size={draft_vocab_size}`. Raise the latter."
+            f"`always_include` holds {len(forced)} tokens, more than `draft_vocab_size={draft_vocab_size}`. Raise the "
+            "latter."
         )
-
-
-def check_draft_vocabulary(d2t: torch.Tensor, t2d: torch.Tensor, vocab_size: int) -> None:
-    """
-    Check that the two maps of a checkpoint describe one and the same draft vocabulary.
-
-    Args:
-        d2t (`torch.LongTensor` of shape `(DV,)`):
-            Offsets, see [`DraftVocabulary`].
-        t2d (`torch.BoolTensor` of shape `(V,)`):
-            Whether a target id is in the draft vocabulary.
-        vocab_size (`int`):
-            The target's vocabulary V.
-
-    Raises:
-        ValueError: With a list of everything that is inconsistent.
-    """
-    faults = []
-    if d2t.dtype != torch.int64 or d2t.dim() != 1:
-        faults.append(f"`d2t` must be 1-D int64, is {d2t.dim()}-D {d2t.dtype}")
-    if t2d.dtype != torch.bool or t2d.shape != (vocab_size,):
-        faults.append(f"`t2d` must be bool of shape ({vocab_size},), is {t2d.dtype} of shape {tuple(t2d.shape)}")
-    if not faults:
-        faults = _find_disagreements(d2t.cpu(), t2d.cpu(), vocab_size)
-    if faults:
-        raise ValueError(
-            f"The draft vocabulary is inconsistent: {'; '.join(faults)}. `d2t` holds offsets (target id = draft id + d2t[draft "
-            "id]), not ids. Rebuild it with `build_draft_vocabulary`."
-        )
-
-
-def _find_disagreements(d2t_DV: torch.Tensor, t2d_V: torch.Tensor, vocab_size: int) -> list[str]:
-    faults = []
-    token_ids_DV = d2t_DV + torch.arange(len(d2t_DV))
-    if not (token_ids_DV.diff() > 0).all():
-        faults.append("the target ids of `d2t` do not increase strictly")
-    if t2d_V.sum() != len(d2t_DV):
-        faults.append(f"`t2d` marks {int(t2d_V.sum())} tokens, `d2t` has {len(d2t_DV)}")
-    is_outside_DV = (token_ids_DV < 0) | (token_ids_DV >= vocab_size)
-    if is_outside_DV.any():
-        faults.append(f"`d2t` leads to id {int(token_ids_DV[is_outside_DV][0])}, outside 0..{vocab_size - 1}")
-    elif not t2d_V[token_ids_DV].all():
-        faults.append(f"`t2d` does not mark id {int(token_ids_DV[~t2d_V[token_ids_DV]][0])}, which `d2t` leads to")
-    return faults

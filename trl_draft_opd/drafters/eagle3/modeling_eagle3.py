@@ -3,13 +3,14 @@
 The EAGLE-3 drafter: one attention layer that reads fused target features at the first step and its own hidden state
 and drafted token at every later one. Knows nothing of rollouts or losses.
 
-Pair `i` holds the target's feature at position `i` and the token at position `i + 1`. A block at anchor `a` starts from
-pair `a - 1`, whose token is the anchor; step `k` has RoPE position `a - 1 + k - 1` and proposes the token at `a + k`.
+Pair `i` holds the target's feature at position `i` and the token at `i + 1`. A block at anchor `a` starts from pair
+`a - 1`, whose token is the anchor; step `k` has RoPE position `a + k - 2` and proposes the token at `a + k`.
 
 Shape letters:  B = sequences, L = context length, A = anchors per sequence, K = drafts per block, H = hidden size,
                 F = feature width, DV = draft vocabulary, h = heads, g = key/value heads, d = head dimension
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ..attention import anchored_attention
-from ..base import (
-    ChooseDrafts,
-    DecideSlot,
-    DraftContext,
-    Drafter,
-    Embed,
-    Project,
-    Proposal,
-)
+from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target
@@ -66,6 +59,28 @@ class StepResult(NamedTuple):
     slot_hidden: torch.Tensor
     key: torch.Tensor | None
     value: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Eagle3State(DraftState):
+    """
+    Blocks behind a step.
+
+    Attributes:
+        context (`DraftContext`), anchors (`torch.LongTensor` of shape `(B, A)`), embed (`Callable`):
+            As the blocks were begun.
+        packing (`BlockPacking`): The N blocks that are not padding, which only attention sees.
+        fed (`torch.Tensor` of shape `(N, H)`): What the next step reads beside the token.
+        keys (`list[torch.Tensor]`), values (`list[torch.Tensor]`): `(B, g, A, 1, d)` of every step but the first.
+    """
+
+    context: DraftContext
+    anchors: torch.Tensor
+    packing: BlockPacking
+    fed: torch.Tensor
+    embed: Embed
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
 
 
 class Eagle3Layer(nn.Module):
@@ -148,10 +163,9 @@ class Eagle3DraftModel(Drafter):
             target (`str`, `PreTrainedModel` or `FrozenTarget`):
                 The target to draft for.
             target_layer_ids (`list[int]`, *optional*):
-                0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` for `N` layers, the convention every engine
-                falls back to.
+                0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` of `N` layers, every engine's default.
             draft_vocabulary ([`DraftVocabulary`], *optional*):
-                Reduced vocabulary, see `build_draft_vocabulary`. Defaults to the target's full vocabulary, which loses no target mass.
+                Reduced vocabulary, see `build_draft_vocabulary`. The full one by default, which loses no target mass.
             ttt_steps (`int`, *optional*, defaults to 7):
                 Steps of training-time test, as published; the default number of drafts.
             fc_norm (`bool`, *optional*, defaults to `False`), norm_output (`bool`, *optional*, defaults to `False`):
@@ -171,7 +185,8 @@ class Eagle3DraftModel(Drafter):
         if draft_vocabulary is not None and draft_vocabulary.t2d.numel() != shape["vocab_size"]:
             raise ValueError(
                 f"The draft vocabulary was built over {draft_vocabulary.t2d.numel()} tokens but the target has "
-                f"{shape['vocab_size']}. Count tokens again with `count_tokens(dataset, vocab_size={shape['vocab_size']})`."
+                f"{shape['vocab_size']}. Count tokens again with `count_tokens(dataset, "
+                f"vocab_size={shape['vocab_size']})`."
             )
         config = Eagle3DraftConfig(
             **shape,
@@ -216,128 +231,65 @@ class Eagle3DraftModel(Drafter):
         return self.fc(target_features.to(self.fc.weight.dtype))
 
     def encode_context(
-        self, target_features: torch.Tensor, next_embeds: torch.Tensor, position_ids: torch.Tensor
+        self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
     ) -> DraftContext:
         fused = self.fuse(target_features)
         attention = self.midlayer.self_attn
-        joined = self.midlayer.attention_input(next_embeds.to(fused.dtype), fused)
+        joined = self.midlayer.attention_input(embed(next_ids).to(fused.dtype), fused)
         key = attention.split_heads(attention.k_proj(joined))
         value = attention.split_heads(attention.v_proj(joined))
         cos, sin = self.rotary_emb(key, position_ids)
         _, key = apply_rotary_pos_emb(key, key, cos, sin)
         return DraftContext(keys=[key], values=[value], fused=fused)
 
-    def draft_hidden(
-        self,
-        target_features: torch.Tensor,
-        input_ids: torch.Tensor,
-        anchor_positions: torch.Tensor,
-        drafts: torch.Tensor,
-        embed: Embed,
-    ) -> torch.Tensor:
-        # Not `self(...)`: the hooks of a sharded drafter fire on the wrapper around the whole step, and must not fire again.
-        return self.forward(target_features, input_ids, anchor_positions, drafts, embed)
-
-    def forward(
-        self,
-        target_features: torch.Tensor,
-        input_ids: torch.Tensor,
-        anchor_positions: torch.Tensor,
-        drafts: torch.Tensor,
-        embed: Embed,
-    ) -> torch.Tensor:
-        """See [`Drafter.draft_hidden`]; slot `k` reads the recorded drafts before it, never a fresh argmax."""
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        # The last entry has no next token; it lies before no anchor, so whatever it holds is never seen.
-        next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
-        context = self.encode_context(target_features, embed(next_ids), position_ids)
-        anchor_tokens = input_ids.gather(1, anchor_positions.clamp(min=1))
-        hidden: list[torch.Tensor] = []
-
-        def recorded(slot_hidden: torch.Tensor, slot: int) -> tuple[torch.Tensor, None]:
-            hidden.append(slot_hidden)
-            return drafts[:, :, slot - 1], None
-
-        self._unroll(context, anchor_positions, anchor_tokens, drafts.shape[-1], embed, recorded)
-        return torch.stack(hidden, dim=2)
-
-    @torch.no_grad()
-    def propose(
-        self,
-        context: DraftContext,
-        anchor_positions: torch.Tensor,
-        anchor_tokens: torch.Tensor,
-        num_drafts: int,
-        embed: Embed,
-        project: Project,
-        choose: ChooseDrafts,
-    ) -> Proposal:
-        drafts: list[torch.Tensor] = []
-        probs: list[torch.Tensor] = []
-
-        def chosen(slot_hidden: torch.Tensor, slot: int) -> tuple[torch.Tensor, None]:
-            ids, slot_probs = choose(self.draft_logits(slot_hidden, project)[:, :, None], slot - 1)
-            drafts.append(self.to_target_ids(ids[:, :, 0]))
-            if slot_probs is not None:
-                probs.append(self.to_target_probs(slot_probs[:, :, 0]))
-            return drafts[-1], None
-
-        self._unroll(context, anchor_positions, anchor_tokens, num_drafts, embed, chosen)
-        return Proposal(torch.stack(drafts, dim=2), torch.stack(probs, dim=2) if probs else None)
-
-    @torch.no_grad()
-    def draft_along(
-        self,
-        context: DraftContext,
-        anchor_positions: torch.Tensor,
-        anchor_tokens: torch.Tensor,
-        num_drafts: int,
-        embed: Embed,
-        decide: DecideSlot,
-    ) -> None:
-        self._unroll(context, anchor_positions, anchor_tokens, num_drafts, embed, decide)
-
-    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
-
-    def _unroll(
+    def begin(
         self,
         context: DraftContext,
         anchors: torch.Tensor,
         anchor_tokens: torch.Tensor,
         num_drafts: int,
         embed: Embed,
-        decide: DecideSlot,
-    ) -> None:
-        """
-        Run the steps of all blocks; `decide` takes each slot's states and names its tokens and the blocks that go on.
-
-        Anchors below 1 mark padding: it is spared every layer but the attention, and its states are 0.
-        """
+    ) -> "Eagle3State":
         width = context.fused.shape[-1]
         packing = BlockPacking(anchors >= 1)
-        state = packing.pack(context.fused.gather(1, (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, width)))
-        tokens = anchor_tokens
-        keys: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        for slot in range(1, num_drafts + 1):
-            step = self.run_recomputed(self._step, context, anchors, packing, state, tokens, embed, slot, keys, values)
-            if slot > 1:
-                # New lists: a step that is computed again must find those it was given.
-                keys, values = [*keys, step.key], [*values, step.value]
-            decided = decide(packing.unpack(step.slot_hidden), slot)
-            if decided is None:
-                return
-            tokens, columns = decided
-            state = step.slot_hidden if self.config.norm_output else step.state
-            if columns is not None:
-                is_padding, columns = columns < 0, columns.clamp(min=0)
-                padded = packing.unpack(state).gather(1, columns[..., None].expand(-1, -1, width))
-                anchors = anchors.gather(1, columns).masked_fill(is_padding, -1)
-                packing = BlockPacking(anchors >= 1)
-                state = packing.pack(padded)
-                keys = [_pick_columns(key, columns) for key in keys]
-                values = [_pick_columns(value, columns) for value in values]
+        fed = packing.pack(context.fused.gather(1, (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, width)))
+        return self._run_slot(context, anchors, packing, fed, anchor_tokens, embed, 1, [], [])
+
+    def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "Eagle3State":
+        assert isinstance(state, Eagle3State), "a state of this family"
+        anchors, packing, fed, keys, values = state.anchors, state.packing, state.fed, state.keys, state.values
+        if columns is not None:
+            is_padding, columns = columns < 0, columns.clamp(min=0)
+            padded = packing.unpack(fed).gather(1, columns[..., None].expand(-1, -1, fed.shape[-1]))
+            anchors = anchors.gather(1, columns).masked_fill(is_padding, -1)
+            packing = BlockPacking(anchors >= 1)
+            fed = packing.pack(padded)
+            keys, values = ([_pick_columns(part, columns) for part in parts] for parts in (keys, values))
+        return self._run_slot(state.context, anchors, packing, fed, tokens, state.embed, state.slot + 1, keys, values)
+
+    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+
+    def _run_slot(
+        self,
+        context: DraftContext,
+        anchors: torch.Tensor,
+        packing: BlockPacking,
+        fed: torch.Tensor,
+        tokens: torch.Tensor,
+        embed: Embed,
+        slot: int,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> "Eagle3State":
+        """Run one slot of the N blocks on what is fed to it, `(N, H)` states and `(B, A)` tokens."""
+        step = self.run_recomputed(self._step, context, anchors, packing, fed, tokens, embed, slot, keys, values)
+        if slot > 1:
+            # New lists: a step that is computed again must find those it was given.
+            keys, values = [*keys, step.key], [*values, step.value]
+        fed_next = step.slot_hidden if self.config.norm_output else step.state
+        hidden = packing.unpack(step.slot_hidden)
+        return Eagle3State(slot, hidden, None, context, anchors, packing, fed_next, embed, keys, values)
 
     def _step(
         self,
@@ -351,7 +303,7 @@ class Eagle3DraftModel(Drafter):
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> StepResult:
-        """Run one step of the N blocks, which see the keys and values of the steps before it and, but for the first step, their own."""
+        """Run one step of the N blocks; from the second step on they also see keys and values of the steps so far."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         joined = layer.attention_input(embed(packing.pack(tokens)).to(state.dtype), state)
         query = attention.split_heads(attention.q_proj(joined)[None])

@@ -2,8 +2,8 @@
 """
 Read a published drafter from a folder or the Hub: its config, and its tensors under this package's names.
 
-What a config means is `importing_config.py`'s matter. Nothing here runs code that comes with a checkpoint, builds a model
-or skips a tensor it does not know: whatever is not in the short lists below is handed on, and loading reports it.
+What a config means is `configs.py`'s matter. Nothing here runs code that comes with a checkpoint, builds a model or
+skips a tensor it does not know: whatever is not in the short lists below is handed on, and loading reports it.
 """
 
 import json
@@ -17,9 +17,9 @@ from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_c
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
 
-from .configs import ImportedConfig, parse_drafter_config
+from .configs import ParsedConfig, parse_drafter_config
+from .vocabulary_maps import complete_vocabulary_maps
 
 
 CONFIG_FILE = "config.json"
@@ -54,7 +54,8 @@ class CheckpointSource:
 
     Attributes:
         name_or_path (`str`): Folder or Hub id.
-        revision (`str` or `None`), subfolder (`str`), token (`str`, `bool` or `None`), cache_dir (`str`, `Path` or `None`), local_files_only (`bool`):
+        revision (`str` or `None`), subfolder (`str`), token (`str`, `bool` or `None`), cache_dir (`str`, `Path` or
+        `None`), local_files_only (`bool`):
             As in `transformers`; only `subfolder` matters for a local folder.
     """
 
@@ -125,70 +126,78 @@ class CheckpointSource:
             raise ValueError(f"{filename} of {str(self)!r} holds no JSON object but a {type(content).__name__}.")
         return content
 
+    def weight_files(self) -> dict[str, list[str]] | None:
+        """
+        Return the safetensors files that hold the weights, each with the tensors that the index places in it: none
+        where there is one file and no index. `None` if there are no such files.
+
+        Raises:
+            OSError: As [`CheckpointSource.find`].
+            ValueError: If the index is damaged, or names what is no plain file name.
+        """
+        if self.find(SAFETENSORS_FILE) is not None:
+            return {SAFETENSORS_FILE: []}
+        if self.find(INDEX_FILE) is None:
+            return None
+        weight_map = self.read_json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{INDEX_FILE} of {str(self)!r} has no `weight_map`.")
+        files: dict[str, list[str]] = {}
+        for name, file in sorted(weight_map.items(), key=lambda entry: str(entry[1])):
+            # A path in an index could name any file of this machine.
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(file)):
+                raise ValueError(
+                    f"{INDEX_FILE} of {str(self)!r} names {file!r}, which is not a plain safetensors file name."
+                )
+            files.setdefault(file, []).append(name)
+        return files
+
+    def find_weights(self, file: str) -> Path:
+        """Return the path of one of [`CheckpointSource.weight_files`], or raise `ValueError` if it is missing."""
+        path = self.find(file)
+        if path is None:
+            raise ValueError(f"{INDEX_FILE} of {str(self)!r} names {file!r}, which is missing. Download it again.")
+        return path
+
     def _is_cached(self) -> bool:
         name = f"{self.subfolder}/{CONFIG_FILE}" if self.subfolder else CONFIG_FILE
         return isinstance(try_to_load_from_cache(self.name_or_path, name, self.cache_dir, self.revision), str)
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the drafter's."""
+    """
+    Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the
+    drafter's.
+    """
     file, root = path.resolve(), folder.resolve()
-    # In the cache of the Hub, a snapshot's files are links to blobs beside it.
+    # In the cache of the Hub, a snapshot's files are links to blobs in a sibling folder.
     if file.is_relative_to(root) or (root.parent.name == "snapshots" and file.parent == root.parents[1] / "blobs"):
         return path
     raise ValueError(
-        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies in."
+        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies "
+        "in."
     )
 
 
-def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ImportedConfig:
+def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ParsedConfig:
     """Read and parse the `config.json` of a checkpoint; see [`parse_drafter_config`]."""
     return parse_drafter_config(source.read_json(CONFIG_FILE), num_target_layers=num_target_layers)
 
 
-def config_from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
-    """
-    Build a drafter config from any published `config.json`, or from its own `to_dict()`; for `from_dict` of the classes.
-
-    Args:
-        cls (`type`):
-            The family's config class.
-        config_dict (`dict[str, Any]`):
-            The content.
-        kwargs:
-            As in `PreTrainedConfig.from_dict`; `num_target_layers` also resolves ids that are not written.
-
-    Raises:
-        ValueError: If the content describes another family, or see [`parse_drafter_config`].
-    """
-    if config_dict.get("model_type") == cls.model_type:
-        own = {key: value for key, value in config_dict.items() if key != "model_type"}
-    else:
-        imported = parse_drafter_config(config_dict, num_target_layers=kwargs.get("num_target_layers"))
-        if imported.family != cls.family:
-            raise ValueError(
-                f"The config describes a {imported.family} drafter (architectures {imported.architectures}), but "
-                f"{cls.__name__} reads {cls.family} drafters. Use the other family's config class, or `AutoDrafter`."
-            )
-        own = dict(imported.config_kwargs)
-    # The base class's body run for `cls`: it honours `return_unused_kwargs` and overrides.
-    return PreTrainedConfig.from_dict.__func__(cls, own, **kwargs)
-
-
 def read_drafter_tensors(
-    source: CheckpointSource, imported: ImportedConfig, *, allow_pickle_weights: bool
+    source: CheckpointSource, imported: ParsedConfig, *, allow_pickle_weights: bool
 ) -> dict[str, torch.Tensor]:
     """
     Read the weights of a checkpoint under the names that this package's drafters have.
 
-    Left out, because drafters here do not own them: the target's embedding (and, for DFlash, head), rotary frequencies,
-    `verifier_*` of the speculators format, and the vocabulary maps of an EAGLE-3 drafter over the full vocabulary. A
-    missing `t2d` is derived from `d2t`.
+    Left out, because drafters here do not own them: the target's embedding (and, for DFlash, head), rotary
+    frequencies, `verifier_*` of the speculators format, and the vocabulary maps of an EAGLE-3 drafter over the full
+    vocabulary. A missing `t2d` is derived from `d2t`.
 
     Args:
         source (`CheckpointSource`):
             The checkpoint.
-        imported (`ImportedConfig`):
+        imported (`ParsedConfig`):
             Its config.
         allow_pickle_weights (`bool`):
             Whether to read a `pytorch_model.bin` where there is no safetensors file; tensors only, no code is run.
@@ -198,36 +207,37 @@ def read_drafter_tensors(
 
     Raises:
         OSError: If there are no weights.
-        ValueError: If a file is unsafe or incomplete, two names become one, a tensor is not finite or of a type that is
-            no floating-point weight, or the vocabulary maps are inconsistent.
+        ValueError: If a file is unsafe or incomplete, two names become one, a tensor is not finite or of a type that
+            is no floating-point weight, or the vocabulary maps are inconsistent.
     """
     if imported.family == "dflash" and source.find(MASK_EMBEDDING_FILE) is not None:
         raise ValueError(
-            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}: a mask embedding of its own is not supported, because drafters here "
-            "embed masks with the target's embedding."
+            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}: a mask embedding of its own is not supported, because "
+            "drafters here embed masks with the target's embedding."
         )
     tensors: dict[str, torch.Tensor] = {}
     published_names: dict[str, str] = {}
-    vocab_size, hidden_size = (imported.config_kwargs[key] for key in ("vocab_size", "hidden_size"))
-    for published_name, tensor in _read_files(source, allow_pickle_weights).items():
+    vocab_size, hidden_size = (imported.arguments[key] for key in ("vocab_size", "hidden_size"))
+    for published_name, tensor in _read_weights(source, allow_pickle_weights).items():
         name = _our_name(published_name, imported.family)
         if _NOT_LEARNED.fullmatch(name) or (imported.layout == "speculators" and _TRAINING_ONLY.fullmatch(name)):
             continue
         if name in published_names:
             raise ValueError(
-                f"{str(source)!r} holds {published_names[name]!r} and {published_name!r}, which are both {name!r}. Remove one."
+                f"{str(source)!r} holds {published_names[name]!r} and {published_name!r}, which are both {name!r}. "
+                "Remove one."
             )
         published_names[name] = published_name
         if name in _OF_THE_TARGET[imported.family]:
             if tensor.shape != (vocab_size, hidden_size):
                 raise ValueError(
-                    f"{published_name!r} has shape {tuple(tensor.shape)}, but the target's would be {(vocab_size, hidden_size)}. "
-                    "A drafter with an embedding or head of its own is not supported."
+                    f"{published_name!r} has shape {tuple(tensor.shape)}, but the target's would be "
+                    f"{(vocab_size, hidden_size)}. A drafter with an embedding or head of its own is not supported."
                 )
             continue
         _check_weight(published_name, name, tensor)
         tensors[name] = tensor
-    return _with_vocabulary_maps(tensors, imported) if imported.family == "eagle3" else tensors
+    return complete_vocabulary_maps(tensors, imported.arguments) if imported.family == "eagle3" else tensors
 
 
 def _our_name(published_name: str, family: str) -> str:
@@ -243,101 +253,42 @@ def _check_weight(published_name: str, name: str, tensor: torch.Tensor) -> None:
         return
     if tensor.dtype not in _DTYPES:
         raise ValueError(
-            f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight; quantised drafters are not "
-            "supported. Use the unquantised checkpoint."
+            f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight; quantised drafters are "
+            "not supported. Use the unquantised checkpoint."
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{published_name!r} holds NaN or infinite values; the checkpoint is damaged.")
 
 
-def _with_vocabulary_maps(tensors: dict[str, torch.Tensor], imported: ImportedConfig) -> dict[str, torch.Tensor]:
-    """Check the vocabulary maps against each other; drop those of a full vocabulary, complete those of a reduced one."""
-    # The family's package imports this module.
-    from ..eagle3.draft_vocabulary import check_draft_vocabulary
-
-    maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
-    weights = {name: tensor for name, tensor in tensors.items() if name not in maps}
-    vocab_size = imported.config_kwargs["vocab_size"]
-    for name, values in maps.items():
-        if values.is_floating_point() or values.ndim != 1:
-            raise ValueError(
-                f"{name!r} has type {values.dtype} and shape {tuple(values.shape)}; it must be a vector of "
-                f"{'integers' if name == 'd2t' else 'booleans'}."
-            )
-    if imported.config_kwargs.get("draft_vocab_size", vocab_size) == vocab_size:
-        identity = {"d2t": torch.zeros(vocab_size, dtype=torch.long), "t2d": torch.ones(vocab_size, dtype=torch.bool)}
-        for name, values in maps.items():
-            if not torch.equal(values.to(identity[name].dtype), identity[name]):
-                raise ValueError(
-                    f"{name!r} is not the identity, but config.json gives the drafter the full vocabulary of {vocab_size}. Set "
-                    f"`draft_vocab_size` to the number of rows of the head."
-                )
-        return weights
-    if "d2t" not in maps:
-        return tensors
-    d2t = maps["d2t"].long()
-    token_ids = torch.arange(d2t.numel()) + d2t
-    if "t2d" in maps:
-        t2d = maps["t2d"] != 0
-    elif token_ids.min() < 0 or token_ids.max() >= vocab_size:
-        raise ValueError(
-            f"'d2t' maps to token ids {token_ids.min()}..{token_ids.max()}, outside of the target's 0..{vocab_size - 1}."
-        )
-    else:
-        t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, token_ids, True)
-    check_draft_vocabulary(d2t, t2d, vocab_size)
-    return weights | {"d2t": d2t, "t2d": t2d}
-
-
-def _read_files(source: CheckpointSource, allow_pickle_weights: bool) -> dict[str, torch.Tensor]:
-    """Read the weights from the safest file there is."""
-    path = source.find(SAFETENSORS_FILE)
-    if path is not None:
-        return _read_safetensors(path)
-    if source.find(INDEX_FILE) is not None:
-        return _read_shards(source)
-    path = source.find(PICKLE_FILE)
-    if path is None:
-        raise FileNotFoundError(
-            f"{str(source)!r} has no weights: neither {SAFETENSORS_FILE}, {INDEX_FILE} nor {PICKLE_FILE}."
-        )
-    if not allow_pickle_weights:
-        raise ValueError(
-            f"{str(source)!r} has its weights in {PICKLE_FILE} only, a format that can carry code. Convert it to safetensors, or "
-            "pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
-        )
-    return _read_pickle(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
-        ) from error
-
-
-def _read_shards(source: CheckpointSource) -> dict[str, torch.Tensor]:
-    weight_map = source.read_json(INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{INDEX_FILE} of {str(source)!r} has no `weight_map`.")
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        # A path in an index could name any file of this machine.
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
-            raise ValueError(
-                f"{INDEX_FILE} of {str(source)!r} names {shard!r}, which is not a plain safetensors file name."
-            )
-        path = source.find(shard)
+def _read_weights(source: CheckpointSource, allow_pickle_weights: bool) -> dict[str, torch.Tensor]:
+    """Read the weights from the safest files there are."""
+    files = source.weight_files()
+    if files is None:
+        path = source.find(PICKLE_FILE)
         if path is None:
-            raise ValueError(f"{INDEX_FILE} of {str(source)!r} names {shard!r}, which is missing. Download it again.")
-        held = _read_safetensors(path)
+            raise FileNotFoundError(
+                f"{str(source)!r} has no weights: neither {SAFETENSORS_FILE}, {INDEX_FILE} nor {PICKLE_FILE}."
+            )
+        if not allow_pickle_weights:
+            raise ValueError(
+                f"{str(source)!r} has its weights in {PICKLE_FILE} only, a format that can carry code. Convert it to "
+                "safetensors, or pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
+            )
+        return _read_pickle(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        path = source.find_weights(file)
+        try:
+            held = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
+            ) from error
         twice = sorted(set(held) & set(tensors))
         if twice:
-            raise ValueError(f"{shard!r} of {str(source)!r} repeats {twice} of an earlier shard.")
+            raise ValueError(f"{file!r} of {str(source)!r} repeats {twice} of an earlier shard.")
         tensors |= held
-    absent = sorted(set(weight_map) - set(tensors))
+    absent = sorted(name for names in files.values() for name in names if name not in tensors)
     if absent:
         raise ValueError(f"{INDEX_FILE} of {str(source)!r} lists {absent}, which no shard holds.")
     return tensors
@@ -353,5 +304,5 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path.name} holds more than tensors: {unsafe}. It could run code, so it is not read.")
     content = torch.load(path, weights_only=True, map_location="cpu")
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path.name} is no table of tensors; give the file that holds the drafter's state alone.")
+        raise ValueError(f"{path.name} is no table of tensors; give the file that holds only the drafter's state.")
     return content

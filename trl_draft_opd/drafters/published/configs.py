@@ -5,8 +5,8 @@ Translate the `config.json` of a published drafter: decide its family and layout
 Refuses, with the reason, whatever would compute something else than the drafters here do. Pure: opens no file, builds
 no model.
 
-Layer ids are published in two ways: a boundary `b` counts the target layers that have run, an id `b - 1` names the layer
-whose output is read. This package always means the latter.
+Layer ids are published in two ways: a boundary `b` counts the target layers that have run, an id `b - 1` names the
+layer whose output is read. This package always means the latter.
 """
 
 from dataclasses import dataclass, fields
@@ -31,7 +31,7 @@ _DFLASH2 = "DFlash2 (convolutions and a candidate selector)"
 _DSPARK = "DSpark (a Markov head, and slots that propose the next token)"
 _DOMINO = "Domino (a recurrent head over the drafted prefix)"
 _PEAGLE = "P-EAGLE (all drafts in one pass from a learned hidden state)"
-_EAGLE1 = "EAGLE-1/2 (features of the last layer alone)"
+_EAGLE1 = "EAGLE-1/2 (features of the last layer only)"
 _QK_NORM = "EAGLE-3 with query and key norms (the Qwen3 layer)"
 _UNSUPPORTED = {
     "DFlash2DraftModel": _DFLASH2,
@@ -89,59 +89,33 @@ _NORM_FLAGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual
 _READ = {
     *(*_SIZES, *_COPIED, *_TOKEN_IDS, *_NORM_FLAGS, *_REFUSED_EAGLE3, *_REFUSED_DFLASH),
     *(
-        "architectures",
-        "speculators_model_type",
-        "speculators_config",
-        "eagle_config",
-        "dflash_config",
-        "projector_type",
-    ),
-    *(
-        "transformer_layer_config",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "num_target_layers",
-        "target_hidden_size",
-    ),
-    *(
-        "target_model_name_or_path",
-        "target_model_revision",
-        "eagle_aux_hidden_state_layer_ids",
-        "num_aux_hidden_states",
-    ),
-    *(
-        "aux_hidden_state_layer_ids",
-        "target_layer_ids",
-        "draft_vocab_size",
-        "ttt_steps",
-        "block_size",
-        "mask_token_id",
-    ),
-    *("layer_types", "use_sliding_window", "is_causal", "causal"),
+        "architectures speculators_model_type speculators_config eagle_config dflash_config projector_type "
+        "transformer_layer_config rope_parameters rope_scaling rope_theta num_target_layers target_hidden_size "
+        "target_model_name_or_path target_model_revision eagle_aux_hidden_state_layer_ids num_aux_hidden_states "
+        "aux_hidden_state_layer_ids target_layer_ids draft_vocab_size ttt_steps block_size mask_token_id layer_types "
+        "use_sliding_window is_causal causal"
+    ).split(),
 }
 # What transformers itself writes, read here or not.
 _WRITTEN = {each.name for kind in (LlamaConfig, Qwen3Config, MuseGlimmerAssistantConfig) for each in fields(kind)}
 
 
 @dataclass(frozen=True)
-class ImportedConfig:
+class ParsedConfig:
     """
-    What a published `config.json` says.
+    What a published `config.json` states.
 
     Attributes:
         family (`str`): `"eagle3"` or `"dflash"`.
         layout (`str`): `"flat"`, `"speculators"` or `"transformers"`.
         architectures (`list[str]`): As written.
-        config_kwargs (`dict[str, Any]`): Arguments of the family's config class; what is not stated is left out.
-        raw (`dict[str, Any]`): The published content.
+        arguments (`dict[str, Any]`): Arguments of the family's config class; what is not stated is left out.
     """
 
     family: str
     layout: str
     architectures: list[str]
-    config_kwargs: dict[str, Any]
-    raw: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -158,11 +132,11 @@ class _Sections:
         return {key: self.raw.get(key), f"{self.nested_name}.{key}": self.nested.get(key)}
 
 
-def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ImportedConfig:
+def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
     """
     Translate a published `config.json`.
 
-    `architectures` and the speculators keys decide, never `model_type`: published folders say llama or qwen3 there.
+    `architectures` and the speculators keys decide, never `model_type`: published folders have llama or qwen3 there.
 
     Args:
         raw (`dict[str, Any]`):
@@ -172,7 +146,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
             layers, which needs N.
 
     Returns:
-        `ImportedConfig`
+        `ParsedConfig`
 
     Raises:
         ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
@@ -190,7 +164,37 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
     kwargs = _shared_kwargs(sections, num_target_layers, _class_of_defaults(family, sections))
     kwargs |= (_eagle3_kwargs if family == "eagle3" else _dflash_kwargs)(sections, kwargs)
     stated = {key: value for key, value in kwargs.items() if value is not None}
-    return ImportedConfig(family, layout, list(raw.get("architectures") or []), stated, raw)
+    return ParsedConfig(family, layout, list(raw.get("architectures") or []), stated)
+
+
+def config_from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+    """
+    Build a drafter config from any published `config.json`, or from its own `to_dict()`; for `from_dict` of the
+    classes.
+
+    Args:
+        cls (`type`):
+            The family's config class.
+        config_dict (`dict[str, Any]`):
+            The content.
+        kwargs:
+            As in `PreTrainedConfig.from_dict`; `num_target_layers` also resolves ids that are not written.
+
+    Raises:
+        ValueError: If the content describes another family, or see [`parse_drafter_config`].
+    """
+    if config_dict.get("model_type") == cls.model_type:
+        own = {key: value for key, value in config_dict.items() if key != "model_type"}
+    else:
+        imported = parse_drafter_config(config_dict, num_target_layers=kwargs.get("num_target_layers"))
+        if imported.family != cls.family:
+            raise ValueError(
+                f"The config describes a {imported.family} drafter (architectures {imported.architectures}), but "
+                f"{cls.__name__} reads {cls.family} drafters. Use the other family's config class, or `AutoDrafter`."
+            )
+        own = dict(imported.arguments)
+    # The base class's body run for `cls`: it honours `return_unused_kwargs` and overrides.
+    return PreTrainedConfig.from_dict.__func__(cls, own, **kwargs)
 
 
 def _decide(raw: dict[str, Any]) -> tuple[str, str]:
@@ -210,8 +214,8 @@ def _decide(raw: dict[str, Any]) -> tuple[str, str]:
         return family, "speculators"
     if name == "LlamaForCausalLM" and "draft_vocab_size" not in raw:
         raise ValueError(
-            "LlamaForCausalLM without `draft_vocab_size` is a language model, not a drafter. To train a drafter for it use "
-            "`Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+            "LlamaForCausalLM without `draft_vocab_size` is a language model, not a drafter. To train a drafter for "
+            "it use `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
         )
     if name not in _KNOWN:
         raise ValueError(f"Unknown drafter architecture {name!r}. {_readable()}")
@@ -220,8 +224,8 @@ def _decide(raw: dict[str, Any]) -> tuple[str, str]:
 
 def _readable() -> str:
     return (
-        f"Drafters that can be read have `architectures` {sorted(_KNOWN)}, or `speculators_model_type` eagle3 or dflash "
-        f"with {sorted(_KNOWN_SPECULATORS)}."
+        f"Drafters that can be read have `architectures` {sorted(_KNOWN)}, or `speculators_model_type` eagle3 or "
+        f"dflash with {sorted(_KNOWN_SPECULATORS)}."
     )
 
 
@@ -285,8 +289,9 @@ def _shared_kwargs(
     width = raw.get("target_hidden_size")
     if width not in (None, kwargs["hidden_size"]):
         raise ValueError(
-            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}: a drafter of another width "
-            "has an embedding of its own, which is not supported. Drafters here read the target's embedding."
+            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}: a drafter of "
+            "another width has an embedding of its own, which is not supported. Drafters here read the target's "
+            "embedding."
         )
     dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     # In the speculators format, the target is named in a section of its own.
@@ -362,8 +367,8 @@ def _eagle3_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any
     num_layers = shared["num_target_layers"]
     if layer_ids is None and num_layers is None:
         raise ValueError(
-            "config.json names no layer ids, so the reference convention holds: the outputs after 2, N // 2 and N - 3 of the "
-            "target's N layers. Pass `num_target_layers=N`."
+            "config.json names no layer ids, so the reference convention holds: the outputs after 2, N // 2 and N - 3 "
+            "of the target's N layers. Pass `num_target_layers=N`."
         )
     if layer_ids is None:
         require_layer_ids(None, num_layers)
@@ -398,7 +403,8 @@ def _dflash_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any
         raise _refusal("layer_types", layer_types, "layers that do not see the whole context")
     if layer_types is not None and len(layer_types) != shared["num_hidden_layers"]:
         raise ValueError(f"config.json has {len(layer_types)} layer_types for {shared['num_hidden_layers']} layers.")
-    # `sliding_window_non_causal` speaks of sliding layers only; full attention is not causal in the speculators format.
+    # `sliding_window_non_causal` speaks of sliding layers only; full attention is not causal in the speculators
+    # format.
     causal = {"is_causal": raw.get("is_causal"), "dflash_config.causal": sections.nested.get("causal")}
     if _agreed("causality", causal | {"transformer_layer_config.is_causal": shape.get("is_causal")}):
         raise _refusal("is_causal", True, "blocks whose slots see only earlier slots")

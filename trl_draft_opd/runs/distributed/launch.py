@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-How a launch treats the drafter: refused where a step would not compute what it says, cut into shards as one unit otherwise.
+How a launch treats the drafter: refused if a step would compute something else, sharded as one unit otherwise.
 
-Our steps and rollouts call a drafter's methods and never its layers' own `forward`, so hooks on layers would never fire. The
-drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whatever the launcher's wrapping policy says.
+Our steps and rollouts call a drafter's methods and never its layers' own `forward`, so hooks on layers would never
+fire. The drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whatever the launcher's wrapping policy.
 """
 
 from collections.abc import Iterator
@@ -20,22 +20,26 @@ from transformers import Trainer
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a launch splits the drafter's weights between ranks: FSDP or DeepSpeed ZeRO-3."""
+    return accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator)
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
     plugin = accelerator.state.deepspeed_plugin
-    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
     """
-    Refuse launches under which a step would not compute what it says.
+    Refuse launches under which a step would compute something else.
 
     Raises:
-        ValueError: With several visible GPUs in one process, under FSDP's first version, with FSDP's offloading or activation
-            checkpointing, or under DeepSpeed without ZeRO or with states on NVMe.
+        ValueError: With several visible GPUs in one process, under FSDP's first version, with FSDP's offloading or
+            activation checkpointing, or under DeepSpeed without ZeRO or with states on NVMe.
     """
     if num_visible_gpus > 1:
         raise ValueError(
-            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with `accelerate launch`, or "
-            "show one GPU with CUDA_VISIBLE_DEVICES."
+            f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with "
+            "`accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         _check_fsdp(accelerator)
@@ -45,8 +49,9 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
         devices = {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
         if plugin.zero_stage == 0 or "nvme" in devices:
             raise ValueError(
-                f"DeepSpeed with `zero_stage` {plugin.zero_stage} and states on {sorted(devices)} is not supported. Use ZeRO stage 1, 2 or 3 "
-                "with states on the device or the CPU, or plain data parallelism: examples/accelerate_configs has all of them."
+                f"DeepSpeed with `zero_stage` {plugin.zero_stage} and states on {sorted(devices)} is not supported. "
+                "Use ZeRO stage 1, 2 or 3 with states on the device or the CPU, or plain data parallelism: "
+                "examples/accelerate_configs has all of them."
             )
 
 
@@ -54,23 +59,24 @@ def _check_fsdp(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in the accelerate config, as "
-            "examples/accelerate_configs/fsdp2.yaml does."
+            "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in "
+            "the accelerate config, as examples/accelerate_configs/fsdp2.yaml does."
         )
     if plugin.activation_checkpointing:
         raise ValueError(
-            "`fsdp_activation_checkpointing: true` wraps layers that training calls in parts. Set it to false in the accelerate config."
+            "`fsdp_activation_checkpointing: true` wraps layers that training calls in parts. Set it to false in the "
+            "accelerate config."
         )
     if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
         raise ValueError(
-            "`fsdp_offload_params: true` is not supported: a drafter is small, and its rollouts would fetch it every time. Set it to false "
-            "in the accelerate config."
+            "`fsdp_offload_params: true` is not supported: a drafter is small, and its rollouts would fetch it every "
+            "time. Set it to false in the accelerate config."
         )
 
 
 def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus: int) -> None:
     """
-    Check the launch, put the drafter on its device with the first rank's weights, and have it wrapped as one unit. Collective.
+    Check the launch, and put the drafter on its device, with the first rank's weights, as one unit. Collective.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
@@ -83,14 +89,13 @@ def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus
     check_launch(accelerator, num_visible_gpus)
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
-        # FSDP2 takes each rank's own. Loaded ones are equal anyway; fresh ones are where every rank has the same seed.
+        # FSDP2 takes each rank's own weights: equal if loaded, but fresh ones only under equal seeds.
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 broadcast(tensor.data, from_process=0)
     if accelerator.is_fsdp2:
         _shard_as_one(accelerator, model)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if _is_zero3(accelerator):
         from deepspeed.utils import set_z3_leaf_modules
 
         set_z3_leaf_modules(model, [type(model)])
@@ -103,21 +108,21 @@ def _shard_as_one(accelerator: Accelerator, model: nn.Module) -> None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     else:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    # Parameters stay in float32 under autocast, as they do under DDP. The backward pass follows the forward pass at once.
+    # Parameters stay in float32 under autocast, as under DDP. The backward pass follows the forward pass at once.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
-    # It would look for the classes it names in the drafter, and fail.
+    # It would look in the drafter for the classes it names, and fail.
     accelerator.state.fsdp_plugin.auto_wrap_policy = None
-    # Prepared as far as an evaluation before training is concerned, for which accelerate would ask for an optimizer.
+    # So that an evaluation before training takes it as prepared: accelerate would ask for an optimizer.
     accelerator._models.append(model)
 
 
 @contextmanager
 def evaluating_before_training(trainer: Trainer) -> Iterator[None]:
     """
-    Keep an evaluation before training from preparing the drafter, which stands on its device already.
+    Keep an evaluation before training from preparing the drafter, which is on its device already.
 
-    What transformers prepares for it, it takes for prepared when training starts: a drafter that DDP never wraps, whose ranks part,
-    or a DeepSpeed engine without an optimizer.
+    transformers takes what it prepared for evaluation as prepared for training: a drafter that DDP never wraps, so
+    that ranks drift apart, or a DeepSpeed engine without an optimizer.
     """
     if trainer.accelerator._models:
         yield
@@ -135,9 +140,7 @@ def loss_entry(accelerator: Accelerator) -> torch.Tensor:
     """
     Return a zero to hand through the drafter's wrapper and add to the loss.
 
-    Under ZeRO-3 it has a gradient, which arrives when all others have: it is the oldest node of the graph. ZeRO-3 waits for the
-    gradients of a unit's inputs before it lets go of the weights, and nothing else that goes in has one.
+    Under ZeRO-3 it has a gradient, which arrives after all others: it is the oldest node of the graph. ZeRO-3 waits
+    for the gradients of a unit's inputs before it releases the weights, and no other input has one.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    is_zero3 = plugin is not None and plugin.zero_stage == 3
-    return torch.zeros((), device=accelerator.device, requires_grad=is_zero3)
+    return torch.zeros((), device=accelerator.device, requires_grad=_is_zero3(accelerator))

@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What DeepSpeed's ZeRO does to parameters and optimizer state: where the pieces are, and how they are put together.
+What DeepSpeed's ZeRO does to parameters and optimizer state: where each rank's pieces are, and how they are joined.
 
-DeepSpeed is imported where it is in use only: it need not be installed. Stages 1 and 2 keep parameters whole and cut each parameter
-group's masters, laid end to end, into one piece per rank; stage 3 cuts every parameter by itself.
+DeepSpeed need not be installed; it is imported only where it is in use. Stages 1 and 2 keep parameters whole and cut
+each parameter group's masters, laid end to end, into one piece per rank; stage 3 cuts every parameter by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -28,14 +29,21 @@ def full_shape(tensor: torch.Tensor) -> torch.Size:
     return tensor.ds_shape if is_sharded(tensor) else tensor.shape
 
 
-def is_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+def without_accelerate(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper: torch's or DeepSpeed's."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def is_optimizer(optimizer: Any) -> bool:
     """Whether this is one of DeepSpeed's optimizers, which keeps a plain one inside."""
     return type(optimizer).__module__.startswith("deepspeed.runtime.")
 
 
-def torch_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the parameter groups whose settings the optimizer steps by."""
-    return optimizer.optimizer.param_groups if is_optimizer(optimizer) else optimizer.param_groups
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the plain optimizer inside DeepSpeed's, or the optimizer itself."""
+    return optimizer.optimizer if is_optimizer(optimizer) else optimizer
 
 
 @contextmanager
@@ -83,10 +91,10 @@ def load_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 def parameter_state(optimizer: Any, parameter: torch.Tensor) -> dict[str, Any]:
     """
-    Return what the optimizer keeps of a parameter: whole tensors, and the numbers it shares with its group. Collective.
+    Return what the optimizer keeps of a parameter: whole tensors, and numbers shared with its group. Collective.
 
-    Read off the inner optimizer and not through `safe_get_full_optimizer_state`, which under stages 1 and 2 finds the state
-    of the first parameter group alone.
+    Read from the inner optimizer: `safe_get_full_optimizer_state` finds the state of the first parameter group alone
+    under stages 1 and 2.
     """
     flat = _flat_piece(optimizer, parameter)
     state = optimizer.optimizer.state.get(flat, {}) if flat is not None else {}
@@ -94,7 +102,7 @@ def parameter_state(optimizer: Any, parameter: torch.Tensor) -> dict[str, Any]:
 
 
 def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, Any]]) -> None:
-    """Write the state of parameters into the inner optimizer, in place of all that it holds."""
+    """Replace the inner optimizer's state by that of the given parameters."""
     inner = optimizer.optimizer
     inner.state.clear()
     for parameter, entries in states.items():
@@ -113,7 +121,7 @@ def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, A
 
 
 def _has_master(parameter: torch.Tensor) -> bool:
-    """Whether an optimizer steps this parameter: it is trained, and training has been set up."""
+    """Whether an optimizer steps this parameter: it is trained, and training is set up."""
     return parameter.requires_grad and (not is_sharded(parameter) or hasattr(parameter, "_z3_optimizer"))
 
 

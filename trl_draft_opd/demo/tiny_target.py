@@ -1,13 +1,15 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The demo's own target: a tokenizer and a small Qwen3 trained on the demo's chats, saved as any other checkpoint.
+Trains the demo's own target: a tokenizer and a tiny Qwen3 that learn the demo's chats.
 
-Knows chats and transformers. Refuses to know drafters: what comes out of here is an ordinary model folder.
+Knows chats and transformers. Refuses to know drafters: what it saves is an ordinary model folder.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -23,6 +25,26 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class TinyTargetSettings:
+    """
+    Sizes of the tiny target and its training.
+
+    Args:
+        num_chats (`int`): Chats to train on.
+        vocab_size (`int`), hidden_size (`int`): Sizes of the tokenizer and of the model.
+        num_steps (`int`), batch_size (`int`): Updates, and chats per update.
+        learning_rate (`float`): Peak learning rate of AdamW; it rises over 50 steps, then falls to 0.
+    """
+
+    num_chats: int = 7000
+    vocab_size: int = 768
+    hidden_size: int = 96
+    num_steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 4e-3
 
 
 def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -58,6 +80,7 @@ def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokeniz
 
 def make_target(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Qwen3ForCausalLM:
     """Return an untrained Qwen3 of eight layers, so that both drafter families find their default layers."""
+    ids = tokenizer.get_vocab()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -68,50 +91,42 @@ def make_target(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Qwen3Fo
         head_dim=hidden_size // 4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=ids[PAD],
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ids[END],
     )
     return Qwen3ForCausalLM(config)
 
 
-def train_target(
-    chats: Sequence[Chat],
-    folder: Path,
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> float:
+def train_target(chats: Sequence[Chat], folder: Path, settings: TinyTargetSettings, seed: int) -> float:
     """
     Train tokenizer and target on chats, save both, and return the mean loss of the last twentieth of the steps.
 
     Args:
         chats (`Sequence[Chat]`): Chats; read again from the start when the steps need more.
         folder (`Path`): Where the checkpoint goes.
-        vocab_size (`int`), hidden_size (`int`): Sizes of the tokenizer and of the model.
-        num_steps (`int`), batch_size (`int`), learning_rate (`float`): Of AdamW; the rate rises over 50 steps, then falls to 0.
-        seed (`int`): Of weights and order.
+        settings ([`TinyTargetSettings`]): Sizes and training.
+        seed (`int`): Seed of weights and order.
 
     Returns:
-        `float`: cross-entropy per token of prompts and answers, in nats.
+        `float`: cross-entropy per token of whole chats, in nats.
     """
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(chats, vocab_size)
-    model = make_target(tokenizer, hidden_size).train()
-    texts = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    tokenizer = train_tokenizer(chats, settings.vocab_size)
+    model = make_target(tokenizer, settings.hidden_size).train()
+    encode: Any = tokenizer.apply_chat_template
+    texts = [encode(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    num_steps = settings.num_steps
     warmup = min(50, num_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 1 - max(step - warmup, 0) / max(num_steps - warmup, 1))
     )
+    pad_id = tokenizer.get_vocab()[PAD]
     losses = []
-    for batch in track(_batches(texts, batch_size, num_steps, seed), "Training the target", total=num_steps):
+    for batch in track(_batches(texts, settings.batch_size, num_steps, seed), "Training the target", total=num_steps):
         rows = [torch.tensor(ids) for ids in batch]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
         labels = pad_sequence(rows, batch_first=True, padding_value=-100)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
@@ -126,7 +141,7 @@ def train_target(
     return sum(last) / len(last)
 
 
-def _batches(texts: list[list[int]], batch_size: int, num_steps: int, seed: int):
+def _batches(texts: list[list[int]], batch_size: int, num_steps: int, seed: int) -> Iterator[list[list[int]]]:
     """Yield batches of texts of similar length, in random order."""
     rng = random.Random(seed)
     batches: list[list[list[int]]] = []

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Keyed uniforms are uniform, independent of each other and functions of their keys alone; choosers do as they say.
+Keyed uniforms are uniform, independent of each other and functions of their keys alone.
 
 Every statistical claim fails by chance with a probability of at most 1e-6, and with fixed keys not at all. Knows no model.
 """
@@ -10,9 +10,7 @@ import math
 import pytest
 import torch
 
-from trl_draft_opd import SamplingSettings
 from trl_draft_opd.rollout.keyed_random import keyed_uniforms
-from trl_draft_opd.rollout.sampler import draws_drafts, greedy_chooser, sampling_chooser
 
 
 ALPHA = 1e-6
@@ -164,38 +162,3 @@ def test_the_checks_find_draws_that_are_uneven_or_dependent():
     blended = 0.05 * draws + 0.95 * other
     correlation = float(torch.corrcoef(torch.stack([draws, blended]))[0, 1])
     assert correlation > MOST_DEVIATIONS / math.sqrt(len(draws))
-
-
-# -- choosers ----------------------------------------------------------------------------------------------------------
-
-
-def test_drafts_are_drawn_only_above_temperature_zero_and_on_request():
-    warm, greedy = SamplingSettings(0.5, 0, 1.0), SamplingSettings(0.0, 0, 1.0)
-    assert draws_drafts(warm, "sample") and not draws_drafts(warm, "greedy") and not draws_drafts(greedy, "sample")
-    with pytest.raises(ValueError, match=r"must be one of \('greedy', 'sample'\), got 'argmax'"):
-        draws_drafts(warm, "argmax")
-
-
-def test_the_greedy_chooser_takes_the_lowest_of_equal_logits():
-    drafts, probs = greedy_chooser()(torch.tensor([[[[0.0, 2.0, 2.0], [1.0, 0.0, 1.0]]]]), 0)
-    assert drafts.tolist() == [[[1, 0]]] and probs is None
-
-
-def test_the_sampling_chooser_reads_each_slots_own_uniform():
-    logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().expand(1, 1, 4, 3)
-    uniforms = torch.tensor([[[0.1, 0.6, 0.9, 0.49]]], dtype=torch.float64)
-    choose = sampling_chooser(SamplingSettings(1.0, 0, 1.0), uniforms)
-    drafts, probs = choose(logits, 0)
-    assert drafts.tolist() == [[[0, 1, 2, 0]]]
-    torch.testing.assert_close(probs, logits.exp())
-    # One slot at a time, as a sequential drafter asks.
-    assert [int(choose(logits[:, :, :1], slot)[0]) for slot in range(4)] == [0, 1, 2, 0]
-
-
-def test_the_sampling_chooser_draws_from_the_filtered_distribution():
-    logits = torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64).expand(1, 1, 1, 4)
-    uniforms = torch.full((1, 1, 1), 0.999_999, dtype=torch.float64)
-    drafts, probs = sampling_chooser(SamplingSettings(0.5, 2, 1.0), uniforms)(logits, 0)
-    expected = torch.tensor([6.0, 4.0], dtype=torch.float64).softmax(dim=0)
-    torch.testing.assert_close(probs[0, 0, 0], torch.cat([expected, torch.zeros(2, dtype=torch.float64)]))
-    assert int(drafts) == 1

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A drafter out of a LoRA adapter: the drafter it was trained on, and the adapter merged into it. Knows files, not training.
+A drafter out of a LoRA adapter: the drafter it was trained on, and the adapter merged into it. Knows files, not
+training.
 """
 
 import copy
@@ -10,13 +11,14 @@ from types import ModuleType
 
 import torch
 
-from ..base import Drafter
-from .checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
+from .base import Drafter
+from .published.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, CheckpointSource
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-# What training writes into a drafter's config about the target; an adapter's folder has it of the target it was trained for.
+# What training writes into a drafter's config about the target; an adapter's folder has it of the target it was
+# trained for.
 _ABOUT_THE_TARGET = ("target_model_name_or_path", "target_model_revision", "num_target_layers")
 
 
@@ -42,14 +44,15 @@ def is_adapter(source: CheckpointSource) -> bool:
     Whether a checkpoint is a PEFT adapter and no drafter.
 
     Raises:
-        ValueError: If it is both, so that nobody can say which was meant.
+        ValueError: If it is both, so that it is unclear which was meant.
     """
     if source.find(ADAPTER_CONFIG_FILE) is None:
         return False
     both = [name for name in (SAFETENSORS_FILE, INDEX_FILE) if source.find(name) is not None]
     if both:
         raise ValueError(
-            f"{str(source)!r} holds an adapter ({ADAPTER_CONFIG_FILE}) and a whole drafter ({both[0]}). Move one of them to a folder of its own."
+            f"{str(source)!r} holds an adapter ({ADAPTER_CONFIG_FILE}) and a whole drafter ({both[0]}). Move one of "
+            "them to a folder of its own."
         )
     return True
 
@@ -74,20 +77,22 @@ def read_adapted(
     base = base or source.read_json(ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"{ADAPTER_CONFIG_FILE} of {str(source)!r} names no `base_model_name_or_path`. Give the drafter under the adapter as `base`."
+            f"{ADAPTER_CONFIG_FILE} of {str(source)!r} names no `base_model_name_or_path`. Give the drafter under the "
+            "adapter as `base`."
         )
     peft = require_peft(f"Merging the adapter {str(source)!r}")
     weights = source.find(ADAPTER_WEIGHTS_FILE)
     if weights is None:
         raise FileNotFoundError(
-            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors alone, because pickled ones can carry code: save it "
-            "again with `save_pretrained`."
+            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors only, because "
+            "pickled ones can carry code: save it again with `save_pretrained`."
         )
     try:
         drafter = load_base(str(base))
     except OSError as error:
         raise FileNotFoundError(
-            f"The adapter {str(source)!r} was trained on the drafter {str(base)!r}, which cannot be loaded: {error} Give it as `base`."
+            f"The adapter {str(source)!r} was trained on the drafter {str(base)!r}, which cannot be loaded: {error} "
+            "Give it as `base`."
         ) from error
     # Of a repository, these are the files in the cache, which lie together.
     drafter = peft.PeftModel.from_pretrained(drafter, str(weights.parent)).merge_and_unload()

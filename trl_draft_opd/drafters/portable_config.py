@@ -1,0 +1,116 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""What the configs of all families share: the target's shape, and the portable profile they are saved in."""
+
+from dataclasses import fields
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+import transformers
+from transformers import PreTrainedConfig
+
+from .published.configs import config_from_dict
+from .target_shape import check_layer_ids, refuse_misspelt
+
+
+# Settings that both families' profiles hold under their own names.
+_COPIED = (
+    "attention_bias bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size "
+    "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads num_target_layers pad_token_id "
+    "rms_norm_eps target_hidden_size target_model_name_or_path target_model_revision vocab_size"
+).split()
+
+
+class PortableConfig(PreTrainedConfig):
+    r"""
+    Base of the drafters' configs.
+
+    Args:
+        vocab_size (`int`):
+            Vocabulary of the target.
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
+        rope_parameters,
+        max_position_embeddings:
+            As in the target's config; head size and key/value heads must be the same: both share a cache layout.
+        target_hidden_size (`int`):
+            Width of one tapped layer.
+        target_layer_ids (`list[int]`):
+            Ascending 0-based ids of the target layers whose outputs are read.
+        num_target_layers (`int`, *optional*):
+            Layers of the target these ids belong to.
+        target_model_name_or_path (`str`, *optional*), target_model_revision (`str`, *optional*):
+            The target this drafter belongs to.
+
+    Raises:
+        ValueError: If a setting is misspelt, or layer ids do not fit the target.
+    """
+
+    family: ClassVar[str]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    target_hidden_size: int | None = None
+    intermediate_size: int = 11008
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    target_layer_ids: list[int] | None = None
+    num_target_layers: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    target_model_name_or_path: str | None = None
+    target_model_revision: str | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        refuse_misspelt(kwargs, [setting.name for setting in fields(self)], type(self).__name__)
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        super().__post_init__(**kwargs)
+        if self.target_layer_ids is not None:
+            check_layer_ids(self.target_layer_ids, self.num_target_layers or max(self.target_layer_ids, default=0) + 2)
+
+    def portable(self) -> dict[str, Any]:
+        """
+        Return the keys all families' profiles share.
+
+        RoPE is written three ways: EAGLE's code reads the legacy pair, SGLang and transformers 5 the new one.
+        """
+        rope = dict(self.rope_parameters or {})
+        rope_theta = rope.get("rope_theta", 10000.0)
+        is_scaled = rope.get("rope_type", "default") != "default"
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else "float32"
+        return {name: getattr(self, name) for name in _COPIED} | {
+            "attention_dropout": 0.0,
+            "dtype": dtype,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta} | rope,
+            "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} if is_scaled else None,
+            "rope_theta": rope_theta,
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+            "transformers_version": transformers.__version__,
+            "use_cache": True,
+        }
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read `config.json` without a foreign `model_type`: `architectures` decides, and transformers would warn."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") != cls.model_type:
+            config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """Read any published `config.json` of the family (see `trl_draft_opd/drafters/published/configs.py`)."""
+        return config_from_dict(cls, config_dict, **kwargs)

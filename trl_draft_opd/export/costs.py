@@ -1,0 +1,107 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+When a drafter pays: an estimate from shapes of what drafting and verifying cost. Pure functions of a drafter's config.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .publication import DraftConfig
+
+
+BATCH_SIZES = (1, 8, 32, 64, 128, 256)
+# Tokens per forward at which a bfloat16 matrix product stops being bound by reading weights: 989 TFLOP/s over 3.35
+# TB/s of an H100, at one FLOP per byte and token.
+RIDGE_TOKENS = 295
+
+
+def drafter_parameters(config: DraftConfig) -> int:
+    """Return how many parameters are trained: neither the target's embedding nor, for DFlash, its head."""
+    hidden, width, layers = config.hidden_size, config.head_dim, config.num_hidden_layers
+    if config.family == "dflash":
+        # Two norms per layer and two per head size; one norm of the context and one at the end.
+        return _fused(config) + layers * _layer(config) + layers * (2 * hidden + 2 * width) + 2 * hidden
+    tapped = len(config.target_layer_ids) * config.target_hidden_size
+    norms = 4 * hidden + tapped * (int(config.fc_norm) + int(config.norm_before_fc))
+    return _fused(config) + _layer(config) + hidden * config.draft_vocab_size + norms
+
+
+def _fused(config: DraftConfig) -> int:
+    return len(config.target_layer_ids) * config.target_hidden_size * config.hidden_size
+
+
+def _layer(config: DraftConfig) -> int:
+    """Return the parameters of one layer's matrices; EAGLE-3's projections read embedding and state side by side."""
+    hidden, width = config.hidden_size, config.head_dim
+    queries, keys = width * config.num_attention_heads, width * config.num_key_value_heads
+    inputs = 2 * hidden if config.family == "eagle3" else hidden
+    return inputs * (queries + 2 * keys) + queries * hidden + 3 * hidden * config.intermediate_size
+
+
+def drafter_reads(config: DraftConfig, num_drafts: int) -> int:
+    """
+    Return how many parameters are read to draft one block.
+
+    EAGLE-3 runs its layer and head once per draft; DFlash its layers once, and the target's head on all slots at once.
+    """
+    if config.family == "dflash":
+        return _fused(config) + config.num_hidden_layers * _layer(config) + config.hidden_size * config.vocab_size
+    return _fused(config) + num_drafts * (_layer(config) + config.hidden_size * config.draft_vocab_size)
+
+
+def break_even(
+    config: DraftConfig,
+    num_drafts: int,
+    num_target_parameters: int,
+    *,
+    taus: Sequence[float] = (),
+    acceptance: Sequence[float] = (),
+    ridge_tokens: int = RIDGE_TOKENS,
+) -> dict[str, Any]:
+    """
+    Estimate from which accepted length on a drafter pays.
+
+    A forward on `n` tokens costs the time to read the weights, times `max(1, n / ridge_tokens)`: bound by memory below
+    the ridge, by arithmetic above. A round verifies `batch * (K + 1)` tokens and drafts `batch * K`; plain decoding
+    reads `batch` tokens per pass. Attention over the text, sampling and launches are left out, so real engines need
+    more. The target counts as reading all its parameters, so mixtures of experts and large untied embeddings need
+    more, too.
+
+    Args:
+        config ([`Eagle3DraftConfig`] or [`DFlashDraftConfig`]): The drafter's.
+        num_drafts (`int`): Drafts per block, K.
+        num_target_parameters (`int`): Parameters of the target.
+        taus (`Sequence[float]`, *optional*): Accepted lengths to give the speed-up at.
+        acceptance (`Sequence[float]` of length `K`, *optional*):
+            Share of blocks that keep at least `k` drafts. With it, EAGLE-3 is also tried with fewer drafts, whose
+            accepted length is taken to be `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see
+            each other, so a shorter block is another input.
+        ridge_tokens (`int`, *optional*): Tokens per forward at the ridge of the hardware's roofline.
+
+    Returns:
+        `dict` with `draft_cost` (drafting one block at batch 1, in target passes), `ridge_tokens`, and `rows`: per
+        batch size, the break-even tau, by tau the expected speed-up, and `best_drafts` with its speed-up, or `None`
+        where it cannot be told.
+    """
+
+    def round_cost(batch: int, drafts: int) -> float:
+        """Return what drafting and verifying a block costs, in plain decoding passes of the same batch."""
+        # Tokens a drafter's forward reads per row: one at a time, or the whole block.
+        width = drafts + 1 if config.family == "dflash" else 1
+        verify = max(1.0, batch * (drafts + 1) / ridge_tokens)
+        draft = drafter_reads(config, drafts) / num_target_parameters * max(1.0, batch * width / ridge_tokens)
+        return (verify + draft) / max(1.0, batch / ridge_tokens)
+
+    can_vary = config.family == "eagle3" and len(acceptance) == num_drafts
+    rows = []
+    for batch in BATCH_SIZES:
+        needed = round_cost(batch, num_drafts)
+        best = None
+        if can_vary:
+            found = {k: (1 + sum(acceptance[:k])) / round_cost(batch, k) for k in range(1, num_drafts + 1)}
+            k = max(found, key=found.__getitem__)
+            best = {"num_drafts": k, "speedup": round(found[k], 2)}
+        speedups = {f"{tau:.2f}": round(tau / needed, 2) for tau in taus}
+        rows.append({"batch": batch, "break_even_tau": round(needed, 2), "speedup": speedups, "best_drafts": best})
+    share = drafter_reads(config, num_drafts) / num_target_parameters
+    return {"draft_cost": round(share, 4), "ridge_tokens": ridge_tokens, "rows": rows}

@@ -1,0 +1,261 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Whoever decodes with a published drafter: in this process transformers' DFlash, the function that a repository carries
+and the speculators library's model classes; in processes of their own the engines of `engines.py`.
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from .compare import Outcome, Reference
+from .counting import anchors_of, started_within
+from .engines import find_reason_to_skip, run_engine
+from .scene import Scene, generate
+
+
+# The speculators library's attention works in blocks of so many positions.
+_BLOCK = 128
+
+
+# ---- through the target's own `generate` ----------------------------------------------------------------------------
+# Neither of these two reports how many drafts a round kept; the target's forward passes do.
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """Note, for every forward pass of the target, the tokens in its cache before and the tokens it is given."""
+    passes: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+        input_ids = options["input_ids"] if "input_ids" in options else arguments[0]
+        cache = options.get("past_key_values")
+        passes.append((0 if cache is None else cache.get_seq_length(), input_ids.shape[1]))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_new_tokens: int) -> list[int]:
+    """
+    Return the chain behind the target's forward passes over one response.
+
+    A round reads the anchor and its drafts on top of all text before the anchor, so the cached length of a pass is its
+    anchor's position, and the next pass tells how many drafts were kept.
+
+    Raises:
+        ValueError: If the first pass does not read the prompt as a whole, so that the passes mean something else.
+    """
+    if not passes or passes[0] != (0, prompt_length):
+        raise ValueError(f"The first pass of the target was {passes[:1]}, not one over the prompt of {prompt_length}.")
+    anchors = [cached for cached, _ in passes[1:]]
+    chain = [after - before - 1 for before, after in zip(anchors, anchors[1:], strict=False)]
+    return started_within(chain, max_new_tokens)
+
+
+def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
+    responses, chains, widest = [], [], 0
+    for prompt in scene.prompts:
+        with _watched(scene.target.causal_lm) as passes:
+            responses.append(generate(scene, prompt, **options))
+        chains.append(rounds_of(passes, len(prompt), scene.max_new_tokens))
+        widest = max([widest, *(width - 1 for _, width in passes[1:])])
+    remark = "" if widest == scene.num_drafts else f"drafts {widest} tokens per block, not {scene.num_drafts}"
+    return Outcome(name, responses, chains, None, remark)
+
+
+def run_transformers(scene: Scene) -> Outcome:
+    """Decode with `assistant_model`, from the folder of transformers' own layout."""
+    dtype = scene.target.causal_lm.dtype
+    drafter = AutoModel.from_pretrained(scene.layouts["transformers"], dtype=dtype, trust_remote_code=False)
+    return _decode(
+        scene,
+        "transformers",
+        {"assistant_model": drafter.to(scene.target.device).eval(), "speculation_type": "dflash"},
+    )
+
+
+def run_custom_generate(scene: Scene) -> Outcome:
+    """Decode with the function that the export carries: this runs its code."""
+    with TemporaryDirectory() as scratch:
+        # transformers keeps modules by the folder's name, and the function keeps drafters by theirs: a new name reads
+        # afresh.
+        folder = Path(scratch).resolve() / Path(scratch).name
+        folder.symlink_to(scene.folder.resolve(), target_is_directory=True)
+        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True, "drafter": str(folder)}
+        if scene.drafter.config.family == "eagle3":
+            options["num_drafts"] = scene.num_drafts
+        return _decode(scene, "custom_generate", options)
+
+
+# ---- the speculators library ----------------------------------------------------------------------------------------
+# It does not decode: from its logits at every anchor of the text follows what it would have kept, hence its rounds.
+
+
+def run_speculators(scene: Scene, reference: Reference) -> Outcome:
+    """
+    Load a speculators layout with the library, and count what it keeps along the target's responses.
+
+    Args:
+        scene ([`Scene`]): Its `target_name` must be a local folder, where the library reads embedding and head.
+        reference ([`Reference`]): The library's class is asked at the anchors of its rounds.
+    """
+    from speculators import SpeculatorModel
+
+    folder = scene.layouts["speculators"]
+    with TemporaryDirectory() as scratch:
+        # The library looks for the target where the config names it, which is on the Hub.
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        config["speculators_config"]["verifier"]["name_or_path"] = str(Path(scene.target_name).resolve())
+        (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        shutil.copy(folder / SAFETENSORS_FILE, Path(scratch) / SAFETENSORS_FILE)
+        model = SpeculatorModel.from_pretrained(scratch).float().eval().to(scene.target.device)
+    find = _eagle3_drafts if scene.drafter.config.family == "eagle3" else _dflash_drafts
+    found = [
+        _chain(scene, model, find, prompt, response, chain)
+        for prompt, response, chain in zip(scene.prompts, reference.responses, reference.chains, strict=True)
+    ]
+    return Outcome("speculators", None, found, None, "its model class along the target's text")
+
+
+def _chain(
+    scene: Scene,
+    model: Any,
+    find: Callable,
+    prompt: list[int],
+    response: list[int],
+    chain: list[int],
+) -> list[int]:
+    """Return what the library's class keeps at the anchors of the reference's chain, as far as both agree on them."""
+    anchors = torch.tensor(anchors_of(chain), device=scene.target.device) + len(prompt)
+    ids = torch.tensor([[*prompt, *response]], device=scene.target.device)
+    drafts = find(scene, model, ids, anchors)
+    slots = torch.arange(1, scene.num_drafts + 1, device=ids.device)
+    is_kept = drafts == ids[0, anchors[:, None] + slots]
+    kept = is_kept.long().cumprod(dim=1).sum(dim=1).tolist()
+    for index, (own, other) in enumerate(zip(chain, kept, strict=True)):
+        if own != other:
+            # Behind a block that ends elsewhere, its anchors are others.
+            return kept[: index + 1]
+    return kept
+
+
+def _padded(scene: Scene, ids: torch.Tensor, extra: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the text and its document marks, padded to whole blocks of pairs; padding is a document of its own."""
+    width = -(-ids.shape[1] // _BLOCK) * _BLOCK + extra
+    padded = ids.new_full((1, width), scene.target.pad_token_id)
+    padded[:, : ids.shape[1]] = ids
+    document = torch.full_like(padded, -1)
+    document[:, : ids.shape[1]] = 0
+    return padded, document
+
+
+@torch.no_grad()
+def _eagle3_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the argmax drafts of EAGLE-3's class at every anchor, `(A, K)`, each slot reading the text before it."""
+    padded, document = _padded(scene, ids, extra=1)
+    features = scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids).features
+    seen: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        # A pair is a feature and the token after it.
+        model(
+            hidden_states=features[:, :-1],
+            input_ids=padded[:, 1:],
+            document_ids=document[:, 1:],
+            ttt_steps=scene.num_drafts,
+        )
+    finally:
+        handle.remove()
+    best = torch.stack([logits[0, anchors - 1].argmax(dim=-1) for logits in seen[: scene.num_drafts]], dim=1)
+    return best if getattr(model, "d2t", None) is None else best + model.d2t[best]
+
+
+@torch.no_grad()
+def _dflash_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the argmax drafts of DFlash's class at every anchor, `(A, K)`."""
+    padded, document = _padded(scene, ids, extra=0)
+    reading = scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids)
+    marks = torch.zeros_like(padded, dtype=torch.bool).index_fill(1, anchors, True)
+    _, logits, *_, positions = model._backbone_forward(
+        reading.features, padded, marks, reading.last_hidden, document, max_anchors=len(anchors)
+    )
+    size = scene.drafter.config.block_size
+    blocks = positions.view(-1, size)[:, 0].tolist()
+    if blocks != anchors.tolist():
+        raise ValueError(
+            f"speculators drafted at {blocks[:5]}, not at the anchors {anchors[:5].tolist()} it was given."
+        )
+    return logits[0].view(len(anchors), size, -1)[:, 1 : 1 + scene.num_drafts].argmax(dim=-1)
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """
+    Somebody who decodes with the published files.
+
+    Attributes:
+        find_reason (`Callable`): Given the scene, returns why it cannot be run, or `None`.
+        run (`Callable`): Given the scene and the reference, decodes the prompts.
+    """
+
+    find_reason: Callable[[Scene], str | None]
+    run: Callable[[Scene, Reference], Outcome]
+
+
+def _other_width(scene: Scene) -> str | None:
+    own = scene.drafter.default_num_drafts
+    if scene.num_drafts == own:
+        return None
+    return f"it always drafts {own} tokens per block, not {scene.num_drafts}"
+
+
+def _why_not_transformers(scene: Scene) -> str | None:
+    if "transformers" not in scene.layouts:
+        return "the export has no transformers layout; EAGLE-3 has none"
+    return _other_width(scene)
+
+
+def _why_not_custom_generate(scene: Scene) -> str | None:
+    if not (scene.folder / "custom_generate" / "generate.py").is_file():
+        return "the export carries no custom_generate"
+    if not scene.trust_remote_code:
+        return "it is code from the folder, and is run with `--trust-remote-code` alone"
+    return _other_width(scene) if scene.drafter.config.family == "dflash" else None
+
+
+def _why_not_speculators(scene: Scene) -> str | None:
+    if "speculators" not in scene.layouts:
+        return "the export has no speculators layout"
+    if importlib.util.find_spec("speculators") is None:
+        return "speculators is not installed"
+    if scene.target_name is None or not (Path(scene.target_name) / SAFETENSORS_FILE).is_file():
+        return f"the library reads the target from a local folder with one {SAFETENSORS_FILE}, and none was given"
+    return None
+
+
+CONSUMERS = {
+    "transformers": Consumer(_why_not_transformers, lambda scene, reference: run_transformers(scene)),
+    "custom_generate": Consumer(_why_not_custom_generate, lambda scene, reference: run_custom_generate(scene)),
+    "speculators": Consumer(_why_not_speculators, run_speculators),
+    "vllm": Consumer(partial(find_reason_to_skip, "vllm"), lambda scene, reference: run_engine("vllm", scene)),
+    "sglang": Consumer(partial(find_reason_to_skip, "sglang"), lambda scene, reference: run_engine("sglang", scene)),
+}

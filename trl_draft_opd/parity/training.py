@@ -1,0 +1,232 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Whether a published drafter is the one that was trained: its layouts, its checkpoint and its record compared with it.
+
+Without a checkpoint, two errors still give themselves away: other layers that suit the drafter better than those it
+names, and a head whose rows are those of other tokens than its vocabulary states. Both leave the text right and only
+slow it down.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..drafters.base import Drafter
+from ..drafters.published.checkpoint import CONFIG_FILE
+from ..evaluation import evaluate_drafter
+from ..export.record import Measurement, prompts_digest, read_record
+from ..rollout.counts import Counts
+from .compare import Outcome, Reference, compare
+from .fingerprint import describe_gap, find_reasons, rounded_like, take_fingerprint
+from .report import Row, VerificationReport
+from .scene import Scene, replay
+
+
+# Other layers must be better by so much: a drafter trained little cares little which layers it reads.
+_GAIN, _NUM_PROMPTS = 0.1, 8
+# Rows of the head compared with all of the target's.
+_NUM_ROWS, _CHUNK = 256, 16384
+
+
+def compare_with_training(
+    scene: Scene, reference: Reference, checkpoint: str | Path | None, tolerance: float, report: VerificationReport
+) -> None:
+    """
+    Compare the published drafter with what was trained, and the reference with what training would estimate.
+
+    Args:
+        scene ([`Scene`]): The published drafter, its layouts and the prompts.
+        reference ([`Reference`]): The target's responses, and our rounds with the drafter.
+        checkpoint (`str` or `Path`, *optional*): What was trained.
+        tolerance (`float`): Relative gap in tau that passes, as a note.
+        report ([`VerificationReport`]): Takes in what is found.
+    """
+    report.problems += _compare_layouts(scene)
+    if checkpoint is None:
+        report.skipped["checkpoint"] = (
+            "none was given (`--checkpoint`), so the export was not compared with what was trained"
+        )
+        estimator, whose = scene.drafter, "published"
+        suspects = [suspect_layer_ids(scene, reference.responses), suspect_vocabulary(scene)]
+        report.problems += [f"{each[0].upper()}{each[1:]}." for each in suspects if each is not None]
+    else:
+        estimator, problem = _compare_with_checkpoint(scene, scene.load(checkpoint))
+        whose = "checkpoint's"
+        report.problems += [problem] if problem is not None else []
+    remark = f"replay of the target's text with the {whose} weights"
+    estimate = Outcome("estimate", None, replay(scene, estimator, reference.responses), None, remark)
+    report.add(compare(scene, reference, estimate, tolerance))
+    _compare_with_record(scene, tolerance, report)
+
+
+def _compare_layouts(scene: Scene) -> list[str]:
+    """Compare the drafters of all layouts with the one at the root; return problems."""
+    own = take_fingerprint(scene.target, scene.drafter, scene.num_drafts)
+    root, *others = scene.layouts
+    problems = []
+    for name in others:
+        try:
+            other = scene.load(scene.layouts[name])
+        except ValueError as error:
+            problems.append(f"{name} layout: the drafter cannot be loaded: {error}")
+            continue
+        gap = describe_gap(own, take_fingerprint(scene.target, other, scene.num_drafts))
+        if gap is not None:
+            reasons = "; ".join(find_reasons(other, scene.drafter)).replace("the checkpoint", f"the {root} layout")
+            problems.append(f"{name} layout: {gap} from the {root} layout: {reasons or 'no reason found'}.")
+    return problems
+
+
+def _compare_with_checkpoint(scene: Scene, trained: Drafter) -> tuple[Drafter, str | None]:
+    """Return the checkpoint as the export should hold it, and how the export differs from it, or `None`."""
+    reasons = "; ".join(find_reasons(scene.drafter, trained))
+    if trained.config.family != scene.drafter.config.family:
+        return scene.drafter, f"The checkpoint is no source of this export: {reasons}."
+    config = json.loads((scene.folder / CONFIG_FILE).read_text("utf-8"))
+    is_whole = "float32" in (config.get("dtype"), config.get("torch_dtype"))
+    expected = trained if is_whole else rounded_like(trained, torch.bfloat16)
+    own, wanted = (take_fingerprint(scene.target, each, scene.num_drafts) for each in (scene.drafter, expected))
+    gap = describe_gap(own, wanted)
+    if gap is None and not reasons:
+        return expected, None
+    cause = reasons or "settings and tensors are those of the checkpoint, rounded to bfloat16"
+    return expected, f"The export is not its checkpoint: {cause}. ({gap or 'It drafts alike on a fixed text.'})"
+
+
+# ---- without a checkpoint -------------------------------------------------------------------------------------------
+
+
+def suspect_layer_ids(scene: Scene, responses: list[list[int]]) -> str | None:
+    """
+    Replay the first prompts with each layer id one off, and with all of them one off.
+
+    Args:
+        scene ([`Scene`]): Prompts and drafter.
+        responses (`list[list[int]]`): The target's own.
+
+    Returns:
+        `str`: which ids suit better, or `None` if none do.
+    """
+    config = scene.drafter.config
+    named = list(config.target_layer_ids)
+    own = _tau_with(scene, responses, named)
+    taus = {tuple(ids): _tau_with(scene, responses, ids) for ids in _neighbours(named, scene.target.num_layers)}
+    best = max(taus, key=taus.get, default=None)
+    if best is None or taus[best] - 1 <= (1 + _GAIN) * (own - 1) + 0.02:
+        return None
+    return (
+        f"the layer ids {named} look wrong: with {list(best)} tau is {taus[best]:.3f} instead of {own:.3f} on the "
+        f"first {min(_NUM_PROMPTS, len(scene.prompts))} prompts"
+    )
+
+
+def _tau_with(scene: Scene, responses: list[list[int]], ids: list[int]) -> float:
+    config = scene.drafter.config
+    named = config.target_layer_ids
+    config.target_layer_ids = ids
+    try:
+        chains = replay(scene, scene.drafter, responses, _NUM_PROMPTS)
+    finally:
+        config.target_layer_ids = named
+    return Counts.of_chains(chains, scene.num_drafts).tau
+
+
+def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:
+    moves = [
+        [step if place == index else 0 for place in range(len(ids))] for index in range(len(ids)) for step in (-1, 1)
+    ]
+    moves += [[-1] * len(ids), [1] * len(ids)]
+    tried = [[i + step for i, step in zip(ids, move, strict=True)] for move in moves]
+    return [each for each in tried if each == sorted(set(each)) and each[0] >= 0 and each[-1] < num_layers - 1]
+
+
+@torch.no_grad()
+def suspect_vocabulary(scene: Scene) -> str | None:
+    """
+    Compare rows of an EAGLE-3 head with the target's, where training starts them: each should resemble its own
+    token's.
+
+    Returns:
+        `str` if many rows resemble another token's clearly more than their own; `None` otherwise, and for heads that
+        resemble none.
+    """
+    drafter: Drafter = scene.drafter
+    token_ids = drafter.draft_token_ids
+    head = scene.target.causal_lm.get_output_embeddings().weight
+    if token_ids is None or head.shape[1] != drafter.lm_head.weight.shape[1]:
+        return None
+    picks = torch.linspace(0, len(token_ids) - 1, min(_NUM_ROWS, len(token_ids))).long().unique().to(token_ids.device)
+    rows = torch.nn.functional.normalize(drafter.lm_head.weight[picks].float(), dim=-1)
+    best = torch.full((len(picks),), -1.0, device=rows.device)
+    nearest = torch.zeros_like(picks)
+    for start in range(0, len(head), _CHUNK):
+        part = torch.nn.functional.normalize(head[start : start + _CHUNK].to(rows), dim=-1)
+        likeness, index = (rows @ part.T).max(dim=-1)
+        nearest = torch.where(likeness > best, index + start, nearest)
+        best = torch.maximum(best, likeness)
+    own = (rows * torch.nn.functional.normalize(head[token_ids[picks].to(head.device)].to(rows), dim=-1)).sum(dim=-1)
+    is_other = (nearest != token_ids[picks]) & (best > own + 0.2) & (best > 0.5)
+    if is_other.float().mean() <= 0.1:
+        return None
+    return (
+        f"d2t looks stale: of {len(picks)} rows of the head, {int(is_other.sum())} resemble the target's row of "
+        "another token than the one d2t names. Export again with the vocabulary the drafter was trained with"
+    )
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+def _compare_with_record(scene: Scene, tolerance: float, report: VerificationReport) -> None:
+    """Measure again what the folder's training record states of these prompts."""
+    try:
+        record = read_record(scene.folder)
+    except ValueError as error:
+        report.problems.append(f"The training record cannot be read: {error}")
+        return
+    if record is None:
+        report.skipped["record"] = "the folder holds no training record"
+        return
+    digest = prompts_digest(scene.prompts)
+    matching = [m for m in record.measurements if m.prompts_sha256 == digest]
+    if not matching:
+        report.skipped["record"] = "none of its measurements is of these prompts"
+        return
+    greedy = [m for m in matching if m.temperature == 0 and m.draft_sampling == "greedy"]
+    if not greedy:
+        report.skipped["record"] = "it was measured with draws, which another run repeats in distribution alone"
+    for measurement in greedy:
+        _measure_again(scene, measurement, tolerance, report)
+
+
+def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report: VerificationReport) -> None:
+    found = evaluate_drafter(
+        scene.target,
+        scene.drafter,
+        scene.prompts,
+        num_drafts=recorded.num_drafts,
+        max_new_tokens=recorded.max_new_tokens,
+        batch_size=recorded.batch_size,
+        ignore_eos=recorded.ignore_eos,
+        compare_with_target=False,
+        num_resamples=200,
+        show_progress=False,
+    )
+    remark = f"recorded in training: {recorded.tau:.4f} [{recorded.tau_low:.4f}, {recorded.tau_high:.4f}]"
+    report.rows.append(Row("recorded", found.tau, found.acceptance_per_slot, found.num_blocks, None, None, remark))
+    gap = found.tau / recorded.tau - 1
+    if abs(gap) <= tolerance:
+        return
+    text = f"tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training ({gap:+.2%})"
+    # Rounding to bfloat16, and a target in bfloat16 then and float32 now, move tau within its noise; a wrong export
+    # moves it out.
+    if recorded.tau_low <= found.tau <= recorded.tau_high:
+        report.notes.append(
+            f"{text}; it lies in the recorded interval. Weights were in float32 then, and the target in "
+            f"{recorded.target_dtype}."
+        )
+    else:
+        report.problems.append(
+            f"{text[0].upper()}{text[1:]}, outside of the recorded interval: the export is not what was measured."
+        )

@@ -1,0 +1,111 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What is counted of verified blocks: accepted length (tau), its interval, and acceptance per slot. Plain numbers, prompt
+by prompt, that add up over batches, steps and ranks and are divided once. Knows no model.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .types import Rollout
+
+
+@dataclass(frozen=True)
+class Counts:
+    """
+    Counted blocks of some prompts; `+` puts the prompts of two behind each other.
+
+    Attributes:
+        blocks (`tuple[int, ...]`): Per prompt, its counted blocks.
+        kept (`tuple[tuple[int, ...], ...]`):
+            Per prompt, its counted blocks that keep at least `k` drafts, for `k = 1..K`.
+    """
+
+    blocks: tuple[int, ...] = ()
+    kept: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of_rollout(cls, rollout: Rollout) -> "Counts":
+        """Count the blocks that lie inside the text by geometry, one prompt per row."""
+        counted = rollout.is_counted
+        slots = torch.arange(1, rollout.drafts.shape[-1] + 1, device=counted.device)
+        kept = ((rollout.accepted[..., None] >= slots) & counted[..., None]).sum(dim=1)
+        return cls(tuple(counted.sum(dim=1).tolist()), tuple(map(tuple, kept.tolist())))
+
+    @classmethod
+    def of_chains(cls, chains: Iterable[Sequence[int]], num_drafts: int) -> "Counts":
+        """Count all blocks of chains, the accepted drafts of each block of one prompt's response."""
+        chains = list(chains)
+        kept = [tuple(sum(r >= slot for r in chain) for slot in range(1, num_drafts + 1)) for chain in chains]
+        return cls(tuple(len(chain) for chain in chains), tuple(kept))
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.blocks + other.blocks, self.kept + other.kept)
+
+    def row(self, index: int) -> "Counts":
+        """Return the counts of one prompt."""
+        return Counts((self.blocks[index],), (self.kept[index],))
+
+    def pooled(self) -> "Counts":
+        """Return the sums as those of a single prompt, as engines count."""
+        return Counts((self.num_blocks,), (self.kept_at_slot,))
+
+    @property
+    def num_blocks(self) -> int:
+        """Counted blocks."""
+        return sum(self.blocks)
+
+    @property
+    def kept_at_slot(self) -> tuple[int, ...]:
+        """Blocks that keep at least `k` drafts, for `k = 1..K`; empty without prompts."""
+        return tuple(map(sum, zip(*self.kept, strict=True)))
+
+    @property
+    def accepted_sums(self) -> list[int]:
+        """Per prompt, `sum (r + 1)`: tokens of its counted blocks, the bonus included."""
+        return [blocks + sum(kept) for blocks, kept in zip(self.blocks, self.kept, strict=True)]
+
+    @property
+    def tau(self) -> float:
+        """Accepted length, the bonus counted: `sum (r + 1) / blocks`; NaN without blocks."""
+        return sum(self.accepted_sums) / self.num_blocks if self.num_blocks else float("nan")
+
+    @property
+    def acceptance_per_slot(self) -> list[float]:
+        """Share of blocks that keep at least `k` drafts, for `k = 1..K`; empty without blocks."""
+        return [kept / self.num_blocks for kept in self.kept_at_slot] if self.num_blocks else []
+
+    def interval(self, *, num_resamples: int, seed: int) -> tuple[float, float]:
+        """Return the 95 % interval of tau, resampling prompts."""
+        return bootstrap_tau(self.accepted_sums, self.blocks, num_resamples=num_resamples, seed=seed)
+
+
+def bootstrap_tau(
+    accepted_sums: Sequence[int], blocks: Sequence[int], *, num_resamples: int, seed: int
+) -> tuple[float, float]:
+    """
+    Return the 95 % interval of pooled tau, resampling prompts.
+
+    Args:
+        accepted_sums (`Sequence[int]`): Per prompt, `sum (r + 1)` over counted blocks.
+        blocks (`Sequence[int]`): Per prompt, counted blocks.
+    """
+    taus = resampled_taus(accepted_sums, blocks, num_resamples, seed)
+    # A resample may miss every prompt that has a block: it says nothing about tau.
+    return interval(taus[taus.isfinite()])
+
+
+def resampled_taus(accepted_sums: Sequence[int], blocks: Sequence[int], num_resamples: int, seed: int) -> torch.Tensor:
+    """Return tau of each resample of prompts, NaN where it holds no block. Equal seeds pick equal prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(blocks), (num_resamples, len(blocks)), generator=generator)
+    sums, counts = (torch.tensor(values, dtype=torch.float64)[picks].sum(dim=1) for values in (accepted_sums, blocks))
+    return sums / counts
+
+
+def interval(values: torch.Tensor) -> tuple[float, float]:
+    """Return the central 95 % of resampled values."""
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high

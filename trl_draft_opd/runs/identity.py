@@ -1,0 +1,139 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What makes a run this one and no other, and whether a checkpoint belongs to it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+
+from ..drafters.base import Drafter
+from ..export.record import recorded_settings
+from ..responses.origin import fingerprint_weights, hash_config, hash_tokenizer
+from ..target.frozen import FrozenTarget
+
+
+_HASHED_ROWS = 256
+# Entries of a drafter's config that name it or its target and change nothing.
+_NAMES = {
+    "_name_or_path",
+    "name_or_path",
+    "target_model_name_or_path",
+    "target_model_revision",
+    "transformers_version",
+}
+# Settings beyond those of the training record that shape what is computed.
+_FURTHER = ("adam_epsilon", "chat_template", "target_revision", "on_nonfinite")
+# How an update's rows are dealt to batches and processes: their product is compared by itself.
+_DEALING = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size"}
+# Where these differ, the stored state means something else in this run.
+_BINDING = {
+    "method": "the trainer's kind",
+    "drafter": "the drafter's architecture or adapter",
+    "target": "the target's weights, architecture or tokenizer",
+}
+# Where these differ, only the position in the data means something else.
+_POSITION = {
+    "dataset": "the training data",
+    "rows_per_update": "rows per update (batch size times accumulation times processes)",
+}
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """
+    What makes two runs the same one.
+
+    Attributes:
+        method (`str`): `"sft"` or `"opd"`.
+        drafter (`str`), target (`str`), dataset (`str` or `None`): Digests; a stream has none.
+        rows_per_update (`int`): Rows of one optimizer step, over all processes.
+        settings (`dict`): Settings that shape what is computed.
+    """
+
+    method: str
+    drafter: str
+    target: str
+    dataset: str | None
+    rows_per_update: int
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        args: TrainingArguments,
+        drafter: Drafter,
+        target: FrozenTarget,
+        dataset: Dataset | IterableDataset | None,
+    ) -> "RunIdentity":
+        """Describe a run; `drafter` is what is trained, adapter included, without its distributed wrapper."""
+        shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _NAMES}
+        trained = sorted(name for name, parameter in drafter.named_parameters() if parameter.requires_grad)
+        tokenizer = None if target.tokenizer is None else hash_tokenizer(target.tokenizer)
+        weights = target.weights_fingerprint or fingerprint_weights(target.causal_lm)
+        settings = recorded_settings(args) | {name: getattr(args, name) for name in _FURTHER}
+        return cls(
+            method=method,
+            drafter=_digest([shape, trained]),
+            target=_digest([hash_config(target.config), weights, tokenizer]),
+            dataset=_digest_rows(dataset),
+            rows_per_update=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            settings={name: value for name, value in settings.items() if name not in _DEALING},
+        )
+
+    def check_continues(self, stored: "RunIdentity", *, ignores_position: bool) -> list[str]:
+        """
+        Check this run against the one that wrote a checkpoint.
+
+        Args:
+            stored ([`RunIdentity`]): The run that wrote it.
+            ignores_position (`bool`): Whether the data is read from its start again (`ignore_data_skip=True`).
+
+        Returns:
+            `list[str]`: settings that differ and may, with both values.
+
+        Raises:
+            ValueError: Naming what differs and may not, and the fix.
+        """
+        compared = _BINDING if ignores_position else _BINDING | _POSITION
+        changed = [name for name in compared if getattr(self, name) != getattr(stored, name)]
+        if changed:
+            differences = "; ".join(
+                f"{compared[name]} ({getattr(stored, name)!r} there, {getattr(self, name)!r} here)" for name in changed
+            )
+            fix = (
+                "Use what the run was started with, or start a new run from the checkpoint's drafter: give its folder "
+                "as `model`."
+            )
+            if set(changed) <= set(_POSITION):
+                fix += " `ignore_data_skip=True` continues with the new data or batches from their start."
+            raise ValueError(
+                f"This run cannot resume from that checkpoint, because these differ: {differences}. {fix}"
+            )
+        names = sorted(set(self.settings) | set(stored.settings))
+        return [
+            f"{name}: {stored.settings.get(name)!r} there, {self.settings.get(name)!r} here"
+            for name in names
+            if self.settings.get(name) != stored.settings.get(name)
+        ]
+
+
+def _digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest_rows(dataset: Dataset | IterableDataset | None) -> str | None:
+    """
+    Digest the number of rows, the columns and up to 256 evenly spaced rows; `None` for a stream, which is not read.
+    """
+    if not isinstance(dataset, Dataset):
+        return None
+    count = min(_HASHED_ROWS, len(dataset))
+    places = [number * (len(dataset) - 1) // max(count - 1, 1) for number in range(count)]
+    return _digest([len(dataset), sorted(dataset.column_names), [dataset[place] for place in places]])

@@ -1,0 +1,88 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What a forward pass of the target leaves behind, and which rows it reads together. Data and lists: knows no model.
+
+Shape letters:  B = sequences, L = text length, R = rows of a group, n = tokens, F = feature width, H = hidden size
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+
+# Rows are read together down to this share of the widest one's tokens, and in any case within this many tokens of it:
+# beyond, padding costs more than another forward.
+SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """
+    Keys and values of some rows of a text.
+
+    Attributes:
+        rows (`torch.LongTensor` of shape `(R,)`): The rows, ascending.
+        length (`int`): Positions in the cache: the rows' longest text.
+        cache ([`~transformers.DynamicCache`]): Their cache.
+    """
+
+    rows: torch.Tensor
+    length: int
+    cache: DynamicCache
+
+
+@dataclass(frozen=True)
+class TargetReading:
+    """
+    What one forward pass of the target leaves behind.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
+        last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
+        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were kept.
+    """
+
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+    caches: tuple[CachedRows, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by features and hidden states."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
+
+    def without_caches(self) -> "TargetReading":
+        """Return the same reading without its caches."""
+        return TargetReading(self.features, self.last_hidden)
+
+
+def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: tuple[int, int]) -> torch.Tensor:
+    """Put the parts, `(rows, length, (R, length, ...) tensor)` each, into one `(B, L, ...)` tensor."""
+    rows, length, first = parts[0]
+    if len(rows) == shape[0] and length == shape[1]:
+        return first
+    padded = first.new_zeros(*shape, first.shape[-1])
+    for rows, length, part in parts:
+        padded[rows, :length] = part
+    return padded
+
+
+def rows_of_similar_width(widths: torch.Tensor) -> list[list[int]]:
+    """
+    Group rows of similar width, see `SIMILAR_WIDTH`, widest first; rows without any tokens are left out.
+
+    Args:
+        widths (`torch.LongTensor` of shape `(B,)`): Tokens of each row, of its text or of its branches.
+    """
+    counts = widths.tolist()
+    groups: list[list[int]] = []
+    for row in sorted(range(len(counts)), key=lambda row: -counts[row]):
+        if counts[row] == 0:
+            continue
+        widest = counts[groups[-1][0]] if groups else None
+        if widest is None or counts[row] < min(SIMILAR_WIDTH * widest, widest - SIMILAR_TOKENS):
+            groups.append([])
+        groups[-1].append(row)
+    return [sorted(group) for group in groups]

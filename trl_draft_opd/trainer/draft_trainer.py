@@ -1,0 +1,142 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What both trainers do in a step: prepare its micro-batches, compute the loss through the drafter's wrapper, measure on evaluation
+batches. How rows become text and blocks, and which streams exist, is each trainer's own.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..rollout.drafting import DraftingSettings
+from ..rollout.keyed_random import DrawKeys
+from ..rollout.live import rollout_live
+from ..rollout.types import Rollout
+from ..runs.distributed.launch import loss_entry
+from ..target.checks import naming_rows
+from ..utils.private_trl import _ForwardRedirection
+from .publishing import PublishingTrainer
+from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+
+
+class DraftTrainer(PublishingTrainer):
+    """Base of both trainers. A trainer sets `streams` and `slot_rules`, and makes batches in `_prepare` and `_prepare_evaluation`."""
+
+    # The loss is divided by weight sums of the whole optimiser step, accumulation included.
+    loss_is_scaled_for_ga = True
+    streams: dict[str, StreamSettings]
+    slot_rules: SlotRules
+    # The loss of a micro-batch; an experiment with another one puts it here.
+    _step_loss = staticmethod(step_loss)
+    _redirect = _ForwardRedirection()
+
+    @abstractmethod
+    def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
+        """Return text and blocks of the micro-batches of one optimiser step. Collective where anything is sharded."""
+
+    @abstractmethod
+    def _prepare_evaluation(self, batch: dict[str, torch.Tensor]) -> tuple[PreparedBatch, Rollout | None]:
+        """Return what the loss of an evaluation batch is computed on, and the live rollout that tau is counted on, if any."""
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[PreparedBatch], torch.Tensor]:
+        """Fetch and prepare the micro-batches of one optimiser step, and sum the weights of their slots over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        prepared = self._prepare(batches, int(self.state.epoch or 0))
+        sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
+        return prepared, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+
+    def _prepare_inputs(self, inputs: dict[str, Any] | PreparedBatch) -> dict[str, Any] | PreparedBatch:
+        """Leave a prepared batch as it is: it is on its device, and DeepSpeed must not cast its features."""
+        return inputs if isinstance(inputs, PreparedBatch) else super()._prepare_inputs(inputs)
+
+    def floating_point_ops(self, inputs: PreparedBatch) -> int:
+        """Return 0: transformers' estimate counts a language model's tokens, which is no measure of blocks."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: PreparedBatch) -> None:
+        """Count nothing: transformers would look for the inputs of a model's own forward."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PreparedBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the optimiser step's loss; `num_items_in_batch` holds the weight sums."""
+        if return_outputs:
+            raise ValueError(
+                "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
+            )
+        drafter, target, objective = self.drafter, self.target, self._objective(num_items_in_batch)
+        with self.accelerator.autocast(), naming_rows(inputs.text.sample_ids, "the dataset"):
+            # Outside of the drafter's wrapper, whose collectives must not mix with those of a sharded target.
+            batch = inputs.read_by(target, drafter.config.target_layer_ids)
+            target.finish_together()
+
+            def forward(entry: torch.Tensor) -> StepLoss:
+                loss, sums = self._step_loss(drafter, target, batch, objective)
+                return StepLoss(loss + entry, sums)
+
+            # Through the wrapper's own forward, so that its hooks fire once per step.
+            loss, sums = self._redirect(model, drafter, forward, loss_entry(self.accelerator))
+        self._guard.note_loss(loss, batch.text.sample_ids)
+        self._sums["train"].add(sums)
+        # Wrappers average gradients over ranks, the weight sums already cover all of them.
+        return loss * self.accelerator.num_processes
+
+    def _objective(self, sums: torch.Tensor) -> Objective:
+        return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""
+        drafter, sample_ids = self.drafter, inputs["sample_ids"].tolist()
+        with torch.no_grad(), self.accelerator.autocast(), naming_rows(sample_ids, "the evaluation dataset"):
+            batch, rollout = self._prepare_evaluation(inputs)
+            sums = weight_sums([batch.blocks], self.streams, drafter.draft_token_ids)
+            loss, parts = self._step_loss(drafter, self.target, batch, self._objective(sums))
+        self.target.finish_together()
+        self._sums["eval"].add(parts)
+        if rollout is not None:
+            self._count_rollout(rollout, sample_ids)
+        return loss.detach()
+
+    @property
+    def _keeps_branches(self) -> bool:
+        """Whether rollouts keep the target's states behind first rejections."""
+        return False
+
+    @property
+    def _drafting(self) -> DraftingSettings:
+        return DraftingSettings(
+            num_drafts=self.num_drafts,
+            sampling=self.args.sampling_settings(),
+            draft_sampling=self.args.draft_sampling,
+            keep_branch_hidden=self._keeps_branches,
+        )
+
+    def _decode(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], epoch: int) -> Rollout:
+        """Decode prompts live with the current drafter, with a progress bar over the rows."""
+        keys = DrawKeys(self.args.seed, epoch, sample_ids)
+        is_hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
+        with tqdm(total=len(prompts), desc="rollout", leave=False, disable=is_hidden) as bar:
+            return rollout_live(
+                self.target,
+                self.drafter,
+                prompts,
+                self._drafting,
+                keys,
+                max_new_tokens=self.args.max_completion_length,
+                eos_token_ids=self.target.eos_token_ids,
+                on_finished=bar.update,
+            )
