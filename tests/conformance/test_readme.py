@@ -67,27 +67,28 @@ FRESH_DFLASH = "DFlashDraftModel.from_target(target, mask_token_id=target.find_m
 PUSH_IN_A_SCRIPT = "trainer.push_to_hub()"
 
 
-def read_blocks() -> dict[tuple[str, str, int], str]:
-    """Return the fenced blocks of the README."""
-    blocks, heading, fence = {}, "", None
+def read_readme() -> tuple[dict[tuple[str, str, int], str], str]:
+    """Return the fenced blocks of the README, and the rest of it on one line."""
+    blocks, prose, heading, block, indent = {}, [], "", None, ""
     for line in README.read_text("utf-8").splitlines():
-        if line.startswith("```") and fence is None:
-            language = line[3:].strip()
-            number = 1 + sum(key[:2] == (heading, language) for key in blocks)
-            fence = (heading, language, number)
-            blocks[fence] = ""
-        elif line.startswith("```"):
-            fence = None
-        elif fence is not None:
-            blocks[fence] += line + "\n"
-        elif line.startswith("#"):
-            heading = line.lstrip("# ")
-    return blocks
+        fence = re.match(r"(\s*)(?:`{3,}|~{3,})\s*(\S*)", line)
+        if fence and block is None:
+            indent, language = fence.groups()
+            block = (heading, language, 1 + sum(key[:2] == (heading, language) for key in blocks))
+            blocks[block] = ""
+        elif fence:
+            block = None
+        elif block is not None:
+            blocks[block] += line.removeprefix(indent) + "\n"
+        else:
+            heading = line.lstrip("# ") if line.startswith("#") else heading
+            prose.append(line)
+    return blocks, " ".join(prose)
 
 
-def read_prose() -> str:
-    """Return the README without its fenced blocks, on one line."""
-    return " ".join(re.sub(r"^```.*?^```$", "", README.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE).split())
+def read_blocks() -> dict[tuple[str, str, int], str]:
+    """Return the fenced blocks of the README by heading, language and number."""
+    return read_readme()[0]
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def test_every_block_of_the_readme_is_known():
 
 
 def test_flags_and_calls_within_sentences_exist(capsys: pytest.CaptureFixture):
-    prose, known = read_prose(), set()
+    (_, prose), known = read_readme(), set()
     for command in INLINE_FLAGS:
         with pytest.raises(SystemExit):
             main([command, "--help"])
