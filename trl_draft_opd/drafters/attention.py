@@ -64,7 +64,7 @@ def anchored_attention(
 
 
 class _Tile(NamedTuple):
-    """Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, `None` if they see all."""
+    """Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, or is `None`."""
 
     start: int
     stop: int
@@ -271,7 +271,7 @@ def _spread(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gather_back(weight: Tensor, rows: Tensor, num_groups: int) -> Tensor:
-    """Return transposed weights `(B, h, A, S, T)` times rows `(B, h, A, S, d)`, summed per group: `(B, g, A, T, d)`."""
+    """Return weights `(B, h, A, S, T)` transposed, times rows `(B, h, A, S, d)`, per group: `(B, g, A, T, d)`."""
     weight, rows = weight.unflatten(1, (num_groups, -1)), rows.unflatten(1, (num_groups, -1))
     if weight.shape[-2:] == (1, 1):
         return (weight * rows).sum(dim=2)

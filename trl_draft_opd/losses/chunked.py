@@ -76,7 +76,7 @@ class Head:
 @dataclass(frozen=True)
 class RowLosses:
     """
-    Hold the weighted loss of a set of rows, and two detached values of each row (`0` where its weight is `0`).
+    The weighted loss of a set of rows, and two detached values of each row (`0` where its weight is `0`).
 
     Args:
         total (`torch.Tensor` of shape `()`):
@@ -165,12 +165,9 @@ def chunked_divergence(
 @dataclass(frozen=True)
 class LabelScores:
     """
-    The drafter's view of the label of each row, without gradient.
+    The drafter's log-probability of each row's label, in nats, and whether the label is its argmax; without gradient.
 
-    Args:
-        log_probs_N (`torch.Tensor` of shape `(N,)`):
-            Its log-probability of the label, in nats, float32 or float64; `-inf` where it has no logit for the label.
-        is_top_N (`torch.BoolTensor` of shape `(N,)`): Whether the label is its argmax.
+    A label that it has no logit for has `-inf`. Both are of shape `(N,)`, the first in float32 or float64.
     """
 
     log_probs_N: Tensor
@@ -184,10 +181,8 @@ def score_labels(
     Return how likely the drafter is to draft each label, with one chunk of logits alive at a time.
 
     Args:
-        labels_N (`torch.LongTensor` of shape `(N,)`):
-            Target ids. One that the drafter's vocabulary lacks, as `-1`, has probability 0 and is never its argmax.
-        hidden_NH, head, draft_token_ids, chunk_bytes:
-            As for [`chunked_divergence`].
+        labels_N (`torch.LongTensor` of shape `(N,)`): Target ids; `-1` is a label that the drafter lacks.
+        hidden_NH, head, draft_token_ids, chunk_bytes: As for [`chunked_divergence`].
 
     Raises:
         ValueError: If arguments do not fit together.

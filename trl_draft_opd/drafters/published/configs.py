@@ -161,7 +161,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
 
 def _decide(raw: dict[str, Any]) -> tuple[str, str]:
     """Return family and layout."""
-    name = next(iter(raw.get("architectures") or []), "")
+    name = (raw.get("architectures") or [""])[0]
     kind = raw.get("speculators_model_type") or _mapping(raw, "speculators_config").get("algorithm")
     projector = _mapping(raw, "dflash_config").get("projector_type")
     for stated in (name, kind, projector):
@@ -251,8 +251,8 @@ def _shared_kwargs(
     width = raw.get("target_hidden_size")
     if width not in (None, kwargs["hidden_size"]):
         raise ValueError(
-            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}. A drafter of another "
-            "width has an embedding of its own; drafters here read the target's."
+            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}; drafters here read "
+            "the target's embedding, so they must agree."
         )
     dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     # In the speculators format, the target is named in a section of its own.
