@@ -42,16 +42,14 @@ def anchored_attention(
     other. Differentiable once.
 
     Args:
-        query (`torch.Tensor` of shape `(B, h, A, S, d)`):
-            Queries, positions already rotated in.
+        query (`torch.Tensor` of shape `(B, h, A, S, d)`): Queries, positions already rotated in.
         context_key (`torch.Tensor` of shape `(B, g, L, d)`), context_value (same shape):
             Keys and values of the context, one per committed position; finite.
         block_keys (`Sequence[torch.Tensor]` of shapes `(B, g, A, T_i, d)`), block_values (same shapes):
             Keys and values of the block itself, in as many pieces as it was made in; empty when it has none yet.
         anchor_positions (`torch.LongTensor` of shape `(B, A)`):
             Anchor of each block, at least 1, so that every query sees a key. Cheapest when ascending.
-        scaling (`float`):
-            Factor on the scores, usually `d ** -0.5`.
+        scaling (`float`): Factor on the scores, usually `d ** -0.5`.
 
     Returns:
         `torch.Tensor` of shape `(B, A, S, h * d)`.

@@ -427,10 +427,8 @@ def _check_target_rows(
             raise ValueError(f"Got {found}. Pass the index of each row's state as `target_rows_N`.")
         return
     if target_rows_N.shape != (num_rows,) or target_rows_N.dtype != torch.long:
-        raise ValueError(
-            f"`target_rows_N` is {target_rows_N.dtype} of shape {tuple(target_rows_N.shape)}, expected one torch.int64 "
-            f"index for each of {num_rows} rows."
-        )
+        found = f"{target_rows_N.dtype} of shape {tuple(target_rows_N.shape)}"
+        raise ValueError(f"`target_rows_N` is {found}, expected one torch.int64 index for each of {num_rows} rows.")
     used_M = target_rows_N[kept_M]
     is_wrong_M = (used_M < 0) | (used_M >= num_states)
     if is_wrong_M.any():

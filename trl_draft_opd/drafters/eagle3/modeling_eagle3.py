@@ -259,24 +259,11 @@ class Eagle3DraftModel(Drafter):
         return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
     def _run_slot(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> "Eagle3State":
-        """Run one slot of the blocks on its tokens, `(B, A)`."""
-        state, slot_hidden, key, value = self.run_recomputed(self._step, blocks, tokens, slot)
-        keys, values = blocks.keys, blocks.values
-        if key is not None and value is not None:
-            # New lists: a step that is computed again must find those it was given.
-            keys, values = [*keys, key], [*values, value]
-        fed = slot_hidden if self.config.norm_output else state
-        blocks = replace(blocks, fed=fed, keys=keys, values=values)
+        slot_hidden, blocks = self.run_recomputed(self._step, blocks, tokens, slot)
         return Eagle3State(slot, blocks.packing.unpack(slot_hidden), None, blocks)
 
-    def _step(
-        self, blocks: _Blocks, tokens: torch.Tensor, slot: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Return the layer's output `(N, H)`, the same behind the norm, and the step's own key and value.
-
-        The first step's are the context's, so it has none; from the second step on, steps also see those before.
-        """
+    def _step(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> tuple[torch.Tensor, _Blocks]:
+        """Run one step on its tokens, `(B, A)`; return its states `(N, H)`, ready for the head, and the blocks."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         packing, fed, keys, values = blocks.packing, blocks.fed, blocks.keys, blocks.values
         joined = layer.attention_input(blocks.embed(packing.pack(tokens)).to(fed.dtype), fed)
@@ -290,12 +277,12 @@ class Eagle3DraftModel(Drafter):
         if slot == 1:
             # The first step's own key is the context entry at `a - 1`.
             query, _ = apply_rotary_pos_emb(query, query, cos, sin)
-            own_key = own_value = None
         else:
             key = attention.split_heads(attention.k_proj(joined)[None])
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            own_key, own_value = spread(key), spread(attention.split_heads(attention.v_proj(joined)[None]))
-            keys, values = [*keys, own_key], [*values, own_value]
+            value = attention.split_heads(attention.v_proj(joined)[None])
+            # New lists: a step that is computed again must find those it was given.
+            keys, values = [*keys, spread(key)], [*values, spread(value)]
         mixed = anchored_attention(
             spread(query),
             blocks.context.keys[0],
@@ -308,7 +295,9 @@ class Eagle3DraftModel(Drafter):
         residual = layer.hidden_norm(fed) if self.config.norm_before_residual else fed
         hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
         hidden = hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
-        return hidden, self.norm(hidden), own_key, own_value
+        slot_hidden = self.norm(hidden)
+        fed = slot_hidden if self.config.norm_output else hidden
+        return slot_hidden, replace(blocks, fed=fed, keys=keys, values=values)
 
 
 def _pick_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
