@@ -128,7 +128,7 @@ def test_a_misspelt_setting_names_the_nearest_one(tmp_path, config_class, typo, 
     [(DFlashDraftConfig, "blok_size", "block_size"), (Eagle3DraftConfig, "norm_outptu", "norm_output")],
 )
 def test_a_misspelt_option_of_a_drafter_names_the_nearest_one(config_class, typo, meant):
-    with refuses(f"{config_class.__name__} has '{typo}', which nobody reads. Did you mean '{meant}'?"):
+    with refuses(f"{config_class.__name__} has '{typo}', which is not read. Did you mean '{meant}'?"):
         config_class(**{typo: 4})
 
 
@@ -146,7 +146,7 @@ def test_a_misspelt_key_of_a_published_config_names_the_nearest_one(copies, fami
     config = json.loads(path.read_text())
     (config[section] if section else config)[typo] = 1
     path.write_text(json.dumps(config))
-    with refuses(f"config.json has '{typo}', which nobody reads. Did you mean '{meant}'\\? Rename or remove it"):
+    with refuses(f"config.json has '{typo}', which is not read. Did you mean '{meant}'\\? Rename or remove it"):
         AutoDrafter.from_pretrained(copies[family])
     (config[section] if section else config)["something_else"] = config.pop(typo, 1)
     config.get(section, {}).pop(typo, None)
@@ -177,7 +177,7 @@ def test_missing_and_unexpected_weights_are_listed_and_never_made_up(copies, fam
     tensors = load_file(path)
     tensors["extra.weight"] = tensors.pop("fc.weight")
     save_file(tensors, path, metadata={"format": "pt"})
-    with refuses(r"missing \['fc.weight'\], unexpected \['extra.weight'\]"):
+    with refuses('(?s)Missing .* "fc.weight".*Unexpected .* "extra.weight"'):
         AutoDrafter.from_pretrained(copies[family])
 
 

@@ -235,14 +235,16 @@ class Drafter(PreTrainedModel):
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Turn ids of the drafter's vocabulary into the target's."""
-        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]
+        token_ids = self.draft_token_ids
+        return draft_ids if token_ids is None else token_ids[draft_ids]
 
     def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
         """Turn probabilities over the drafter's vocabulary `(..., DV)` into ones over the target's, `(..., V)`."""
-        if self.draft_token_ids is None:
+        token_ids = self.draft_token_ids
+        if token_ids is None:
             return draft_probs
         probs = draft_probs.new_zeros(*draft_probs.shape[:-1], self.config.vocab_size)
-        probs[..., self.draft_token_ids] = draft_probs
+        probs[..., token_ids] = draft_probs
         return probs
 
     def encode_text(self, target_features: torch.Tensor, input_ids: torch.Tensor, embed: Embed) -> DraftContext:
@@ -307,27 +309,16 @@ class Drafter(PreTrainedModel):
                 f"but {cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
             )
         model = cls(cls.config_class(**imported.arguments))
-        model.load_exact(read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights))
+        tensors = read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{error}\nCheck that config.json and the weights of {str(source)!r} belong together."
+            ) from error
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype
         return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  its decorator hides `self` from the stub
-
-    def load_exact(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Load tensors named as in `state_dict()`, or raise `ValueError` with all that do not fit."""
-        own = self.state_dict()
-        missing = sorted(set(own) - set(tensors))
-        unexpected = sorted(set(tensors) - set(own))
-        misshapen = [
-            f"{name}: checkpoint {tuple(tensors[name].shape)}, config {tuple(own[name].shape)}"
-            for name in sorted(set(own) & set(tensors))
-            if own[name].shape != tensors[name].shape
-        ]
-        if missing or unexpected or misshapen:
-            raise ValueError(
-                f"The weights do not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}, wrong "
-                f"shape {misshapen}. Check that config.json and the weight files belong together."
-            )
-        self.load_state_dict(tensors)
 
     @staticmethod
     def resolve_target(target: Any) -> PreTrainedModel:
@@ -350,12 +341,10 @@ def run_blocks(
     Run blocks from many anchors of each sequence along recorded drafts, with gradient.
 
     Args:
-        drafter ([`Drafter`]): Any family's.
         target_features (`torch.Tensor` of shape `(B, L, F)`): The target's features of the committed text.
         input_ids (`torch.LongTensor` of shape `(B, L)`): The committed text, right-padded.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors, 1..L-1; entries below 1 are padding.
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Recorded drafts, which later slots read.
-        embed (`Callable`): The target's embedding.
 
     Returns:
         `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.

@@ -106,15 +106,15 @@ def chunked_divergence(
     """
     Compute the weighted sum of [`divergence`] from hidden states, with one chunk of logits alive at a time.
 
-    First-order gradients are taken together with the loss (none under `torch.no_grad()`), and for the head only if it
-    trains; the target is frozen. In float16 they are rounded before any loss scaling: prefer bfloat16.
+    First-order gradients are taken together with the loss, and for the head only if it trains; the target is frozen.
+    In float16 they are rounded before any loss scaling: prefer bfloat16.
 
     Args:
         hidden_NH (`torch.Tensor` of shape `(N, H)`), head (`Head`):
             What the drafter's head reads, and that head, with `D` logits. It may be the target's as well.
         target_hidden_MH (`torch.Tensor` of shape `(M, H_target)`, *optional*), target_head (`Head`, *optional*):
-            What the target's head reads at its distinct states, and that head, with `V` logits. Each state that a row
-            of nonzero weight names is projected once, however many do. Optional under `"ce"` only.
+            What the target's head reads at its distinct states, and that head, with `V` logits; each state is
+            projected once. Optional under `"ce"` only.
         target_rows_N (`torch.LongTensor` of shape `(N,)`, *optional*):
             Index of the state each row is compared with, in `0..M-1`. `None` where row `n` has state `n` to itself.
         labels_N (`torch.LongTensor` of shape `(N,)`, *optional*), loss_type (`str`):
@@ -125,8 +125,7 @@ def chunked_divergence(
             Distinct target ids of the drafter's logits; the target is renormalised over them. `None` for the full one.
         chunk_bytes (`int`):
             Budget of all logit-sized tensors alive at a time, counted in float32 (float64 if given so). Exceeded only
-            if one row does not fit. Beside them live a few tensors of the size of the inputs, and the gradient of a
-            head that trains: its sum, and one chunk's share of it unless the head is `Head.linear` without a cast.
+            if one row does not fit. The gradient of a head that trains is beside it.
 
     Returns:
         `RowLosses`, its values per row in the order given.
