@@ -25,13 +25,13 @@ def make_inputs(queries, block_keys, dtype=torch.float64):
     return [(2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes]
 
 
-def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1, is_causal=False):
+def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1):
     keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
     values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
-    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING, is_causal)
+    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING)
 
 
-def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, is_causal=False):
+def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS):
     """Line up the keys of the context and of all blocks, and let a boolean mask say who sees what."""
     num_anchors, queries, block_keys = anchors.shape[1], query.shape[3], block_key.shape[3]
     per_group = HEADS // KV_HEADS
@@ -39,12 +39,11 @@ def dense_reference(query, context_key, context_value, block_key, block_value, a
     value = torch.cat([context_value, block_value.flatten(2, 3)], dim=2).repeat_interleave(per_group, dim=1)
     num_rows = query.shape[0]
     mask = torch.zeros(num_rows, num_anchors * queries, L + num_anchors * block_keys, dtype=torch.bool)
-    own = torch.ones(queries, block_keys, dtype=torch.bool)
     for row in range(num_rows):
         for block in range(num_anchors):
             rows = slice(block * queries, (block + 1) * queries)
             mask[row, rows, : anchors[row, block]] = True
-            mask[row, rows, L + block * block_keys : L + (block + 1) * block_keys] = own.tril() if is_causal else own
+            mask[row, rows, L + block * block_keys : L + (block + 1) * block_keys] = True
     mixed = scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask[:, None], scale=SCALING)
     return mixed.unflatten(2, (num_anchors, queries)).permute(0, 2, 3, 1, 4).flatten(3)
 
@@ -195,22 +194,6 @@ def test_a_block_may_come_in_pieces(queries, pieces):
     inputs = make_inputs(queries, 5)
     actual = values_and_grads(run, inputs, pieces=pieces)
     assert_all_close(actual, values_and_grads(dense_reference, inputs), 1e-12)
-
-
-@pytest.mark.parametrize("tile_queries", [4, 256])
-@pytest.mark.parametrize("queries", [1, 4])
-def test_a_causal_block_equals_a_triangular_dense_mask(kernel, queries, tile_queries, monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
-    inputs = make_inputs(queries, queries)
-    actual = values_and_grads(run, inputs, is_causal=True)
-    assert_all_close(actual, values_and_grads(dense_reference, inputs, is_causal=True), 1e-12)
-    if queries > 1:
-        assert not torch.allclose(actual[0], run(*inputs))
-
-
-def test_a_causal_block_in_pieces_is_refused():
-    with pytest.raises(AssertionError):
-        run(*make_inputs(4, 4), pieces=2, is_causal=True)
 
 
 @pytest.mark.parametrize("block_keys", [0, 3])

@@ -181,7 +181,7 @@ def test_one_capture_set_is_read_alike_from_every_convention(N):
     ]
     assert [kwargs_of(raw)["target_layer_ids"] for raw in spellings] == [zero_based] * len(spellings)
     assert kwargs_of(bare, num_target_layers=N)["target_layer_ids"] == zero_based
-    ids = spread_layer_ids(N, 5)
+    ids = spread_layer_ids(N)
     for raw in (
         changed(changed(DFLASH, "dflash_config.target_layer_ids", ids), "num_target_layers", N),
         SPECULATORS_DFLASH | {"aux_hidden_state_layer_ids": [i + 1 for i in ids], "num_target_layers": N},

@@ -68,14 +68,14 @@ def decoded(target, drafter):
 
 
 @pytest.mark.parametrize("attend", [attention.sdpa_attention, attention.written_out_attention])
-@pytest.mark.parametrize("sizes, is_block_causal", [([], False), ([1, 1], False), ([3], False), ([3], True)])
-def test_attention_in_two_parts_equals_one_dense_mask(attend, sizes, is_block_causal):
+@pytest.mark.parametrize("sizes", [[], [1, 1], [3]])
+def test_attention_in_two_parts_equals_one_dense_mask(attend, sizes):
     heads, kv_heads, length, num_anchors, num_queries, dim = 4, 2, 13, 5, 3, 8
     query = torch.randn(2, heads, num_anchors, num_queries, dim, requires_grad=True)
     context = [torch.randn(2, kv_heads, length, dim, requires_grad=True) for _ in range(2)]
     pieces = [[torch.randn(2, kv_heads, num_anchors, n, dim, requires_grad=True) for n in sizes] for _ in range(2)]
     anchors = torch.randint(1, length + 1, (2, num_anchors))
-    arguments = (query, *context, *pieces, anchors, dim**-0.5, is_block_causal)
+    arguments = (query, *context, *pieces, anchors, dim**-0.5)
     leaves = [query, *context, *pieces[0], *pieces[1]]
     fast, plain = anchored_attention(*arguments), attention.dense_attention(*arguments, attend=attend)
     torch.testing.assert_close(fast, plain)
@@ -87,13 +87,8 @@ def test_attention_in_two_parts_equals_one_dense_mask(attend, sizes, is_block_ca
 
 
 def test_the_dense_mask_shows_a_block_its_prefix_and_itself():
-    visible = attention.visible_pairs(torch.tensor([[1, 3]]), 4, 2, [2], is_block_causal=True)[0]
-    assert visible.long().tolist() == [
-        [1, 0, 0, 0, 1, 0, 0, 0],
-        [1, 0, 0, 0, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1, 0],
-        [1, 1, 1, 0, 0, 0, 1, 1],
-    ]
+    visible = attention.visible_pairs(torch.tensor([[1, 3]]), 4, 2, [2])[0]
+    assert visible.long().tolist() == [[1, 0, 0, 0, 1, 1, 0, 0]] * 2 + [[1, 1, 1, 0, 0, 0, 1, 1]] * 2
 
 
 # ---- loss -------------------------------------------------------------------------------------------------------------

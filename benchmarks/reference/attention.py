@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def visible_pairs(
-    anchor_positions: Tensor, context_length: int, num_queries: int, piece_sizes: Sequence[int], is_block_causal: bool
+    anchor_positions: Tensor, context_length: int, num_queries: int, piece_sizes: Sequence[int]
 ) -> Tensor:
     """
     Say which query may see which key.
@@ -28,8 +28,6 @@ def visible_pairs(
             `L` and `S`.
         piece_sizes (`Sequence[int]`):
             Keys per block in each piece; a query sees those of its own block only.
-        is_block_causal (`bool`):
-            Whether query `s` sees the keys `0..s` of its block only.
 
     Returns:
         `torch.BoolTensor` of shape `(B, A * S, L + A * sum(piece_sizes))`.
@@ -37,15 +35,11 @@ def visible_pairs(
     B, A = anchor_positions.shape
     device = anchor_positions.device
     block_of_query = torch.arange(A, device=device).repeat_interleave(num_queries)
-    slot_of_query = torch.arange(num_queries, device=device).repeat(A)
     sees_context = torch.arange(context_length, device=device) < anchor_positions[:, block_of_query, None]
     columns = [sees_context]
     for size in piece_sizes:
         block_of_key = torch.arange(A, device=device).repeat_interleave(size)
-        slot_of_key = torch.arange(size, device=device).repeat(A)
         sees_key = block_of_query[:, None] == block_of_key
-        if is_block_causal:
-            sees_key &= slot_of_query[:, None] >= slot_of_key
         columns.append(sees_key.expand(B, -1, -1))
     return torch.cat(columns, dim=2)
 
@@ -74,7 +68,6 @@ def dense_attention(
     block_values: Sequence[Tensor],
     anchor_positions: Tensor,
     scaling: float,
-    is_block_causal: bool = False,
     attend=sdpa_attention,
 ) -> Tensor:
     """
@@ -87,7 +80,7 @@ def dense_attention(
             Keys and values of the context.
         block_keys (`Sequence[torch.Tensor]` of shapes `(B, g, A, T_i, d)`), block_values (same shapes):
             Keys and values of the blocks, in pieces.
-        anchor_positions (`torch.LongTensor` of shape `(B, A)`), scaling (`float`), is_block_causal (`bool`):
+        anchor_positions (`torch.LongTensor` of shape `(B, A)`), scaling (`float`):
             As in `anchored_attention`.
         attend (`Callable`, *optional*):
             `sdpa_attention` or `written_out_attention`.
@@ -99,6 +92,6 @@ def dense_attention(
     key = torch.cat([context_key, *(piece.flatten(2, 3) for piece in block_keys)], dim=2)
     value = torch.cat([context_value, *(piece.flatten(2, 3) for piece in block_values)], dim=2)
     sizes = [piece.shape[3] for piece in block_keys]
-    mask = visible_pairs(anchor_positions, context_key.shape[2], S, sizes, is_block_causal)
+    mask = visible_pairs(anchor_positions, context_key.shape[2], S, sizes)
     mixed = attend(query.flatten(2, 3), key, value, mask, scaling)
     return mixed.transpose(1, 2).reshape(B, A, S, h * d)

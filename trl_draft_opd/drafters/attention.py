@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Attention of drafted blocks over the committed context. Pure tensor math shared by every drafter family, by training,
-replay and serving, so that what is trained is what is served. Knows nothing of masks made by a model or of caches.
+Attention of drafted blocks over the committed context: pure tensor math shared by every drafter family, by training,
+replay and serving.
 
 The softmax over context and block is computed in two parts that are merged by their log-sum-exp: the context part by a
 fused kernel in tiles of anchors, the small block part by plain products. No tensor of all pairs is ever made, and the
@@ -13,7 +13,7 @@ Shape letters:  B = sequences, L = context length, A = anchors per sequence, S =
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ def anchored_attention(
     block_values: Sequence[Tensor],
     anchor_positions: Tensor,
     scaling: float,
-    is_block_causal: bool = False,
 ) -> Tensor:
     """
     Let every block attend to the context before its anchor and to its own block keys.
@@ -43,34 +42,27 @@ def anchored_attention(
     other. Differentiable once.
 
     Args:
-        query (`torch.Tensor` of shape `(B, h, A, S, d)`):
-            Queries, positions already rotated in.
+        query (`torch.Tensor` of shape `(B, h, A, S, d)`): Queries, positions already rotated in.
         context_key (`torch.Tensor` of shape `(B, g, L, d)`), context_value (same shape):
             Keys and values of the context, one per committed position; finite.
         block_keys (`Sequence[torch.Tensor]` of shapes `(B, g, A, T_i, d)`), block_values (same shapes):
             Keys and values of the block itself, in as many pieces as it was made in; empty when it has none yet.
         anchor_positions (`torch.LongTensor` of shape `(B, A)`):
             Anchor of each block, at least 1, so that every query sees a key. Cheapest when ascending.
-        scaling (`float`):
-            Factor on the scores, usually `d ** -0.5`.
-        is_block_causal (`bool`, *optional*, defaults to `False`):
-            Whether query `s` sees the block keys `0..s` only; there is then one piece, of `S` keys.
+        scaling (`float`): Factor on the scores, usually `d ** -0.5`.
 
     Returns:
         `torch.Tensor` of shape `(B, A, S, h * d)`.
     """
-    assert not is_block_causal or [key.shape[3] for key in block_keys] == [query.shape[3]]
     dtype = context_value.dtype
     pieces = [piece.to(dtype) for piece in (*block_keys, *block_values)]
     return _AnchoredAttention.apply(
-        anchor_positions, scaling, is_block_causal, query.to(dtype), context_key.to(dtype), context_value, *pieces
+        anchor_positions, scaling, query.to(dtype), context_key.to(dtype), context_value, *pieces
     )
 
 
 class _Tile(NamedTuple):
-    """
-    Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, `None` if they see all.
-    """
+    """Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, or is `None`."""
 
     start: int
     stop: int
@@ -99,7 +91,15 @@ class _AnchoredAttention(torch.autograd.Function):
     """Two parts, one softmax. Saved are the inputs, the output and one log-sum-exp per query."""
 
     @staticmethod
-    def forward(ctx, anchors, scaling, is_block_causal, query, context_key, context_value, *pieces):
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        scaling: float,
+        query: Tensor,
+        context_key: Tensor,
+        context_value: Tensor,
+        *pieces: Tensor,
+    ) -> Tensor:
         B, h, A, S, d = query.shape
         keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
         with torch.autocast(query.device.type, enabled=False):
@@ -114,7 +114,7 @@ class _AnchoredAttention(torch.autograd.Function):
                 out[:, part] = tile_out.transpose(1, 2)
             weights = None
             if keys:
-                scores = _block_scores(query, keys, scaling, is_block_causal)
+                scores = _block_scores(query, keys, scaling)
                 merged = torch.logaddexp(lse, scores.logsumexp(dim=-1).flatten(2, 3))
                 out *= (lse - merged).exp_().transpose(1, 2)[..., None].to(out.dtype)
                 weights = scores.sub_(merged.unflatten(2, (A, S))[..., None]).exp_().to(query.dtype)
@@ -126,7 +126,7 @@ class _AnchoredAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         anchors, query, context_key, context_value, out, lse, weights, *pieces = ctx.saved_tensors
         keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
         B, h, A, S, d = query.shape
@@ -153,14 +153,14 @@ class _AnchoredAttention(torch.autograd.Function):
                 grad_key[:, :, : tile.length] += tile_grads[1]
                 grad_value[:, :, : tile.length] += tile_grads[2]
             grad_query = grad_query.view_as(query)
-            grad_keys, grad_values = [], []
+            grad_pieces = []
             if keys:
                 delta = (grad * out).sum(dim=-1, dtype=lse.dtype).unflatten(2, (A, S))
-                grad_block, grad_keys, grad_values = _block_backward(
+                grad_block, *grad_pieces = _block_backward(
                     grad.unflatten(2, (A, S)), query, keys, values, weights, delta, ctx.scaling
                 )
                 grad_query += grad_block
-        return None, None, None, grad_query, grad_key, grad_value, *grad_keys, *grad_values
+        return None, None, grad_query, grad_key, grad_value, *grad_pieces
 
 
 def _softmax_dtype(tensor: Tensor) -> torch.dtype:
@@ -171,21 +171,32 @@ def _softmax_dtype(tensor: Tensor) -> torch.dtype:
 # -- the context part: a kernel per device, with one meaning ----------------------------------------------------------
 
 
-def _context(query, key, value, mask, scaling) -> tuple[Tensor, Tensor]:
+def _context(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """Return the attention output `(B, h, Q, d)` and log-sum-exp `(B, h, Q)` over the context alone."""
     if query.device.type == "cpu":
         return _flash(query, key, value, attn_mask=mask, scale=scaling)
     return _context_by_products(query, key, value, mask, scaling)
 
 
-def _context_backward(grad, query, key, value, out, lse, mask, scaling) -> tuple[Tensor, Tensor, Tensor]:
+def _context_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value for given output and log-sum-exp, which may be merged ones."""
     if query.device.type == "cpu":
         return _flash_backward(grad, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=scaling)
     return _context_by_products_backward(grad, query, key, value, out, lse, mask, scaling)
 
 
-def _context_by_products(query, key, value, mask, scaling) -> tuple[Tensor, Tensor]:
+def _context_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     """The same from matrix products alone, for every device; one tile's scores exist at a time."""
     scores = _grouped_scores(query, key, mask, scaling)
     lse = scores.logsumexp(dim=-1)
@@ -193,7 +204,16 @@ def _context_by_products(query, key, value, mask, scaling) -> tuple[Tensor, Tens
     return (weights @ value[:, :, None]).flatten(1, 2), lse.flatten(1, 2)
 
 
-def _context_by_products_backward(grad, query, key, value, out, lse, mask, scaling):
+def _context_by_products_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     groups = (key.shape[1], -1)
     scores = _grouped_scores(query, key, mask, scaling)
     weights = scores.sub_(lse.unflatten(1, groups)[..., None]).exp_()
@@ -207,7 +227,7 @@ def _context_by_products_backward(grad, query, key, value, out, lse, mask, scali
     return grad_query, grad_key, grad_value
 
 
-def _grouped_scores(query, key, mask, scaling) -> Tensor:
+def _grouped_scores(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return masked scores `(B, g, r, Q, L)` in the softmax's precision."""
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).to(_softmax_dtype(query)) * scaling
@@ -217,14 +237,10 @@ def _grouped_scores(query, key, mask, scaling) -> Tensor:
 # -- the block part ---------------------------------------------------------------------------------------------------
 
 
-def _block_scores(query, keys, scaling, is_causal) -> Tensor:
+def _block_scores(query: Tensor, keys: Sequence[Tensor], scaling: float) -> Tensor:
     """Return the scores of every query with its own block's keys, `(B, h, A, S, T)`."""
     dtype = _softmax_dtype(query)
-    scores = torch.cat([_pairwise(query.to(dtype), key.to(dtype)) for key in keys], dim=-1).mul_(scaling)
-    if is_causal:
-        is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores.masked_fill_(is_later, float("-inf"))
-    return scores
+    return torch.cat([_pairwise(query.to(dtype), key.to(dtype)) for key in keys], dim=-1).mul_(scaling)
 
 
 def _pairwise(left: Tensor, right: Tensor) -> Tensor:
@@ -239,10 +255,10 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
 
 def _mix_block(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
     """Return the block's share of the output, `(B, h, Q, d)`."""
-    mixed: Tensor | None = None
-    for weight, value in zip(weights.split([v.shape[3] for v in values], dim=-1), values, strict=True):
-        part = _spread(weight, value)
-        mixed = part if mixed is None else mixed.add_(part)
+    parts = zip(weights.split([v.shape[3] for v in values], dim=-1), values, strict=True)
+    mixed = _spread(*next(parts))
+    for weight, value in parts:
+        mixed.add_(_spread(weight, value))
     return mixed.flatten(2, 3)
 
 
@@ -253,17 +269,23 @@ def _spread(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gather_back(weight: Tensor, rows: Tensor, num_groups: int) -> Tensor:
-    """
-    Return weights `(B, h, A, S, T)`, transposed, times rows `(B, h, A, S, d)`, summed over a group: `(B, g, A, T, d)`.
-    """
+    """Return weights `(B, h, A, S, T)` transposed, times rows `(B, h, A, S, d)`, per group: `(B, g, A, T, d)`."""
     weight, rows = weight.unflatten(1, (num_groups, -1)), rows.unflatten(1, (num_groups, -1))
     if weight.shape[-2:] == (1, 1):
         return (weight * rows).sum(dim=2)
     return (weight.transpose(-1, -2) @ rows).sum(dim=2)
 
 
-def _block_backward(grad, query, keys, values, weights, delta, scaling):
-    """Return the gradients of the query and of every key and value piece of the block part."""
+def _block_backward(
+    grad: Tensor,
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weights: Tensor,
+    delta: Tensor,
+    scaling: float,
+) -> list[Tensor]:
+    """Return the block part's gradients of the query, of every key piece and of every value piece."""
     grad_query: Tensor | None = None
     grad_keys, grad_values = [], []
     for weight, key, value in zip(weights.split([k.shape[3] for k in keys], dim=-1), keys, values, strict=True):
@@ -273,4 +295,5 @@ def _block_backward(grad, query, keys, values, weights, delta, scaling):
         part = _spread(grad_scores, key)
         grad_query = part if grad_query is None else grad_query.add_(part)
         grad_keys.append(_gather_back(grad_scores, query, num_groups))
-    return grad_query, grad_keys, grad_values
+    assert grad_query is not None, "there is a piece"
+    return [grad_query, *grad_keys, *grad_values]

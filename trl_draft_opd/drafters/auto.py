@@ -1,9 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Load a drafter without knowing its family. Decides by the checkpoint's config and leaves the loading to the family.
-"""
+"""Load a drafter without knowing its family."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +22,8 @@ class AutoDrafter:
 
     | layout | recognised by |
     |---|---|
-    | EAGLE-3, flat: this package, SafeAILab, SpecForge, AngelSlim | `architectures`: `LlamaForCausalLMEagle3`, `Eagle3LlamaForCausalLM`, or `LlamaForCausalLM` with `draft_vocab_size` |
+    | EAGLE-3, flat: this package, SafeAILab, SpecForge, AngelSlim | `architectures`: `LlamaForCausalLMEagle3` |
+    | the same under other names | `Eagle3LlamaForCausalLM`, or `LlamaForCausalLM` with `draft_vocab_size` |
     | DFlash, flat: this package, z-lab, SpecForge | `architectures`: `DFlashDraftModel` |
     | speculators, both families | `speculators_model_type`: `eagle3`, `dflash` |
     | DFlash of transformers | `architectures`: `MuseGlimmerAssistantModel` |
@@ -41,10 +41,10 @@ class AutoDrafter:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise TypeError(
             "`AutoDrafter` is not instantiated. Load a drafter with `AutoDrafter.from_pretrained(...)`, or make a "
-            "fresh one with `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+            "fresh one with the `from_target(...)` of its class."
         )
 
     @classmethod
@@ -82,15 +82,18 @@ class AutoDrafter:
         source = CheckpointSource(
             str(pretrained_model_name_or_path), revision, subfolder, token, cache_dir, local_files_only
         )
-        access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        reading = {"num_target_layers": num_target_layers, "allow_pickle_weights": allow_pickle_weights}
+        options: dict[str, Any] = {
+            "num_target_layers": num_target_layers,
+            "allow_pickle_weights": allow_pickle_weights,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
         if is_adapter(source):
-            return read_adapted(
-                source, lambda name: cls.from_pretrained(name, **reading, **access), base=base, dtype=dtype
-            )
+            return read_adapted(source, lambda name: cls.from_pretrained(name, **options), base=base, dtype=dtype)
         if base is not None:
             raise ValueError(f"{str(source)!r} is a whole drafter, so `base` means nothing to it. Leave `base` out.")
         family = read_drafter_config(source, num_target_layers=num_target_layers).family
         return _CLASSES[family].from_pretrained(
-            pretrained_model_name_or_path, dtype=dtype, revision=revision, subfolder=subfolder, **reading, **access
+            pretrained_model_name_or_path, dtype=dtype, revision=revision, subfolder=subfolder, **options
         )

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The contract of every drafter family. Knows nothing of trainers, rollouts and losses, and owns no embedding: the
-target's embedding is handed in as a function.
+The contract of every drafter family. A drafter owns no embedding: the target's is handed in as a function.
 
 A drafter turns the target's features of the committed text into a `DraftContext`, once per position
 (`encode_context`). From there it drafts blocks, one per anchor, slot by slot; the caller owns the loop and decides
@@ -14,9 +13,8 @@ which token each slot holds:
         if slot < num_drafts:
             state = drafter.advance(state, tokens)       # slot + 1; `columns` picks the blocks that continue
 
-There are three callers: training runs all slots along recorded drafts with gradient (`run_blocks`), live decoding
-drafts by argmax or by draws (`rollout/drafting.py`), replay drops blocks on the way (`rollout/replay.py`). What a
-family must fulfil:
+Training runs all slots along recorded drafts with gradient (`run_blocks`), live decoding drafts by argmax or by draws
+(`rollout/drafting.py`), replay drops blocks on the way (`rollout/replay.py`). What a family must fulfil:
 
 - A state is a value: `advance` returns a new one and leaves the old one as it was.
 - `state.hidden` is `(B, A, H)`, ready for the head. A block sees the context before its anchor and its own earlier
@@ -42,6 +40,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..utils.loading import loading_whole
+from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
 
 
@@ -53,9 +52,9 @@ Project = Callable[[torch.Tensor], torch.Tensor]
 @dataclass
 class DraftContext:
     """
-    What a drafter keeps of the committed text, indexed by position: entry `i` belongs to position `i` of its row.
+    What a drafter keeps of the committed text: entry `i` belongs to position `i` of its row.
 
-    A block at anchor `a` sees the entries before `a` only, so entries at or behind an anchor may hold anything finite:
+    A block at anchor `a` sees the entries before `a` only; entries at or behind it may hold anything finite, so
     rejected drafts are rolled back by being overwritten.
 
     Attributes:
@@ -123,12 +122,9 @@ class DraftState:
 
 
 class Drafter(PreTrainedModel):
-    """
-    Base of all drafters: a small network that proposes tokens from the target's hidden states.
+    """Base of all drafters: a small network that proposes tokens from the target's hidden states."""
 
-    Training, replay and live decoding run the same three methods: `encode_context`, `begin` and `advance`.
-    """
-
+    config_class: type[PortableConfig]
     base_model_prefix = ""
     main_input_name = "target_features"
     accepts_loss_kwargs = True
@@ -150,10 +146,9 @@ class Drafter(PreTrainedModel):
 
     def run_recomputed(self, part: Callable[..., Result], *args: Any) -> Result:
         """
-        Run `part(*args)`, a layer or a step; with activation checkpointing on, what the backward pass needs is
-        computed again there. Only in training mode and with gradient.
+        Run `part(*args)`, a layer or a step; with activation checkpointing on, once more in the backward pass.
 
-        `part` runs twice: it must change nothing outside, and its arguments must not change in between.
+        `part` must change nothing outside, and its arguments must not change in between.
         """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(part, *args)
@@ -165,21 +160,26 @@ class Drafter(PreTrainedModel):
         before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            owner, _, key = name.rpartition(".")
-            cast = self.get_submodule(owner)._buffers[key]
+            cast = self.get_buffer(name)
             if cast.dtype != buffer.dtype:
-                self.get_submodule(owner)._buffers[key] = buffer.to(cast.device)
+                owner, _, key = name.rpartition(".")
+                setattr(self.get_submodule(owner), key, buffer.to(cast.device))
         return self
 
     @property
-    @abstractmethod
     def max_drafts(self) -> int | None:
         """Most drafts a block can hold; `None` where only training bounds it."""
+        return None
 
     @property
     @abstractmethod
     def default_num_drafts(self) -> int:
         """Drafts per block in rollouts and evaluation unless another number is given."""
+
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """Target ids of the draft logits, `(DV,)`; `None` for the target's full vocabulary."""
+        return None
 
     @abstractmethod
     def encode_context(
@@ -191,15 +191,9 @@ class Drafter(PreTrainedModel):
         Args:
             target_features (`torch.Tensor` of shape `(B, n, F)`):
                 Outputs of the tapped target layers, concatenated in ascending layer order.
-            next_ids (`torch.LongTensor` of shape `(B, n)`):
-                The token that follows each position (read by EAGLE-3 only).
-            position_ids (`torch.LongTensor` of shape `(B, n)`):
-                Position of each entry in its row.
-            embed (`Callable`):
-                The target's embedding, token ids to `(..., H)`.
-
-        Returns:
-            `DraftContext` with `n` entries.
+            next_ids (`torch.LongTensor` of shape `(B, n)`): The token that follows each position (EAGLE-3 reads it).
+            position_ids (`torch.LongTensor` of shape `(B, n)`): Position of each entry in its row.
+            embed (`Callable`): The target's embedding, token ids to `(..., H)`.
         """
 
     @abstractmethod
@@ -216,30 +210,23 @@ class Drafter(PreTrainedModel):
 
         Args:
             context (`DraftContext`): Entries for every position before the largest anchor.
-            anchors (`torch.LongTensor` of shape `(B, A)`):
-                Position of each block's anchor; entries below 1 are padding.
+            anchors (`torch.LongTensor` of shape `(B, A)`): Position of each anchor; entries below 1 are padding.
             anchor_tokens (`torch.LongTensor` of shape `(B, A)`): Token at each anchor.
             num_drafts (`int`): K, at least 1 and at most `max_drafts`.
             embed (`Callable`): The target's embedding.
-
-        Returns:
-            `DraftState` at slot 1.
         """
 
     @abstractmethod
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> DraftState:
         """
-        Continue blocks behind the token of their current slot.
+        Continue blocks behind the token of their current slot, which is before K.
 
         Args:
-            state (`DraftState`): From [`begin`] or from here; at a slot before K.
+            state (`DraftState`): From [`begin`] or from here.
             tokens (`torch.LongTensor` of shape `(B, A')`):
                 Token of the current slot, in target ids, of every block that continues.
             columns (`torch.LongTensor` of shape `(B, A')`, *optional*):
                 Which of the `A` blocks of `state` these are, -1 for padding. All continue, in order, if not given.
-
-        Returns:
-            `DraftState` at the next slot, of `A'` blocks per sequence.
         """
 
     @abstractmethod
@@ -248,11 +235,17 @@ class Drafter(PreTrainedModel):
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Turn ids of the drafter's vocabulary into the target's."""
-        return draft_ids
+        token_ids = self.draft_token_ids
+        return draft_ids if token_ids is None else token_ids[draft_ids]
 
     def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
         """Turn probabilities over the drafter's vocabulary `(..., DV)` into ones over the target's, `(..., V)`."""
-        return draft_probs
+        token_ids = self.draft_token_ids
+        if token_ids is None:
+            return draft_probs
+        probs = draft_probs.new_zeros(*draft_probs.shape[:-1], self.config.vocab_size)
+        probs[..., token_ids] = draft_probs
+        return probs
 
     def encode_text(self, target_features: torch.Tensor, input_ids: torch.Tensor, embed: Embed) -> DraftContext:
         """Return the context of whole texts: features `(B, L, F)` of right-padded ids `(B, L)`."""
@@ -291,8 +284,7 @@ class Drafter(PreTrainedModel):
         Every tensor must fit: missing or unexpected ones are an error that lists them.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Folder or Hub id.
+            pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 Precision of the weights in memory. Training keeps fp32 masters; bf16 Adam steps lose small updates.
             num_target_layers (`int`, *optional*):
@@ -317,36 +309,20 @@ class Drafter(PreTrainedModel):
                 f"but {cls.__name__} reads {cls.config_class.family} drafters. Use `AutoDrafter.from_pretrained`."
             )
         model = cls(cls.config_class(**imported.arguments))
-        model.load_exact(read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights))
+        tensors = read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{error}\nCheck that config.json and the weights of {str(source)!r} belong together."
+            ) from error
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype
-        return model.to(dtype).eval()
-
-    def load_exact(self, tensors: dict[str, torch.Tensor]) -> None:
-        """
-        Load tensors named as in `state_dict()`; buffers that the layout does not carry keep their values.
-
-        Raises:
-            ValueError: Listing every missing or unexpected tensor and every shape that differs.
-        """
-        own = self.state_dict()
-        missing = sorted(set(own) - set(tensors))
-        unexpected = sorted(set(tensors) - set(own))
-        misshapen = [
-            f"{name}: checkpoint {tuple(tensors[name].shape)}, config {tuple(own[name].shape)}"
-            for name in sorted(set(own) & set(tensors))
-            if own[name].shape != tensors[name].shape
-        ]
-        if missing or unexpected or misshapen:
-            raise ValueError(
-                f"The weights do not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}, wrong "
-                f"shape {misshapen}. Check that config.json and the weight files belong together."
-            )
-        self.load_state_dict(tensors)
+        return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  its decorator hides `self` from the stub
 
     @staticmethod
     def resolve_target(target: Any) -> PreTrainedModel:
-        """Return the causal language model behind an id, a path, a model or a `FrozenTarget`."""
+        """Return the causal language model of an id, a path, a model or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
             with loading_whole():
                 return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
@@ -365,13 +341,10 @@ def run_blocks(
     Run blocks from many anchors of each sequence along recorded drafts, with gradient.
 
     Args:
-        drafter ([`Drafter`]): Any family's.
         target_features (`torch.Tensor` of shape `(B, L, F)`): The target's features of the committed text.
         input_ids (`torch.LongTensor` of shape `(B, L)`): The committed text, right-padded.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors, 1..L-1; entries below 1 are padding.
-        drafts (`torch.LongTensor` of shape `(B, A, K)`):
-            Recorded drafts, which later slots read, never a fresh argmax.
-        embed (`Callable`): The target's embedding.
+        drafts (`torch.LongTensor` of shape `(B, A, K)`): Recorded drafts, which later slots read.
 
     Returns:
         `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.

@@ -6,15 +6,17 @@ activation again from the two projections it keeps anyway. Knows nothing of draf
 Shape letters:  H = hidden size, I = intermediate size
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 
-def run_mlp(mlp: LlamaMLP | Qwen3MLP, hidden: torch.Tensor) -> torch.Tensor:
+def run_mlp(mlp: LlamaMLP | Qwen3MLP, hidden: Tensor) -> Tensor:
     """
     Run `mlp` on hidden states `(..., H)`; values and gradients are those of calling it.
 
@@ -31,13 +33,13 @@ class _GatedDown(torch.autograd.Function):
     """`(silu(gate) * up) @ weight.T`, whose backward pass computes the product again."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight):
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         return linear(silu(gate).mul_(up), weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         grad_product = grad @ weight.to(grad.dtype)
         grad_weight = None

@@ -1,13 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-A drafter out of a LoRA adapter: the drafter it was trained on, and the adapter merged into it. Knows files, not
-training.
-"""
+"""Reads a LoRA adapter, and merges it into the drafter that it was trained on."""
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,15 +21,7 @@ _ABOUT_THE_TARGET = ("target_model_name_or_path", "target_model_revision", "num_
 
 
 def require_peft(need: str) -> ModuleType:
-    """
-    Return the module `peft`.
-
-    Args:
-        need (`str`): What needs it, the beginning of the error's sentence.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+    """Return the module `peft`, or raise an `ImportError` that begins with what needs it."""
     try:
         import peft
     except ImportError as error:
@@ -40,19 +30,13 @@ def require_peft(need: str) -> ModuleType:
 
 
 def is_adapter(source: CheckpointSource) -> bool:
-    """
-    Whether a checkpoint is a PEFT adapter and no drafter.
-
-    Raises:
-        ValueError: If it is both, so that it is unclear which was meant.
-    """
+    """Whether a checkpoint is a PEFT adapter and no drafter; one that is both is refused."""
     if source.find(ADAPTER_CONFIG_FILE) is None:
         return False
     both = [name for name in (SAFETENSORS_FILE, INDEX_FILE) if source.find(name) is not None]
     if both:
         raise ValueError(
-            f"{str(source)!r} holds an adapter ({ADAPTER_CONFIG_FILE}) and a whole drafter ({both[0]}). Move one of "
-            "them to a folder of its own."
+            f"{str(source)!r} holds an adapter ({ADAPTER_CONFIG_FILE}) and a whole drafter ({both[0]}). Move one away."
         )
     return True
 
@@ -61,31 +45,21 @@ def read_adapted(
     source: CheckpointSource, load_base: Callable[[str], Drafter], *, base: str | Path | None, dtype: torch.dtype
 ) -> Drafter:
     """
-    Load the drafter under an adapter, and merge the adapter into it.
+    Load the drafter under an adapter, `base` or the one it names, and merge the adapter into it.
 
-    Args:
-        source ([`CheckpointSource`]): The adapter.
-        load_base (`Callable`): Loads a drafter in float32, given its folder or Hub id.
-        base (`str` or `Path`, *optional*): That folder or id; the one the adapter's config names by default.
-        dtype (`torch.dtype`): Of the result; the sum is taken in float32.
-
-    Raises:
-        ImportError: If PEFT is not installed.
-        ValueError: If the adapter names no drafter, or does not fit the one it names.
-        OSError: If a folder or file is missing.
+    `load_base` loads it in float32, in which the sum is taken; `dtype` is that of the result.
     """
     base = base or source.read_json(ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"{ADAPTER_CONFIG_FILE} of {str(source)!r} names no `base_model_name_or_path`. Give the drafter under the "
-            "adapter as `base`."
+            f"{ADAPTER_CONFIG_FILE} of {str(source)!r} names no `base_model_name_or_path`. Give its drafter as `base`."
         )
     peft = require_peft(f"Merging the adapter {str(source)!r}")
     weights = source.find(ADAPTER_WEIGHTS_FILE)
     if weights is None:
         raise FileNotFoundError(
-            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors only, because "
-            "pickled ones can carry code: save it again with `save_pretrained`."
+            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}, and pickled adapters are not read. Save it again with "
+            "`save_pretrained`."
         )
     try:
         drafter = load_base(str(base))
@@ -107,6 +81,6 @@ def read_adapted(
     return drafter.eval()
 
 
-def merge(adapted: torch.nn.Module) -> Drafter:
+def merge(adapted: Any) -> Drafter:
     """Return the drafter inside a [`~peft.PeftModel`] with its adapter merged in; the model given stays as it is."""
     return copy.deepcopy(adapted).merge_and_unload()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import transformers
 from transformers import PreTrainedConfig
 
-from .published.configs import config_from_dict
+from .published.configs import parse_drafter_config
 from .target_shape import check_layer_ids, refuse_misspelt
 
 
@@ -25,11 +25,8 @@ class PortableConfig(PreTrainedConfig):
     Base of the drafters' configs.
 
     Args:
-        vocab_size (`int`):
-            Vocabulary of the target.
-        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
-        rope_parameters,
-        max_position_embeddings:
+        vocab_size, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
+        rope_parameters, max_position_embeddings:
             As in the target's config; head size and key/value heads must be the same: both share a cache layout.
         target_hidden_size (`int`):
             Width of one tapped layer.
@@ -68,7 +65,7 @@ class PortableConfig(PreTrainedConfig):
     target_model_name_or_path: str | None = None
     target_model_revision: str | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_misspelt(kwargs, [setting.name for setting in fields(self)], type(self).__name__)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -79,11 +76,8 @@ class PortableConfig(PreTrainedConfig):
             check_layer_ids(self.target_layer_ids, self.num_target_layers or max(self.target_layer_ids, default=0) + 2)
 
     def portable(self) -> dict[str, Any]:
-        """
-        Return the keys all families' profiles share.
-
-        RoPE is written three ways: EAGLE's code reads the legacy pair, SGLang and transformers 5 the new one.
-        """
+        """Return the keys that all families' profiles share."""
+        # RoPE is written twice: EAGLE's code reads the legacy pair, SGLang and transformers 5 the new form.
         rope = dict(self.rope_parameters or {})
         rope_theta = rope.get("rope_theta", 10000.0)
         is_scaled = rope.get("rope_type", "default") != "default"
@@ -112,5 +106,24 @@ class PortableConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        """Read any published `config.json` of the family (see `trl_draft_opd/drafters/published/configs.py`)."""
-        return config_from_dict(cls, config_dict, **kwargs)
+        """
+        Build a config from any published `config.json` of the family, or from its own `to_dict()`.
+
+        Args:
+            config_dict (`dict[str, Any]`): The content.
+            kwargs: As in `PreTrainedConfig.from_dict`; `num_target_layers` also resolves ids that are not written.
+
+        Raises:
+            ValueError: If the content describes another family, or see [`parse_drafter_config`].
+        """
+        if config_dict.get("model_type") == cls.model_type:
+            own = {key: value for key, value in config_dict.items() if key != "model_type"}
+        else:
+            parsed = parse_drafter_config(config_dict, num_target_layers=kwargs.get("num_target_layers"))
+            if parsed.family != cls.family:
+                raise ValueError(
+                    f"The config describes a {parsed.family} drafter (architectures {parsed.architectures}), but "
+                    f"{cls.__name__} reads {cls.family} drafters. Use the other family's class, or `AutoDrafter`."
+                )
+            own = dict(parsed.arguments)
+        return super().from_dict(own, **kwargs)  # pyright: ignore[reportReturnType]  the stub names the base class

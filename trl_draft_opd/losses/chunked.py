@@ -3,21 +3,21 @@
 The weighted divergence of many rows from hidden states, with one chunk of logits alive at a time.
 
 Each chunk is projected, compared and differentiated in one go: its logits are overwritten by their gradient, and only
-what that becomes behind the head is kept. This file knows hidden states, heads, labels and weights; it refuses to know
-anchors, trainers and process groups.
+the gradient behind the head is kept. Knows no anchors, trainers or process groups.
 
 Shape letters:  N = rows, M = target states (in private code also rows of nonzero weight), C = rows of one chunk,
 S = target states of one chunk, b = rows of one block of a chunk, H = hidden size, V = vocabulary of the target,
 D = vocabulary of the drafter (`D == V` unless it is reduced)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .divergences import (
     NO_TOKEN,
@@ -45,17 +45,16 @@ class Head:
             Maps hidden states `(n, H)` to finite logits `(n, vocab_size)`, each row on its own, called once per chunk.
             These logits are overwritten by their gradient, so its backward pass must not need them: it may end in a
             product, a scale or a soft cap, not in `log_softmax` (autograd then raises a `RuntimeError`).
-        parameters (`tuple[nn.Parameter, ...]`):
+        parameters (`tuple[torch.Tensor, ...]`):
             All trainable parameters that `project` reads (one left out gets no gradient); empty for a frozen head.
-        vocab_size (`int`):
-            Number of logits per row.
+        vocab_size (`int`): Logits per row.
         num_buffers (`int`, defaults to `1`):
             Tensors of logits that `project` and its backward pass hold at once, the result included: 1 for a product,
             2 if it is scaled, 4 if it is soft-capped. Too small a number only exceeds `chunk_bytes`.
     """
 
     project: Callable[[Tensor], Tensor]
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
     vocab_size: int
     num_buffers: int = 1
     # Set by `linear`: `project` is a product with this matrix. `replace` drops it with the projection.
@@ -64,12 +63,9 @@ class Head:
     @classmethod
     def linear(cls, weight: Tensor, bias: Tensor | None = None) -> "Head":
         """
-        Build a linear head, computed in the dtype of `weight` or of autocast.
+        Build a linear head of a weight `(vocab_size, H)`, computed in its dtype or that of autocast.
 
-        Args:
-            weight (`torch.Tensor` of shape `(vocab_size, H)`), bias (`torch.Tensor`, *optional*):
-                Those that require a gradient become `parameters`. Under autocast, each chunk casts a frozen weight
-                anew: hold it in the dtype of autocast.
+        Under autocast, each chunk casts a frozen weight anew: hold it in the dtype of autocast.
         """
         parameters = tuple(tensor for tensor in (weight, bias) if tensor is not None and tensor.requires_grad)
         head = cls(lambda hidden_CH: F.linear(hidden_CH.to(weight.dtype), weight, bias), parameters, weight.shape[0])
@@ -80,22 +76,18 @@ class Head:
 @dataclass(frozen=True)
 class RowLosses:
     """
-    Hold the weighted loss of a set of rows, two detached values of each row (`0` where its weight is `0`), and counts.
+    The weighted loss of a set of rows, and two detached values of each row (`0` where its weight is `0`).
 
     Args:
         total (`torch.Tensor` of shape `()`):
             Differentiable `sum_n weights_n * loss_n` in nats, connected to the graph even without rows.
         rows_N (`torch.Tensor` of shape `(N,)`), lost_mass_N (`torch.Tensor` of shape `(N,)`):
             Losses before weighting, in nats, and the target's probability outside the drafter's vocabulary.
-        num_head_rows (`int`), num_target_head_rows (`int`):
-            Hidden states that went through the drafter's head and through the target's.
     """
 
     total: Tensor
     rows_N: Tensor
     lost_mass_N: Tensor
-    num_head_rows: int
-    num_target_head_rows: int
 
 
 def chunked_divergence(
@@ -114,15 +106,15 @@ def chunked_divergence(
     """
     Compute the weighted sum of [`divergence`] from hidden states, with one chunk of logits alive at a time.
 
-    First-order gradients are taken together with the loss (none under `torch.no_grad()`), and for the head only if it
-    trains; the target is frozen. In float16 they are rounded before any loss scaling: prefer bfloat16.
+    First-order gradients are taken together with the loss, and for the head only if it trains; the target is frozen.
+    In float16 they are rounded before any loss scaling: prefer bfloat16.
 
     Args:
         hidden_NH (`torch.Tensor` of shape `(N, H)`), head (`Head`):
             What the drafter's head reads, and that head, with `D` logits. It may be the target's as well.
         target_hidden_MH (`torch.Tensor` of shape `(M, H_target)`, *optional*), target_head (`Head`, *optional*):
-            What the target's head reads at its distinct states, and that head, with `V` logits. Each state that a row
-            of nonzero weight names is projected once, however many do. Optional under `"ce"` only.
+            What the target's head reads at its distinct states, and that head, with `V` logits; each state is
+            projected once. Optional under `"ce"` only.
         target_rows_N (`torch.LongTensor` of shape `(N,)`, *optional*):
             Index of the state each row is compared with, in `0..M-1`. `None` where row `n` has state `n` to itself.
         labels_N (`torch.LongTensor` of shape `(N,)`, *optional*), loss_type (`str`):
@@ -133,20 +125,24 @@ def chunked_divergence(
             Distinct target ids of the drafter's logits; the target is renormalised over them. `None` for the full one.
         chunk_bytes (`int`):
             Budget of all logit-sized tensors alive at a time, counted in float32 (float64 if given so). Exceeded only
-            if one row does not fit. Beside them live a few tensors of the size of the inputs, and the gradient of a
-            head that trains: its sum, and one chunk's share of it unless the head is `Head.linear` without a cast.
+            if one row does not fit. The gradient of a head that trains is beside it.
 
     Returns:
-        `RowLosses`: the weighted sum, the detached values per row in the order given, and the counts.
+        `RowLosses`, its values per row in the order given.
 
     Raises:
         ValueError: If arguments do not fit together, or a label the drafter lacks has a nonzero weight under `"ce"`.
     """
     check_sources(loss_type, target_head is not None, labels_N)
-    _check_shapes(hidden_NH, head, target_hidden_MH, target_head, labels_N, weights_N, draft_token_ids)
+    if (target_hidden_MH is None) != (target_head is None):
+        raise ValueError("Pass `target_hidden_MH` and `target_head` together, or neither: one of them is None.")
+    if weights_N.requires_grad:
+        raise ValueError("`weights_N` requires a gradient but is a constant of this loss. Detach it.")
+    _check_shapes(hidden_NH, [weights_N, labels_N], head, target_head, draft_token_ids)
     kept_M = weights_N.nonzero().squeeze(1)
     _check_target_rows(target_rows_N, kept_M, target_hidden_MH, len(hidden_NH))
     if loss_type == "ce":
+        assert labels_N is not None, "checked above"
         draft_labels_N = labels_N if draft_token_ids is None else _map_labels(labels_N, draft_token_ids)
         check_labels(labels_N[kept_M], draft_labels_N[kept_M], head.vocab_size, target_head is not None)
         labels_N = draft_labels_N
@@ -168,13 +164,9 @@ def chunked_divergence(
 @dataclass(frozen=True)
 class LabelScores:
     """
-    What the drafter makes of the label of each row, without gradient.
+    The drafter's log-probability of each row's label, in nats, and whether the label is its argmax; without gradient.
 
-    Args:
-        log_probs_N (`torch.Tensor` of shape `(N,)`):
-            Its log-probability of the label, in nats, float32 or float64; `-inf` where it has no logit for the label.
-        is_top_N (`torch.BoolTensor` of shape `(N,)`):
-            Whether the label is its argmax.
+    A label that it has no logit for has `-inf`. Both are of shape `(N,)`, the first in float32 or float64.
     """
 
     log_probs_N: Tensor
@@ -185,23 +177,16 @@ def score_labels(
     hidden_NH: Tensor, head: Head, labels_N: Tensor, *, draft_token_ids: Tensor | None, chunk_bytes: int
 ) -> LabelScores:
     """
-    Read from hidden states how likely the drafter is to draft each label, with one chunk of logits alive at a time.
+    Return how likely the drafter is to draft each label, with one chunk of logits alive at a time.
 
     Args:
-        hidden_NH (`torch.Tensor` of shape `(N, H)`), head (`Head`):
-            What the drafter's head reads, and that head, with `D` logits.
-        labels_N (`torch.LongTensor` of shape `(N,)`):
-            Target ids. One that the drafter's vocabulary lacks, as `-1`, has probability 0 and is never its argmax.
-        draft_token_ids (`torch.LongTensor` of shape `(D,)`, *optional*), chunk_bytes (`int`):
-            As for [`chunked_divergence`].
-
-    Returns:
-        `LabelScores`, in the order given.
+        labels_N (`torch.LongTensor` of shape `(N,)`): Target ids; `-1` is a label that the drafter lacks.
+        hidden_NH, head, draft_token_ids, chunk_bytes: As for [`chunked_divergence`].
 
     Raises:
         ValueError: If arguments do not fit together.
     """
-    _check_shapes(hidden_NH, head, None, None, labels_N, labels_N, draft_token_ids)
+    _check_shapes(hidden_NH, [labels_N], head, None, draft_token_ids)
     draft_labels_N = labels_N if draft_token_ids is None else _map_labels(labels_N, draft_token_ids)
     is_known_N = (draft_labels_N >= 0) & (draft_labels_N < head.vocab_size)
     dtype = accumulation_dtype(hidden_NH)
@@ -224,11 +209,22 @@ def score_labels(
     return LabelScores(log_probs_N, is_top_N)
 
 
+# The target states to project (`None`: those of the chunk before), the rows, and the place of each row's state.
+_Chunk = tuple[Tensor | None, Tensor, Tensor]
+
+
 class _GradInForward(torch.autograd.Function):
     """Differentiate every chunk while its logits exist; the backward pass only scales what was stored."""
 
     @staticmethod
-    def forward(ctx, comparison, chunks, weights_N, hidden_NH, *parameters):
+    def forward(
+        ctx: Any,
+        comparison: "_Comparison",
+        chunks: Iterable[_Chunk],
+        weights_N: Tensor,
+        hidden_NH: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden_grad = ctx.needs_input_grad[3]
         wants_grad = wants_hidden_grad or len(parameters) > 0
         weights_N = weights_N.to(accumulation_dtype(hidden_NH))
@@ -236,17 +232,14 @@ class _GradInForward(torch.autograd.Function):
         hidden_grad_NH = torch.zeros_like(hidden_NH) if wants_hidden_grad else None
         # A sum over many chunks would lose its small terms in bfloat16.
         parameter_grads = [torch.zeros_like(tensor, dtype=accumulation_dtype(tensor)) for tensor in parameters]
-        num_head_rows = num_target_head_rows = 0
         target = None
         for states_S, rows_C, places_C in chunks:
             if states_S is not None and comparison.target_head is not None:
                 target = None  # makes room for the next logits
                 target = comparison.read_target(states_S)
-                num_target_head_rows += len(states_S)
             hidden_CH = hidden_NH[rows_C].requires_grad_(wants_hidden_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CD = comparison.head.project(hidden_CH)
-            num_head_rows += len(rows_C)
             weights_C = weights_N[rows_C] if wants_grad else None
             losses_C = comparison.compare(logits_CD.detach(), weights_C, target, rows_C, places_C)
             rows_N[rows_C] = losses_C.to(rows_N.dtype)
@@ -254,18 +247,18 @@ class _GradInForward(torch.autograd.Function):
                 lost_mass_N[rows_C] = target.lost_mass_S[places_C].to(rows_N.dtype).clamp(0, 1)
             if wants_grad:
                 grad_CH = _pull_back(comparison.head, logits_CD, hidden_CH, parameters, parameter_grads)
-            if wants_hidden_grad:
-                hidden_grad_NH[rows_C] = grad_CH
+                if hidden_grad_NH is not None and grad_CH is not None:
+                    hidden_grad_NH[rows_C] = grad_CH
             del logits_CD  # before the next chunk's exist
         ctx.save_for_backward(
             hidden_grad_NH, *(g.to(p.dtype) for g, p in zip(parameter_grads, parameters, strict=True))
         )
         ctx.mark_non_differentiable(rows_N, lost_mass_N)
-        return (rows_N * weights_N).sum(), rows_N, lost_mass_N, num_head_rows, num_target_head_rows
+        return (rows_N * weights_N).sum(), rows_N, lost_mass_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_total, *_):
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return None, None, None, *(None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
 
 
@@ -280,7 +273,7 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What all chunks share. Blocks of few rows keep the temporaries small, and on the CPU in its cache."""
+    """Compares chunks with the target. Blocks of few rows keep the temporaries small, and on the CPU in its cache."""
 
     head: Head
     target_head: Head | None
@@ -290,37 +283,41 @@ class _Comparison:
     draft_token_ids: Tensor | None
     rows_per_block: int
 
-    def read_target(self, states_S):
+    def read_target(self, states_S: Tensor) -> _Target:
+        assert self.target_head is not None and self.target_hidden_MH is not None
         with torch.no_grad():
             logits_SD = self.target_head.project(self.target_hidden_MH[states_S])
             if self.draft_token_ids is None:
                 lost_mass_S = torch.zeros(len(states_S), device=states_S.device)
             else:
-                logits_SD, lost_mass_S = self._reduce(logits_SD)
+                logits_SD, lost_mass_S = self._reduce(logits_SD, self.draft_token_ids)
             if self.loss_type == "ce":
                 return _Target(None, logits_SD.argmax(dim=1), lost_mass_S)
             return _Target(logits_SD, None, lost_mass_S)
 
-    def _reduce(self, logits_SV):
+    def _reduce(self, logits_SV: Tensor, draft_token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the drafter's vocabulary, and the probability of all others."""
-        logits_SD = logits_SV.new_empty(len(logits_SV), len(self.draft_token_ids))
+        logits_SD = logits_SV.new_empty(len(logits_SV), len(draft_token_ids))
         lost_mass_S = logits_SV.new_empty(len(logits_SV), dtype=accumulation_dtype(logits_SV))
         for block in self._blocks(len(logits_SV)):
             probs_bV = logits_SV[block].softmax(1, lost_mass_S.dtype)
-            lost_mass_S[block] = 1 - probs_bV.index_select(1, self.draft_token_ids).sum(dim=1)
-            logits_SD[block] = logits_SV[block].index_select(1, self.draft_token_ids)
+            lost_mass_S[block] = 1 - probs_bV.index_select(1, draft_token_ids).sum(dim=1)
+            logits_SD[block] = logits_SV[block].index_select(1, draft_token_ids)
         return logits_SD, lost_mass_S
 
-    def compare(self, logits_CD, weights_C, target, rows_C, places_C):
+    def compare(
+        self, logits_CD: Tensor, weights_C: Tensor | None, target: _Target | None, rows_C: Tensor, places_C: Tensor
+    ) -> Tensor:
         """Return the losses of a chunk; given weights, overwrite its logits with the gradient of the weighted sum."""
-        labels_C = self.labels_N[rows_C] if self.loss_type == "ce" else None
-        if labels_C is not None and target is not None:
+        labels_C = self.labels_N[rows_C] if self.loss_type == "ce" and self.labels_N is not None else None
+        if labels_C is not None and target is not None and target.choices_S is not None:
             labels_C = torch.where(labels_C == NO_TOKEN, target.choices_S[places_C], labels_C)
         losses_C = logits_CD.new_empty(len(rows_C), dtype=accumulation_dtype(logits_CD))
         for block in self._blocks(len(rows_C)):
             if labels_C is not None:
                 found = differentiate_ce(logits_CD[block], labels_C[block])
             else:
+                assert target is not None and target.logits_SD is not None, "read for every loss but `ce`"
                 target_logits_bD = target.logits_SD.index_select(0, places_C[block])
                 found = differentiate(logits_CD[block], target_logits_bD, self.loss_type)
                 del target_logits_bD
@@ -330,11 +327,13 @@ class _Comparison:
             del found, grad_bD  # before the next block's temporaries exist
         return losses_C
 
-    def _blocks(self, num_rows):
+    def _blocks(self, num_rows: int) -> list[slice]:
         return [slice(first, first + self.rows_per_block) for first in range(0, num_rows, self.rows_per_block)]
 
 
-def _fit_budget(chunk_bytes, hidden_NH, head, target_head, is_reduced):
+def _fit_budget(
+    chunk_bytes: int, hidden_NH: Tensor, head: Head, target_head: Head | None, is_reduced: bool
+) -> tuple[int, int]:
     """Return how many rows, and as many target states, make a chunk of at most `chunk_bytes`, and how many a block."""
     num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
     block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
@@ -349,12 +348,8 @@ def _fit_budget(chunk_bytes, hidden_NH, head, target_head, is_reduced):
     return max(1, rows_per_chunk), rows_per_block
 
 
-def _cut_chunks(kept_M, target_rows_N, size):
-    """
-    Order rows by their target state and cut them into even chunks of at most `size` rows and as many states.
-
-    Yield the states (`None`: those of the chunk before), the rows, and the place of each row's state among the states.
-    """
+def _cut_chunks(kept_M: Tensor, target_rows_N: Tensor | None, size: int) -> Iterator[_Chunk]:
+    """Order rows by their target state and cut them into even chunks of at most `size` rows and as many states."""
     if target_rows_N is None:
         states, places_M = kept_M, torch.arange(len(kept_M), device=kept_M.device)
     else:
@@ -371,12 +366,14 @@ def _cut_chunks(kept_M, target_rows_N, size):
             states_S = None
 
 
-def _even_cuts(length, size):
+def _even_cuts(length: int, size: int) -> list[int]:
     num_parts = -(-length // size)
     return [length * part // num_parts for part in range(num_parts + 1)] if num_parts else [0]
 
 
-def _pull_back(head, logits_CD, hidden_CH, parameters, parameter_grads):
+def _pull_back(
+    head: Head, logits_CD: Tensor, hidden_CH: Tensor, parameters: Sequence[Tensor], parameter_grads: list[Tensor]
+) -> Tensor | None:
     """Send the gradient in `logits_CD` through the head; return the gradient of the hidden states."""
     grad_CD = logits_CD.detach()
     wanted = [hidden_CH] if hidden_CH.requires_grad else []
@@ -395,7 +392,7 @@ def _pull_back(head, logits_CD, hidden_CH, parameters, parameter_grads):
     return grad_CH
 
 
-def _map_labels(labels_N, draft_token_ids):
+def _map_labels(labels_N: Tensor, draft_token_ids: Tensor) -> Tensor:
     """Turn target ids into drafter ids; `NO_TOKEN` stays, ids that the drafter lacks become `NO_TOKEN - 1`."""
     sorted_ids, order = draft_token_ids.sort()
     places_N = torch.searchsorted(sorted_ids, labels_N).clamp(max=len(sorted_ids) - 1)
@@ -403,21 +400,25 @@ def _map_labels(labels_N, draft_token_ids):
     return torch.where(labels_N == NO_TOKEN, labels_N, draft_labels_N)
 
 
-def _check_shapes(hidden_NH, head, target_hidden_MH, target_head, labels_N, weights_N, draft_token_ids):
-    if (target_hidden_MH is None) != (target_head is None):
-        raise ValueError("Pass `target_hidden_MH` and `target_head` together, or neither: one of them is None.")
-    shapes = [hidden_NH.shape[:-1], *(tensor.shape for tensor in (weights_N, labels_N) if tensor is not None)]
+def _check_shapes(
+    hidden_NH: Tensor,
+    rows: Sequence[Tensor | None],
+    head: Head,
+    target_head: Head | None,
+    draft_token_ids: Tensor | None,
+) -> None:
+    shapes = [hidden_NH.shape[:-1], *(tensor.shape for tensor in rows if tensor is not None)]
     if hidden_NH.dim() != 2 or len(set(shapes)) > 1:
         raise ValueError(f"Hidden states, weights and labels must share one axis of rows, got {shapes}. Flatten them.")
-    if weights_N.requires_grad:
-        raise ValueError("`weights_N` requires a gradient but is a constant of this loss. Detach it.")
     num_logits = (target_head or head).vocab_size if draft_token_ids is None else len(draft_token_ids)
     if head.vocab_size != num_logits:
         found = f"has {head.vocab_size} logits, expected {num_logits}"
         raise ValueError(f"The drafter's head {found}. Pass their target ids as `draft_token_ids`, one per logit.")
 
 
-def _check_target_rows(target_rows_N, kept_M, target_hidden_MH, num_rows):
+def _check_target_rows(
+    target_rows_N: Tensor | None, kept_M: Tensor, target_hidden_MH: Tensor | None, num_rows: int
+) -> None:
     num_states = num_rows if target_hidden_MH is None else len(target_hidden_MH)
     if target_rows_N is None:
         if num_states != num_rows:

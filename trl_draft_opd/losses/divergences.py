@@ -3,7 +3,7 @@
 Divergences between the target's and the drafter's next-token distributions, row by row, with closed-form gradients.
 
 `divergence` is the readable reference, differentiated by autograd; `differentiate` gives the same values and gradients
-in a few passes over memory. Knows logits and labels, and refuses to know heads, weights and chunks.
+in a few passes over memory. Knows no heads, weights or chunks.
 
 Shape letters:  N = rows, V = vocabulary that drafter and target share
 """
@@ -55,14 +55,34 @@ def divergence(
     Raises:
         ValueError: If `loss_type` is unknown, the shapes differ, or what the loss needs is missing.
     """
-    has_target = target_logits_NV is not None
-    check_sources(loss_type, has_target, labels_N)
-    if has_target and target_logits_NV.shape != draft_logits_NV.shape:
+    check_sources(loss_type, target_logits_NV is not None, labels_N)
+    if target_logits_NV is not None and target_logits_NV.shape != draft_logits_NV.shape:
         shapes = [draft_logits_NV.shape, target_logits_NV.shape]
         raise ValueError(f"Logits of drafter and target have shapes {shapes}. Index both by the same token ids.")
+    log_q_NV = draft_logits_NV.to(accumulation_dtype(draft_logits_NV)).log_softmax(dim=1)
     if loss_type == "ce":
-        check_labels(labels_N, labels_N, draft_logits_NV.shape[1], has_target)
-    return _compare_rows(draft_logits_NV, target_logits_NV, labels_N, loss_type)
+        assert labels_N is not None, "checked above"
+        check_labels(labels_N, labels_N, draft_logits_NV.shape[1], target_logits_NV is not None)
+        if target_logits_NV is not None:
+            labels_N = torch.where(labels_N == NO_TOKEN, target_logits_NV.argmax(dim=1), labels_N)
+        return -log_q_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1)
+    assert target_logits_NV is not None, "checked above"
+    log_p_NV = target_logits_NV.to(accumulation_dtype(target_logits_NV)).log_softmax(dim=1)
+    if loss_type == "forward_kl":
+        return _kl(log_p_NV, log_q_NV)
+    if loss_type == "reverse_kl":
+        return _kl(log_q_NV, log_p_NV)
+    if loss_type == "jsd":
+        log_m_NV = torch.logaddexp(log_p_NV, log_q_NV) - math.log(2)
+        return (_kl(log_p_NV, log_m_NV) + _kl(log_q_NV, log_m_NV)) / 2
+    if loss_type == "lk":
+        # In the log domain alpha cannot underflow, so rows that agree nowhere keep a finite loss and a gradient.
+        return -torch.minimum(log_p_NV, log_q_NV).logsumexp(dim=1)
+    tv_N = (log_p_NV.exp() - log_q_NV.exp()).abs().sum(dim=1) / 2
+    if loss_type == "tv":
+        return tv_N
+    kl_share_N = torch.exp(-LK_HYBRID_DECAY * (1 - tv_N.detach()))
+    return kl_share_N * _kl(log_p_NV, log_q_NV) + (1 - kl_share_N) * tv_N
 
 
 def differentiate(draft_logits_NV: Tensor, target_logits_NV: Tensor, loss_type: str) -> tuple[Tensor, Tensor]:
@@ -101,7 +121,7 @@ def differentiate(draft_logits_NV: Tensor, target_logits_NV: Tensor, loss_type: 
     sign_NV = torch.sign(gap_NV, out=log_p_NV)
     mean_N1 = torch.mul(sign_NV, q_NV, out=log_q_NV).sum(dim=1, keepdim=True)
     grad_NV = sign_NV.sub_(mean_N1).mul_(q_NV).div_(-2)
-    if loss_type == "tv":
+    if kl_N is None:  # `tv`
         return tv_N, grad_NV
     kl_share_N = torch.exp(-LK_HYBRID_DECAY * (1 - tv_N))
     kl_share_N1 = kl_share_N.unsqueeze(1)
@@ -119,7 +139,7 @@ def differentiate_ce(draft_logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor,
     return losses_N1.squeeze(1), q_NV.scatter_add_(1, labels_N1, -torch.ones_like(losses_N1))
 
 
-def normalise(logits_NV):
+def normalise(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and probabilities, with one `exp` for both."""
     log_probs_NV = logits_NV.to(accumulation_dtype(logits_NV)) - logits_NV.amax(dim=1, keepdim=True)
     probs_NV = log_probs_NV.exp()
@@ -128,40 +148,18 @@ def normalise(logits_NV):
     return log_probs_NV.sub_(sums_N1.log()), probs_NV.div_(sums_N1)
 
 
-def _compare_rows(draft_logits_NV, target_logits_NV, labels_N, loss_type):
-    log_q_NV = draft_logits_NV.to(accumulation_dtype(draft_logits_NV)).log_softmax(dim=1)
-    if loss_type == "ce":
-        if target_logits_NV is not None:
-            labels_N = torch.where(labels_N == NO_TOKEN, target_logits_NV.argmax(dim=1), labels_N)
-        return -log_q_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1)
-    log_p_NV = target_logits_NV.to(accumulation_dtype(target_logits_NV)).log_softmax(dim=1)
-    if loss_type == "forward_kl":
-        return _kl(log_p_NV, log_q_NV)
-    if loss_type == "reverse_kl":
-        return _kl(log_q_NV, log_p_NV)
-    if loss_type == "jsd":
-        log_m_NV = torch.logaddexp(log_p_NV, log_q_NV) - math.log(2)
-        return (_kl(log_p_NV, log_m_NV) + _kl(log_q_NV, log_m_NV)) / 2
-    if loss_type == "lk":
-        # In the log domain alpha cannot underflow, so rows that agree nowhere keep a finite loss and a gradient.
-        return -torch.minimum(log_p_NV, log_q_NV).logsumexp(dim=1)
-    tv_N = (log_p_NV.exp() - log_q_NV.exp()).abs().sum(dim=1) / 2
-    if loss_type == "tv":
-        return tv_N
-    kl_share_N = torch.exp(-LK_HYBRID_DECAY * (1 - tv_N.detach()))
-    return kl_share_N * _kl(log_p_NV, log_q_NV) + (1 - kl_share_N) * tv_N
-
-
-def _kl(log_a_NV, log_b_NV):
+def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
     # Log-probabilities of finite logits are finite, so an `a` that underflows to 0 contributes 0 and not NaN.
     return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(dim=1)
 
 
-def accumulation_dtype(tensor):
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the precision in which losses of this tensor are summed: float32, or float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def check_sources(loss_type, has_target, labels_N):
+def check_sources(loss_type: str, has_target: bool, labels_N: Tensor | None) -> None:
+    """Raise `ValueError` if the loss is unknown, or lacks the target or the labels that it compares with."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"Unknown loss_type {loss_type!r}. Choose one of {', '.join(LOSS_TYPES)}.")
     if loss_type == "ce" and labels_N is None:
@@ -170,7 +168,8 @@ def check_sources(loss_type, has_target, labels_N):
         raise ValueError(f"loss_type {loss_type!r} needs a target, got None. Pass it, or use 'ce' with labels.")
 
 
-def check_labels(labels_M, draft_labels_M, vocab_size, has_target):
+def check_labels(labels_M: Tensor, draft_labels_M: Tensor, vocab_size: int, has_target: bool) -> None:
+    """Raise `ValueError` if a label is none of the drafter's tokens; labels are given in target and drafter ids."""
     is_wrong_M = (draft_labels_M < (NO_TOKEN if has_target else 0)) | (draft_labels_M >= vocab_size)
     if is_wrong_M.any():
         raise ValueError(

@@ -13,15 +13,11 @@ def position_weights(num_drafts: int, decay: float) -> Tensor:
     """
     Weight the slots of a block by their distance from the anchor: `decay ** (k - 1)` at slot `k`.
 
-    Args:
-        num_drafts (`int`), decay (`float`):
-            Drafts per block `K`, at least 1, and factor per slot, in `(0, 1]`.
-
     Returns:
-        `torch.FloatTensor` of shape `(K,)`: weights of slots `1..K`, on the CPU.
+        `torch.FloatTensor` of shape `(K,)` on the CPU.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If there is no slot, or `decay` is not in `(0, 1]`.
     """
     if num_drafts < 1:
         raise ValueError(f"`num_drafts` must be at least 1, got {num_drafts}. Count the drafts without the anchor.")
@@ -57,9 +53,7 @@ def d_pace_weights(log_probs_BAK: Tensor, mask_BAK: Tensor, floor: float) -> Ten
         ValueError: If `floor` is out of range.
     """
     if not 0 <= floor <= 1:
-        raise ValueError(
-            f"`floor` must be in [0, 1], got {floor}. Use 1 to weigh slots without the drafter's probabilities."
-        )
+        raise ValueError(f"`floor` must be in [0, 1], got {floor}. 1 ignores the drafter's probabilities.")
     reach_BAK = ((1 - floor) * log_probs_BAK.detach().exp() + floor).cumprod(dim=-1)
     counted_BAK = torch.where(mask_BAK, reach_BAK, 0)
     return counted_BAK.flip(-1).cumsum(dim=-1).flip(-1)
@@ -72,8 +66,7 @@ def mark_until_fail(is_top_BAK: Tensor) -> Tensor:
     Source: [Spec-AUF](https://huggingface.co/papers/2607.01893), accept-until-fail.
 
     Args:
-        is_top_BAK (`torch.BoolTensor` of shape `(B, A, K)`):
-            Whether the drafter's argmax is the committed token.
+        is_top_BAK (`torch.BoolTensor` of shape `(B, A, K)`): Whether the drafter's argmax is the committed token.
 
     Returns:
         `torch.BoolTensor` of shape `(B, A, K)`.
@@ -90,12 +83,11 @@ def stream_scale(weight_sum: Tensor | float, stream_weight: float, total_stream_
     Args:
         weight_sum (`torch.Tensor` or `float`):
             Sum of the stream's row weights over the whole optimiser step (all micro-batches, all ranks), at least 0.
-            Used as it is: decayed weights of few slots may well sum to less than 1.
         stream_weight (`float`), total_stream_weight (`float`):
             Weight of this stream, at least 0, and of all streams together, empty ones included, above 0.
 
     Returns:
-        `torch.Tensor` or `float`, as `weight_sum`: the factor; `0` if the stream is empty (the other keeps its share).
+        `torch.Tensor` or `float`, as `weight_sum`; `0` if the stream is empty (the other keeps its share).
 
     Raises:
         ValueError: If a stream weight is out of range.

@@ -34,14 +34,13 @@ class DFlashDraftConfig(PortableConfig):
     block_size: int = 16
     mask_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         if self.block_size < 2:
             raise ValueError(
-                f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. The published "
-                "setting is 16."
+                f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. Published is 16."
             )
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
@@ -50,8 +49,8 @@ class DFlashDraftConfig(PortableConfig):
             )
         if set(self.layer_types) != {"full_attention"}:
             raise ValueError(
-                f"Only full-attention DFlash drafters are supported, got layer_types={self.layer_types}. "
-                "Sliding-window drafters are trained and served with another mask."
+                f"Only full-attention DFlash drafters are supported, got layer_types={self.layer_types}: a sliding "
+                "window is another mask."
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 The DFlash drafter: fills a block of masks in one pass, reading the target's features as injected keys and values in
-every layer. Knows nothing of rollouts or losses.
+every layer.
 
 Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
 assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
@@ -11,7 +11,7 @@ Shape letters:  B = sequences, L = context length, A = anchors per sequence, S =
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,12 +22,7 @@ from ..attention import anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
-from ..target_shape import (
-    check_layer_ids,
-    require_layer_ids,
-    shape_from_target,
-    spread_layer_ids,
-)
+from ..target_shape import shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
 
 
@@ -41,6 +36,7 @@ class DFlashAttention(nn.Module):
 
     def __init__(self, config: DFlashDraftConfig):
         super().__init__()
+        assert config.head_dim is not None, "set by the config"
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -81,13 +77,7 @@ class DFlashLayer(nn.Module):
 
 @dataclass(frozen=True)
 class DFlashState(DraftState):
-    """
-    Blocks at a slot, all of whose slots are drafted.
-
-    Attributes:
-        columns (`torch.LongTensor` of shape `(B, A')` or `None`):
-            Columns of `block_hidden` that these blocks are; `None` for all, in order.
-    """
+    """Blocks that are drafted whole; they are `columns` of `block_hidden`, `(B, A')`, or all if `None`."""
 
     columns: torch.Tensor | None
 
@@ -121,12 +111,14 @@ class DFlashDraftModel(Drafter):
                 f"`target_layer_ids` ({config.target_layer_ids}) and `mask_token_id` ({config.mask_token_id}) must "
                 "both be set. Build the drafter with `DFlashDraftModel.from_target(target, mask_token_id=...)`."
             )
+        assert config.target_hidden_size is not None, "set by the config"
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = cast(list[DFlashLayer], layers)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
         self.post_init()
 
     @classmethod
@@ -143,8 +135,7 @@ class DFlashDraftModel(Drafter):
         Make a fresh drafter of the target's shape.
 
         Args:
-            target (`str`, `PreTrainedModel` or `FrozenTarget`):
-                The target to draft for.
+            target (`str`, `PreTrainedModel` or `FrozenTarget`): The target to draft for.
             mask_token_id (`int`):
                 An id inside the target's embedding that no text uses, see [`FrozenTarget.find_mask_token_id`].
             num_hidden_layers (`int`, *optional*, defaults to 5):
@@ -159,20 +150,17 @@ class DFlashDraftModel(Drafter):
         """
         model = cls.resolve_target(target)
         shape = shape_from_target(model.config)
-        num_layers = shape["num_target_layers"]
-        require_layer_ids(target_layer_ids, num_layers)
-        layer_ids = spread_layer_ids(num_layers, 5) if target_layer_ids is None else target_layer_ids
-        check_layer_ids(layer_ids, num_layers)
+        if target_layer_ids is None:
+            target_layer_ids = spread_layer_ids(shape["num_target_layers"])
         special = shape["eos_token_id"] if isinstance(shape["eos_token_id"], list) else [shape["eos_token_id"]]
         special = [*special, shape["bos_token_id"], shape["pad_token_id"]]
         if mask_token_id in special:
             raise ValueError(
-                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id that text never "
-                "uses."
+                f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id no text uses."
             )
         config = DFlashDraftConfig(
             **shape,
-            target_layer_ids=list(layer_ids),
+            target_layer_ids=list(target_layer_ids),
             num_hidden_layers=num_hidden_layers,
             block_size=block_size,
             mask_token_id=mask_token_id,
@@ -187,11 +175,6 @@ class DFlashDraftModel(Drafter):
     def default_num_drafts(self) -> int:
         return self.config.block_size - 1
 
-    @property
-    def draft_token_ids(self) -> torch.Tensor | None:
-        """Always `None`: DFlash drafts over the target's full vocabulary, through the target's head."""
-        return None
-
     def encode_context(
         self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
     ) -> DraftContext:
@@ -205,7 +188,7 @@ class DFlashDraftModel(Drafter):
         noise_embeds: torch.Tensor,
         context_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
@@ -213,18 +196,13 @@ class DFlashDraftModel(Drafter):
         Run one block per sequence over the injected context, as transformers' generation does.
 
         Args:
-            noise_embeds (`torch.Tensor` of shape `(B, S, H)`):
-                Embeddings of the anchor and the masks of each block.
+            noise_embeds (`torch.Tensor` of shape `(B, S, H)`): Embeddings of the anchor and the masks of each block.
             context_hidden_states (`torch.Tensor` of shape `(B, n, F)`):
                 The target's features that are not yet in `past_key_values`.
-            attention_mask (`torch.Tensor` of shape `(B, cached + n + S)`, *optional*):
-                0 hides a key from every query.
-            position_ids (`torch.LongTensor` of shape `(B, n + S)`, *optional*):
-                Positions of the new context and the block.
-            past_key_values (`DFlashCache`, *optional*):
-                Keys and values of earlier context.
-            use_cache (`bool`, *optional*):
-                Accepted for the native signature; the cache is used iff it is given.
+            attention_mask (`torch.Tensor` of shape `(B, cached + n + S)`, *optional*): 0 hides a key from all queries.
+            position_ids (`torch.LongTensor` of shape `(B, n + S)`, *optional*): Of the new context and the block.
+            past_key_values (`DFlashCache`, *optional*): Keys and values of earlier context, used iff it is given.
+            use_cache (`bool`, *optional*): Not read; part of the native signature.
 
         Returns:
             `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
@@ -257,6 +235,7 @@ class DFlashDraftModel(Drafter):
         embed: Embed,
     ) -> "DFlashState":
         # Always as wide as in training, because slots see the masks behind them; fewer drafts are fewer slots read.
+        assert self.config.mask_token_id is not None
         masks = anchor_tokens.new_full((*anchors.shape, self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
         packing = BlockPacking(anchors >= 1)
@@ -276,6 +255,7 @@ class DFlashDraftModel(Drafter):
         else:
             columns = columns.clamp(min=0)
             columns = columns if state.columns is None else state.columns.gather(1, columns)
+        assert state.block_hidden is not None
         hidden = state.block_hidden[:, :, state.slot]
         if columns is not None:
             hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))

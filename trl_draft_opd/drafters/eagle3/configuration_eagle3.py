@@ -43,14 +43,14 @@ class Eagle3DraftConfig(PortableConfig):
     norm_before_residual: bool = False
     ttt_steps: int = 7
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
         super().__post_init__(**kwargs)
         if self.num_hidden_layers != 1:
             raise ValueError(
-                f"An EAGLE-3 drafter has 1 layer, got num_hidden_layers={self.num_hidden_layers}. EAGLE's code and "
-                "llama.cpp read no more, and vLLM and SGLang read deeper ones differently."
+                f"An EAGLE-3 drafter has 1 layer, got num_hidden_layers={self.num_hidden_layers}. Engines disagree on "
+                "deeper ones."
             )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("`fc_norm` and `norm_before_fc` norm the same features; set one of them.")

@@ -1,9 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Choose the reduced vocabulary of an EAGLE-3 head from token counts.
-
-Knows token ids, counts and the maps `d2t` and `t2d`, which `published/vocabulary_maps.py` checks. Refuses to know any
-model, head or tokenizer: slicing the target's rows and renormalising the target are the work of others.
+Choose the reduced vocabulary of an EAGLE-3 head from token counts. Knows no model, head or tokenizer.
 
 Shape letters:  V = the target's vocabulary, DV = draft vocabulary
 """
@@ -12,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +57,8 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.T
         ValueError: If a supervised id is outside `0..V-1`.
     """
     counts_V = np.zeros(vocab_size, dtype=np.int64)
-    for batch in dataset.select_columns(["input_ids", "completion_mask"]).with_format("numpy").iter(batch_size=1000):
+    rows: Any = dataset.select_columns(["input_ids", "completion_mask"]).with_format("numpy")
+    for batch in rows.iter(batch_size=1000):
         token_ids = np.concatenate(batch["input_ids"])
         token_ids = token_ids[np.concatenate(batch["completion_mask"]).astype(bool)].astype(np.int64)
         is_outside = (token_ids < 0) | (token_ids >= vocab_size)
@@ -117,27 +116,20 @@ def _check_counts(token_counts: torch.Tensor) -> torch.Tensor:
         first = int((token_counts < 0).nonzero()[0])
         raise ValueError(f"`token_counts` must not be negative, got {int(token_counts[first])} for token {first}.")
     if not token_counts.any():
-        raise ValueError(
-            "`token_counts` are all zero: there is no text to choose a vocabulary from. Count the SFT dataset."
-        )
+        raise ValueError("`token_counts` are all zero. Count a dataset that has supervised tokens.")
     return token_counts.detach().cpu().long()
 
 
 def _check_size(draft_vocab_size: int, vocab_size: int, forced: list[int]) -> None:
-    if draft_vocab_size == vocab_size:
-        raise ValueError(
-            f"`draft_vocab_size` is the target's vocabulary of {vocab_size}. Use `None` for the full vocabulary."
-        )
     if not 1 <= draft_vocab_size < vocab_size:
         raise ValueError(
             f"`draft_vocab_size` must lie in 1..{vocab_size - 1} (the target has {vocab_size} tokens), got "
-            f"{draft_vocab_size}."
+            f"{draft_vocab_size}. Use `None` for the full vocabulary."
         )
     outside = [token_id for token_id in forced if not 0 <= token_id < vocab_size]
     if outside:
         raise ValueError(f"`always_include` holds {outside}, outside the target's vocabulary of {vocab_size} tokens.")
     if len(forced) > draft_vocab_size:
         raise ValueError(
-            f"`always_include` holds {len(forced)} tokens, more than `draft_vocab_size={draft_vocab_size}`. Raise the "
-            "latter."
+            f"`always_include` holds {len(forced)} tokens, more than `draft_vocab_size={draft_vocab_size}`. Raise it."
         )

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 The EAGLE-3 drafter: one attention layer that reads fused target features at the first step and its own hidden state
-and drafted token at every later one. Knows nothing of rollouts or losses.
+and drafted token at every later one.
 
 Pair `i` holds the target's feature at position `i` and the token at `i + 1`. A block at anchor `a` starts from pair
 `a - 1`, whose token is the anchor; step `k` has RoPE position `a + k - 2` and proposes the token at `a + k`.
@@ -10,8 +10,8 @@ Shape letters:  B = sequences, L = context length, A = anchors per sequence, K =
                 F = feature width, DV = draft vocabulary, h = heads, g = key/value heads, d = head dimension
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ..attention import anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
-from ..target_shape import check_layer_ids, require_layer_ids, shape_from_target
+from ..target_shape import middle_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
 from .draft_vocabulary import DraftVocabulary
 
@@ -31,6 +31,7 @@ class Eagle3Attention(nn.Module):
 
     def __init__(self, config: Eagle3DraftConfig):
         super().__init__()
+        assert config.head_dim is not None, "set by the config"
         self.head_dim = config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
@@ -44,43 +45,34 @@ class Eagle3Attention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class StepResult(NamedTuple):
-    """
-    What one step leaves behind.
-
-    Attributes:
-        state (`torch.Tensor` of shape `(N, H)`): The layer's output.
-        slot_hidden (`torch.Tensor` of shape `(N, H)`): The same behind the norm, ready for the head.
-        key (`torch.Tensor` of shape `(B, g, A, 1, d)` or `None`), value (as `key`):
-            The step's own key and value; `None` for the first step, whose are the context's.
-    """
-
-    state: torch.Tensor
-    slot_hidden: torch.Tensor
-    key: torch.Tensor | None
-    value: torch.Tensor | None
-
-
 @dataclass(frozen=True)
-class Eagle3State(DraftState):
+class _Blocks:
     """
-    Blocks behind a step.
+    Blocks between two steps.
 
     Attributes:
         context (`DraftContext`), anchors (`torch.LongTensor` of shape `(B, A)`), embed (`Callable`):
             As the blocks were begun.
         packing (`BlockPacking`): The N blocks that are not padding, which only attention sees.
         fed (`torch.Tensor` of shape `(N, H)`): What the next step reads beside the token.
-        keys (`list[torch.Tensor]`), values (`list[torch.Tensor]`): `(B, g, A, 1, d)` of every step but the first.
+        keys (`list[torch.Tensor]`), values (`list[torch.Tensor]`):
+            `(B, g, A, 1, d)` of every step but the first, whose are the context's.
     """
 
     context: DraftContext
     anchors: torch.Tensor
+    embed: Embed
     packing: BlockPacking
     fed: torch.Tensor
-    embed: Embed
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Eagle3State(DraftState):
+    """Blocks behind a step, which `blocks` describes for the next one."""
+
+    blocks: _Blocks
 
 
 class Eagle3Layer(nn.Module):
@@ -116,6 +108,8 @@ class Eagle3DraftModel(Drafter):
 
     config_class = Eagle3DraftConfig
     config: Eagle3DraftConfig
+    d2t: torch.Tensor
+    t2d: torch.Tensor
     _no_split_modules = ["Eagle3Layer"]
     owns_head = True
 
@@ -123,9 +117,9 @@ class Eagle3DraftModel(Drafter):
         super().__init__(config)
         if config.target_layer_ids is None:
             raise ValueError(
-                "`target_layer_ids` is not set, so the width of the fused features is unknown. Build the drafter with "
-                "`Eagle3DraftModel.from_target(target)`."
+                "`target_layer_ids` is not set. Build the drafter with `Eagle3DraftModel.from_target(target)`."
             )
+        assert config.target_hidden_size is not None and config.draft_vocab_size is not None, "set by the config"
         num_taps = len(config.target_layer_ids)
         feature_width = num_taps * config.target_hidden_size
         if config.fc_norm:
@@ -138,7 +132,7 @@ class Eagle3DraftModel(Drafter):
         self.midlayer = Eagle3Layer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
         if config.has_reduced_vocabulary:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             is_first = torch.arange(config.vocab_size) < config.draft_vocab_size
@@ -160,8 +154,7 @@ class Eagle3DraftModel(Drafter):
         Make a fresh drafter of the target's shape; its head starts from the target's rows.
 
         Args:
-            target (`str`, `PreTrainedModel` or `FrozenTarget`):
-                The target to draft for.
+            target (`str`, `PreTrainedModel` or `FrozenTarget`): The target to draft for.
             target_layer_ids (`list[int]`, *optional*):
                 0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` of `N` layers, every engine's default.
             draft_vocabulary ([`DraftVocabulary`], *optional*):
@@ -177,26 +170,24 @@ class Eagle3DraftModel(Drafter):
         """
         model = cls.resolve_target(target)
         shape = shape_from_target(model.config)
-        num_layers = shape["num_target_layers"]
-        require_layer_ids(target_layer_ids, num_layers)
-        layer_ids = [1, num_layers // 2 - 1, num_layers - 4] if target_layer_ids is None else target_layer_ids
-        check_layer_ids(layer_ids, num_layers)
-        head = model.get_output_embeddings().weight.detach().float()
+        if target_layer_ids is None:
+            target_layer_ids = middle_layer_ids(shape["num_target_layers"])
         if draft_vocabulary is not None and draft_vocabulary.t2d.numel() != shape["vocab_size"]:
             raise ValueError(
                 f"The draft vocabulary was built over {draft_vocabulary.t2d.numel()} tokens but the target has "
-                f"{shape['vocab_size']}. Count tokens again with `count_tokens(dataset, "
-                f"vocab_size={shape['vocab_size']})`."
+                f"{shape['vocab_size']}. Count tokens again with this `vocab_size`."
             )
         config = Eagle3DraftConfig(
             **shape,
-            target_layer_ids=list(layer_ids),
+            target_layer_ids=list(target_layer_ids),
             draft_vocab_size=None if draft_vocabulary is None else draft_vocabulary.d2t.numel(),
             ttt_steps=ttt_steps,
             fc_norm=fc_norm,
             norm_output=norm_output,
         )
         drafter = cls(config)
+        output_embeddings: Any = model.get_output_embeddings()
+        head = output_embeddings.weight.detach().float()
         with torch.no_grad():
             if draft_vocabulary is None:
                 drafter.lm_head.weight.copy_(head)
@@ -207,19 +198,14 @@ class Eagle3DraftModel(Drafter):
         return drafter
 
     @property
-    def max_drafts(self) -> int | None:
-        return None
-
-    @property
     def default_num_drafts(self) -> int:
         return self.config.ttt_steps
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
-        """Target ids of the head's rows, `(DV,)`; `None` for the full vocabulary."""
         if not self.config.has_reduced_vocabulary:
             return None
-        return torch.arange(self.config.draft_vocab_size, device=self.d2t.device) + self.d2t
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def fuse(self, target_features: torch.Tensor) -> torch.Tensor:
         """Fuse the tapped layers, `(B, n, F)` to `(B, n, H)`."""
@@ -250,64 +236,39 @@ class Eagle3DraftModel(Drafter):
         num_drafts: int,
         embed: Embed,
     ) -> "Eagle3State":
-        width = context.fused.shape[-1]
+        assert context.fused is not None, "a context of this family"
         packing = BlockPacking(anchors >= 1)
-        fed = packing.pack(context.fused.gather(1, (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, width)))
-        return self._run_slot(context, anchors, packing, fed, anchor_tokens, embed, 1, [], [])
+        index = (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, context.fused.shape[-1])
+        fed = packing.pack(context.fused.gather(1, index))
+        return self._run_slot(_Blocks(context, anchors, embed, packing, fed, [], []), anchor_tokens, 1)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "Eagle3State":
         assert isinstance(state, Eagle3State), "a state of this family"
-        anchors, packing, fed, keys, values = state.anchors, state.packing, state.fed, state.keys, state.values
+        blocks = state.blocks
         if columns is not None:
             is_padding, columns = columns < 0, columns.clamp(min=0)
-            padded = packing.unpack(fed).gather(1, columns[..., None].expand(-1, -1, fed.shape[-1]))
-            anchors = anchors.gather(1, columns).masked_fill(is_padding, -1)
+            index = columns[..., None].expand(-1, -1, blocks.fed.shape[-1])
+            anchors = blocks.anchors.gather(1, columns).masked_fill(is_padding, -1)
             packing = BlockPacking(anchors >= 1)
-            fed = packing.pack(padded)
-            keys, values = ([_pick_columns(part, columns) for part in parts] for parts in (keys, values))
-        return self._run_slot(state.context, anchors, packing, fed, tokens, state.embed, state.slot + 1, keys, values)
+            fed = packing.pack(blocks.packing.unpack(blocks.fed).gather(1, index))
+            keys, values = ([_pick_columns(part, columns) for part in parts] for parts in (blocks.keys, blocks.values))
+            blocks = _Blocks(blocks.context, anchors, blocks.embed, packing, fed, keys, values)
+        return self._run_slot(blocks, tokens, state.slot + 1)
 
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
         return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
-    def _run_slot(
-        self,
-        context: DraftContext,
-        anchors: torch.Tensor,
-        packing: BlockPacking,
-        fed: torch.Tensor,
-        tokens: torch.Tensor,
-        embed: Embed,
-        slot: int,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-    ) -> "Eagle3State":
-        """Run one slot of the N blocks on what is fed to it, `(N, H)` states and `(B, A)` tokens."""
-        step = self.run_recomputed(self._step, context, anchors, packing, fed, tokens, embed, slot, keys, values)
-        if slot > 1:
-            # New lists: a step that is computed again must find those it was given.
-            keys, values = [*keys, step.key], [*values, step.value]
-        fed_next = step.slot_hidden if self.config.norm_output else step.state
-        hidden = packing.unpack(step.slot_hidden)
-        return Eagle3State(slot, hidden, None, context, anchors, packing, fed_next, embed, keys, values)
+    def _run_slot(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> "Eagle3State":
+        slot_hidden, blocks = self.run_recomputed(self._step, blocks, tokens, slot)
+        return Eagle3State(slot, blocks.packing.unpack(slot_hidden), None, blocks)
 
-    def _step(
-        self,
-        context: DraftContext,
-        anchors: torch.Tensor,
-        packing: BlockPacking,
-        state: torch.Tensor,
-        tokens: torch.Tensor,
-        embed: Embed,
-        slot: int,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-    ) -> StepResult:
-        """Run one step of the N blocks; from the second step on they also see keys and values of the steps so far."""
+    def _step(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> tuple[torch.Tensor, _Blocks]:
+        """Run one step on its tokens, `(B, A)`; return its states `(N, H)`, ready for the head, and the blocks."""
         layer, attention = self.midlayer, self.midlayer.self_attn
-        joined = layer.attention_input(embed(packing.pack(tokens)).to(state.dtype), state)
+        packing, fed, keys, values = blocks.packing, blocks.fed, blocks.keys, blocks.values
+        joined = layer.attention_input(blocks.embed(packing.pack(tokens)).to(fed.dtype), fed)
         query = attention.split_heads(attention.q_proj(joined)[None])
-        cos, sin = self.rotary_emb(query, packing.pack(anchors)[None] + slot - 2)
+        cos, sin = self.rotary_emb(query, packing.pack(blocks.anchors)[None] + slot - 2)
 
         def spread(states: torch.Tensor) -> torch.Tensor:
             """Turn `(1, heads, N, d)` into `(B, heads, A, 1, d)`."""
@@ -316,38 +277,27 @@ class Eagle3DraftModel(Drafter):
         if slot == 1:
             # The first step's own key is the context entry at `a - 1`.
             query, _ = apply_rotary_pos_emb(query, query, cos, sin)
-            own_key = own_value = None
         else:
             key = attention.split_heads(attention.k_proj(joined)[None])
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            own_key, own_value = spread(key), spread(attention.split_heads(attention.v_proj(joined)[None]))
-            keys, values = [*keys, own_key], [*values, own_value]
+            value = attention.split_heads(attention.v_proj(joined)[None])
+            # New lists: a step that is computed again must find those it was given.
+            keys, values = [*keys, spread(key)], [*values, spread(value)]
         mixed = anchored_attention(
             spread(query),
-            context.keys[0],
-            context.values[0],
+            blocks.context.keys[0],
+            blocks.context.values[0],
             keys,
             values,
-            anchors.clamp(min=1),
+            blocks.anchors.clamp(min=1),
             attention.head_dim**-0.5,
         )
-        residual = layer.hidden_norm(state) if self.config.norm_before_residual else state
+        residual = layer.hidden_norm(fed) if self.config.norm_before_residual else fed
         hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
         hidden = hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
-        return StepResult(hidden, self.norm(hidden), own_key, own_value)
-
-    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        if not self.config.has_reduced_vocabulary:
-            return draft_ids
-        return draft_ids + self.d2t[draft_ids]
-
-    def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
-        token_ids = self.draft_token_ids
-        if token_ids is None:
-            return draft_probs
-        probs = draft_probs.new_zeros(*draft_probs.shape[:-1], self.config.vocab_size)
-        probs[..., token_ids] = draft_probs
-        return probs
+        slot_hidden = self.norm(hidden)
+        fed = slot_hidden if self.config.norm_output else hidden
+        return slot_hidden, replace(blocks, fed=fed, keys=keys, values=values)
 
 
 def _pick_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

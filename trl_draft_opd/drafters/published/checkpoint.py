@@ -2,8 +2,8 @@
 """
 Read a published drafter from a folder or the Hub: its config, and its tensors under this package's names.
 
-What a config means is `configs.py`'s matter. Nothing here runs code that comes with a checkpoint, builds a model or
-skips a tensor it does not know: whatever is not in the short lists below is handed on, and loading reports it.
+Nothing here runs code that comes with a checkpoint, or skips a tensor it does not know: whatever is not in the short
+lists below is handed on, and loading reports it.
 """
 
 import json
@@ -49,15 +49,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """
-    Where a checkpoint lies: a local folder, or a repository on the Hub.
-
-    Attributes:
-        name_or_path (`str`): Folder or Hub id.
-        revision (`str` or `None`), subfolder (`str`), token (`str`, `bool` or `None`), cache_dir (`str`, `Path` or
-        `None`), local_files_only (`bool`):
-            As in `transformers`; only `subfolder` matters for a local folder.
-    """
+    """A local folder or a repository on the Hub; fields as in `transformers`."""
 
     name_or_path: str
     revision: str | None
@@ -70,21 +62,13 @@ class CheckpointSource:
         return f"{self.name_or_path}/{self.subfolder}" if self.subfolder else self.name_or_path
 
     def find(self, filename: str) -> Path | None:
-        """
-        Return the path of a file, downloading it if need be, or `None` if folder or repository exist without it.
-
-        Raises:
-            OSError: If the folder or repository does not exist, or the Hub cannot be reached.
-            ValueError: If the file is a link out of its folder.
-        """
+        """Return the path of a file, downloading it if need be, or `None` if folder or repository exist without it."""
         folder = Path(self.name_or_path)
         if folder.is_dir():
             path = folder / self.subfolder / filename
             return _inside(folder, path) if path.is_file() else None
         if folder.is_absolute() or folder.exists() or self.name_or_path.startswith((".", "~")):
-            raise FileNotFoundError(
-                f"There is no folder {self.name_or_path!r}. Give the folder that holds config.json."
-            )
+            raise FileNotFoundError(f"There is no folder {self.name_or_path!r}. Give the one that holds config.json.")
         try:
             return Path(
                 hf_hub_download(
@@ -106,18 +90,10 @@ class CheckpointSource:
             return None
 
     def read_json(self, filename: str) -> dict[str, Any]:
-        """
-        Return the object in a JSON file.
-
-        Raises:
-            OSError: If the file does not exist.
-            ValueError: If it holds no JSON object.
-        """
+        """Return the object in a JSON file."""
         path = self.find(filename)
         if path is None:
-            raise FileNotFoundError(
-                f"{str(self)!r} has no {filename}. Is the drafter in a subfolder? Pass `subfolder=`."
-            )
+            raise FileNotFoundError(f"{str(self)!r} has no {filename}. If it is in a subfolder, pass `subfolder=`.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # of the encoding, too
@@ -130,10 +106,6 @@ class CheckpointSource:
         """
         Return the safetensors files that hold the weights, each with the tensors that the index places in it: none
         where there is one file and no index. `None` if there are no such files.
-
-        Raises:
-            OSError: As [`CheckpointSource.find`].
-            ValueError: If the index is damaged, or names what is no plain file name.
         """
         if self.find(SAFETENSORS_FILE) is not None:
             return {SAFETENSORS_FILE: []}
@@ -165,18 +137,12 @@ class CheckpointSource:
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """
-    Return `path`, unless it is a link to a file outside of `folder`: what it leads to would be published as the
-    drafter's.
-    """
+    """Return `path`, unless it is a link out of `folder`: what it leads to would be published as the drafter's."""
     file, root = path.resolve(), folder.resolve()
     # In the cache of the Hub, a snapshot's files are links to blobs in a sibling folder.
     if file.is_relative_to(root) or (root.parent.name == "snapshots" and file.parent == root.parents[1] / "blobs"):
         return path
-    raise ValueError(
-        f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file, or give the folder it lies "
-        "in."
-    )
+    raise ValueError(f"{str(path)!r} is a link to {str(file)!r}, outside of its folder. Copy the file instead.")
 
 
 def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ParsedConfig:
@@ -188,32 +154,16 @@ def read_drafter_tensors(
     source: CheckpointSource, imported: ParsedConfig, *, allow_pickle_weights: bool
 ) -> dict[str, torch.Tensor]:
     """
-    Read the weights of a checkpoint under the names that this package's drafters have.
+    Read the weights of a checkpoint, on the CPU and in the precision of the file, under this package's names.
 
     Left out, because drafters here do not own them: the target's embedding (and, for DFlash, head), rotary
     frequencies, `verifier_*` of the speculators format, and the vocabulary maps of an EAGLE-3 drafter over the full
-    vocabulary. A missing `t2d` is derived from `d2t`.
-
-    Args:
-        source (`CheckpointSource`):
-            The checkpoint.
-        imported (`ParsedConfig`):
-            Its config.
-        allow_pickle_weights (`bool`):
-            Whether to read a `pytorch_model.bin` where there is no safetensors file; tensors only, no code is run.
-
-    Returns:
-        `dict[str, torch.Tensor]` on the CPU, in the precision of the file.
-
-    Raises:
-        OSError: If there are no weights.
-        ValueError: If a file is unsafe or incomplete, two names become one, a tensor is not finite or of a type that
-            is no floating-point weight, or the vocabulary maps are inconsistent.
+    vocabulary.
     """
     if imported.family == "dflash" and source.find(MASK_EMBEDDING_FILE) is not None:
         raise ValueError(
-            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}: a mask embedding of its own is not supported, because "
-            "drafters here embed masks with the target's embedding."
+            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}, which is not supported: drafters here embed masks with the "
+            "target's embedding."
         )
     tensors: dict[str, torch.Tensor] = {}
     published_names: dict[str, str] = {}
@@ -235,7 +185,8 @@ def read_drafter_tensors(
                     f"{(vocab_size, hidden_size)}. A drafter with an embedding or head of its own is not supported."
                 )
             continue
-        _check_weight(published_name, name, tensor)
+        if name not in ("d2t", "t2d"):
+            _check_weight(published_name, tensor)
         tensors[name] = tensor
     return complete_vocabulary_maps(tensors, imported.arguments) if imported.family == "eagle3" else tensors
 
@@ -248,13 +199,11 @@ def _our_name(published_name: str, family: str) -> str:
     return name
 
 
-def _check_weight(published_name: str, name: str, tensor: torch.Tensor) -> None:
-    if name in ("d2t", "t2d"):
-        return
+def _check_weight(published_name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise ValueError(
-            f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight; quantised drafters are "
-            "not supported. Use the unquantised checkpoint."
+            f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight. Use the unquantised "
+            "checkpoint."
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{published_name!r} holds NaN or infinite values; the checkpoint is damaged.")
@@ -272,7 +221,7 @@ def _read_weights(source: CheckpointSource, allow_pickle_weights: bool) -> dict[
         if not allow_pickle_weights:
             raise ValueError(
                 f"{str(source)!r} has its weights in {PICKLE_FILE} only, a format that can carry code. Convert it to "
-                "safetensors, or pass `allow_pickle_weights=True` to read the tensors in it and nothing else."
+                "safetensors, or pass `allow_pickle_weights=True` to read its tensors alone."
             )
         return _read_pickle(path)
     tensors: dict[str, torch.Tensor] = {}
@@ -302,7 +251,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path.name} cannot be read safely: {error}. Convert it to safetensors.") from error
     if unsafe:
         raise ValueError(f"{path.name} holds more than tensors: {unsafe}. It could run code, so it is not read.")
-    content = torch.load(path, weights_only=True, map_location="cpu")
+    content = torch.load(path, weights_only=True, map_location="cpu")  # noqa: TID251
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path.name} is no table of tensors; give the file that holds only the drafter's state.")
     return content

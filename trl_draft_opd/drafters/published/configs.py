@@ -1,12 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Translate the `config.json` of a published drafter: decide its family and layout, and state it in this package's terms.
+Translate the `config.json` of a published drafter into this package's terms; opens no file, builds no model.
 
-Refuses, with the reason, whatever would compute something else than the drafters here do. Pure: opens no file, builds
-no model.
-
-Layer ids are published in two ways: a boundary `b` counts the target layers that have run, an id `b - 1` names the
-layer whose output is read. This package always means the latter.
+Whatever would compute something else than the drafters here do is refused with the reason. Layer ids are published in
+two ways: a boundary `b` counts the target layers that have run, an id `b - 1` names the layer whose output is read.
+This package always means the latter.
 """
 
 from dataclasses import dataclass, fields
@@ -14,7 +12,7 @@ from typing import Any
 
 from transformers import LlamaConfig, MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
 
-from ..target_shape import refuse_misspelt, require_layer_ids
+from ..target_shape import middle_layer_ids, refuse_misspelt
 
 
 # First entry of `architectures` -> family and layout, for folders that are not in the speculators format.
@@ -134,19 +132,13 @@ class _Sections:
 
 def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
     """
-    Translate a published `config.json`.
+    Translate the content of a published `config.json`.
 
     `architectures` and the speculators keys decide, never `model_type`: published folders have llama or qwen3 there.
 
     Args:
-        raw (`dict[str, Any]`):
-            Content of `config.json`.
-        num_target_layers (`int` or `None`):
-            Layers of the target. EAGLE-3 configs that name no layer ids mean the outputs after 2, N // 2 and N - 3
-            layers, which needs N.
-
-    Returns:
-        `ParsedConfig`
+        raw (`dict[str, Any]`): The content.
+        num_target_layers (`int` or `None`): Layers of the target, for EAGLE-3 configs that name no layer ids.
 
     Raises:
         ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
@@ -167,39 +159,9 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
     return ParsedConfig(family, layout, list(raw.get("architectures") or []), stated)
 
 
-def config_from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
-    """
-    Build a drafter config from any published `config.json`, or from its own `to_dict()`; for `from_dict` of the
-    classes.
-
-    Args:
-        cls (`type`):
-            The family's config class.
-        config_dict (`dict[str, Any]`):
-            The content.
-        kwargs:
-            As in `PreTrainedConfig.from_dict`; `num_target_layers` also resolves ids that are not written.
-
-    Raises:
-        ValueError: If the content describes another family, or see [`parse_drafter_config`].
-    """
-    if config_dict.get("model_type") == cls.model_type:
-        own = {key: value for key, value in config_dict.items() if key != "model_type"}
-    else:
-        imported = parse_drafter_config(config_dict, num_target_layers=kwargs.get("num_target_layers"))
-        if imported.family != cls.family:
-            raise ValueError(
-                f"The config describes a {imported.family} drafter (architectures {imported.architectures}), but "
-                f"{cls.__name__} reads {cls.family} drafters. Use the other family's config class, or `AutoDrafter`."
-            )
-        own = dict(imported.arguments)
-    # The base class's body run for `cls`: it honours `return_unused_kwargs` and overrides.
-    return PreTrainedConfig.from_dict.__func__(cls, own, **kwargs)
-
-
 def _decide(raw: dict[str, Any]) -> tuple[str, str]:
     """Return family and layout."""
-    name = (raw.get("architectures") or [None])[0]
+    name = (raw.get("architectures") or [""])[0]
     kind = raw.get("speculators_model_type") or _mapping(raw, "speculators_config").get("algorithm")
     projector = _mapping(raw, "dflash_config").get("projector_type")
     for stated in (name, kind, projector):
@@ -214,11 +176,11 @@ def _decide(raw: dict[str, Any]) -> tuple[str, str]:
         return family, "speculators"
     if name == "LlamaForCausalLM" and "draft_vocab_size" not in raw:
         raise ValueError(
-            "LlamaForCausalLM without `draft_vocab_size` is a language model, not a drafter. To train a drafter for "
-            "it use `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+            "LlamaForCausalLM without `draft_vocab_size` is a language model, not a drafter. Make a drafter for it "
+            "with `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
         )
     if name not in _KNOWN:
-        raise ValueError(f"Unknown drafter architecture {name!r}. {_readable()}")
+        raise ValueError(f"Unknown drafter architecture {name or None!r}. {_readable()}")
     return _KNOWN[name]
 
 
@@ -289,9 +251,8 @@ def _shared_kwargs(
     width = raw.get("target_hidden_size")
     if width not in (None, kwargs["hidden_size"]):
         raise ValueError(
-            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}: a drafter of "
-            "another width has an embedding of its own, which is not supported. Drafters here read the target's "
-            "embedding."
+            f"config.json has target_hidden_size={width} and hidden_size={kwargs['hidden_size']}; drafters here read "
+            "the target's embedding, so they must agree."
         )
     dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     # In the speculators format, the target is named in a section of its own.
@@ -367,12 +328,11 @@ def _eagle3_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any
     num_layers = shared["num_target_layers"]
     if layer_ids is None and num_layers is None:
         raise ValueError(
-            "config.json names no layer ids, so the reference convention holds: the outputs after 2, N // 2 and N - 3 "
-            "of the target's N layers. Pass `num_target_layers=N`."
+            "config.json names no layer ids, so they follow from the number N of the target's layers. Pass "
+            "`num_target_layers=N`."
         )
     if layer_ids is None:
-        require_layer_ids(None, num_layers)
-        layer_ids = [1, num_layers // 2 - 1, num_layers - 4]
+        layer_ids = middle_layer_ids(num_layers)
     count = raw.get("num_aux_hidden_states")
     if count not in (None, len(layer_ids)):
         raise ValueError(f"config.json has num_aux_hidden_states={count}, but the layer ids are {layer_ids}.")
@@ -423,8 +383,7 @@ def _dflash_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any
     missing = [key for key, value in found.items() if value is None]
     if missing:
         raise ValueError(
-            f"config.json does not say {missing}. They belong to the trained weights and cannot be guessed: published "
-            "drafters differ. Add them to its dflash_config."
+            f"config.json does not say {missing}, which the weights were trained with. Add them to its dflash_config."
         )
     _integer("block_size", found["block_size"], 2)
     _integer("mask_token_id", found["mask_token_id"], 0)

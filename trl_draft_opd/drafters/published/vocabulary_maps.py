@@ -12,15 +12,9 @@ import torch
 
 def complete_vocabulary_maps(tensors: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """
-    Check the maps of a checkpoint against each other and its config; drop those of a full vocabulary, derive a missing
-    `t2d`.
+    Return a checkpoint's tensors with checked maps; a missing `t2d` is derived, maps of a full vocabulary are dropped.
 
-    Args:
-        tensors (`dict[str, torch.Tensor]`): The checkpoint's, under this package's names.
-        arguments (`dict[str, Any]`): Of the config class, see [`ParsedConfig`].
-
-    Raises:
-        ValueError: If the maps contradict each other or the config.
+    `arguments` are those of the config class, see [`ParsedConfig`].
     """
     maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
     weights = {name: tensor for name, tensor in tensors.items() if name not in maps}
@@ -59,18 +53,7 @@ def complete_vocabulary_maps(tensors: dict[str, torch.Tensor], arguments: dict[s
 
 def check_draft_vocabulary(d2t: torch.Tensor, t2d: torch.Tensor, vocab_size: int) -> None:
     """
-    Check that the two maps of a checkpoint describe one and the same draft vocabulary.
-
-    Args:
-        d2t (`torch.LongTensor` of shape `(DV,)`):
-            Offsets, see [`DraftVocabulary`].
-        t2d (`torch.BoolTensor` of shape `(V,)`):
-            Whether a target id is in the draft vocabulary.
-        vocab_size (`int`):
-            The target's vocabulary V.
-
-    Raises:
-        ValueError: With a list of everything that is inconsistent.
+    Raise `ValueError` with all faults unless offsets `d2t` (`(DV,)`) and marks `t2d` (`(V,)`) describe one vocabulary.
     """
     faults = []
     if d2t.dtype != torch.int64 or d2t.dim() != 1:
