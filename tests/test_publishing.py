@@ -240,7 +240,7 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
 def test_what_cannot_be_published_is_refused_before_the_target_answers(
     tmp_path, hub, monkeypatch, settings, error, message
 ):
-    monkeypatch.setattr("trl_draft_opd.trainer.draft_sft_trainer.answer_all", lambda *_: pytest.fail("answered"))
+    monkeypatch.setattr("trl_draft_opd.trainer.draft_sft_trainer.respond_to_all", lambda *_: pytest.fail("responded"))
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, push_to_hub=True, regenerate=True, **settings)
     assert hub.repositories == {}

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from ..export.record import (
 from ..export.serving import serving_settings
 from ..rollout.counts import Counts
 from .adapters import is_adapted
-from .common_config import DraftTrainingConfig
+from .common_config import DraftTrainingConfig, parsed
 from .metrics import DecodedPrompt
 from .pair import Pair
 
@@ -50,20 +51,11 @@ class Publisher:
     Making one refuses what could not be pushed later, before the target responds or anything is trained: with
     `push_to_hub=True` it checks the names, then the token, by making the repository.
 
-    Args:
-        args ([`DraftTrainingConfig`]): Settings.
-        pair ([`Pair`]): The pair of the run.
-
     Attributes:
-        target_id (`str` or `None`): Hub id by which a drafter names its target; `None` where only a path is known.
-        repo_id (`str` or `None`): Full name of the repository, once it is made.
-        earlier ([`TrainingRecord`] or `None`): Record in the folder that the drafter was loaded from.
-        measurements (`dict[tuple[str, int], Measurement]`): What was measured in this run, by metric prefix and step.
-
-    Raises:
-        ValueError: If the repository's name is refused, the target has no Hub id to be named by, or the repository is
-            public where `hub_private_repo=True`.
-        PermissionError, ConnectionError: If the Hub refuses or cannot be reached.
+        target_id: Hub id by which a drafter names its target; `None` where only a path is known.
+        repo_id: Full name of the repository, once it is made.
+        earlier: Record in the folder that the drafter was loaded from, if there is one.
+        measurements: What was measured in this run, by metric prefix and step.
     """
 
     def __init__(self, args: DraftTrainingConfig, pair: Pair):
@@ -87,21 +79,15 @@ class Publisher:
         """`hub_model_id`, or a name from the output folder that contains the family, as vLLM wants it."""
         if self.args.hub_model_id is not None:
             return self.args.hub_model_id
-        name, word = Path(self.args.output_dir).absolute().name, _FAMILY_WORDS[self.family]
+        name, word = self.args.output_folder.absolute().name, _FAMILY_WORDS[self.family]
         return name if word.lower() in name.lower() else f"{name}-{word}"
 
     def require_target_id(self) -> str:
-        """
-        Return the Hub id by which a published drafter names its target.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """Return the Hub id by which a published drafter names its target; raise `ValueError` if there is none."""
         if self.target_id is None:
             raise ValueError(
-                "A published drafter names its target by its Hub id, in the card and in the speculators config, but "
-                f"this target is known as {self.target.config.name_or_path or 'an instance'!r} only. Set "
-                "`hub_target_id='ORG/NAME'`."
+                "A published drafter names its target by its Hub id, but this target is known as "
+                f"{self.target.config.name_or_path or 'an instance'!r} only. Set `hub_target_id='ORG/NAME'`."
             )
         return self.target_id
 
@@ -135,20 +121,21 @@ class Publisher:
 
     def record(self, stage: StageRecord | None, steps: int) -> TrainingRecord:
         """
-        Return what was trained and measured, earlier stages included.
-
-        Args:
-            stage ([`StageRecord`] or `None`): This run; `None` before its first step.
-            steps (`int`): Steps behind the weights that are described.
+        Return what was trained and measured, earlier stages included; `stage` is this run, `None` before its first
+        step.
         """
+        assert self.target.tokenizer is not None, "the datasets were read with it"
+        template = self.target.tokenizer.chat_template
         target = describe_target(
             self.target.config,
             name=None,
             revision=self.args.target_revision,
             dtype=self.target.causal_lm.dtype,
             num_parameters=self.target.causal_lm.num_parameters(),
-            chat_template=self.args.chat_template or _template_text(self.target.tokenizer.chat_template),
-            chat_template_kwargs=self.args.chat_template_kwargs,
+            # Tokenizers may hold several.
+            chat_template=self.args.chat_template
+            or (template.get("default") if isinstance(template, dict) else template),
+            chat_template_kwargs=parsed(self.args.chat_template_kwargs),
         )
         stages = list(self.earlier.stages) if self.earlier is not None else []
         # What was measured before the last updates is not this drafter's.
@@ -170,10 +157,11 @@ class Publisher:
         name = self.target.config.name_or_path
         if name:
             # As the target's file holds it.
-            token = (self.args.target_init_kwargs or {}).get("token")
+            token = (parsed(self.args.target_init_kwargs) or {}).get("token")
             embedding = read_target(name, revision=self.args.target_revision, token=token).embedding
         else:
-            embedding = self.target.causal_lm.get_input_embeddings().weight
+            table: Any = self.target.causal_lm.get_input_embeddings()
+            embedding = table.weight
         export_drafter(
             drafter,
             folder,
@@ -228,6 +216,7 @@ class Publisher:
         blocking: bool,
     ) -> "str | Future":
         """Push an export, see [`push_folder`]; what is not given is taken from the settings."""
+        assert self.repo_id is not None, "the repository is made before the first push"
         push = partial(
             push_folder,
             folder,
@@ -245,10 +234,8 @@ class Publisher:
 
     def finish_push(self) -> None:
         """Wait for a push in the background, and warn if it failed, whatever the reason."""
-        if self._push is None:
-            return
         push, self._push = self._push, None
-        error = push.exception()
+        error = push.exception() if push is not None else None
         if error is not None:
             logger.warning("A push failed, training goes on: %s", error)
 
@@ -258,14 +245,9 @@ def _one_word(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-_")[:64] or "evaluation"
 
 
-def _template_text(template: str | dict[str, str] | None) -> str | None:
-    """Return the template that is used where none is named; tokenizers may hold several."""
-    return template.get("default") if isinstance(template, dict) else template
-
-
 def _read_earlier_record(name: str | None) -> TrainingRecord | None:
     """Return the record in the folder a drafter was loaded from, if that is a folder with one."""
     record = read_record(name) if name and Path(name).is_dir() else None
-    return (
-        replace(record, measurements=[replace(m, after_steps=None) for m in record.measurements]) if record else None
-    )
+    if record is None:
+        return None
+    return replace(record, measurements=[replace(measured, after_steps=None) for measured in record.measurements])

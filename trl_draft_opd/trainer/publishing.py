@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
@@ -34,6 +35,7 @@ from ..export.record import (
 )
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
+from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
 from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
@@ -54,15 +56,7 @@ SAVED = "drafter"
 
 
 class PublishingTrainer(ResumingTrainer):
-    """
-    Base of both trainers.
-
-    Args:
-        pair ([`Pair`]): What is trained, and for which target.
-        publisher ([`Publisher`]): Of this run.
-        args ([`DraftTrainingConfig`]): Settings.
-        kwargs: As in [`~transformers.Trainer`].
-    """
+    """Base of both trainers: what it publishes, its [`Publisher`] knows."""
 
     def __init__(self, pair: Pair, publisher: Publisher, args: DraftTrainingConfig, **kwargs: Any):
         super().__init__(pair, args, **kwargs)
@@ -72,7 +66,7 @@ class PublishingTrainer(ResumingTrainer):
         # The step at which the best weights were loaded again, and their own.
         self._best_loaded: tuple[int, int] | None = None
         check_adapter_launch(self.model, self.accelerator)
-        self.model.add_model_tags(self._tag_names)
+        self.drafter.add_model_tags(self._tag_names)
         # Now rather than at the first save: what could not be written into the record.
         TrainingRecord.from_dict(publisher.record(self._stage(None), self.state.global_step).to_dict())
 
@@ -105,19 +99,21 @@ class PublishingTrainer(ResumingTrainer):
             measured = self.publisher.measure(metric_key_prefix, in_order, self.state.global_step)
             metrics |= {"tau": measured.tau, "tau_low": measured.tau_low, "tau_high": measured.tau_high}
             metrics |= {f"acceptance/slot_{k}": rate for k, rate in enumerate(measured.acceptance_per_slot, 1)}
+        assert output.metrics is not None, "transformers has its own in there"
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _load_best_model(self) -> None:
         """Load the best weights, and remember whose measurements are theirs."""
         super()._load_best_model()
+        assert self.state.best_global_step is not None, "the best weights are those of a step"
         self._best_loaded = (self.state.global_step, self.state.best_global_step)
 
     @property
     def _steps_done(self) -> int:
         """Optimiser steps behind the weights: fewer than were run where the best ones were loaded again."""
-        is_best = self._best_loaded is not None and self._best_loaded[0] == self.state.global_step
-        return self._best_loaded[1] if is_best else self.state.global_step
+        loaded_at, best = self._best_loaded or (-1, 0)
+        return best if loaded_at == self.state.global_step else self.state.global_step
 
     # -- the record ---------------------------------------------------------------------------------------------------
 
@@ -133,10 +129,8 @@ class PublishingTrainer(ResumingTrainer):
 
     def _stage(self, dataset_name: str | None) -> StageRecord:
         """Return this run as a stage of the drafter's making."""
-        try:
-            num_rows = len(self.train_dataset) if self.train_dataset is not None else None
-        except TypeError:  # a stream
-            num_rows = None
+        # A stream has no length.
+        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
         log = [entry for entry in self.state.log_history if entry.get("step", 0) <= self._steps_done]
         return StageRecord(
             method=self._method,
@@ -157,8 +151,9 @@ class PublishingTrainer(ResumingTrainer):
 
     def _load_shared_state(self, shared: dict[str, Any]) -> None:
         super()._load_shared_state(shared)
-        measured = {(prefix, step): Measurement(**m) for prefix, step, m in shared["measurements"]}
-        self.publisher.measurements = measured
+        self.publisher.measurements = {
+            (prefix, step): Measurement(**measured) for prefix, step, measured in shared["measurements"]
+        }
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -173,7 +168,7 @@ class PublishingTrainer(ResumingTrainer):
         Raises:
             FloatingPointError: If a weight is not finite; nothing is written then.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.args.output_folder
         weights = full_weights(self.accelerator, self.model_wrapped)
 
         def write() -> None:
@@ -186,7 +181,7 @@ class PublishingTrainer(ResumingTrainer):
             # Of transformers' own saves; pickled arguments can hold a token.
             (folder / ARGS_FILE).unlink(missing_ok=True)
 
-        self._first_rank_decides(write)
+        first_rank_decides(self.accelerator, write)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -201,7 +196,8 @@ class PublishingTrainer(ResumingTrainer):
 
         In place of transformers' own, which pickles the arguments beside the drafter, token and all.
         """
-        folder, record = Path(output_dir or self.args.output_dir), self.training_record()
+        folder = Path(output_dir) if output_dir else self.args.output_folder
+        record = self.training_record()
         save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
         if notes_of is not None and (notes_of / CARD_FILE).is_file():
@@ -214,7 +210,7 @@ class PublishingTrainer(ResumingTrainer):
         """Write the card into `output_dir`; of the arguments, `dataset_name` and `license` are used."""
         if self.is_world_process_zero():
             record = self.training_record(dataset_name=kwargs.get("dataset_name"))
-            self.publisher.write_card(self.drafter, Path(self.args.output_dir), record, kwargs.get("license"))
+            self.publisher.write_card(self.drafter, self.args.output_folder, record, kwargs.get("license"))
 
     def export(
         self, folder: str | Path | None = None, *, dataset_name: str | None = None, license: str | None = None
@@ -235,7 +231,7 @@ class PublishingTrainer(ResumingTrainer):
         Raises:
             ValueError: If the target has no Hub id to be named by.
         """
-        saved = Path(self.args.output_dir)
+        saved = self.args.output_folder
         folder = Path(folder) if folder is not None else saved / PUBLICATION
         if is_sharded(self.accelerator):
             self.save_model(_internal_call=True)
@@ -256,7 +252,7 @@ class PublishingTrainer(ResumingTrainer):
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Do nothing: [`Publisher`] makes the repository, before this trainer is there or at the first push."""
+        """Do nothing: [`Publisher`] makes the repository."""
 
     def push_to_hub(
         self,
@@ -294,7 +290,7 @@ class PublishingTrainer(ResumingTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        publisher, output_dir = self.publisher, Path(self.args.output_dir)
+        publisher, output_dir = self.publisher, self.args.output_folder
         publisher.finish_push()
         if publisher.earlier is None and not publisher.measurements:
             logger.warning(
@@ -315,7 +311,7 @@ class PublishingTrainer(ResumingTrainer):
         """
         Publish what a save just wrote, in the background; a push that fails is reported and training goes on.
 
-        One push runs at a time: while one does, saves are not pushed, or, under `hub_always_push`, wait for it.
+        While one push runs, saves are not pushed, or, under `hub_always_push`, wait for it.
         """
         args, publisher = self.args, self.publisher
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -324,7 +320,7 @@ class PublishingTrainer(ResumingTrainer):
             return
         publisher.finish_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        folder = Path(args.output_dir) / PUBLICATION
+        folder = args.output_folder / PUBLICATION
         try:
             self._export(folder, Path(checkpoint_folder))
         except (ValueError, OSError) as error:
