@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Trainers and the Hub, against a stand-in on this machine: one commit of what belongs there, every strategy, no token in any byte,
-and a local folder that no failure touches.
+Trainers and the Hub, against a stand-in on this machine: one commit of what belongs there, every strategy, no token in
+any byte, and a local folder that no failure touches.
 """
 
 import json
@@ -196,7 +196,7 @@ def test_no_canary_token_and_no_path_is_in_a_byte_that_leaves(tmp_path, hub, mon
     assert any(CANARY in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
 
 
-# ---- failures ---------------------------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_dies_midway_leaves_a_complete_folder_and_a_second_push_succeeds(tmp_path, hub):
@@ -237,7 +237,7 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
         ({"hub_token": "hf_expired"}, PermissionError, "missing, expired or may not write there.*hf auth login"),
     ],
 )
-def test_what_cannot_be_published_is_refused_before_the_target_answers(
+def test_what_cannot_be_published_is_refused_before_the_target_responds(
     tmp_path, hub, monkeypatch, settings, error, message
 ):
     monkeypatch.setattr("trl_draft_opd.trainer.draft_sft_trainer.respond_to_all", lambda *_: pytest.fail("responded"))
@@ -252,7 +252,7 @@ def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setti
         make_trainer(tmp_path, **{setting: value})
 
 
-# ---- strategies -------------------------------------------------------------------------------------------------------
+# ---- strategies -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_push_in_the_background_hands_back_its_future(tmp_path, hub, caplog):
     assert "Call `evaluate()` before a push" in caplog.text
 
 
-# ---- names, cards, records --------------------------------------------------------------------------------------------
+# ---- names, cards, records ------------------------------------------------------------------------------------------
 
 
 def test_a_push_that_was_not_announced_still_names_itself_in_full(tmp_path, hub):

@@ -118,13 +118,13 @@ class ResumingTrainer(_BaseTrainer):
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
                 `True`: resume from the newest valid checkpoint in `output_dir`; damaged ones are passed over and
                 named. `"auto"`: the same, or start where there is none yet, so that one command starts a job and
-                resumes it. A path: from that one. Defaults to the setting of that name, where `"true"` means `True`. Continuation
-                is bit for bit on as many processes as before.
+                resumes it. A path: from that one. Defaults to the setting of that name, where `"true"` means `True`.
+                Continuation is bit for bit on as many processes as before.
             trial, ignore_keys_for_eval (*optional*): As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no such checkpoint, it is damaged or belongs to another run, or a new run would write
-                its checkpoints among those of another. Nothing was touched.
+            ValueError: If there is no such checkpoint, it is damaged or belongs to another run, or a new run would
+                write its checkpoints among those of another. Nothing was touched.
             FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`; nothing was updated.
             SystemExit: After SIGTERM.
         """
