@@ -28,7 +28,7 @@ from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
-from trl_draft_opd.trainer import publisher, publishing
+from trl_draft_opd.trainer import publishing
 from trl_draft_opd.trainer.texts import PRIVATE_FOLDER
 
 
@@ -322,7 +322,7 @@ def test_one_push_is_in_flight_and_saves_skip_it_or_wait(tmp_path, hub, monkeypa
         started.append(commit_message)
         assert is_over.wait(20)
 
-    monkeypatch.setattr(publisher, "push_folder", push)
+    monkeypatch.setattr(publishing, "push_folder", push)
     make_trainer(tmp_path, callbacks=[AfterSaves()], **EVERY_SAVE | {"hub_always_push": always}).train()
     assert len(started) == pushed
 
@@ -340,7 +340,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, hub, monkeyp
         is_deleted.wait(0.3)
         was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.safetensors").is_file())
 
-    monkeypatch.setattr(publisher, "push_folder", push)
+    monkeypatch.setattr(publishing, "push_folder", push)
     settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "hub_always_push": False, "save_total_limit": 1}
     make_trainer(tmp_path, callbacks=[AfterDeletion()], **settings).train()
     assert was_there == [True, True] and not (tmp_path / "out" / "checkpoint-1").exists()

@@ -70,8 +70,8 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
         )
     if peft_config.task_type is not None:
         raise ValueError(
-            f"`peft_config` has task_type {peft_config.task_type!r}, but a drafter neither generates nor classifies. "
-            "Leave `task_type` out."
+            f"`peft_config` has task_type {peft_config.task_type!r}, but a drafter neither generates nor classifies: "
+            "leave `task_type` out."
         )
     defaults = lora_config()
     names = [field.name for field in dataclasses.fields(peft_config) if field.name not in _SUPPORTED]

@@ -48,7 +48,7 @@ class DraftTrainingConfig(_BaseConfig):
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run model code that comes with the target. Off, because it executes whatever the repository holds.
 
-        > Parameters that control the data
+        > Parameters that control the data and the target's responses
 
         max_prompt_length (`int`, *optional*, defaults to `1024`):
             Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task.
@@ -60,8 +60,6 @@ class DraftTrainingConfig(_BaseConfig):
             Arguments of the chat template, e.g. `{"enable_thinking": false}`.
         dataset_num_proc (`int`, *optional*):
             Processes that tokenize.
-
-        > Parameters that control the target's responses
 
         responses (`str`, *optional*):
             Folder that keeps the target's responses, as `trl-draft-opd generate` writes it; missing ones are added.
@@ -90,7 +88,7 @@ class DraftTrainingConfig(_BaseConfig):
             more forward pass of its blocks (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to a
             few layers. `gradient_checkpointing`, the older name, is read where this one is unset.
 
-        > Parameters that control drafting
+        > Parameters that control drafting and evaluation
 
         num_drafts (`int`, *optional*):
             Drafts per block in rollouts and evaluation. Defaults to the drafter's own: `block_size - 1` or
@@ -102,12 +100,8 @@ class DraftTrainingConfig(_BaseConfig):
         draft_sampling (`str`, *optional*, defaults to `"greedy"`):
             `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drawn from its distribution.
 
-        > Parameters that control evaluation
-
         eval_rollouts (`bool`, *optional*, defaults to `True`):
             Decode the evaluation prompts and report tau and acceptance per slot, which the loss alone does not tell.
-
-        > Parameters that control what is not finite
 
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
@@ -216,7 +210,10 @@ class DraftTrainingConfig(_BaseConfig):
                 "`output_dir` on storage that all machines share."
             )
         for name in ("hub_target_id", "dataset_id"):
-            check_hub_id(name, getattr(self, name))
+            try:
+                validate_repo_id(getattr(self, name))
+            except HFValidationError as error:
+                raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {getattr(self, name)!r}.") from error
 
     def sampling_settings(self) -> SamplingSettings:
         """Return the target's sampling settings; raises `ValueError` where one is out of range."""
@@ -274,14 +271,6 @@ def check_checkpointing_kwargs(options: dict[str, Any]) -> None:
             f"`every_n_layers` is {options['every_n_layers']}, but a drafter's layers are all computed again or none "
             "is. Leave it out."
         )
-
-
-def check_hub_id(name: str, value: str | None) -> None:
-    """Raise `ValueError` unless `value`, given for the setting `name`, is unset or can be a Hub id."""
-    try:
-        validate_repo_id(value)
-    except HFValidationError as error:
-        raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {value!r}.") from error
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

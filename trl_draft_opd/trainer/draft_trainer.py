@@ -27,8 +27,8 @@ from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
 from ..utils.private_trl import _ForwardRedirection
 from .common_config import DraftTrainingConfig
+from .hub_names import claim_repository
 from .pair import Pair, load_pair
-from .publisher import Publisher
 from .publishing import PublishingTrainer
 from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 from .texts import AnyDataset, read_each
@@ -72,11 +72,11 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             # Now rather than at the first rollout.
             pair.target.require_rollback()
         # Refuses what could not be pushed before the target responds to anything.
-        publisher = Publisher(args, pair)
+        repo_id = claim_repository(args, pair)
         pair.target.place(args.device)
         super().__init__(
             pair,
-            publisher,
+            repo_id,
             args,
             data_collator=RowCollator(pair.target.pad_token_id),
             train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),

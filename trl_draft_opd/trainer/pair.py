@@ -7,7 +7,7 @@ The pair that a run trains: loading drafter and target, and checking that they, 
 import copy
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ..drafters.published.checkpoint import CONFIG_FILE
 from ..drafters.published.configs import parse_drafter_config
 from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
+from ..export.record import TrainingRecord, read_record
 from ..export.serving import SERVING_FILE
 from ..responses.origin import fingerprint_weights
 from ..responses.store import is_store
@@ -45,7 +46,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 @dataclass(frozen=True)
 class Pair:
     """
-    A drafter and the target it drafts for, checked against each other; `num_drafts` in rollouts and evaluation.
+    A drafter and the target it drafts for, checked against each other; the drafts per block in rollouts and
+    evaluation; and the record of the runs that made the drafter, if it was loaded from a folder with one.
 
     An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside.
     """
@@ -53,6 +55,7 @@ class Pair:
     target: FrozenTarget
     drafter: Drafter
     num_drafts: int
+    earlier: TrainingRecord | None
 
 
 def load_pair(
@@ -73,7 +76,16 @@ def load_pair(
         drafter.config.target_model_name_or_path = frozen.config.name_or_path
         drafter.config.target_model_revision = args.target_revision
     num_drafts = args.num_drafts or drafter.default_num_drafts
-    return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts)
+    earlier = _read_earlier_record(drafter.config.name_or_path)
+    return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts, earlier)
+
+
+def _read_earlier_record(name: str | None) -> TrainingRecord | None:
+    """Return the record in the folder a drafter was loaded from, if that is a folder with one."""
+    record = read_record(name) if name and Path(name).is_dir() else None
+    if record is None:
+        return None
+    return replace(record, measurements=[replace(measured, after_steps=None) for measured in record.measurements])
 
 
 def load_target(
@@ -194,7 +206,7 @@ def check_pair(drafter: Drafter, target: FrozenTarget) -> None:
     if config.vocab_size != target.vocab_size:
         raise ValueError(
             f"The drafter has vocab_size {config.vocab_size} but the target has {target.vocab_size}. Both must share "
-            f"one tokenizer: build the drafter with `{name}.from_target(target)`."
+            f"one tokenizer. Build the drafter with `{name}.from_target(target)`."
         )
     if config.target_hidden_size != target.config.hidden_size:
         raise ValueError(
