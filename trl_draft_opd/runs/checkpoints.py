@@ -123,7 +123,7 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
     except ValueError as error:
         raise ValueError(
             f"{str(folder)!r} is not a checkpoint to resume from: {error}. Give `resume_from_checkpoint=True` for the "
-            "newest valid one, or start a new run with the folder as `model`."
+            "newest valid one, or start a new run from its drafter: give the folder as `model`."
         ) from error
 
 

@@ -248,7 +248,7 @@ def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | 
     for row, ids in enumerate(dataset[column]):
         if mask_token_id in ids:
             raise ValueError(
-                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization). Choose an id "
+                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization): choose an id "
                 "that text never uses."
             )
 
