@@ -102,17 +102,14 @@ def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
     for setting, known in asked.items():
         wanted = getattr(config, setting) or ()
         # A regular expression is PEFT's to match; it raises where nothing fits.
-        missing = [] if isinstance(wanted, str) else [name for name in wanted if not _names_any(name, known)]
+        names = [] if isinstance(wanted, str) else wanted
+        missing = [name for name in names if not any(f".{module}".endswith(f".{name}") for module in known)]
         if missing:
             leaves = sorted({name.split(".")[-1] for name in known if name} - {str(i) for i in range(len(known))})
             raise ValueError(
                 f"`{setting}` names {sorted(missing)}, which this {drafter.config.family} drafter does not have. It "
                 f"has {leaves}."
             )
-
-
-def _names_any(name: str, modules: set[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for module in modules)
 
 
 def _checked_base(drafter: Drafter) -> str:
