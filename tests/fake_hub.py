@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A stand-in for the Hub on this machine: the part of its HTTP API that uploads use, with repositories in memory, a record of
-every request, and failures on demand.
+A stand-in for the Hub on this machine: the part of its HTTP API that uploads and downloads use, with repositories in memory,
+a record of every request, and failures on demand.
 """
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ class Repository:
         numbers = [n for n, commit in enumerate(self.commits, 1) if commit["branch"] == branch]
         return f"{numbers[-1] if numbers else 0:040d}"
 
+    def branch_at(self, revision: str) -> str:
+        """Return the branch whose last commit a revision is; clients ask for a branch first, and then for what it named."""
+        return next((branch for branch in self.branches if self.head(branch) == revision), revision)
+
 
 @dataclass
 class FakeHub:
@@ -43,6 +48,17 @@ class FakeHub:
     requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)
     #: `(part of "METHOD path", status or "drop", how often)`
     failures: list[list] = field(default_factory=list)
+
+    def add(self, name: str, files: dict[str, bytes]) -> None:
+        """Make a repository that holds files already."""
+        first = {"branch": "main", "is_pr": False, "files": files, "deleted": [], "summary": "initial commit"}
+        self.repositories[name] = Repository(False, {"main": dict(files)}, [first])
+
+    def downloads(self, name: str) -> set[str]:
+        """Return the files of a repository whose content was asked for."""
+        asked = [path.split("?")[0] for method, path, _, _ in self.requests if method == "GET"]
+        pattern = re.compile(rf"/{re.escape(name)}/resolve/[^/]+/(.+)")
+        return {unquote(found[1]) for path in asked if (found := pattern.fullmatch(path))}
 
     def fail(self, part: str, status: int | str, times: int = 1) -> None:
         """Answer the next `times` requests whose `METHOD path` holds `part` with a status, or drop the connection."""
@@ -74,12 +90,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments) -> None:
         pass
 
-    def _answer(self, content=None, status: int = 200, raw: bytes | None = None) -> None:
+    def _answer(
+        self, content=None, status: int = 200, raw: bytes | None = None, revision: str = "0" * 40, code: str = ""
+    ) -> None:
         body = raw if raw is not None else json.dumps({} if content is None else content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json" if raw is None else "application/octet-stream")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", revision)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
         if status == 429:
             self.send_header("Retry-After", "7")
@@ -134,11 +154,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"transfer": "basic", "objects": actions})
         elif parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in hub.repositories:
             self._repository(hub.repositories["/".join(parts[2:4])], "/".join(parts[2:4]), parts[4:], body)
+        elif parts[2:3] == ["resolve"] and "/".join(parts[:2]) in hub.repositories:
+            self._download(hub.repositories["/".join(parts[:2])], parts[3], "/".join(parts[4:]))
         else:
             self._answer({"error": "Repository not found"}, 404)
 
     def _repository(self, repository: Repository, name: str, parts: list[str], body: bytes) -> None:
         verb, branch = (parts + ["", ""])[:2]
+        branch = repository.branch_at(branch)
         if verb == "branch":
             repository.branches.setdefault(branch, dict(repository.branches["main"]))
             self._answer()
@@ -160,7 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "commit":
             self._commit(repository, name, branch, body)
         elif verb == "tree":
-            files = repository.branches[branch]
+            within = "".join(f"{part}/" for part in parts[2:])
+            files = {path: data for path, data in repository.branches[branch].items() if path.startswith(within)}
             self._answer(
                 [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
             )
@@ -169,6 +193,15 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in repository.branches[branch]]
             facts = {"id": name, "sha": repository.head(branch), "private": bool(repository.private)}
             self._answer(facts | {"siblings": siblings})
+
+    def _download(self, repository: Repository, revision: str, name: str) -> None:
+        branch = repository.branch_at(revision)
+        if branch not in repository.branches:
+            self._answer({"error": "No such revision"}, 404, code="RevisionNotFound")
+        elif name not in repository.branches[branch]:
+            self._answer({"error": "No such file"}, 404, revision=repository.head(branch), code="EntryNotFound")
+        else:
+            self._answer(raw=repository.branches[branch][name], revision=repository.head(branch))
 
     def _commit(self, repository: Repository, name: str, branch: str, body: bytes) -> None:
         files, commit = dict(repository.branches[branch]), {"branch": branch, "files": {}, "deleted": []}

@@ -166,10 +166,18 @@ def test_anchors_depend_on_seed_epoch_and_sample_and_on_nothing_else():
 def test_sampled_anchors_are_distinct_eligible_and_as_many_as_asked_for():
     ids, mask = [list(range(30))], [[0] * 5 + [1] * 25]
     seen = set()
-    for epoch in range(40):
+    for epoch in range(80):
         anchors = chosen(sample(ids, mask, [0], num_anchors=4, epoch=epoch), 0)
         assert len(set(anchors)) == 4 and anchors == sorted(anchors)
         seen |= set(anchors)
     assert seen == set(range(5, 29))
     assert chosen(sample(ids, mask, [0], num_anchors=None), 0) == list(range(5, 29))
     assert chosen(sample(ids, mask, [0], num_anchors=100), 0) == list(range(5, 29))
+
+
+def test_no_sample_has_the_draw_of_another_in_the_next_epoch():
+    ids, mask = [list(range(60))], [[0] * 5 + [1] * 55]
+    # Under one number made of seed, epoch and sample these two would be the same.
+    first = sample(ids, mask, [1_000_003], num_anchors=6, epoch=0)
+    second = sample(ids, mask, [0], num_anchors=6, epoch=1)
+    assert chosen(first, 0) != chosen(second, 0)

@@ -460,7 +460,7 @@ def test_the_command_imports_and_checks_responses_that_are_there(
 def test_flags_of_a_server_need_a_server(target_folder: str, rows_file: str, tmp_path: Path, capsys):
     words = ["generate", "--target", target_folder, "--dataset", rows_file, "--output", str(tmp_path / "store")]
     for wrong in (["--engine", "vllm"], ["--base-url", "http://a"], ["--concurrency", "2"]):
-        assert "need `--base-url`, other engines take no flag of a server" in _error([*words, *wrong], capsys)
+        assert "need `--base-url`, and other engines take no server flags" in _error([*words, *wrong], capsys)
     unreachable = ["--engine", "vllm", "--base-url", "file:///etc/passwd"]
     assert "must be an address" in _error([*words, *unreachable], capsys)
     assert not (tmp_path / "store").exists()

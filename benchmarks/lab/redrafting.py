@@ -9,11 +9,11 @@ import torch
 
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.rollout.blocks import keyed_generator
+from trl_draft_opd.rollout.blocks import draw_positions
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import ReplayWalk, TargetText
-from trl_draft_opd.rollout.types import Rollout
+from trl_draft_opd.rollout.types import Rollout, pack_columns
 from trl_draft_opd.target.frozen import TargetReading
 
 
@@ -50,11 +50,10 @@ def random_anchors(rollout: Rollout, keys: DrawKeys) -> torch.Tensor:
     Returns:
         `torch.LongTensor` of the shape of `rollout.anchors`, ascending, -1 for padding.
     """
+    is_eligible = rollout.completion_mask.clone()
+    is_eligible[:, :-1] &= rollout.completion_mask[:, 1:]
+    is_eligible[:, -1] = False
+    columns, is_anchor = pack_columns(draw_positions(is_eligible, rollout.num_rounds[:, None], keys))
     anchors = torch.full_like(rollout.anchors, -1)
-    is_eligible = rollout.completion_mask[:, :-1] & rollout.completion_mask[:, 1:]
-    for row, sample_id in enumerate(keys.sample_ids):
-        positions = is_eligible[row].nonzero()[:, 0]
-        order = torch.randperm(len(positions), generator=keyed_generator(keys.seed, keys.epoch, int(sample_id)))
-        chosen = positions[order[: int(rollout.num_rounds[row])].to(positions.device)].sort().values
-        anchors[row, : len(chosen)] = chosen
+    anchors[:, : columns.shape[1]] = torch.where(is_anchor, columns, -1)
     return anchors

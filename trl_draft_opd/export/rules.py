@@ -115,7 +115,9 @@ def _read(folder: Path, raw: dict[str, Any], parsed: ParsedConfig, target: Targe
 def _c1_shape(files: _Files) -> Iterator[str]:
     family, raw = files.parsed.family, files.raw
     if (raw.get("architectures") or [None])[0] != _ARCHITECTURES[files.kind]:
-        yield f"C1: architectures is {raw.get('architectures')}, engines look for {_ARCHITECTURES[files.kind]!r} first."
+        yield (
+            f"C1: architectures is {raw.get('architectures')}, engines look for {_ARCHITECTURES[files.kind]!r} first."
+        )
     if raw.get("model_type") != _MODEL_TYPES.get(files.kind):
         yield f"C1: model_type is {raw.get('model_type')!r}, this layout has {_MODEL_TYPES.get(files.kind)!r}."
     if files.shape.get("attention_bias") not in (False, None):
@@ -134,7 +136,10 @@ def _c1_shape(files: _Files) -> Iterator[str]:
         )
         for name, wanted in (("head_dim", width), ("num_key_value_heads", heads)):
             if files.shape.get(name) != wanted:
-                yield f"C1: {name} is {files.shape.get(name)}, the target's is {wanted}; vLLM keeps both caches in one layout."
+                yield (
+                    f"C1: {name} is {files.shape.get(name)}, the target's is {wanted}; vLLM keeps both caches in one "
+                    "layout."
+                )
 
 
 def _c2_layer_ids(files: _Files) -> Iterator[str]:
@@ -155,11 +160,17 @@ def _c2_layer_ids(files: _Files) -> Iterator[str]:
             yield f"C2: {key} is {section}; it must be {wanted} for the layers {ids}."
     layers = files.target.config.num_hidden_layers if files.target.config is not None else raw.get("num_target_layers")
     if ids != sorted(set(ids)) or ids[0] < 0:
-        yield f"C2: layer ids {ids} are not ascending and unique; engines sort them, and the columns of fc follow that order."
+        yield (
+            f"C2: layer ids {ids} are not ascending and unique; engines sort them, and the columns of fc follow that "
+            "order."
+        )
     if layers is None:
         yield "C2: num_target_layers is not written, so the layer ids cannot be checked."
     elif ids[-1] >= layers - 1:
-        yield f"C2: layer id {ids[-1]} is the last of the target's {layers} layers; engines disagree on whether it is read before the final norm."
+        yield (
+            f"C2: layer id {ids[-1]} is the last of the target's {layers} layers; engines disagree on whether it is "
+            "read before the final norm."
+        )
     if raw.get("num_target_layers") not in (None, layers):
         yield f"C2: num_target_layers is {raw['num_target_layers']}, the target has {layers} layers."
 
@@ -183,7 +194,10 @@ def _c4_ties(files: _Files) -> Iterator[str]:
 def _c5_sizes(files: _Files) -> Iterator[str]:
     for name in ("vocab_size", "max_position_embeddings"):
         if files.target.config is not None and files.shape.get(name) != getattr(files.target.config, name):
-            yield f"C5: {name} is {files.shape.get(name)}, the target's is {getattr(files.target.config, name)}; engines refuse the pair or cut texts short."
+            yield (
+                f"C5: {name} is {files.shape.get(name)}, the target's is {getattr(files.target.config, name)}; "
+                "engines refuse the pair or cut texts short."
+            )
 
 
 def _c6_dtype(files: _Files) -> Iterator[str]:
@@ -196,7 +210,10 @@ def _c6_dtype(files: _Files) -> Iterator[str]:
         if name not in ("d2t", "t2d", "embed_tokens.weight") and dtype != "BF16"
     }
     if other:
-        yield f"C6: weights must be bfloat16, but {len(other)} are not, the first {next(iter(other.items()))}. Export again from the checkpoint."
+        yield (
+            f"C6: weights must be bfloat16, but {len(other)} are not, the first {next(iter(other.items()))}. Export "
+            "again from the checkpoint."
+        )
 
 
 def _c7_leftovers(files: _Files) -> Iterator[str]:
@@ -219,7 +236,10 @@ def _c8_dflash(files: _Files) -> Iterator[str]:
         section = raw.get("dflash_config") or {}
         for name in ("block_size", "mask_token_id"):
             if raw.get(name) is None or section.get(name) != raw.get(name):
-                yield f"C8: {name} must stand at the top level and in dflash_config, got {raw.get(name)} and {section.get(name)}."
+                yield (
+                    f"C8: {name} must stand at the top level and in dflash_config, got {raw.get(name)} and "
+                    f"{section.get(name)}."
+                )
         if _IDS in raw:
             yield f"C8: {_IDS} is written; vLLM reads it before dflash_config."
     mask, vocabulary = raw.get("mask_token_id"), shape["vocab_size"]

@@ -112,16 +112,18 @@ def run_speculators(scene: Scene, reference: Reference) -> Outcome:
     Load a speculators layout with the library, and count what it keeps along the target's responses.
 
     Args:
-        scene ([`Scene`]): Its `target_name` must be a local folder, where the library reads embedding and head.
+        scene ([`Scene`]): The library reads embedding and head where its `target_name` leads, a folder or the Hub.
         reference ([`Reference`]): The library's class is asked at the anchors of its rounds.
     """
     from speculators import SpeculatorModel
 
     folder = scene.layouts["speculators"]
     with TemporaryDirectory() as scratch:
-        # The library looks for the target where the config names it, which is on the Hub.
+        # The library looks for the target where the config names it, which may not be where this one came from.
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-        config["speculators_config"]["verifier"]["name_or_path"] = str(Path(scene.target_name).resolve())
+        is_local = Path(scene.target_name).is_dir()
+        source = str(Path(scene.target_name).resolve()) if is_local else scene.target_name
+        config["speculators_config"]["verifier"]["name_or_path"] = source
         (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         shutil.copy(folder / SAFETENSORS_FILE, Path(scratch) / SAFETENSORS_FILE)
         model = SpeculatorModel.from_pretrained(scratch).float().eval().to(scene.target.device)
@@ -247,8 +249,8 @@ def _why_not_speculators(scene: Scene) -> str | None:
         return "the export has no speculators layout"
     if importlib.util.find_spec("speculators") is None:
         return "speculators is not installed"
-    if scene.target_name is None or not (Path(scene.target_name) / SAFETENSORS_FILE).is_file():
-        return f"the library reads the target from a local folder with one {SAFETENSORS_FILE}, and none was given"
+    if scene.target_name is None:
+        return "the library reads the target itself, and no folder or id of it was given (`target_name`)"
     return None
 
 

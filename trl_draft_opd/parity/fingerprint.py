@@ -94,7 +94,9 @@ def find_reasons(published: Drafter, checkpoint: Drafter) -> list[str]:
 
 def _config_reasons(published: Drafter, checkpoint: Drafter) -> Iterator[str]:
     if published.config.family != checkpoint.config.family:
-        yield f"it is a drafter of family {published.config.family}, the checkpoint is one of {checkpoint.config.family}"
+        yield (
+            f"it is a drafter of family {published.config.family}, the checkpoint is one of {checkpoint.config.family}"
+        )
         return
     for name in _DECISIVE:
         own, wanted = (getattr(drafter.config, name, None) for drafter in (published, checkpoint))
@@ -124,9 +126,15 @@ def _tensor_reasons(published: Drafter, checkpoint: Drafter) -> Iterator[str]:
             else:
                 other.append(f"{name} by up to {(stored - trained).abs().max():.3g}")
     if halved:
-        yield f"{len(halved)} tensors were rounded to float16, the first {halved[0]!r}; bfloat16 is what every engine reads"
+        yield (
+            f"{len(halved)} tensors were rounded to float16, the first {halved[0]!r}; bfloat16 is what every engine "
+            "reads"
+        )
     if other:
-        yield f"{len(other)} tensors differ: {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}; they are from another step, or damaged"
+        yield (
+            f"{len(other)} tensors differ: {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}; they are from "
+            "another step, or damaged"
+        )
 
 
 def _vocabulary_reason(name: str, stored: torch.Tensor, trained: torch.Tensor) -> str:

@@ -218,7 +218,8 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
     gap = found.tau / recorded.tau - 1
     if abs(gap) <= tolerance:
         return
-    text = f"tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training ({gap:+.2%})"
+    text = f"tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training"
+    text += f" ({gap:+.2%})"
     # Rounding to bfloat16, and a target in bfloat16 then and float32 now, move tau within its noise; a wrong export
     # moves it out.
     if recorded.tau_low <= found.tau <= recorded.tau_high:

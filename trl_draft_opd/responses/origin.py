@@ -181,8 +181,8 @@ class Origin:
                 f"{where} were written under other conditions, by target {other.target!r}; this run's is "
                 f"{self.target!r}:\n"
                 + "\n".join(lines)
-                + "\nUse the settings and the target they were written with, or give another folder and write them anew "
-                "with `trl-draft-opd generate`."
+                + "\nUse the settings and the target they were written with, or give another folder and write them "
+                "anew with `trl-draft-opd generate`."
             )
 
 

@@ -116,7 +116,7 @@ def import_responses(
     Args:
         store ([`ResponseStore`]): Where they go.
         dataset (`Dataset`): `messages`, `prompt` with `completion`, or `prompt_ids` with `completion_ids`.
-        reader ([`TextReader`]): How rows are read, with the tokenizer of the target that is meant to have written them.
+        reader ([`TextReader`]): How rows are read, with the tokenizer of the target taken to have written them.
         shard_size (`int`): Responses per shard.
 
     Returns:

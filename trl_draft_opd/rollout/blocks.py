@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .types import Rollout
+from .keyed_random import ANCHOR, DrawKeys, keyed_uniforms
+from .types import Rollout, pack_columns
 
 
 REJECTED_SCOPES = ("suffix", "first")
@@ -87,17 +88,34 @@ def sample_anchors(
     is_eligible = is_completion[:, :-1] & is_completion[:, 1:]
     # Features exist before the anchor only, so the first token of a text cannot be one.
     is_eligible[:, 0] = False
-    chosen = []
-    for row, sample_id in zip(is_eligible, sample_ids, strict=True):
-        positions = row.nonzero()[:, 0]
-        if num_anchors is not None and len(positions) > num_anchors:
-            order = torch.randperm(len(positions), generator=keyed_generator(seed, epoch, int(sample_id)))
-            positions = positions[order[:num_anchors].to(positions.device)].sort().values
-        chosen.append(positions)
-    anchors = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1)
+    if num_anchors is not None:
+        is_eligible = draw_positions(is_eligible, num_anchors, DrawKeys(seed, epoch, sample_ids))
+    columns, is_anchor = pack_columns(is_eligible)
+    anchors = torch.where(is_anchor, columns, -1)
     if anchors.shape[1] == 0:
         anchors = input_ids.new_full((len(input_ids), 1), -1)
     return draft_text(anchors, input_ids, completion_mask, num_drafts=num_drafts)
+
+
+def draw_positions(is_eligible: torch.Tensor, num_positions: int | torch.Tensor, keys: DrawKeys) -> torch.Tensor:
+    """
+    Draw eligible positions of each row, uniform without replacement.
+
+    Args:
+        is_eligible (`torch.BoolTensor` of shape `(B, L)`): Positions to draw from.
+        num_positions (`int` or `torch.LongTensor` of shape `(B, 1)`): How many to draw; all of a row that has no more.
+        keys ([`DrawKeys`]): What the draws depend on.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, L)`: the drawn positions.
+    """
+    keys.check_rows(len(is_eligible))
+    index = torch.arange(is_eligible.shape[1], device=is_eligible.device)
+    sample_ids = torch.tensor(list(keys.sample_ids), device=index.device)[:, None]
+    # The positions with the smallest numbers: one number per position, whatever else is eligible.
+    numbers = keyed_uniforms(keys.seed, keys.epoch, sample_ids, index, 0, ANCHOR).masked_fill(~is_eligible, 2.0)
+    rank = numbers.argsort(dim=1).argsort(dim=1)
+    return is_eligible & (rank < num_positions)
 
 
 def draft_text(
@@ -199,12 +217,6 @@ def join_blocks(first: BlockBatch, second: BlockBatch) -> BlockBatch:
         for batch in (first, second)
     ]
     return BlockBatch(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in vars(first)})
-
-
-def keyed_generator(seed: int, epoch: int, sample_id: int) -> torch.Generator:
-    """Return a generator that depends on these three numbers and on nothing drawn before."""
-    mixed = (seed * 1_000_003 + epoch) * 1_000_003 + sample_id
-    return torch.Generator().manual_seed(mixed % (2**63))
 
 
 def _slot_positions(anchors: torch.Tensor, num_drafts: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 # Purposes of draws. Live rollout and replay share none: a replay of text that was just drawn must not use the numbers
 # the text depends on, or its blocks would not have their distribution given the text.
-REPLAY_ACCEPT, REPLAY_DRAFT, LIVE_DRAFT, LIVE_ACCEPT, LIVE_TOKEN, PLAIN_TOKEN = range(6)
+REPLAY_ACCEPT, REPLAY_DRAFT, LIVE_DRAFT, LIVE_ACCEPT, LIVE_TOKEN, PLAIN_TOKEN, ANCHOR = range(7)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..target.reading import TargetReading
 from .acceptance import sample_posterior, settle_blocks, token_probs
 from .drafting import DraftingSettings, choose_drafts
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
-from .types import Rollout, response_ends
+from .types import Rollout, pack_columns, response_ends
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,6 @@ def rollout_replay(
         walk = ReplayWalk(target, drafter, text, settings, keys, chunk_bytes, reading)
         walk.run(segment_length)
         return walk.rollout(walk.chain())
-
-
-def pack_columns(is_kept: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Move the kept entries of each row to the front, in order.
-
-    Returns:
-        `tuple`: the columns they stood in, `(B, A')` with `A'` the largest count (padding names any column), and
-        whether an entry of the result is one, `(B, A')`.
-    """
-    counts = is_kept.sum(dim=1)
-    width = int(counts.max())
-    columns = is_kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return columns, torch.arange(width, device=counts.device) < counts[:, None]
 
 
 class ReplayWalk:

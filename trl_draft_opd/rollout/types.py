@@ -108,3 +108,17 @@ def response_ends(completion_mask: torch.Tensor) -> torch.Tensor:
     is_end[:, :-1] &= ~completion_mask[:, 1:]
     index = torch.arange(length, device=completion_mask.device).expand_as(completion_mask)
     return torch.where(is_end, index, length).flip(1).cummin(dim=1).values.flip(1)
+
+
+def pack_columns(is_kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Move the kept entries of each row to the front, in order.
+
+    Returns:
+        `tuple`: the columns they stood in, `(B, A')` with `A'` the largest count (padding names any column), and
+        whether an entry of the result is one, `(B, A')`.
+    """
+    counts = is_kept.sum(dim=1)
+    width = int(counts.max())
+    columns = is_kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return columns, torch.arange(width, device=counts.device) < counts[:, None]
