@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Training a LoRA adapter: nothing in training, rollouts, saving and publishing may pass it by, and nothing else may move.
+Training a LoRA adapter: nothing in training, rollouts, saving and publishing may pass it by, and nothing else may
+move.
 """
 
 import copy
@@ -81,10 +82,10 @@ def bases(target, tmp_path_factory):
 def text(target):
     """Prompts with the target's greedy responses of 14 tokens."""
     pairs = [(prompt, greedy_text(target, prompt, 14)[len(prompt) :]) for prompt in make_prompts(10, seed=2)]
-    pairs = [(prompt, answer) for prompt, answer in pairs if not {EOS, MASK} & {*prompt, *answer}][:4]
+    pairs = [(prompt, response) for prompt, response in pairs if not {EOS, MASK} & {*prompt, *response}][:4]
     assert len(pairs) == 4
-    prompts, answers = zip(*pairs, strict=True)
-    return join_responses(prompts, answers, range(4), target.pad_token_id, target.device)
+    prompts, responses = zip(*pairs, strict=True)
+    return join_responses(prompts, responses, range(4), target.pad_token_id, target.device)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def hand_merged(adapted):
     return merged
 
 
-# -- what trains ---------------------------------------------------------------------------------------------------------
+# -- what trains ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "family", "bf16"), RUNS)
@@ -266,7 +267,7 @@ def _without(name, part):
     return name.removeprefix("base_model.model.").replace(part, "")
 
 
-# -- rollouts ------------------------------------------------------------------------------------------------------------
+# -- rollouts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draft_sampling", ["greedy", "sample"])
@@ -304,7 +305,7 @@ def test_the_adapters_dropout_reaches_the_loss_in_training_alone(target, bases, 
     assert losses[True][0] != losses[True][1] and losses[False][0] == losses[False][1]
 
 
-# -- saving, loading, publishing -----------------------------------------------------------------------------------------
+# -- saving, loading, publishing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -423,7 +424,7 @@ def test_an_adapter_whose_drafter_is_gone_says_how_to_give_it(tmp_path, bases):
         AutoDrafter.from_pretrained(tmp_path, base=bases / "dflash")
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "prompt learning": (PrefixTuningConfig(num_virtual_tokens=2), "is a PrefixTuningConfig"),

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Trainers and the Hub, against a stand-in on this machine: one commit of what belongs there, every strategy, no token in any byte,
-and a local folder that no failure touches.
+Trainers and the Hub, against a stand-in on this machine: one commit of what belongs there, every strategy, no token in
+any byte, and a local folder that no failure touches.
 """
 
 import json
@@ -28,7 +28,7 @@ from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
-from trl_draft_opd.trainer import publisher, publishing
+from trl_draft_opd.trainer import publishing
 from trl_draft_opd.trainer.texts import PRIVATE_FOLDER
 
 
@@ -196,7 +196,7 @@ def test_no_canary_token_and_no_path_is_in_a_byte_that_leaves(tmp_path, hub, mon
     assert any(CANARY in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
 
 
-# ---- failures ---------------------------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_dies_midway_leaves_a_complete_folder_and_a_second_push_succeeds(tmp_path, hub):
@@ -237,10 +237,10 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
         ({"hub_token": "hf_expired"}, PermissionError, "missing, expired or may not write there.*hf auth login"),
     ],
 )
-def test_what_cannot_be_published_is_refused_before_the_target_answers(
+def test_what_cannot_be_published_is_refused_before_the_target_responds(
     tmp_path, hub, monkeypatch, settings, error, message
 ):
-    monkeypatch.setattr("trl_draft_opd.trainer.draft_sft_trainer.answer_all", lambda *_: pytest.fail("answered"))
+    monkeypatch.setattr("trl_draft_opd.trainer.draft_sft_trainer.respond_to_all", lambda *_: pytest.fail("responded"))
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, push_to_hub=True, regenerate=True, **settings)
     assert hub.repositories == {}
@@ -252,7 +252,7 @@ def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setti
         make_trainer(tmp_path, **{setting: value})
 
 
-# ---- strategies -------------------------------------------------------------------------------------------------------
+# ---- strategies -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_one_push_is_in_flight_and_saves_skip_it_or_wait(tmp_path, hub, monkeypa
         started.append(commit_message)
         assert is_over.wait(20)
 
-    monkeypatch.setattr(publisher, "push_folder", push)
+    monkeypatch.setattr(publishing, "push_folder", push)
     make_trainer(tmp_path, callbacks=[AfterSaves()], **EVERY_SAVE | {"hub_always_push": always}).train()
     assert len(started) == pushed
 
@@ -340,7 +340,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, hub, monkeyp
         is_deleted.wait(0.3)
         was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.safetensors").is_file())
 
-    monkeypatch.setattr(publisher, "push_folder", push)
+    monkeypatch.setattr(publishing, "push_folder", push)
     settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "hub_always_push": False, "save_total_limit": 1}
     make_trainer(tmp_path, callbacks=[AfterDeletion()], **settings).train()
     assert was_there == [True, True] and not (tmp_path / "out" / "checkpoint-1").exists()
@@ -353,7 +353,7 @@ def test_a_push_in_the_background_hands_back_its_future(tmp_path, hub, caplog):
     assert "Call `evaluate()` before a push" in caplog.text
 
 
-# ---- names, cards, records --------------------------------------------------------------------------------------------
+# ---- names, cards, records ------------------------------------------------------------------------------------------
 
 
 def test_a_push_that_was_not_announced_still_names_itself_in_full(tmp_path, hub):

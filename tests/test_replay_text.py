@@ -286,7 +286,7 @@ def runs_of(mask: list[bool]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("segment_length", [1, 4, 100])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_answer_of_a_chat_has_the_chain_it_has_alone(family, segment_length, target, drafters):
+def test_every_response_of_a_chat_has_the_chain_it_has_alone(family, segment_length, target, drafters):
     words = itertools.cycle(torch.randperm(VOCAB - 7, generator=torch.Generator().manual_seed(2)).add(7).tolist())
 
     def say(who, length):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A run that stopped and went on is the run that never stopped: every file of its last checkpoint is the same, byte for byte.
+A run that stopped and went on is the run that never stopped: every file of its last checkpoint is the same, byte for
+byte.
 """
 
 import json
@@ -60,7 +61,7 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, d
         "learning_rate": 1e-2,
         "lr_scheduler_type": "linear",
         "max_completion_length": 10,
-        "responses": None if kind == "live" else str(Path(output_dir).parent / "answers"),
+        "responses": None if kind == "live" else str(Path(output_dir).parent / "responses"),
     }
     trainer_class, config = (DraftSFTTrainer, DraftSFTConfig) if kind == "sft" else (DraftOPDTrainer, DraftOPDConfig)
     drafter = drafter or make_drafter("dflash", target, seed=seed)
@@ -72,7 +73,10 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, d
 
 
 def read(folder):
-    """Every file's bytes; of the log all but how long an evaluation took, and of the manifest nothing, which holds its hash."""
+    """
+    Every file's bytes; of the log all but how long an evaluation took, and of the manifest nothing, which holds its
+    hash.
+    """
     held = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
     state = json.loads(held["trainer_state.json"])
     for entry in state["log_history"]:
@@ -87,7 +91,7 @@ def differing(first, second):
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
-# Every pair of an engine, a number of workers and an accumulation; the other six of the twelve run with the slow tests.
+# Every pair of an engine, a number of workers and an accumulation; the other six of the twelve are slow tests.
 QUICK = {("sft", 0, 4), ("sft", 2, 1), ("replay", 0, 1), ("replay", 2, 4), ("live", 0, 1), ("live", 2, 4)}
 CASES = [(kind, workers, accumulation) for kind in KINDS for workers in (0, 2) for accumulation in (1, 4)]
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Weights and optimizer state by name: what is saved of one run and loaded into another makes the two go on alike, to the bit.
+Weights and optimizer state by name: what is saved of one run and loaded into another makes the two go on alike, to the
+bit.
 """
 
 import json

@@ -105,7 +105,9 @@ def slot_logits(target, drafter, ids, anchor, drafts):
 
 
 def target_logits(target, ids, anchor, drafts, slot):
-    """Logits of the target at the draft-induced state of a slot: text up to the anchor, then the drafts before the slot."""
+    """
+    Logits of the target at the draft-induced state of a slot: text up to the anchor, then the drafts before the slot.
+    """
     prefix = torch.tensor([ids[: anchor + 1] + drafts[: slot - 1].tolist()])
     with torch.no_grad():
         return target.causal_lm(input_ids=prefix, use_cache=False).logits[0, -1]
@@ -153,7 +155,7 @@ def replay(rollout, scope="suffix", eos=(EOS,)):
     return mark_slots(rollout, rejected_scope=scope, eos_token_ids=eos)
 
 
-# -- against the formulas ----------------------------------------------------------------------------------------------
+# -- against the formulas ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["suffix", "first"])
@@ -211,7 +213,7 @@ def test_supervised_anchors_give_the_mean_forward_kl(exact_norms):
     assert float(result.loss) == pytest.approx(sum(losses) / len(losses), abs=1e-10)
 
 
-# -- what must not matter ----------------------------------------------------------------------------------------------
+# -- what must not matter ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -245,7 +247,7 @@ def test_a_batch_without_any_slot_still_reaches_every_parameter(monkeypatch):
         assert loss == 0.0 and all(grad is not None and not grad.any() for grad in grads.values())
 
 
-# -- shares of the streams ---------------------------------------------------------------------------------------------
+# -- shares of the streams --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("emptied", ["is_accepted", "is_rejected"])
@@ -276,7 +278,7 @@ def test_metrics_are_sums_that_divide_to_the_means_of_each_stream(monkeypatch, e
     assert sums.tolist() == [result.sums["loss/accepted"][1], result.sums["loss/rejected"][1], 0.0]
 
 
-# -- cross entropy -----------------------------------------------------------------------------------------------------
+# -- cross entropy ----------------------------------------------------------------------------------------------------
 
 
 def test_cross_entropy_leaves_out_tokens_the_draft_vocabulary_lacks(monkeypatch, exact_norms):

@@ -108,7 +108,7 @@ def plain(drafter, target, ids, blocks, settings, rules, mask=None):
     return float(loss.detach()), {name: p.grad.clone() for name, p in drafter.named_parameters()}
 
 
-# -- slot rules --------------------------------------------------------------------------------------------------------
+# -- slot rules -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rules", [D_PACE, UNTIL_FAIL, BOTH], ids=["d_pace", "until_fail", "both"])
@@ -167,7 +167,7 @@ def test_d_pace_weighs_accepted_slots_and_the_first_rejected_one(monkeypatch, ex
     assert_close(actual, plain(drafter, target, ids, blocks, settings, D_PACE, mask), 1e-10)
 
 
-# -- the supervised stream ---------------------------------------------------------------------------------------------
+# -- the supervised stream --------------------------------------------------------------------------------------------
 
 
 def three_streams(weights=(1.0, 3.0, 2.0)):
@@ -238,7 +238,7 @@ def test_rows_that_were_refused_are_not_supervised():
         assert blocks.is_supervised[1].sum(dim=-1).tolist() == [min(3, 9 - anchor) for anchor in expected]
 
 
-# -- both trainers -----------------------------------------------------------------------------------------------------
+# -- both trainers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def assert_every_tensor_moved(before, after):
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
 
 
-# -- training moves everything -----------------------------------------------------------------------------------------
+# -- training moves everything ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -155,7 +155,7 @@ def test_a_bfloat16_target_trains_a_float32_drafter(tmp_path, rows, kind):
     assert all(tensor.dtype == torch.float32 for tensor in weights(drafter).values())
 
 
-def test_the_target_answers_each_prompt_once_and_the_answers_are_kept(monkeypatch, tmp_path, target, rows):
+def test_the_target_responds_to_each_prompt_once_and_the_responses_are_kept(monkeypatch, tmp_path, target, rows):
     asked = []
     generate = target.causal_lm.generate
     monkeypatch.setattr(
@@ -216,7 +216,7 @@ def test_responses_of_another_target_are_refused(tmp_path, target, rows):
         trainer.train()
 
 
-def test_every_answer_of_a_chat_has_a_chain_of_its_own(tmp_path, target):
+def test_every_response_of_a_chat_has_a_chain_of_its_own(tmp_path, target):
     turn = [7, 8, 9]
     first = greedy_text(target, turn, 6)
     second = greedy_text(target, first + turn, 6)
@@ -282,7 +282,7 @@ def test_training_raises_tau_on_what_it_trains_on(tmp_path, target, rows):
     assert trainer.evaluate()["eval_tau"] > before
 
 
-# -- what must change nothing ------------------------------------------------------------------------------------------
+# -- what must change nothing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_paths_and_instances_train_alike(tmp_path, target, rows):
     assert trainer.model.config.target_model_name_or_path == str(tmp_path / "target")
 
 
-# -- evaluation --------------------------------------------------------------------------------------------------------
+# -- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sft", "opd"])
@@ -403,7 +403,7 @@ def test_the_best_model_by_tau_is_loaded_at_the_end(tmp_path, target, rows):
     assert len(steps) == 4 and all("tau" in log and "eval_tau" not in log for log in steps)
 
 
-# -- checkpoints -------------------------------------------------------------------------------------------------------
+# -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
@@ -425,7 +425,7 @@ def test_a_checkpoint_holds_the_drafter_alone(tmp_path, target, rows, family):
     assert_equal(weights(drafter), weights(AutoDrafter.from_pretrained(tmp_path / "final")))
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data -------------------------------------------------------------------------------------------------------------
 
 
 def test_regenerate_trains_on_the_targets_own_text(tmp_path, target):
@@ -459,7 +459,7 @@ def test_opd_ignores_completions_unless_they_are_declared_the_targets(tmp_path, 
 
 
 CHAT = [{"role": "user", "content": "w9 w10"}]
-ANSWER = [{"role": "assistant", "content": "w20 w21 w22"}]
+RESPONSE = [{"role": "assistant", "content": "w20 w21 w22"}]
 
 
 @pytest.mark.parametrize(
@@ -468,8 +468,8 @@ ANSWER = [{"role": "assistant", "content": "w20 w21 w22"}]
         ({"prompt": "w9 w10"}, [9, 10]),
         ({"prompt": "w9 w10", "completion": "w20 w21"}, [9, 10]),
         ({"prompt": CHAT}, [1, 4, 9, 10, 2, 1, 5]),
-        ({"prompt": CHAT, "completion": ANSWER}, [1, 4, 9, 10, 2, 1, 5]),
-        ({"messages": CHAT + ANSWER}, [1, 4, 9, 10, 2, 1, 5]),
+        ({"prompt": CHAT, "completion": RESPONSE}, [1, 4, 9, 10, 2, 1, 5]),
+        ({"messages": CHAT + RESPONSE}, [1, 4, 9, 10, 2, 1, 5]),
         ({"prompt_ids": [9, 10]}, [9, 10]),
     ],
 )
@@ -485,8 +485,8 @@ def test_opd_reads_every_kind_of_prompt(tmp_path, target, columns, prompt_ids):
     "columns",
     [
         {"prompt": "w9 w10", "completion": "w20 w21 w22"},
-        {"prompt": CHAT, "completion": ANSWER},
-        {"messages": CHAT + ANSWER},
+        {"prompt": CHAT, "completion": RESPONSE},
+        {"messages": CHAT + RESPONSE},
         {"text": "w9 w10 w20 w21 w22"},
     ],
 )
@@ -500,7 +500,7 @@ def test_sft_reads_every_kind_of_row(tmp_path, target, columns):
     assert trainer.state.log_history[0]["loss/accepted"] > 0
 
 
-# -- display -----------------------------------------------------------------------------------------------------------
+# -- display ----------------------------------------------------------------------------------------------------------
 
 
 def test_logged_completions_show_accepted_and_rejected_drafts_by_colour(monkeypatch, tmp_path, target):

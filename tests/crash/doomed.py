@@ -2,8 +2,9 @@
 """
 A training run in a child process that meets its end at a chosen file operation, and what is left of it.
 
-The child is forked, so it costs no import. Every operation on a file below its output folder is an event; the end comes
-right before the chosen one, and what was written but not forced to the disk by then is torn, as after a loss of power.
+The child is forked, so it costs no import. Every operation on a file below its output folder is an event; the end
+comes right before the chosen one, and what was written but not forced to the disk by then is torn, as after a loss of
+power.
 """
 
 import errno
@@ -28,8 +29,8 @@ _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 class Progress(TrainerCallback):
     """
-    Notes every finished step, and the step a run began with, in a file outside of the output folder; where asked to, it sends its own
-    process SIGTERM once so many steps are done and the next has begun.
+    Notes every finished step, and the step a run began with, in a file outside of the output folder; where asked to,
+    it sends its own process SIGTERM once so many steps are done and the next has begun.
     """
 
     def __init__(self, path, sigterm_after=None):
@@ -75,7 +76,10 @@ def train(kind, output_dir, drafter, target, rows, progress, resume=None, **chan
 
 
 def in_child(work: Callable[[], object], log: Path, wait: bool = True) -> int:
-    """Run `work` in a forked child with its output in `log`; return its exit code as a shell tells it, or its id if not waited for."""
+    """
+    Run `work` in a forked child with its output in `log`; return its exit code as a shell tells it, or its id if not
+    waited for.
+    """
     child = os.fork()
     if child == 0:
         code = 1

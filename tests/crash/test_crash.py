@@ -32,7 +32,7 @@ class Scene:
         self.folder, self.kind, self.target = folder, kind, make_target()
         self.rows = greedy_rows(self.target, 4, 10)
         began = time.time()
-        # All of its checkpoints are kept: they are what the survivors are held to.
+        # All of its checkpoints are kept: the survivors are compared with them.
         assert self.run(folder / "whole", save_total_limit=None) == 0, (folder / "whole.log").read_text()
         self.seconds = time.time() - began
         self.whole = folder / "whole"
@@ -47,7 +47,7 @@ class Scene:
                 Events(output_dir, at, end, events)
             drafter = make_drafter("dflash", self.target, seed=1 if resume is None else 9)
             progress = Progress(output_dir.with_suffix(".progress"), sigterm_after)
-            responses = str(self.folder / "answers")
+            responses = str(self.folder / "responses")
             train(
                 *(self.kind, output_dir, drafter, self.target, self.rows, progress, resume),
                 **{"responses": responses} | changes,
@@ -165,7 +165,7 @@ def test_a_write_without_sync_would_be_caught(monkeypatch, one_scene, tmp_path):
     assert torn > 0
 
 
-# ---- all of it --------------------------------------------------------------------------------------------------------
+# ---- all of it ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.crash

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The launch configs of examples/accelerate_configs as accelerate's own launcher reads them, and one process group for all of them.
+The launch configs of examples/accelerate_configs as accelerate's own launcher reads them, and one process group for
+all of them.
 """
 
 import os

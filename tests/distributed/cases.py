@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What every rank of every backend trains, and one process too: two optimiser steps per case on rows of very unequal length.
+What every rank of every backend trains, and one process too: two optimiser steps per case on rows of very unequal
+length.
 
 In the first step the second rank has no supervised slot at all.
 """
@@ -37,8 +38,8 @@ GLOBAL_BATCH, LONGEST = 4, 20
 @dataclass(frozen=True)
 class Case:
     """
-    One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name, `poison` is what is not
-    finite on the last rank: its `"loss"`, or the `"gradient"` alone.
+    One training run; `settings` go on top of the common ones, `frozen` is the start of a parameter's name, `poison` is
+    what is not finite on the last rank: its `"loss"`, or the `"gradient"` alone.
 
     Runs with a sharded target are evaluated after training, some before it too.
     """
@@ -74,27 +75,30 @@ POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("l
 
 def prepare(folder: Path) -> None:
     """
-    Write the target of all cases, and prompts with its greedy answers.
+    Write the target of all cases, and prompts with its greedy responses.
 
-    Ids that end some answers at once and some late make them unequal; every second one of the first step is a single token.
+    Ids that end some responses at once and some late make them unequal; every second one of the first step is a single
+    token.
     """
     target = make_target()
     texts = [(prompt, greedy_text(target, prompt, LONGEST)[len(prompt) :]) for prompt in make_prompts(14, seed=4)]
     # A random target may write its mask token.
-    texts = [(prompt, answer) for prompt, answer in texts if MASK not in answer][:8]
+    texts = [(prompt, response) for prompt, response in texts if MASK not in response][:8]
     eos = [texts[1][1][0], texts[2][1][6]]
     target.causal_lm.generation_config.eos_token_id = eos
     target.causal_lm.save_pretrained(folder / "target")
     target.tokenizer.save_pretrained(folder / "target")
-    ends = [[index + 1 for index, token in enumerate(answer) if token in eos] for _, answer in texts]
-    cut = [answer[: end[0] if end else LONGEST] for (_, answer), end in zip(texts, ends, strict=True)]
+    ends = [[index + 1 for index, token in enumerate(response) if token in eos] for _, response in texts]
+    cut = [response[: end[0] if end else LONGEST] for (_, response), end in zip(texts, ends, strict=True)]
     order = [0, 1, 2, 1, 4, 5, 6, 7]
     rows = {"prompt_ids": [texts[row][0] for row in order], "completion_ids": [cut[row] for row in order]}
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
 def make_case_drafter(case: Case, target: FrozenTarget, seed: int) -> Drafter:
-    """Return a drafter, EAGLE-3 with a reduced vocabulary, so that it has buffers; other ranks' are to be overwritten."""
+    """
+    Return a drafter, EAGLE-3 with a reduced vocabulary, so that it has buffers; other ranks' are to be overwritten.
+    """
     options = {}
     if case.family == "eagle3":
         counts = torch.arange(target.vocab_size)
@@ -123,8 +127,8 @@ def run_case(
     resume: Path | None = None,
 ) -> dict[str, Any]:
     """
-    Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses, tau, optimizer
-    state, and idle forward passes of the target.
+    Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses,
+    tau, optimizer state, and idle forward passes of the target.
     """
     case = (CASES | POISONED | STOPPED)[name]
     target = FrozenTarget.load(folder / "target")
@@ -134,7 +138,7 @@ def run_case(
     )
     common = {
         "output_dir": str(output),
-        "responses": str(output / "answers"),
+        "responses": str(output / "responses"),
         "optim": "sgd",
         "learning_rate": 0.1,
         "per_device_train_batch_size": GLOBAL_BATCH // num_processes // 2,

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Two processes compute what one computes, under every backend, though ranks hold unequal rows: the streams' denominators span all ranks.
+Two processes compute what one computes, under every backend, though ranks hold unequal rows: the streams' denominators
+span all ranks.
 
 One launch of two processes trains all cases under all backends; the same cases run here in one process.
 """

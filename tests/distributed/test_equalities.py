@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-How the rows of an optimiser step are cut into micro-batches changes nothing: rows read and trained together, or one by one.
+How the rows of an optimiser step are cut into micro-batches changes nothing: rows read and trained together, or one by
+one.
 """
 
 import pytest

@@ -1,9 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-One of two processes: trains every case under every backend, and leaves `<backend>_<rank>.pt` for each backend that came to its end.
+One of two processes: trains every case under every backend, and leaves `<backend>_<rank>.pt` for each backend that
+came to its end.
 
-Run as `accelerate launch --config_file multi_cpu.yaml worker.py FOLDER [BACKEND ...]`. One launch for all, because importing takes
-longer than training.
+Run as `accelerate launch --config_file multi_cpu.yaml worker.py FOLDER [BACKEND ...]`. One launch for all, because
+importing takes longer than training.
 """
 
 import os

@@ -330,7 +330,7 @@ def test_a_setting_out_of_range(tmp_path, kind, changes, match):
     [
         ({"rollout": "live", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
         ({"responses": "t", "completions_from_target": True}, "`completions_from_target=True` walks .*Leave one"),
-        ({"reading_bytes": -1}, "`reading_bytes` must not be negative, got -1"),
+        ({"reading_bytes": -1}, "`reading_bytes` must be at least 0, got -1"),
         ({"replay_segment_length": 0}, "`replay_segment_length` must be at least 1, got 0"),
         ({"warn_mismatch_share": 0.5}, "Mismatch shares must rise within .*0.5.*0.1"),
         ({"rollout": "offline"}, r"`rollout` must be one of \('live', 'replay'\), got 'offline'"),
@@ -348,7 +348,7 @@ def test_an_opd_setting_out_of_range(tmp_path, changes, match):
 @pytest.mark.parametrize(
     "changes,match",
     [
-        ({"num_anchors": -1}, r"`num_anchors` must be at least 0 \(0 takes every position\), got -1"),
+        ({"num_anchors": -1}, "`num_anchors` must be at least 0, got -1"),
         ({"max_length": 1}, "`max_length` must be at least 2, got 1"),
     ],
 )

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Faults 36 to 38: checkpoints that are damaged, foreign or in the way are passed over or refused by name, and never touched.
+Faults 36 to 38: checkpoints that are damaged, foreign or in the way are passed over or refused by name, and never
+touched.
 """
 
 import errno
@@ -163,7 +164,7 @@ def test_a_new_run_does_not_write_among_anothers_checkpoints(tmp_path):
     assert contents(folder) == before
 
 
-# ---- through the trainer ----------------------------------------------------------------------------------------------
+# ---- through the trainer --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def test_a_best_checkpoint_that_was_damaged_is_an_error_and_not_another_drafter(
         trainer._load_best_model()
 
 
-def test_saving_on_each_machine_is_refused_with_the_way_out(tmp_path):
+def test_saving_on_each_machine_is_refused_with_the_fix(tmp_path):
     with refuses("`save_on_each_node=True` is not supported.*storage that all machines share"):
         DraftSFTConfig(str(tmp_path), use_cpu=True, bf16=False, save_on_each_node=True)
 

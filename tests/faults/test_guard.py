@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Fault 29: nothing that is not finite reaches the weights or a checkpoint; the samples are named, the update stopped or skipped.
+Fault 29: nothing that is not finite reaches the weights or a checkpoint; the samples are named, the update stopped or
+skipped.
 """
 
 import pytest
@@ -157,7 +158,7 @@ def test_settings_of_the_guard_out_of_range_are_named(tmp_path):
 
 
 class Float16Accelerator(Accelerator):
-    """What the guard asks of an accelerator, as it answers on a GPU under float16."""
+    """What the guard asks of an accelerator, as it is on a GPU under float16."""
 
     mixed_precision = "fp16"
 

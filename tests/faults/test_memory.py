@@ -50,7 +50,8 @@ def test_a_training_step_names_rows_tokens_and_blocks(monkeypatch, tmp_path, tar
     with pytest.raises(
         torch.OutOfMemoryError,
         match=r"Out of memory in a training step \(2 rows of up to \d+ tokens, \d+ blocks of 4 drafts\): .*allocate.*"
-        r"lower `per_device_train_batch_size`.*`gradient_checkpointing=True`.*`loss_chunk_bytes`.*resume_from_checkpoint=True",
+        r"lower `per_device_train_batch_size`.*`gradient_checkpointing=True`.*`loss_chunk_bytes`.*"
+        "resume_from_checkpoint=True",
     ):
         trainer.train()
 

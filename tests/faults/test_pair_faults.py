@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Targets, tokenizers, drafters and settings that cannot work, and folders that hold something else: refused before anything is computed.
+Targets, tokenizers, drafters and settings that cannot work, and folders that hold something else: refused before
+anything is computed.
 """
 
 import json
@@ -79,7 +80,7 @@ def content_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# -- tokenizers (fault 13) ---------------------------------------------------------------------------------------------
+# -- tokenizers (fault 13) --------------------------------------------------------------------------------------------
 
 
 def shuffled_tokenizer():
@@ -99,7 +100,8 @@ def test_another_models_tokenizer_of_the_same_size_is_named_by_the_first_token_t
     target = type(make_causal_lm()).from_pretrained(folder) if as_instance else folder
     drafter = make_drafter("dflash", make_target())
     with refuses(
-        r"`processing_class` is another model's tokenizer: id 20 is 'w21' there and 'w20' in the target's own.*2 tokens differ"
+        r"`processing_class` is another model's tokenizer: id 20 is 'w21' there and 'w20' in the target's own.*"
+        "2 tokens differ"
     ):
         make_trainer("sft", tmp_path / "out", drafter, target, tokenizer=shuffled_tokenizer())
     extended = make_tokenizer()
@@ -108,7 +110,7 @@ def test_another_models_tokenizer_of_the_same_size_is_named_by_the_first_token_t
     make_trainer("sft", tmp_path / "out", drafter, target, tokenizer=extended)
 
 
-# -- sizes and names (faults 20 and 22) --------------------------------------------------------------------------------
+# -- sizes and names (faults 20 and 22) -------------------------------------------------------------------------------
 
 
 def test_a_block_longer_than_all_positions_is_refused(target):
@@ -154,7 +156,7 @@ def test_a_misspelt_key_of_a_published_config_names_the_nearest_one(copies, fami
     AutoDrafter.from_pretrained(copies[family])
 
 
-# -- weights (faults 23 and 27) ----------------------------------------------------------------------------------------
+# -- weights (faults 23 and 27) ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, name", [("dflash", "fc.weight"), ("eagle3", "lm_head.weight")])
@@ -181,7 +183,7 @@ def test_missing_and_unexpected_weights_are_listed_and_never_made_up(copies, fam
         AutoDrafter.from_pretrained(copies[family])
 
 
-# -- targets (faults 24, 25 and 28) ------------------------------------------------------------------------------------
+# -- targets (faults 24, 25 and 28) -----------------------------------------------------------------------------------
 
 
 _LINEAR = {
@@ -340,7 +342,7 @@ def test_a_row_that_the_target_reads_as_nan_stops_training_before_any_update(tmp
     assert all(torch.equal(before[name], p) for name, p in drafter.named_parameters())
 
 
-def test_no_answer_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path, half_broken):
+def test_no_response_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path, half_broken):
     rows = [{"prompt": "w9 w10 w11"}, {"prompt": "w50 w9"}, {"prompt": "w9"}]
     drafter = make_drafter("dflash", half_broken)
     with pytest.raises(NotFiniteError, match=r"in rows \[1\] of the dataset"):
@@ -350,7 +352,7 @@ def test_no_answer_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path, 
     assert len(ResponseStore.read_only(tmp_path / "_responses")) == 0
 
 
-# -- attention (fault 26) ----------------------------------------------------------------------------------------------
+# -- attention (fault 26) ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -377,7 +379,7 @@ def test_a_device_without_the_fused_kernel_masks_as_the_cpu_does(target, monkeyp
         assert not torch.allclose(unchanged[~is_blind], changed[~is_blind])
 
 
-# -- folders that hold something else (faults 37 and 39) ---------------------------------------------------------------
+# -- folders that hold something else (faults 37 and 39) --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -447,7 +449,7 @@ def test_an_output_folder_of_the_same_pair_or_of_a_save_cut_short_is_gone_on_wit
     make_trainer(kind, folder, make_drafter("dflash", target), target)
 
 
-def test_answers_of_another_target_in_the_output_folder_stop_the_run(folder, target, recurrent):
+def test_responses_of_another_target_in_the_output_folder_stop_the_run(folder, target, recurrent):
     make_trainer("opd", folder, make_drafter("dflash", target), target).train()
     held = content_of(folder / "_responses")
     trainer = make_trainer("opd", folder, make_drafter("dflash", recurrent), recurrent)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Texts and rollouts at their limits: nothing to draft, nothing accepted, nothing rejected, no network. A count or a clear error, and
-never a wrong update.
+Texts and rollouts at their limits: nothing to draft, nothing accepted, nothing rejected, no network. A count or a
+clear error, and never a wrong update.
 """
 
 import pytest
@@ -72,7 +72,7 @@ def train(kind, folder, drafter, target, rows, **settings):
     return trainer.state.log_history[0]
 
 
-# -- nothing to draft (faults 4, 5 and 32) -----------------------------------------------------------------------------
+# -- nothing to draft (faults 4, 5 and 32) ----------------------------------------------------------------------------
 
 
 @PAIRS
@@ -116,7 +116,7 @@ def test_a_target_that_ends_at_once_is_counted_by_live_rollouts_too(tmp_path, ta
     assert log["empty_responses"] == 1.0 and log["response_length"] == 1.0 and log["loss"] == 0.0
 
 
-# -- nothing but drafting (fault 31) -----------------------------------------------------------------------------------
+# -- nothing but drafting (fault 31) ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rollout", ["live", "replay"])
@@ -130,7 +130,7 @@ def test_a_target_that_never_ends_is_cut_and_the_share_is_logged(tmp_path, targe
     assert (log["truncated_responses"], log["empty_responses"], log["response_length"]) == (0.5, 0.5, 3.5)
 
 
-def test_every_answer_of_a_chat_counts_by_itself(target):
+def test_every_response_of_a_chat_counts_by_itself(target):
     completion_mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]).bool()
     input_ids = torch.tensor([[9, 8, EOS, 9, 8, 8, 8], [9, 8, 8, EOS, 0, 0, 0]])
     anchors = torch.full((2, 1), -1)
@@ -152,7 +152,7 @@ def test_every_answer_of_a_chat_counts_by_itself(target):
     assert rollout_sums(rollout, [EOS, 8])["truncated_responses"] == (0.0, 3.0)
 
 
-# -- one side without a slot (fault 33) --------------------------------------------------------------------------------
+# -- one side without a slot (fault 33) -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
@@ -168,7 +168,7 @@ def test_a_rollout_of_one_kind_keeps_its_share_and_invents_nothing_for_the_other
     assert log["loss"] == pytest.approx(log[f"loss/{present}"] / 2, rel=1e-5) and log["loss"] > 0
 
 
-# -- the network (fault 40) --------------------------------------------------------------------------------------------
+# -- the network (fault 40) -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "org/--name", "org/a..b", "../no-such-folder", "/no/such/folder"])
@@ -179,7 +179,7 @@ def test_a_drafter_by_a_name_that_cannot_be_one_is_refused_without_asking_the_hu
         AutoDrafter.from_pretrained(name)
 
 
-# -- the shell ---------------------------------------------------------------------------------------------------------
+# -- the shell --------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_that_are_not_finite_end_a_command_with_one_line(monkeypatch, capsys):

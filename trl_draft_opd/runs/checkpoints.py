@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..utils.atomic_files import (
-    clear_leftovers,
-    hash_file,
-    making_folder,
-    remove_folder,
-    staging_folder,
-    write_file,
-)
+from ..utils.atomic_files import clear_leftovers, hash_file, making_folder, remove_folder, staging_folder, write_file
 
 
 logger = logging.getLogger(__name__)
@@ -42,13 +35,8 @@ class DamagedCheckpoint(ValueError):
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A folder whose content is what was written.
-
-    Attributes:
-        folder (`Path`): The folder.
-        step (`int`): Optimizer steps behind it.
-        is_resumable (`bool`): Whether it holds more than the drafter.
-        run_id (`str`): The run that wrote it; a resumed run keeps its id.
+    A folder whose content is what was written: `is_resumable` if it holds more than the drafter; a resumed run keeps
+    the `run_id`.
     """
 
     folder: Path
@@ -58,7 +46,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the name of the folder of a checkpoint after `step` optimizer steps."""
+    """Return the folder name of a checkpoint after `step` optimizer steps."""
     return f"checkpoint-{step}"
 
 
@@ -66,10 +54,6 @@ def checkpoint_name(step: int) -> str:
 def writing_checkpoint(output_dir: Path, step: int, *, is_resumable: bool, run_id: str) -> Iterator[Path]:
     """
     Yield an empty folder to fill; on leaving, its files are listed in a manifest, forced to the disk and put in place.
-
-    Args:
-        output_dir (`Path`): The folder of all checkpoints.
-        step (`int`), is_resumable (`bool`), run_id (`str`): See [`Checkpoint`].
     """
     with making_folder(output_dir / checkpoint_name(step)) as staged:
         yield staged
@@ -91,14 +75,8 @@ def writing_checkpoint(output_dir: Path, step: int, *, is_resumable: bool, run_i
 
 def read_checkpoint(folder: Path, *, check_content: bool = True) -> Checkpoint:
     """
-    Prove that a folder is a checkpoint as it was written.
-
-    Args:
-        folder (`Path`): The folder.
-        check_content (`bool`, *optional*, defaults to `True`): Compare hashes; sizes and names alone otherwise.
-
-    Raises:
-        DamagedCheckpoint: Naming the file and what is wrong with it.
+    Return a folder as a checkpoint, or raise [`DamagedCheckpoint`]; without `check_content` only names and sizes are
+    compared.
     """
     content = _read_manifest(folder)
     held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
@@ -130,13 +108,7 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
     """
     Return the checkpoint that `resume_from_checkpoint` asks for, `None` to start from the beginning.
 
-    Args:
-        output_dir (`Path`): The folder of all checkpoints.
-        asked (`str`, `Path`, `bool` or `None`):
-            `True` or `"true"`: the newest valid one. `"auto"`: the same, `None` if there are none. A path: that one.
-
-    Raises:
-        ValueError: If it does not exist, is damaged, or holds the drafter alone.
+    `True` or `"true"` is the newest valid one, `"auto"` the same or `None` if there are none, a path that one.
     """
     word = str(asked).lower()
     if asked in (None, False) or (word == "auto" and not list_checkpoints(output_dir)):
@@ -151,17 +123,12 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
     except ValueError as error:
         raise ValueError(
             f"{str(folder)!r} is not a checkpoint to resume from: {error}. Give `resume_from_checkpoint=True` for the "
-            "newest valid one in `output_dir`, or start a new run from its drafter: give the folder as `model`."
+            "newest valid one, or start a new run from its drafter: give the folder as `model`."
         ) from error
 
 
 def newest_valid(output_dir: Path) -> Checkpoint:
-    """
-    Return the newest checkpoint that a run can resume from, and report which newer ones were passed over and why.
-
-    Raises:
-        ValueError: If there is none; the message lists what was found.
-    """
+    """Return the newest checkpoint that a run can resume from, and report why newer ones were passed over."""
     clear_leftovers(output_dir, _OURS)
     skipped = []
     for _, folder in reversed(list_checkpoints(output_dir)):
@@ -173,7 +140,7 @@ def newest_valid(output_dir: Path) -> Checkpoint:
         if skipped:
             logger.warning("Resuming from %s. Passed over %s", folder.name, "; ".join(skipped))
         return found
-    reasons = "; ".join(skipped) if skipped else "there is no folder called checkpoint-N"
+    reasons = "; ".join(skipped) or "there is no folder called checkpoint-N"
     raise ValueError(
         f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with "
         "`resume_from_checkpoint=None` and another `output_dir`, or give a drafter's folder as `model`."
@@ -189,12 +156,8 @@ def _read_resumable(folder: Path) -> Checkpoint:
 
 def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) -> None:
     """
-    Delete the oldest checkpoints beyond `limit`; what is damaged or foreign is neither counted nor deleted.
-
-    Args:
-        output_dir (`Path`): The folder of all checkpoints.
-        limit (`int` or `None`): Checkpoints to keep, at least 1; `None` keeps all.
-        protected (`Path` or `None`): The best one, never deleted.
+    Delete the oldest checkpoints beyond `limit`, never `protected`; what is damaged or foreign is neither counted nor
+    deleted.
     """
     if limit is None or limit <= 0:
         return
@@ -216,17 +179,7 @@ def keep_newest(output_dir: Path, limit: int | None, *, protected: Path | None) 
 
 
 def check_output_dir(output_dir: Path, run_id: str | None) -> None:
-    """
-    Refuse to write a run's checkpoints among another's, which a later resume would mix up, or where no file can be.
-
-    Args:
-        output_dir (`Path`): The folder of all checkpoints.
-        run_id (`str` or `None`): The run that is resumed; `None` for a new one.
-
-    Raises:
-        ValueError: Naming what is there and the fixes.
-        OSError: If nothing can be written there; now rather than at the first checkpoint.
-    """
+    """Refuse a folder that holds checkpoints of another run than `run_id`, or where no file can be written."""
     output_dir.mkdir(parents=True, exist_ok=True)
     clear_leftovers(output_dir, _OURS)
     try:

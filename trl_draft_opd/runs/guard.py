@@ -24,19 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(TrainerCallback):
-    """
-    Stops or skips an update whose losses or gradients are not finite, on all ranks alike.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): For the vote of all ranks.
-        on_nonfinite (`str`): `"stop"` or `"skip"`.
-        max_skipped_updates (`int`): Skipped updates in a row after which it stops all the same.
-    """
+    """Stops or skips an update whose losses or gradients are not finite, on all ranks alike."""
 
     def __init__(self, accelerator: Accelerator, on_nonfinite: str, max_skipped_updates: int):
         self.accelerator = accelerator
         self.on_nonfinite, self.max_skipped_updates = on_nonfinite, max_skipped_updates
-        #: Updates skipped in this run, and since the last one that was made.
+        # Updates skipped in this run, and since the last one that was made.
         self.num_skipped = self.num_in_a_row = 0
         self._losses: list[tuple[torch.Tensor, list[int]]] = []
         self._decided: tuple[int, bool] | None = None
@@ -49,11 +42,11 @@ class NonFiniteGuard(TrainerCallback):
         self._losses.append((loss.detach(), [int(number) for number in sample_ids]))
 
     def state(self) -> dict[str, int]:
-        """Return the counts, for a checkpoint."""
+        """Return what a checkpoint keeps."""
         return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
 
     def load(self, state: dict[str, int]) -> None:
-        """Continue with the counts of a checkpoint."""
+        """Undo `state`."""
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
 
     def on_train_begin(
@@ -72,9 +65,8 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """
         Treat an update that DeepSpeed or float16's loss scale drop by themselves as one stopped here. Collective.
-
-        DeepSpeed has made its step by now, at the end of the backward pass.
         """
+        # DeepSpeed has made its step by now, at the end of the backward pass.
         if self.accelerator.mixed_precision == "fp16":
             # Gradients that overflow are how the scale is found, but losses are noted before they are scaled.
             is_bad = any_rank(self.accelerator, bool(self._bad_losses()))
@@ -96,7 +88,7 @@ class NonFiniteGuard(TrainerCallback):
     def _is_update_finite(self, optimizer: torch.optim.Optimizer) -> bool:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # One check for all of them: each costs a wait for the device.
-        flags = [_local(grad).isfinite().all() for grad in grads]
+        flags = [(g.to_local() if isinstance(g, DTensor) else g).isfinite().all() for g in grads]
         is_finite = not flags or bool(torch.stack(flags).all())
         # ZeRO's norm covers the groups whose step is yet to come.
         norm = self._optimizer._global_grad_norm if zero.is_optimizer(self._optimizer) else None
@@ -129,24 +121,13 @@ class NonFiniteGuard(TrainerCallback):
         if self.num_in_a_row > self.max_skipped_updates:
             raise FloatingPointError(
                 f"{what} {self.max_skipped_updates} updates in a row were skipped before it (`max_skipped_updates`): "
-                "the weights are at fault rather than the rows. Go back to an earlier checkpoint with a lower "
-                "`learning_rate`."
+                "the weights are at fault. Go back to an earlier checkpoint with a lower `learning_rate`."
             )
         logger.warning("%s This update was skipped, %d so far.", what, self.num_skipped)
 
 
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a gradient."""
-    return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
 def check_weights(tensors: dict[str, torch.Tensor]) -> None:
-    """
-    Refuse to write weights that are not finite.
-
-    Raises:
-        FloatingPointError: Naming the tensors.
-    """
+    """Refuse to write weights that are not finite, with a `FloatingPointError` that names the first."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise FloatingPointError(

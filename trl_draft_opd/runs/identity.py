@@ -46,13 +46,8 @@ _POSITION = {
 @dataclass(frozen=True)
 class RunIdentity:
     """
-    What makes two runs the same one.
-
-    Attributes:
-        method (`str`): `"sft"` or `"opd"`.
-        drafter (`str`), target (`str`), dataset (`str` or `None`): Digests; a stream has none.
-        rows_per_update (`int`): Rows of one optimizer step, over all processes.
-        settings (`dict`): Settings that shape what is computed.
+    What makes two runs the same one: digests (of a dataset `None` if it is a stream), and settings that shape what is
+    computed.
     """
 
     method: str
@@ -88,17 +83,9 @@ class RunIdentity:
 
     def check_continues(self, stored: "RunIdentity", *, ignores_position: bool) -> list[str]:
         """
-        Check this run against the one that wrote a checkpoint.
+        Return how the settings differ from those of the run that wrote a checkpoint; raise `ValueError` if more does.
 
-        Args:
-            stored ([`RunIdentity`]): The run that wrote it.
-            ignores_position (`bool`): Whether the data is read from its start again (`ignore_data_skip=True`).
-
-        Returns:
-            `list[str]`: settings that differ and may, with both values.
-
-        Raises:
-            ValueError: Naming what differs and may not, and the fix.
+        `ignores_position` (`ignore_data_skip=True`): the data is read from its start again and may be another.
         """
         compared = _BINDING if ignores_position else _BINDING | _POSITION
         changed = [name for name in compared if getattr(self, name) != getattr(stored, name)]
@@ -106,32 +93,23 @@ class RunIdentity:
             differences = "; ".join(
                 f"{compared[name]} ({getattr(stored, name)!r} there, {getattr(self, name)!r} here)" for name in changed
             )
-            fix = (
-                "Use what the run was started with, or start a new run from the checkpoint's drafter: give its folder "
-                "as `model`."
-            )
+            fix = "Use what the run was started with, or start a new run with the checkpoint's folder as `model`."
             if set(changed) <= set(_POSITION):
                 fix += " `ignore_data_skip=True` continues with the new data or batches from their start."
             raise ValueError(
                 f"This run cannot resume from that checkpoint, because these differ: {differences}. {fix}"
             )
-        names = sorted(set(self.settings) | set(stored.settings))
-        return [
-            f"{name}: {stored.settings.get(name)!r} there, {self.settings.get(name)!r} here"
-            for name in names
-            if self.settings.get(name) != stored.settings.get(name)
-        ]
+        names = sorted(self.settings.keys() | stored.settings.keys())
+        pairs = [(name, stored.settings.get(name), self.settings.get(name)) for name in names]
+        return [f"{name}: {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
 
 
 def _digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest_rows(dataset: Dataset | IterableDataset | None) -> str | None:
-    """
-    Digest the number of rows, the columns and up to 256 evenly spaced rows; `None` for a stream, which is not read.
-    """
+    """Digest the number of rows, the columns and up to 256 evenly spaced rows; `None` for a stream."""
     if not isinstance(dataset, Dataset):
         return None
     count = min(_HASHED_ROWS, len(dataset))

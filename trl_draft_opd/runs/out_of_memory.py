@@ -16,15 +16,10 @@ _CPU_MESSAGE = "DefaultCPUAllocator"
 @contextmanager
 def explained_memory(doing: str, describe: Callable[[], str], settings: Sequence[str]) -> Iterator[None]:
     """
-    Turn an allocation that failed inside into an error that names sizes and settings.
+    Turn an allocation that failed inside into a `torch.OutOfMemoryError` that names what was done, its sizes and the
+    settings that help, the most effective first.
 
-    Args:
-        doing (`str`): What is being done, e.g. `"a training step"`.
-        describe (`Callable`): Returns its sizes, `""` if unknown; called only when an allocation fails.
-        settings (`Sequence[str]`): Settings to lower or turn on, as the message names them, the most effective first.
-
-    Raises:
-        torch.OutOfMemoryError: In place of the allocator's own error, which is its cause.
+    `describe` is called only then, and returns `""` if it cannot tell.
     """
     try:
         yield

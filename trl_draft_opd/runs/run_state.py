@@ -25,14 +25,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class RankState:
-    """
-    What each process keeps for itself.
-
-    Attributes:
-        random (`dict`): See [`random_states`].
-        sums (`dict[str, list[float]]`): Numerators and denominators of metrics since the last log.
-        loss_since_log (`float`): Sum of losses since the last log.
-    """
+    """What each process keeps for itself: [`random_states`], and sums of metrics and losses since the last log."""
 
     random: dict[str, Any]
     sums: dict[str, list[float]]
@@ -42,16 +35,8 @@ class RankState:
 @dataclass(frozen=True)
 class RunState:
     """
-    Everything but the drafter's and the optimizer's tensors.
-
-    Attributes:
-        identity ([`RunIdentity`]): The run.
-        optimizer (`dict`): The `values` of its [`OptimizerState`].
-        scheduler (`dict`): Of the learning rate.
-        scaler (`dict` or `None`): Of float16's loss scale.
-        last_logged_step (`int`): Step of the last log.
-        ranks (`list[RankState]`): One per process.
-        shared (`dict`): What all processes hold alike.
+    Everything but the tensors: `optimizer` holds the `values` of its [`OptimizerState`], `shared` what all processes
+    hold alike.
     """
 
     identity: RunIdentity
@@ -69,12 +54,7 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> "RunState":
-        """
-        Read what [`RunState.write`] wrote, but for the tensors.
-
-        Raises:
-            ValueError: If the file is missing here, of another version, or has missing or unknown fields.
-        """
+        """Read what [`RunState.write`] wrote, but for the tensors; raises `ValueError` if it cannot be."""
         path = folder / STATE_FILE
         try:
             values = json.loads(path.read_text("utf-8"))
@@ -93,15 +73,15 @@ class RunState:
             raise ValueError(f"{str(path)!r} cannot be read: {error}.") from error
 
     def optimizer_state(self, folder: Path) -> OptimizerState:
-        """Return the optimizer's state with its tensors, which the checkpoint in `folder` holds."""
+        """Return the optimizer's state, with the tensors that the checkpoint in `folder` holds."""
         return OptimizerState(load_file(folder / OPTIMIZER_FILE), self.optimizer)
 
     def rank(self, index: int, count: int) -> RankState:
         """
-        Return what process `index` of `count` continues with.
+        Return what process `index` of `count` continues with: its own, where there are as many processes as before.
 
-        With as many processes as before each takes its own. Otherwise the first takes all sums, and random states are
-        handed out as far as they go: which rank draws what has no meaning then.
+        Otherwise the first takes all sums, and random states are handed out as far as they go: which rank draws what
+        has no meaning then.
         """
         own = self.ranks[index % len(self.ranks)]
         if count == len(self.ranks):

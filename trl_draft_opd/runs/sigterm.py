@@ -26,9 +26,6 @@ EXIT_CODE = 128 + signal.SIGTERM
 class StopOnSigterm(TrainerCallback):
     """
     Ends training with a checkpoint after the step in which SIGTERM came to any rank; a second one kills as usual.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): For the vote of all ranks.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -39,13 +36,9 @@ class StopOnSigterm(TrainerCallback):
 
     @contextmanager
     def handling(self) -> Iterator[None]:
-        """
-        Handle SIGTERM while the context lasts; not in other threads, where Python allows no handlers. Collective.
-
-        Raises:
-            SystemExit: On leaving, if one came.
-        """
+        """Handle SIGTERM while the context lasts, and leave with `SystemExit` if one came. Collective."""
         self.has_come, self.stopped_at = False, None
+        # Python allows no handlers in other threads.
         if threading.current_thread() is threading.main_thread():
             self._earlier = signal.signal(signal.SIGTERM, self._note)
         try:

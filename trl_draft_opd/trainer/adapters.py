@@ -3,8 +3,7 @@
 Training a LoRA adapter in place of the whole drafter: make it, save it, load its weights, merge it.
 
 An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside, whose
-layers apply the adapter. So whatever calls the drafter's layers as modules respects it, and nothing else in training
-has to know.
+layers apply the adapter. So it is a [`Drafter`] to everything that calls one.
 """
 
 import copy
@@ -24,7 +23,7 @@ from ..runs.distributed.launch import is_sharded
 
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig
 
 
 # Fields of a `LoraConfig` that training, saving and merging here respect; any other one must be left at its default.
@@ -37,27 +36,14 @@ _SUPPORTED = frozenset(
 _INITIALISATIONS = (True, False, "gaussian")
 
 
-def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: int) -> "Drafter | PeftModel":
+def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: int) -> Drafter:
     """
-    Put a fresh adapter into a drafter's layers and freeze everything else.
+    Put a fresh adapter into a drafter's layers and freeze everything else; with `peft_config=None` return it as it is.
 
-    Args:
-        drafter ([`Drafter`]):
-            The drafter, equal to the one in the folder or repository that its config names: an adapter's file is
-            useless without it.
-        peft_config ([`~peft.LoraConfig`] or `None`):
-            The adapter; not changed. Without `target_modules`, or with `"all-linear"`, it goes into every linear layer
-            but the head. With `None` the drafter is returned as it is.
-        seed (`int`): Of the adapter's initial weights.
-
-    Returns:
-        [`~peft.PeftModel`] whose trainable parameters are float32. Until the first update it drafts as the drafter
-        does, bit for bit, unless `init_lora_weights=False` asks for something else.
-
-    Raises:
-        ImportError: If PEFT is not installed.
-        ValueError: If the config is of a kind that a drafter cannot take, names layers that it does not have, or the
-            drafter differs from what its config names.
+    The drafter must equal the one that its config names: an adapter's file is useless without it. Without
+    `target_modules`, or with `"all-linear"`, the adapter goes into every linear layer but the head. Its parameters are
+    float32, drawn by `seed`; until the first update the result drafts as the drafter does, bit for bit, unless
+    `init_lora_weights=False` asks for something else.
     """
     if peft_config is None:
         return drafter
@@ -79,14 +65,13 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
     """Return a copy of a config that a drafter can take, its layers named; raise `ValueError` if it cannot."""
     if getattr(peft_config, "is_prompt_learning", False) or not isinstance(peft_config, lora_config):
         raise ValueError(
-            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` only: it reads the "
-            "target's hidden states, to which no prompt can be added, and what is published is the drafter with the "
-            "adapter merged in."
+            f"`peft_config` is a {type(peft_config).__name__}. A drafter takes `peft.LoraConfig` only, which can be "
+            "merged into it."
         )
     if peft_config.task_type is not None:
         raise ValueError(
-            f"`peft_config` has task_type {peft_config.task_type!r}, for which PEFT expects a model that generates or "
-            "classifies. A drafter is neither: leave `task_type` out."
+            f"`peft_config` has task_type {peft_config.task_type!r}, but a drafter neither generates nor classifies: "
+            "leave `task_type` out."
         )
     defaults = lora_config()
     names = [field.name for field in dataclasses.fields(peft_config) if field.name not in _SUPPORTED]
@@ -109,7 +94,7 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
 
 
 def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
-    """Fill in the layers a config leaves to us; raise `ValueError` if it names some that the drafter does not have."""
+    """Fill in the layers a config leaves to us; raise `ValueError` at some that the drafter does not have."""
     linear = {name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)}
     if config.target_modules in (None, "all-linear"):
         config.target_modules = sorted({name.split(".")[-1] for name in linear} - {"lm_head"})
@@ -117,7 +102,8 @@ def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
     for setting, known in asked.items():
         wanted = getattr(config, setting) or ()
         # A regular expression is PEFT's to match; it raises where nothing fits.
-        missing = [] if isinstance(wanted, str) else [name for name in wanted if not _names_any(name, known)]
+        names = [] if isinstance(wanted, str) else wanted
+        missing = [name for name in names if not any(f".{module}".endswith(f".{name}") for module in known)]
         if missing:
             leaves = sorted({name.split(".")[-1] for name in known if name} - {str(i) for i in range(len(known))})
             raise ValueError(
@@ -126,20 +112,13 @@ def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
             )
 
 
-def _names_any(name: str, modules: set[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for module in modules)
-
-
 def _checked_base(drafter: Drafter) -> str:
-    """
-    Return the folder or id a drafter was loaded from; raise `ValueError` if the drafter differs from what is there.
-    """
+    """Return the folder or id a drafter was loaded from; raise `ValueError` if it differs from what is there."""
     name = drafter.config.name_or_path
     fix = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model`."
     if not name:
         raise ValueError(
-            "With `peft_config` only the adapter is saved, which is useless without the drafter it was trained on, "
-            f"and this one was never saved. {fix}"
+            f"With `peft_config` only the adapter is saved, but the drafter under it was never saved. {fix}"
         )
     own = drafter.state_dict()
     there = AutoDrafter.from_pretrained(
@@ -147,8 +126,8 @@ def _checked_base(drafter: Drafter) -> str:
     ).state_dict()
     if own.keys() != there.keys() or any(not torch.equal(own[key].cpu(), there[key]) for key in own):
         raise ValueError(
-            "With `peft_config` only the adapter is saved, but the drafter has been trained since it was loaded from "
-            f"{name!r}: the adapter would not fit what is there. {fix}"
+            "With `peft_config` only the adapter is saved, but the drafter under it has been trained since it was "
+            f"loaded from {name!r}. {fix}"
         )
     return name
 
@@ -159,25 +138,20 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def check_adapter_launch(model: nn.Module, accelerator: Accelerator) -> None:
-    """
-    Refuse to shard an adapted drafter.
-
-    Raises:
-        ValueError: Under FSDP or DeepSpeed ZeRO-3.
-    """
+    """Raise `ValueError` where an adapted drafter would be sharded."""
     if is_adapted(model) and is_sharded(accelerator):
         raise ValueError(
-            "`peft_config` under FSDP or ZeRO-3 is not supported: adapters are small, and what they leave frozen "
-            "needs no optimizer state to shard. Launch with plain data parallelism (DDP) or ZeRO-2."
+            "`peft_config` under FSDP or ZeRO-3 is not supported: an adapter leaves little to shard. Launch with "
+            "plain data parallelism (DDP) or ZeRO-2."
         )
 
 
-def merged_drafter(model: "Drafter | PeftModel") -> Drafter:
+def merged_drafter(model: Drafter) -> Drafter:
     """Return a drafter with its adapter, if it has one, merged into a copy; `model` is not changed."""
     return merge(model) if is_adapted(model) else model
 
 
-def adapter_settings(model: nn.Module) -> dict[str, Any]:
+def adapter_settings(model: Any) -> dict[str, Any]:
     """Return what a training record states about an adapter: nothing where there is none."""
     if not is_adapted(model):
         return {}
@@ -186,16 +160,11 @@ def adapter_settings(model: nn.Module) -> dict[str, Any]:
     return {"lora_r": config.r} | {name: getattr(config, name) for name in names}
 
 
-def save_drafter(
-    model: "Drafter | PeftModel", folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
+def save_drafter(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """
-    Save a drafter; of an adapted one the adapter alone, in PEFT's own files, with the drafter's config.
+    Save a drafter without its distributed wrapper; of an adapted one the adapter alone, with the drafter's config.
 
-    Args:
-        model ([`Drafter`] or [`~peft.PeftModel`]): What is trained, without its distributed wrapper.
-        folder (`Path`): An existing folder.
-        state_dict (`dict`, *optional*): The model's, where it had to be gathered.
+    `state_dict` is the model's, where it had to be gathered.
     """
     if not is_adapted(model):
         model.save_pretrained(folder, state_dict=state_dict)
@@ -210,24 +179,14 @@ def save_drafter(
     model.config.save_pretrained(folder)
 
 
-def _adapter_tensors(model: "PeftModel", state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def _adapter_tensors(model: Drafter, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     peft = require_peft("Saving an adapter")
     tensors = peft.get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def load_adapter_weights(model: "PeftModel", folder: str | Path) -> None:
-    """
-    Load the weights of an adapter saved by [`save_drafter`] into an adapted drafter.
-
-    Args:
-        model ([`~peft.PeftModel`]): The drafter, with an adapter of the same config.
-        folder (`str` or `Path`): A checkpoint.
-
-    Raises:
-        FileNotFoundError: If the folder has no adapter.
-        ValueError: If its tensors are not those of the model's adapter.
-    """
+def load_adapter_weights(model: Drafter, folder: str | Path) -> None:
+    """Load what [`save_drafter`] saved of an adapter into a drafter with an adapter of the same config."""
     path = Path(folder) / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(

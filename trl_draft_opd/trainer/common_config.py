@@ -6,6 +6,7 @@ Settings both trainers share. A default lives here or in one of the two config f
 import difflib
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -35,22 +36,19 @@ class DraftTrainingConfig(_BaseConfig):
         > Parameters that control the target
 
         target_init_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments for loading the target by id or path, as JSON on the command line, e.g. a
-            `quantization_config`. A quantised target is another target: the drafter is trained for its text and
-            states.
+            Further arguments for loading the target by id or path, e.g. a `quantization_config`. A quantised target is
+            another target: the drafter is trained for its text and states.
         target_revision (`str`, *optional*):
             Revision of the target.
         target_dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the target's weights. `"auto"` keeps the checkpoint's: the target is only read. Use
-            `"float32"` where losslessness must hold to the last token.
+            Precision of the target's weights. `"auto"` keeps the checkpoint's; use `"float32"` where losslessness must
+            hold to the last token.
         shard_target (`bool`, *optional*, defaults to `False`):
-            Shard the target's decoder layers over all processes of the launch, whatever wraps the drafter. Off,
-            because a target that fits is faster whole: sharded layers are sent around in every forward pass, and ranks
-            wait for the one with the longest responses.
+            Shard the target's layers over all processes. Off, because a target that fits is faster whole.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run model code that comes with the target. Off, because it executes whatever the repository holds.
 
-        > Parameters that control the data
+        > Parameters that control the data and the target's responses
 
         max_prompt_length (`int`, *optional*, defaults to `1024`):
             Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task.
@@ -63,12 +61,9 @@ class DraftTrainingConfig(_BaseConfig):
         dataset_num_proc (`int`, *optional*):
             Processes that tokenize.
 
-        > Parameters that control the target's responses
-
         responses (`str`, *optional*):
-            Folder that keeps the target's responses to the prompts, as `trl-draft-opd generate` writes it; missing
-            ones are added. Defaults to `_responses` in `output_dir`, which is never pushed. SFT and Draft-OPD can
-            share one.
+            Folder that keeps the target's responses, as `trl-draft-opd generate` writes it; missing ones are added.
+            Defaults to `_responses` in `output_dir`, which is never pushed. SFT and Draft-OPD can share one.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Prompts that the target responds to together. Larger batches cost less per token until memory is full.
 
@@ -78,52 +73,41 @@ class DraftTrainingConfig(_BaseConfig):
             Divergence on accepted slots: one of `forward_kl`, `reverse_kl`, `jsd`, `tv`, `lk`, `lk_hybrid`, `ce`.
             Forward KL covers the target where drafts are good, the paper's choice.
         slot_weighting (`str`, *optional*, defaults to `"decay"`):
-            `"decay"`: slots are weighed by their distance from the anchor, see `position_decay`. `"d_pace"`: by what
-            the block's expected accepted length owes to them, without position decay; see [`d_pace_weights`] (Source:
-            [D-PACE](https://huggingface.co/papers/2605.18810)). The loss is then a mean of weighted divergences, which
-            falls and rises with the weights: each stream is divided by its number of slots, because no rank knows the
-            sum of its weights before the first forward pass of a step. Off: at equal FLOPs D-PACE gained nothing over
-            position decay (docs/why/results.md, section 4).
+            `"decay"`: by distance from the anchor, see `position_decay`. `"d_pace"`: by what the block's expected
+            accepted length owes to a slot, see [`d_pace_weights`] (Source:
+            [D-PACE](https://huggingface.co/papers/2605.18810)). Its loss is divided by the number of slots, so it
+            rises and falls with the weights. Off: at equal FLOPs it gained nothing (docs/why/results.md, section 4).
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the
-            committed token no probability. Read under `slot_weighting="d_pace"` alone.
+            committed token no probability.
         loss_chunk_bytes (`int`, *optional*, defaults to `67108864`):
             Bytes of logits, gradients and temporaries alive at a time in the loss; 64 MiB is about 50 rows of a
             vocabulary of 152k. More fills a GPU better, less saves memory; the result is the same.
         activation_checkpointing (`bool`, *optional*, defaults to `False`):
-            Compute the inside of each DFlash layer and each EAGLE-3 step again in the backward pass instead of keeping
-            it: same loss and gradients, one more forward of the drafter's blocks, a quarter (a small EAGLE-3) to half
-            (DFlash) off a step's peak memory (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to
-            a few layers, and the target keeps nothing for a backward pass. `gradient_checkpointing`, the older name,
-            is read where this one is unset.
+            Compute the drafter's layers again in the backward pass: a quarter to half off a step's peak memory for one
+            more forward pass of its blocks (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to a
+            few layers. `gradient_checkpointing`, the older name, is read where this one is unset.
 
-        > Parameters that control drafting
+        > Parameters that control drafting and evaluation
 
         num_drafts (`int`, *optional*):
-            Drafts per block in rollouts and evaluation. Defaults to what the drafter was built for: `block_size - 1`
-            or `ttt_steps`.
+            Drafts per block in rollouts and evaluation. Defaults to the drafter's own: `block_size - 1` or
+            `ttt_steps`.
         temperature (`float`, *optional*, defaults to `0.0`):
             Temperature of the target in rollouts and evaluation; 0 decodes greedily, as the paper does.
         top_k (`int`, *optional*, defaults to `0`), top_p (`float`, *optional*, defaults to `1.0`):
             Filters of the target's distribution at a temperature above 0; 0 and 1.0 turn them off.
         draft_sampling (`str`, *optional*, defaults to `"greedy"`):
-            `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: they are drawn from its
-            distribution.
-
-        > Parameters that control evaluation
+            `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drawn from its distribution.
 
         eval_rollouts (`bool`, *optional*, defaults to `True`):
             Decode the evaluation prompts and report tau and acceptance per slot, which the loss alone does not tell.
 
-        > Parameters that control what is not finite
-
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
-            What becomes of an update whose losses or gradients are not finite; the samples are named either way.
-            `"stop"`: training ends before it, because in a small drafter's run one such update is a fault to be found,
-            and the last checkpoint stays as it was. `"skip"`: it is left out and counted (`skipped_updates`).
+            What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
+            small drafter's run it is a fault to be found. `"skip"` leaves it out and counts it (`skipped_updates`).
         max_skipped_updates (`int`, *optional*, defaults to `10`):
-            Updates skipped in a row after which training ends all the same: by then the weights are at fault, not the
-            rows.
+            Updates skipped in a row after which training ends all the same: by then the weights are at fault.
 
         > Parameters that control publishing
 
@@ -131,15 +115,14 @@ class DraftTrainingConfig(_BaseConfig):
             The target's Hub id, `ORG/NAME`, by which a published drafter names it. Defaults to the id that the target
             was loaded by; needed to push when it was loaded from a folder or given as an instance.
         dataset_id (`str`, *optional*), dataset_license (`str`, *optional*):
-            Hub id and licence of the training data, for the card. Never guessed: without them the card calls them not
-            given.
+            Hub id and licence of the training data, for the card. Never guessed.
         hub_license (`str`, *optional*):
             Licence of the published drafter, e.g. `apache-2.0`. Never guessed: that of data and target may bind it.
 
     > [!NOTE]
-    > Defaults that differ from TRL's: `activation_checkpointing=False` (drafters are small), `bf16` only where an
-    > accelerator is present, `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the
-    > paper's), `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter).
+    > Defaults that differ from TRL's: `activation_checkpointing=False`, `bf16` only where an accelerator is present,
+    > `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the paper's),
+    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_init_kwargs", "chat_template_kwargs"]
@@ -152,46 +135,32 @@ class DraftTrainingConfig(_BaseConfig):
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")
     lr_scheduler_type: str = setting("cosine", "Learning rate schedule.")
     warmup_steps: float = setting(0.05, "Warm-up: number of steps, or share of all steps when below 1.")
-    remove_unused_columns: bool = setting(
-        False, "Drop dataset columns the model's forward does not name; must stay off."
-    )
+    remove_unused_columns: bool = setting(False, "Must stay off: the drafter's forward does not name the columns.")
     ddp_find_unused_parameters: bool | None = setting(False, "Let DDP look for unused parameters; drafters have none.")
-    target_init_kwargs: dict[str, Any] | str | None = setting(
-        None, "Further arguments for loading the target by id or path."
-    )
+    # JSON on the command line, parsed by transformers.
+    target_init_kwargs: dict[str, Any] | str | None = setting(None, "Further arguments for loading the target.")
     target_revision: str | None = setting(None, "Revision of the target.")
     target_dtype: str = setting("auto", "Precision of the target's weights, e.g. `float32`.")
-    shard_target: bool = setting(
-        False, "Shard the target's layers over all processes; for targets that do not fit whole."
-    )
+    shard_target: bool = setting(False, "Shard the target's layers over all processes, if it does not fit whole.")
     trust_remote_code: bool = setting(False, "Run model code that comes with the target's repository.")
     max_prompt_length: int = setting(1024, "Prompts with more tokens are skipped.")
     max_completion_length: int = setting(2048, "Longest response in rollouts and evaluation, in tokens.")
     chat_template: str | None = setting(None, "Jinja chat template in place of the tokenizer's.")
-    chat_template_kwargs: dict[str, Any] | str | None = setting(
-        None, "Arguments of the chat template, as JSON on the command line."
-    )
+    chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments of the chat template, as JSON.")
     dataset_num_proc: int | None = setting(None, "Processes used to tokenize.")
     responses: str | None = setting(None, "Folder that keeps the target's responses.")
     generation_batch_size: int = setting(32, "Prompts the target responds to together.")
     accepted_loss: str = setting("forward_kl", f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}.")
-    slot_weighting: str = setting(
-        "decay", "`decay`: by distance from the anchor; `d_pace`: by the drafter's own probabilities."
-    )
+    slot_weighting: str = setting("decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.")
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
     loss_chunk_bytes: int = setting(64 * 2**20, "Bytes of logits alive at a time in the loss, all buffers together.")
     num_drafts: int | None = setting(None, "Drafts per block in rollouts and evaluation; the drafter's own if unset.")
     temperature: float = setting(0.0, "Temperature of the target; 0 decodes greedily.")
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.")
     top_p: float = setting(1.0, "Keep the smallest set of tokens with this mass; 1.0 keeps all.")
-    draft_sampling: str = setting(
-        "greedy", "`greedy`: drafts are argmax; `sample`: drawn from the drafter's distribution."
-    )
+    draft_sampling: str = setting("greedy", "`greedy`: drafts are argmax; `sample`: drawn from the drafter.")
     eval_rollouts: bool = setting(True, "Decode the evaluation prompts and report tau and acceptance per slot.")
-
-    on_nonfinite: str = setting(
-        "stop", "Before an update that is not finite: `stop` training, or `skip` the update and count it."
-    )
+    on_nonfinite: str = setting("stop", "`stop` before an update that is not finite, or `skip` and count it.")
     max_skipped_updates: int = setting(10, "Updates skipped in a row after which training stops all the same.")
     hub_target_id: str | None = setting(None, "The target's Hub id, by which a published drafter names it.")
     dataset_id: str | None = setting(None, "Hub id of the training data, for the card.")
@@ -220,10 +189,11 @@ class DraftTrainingConfig(_BaseConfig):
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
-        check_checkpointing_kwargs(self.gradient_checkpointing_kwargs)
-        if self.gradient_checkpointing_kwargs:
+        options = parsed(self.gradient_checkpointing_kwargs)
+        if options:
+            check_checkpointing_kwargs(options)
             # torch's own default differs between versions.
-            self.gradient_checkpointing_kwargs.setdefault("use_reentrant", False)
+            options.setdefault("use_reentrant", False)
         check_choice("accepted_loss", self.accepted_loss, LOSS_TYPES)
         check_choice("slot_weighting", self.slot_weighting, SLOT_WEIGHTINGS)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
@@ -233,36 +203,36 @@ class DraftTrainingConfig(_BaseConfig):
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
         check_at_least(self, 1, "loss_chunk_bytes", "num_drafts")
         if not 0 <= self.d_pace_floor <= 1:
-            raise ValueError(
-                f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}. 0 goes by the drafter's probabilities "
-                "alone, 1 by none of them."
-            )
+            raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
         if self.save_on_each_node:
             raise ValueError(
                 "`save_on_each_node=True` is not supported: the first process writes checkpoints for all. Put "
                 "`output_dir` on storage that all machines share."
             )
         for name in ("hub_target_id", "dataset_id"):
-            check_hub_id(name, getattr(self, name))
+            try:
+                validate_repo_id(getattr(self, name))
+            except HFValidationError as error:
+                raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {getattr(self, name)!r}.") from error
 
     def sampling_settings(self) -> SamplingSettings:
-        """
-        Return the target's sampling distribution as one object; raises `ValueError` when a value is out of range.
-        """
+        """Return the target's sampling settings; raises `ValueError` where one is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     @property
     def completions_are_given(self) -> bool:
-        """
-        Whether the text trained on came with the data, and was not written by the target in this run or before it.
-        """
+        """Whether the text trained on came with the data, and was not written by the target."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Return the settings for logs and reports; what could be a credential inside of a dictionary is masked, too.
-        """
+        """Return the settings for logs and reports; in dictionaries, too, credentials are masked."""
         return {name: _masked(value) for name, value in super().to_dict().items()}
+
+    @property
+    def output_folder(self) -> Path:
+        """Folder of everything that a run writes."""
+        assert self.output_dir is not None, "transformers fills it in"
+        return Path(self.output_dir)
 
     @property
     def uses_d_pace(self) -> bool:
@@ -283,26 +253,24 @@ def _masked(value: Any) -> Any:
     }
 
 
-def check_checkpointing_kwargs(options: dict[str, Any] | None) -> None:
+def parsed(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """Return a setting that is JSON on the command line, which transformers has parsed by now."""
+    assert not isinstance(value, str), "`__post_init__` parses it"
+    return value
+
+
+def check_checkpointing_kwargs(options: dict[str, Any]) -> None:
     """Raise `ValueError` at options of activation checkpointing that drafters do not support."""
-    if (options or {}).get("use_reentrant"):
+    if options.get("use_reentrant"):
         raise ValueError(
             "`use_reentrant=True` in the options of activation checkpointing would lose the gradient of the drafter's "
             "context, which its layers share. Leave it out, or set it to false."
         )
-    if (options or {}).get("every_n_layers", 1) != 1:
+    if options.get("every_n_layers", 1) != 1:
         raise ValueError(
-            f"`every_n_layers` is {options['every_n_layers']}, but a drafter's layers and steps are all computed "
-            "again or none is. Leave it out."
+            f"`every_n_layers` is {options['every_n_layers']}, but a drafter's layers are all computed again or none "
+            "is. Leave it out."
         )
-
-
-def check_hub_id(name: str, value: str | None) -> None:
-    """Raise `ValueError` unless `value`, given for the setting `name`, is unset or can be a Hub id."""
-    try:
-        validate_repo_id(value)
-    except HFValidationError as error:
-        raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {value!r}.") from error
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

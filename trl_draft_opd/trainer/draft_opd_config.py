@@ -11,8 +11,7 @@ from .common_config import DraftTrainingConfig, check_at_least, check_choice, ch
 ROLLOUTS = ("live", "replay")
 SUPERVISED_ANCHORS = ("random", "error")
 # Tokens per segment of a replay. EAGLE-3's later steps run only where the earlier drafts were right; DFlash's blocks
-# cost
-# more than a few more rounds.
+# cost more than a few more rounds.
 SEGMENT_LENGTHS = {"eagle3": 1, "dflash": 16}
 
 
@@ -25,12 +24,12 @@ class DraftOPDConfig(DraftTrainingConfig):
         > Parameters that control the rollout
 
         rollout (`str`, *optional*, defaults to `"replay"`):
-            `"replay"`: the target responds to every prompt once, and each step drafts along its responses with the
-            current drafter: the blocks of live decoding (exactly at temperature 0, in distribution above it) without
-            its cost. `"live"`: the pair decodes every prompt in every step.
+            `"replay"`: the target responds to every prompt once, and each step drafts along its responses: the blocks
+            of live decoding (exactly at temperature 0, in distribution above it) without its cost. `"live"`: the pair
+            decodes every prompt in every step.
         completions_from_target (`bool`, *optional*, defaults to `False`):
             Declare that the dataset's completions were written by this target under these sampling settings, and walk
-            them as they are. Otherwise they are ignored: Draft-OPD never walks text that the target did not write.
+            them as they are. Otherwise they are ignored.
         replay_segment_length (`int`, *optional*):
             Tokens per segment of a response that is walked in parallel with the others. Defaults to 1 for EAGLE-3 (one
             pass over all positions) and to 16 for DFlash. Changes speed and nothing else.
@@ -43,10 +42,10 @@ class DraftOPDConfig(DraftTrainingConfig):
             warns, and refuses. Another engine's rounding moves well under 1 %; another model, template or temperature
             far more than 10 %.
         rejected_scope (`str`, *optional*, defaults to `"first"`):
-            `"first"`: the first rejected slot alone; `"suffix"`: every slot from there on, as in the paper. Slots
-            behind a first rejection are never reached when serving. The default departs from the paper: at equal FLOPs
-            the suffix was behind by 1.9 to 3.3 % of tau in three of four pairs and not clearly apart in the fourth,
-            and its updates cost a sixth (EAGLE-3) to two fifths (DFlash) more (docs/why/results.md, section 3).
+            `"first"`: the first rejected slot alone; `"suffix"`: every slot from there on, as in the paper. The
+            default departs from the paper: at equal FLOPs the suffix lost 1.9 to 3.3 % of tau in three of four pairs
+            and was not clearly apart in the fourth, and its updates cost a sixth (EAGLE-3) to two fifths (DFlash) more
+            (docs/why/results.md, section 3).
 
         > Parameters that control the loss
 
@@ -56,16 +55,13 @@ class DraftOPDConfig(DraftTrainingConfig):
         rejected_weight (`float`, *optional*, defaults to `1.0`):
             Weights of the two streams, both 1 in the paper.
         position_decay (`float`, *optional*, defaults to `0.8`):
-            Weight decay per slot, counted from the anchor, on the rejected and the supervised stream, in (0, 1]; 0.8
-            in the paper. Not applied under `slot_weighting="d_pace"`, which weighs accepted slots, the first rejected
-            one and supervised slots, and needs `rejected_scope="first"`: no token is committed behind a first
-            rejection.
+            Weight decay per slot on the rejected and the supervised stream, in (0, 1]; 0.8 in the paper. Not applied
+            under `slot_weighting="d_pace"`, which needs `rejected_scope="first"`.
         supervised_weight (`float`, *optional*, defaults to `0.0`):
             Weight of a third stream: blocks supervised by the committed text on all their slots, as in supervised
             training, with `accepted_loss`. Off, as in the paper; the three weights share the loss.
         supervised_anchors (`str`, *optional*, defaults to `"random"`):
-            Anchors of that stream. `"random"`: random positions of the response; `"error"`: those of the drafter's
-            chain.
+            Anchors of that stream: `"random"` positions of the response, or those of the drafter's chain (`"error"`).
         num_supervised_anchors (`int`, *optional*, defaults to `24`):
             Anchors per row that `"random"` draws, keyed by seed, epoch and sample; 0 takes every position.
 
@@ -78,36 +74,20 @@ class DraftOPDConfig(DraftTrainingConfig):
             Responses printed each time.
     """
 
-    rollout: str = setting(
-        "replay", "`replay`: draft along the target's responses, written once; `live`: decode every prompt."
-    )
-    completions_from_target: bool = setting(
-        False, "Declare that the dataset's completions were written by this target."
-    )
-    replay_segment_length: int | None = setting(
-        None, "Tokens per segment walked in parallel; family default if unset."
-    )
+    rollout: str = setting("replay", "`replay`: draft along the target's responses; `live`: decode every prompt.")
+    completions_from_target: bool = setting(False, "Declare that the target wrote the dataset's completions.")
+    replay_segment_length: int | None = setting(None, "Tokens per segment walked in parallel; the family's if unset.")
     reading_bytes: int = setting(2 * 2**30, "Bytes of target hidden states kept from a replay for the loss.")
-    warn_mismatch_share: float = setting(
-        0.01, "Share of tokens the target would not write from which on a replay warns."
-    )
-    max_mismatch_share: float = setting(
-        0.1, "Share of tokens the target would not write from which on a replay refuses."
-    )
-    rejected_scope: str = setting(
-        "first", "`first`: the first rejected slot alone; `suffix`: every slot from there on, as the paper."
-    )
+    warn_mismatch_share: float = setting(0.01, "Share of tokens not the target's from which on a replay warns.")
+    max_mismatch_share: float = setting(0.1, "Share of tokens not the target's from which on a replay refuses.")
+    rejected_scope: str = setting("first", "`first`: the first rejected slot alone; `suffix`: all from there on.")
     rejected_loss: str = setting("reverse_kl", "Divergence on rejected slots.")
     accepted_weight: float = setting(1.0, "Weight of the accepted stream.")
     rejected_weight: float = setting(1.0, "Weight of the rejected stream.")
     position_decay: float = setting(0.8, "Weight decay per slot on the rejected and supervised streams, in (0, 1].")
     supervised_weight: float = setting(0.0, "Weight of the stream supervised by the committed text; 0 leaves it out.")
-    supervised_anchors: str = setting(
-        "random", "Anchors of the supervised stream: `random` positions or the `error` ones."
-    )
-    num_supervised_anchors: int = setting(
-        24, "Random anchors of the supervised stream per row; 0 takes every position."
-    )
+    supervised_anchors: str = setting("random", "Anchors of the supervised stream: `random` ones or the `error` ones.")
+    num_supervised_anchors: int = setting(24, "Random anchors per row of that stream; 0 takes every position.")
     log_completions: bool = setting(False, "Print sampled responses with drafted, accepted and rejected tokens.")
     num_completions_to_print: int = setting(2, "Responses printed each time.")
 
@@ -119,14 +99,13 @@ class DraftOPDConfig(DraftTrainingConfig):
         check_choice("supervised_anchors", self.supervised_anchors, SUPERVISED_ANCHORS)
         check_position_decay(self.position_decay)
         check_at_least(self, 1, "replay_segment_length")
+        check_at_least(self, 0, "reading_bytes", "num_supervised_anchors")
         self._check_streams()
         if self.completions_from_target and (self.rollout == "live" or self.responses is not None):
             raise ValueError(
                 "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and "
                 "`responses` would put aside. Leave one of the two out."
             )
-        if self.reading_bytes < 0:
-            raise ValueError(f"`reading_bytes` must not be negative, got {self.reading_bytes}. 0 keeps nothing.")
         if not 0 <= self.warn_mismatch_share <= self.max_mismatch_share <= 1:
             raise ValueError(
                 f"Mismatch shares must rise within [0, 1], got `warn_mismatch_share` {self.warn_mismatch_share} and "
@@ -139,11 +118,6 @@ class DraftOPDConfig(DraftTrainingConfig):
             raise ValueError(
                 "`accepted_weight`, `rejected_weight` and `supervised_weight` must not be negative nor all 0, got "
                 f"{', '.join(map(str, weights))}."
-            )
-        if self.num_supervised_anchors < 0:
-            raise ValueError(
-                "`num_supervised_anchors` must be at least 0 (0 takes every position), got "
-                f"{self.num_supervised_anchors}."
             )
         if self.uses_d_pace and self.trains_suffix:
             raise ValueError(

@@ -8,14 +8,9 @@ live (`_decode_live`); `_mark` tells which slots of its blocks are trained; [`Dr
 """
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset, IterableDataset
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..drafters.base import Drafter
 from ..rollout.blocks import BlockBatch, draft_text, join_blocks, mark_slots, sample_anchors
@@ -25,22 +20,18 @@ from ..rollout.types import Rollout
 from ..runs.distributed.sharding import whole_drafter
 from ..runs.out_of_memory import explained_memory
 from ..target.checks import naming_rows
-from ..target.frozen import FrozenTarget, TargetReading
+from ..target.frozen import TargetReading
 from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
 from .metrics import rollout_sums
-from .pair import Pair, check_mask_token, load_pair, text_reader
+from .pair import Pair, check_mask_token, text_reader
 from .resuming import describe_batches
 from .rollout_printer import print_rollout
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import ResponseSource, prompt_rows, text_of_rollout
+from .texts import AnyDataset, ResponseSource, prompt_rows, text_of_rollout
 
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-
-class DraftOPDTrainer(DraftTrainer):
+class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
     """
     Trainer that improves a drafter by on-policy distillation: the pair decodes together, every rejection exposes an
     error position, the drafter drafts again from there, and the target supervises accepted and rejected drafts alike.
@@ -85,37 +76,24 @@ class DraftOPDTrainer(DraftTrainer):
     _tag_names = ["trl", "draft-opd", "speculative-decoding"]
     _method = "opd"
     _name = "DraftOPD"
-    args: DraftOPDConfig
+    _config_class = DraftOPDConfig
 
-    def __init__(
-        self,
-        model: str | Path | Drafter,
-        target: str | Path | PreTrainedModel | FrozenTarget,
-        args: DraftOPDConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        peft_config: "PeftConfig | None" = None,
-    ):
-        args = args or DraftOPDConfig("drafter-opd")
-        pair = load_pair(model, target, args, processing_class, peft_config)
-        # Now rather than at the first rollout; only replay of first rejections does without.
-        if args.rollout == "live" or args.trains_suffix or eval_dataset is not None:
-            pair.target.require_rollback()
-        read = partial(_read_rows, pair=pair, args=args)
-        super().__init__(
-            pair,
-            args,
-            read_train=partial(read, with_responses=args.completions_from_target),
-            read_eval=partial(read, with_responses=False),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.segment_length = args.segment_length(pair.drafter.config.family)
+    @staticmethod
+    def _needs_rollback(args: DraftOPDConfig, is_evaluated: bool) -> bool:
+        # Only replay of first rejections does without.
+        return args.rollout == "live" or args.trains_suffix or is_evaluated
+
+    @staticmethod
+    def _read_rows(pair: Pair, args: DraftOPDConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
+        """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
+        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.max_completion_length)
+        has_responses = is_training and args.completions_from_target
+        rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
+        check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
+        return rows
+
+    def _set_up(self, args: DraftOPDConfig, family: str) -> None:
+        self.segment_length = args.segment_length(family)
         self.streams = {
             "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
             "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.slot_decay),
@@ -140,10 +118,11 @@ class DraftOPDTrainer(DraftTrainer):
             else:
                 prepared = self._decode_live(batches, epoch)
             self.target.finish_together()
-        for batch in prepared:
-            self._sums["train"].add(rollout_sums(batch.rollout, self.target.eos_token_ids))
-        if prepared:
-            self._print_rollout(prepared[0].rollout)
+        rollouts = [batch.rollout for batch in prepared if batch.rollout is not None]
+        for rollout in rollouts:
+            self._sums["train"].add(rollout_sums(rollout, self.target.eos_token_ids))
+        if rollouts:
+            self._print_rollout(rollouts[0])
         return prepared
 
     def _written_texts(self, batches: list[dict[str, torch.Tensor]]) -> list[TargetText]:
@@ -151,7 +130,7 @@ class DraftOPDTrainer(DraftTrainer):
         is_first = self._responses.audit is None
         texts = self._responses.texts(batches)
         # A run that resumes checks again, and logs what the uninterrupted one would have.
-        if is_first and self._resumed is None:
+        if is_first and self._resumed is None and self._responses.audit is not None:
             self._sums["train"].add({"response_mismatch": (self._responses.audit.share, 1.0)})
         # A phase of the target ends before all ranks do anything else together.
         self.target.finish_together()
@@ -215,6 +194,7 @@ class DraftOPDTrainer(DraftTrainer):
         """Show a rollout every `logging_steps`, if asked for."""
         every = max(int(self.state.logging_steps or 1), 1)
         if self.args.log_completions and self.is_world_process_zero() and self.state.global_step % every == 0:
+            assert self.target.tokenizer is not None, "the datasets were read with it"
             print_rollout(
                 rollout,
                 self.target.tokenizer,
@@ -253,13 +233,3 @@ class DraftOPDTrainer(DraftTrainer):
                 epoch=epoch,
             )
         return blocks.as_supervised()
-
-
-def _read_rows(
-    dataset: Dataset | IterableDataset, pair: Pair, args: DraftOPDConfig, with_responses: bool
-) -> Dataset | IterableDataset:
-    """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
-    reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.max_completion_length)
-    rows = reader.read_texts(dataset) if with_responses else reader.read_prompts(dataset)
-    check_mask_token(pair.drafter, pair.target, rows, "input_ids" if with_responses else "prompt_ids")
-    return rows

@@ -4,7 +4,7 @@
 import warnings
 from dataclasses import dataclass
 
-from .common_config import DraftTrainingConfig, check_choice, check_position_decay, setting
+from .common_config import DraftTrainingConfig, check_at_least, check_choice, check_position_decay, setting
 
 
 SLOT_SCOPES = ("block", "until_fail")
@@ -32,23 +32,18 @@ class DraftSFTConfig(DraftTrainingConfig):
             Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3 and 0.87 for DFlash, as their authors train
             them. Not applied under `slot_weighting="d_pace"`.
         slot_scope (`str`, *optional*, defaults to `"block"`):
-            `"block"`: every slot is trained. `"until_fail"`: the slots up to and including the first one where the
-            drafter's argmax is not the committed token, which decoding would reach; decided in every forward pass
-            (Source: [Spec-AUF](https://huggingface.co/papers/2607.01893)). A committed token outside the draft
-            vocabulary is such a mismatch. The loss is still divided by the weights of all slots, which are known
-            before the first forward pass of a step. Off: at equal FLOPs it gained 0.7 % of tau for DFlash on
-            mathematics and lost 2.9 % for EAGLE-3 on code (docs/why/results.md).
+            `"block"`: every slot is trained. `"until_fail"`: those up to and including the first one where the
+            drafter's argmax is not the committed token, which decoding would reach (Source:
+            [Spec-AUF](https://huggingface.co/papers/2607.01893)); the loss is still divided by the weights of all
+            slots. Off: at equal FLOPs it gained 0.7 % of tau for DFlash on mathematics and lost 2.9 % for EAGLE-3 on
+            code (docs/why/results.md).
     """
 
     max_length: int = setting(4096, "Rows are cut behind this many tokens.")
     regenerate: bool = setting(False, "Have the target rewrite every completion before training.")
-    num_anchors: int | None = setting(
-        None, "Anchors per row and epoch; 0 takes every position; family default if unset."
-    )
-    position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; family default if unset.")
-    slot_scope: str = setting(
-        "block", "`block`: train every slot; `until_fail`: up to the drafter's first current mismatch."
-    )
+    num_anchors: int | None = setting(None, "Anchors per row and epoch; 0 takes all positions; the family's if unset.")
+    position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; the family's if unset.")
+    slot_scope: str = setting("block", "`block`: train every slot; `until_fail`: up to the drafter's first mismatch.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,10 +52,8 @@ class DraftSFTConfig(DraftTrainingConfig):
             if self.uses_d_pace:
                 warnings.warn(f"`position_decay={self.position_decay}` is ignored under `slot_weighting='d_pace'`.")
         check_choice("slot_scope", self.slot_scope, SLOT_SCOPES)
-        if self.num_anchors is not None and self.num_anchors < 0:
-            raise ValueError(f"`num_anchors` must be at least 0 (0 takes every position), got {self.num_anchors}.")
-        if self.max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
+        check_at_least(self, 0, "num_anchors")
+        check_at_least(self, 2, "max_length")
 
     def anchors_per_row(self, family: str) -> int | None:
         """Return the anchors sampled per row for a drafter family, `None` for every position."""

@@ -3,31 +3,19 @@
 Supervised training of a drafter on text its target wrote.
 """
 
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..drafters.base import Drafter
 from ..rollout.blocks import sample_anchors
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout
-from ..target.frozen import FrozenTarget
 from .draft_sft_config import DraftSFTConfig
 from .draft_trainer import DraftTrainer
-from .pair import Pair, check_mask_token, load_pair, text_reader
+from .pair import Pair, check_mask_token, text_reader
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import answer_all, prompts_of_text, text_of
+from .texts import AnyDataset, prompts_of_text, respond_to_all, text_of
 
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-
-class DraftSFTTrainer(DraftTrainer):
+class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
     """
     Trainer of a drafter on text of its target: blocks are drafted at sampled anchors, teacher-forced on the text.
 
@@ -72,37 +60,23 @@ class DraftSFTTrainer(DraftTrainer):
     _tag_names = ["trl", "draft-sft", "speculative-decoding"]
     _method = "sft"
     _name = "DraftSFT"
-    args: DraftSFTConfig
+    _config_class = DraftSFTConfig
 
-    def __init__(
-        self,
-        model: str | Path | Drafter,
-        target: str | Path | PreTrainedModel | FrozenTarget,
-        args: DraftSFTConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        peft_config: "PeftConfig | None" = None,
-    ):
-        args = args or DraftSFTConfig("drafter-sft")
-        pair = load_pair(model, target, args, processing_class, peft_config)
-        if eval_dataset is not None and args.eval_rollouts:
-            # Now rather than after the first epoch.
-            pair.target.require_rollback()
-        read = partial(_read_texts, pair=pair, args=args)
-        super().__init__(
-            pair,
-            args,
-            read_train=read,
-            read_eval=read,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        family = pair.drafter.config.family
+    @staticmethod
+    def _needs_rollback(args: DraftSFTConfig, is_evaluated: bool) -> bool:
+        return is_evaluated and args.eval_rollouts
+
+    @staticmethod
+    def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
+        """Tokenize a dataset, its completions rewritten by the target first if asked for."""
+        reader = text_reader(pair.target, args, max_length=args.max_length)
+        if args.regenerate:
+            dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
+        rows = reader.read_texts(dataset)
+        check_mask_token(pair.drafter, pair.target, rows, "input_ids")
+        return rows
+
+    def _set_up(self, args: DraftSFTConfig, family: str) -> None:
         self.num_anchors = args.anchors_per_row(family)
         self.streams = {
             "accepted": StreamSettings(args.accepted_loss, 1.0, args.decay(family)),
@@ -134,13 +108,3 @@ class DraftSFTTrainer(DraftTrainer):
             epoch=epoch,
         )
         return PreparedBatch(text, rollout=None, blocks=blocks, reading=None)
-
-
-def _read_texts(dataset: Dataset | IterableDataset, pair: Pair, args: DraftSFTConfig) -> Dataset | IterableDataset:
-    """Tokenize a dataset, its completions rewritten by the target first if asked for."""
-    reader = text_reader(pair.target, args, max_length=args.max_length)
-    if args.regenerate:
-        dataset = answer_all(pair.target, args, reader.read_prompts(dataset))
-    rows = reader.read_texts(dataset)
-    check_mask_token(pair.drafter, pair.target, rows, "input_ids")
-    return rows

@@ -5,67 +5,100 @@ evaluation batches. How rows become text and blocks, and which streams exist, is
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import RowCollator
+from ..drafters.base import Drafter
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import loss_entry
 from ..target.checks import naming_rows
+from ..target.frozen import FrozenTarget
 from ..utils.private_trl import _ForwardRedirection
 from .common_config import DraftTrainingConfig
-from .pair import Pair
-from .publisher import Publisher
+from .hub_names import claim_repository
+from .pair import Pair, load_pair
 from .publishing import PublishingTrainer
 from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
 from .texts import AnyDataset, read_each
 
 
-class DraftTrainer(PublishingTrainer):
-    """
-    Base of both trainers. A trainer sets `streams` and `slot_rules`, and makes batches in `_prepare` and
-    `_prepare_evaluation`.
-    """
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+Settings = TypeVar("Settings", bound=DraftTrainingConfig)
+
+
+class DraftTrainer(PublishingTrainer, Generic[Settings]):
+    """Base of both trainers, which document its arguments. A trainer fills in the abstract methods."""
 
     # The loss is divided by weight sums of the whole optimiser step, accumulation included.
     loss_is_scaled_for_ga = True
+    args: Settings
     streams: dict[str, StreamSettings]
     slot_rules: SlotRules
     # The loss of a micro-batch; an experiment with another one puts it here.
     _step_loss = staticmethod(step_loss)
     _redirect = _ForwardRedirection()
+    _config_class: type[Settings]
 
     def __init__(
         self,
-        pair: Pair,
-        args: DraftTrainingConfig,
-        *,
-        read_train: Callable[[AnyDataset], AnyDataset],
-        read_eval: Callable[[AnyDataset], AnyDataset],
-        train_dataset: AnyDataset | None,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
-        **kwargs: Any,
+        model: str | Path | Drafter,
+        target: str | Path | PreTrainedModel | FrozenTarget,
+        args: Settings | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: "PeftConfig | None" = None,
     ):
+        args = args or self._config_class(f"drafter-{self._method}")
+        pair = load_pair(model, target, args, processing_class, peft_config)
+        if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
+            # Now rather than at the first rollout.
+            pair.target.require_rollback()
         # Refuses what could not be pushed before the target responds to anything.
-        publisher = Publisher(args, pair)
+        repo_id = claim_repository(args, pair)
         pair.target.place(args.device)
         super().__init__(
             pair,
-            publisher,
+            repo_id,
             args,
             data_collator=RowCollator(pair.target.pad_token_id),
-            train_dataset=read_each(read_train, train_dataset),
-            eval_dataset=read_each(read_eval, eval_dataset),
-            **kwargs,
+            train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),
+            eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
+        self._set_up(args, pair.drafter.config.family)
+
+    @staticmethod
+    @abstractmethod
+    def _needs_rollback(args: Any, is_evaluated: bool) -> bool:
+        """Whether the target has to be rolled back, for live decoding or to branch off a text."""
+
+    @staticmethod
+    @abstractmethod
+    def _read_rows(pair: Pair, args: Any, dataset: AnyDataset, is_training: bool) -> AnyDataset:
+        """Tokenize a dataset."""
+
+    @abstractmethod
+    def _set_up(self, args: Settings, family: str) -> None:
+        """Set `streams`, `slot_rules` and what else the steps of a trainer need."""
 
     @abstractmethod
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
@@ -89,7 +122,8 @@ class DraftTrainer(PublishingTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
-        return prepared, self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+        all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
+        return prepared, all_sums
 
     def _prepare_inputs(self, inputs: dict[str, Any] | PreparedBatch) -> dict[str, Any] | PreparedBatch:
         """Leave a prepared batch as it is: it is on its device, and DeepSpeed must not cast its features."""
@@ -111,9 +145,8 @@ class DraftTrainer(PublishingTrainer):
     ) -> torch.Tensor:
         """Return this micro-batch's share of the optimiser step's loss; `num_items_in_batch` holds the weight sums."""
         if return_outputs:
-            raise ValueError(
-                "`compute_loss` of a drafter has no outputs to return; call it with `return_outputs=False`."
-            )
+            raise ValueError("A drafter's loss has no outputs to return; call it with `return_outputs=False`.")
+        assert num_items_in_batch is not None, "`get_batch_samples` sums the weights"
         drafter, target, objective = self.drafter, self.target, self._objective(num_items_in_batch)
         with self.accelerator.autocast(), naming_rows(inputs.text.sample_ids, "the dataset"):
             # Outside of the drafter's wrapper, whose collectives must not mix with those of a sharded target.

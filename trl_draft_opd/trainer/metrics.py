@@ -2,7 +2,7 @@
 """Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from accelerate.utils import gather_object
@@ -17,7 +17,7 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def add(self, sums: dict[str, tuple[float, float]]) -> None:
+    def add(self, sums: Mapping[str, Sequence[float]]) -> None:
         """Add numerators and denominators."""
         for name, (numerator, denominator) in sums.items():
             self._sums[name][0] += numerator
@@ -30,19 +30,15 @@ class MetricSums:
     def load(self, state: dict[str, list[float]]) -> None:
         """Continue from the sums of a checkpoint."""
         self._sums.clear()
-        self.add({name: (numerator, denominator) for name, (numerator, denominator) in state.items()})
+        self.add(state)
 
     def pop(self) -> dict[str, float]:
         """Return the ratios over all ranks and start anew; metrics whose denominator is 0 are left out. Collective."""
-        merged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for sums in gather_object([dict(self._sums)]):
-            for name, (numerator, denominator) in sums.items():
-                merged[name][0] += numerator
-                merged[name][1] += denominator
+        merged = MetricSums()
+        for sums in gather_object([self.state()]):
+            merged.add(sums)
         self._sums.clear()
-        return {
-            name: numerator / denominator for name, (numerator, denominator) in sorted(merged.items()) if denominator
-        }
+        return {name: sums[0] / sums[1] for name, sums in sorted(merged._sums.items()) if sums[1]}
 
 
 def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tuple[float, float]]:
@@ -75,11 +71,7 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tu
 @dataclass(frozen=True)
 class DecodedPrompt:
     """
-    What one evaluation prompt adds to a measurement.
-
-    Attributes:
-        sample_id (`int`), ids (`list[int]`): Its row in the dataset, and its tokens.
-        counts ([`Counts`]): Of its blocks.
+    What one evaluation prompt adds to a measurement: its row in the dataset, its tokens, the counts of its blocks.
     """
 
     sample_id: int

@@ -7,7 +7,7 @@ The pair that a run trains: loading drafter and target, and checking that they, 
 import copy
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,18 @@ from ..drafters.published.checkpoint import CONFIG_FILE
 from ..drafters.published.configs import parse_drafter_config
 from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
+from ..export.record import TrainingRecord, read_record
 from ..export.serving import SERVING_FILE
 from ..responses.origin import fingerprint_weights
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
 from .adapters import adapt_drafter
-from .common_config import DraftTrainingConfig
+from .common_config import DraftTrainingConfig, parsed
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 @dataclass(frozen=True)
 class Pair:
     """
-    A drafter and the target it drafts for, checked against each other.
+    A drafter and the target it drafts for, checked against each other; the drafts per block in rollouts and
+    evaluation; and the record of the runs that made the drafter, if it was loaded from a folder with one.
 
-    Attributes:
-        target ([`FrozenTarget`]): The target.
-        drafter ([`Drafter`] or [`~peft.PeftModel`]): What is trained, with its adapter if it has one.
-        num_drafts (`int`): Drafts per block in rollouts and evaluation.
+    An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside.
     """
 
     target: FrozenTarget
-    drafter: "Drafter | PeftModel"
+    drafter: Drafter
     num_drafts: int
+    earlier: TrainingRecord | None
 
 
 def load_pair(
@@ -66,12 +66,8 @@ def load_pair(
     peft_config: "PeftConfig | None",
 ) -> Pair:
     """
-    Load what a trainer is given, and write into the drafter's config which target it is trained for. Collective if the
-    target is to be sharded.
-
-    Raises:
-        ValueError, TypeError: If drafter, target, tokenizer and settings do not belong together; each message names
-            value and fix.
+    Load what a trainer is given, and write into the drafter's config which target it is for. Collective if the target
+    is to be sharded.
     """
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
@@ -80,7 +76,16 @@ def load_pair(
         drafter.config.target_model_name_or_path = frozen.config.name_or_path
         drafter.config.target_model_revision = args.target_revision
     num_drafts = args.num_drafts or drafter.default_num_drafts
-    return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts)
+    earlier = _read_earlier_record(drafter.config.name_or_path)
+    return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts, earlier)
+
+
+def _read_earlier_record(name: str | None) -> TrainingRecord | None:
+    """Return the record in the folder a drafter was loaded from, if that is a folder with one."""
+    record = read_record(name) if name and Path(name).is_dir() else None
+    if record is None:
+        return None
+    return replace(record, measurements=[replace(measured, after_steps=None) for measured in record.measurements])
 
 
 def load_target(
@@ -89,11 +94,8 @@ def load_target(
     processing_class: PreTrainedTokenizerBase | None,
 ) -> FrozenTarget:
     """
-    Load or wrap the target as the config says. Collective if it is to be sharded.
-
-    Raises:
-        ValueError: If it is spread over devices, or quantised, where the launch has no use for that, or
-            `processing_class` is another model's.
+    Load or wrap the target as the config states; raise `ValueError` where the launch has no use for it. Collective if
+    it is to be sharded.
     """
     shard = args.shard_target and args.world_size > 1
     if args.shard_target and not shard:
@@ -106,7 +108,7 @@ def load_target(
             revision=args.target_revision,
             trust_remote_code=args.trust_remote_code,
             tokenizer=processing_class,
-            init_kwargs=args.target_init_kwargs,
+            init_kwargs=parsed(args.target_init_kwargs),
         )
         check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not frozen.is_sharded:
@@ -121,13 +123,7 @@ def load_target(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> None:
-    """
-    Check that a tokenizer which was passed in does not contradict the one that lies beside the target, if one does.
-
-    Raises:
-        ValueError: Naming a token to which the two give different ids. Further tokens and other templates are no
-            contradiction.
-    """
+    """Raise `ValueError` if a tokenizer gives a token another id than the one that lies beside the target."""
     if not folder or not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return
     own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
@@ -137,7 +133,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> N
         token for token, index in given.items() if own.get(token, index) != index or tokens.get(index, token) != token
     ]
     if moved:
-        token = min(moved, key=given.get)
+        token = min(moved, key=lambda token: given[token])
         raise ValueError(
             f"`processing_class` is another model's tokenizer: id {given[token]} is {token!r} there and "
             f"{tokens.get(given[token])!r} in the target's own, in {folder!r}. {len(moved)} tokens differ. Leave "
@@ -146,14 +142,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> N
 
 
 def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftTrainingConfig) -> Drafter:
-    """
-    Load the drafter, or take the instance, and check that it fits the target.
-
-    Raises:
-        ValueError: If vocabulary, hidden size or layer ids are another target's, or `output_dir` holds what a run
-            would spoil.
-        TypeError: If `model` is no drafter.
-    """
+    """Load the drafter, or take the instance, and check that it fits the target and the run."""
     if isinstance(model, (str, Path)):
         model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
     if hasattr(model, "peft_config"):
@@ -172,19 +161,12 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
             f"`num_drafts` {args.num_drafts} exceeds the {model.max_drafts} drafts of the drafter's blocks. Lower it, "
             "or make a drafter with a larger `block_size`."
         )
-    check_output_content(Path(args.output_dir), model, target)
+    check_output_content(args.output_folder, model, target)
     return model
 
 
 def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -> None:
-    """
-    Refuse a folder in which a save would replace something else than a drafter for this target, or leave half of it
-    beside the new.
-
-    Raises:
-        ValueError: If it holds an export, responses, a model that is no drafter, or a drafter of another family or
-            target.
-    """
+    """Raise `ValueError` at a folder in which a save would replace something else than a drafter for this target."""
     where, fix = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
     if (folder / SERVING_FILE).is_file():
         raise ValueError(f"{where} an export, of which a save would replace one layout alone. {fix}")
@@ -219,24 +201,17 @@ def _describe_pair(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_pair(drafter: Drafter, target: FrozenTarget) -> None:
-    """
-    Check that a drafter was made for this target.
-
-    Raises:
-        ValueError: Naming both values and the fix.
-    """
+    """Raise `ValueError` unless a drafter was made for this target."""
     config, name = drafter.config, type(drafter).__name__
     if config.vocab_size != target.vocab_size:
         raise ValueError(
-            f"The drafter has vocab_size {config.vocab_size} but the target has {target.vocab_size}. Verification "
-            "compares token ids, so both must share one tokenizer. Build the drafter with "
-            f"`{name}.from_target(target)`."
+            f"The drafter has vocab_size {config.vocab_size} but the target has {target.vocab_size}. Both must share "
+            f"one tokenizer. Build the drafter with `{name}.from_target(target)`."
         )
     if config.target_hidden_size != target.config.hidden_size:
         raise ValueError(
             f"The drafter reads features of width {config.target_hidden_size} per layer but the target's hidden size "
-            f"is {target.config.hidden_size}. It was made for another target; build one with "
-            f"`{name}.from_target(target)`."
+            f"is {target.config.hidden_size}. Build a drafter with `{name}.from_target(target)`."
         )
     if config.num_target_layers is not None and config.num_target_layers != target.num_layers:
         raise ValueError(
@@ -247,12 +222,7 @@ def check_pair(drafter: Drafter, target: FrozenTarget) -> None:
 
 
 def text_reader(target: FrozenTarget, args: DraftTrainingConfig, *, max_length: int | None) -> TextReader:
-    """
-    Return the reader of a run's datasets.
-
-    Raises:
-        ValueError: If the target has no tokenizer, or one that does not fit its vocabulary.
-    """
+    """Return the reader of a run's datasets; raises `ValueError` if the target has no tokenizer that fits it."""
     return target.text_reader(
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
@@ -263,18 +233,12 @@ def text_reader(target: FrozenTarget, args: DraftTrainingConfig, *, max_length: 
 
 
 def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | IterableDataset, column: str) -> None:
-    """
-    Check that DFlash's mask token stands for nothing else.
-
-    Raises:
-        ValueError: If it is an end-of-sequence or padding token of the target, or occurs in the data.
-    """
+    """Raise `ValueError` if DFlash's mask token is a special token of the target, or occurs in the data."""
     mask_token_id = getattr(drafter.config, "mask_token_id", None)
     if mask_token_id is None:
         return
-    pad = target.tokenizer.pad_token_id if target.tokenizer is not None else target.config.pad_token_id
-    bos = target.tokenizer.bos_token_id if target.tokenizer is not None else target.config.bos_token_id
-    if mask_token_id in {*target.eos_token_ids, pad, bos}:
+    names: Any = target.config if target.tokenizer is None else target.tokenizer
+    if mask_token_id in {*target.eos_token_ids, names.pad_token_id, names.bos_token_id}:
         raise ValueError(
             f"`mask_token_id` {mask_token_id} is an eos, bos or pad token of the target. Choose an id that text never "
             "uses."
@@ -284,8 +248,8 @@ def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | 
     for row, ids in enumerate(dataset[column]):
         if mask_token_id in ids:
             raise ValueError(
-                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization). The drafter "
-                "could not tell a mask from text; choose an id that text never uses."
+                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization): choose an id "
+                "that text never uses."
             )
 
 
@@ -293,11 +257,8 @@ def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> DraftTrainin
     """
     Compile the drafter's feed-forward and norm layers in place if `torch_compile` asks for it.
 
-    The attention is fused already, and heads and losses run in chunks outside of the drafter.
-
-    Returns:
-        [`DraftTrainingConfig`]: the settings for transformers' Trainer, which must not compile the drafter as a whole:
-        its forward is redirected to the training step.
+    The attention is fused already, and heads and losses run in chunks outside of the drafter. Returns the settings for
+    transformers' Trainer, which must not compile the drafter as a whole: its forward is redirected to the step.
     """
     if not args.torch_compile:
         return args

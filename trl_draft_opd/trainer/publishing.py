@@ -1,47 +1,55 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What both trainers do after their steps: measure, save the drafter with its record and card, and publish it.
+What both trainers do after their steps: measure, record, save the drafter with its card, and publish it.
 
-A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in
-[`Publisher`].
+A base class, because every part of it overrides a method of transformers' Trainer.
 """
 
 import logging
 import re
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
-from ..export import hub_id_of
-from ..export.card import CARD_FILE
+from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
+from ..export.card import CARD_FILE, write_card
+from ..export.hub import push_folder
 from ..export.record import (
     DatasetFacts,
     Measurement,
     StageRecord,
     TrainingRecord,
+    describe_target,
+    describe_versions,
+    prompts_digest,
     recorded_curve,
     recorded_settings,
     write_record,
 )
+from ..export.serving import serving_settings
+from ..rollout.counts import Counts
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
+from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
 from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
-from .adapters import adapter_settings, check_adapter_launch, merged_drafter, save_drafter
-from .common_config import DraftTrainingConfig
+from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
+from .common_config import DraftTrainingConfig, parsed
+from .hub_names import make_repository, repo_name, require_target_id, target_id
 from .metrics import DecodedPrompt, MetricSums, decoded_prompts, rollout_sums
 from .pair import Pair
-from .publisher import Publisher
 from .resuming import ResumingTrainer
 
 
@@ -51,30 +59,29 @@ PUBLICATION = "_publication"
 ARGS_FILE = "training_args.bin"
 # What a save in the making is called.
 SAVED = "drafter"
+_RESAMPLES = 2000
 
 
 class PublishingTrainer(ResumingTrainer):
-    """
-    Base of both trainers.
+    """Base of both trainers; `repo_id` is the full name of the repository, if it is made already."""
 
-    Args:
-        pair ([`Pair`]): What is trained, and for which target.
-        publisher ([`Publisher`]): Of this run.
-        args ([`DraftTrainingConfig`]): Settings.
-        kwargs: As in [`~transformers.Trainer`].
-    """
+    hub_model_id: str | None
 
-    def __init__(self, pair: Pair, publisher: Publisher, args: DraftTrainingConfig, **kwargs: Any):
+    def __init__(self, pair: Pair, repo_id: str | None, args: DraftTrainingConfig, **kwargs: Any):
         super().__init__(pair, args, **kwargs)
-        self.publisher = publisher
-        self.hub_model_id = publisher.repo_id
+        self.hub_model_id = repo_id
+        # What was measured in this run, by metric prefix and step, and in the ones before it.
+        self._measurements: dict[tuple[str, int], Measurement] = {}
+        self._earlier = pair.earlier
         self._decoded: list[DecodedPrompt] = []
         # The step at which the best weights were loaded again, and their own.
         self._best_loaded: tuple[int, int] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self._push: Future | None = None
         check_adapter_launch(self.model, self.accelerator)
-        self.model.add_model_tags(self._tag_names)
+        self.drafter.add_model_tags(self._tag_names)
         # Now rather than at the first save: what could not be written into the record.
-        TrainingRecord.from_dict(publisher.record(self._stage(None), self.state.global_step).to_dict())
+        TrainingRecord.from_dict(self._record(self._stage(None)).to_dict())
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -102,22 +109,50 @@ class PublishingTrainer(ResumingTrainer):
         prompts = {prompt.sample_id: prompt for prompt in gather_object(self._decoded)}
         if sum(prompt.counts.num_blocks for prompt in prompts.values()):
             in_order = [prompts[number] for number in sorted(prompts)]
-            measured = self.publisher.measure(metric_key_prefix, in_order, self.state.global_step)
+            measured = self._add_measurement(metric_key_prefix, in_order)
             metrics |= {"tau": measured.tau, "tau_low": measured.tau_low, "tau_high": measured.tau_high}
             metrics |= {f"acceptance/slot_{k}": rate for k, rate in enumerate(measured.acceptance_per_slot, 1)}
+        assert output.metrics is not None, "transformers has its own in there"
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _add_measurement(self, prefix: str, prompts: Sequence[DecodedPrompt]) -> Measurement:
+        """Add what was measured on a set of prompts; `prefix` is that of its metrics."""
+        args, step = self.args, self.state.global_step
+        counts = sum((prompt.counts for prompt in prompts), Counts())
+        low, high = counts.interval(num_resamples=_RESAMPLES, seed=args.seed)
+        measured = self._measurements[prefix, step] = Measurement(
+            prompt_set=_one_word("evaluation" if prefix == "eval" else prefix.removeprefix("eval_")),
+            prompts_sha256=prompts_digest([prompt.ids for prompt in prompts]),
+            num_prompts=len(prompts),
+            temperature=args.temperature,
+            draft_sampling=args.draft_sampling,
+            num_drafts=self.num_drafts,
+            max_new_tokens=args.max_completion_length,
+            batch_size=args.per_device_eval_batch_size,
+            ignore_eos=False,
+            tau=counts.tau,
+            tau_low=low,
+            tau_high=high,
+            acceptance_per_slot=counts.acceptance_per_slot,
+            num_blocks=counts.num_blocks,
+            num_different=None,
+            target_dtype=str(self.target.causal_lm.dtype).removeprefix("torch."),
+            after_steps=step,
+        )
+        return measured
 
     def _load_best_model(self) -> None:
         """Load the best weights, and remember whose measurements are theirs."""
         super()._load_best_model()
+        assert self.state.best_global_step is not None, "the best weights are those of a step"
         self._best_loaded = (self.state.global_step, self.state.best_global_step)
 
     @property
     def _steps_done(self) -> int:
         """Optimiser steps behind the weights: fewer than were run where the best ones were loaded again."""
-        is_best = self._best_loaded is not None and self._best_loaded[0] == self.state.global_step
-        return self._best_loaded[1] if is_best else self.state.global_step
+        loaded_at, best = self._best_loaded or (-1, 0)
+        return best if loaded_at == self.state.global_step else self.state.global_step
 
     # -- the record ---------------------------------------------------------------------------------------------------
 
@@ -128,15 +163,39 @@ class PublishingTrainer(ResumingTrainer):
         Args:
             dataset_name (`str`, *optional*): Hub id of the training data, in place of `dataset_id`.
         """
-        stage = self._stage(dataset_name) if self.state.global_step > 0 else None
-        return self.publisher.record(stage, self._steps_done)
+        return self._record(self._stage(dataset_name) if self.state.global_step > 0 else None)
+
+    def _record(self, stage: StageRecord | None) -> TrainingRecord:
+        args, target, earlier = self.args, self.target, self._earlier
+        assert target.tokenizer is not None, "the datasets were read with it"
+        template = target.tokenizer.chat_template
+        facts = describe_target(
+            target.config,
+            name=None,
+            revision=args.target_revision,
+            dtype=target.causal_lm.dtype,
+            num_parameters=target.causal_lm.num_parameters(),
+            # Tokenizers may hold several.
+            chat_template=args.chat_template or (template.get("default") if isinstance(template, dict) else template),
+            chat_template_kwargs=parsed(args.chat_template_kwargs),
+        )
+        stages = list(earlier.stages) if earlier is not None else []
+        # What was measured before the last updates is not this drafter's.
+        measured = [m for m in self._measurements.values() if m.after_steps == self._steps_done]
+        if stage is None and not measured and earlier is not None:
+            measured = list(earlier.measurements)
+        return TrainingRecord(
+            target=replace(facts, name=target_id(args, target)),
+            family=self.drafter.config.family,
+            stages=stages if stage is None else [*stages, stage],
+            measurements=measured,
+            versions=describe_versions(),
+        )
 
     def _stage(self, dataset_name: str | None) -> StageRecord:
         """Return this run as a stage of the drafter's making."""
-        try:
-            num_rows = len(self.train_dataset) if self.train_dataset is not None else None
-        except TypeError:  # a stream
-            num_rows = None
+        # A stream has no length.
+        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
         log = [entry for entry in self.state.log_history if entry.get("step", 0) <= self._steps_done]
         return StageRecord(
             method=self._method,
@@ -152,13 +211,14 @@ class PublishingTrainer(ResumingTrainer):
         )
 
     def _shared_state(self) -> dict[str, Any]:
-        measured = [[prefix, step, asdict(m)] for (prefix, step), m in self.publisher.measurements.items()]
+        measured = [[prefix, step, asdict(m)] for (prefix, step), m in self._measurements.items()]
         return super()._shared_state() | {"measurements": measured}
 
     def _load_shared_state(self, shared: dict[str, Any]) -> None:
         super()._load_shared_state(shared)
-        measured = {(prefix, step): Measurement(**m) for prefix, step, m in shared["measurements"]}
-        self.publisher.measurements = measured
+        self._measurements = {
+            (prefix, step): Measurement(**measured) for prefix, step, measured in shared["measurements"]
+        }
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -173,7 +233,7 @@ class PublishingTrainer(ResumingTrainer):
         Raises:
             FloatingPointError: If a weight is not finite; nothing is written then.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.args.output_folder
         weights = full_weights(self.accelerator, self.model_wrapped)
 
         def write() -> None:
@@ -186,7 +246,7 @@ class PublishingTrainer(ResumingTrainer):
             # Of transformers' own saves; pickled arguments can hold a token.
             (folder / ARGS_FILE).unlink(missing_ok=True)
 
-        self._first_rank_decides(write)
+        first_rank_decides(self.accelerator, write)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -201,20 +261,37 @@ class PublishingTrainer(ResumingTrainer):
 
         In place of transformers' own, which pickles the arguments beside the drafter, token and all.
         """
-        folder, record = Path(output_dir or self.args.output_dir), self.training_record()
+        folder = Path(output_dir) if output_dir else self.args.output_folder
+        record = self.training_record()
         save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
         if notes_of is not None and (notes_of / CARD_FILE).is_file():
             # The new card keeps the notes people wrote into the earlier one.
             shutil.copy(notes_of / CARD_FILE, folder / CARD_FILE)
         # Checkpoints are written often, and a picture takes longer than all else in a small one.
-        self.publisher.write_card(self.drafter, folder, record, draws_curve=notes_of is not None)
+        self._write_card(folder, record, draws_curve=notes_of is not None)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the card into `output_dir`; of the arguments, `dataset_name` and `license` are used."""
         if self.is_world_process_zero():
             record = self.training_record(dataset_name=kwargs.get("dataset_name"))
-            self.publisher.write_card(self.drafter, Path(self.args.output_dir), record, kwargs.get("license"))
+            self._write_card(self.args.output_folder, record, kwargs.get("license"))
+
+    def _write_card(
+        self, folder: Path, record: TrainingRecord, license: str | None = None, draws_curve: bool = True
+    ) -> None:
+        """Write the card of a checkpoint, which has the flat layout's names."""
+        publication = Publication.of(
+            self.drafter,
+            dtype=torch.float32,
+            layouts=("flat",),
+            target=TargetOfExport(target_id(self.args, self.target), self.target.config),
+            repo_id=self.hub_model_id or self.args.hub_model_id,
+            license=license or self.args.hub_license,
+            record=record,
+        )
+        settings, is_adapter = serving_settings(publication), is_adapted(self.drafter)
+        write_card(folder, publication, settings, draws_curve=draws_curve, is_adapter=is_adapter)
 
     def export(
         self, folder: str | Path | None = None, *, dataset_name: str | None = None, license: str | None = None
@@ -235,7 +312,7 @@ class PublishingTrainer(ResumingTrainer):
         Raises:
             ValueError: If the target has no Hub id to be named by.
         """
-        saved = Path(self.args.output_dir)
+        saved = self.args.output_folder
         folder = Path(folder) if folder is not None else saved / PUBLICATION
         if is_sharded(self.accelerator):
             self.save_model(_internal_call=True)
@@ -247,16 +324,31 @@ class PublishingTrainer(ResumingTrainer):
         self, folder: Path, saved: Path, *, dataset_name: str | None = None, license: str | None = None
     ) -> None:
         """Write every layout of the drafter as it is now; of a sharded one, as the folder `saved` holds it."""
+        args, target = self.args, self.target
         if is_sharded(self.accelerator):
-            drafter = AutoDrafter.from_pretrained(saved, num_target_layers=self.target.num_layers)
+            drafter = AutoDrafter.from_pretrained(saved, num_target_layers=target.num_layers)
         else:
             drafter = merged_drafter(self.drafter)
-        self.publisher.export(drafter, folder, self.training_record(dataset_name=dataset_name), license)
+        if target.config.name_or_path:
+            # As the target's file holds it.
+            token = (parsed(args.target_init_kwargs) or {}).get("token")
+            embedding = read_target(target.config.name_or_path, revision=args.target_revision, token=token).embedding
+        else:
+            table: Any = target.causal_lm.get_input_embeddings()
+            embedding = table.weight
+        export_drafter(
+            drafter,
+            folder,
+            target=TargetOfExport(require_target_id(args, target), target.causal_lm.config, embedding),
+            repo_id=self.hub_model_id or repo_name(args, drafter.config.family),
+            record=self.training_record(dataset_name=dataset_name),
+            license=license or args.hub_license,
+        )
 
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Do nothing: [`Publisher`] makes the repository, before this trainer is there or at the first push."""
+        """Do nothing: the repository is made before this trainer is there, or at the first push."""
 
     def push_to_hub(
         self,
@@ -294,37 +386,62 @@ class PublishingTrainer(ResumingTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        publisher, output_dir = self.publisher, Path(self.args.output_dir)
-        publisher.finish_push()
-        if publisher.earlier is None and not publisher.measurements:
+        self._finish_current_push()
+        if self._earlier is None and not self._measurements:
             logger.warning(
                 "Nothing was measured, and the card will say so. Call `evaluate()` before a push to have tau on it."
             )
-        folder = output_dir / PUBLICATION
+        folder = self.args.output_folder / PUBLICATION
         try:
-            if publisher.repo_id is None:
+            if self.hub_model_id is None:
                 # Not asked for before training. Its full name goes into commands that can be pasted.
-                publisher.make_repository(token, private)
-                self.hub_model_id = publisher.repo_id
+                self.hub_model_id = make_repository(self.args, self.drafter.config.family, token, private)
         finally:
-            self._export(folder, output_dir, dataset_name=dataset_name, license=license)
+            self._export(folder, self.args.output_folder, dataset_name=dataset_name, license=license)
         message = commit_message or "Upload drafter"
-        return publisher.push(folder, message, token=token, private=private, revision=revision, blocking=blocking)
+        push = self._make_push(folder, message, token=token, private=private, revision=revision)
+        if blocking:
+            return push()
+        self._push = self._pool.submit(push)
+        return self._push
+
+    def _make_push(
+        self,
+        folder: Path,
+        message: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        extra_folders: dict[str, str] | None = None,
+    ) -> Callable[[], str]:
+        """Return the push of an export, see [`push_folder`]; what is not given is taken from the settings."""
+        assert self.hub_model_id is not None, "the repository is made before the first push"
+        return partial(
+            push_folder,
+            folder,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=message,
+            extra_folders=extra_folders,
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """
         Publish what a save just wrote, in the background; a push that fails is reported and training goes on.
 
-        One push runs at a time: while one does, saves are not pushed, or, under `hub_always_push`, wait for it.
+        While one push runs, saves are not pushed, or, under `hub_always_push`, wait for it.
         """
-        args, publisher = self.args, self.publisher
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        if publisher.is_pushing and not args.hub_always_push:
+        if self._push is not None and not self._push.done() and not args.hub_always_push:
             return
-        publisher.finish_push()
+        self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        folder = Path(args.output_dir) / PUBLICATION
+        folder = args.output_folder / PUBLICATION
         try:
             self._export(folder, Path(checkpoint_folder))
         except (ValueError, OSError) as error:
@@ -337,11 +454,19 @@ class PublishingTrainer(ResumingTrainer):
             extra = {"last-checkpoint": checkpoint_folder}
         elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             extra = {Path(checkpoint_folder).name: checkpoint_folder}
-        publisher.push(folder, f"Training in progress, {when}", extra_folders=extra, blocking=False)
+        self._push = self._pool.submit(self._make_push(folder, f"Training in progress, {when}", extra_folders=extra))
         if extra and args.save_total_limit is not None:
             # The folder that is being read is the next to be deleted.
-            publisher.finish_push()
+            self._finish_current_push()
 
     def _finish_current_push(self) -> None:
-        """Wait for a push in the background; transformers calls it when training ends."""
-        self.publisher.finish_push()
+        """Wait for a push in the background, and warn if it failed; transformers calls it when training ends."""
+        push, self._push = self._push, None
+        error = push.exception() if push is not None else None
+        if error is not None:
+            logger.warning("A push failed, training goes on: %s", error)
+
+
+def _one_word(name: str) -> str:
+    """Return a user's name for a set of prompts as the record takes it: it may be a path, or a sentence."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-_")[:64] or "evaluation"

@@ -9,9 +9,9 @@ import errno
 import logging
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -61,22 +61,11 @@ from .step import PreparedBatch
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 TRAINER_STATE_FILE = "trainer_state.json"
 
 
 class ResumingTrainer(_BaseTrainer):
-    """
-    Base of both trainers.
-
-    A subclass names its `_method`, `"sft"` or `"opd"`, saves in `_save` and evaluates in `_measure`.
-
-    Args:
-        pair ([`Pair`]): What is trained, and for which target.
-        args ([`DraftTrainingConfig`]): Settings.
-        kwargs: As in [`~transformers.Trainer`].
-    """
+    """Base of both trainers. A subclass names its `_method`, saves in `_save` and evaluates in `_measure`."""
 
     _method: str
     # Narrower than transformers declares them: what they are once a drafter is trained.
@@ -140,7 +129,7 @@ class ResumingTrainer(_BaseTrainer):
             SystemExit: After SIGTERM.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        output_dir = Path(self.args.output_dir)
+        output_dir = self.args.output_folder
 
         def begin() -> tuple[Checkpoint | None, str]:
             checkpoint = choose_checkpoint(output_dir, asked)
@@ -148,7 +137,7 @@ class ResumingTrainer(_BaseTrainer):
                 check_output_dir(output_dir, checkpoint.run_id if checkpoint else None)
             return checkpoint, checkpoint.run_id if checkpoint else uuid.uuid4().hex
 
-        checkpoint, self._run_id = self._first_rank_decides(begin)
+        checkpoint, self._run_id = first_rank_decides(self.accelerator, begin)
         self._identity = RunIdentity.of(self._method, self.args, self.drafter, self.target, self.train_dataset)
         self._resumed = self._read_state(checkpoint.folder, self._identity) if checkpoint else None
         with self._stop.handling():
@@ -166,9 +155,6 @@ class ResumingTrainer(_BaseTrainer):
             )
         return state
 
-    def _first_rank_decides(self, decide: Callable[[], T]) -> T:
-        return first_rank_decides(self.accelerator, decide)
-
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(
@@ -180,8 +166,9 @@ class ResumingTrainer(_BaseTrainer):
             "set `gradient_checkpointing=True`",
             "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
         )
+        batch: Any = inputs
         with explained_memory("a training step", inputs.describe, settings):
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, batch, num_items_in_batch)
 
     def prediction_step(
         self,
@@ -235,17 +222,21 @@ class ResumingTrainer(_BaseTrainer):
                     str(run_dir),
                 ) from error
 
-        self._first_rank_decides(write)
+        first_rank_decides(self.accelerator, write)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / checkpoint_name(step)))
         protected = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
-        self._first_rank_decides(lambda: keep_newest(run_dir, self.args.save_total_limit, protected=protected))
+        first_rank_decides(
+            self.accelerator, lambda: keep_newest(run_dir, self.args.save_total_limit, protected=protected)
+        )
 
     def _note_callbacks(self) -> None:
         """Put the state of callbacks that have one into the trainer's, in transformers' form."""
         callbacks = [*self.callback_handler.callbacks, self.control]
-        exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
-        self.state.stateful_callbacks |= TrainerState(stateful_callbacks=exportable).stateful_callbacks
+        exportable: Any = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+        # A dictionary once the state is made, whatever it is declared as.
+        held: Any = self.state.stateful_callbacks
+        held |= TrainerState(stateful_callbacks=exportable).stateful_callbacks
 
     def _gather_state(self) -> tuple[RunState, OptimizerState]:
         """Return everything besides the weights, complete on the first rank. Collective."""
@@ -286,11 +277,10 @@ class ResumingTrainer(_BaseTrainer):
     ) -> tuple[nn.Module, DataLoader]:
         """Wrap the drafter and load a checkpoint into it and its optimizer, the same way under every wrapper."""
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self._resumed is not None:
-            self._restore(Path(resume_from_checkpoint), self._resumed)
-        return model, train_dataloader
-
-    def _restore(self, folder: Path, state: RunState) -> None:
+        if self._resumed is None:
+            return model, train_dataloader
+        assert resume_from_checkpoint is not None, "`train` hands on the checkpoint it resumes from"
+        folder, state = Path(resume_from_checkpoint), self._resumed
         self._load_weights(folder)
         optimizer = state.optimizer_state(folder)
         load_full_optimizer_state(self.accelerator, self.model_wrapped, self.optimizer, optimizer)
@@ -299,6 +289,7 @@ class ResumingTrainer(_BaseTrainer):
             self.accelerator.scaler.load_state_dict(state.scaler)
         self._sums["train"].load(self._own_state(state).sums)
         self._load_shared_state(state.shared)
+        return model, train_dataloader
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put back what transformers resets before the first step: random generators, the loss since the last log."""
@@ -326,9 +317,10 @@ class ResumingTrainer(_BaseTrainer):
 
     def _load_best_model(self) -> None:
         """Load the best weights into the drafter, if their checkpoint is as it was written."""
+        assert self.state.best_model_checkpoint is not None, "transformers calls this where there is one"
         folder = Path(self.state.best_model_checkpoint)
         try:
-            self._first_rank_decides(lambda: read_checkpoint(folder))
+            first_rank_decides(self.accelerator, lambda: read_checkpoint(folder))
         except DamagedCheckpoint as error:
             raise ValueError(
                 f"The best checkpoint {str(folder)!r} cannot be loaded: {error}. The last weights were kept; save "

@@ -19,18 +19,24 @@ def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -
     start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
     ids = rollout.input_ids[row].tolist()
     # Appended: a style of the whole text would apply to every part.
-    styled = Text().append(tokenizer.decode(ids[start : start + 1]), style=COMMITTED)
+    styled = Text().append(_decode(tokenizer, ids[start : start + 1]), style=COMMITTED)
     for block in range(int(rollout.num_rounds[row])):
         anchor, accepted = int(rollout.anchors[row, block]), int(rollout.accepted[row, block])
         kept_end = anchor + accepted + 1
-        styled.append(tokenizer.decode(ids[anchor + 1 : kept_end]), style=ACCEPTED)
+        styled.append(_decode(tokenizer, ids[anchor + 1 : kept_end]), style=ACCEPTED)
         if not bool(rollout.is_censored[row, block]):
             drafted_end = rollout.drafts.shape[-1] if rollout.has_suffix else accepted + 1
             refused = rollout.drafts[row, block, accepted:drafted_end].tolist()
-            styled.append(tokenizer.decode(refused), style=REJECTED)
+            styled.append(_decode(tokenizer, refused), style=REJECTED)
         if kept_end < end:
-            styled.append(tokenizer.decode(ids[kept_end : kept_end + 1]), style=COMMITTED)
+            styled.append(_decode(tokenizer, ids[kept_end : kept_end + 1]), style=COMMITTED)
     return styled
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids)
+    assert isinstance(text, str), "ids of one row are one text"
+    return text
 
 
 def print_rollout(
@@ -38,7 +44,7 @@ def print_rollout(
 ) -> None:
     """Print the first rows of a rollout, prompt above and response below."""
     for row in range(min(num_rows, len(rollout.lengths))):
-        prompt = tokenizer.decode(rollout.input_ids[row, : int(rollout.prompt_lengths[row])].tolist())
+        prompt = _decode(tokenizer, rollout.input_ids[row, : int(rollout.prompt_lengths[row])].tolist())
         body = Text.assemble(Text(prompt, style="dim"), "\n", render_row(rollout, row, tokenizer))
         legend = f"[{ACCEPTED}]accepted[/] [{REJECTED}]rejected[/] [{COMMITTED}]target's own[/]"
         console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))

@@ -39,10 +39,8 @@ class PreparedBatch:
     One micro-batch: text that the target wrote, and the blocks to train on it.
 
     Attributes:
-        text ([`TargetText`]): The text.
-        rollout ([`Rollout`] or `None`): Where the blocks come from; `None` in supervised training.
-        blocks ([`BlockBatch`]): Where to draft, and which slots belong to which stream.
-        reading ([`TargetReading`] or `None`): The target's reading at the drafter's layers, where it was kept.
+        rollout: Where the blocks come from; `None` in supervised training.
+        reading: The target's reading at the drafter's layers, where it was kept.
     """
 
     text: TargetText
@@ -64,12 +62,8 @@ class PreparedBatch:
 @dataclass(frozen=True)
 class StreamSettings:
     """
-    How one stream is weighed.
-
-    Attributes:
-        loss_type (`str`): Divergence of its rows.
-        weight (`float`): Its share of the loss, lambda.
-        decay (`float`): Weight decay per slot, in (0, 1].
+    How one stream is weighed: the divergence of its rows, its share of the loss (lambda), its decay per slot in (0,
+    1].
     """
 
     loss_type: str
@@ -83,9 +77,8 @@ class SlotRules:
     How slots are weighed by the drafter's current probabilities of the committed tokens, on top of their stream.
 
     Attributes:
-        d_pace_floor (`float`, *optional*): Floor of D-PACE's weights, in [0, 1]; `None` leaves them out.
-        is_until_fail (`bool`, *optional*, defaults to `False`):
-            Whether slots behind the drafter's first mismatch weigh nothing.
+        d_pace_floor: Floor of D-PACE's weights, in [0, 1]; `None` leaves them out.
+        is_until_fail: Whether slots behind the drafter's first mismatch weigh nothing.
     """
 
     d_pace_floor: float | None = None
@@ -98,9 +91,9 @@ class Objective:
     What an optimiser step minimises.
 
     Attributes:
-        streams (`dict[str, StreamSettings]`): The streams that take part, of `STREAMS`.
-        slot_rules ([`SlotRules`]): Factors of the row weights, decided in the forward pass.
-        chunk_bytes (`int`): Memory of the loss, see [`chunked_divergence`].
+        streams: The streams that take part, of `STREAMS`.
+        slot_rules: Factors of the row weights, decided in the forward pass.
+        chunk_bytes: Memory of the loss, see [`chunked_divergence`].
         weight_sums (`torch.Tensor` of shape `(3,)`): [`weight_sums`] of the whole step, all ranks together.
     """
 
@@ -121,9 +114,8 @@ class StepLoss(NamedTuple):
     The loss of one micro-batch. A tuple, so that the wrappers of sharded drafters find the tensor in it.
 
     Attributes:
-        loss (`torch.Tensor`): Scalar with gradient: this micro-batch's share of the optimiser step's loss.
-        sums (`dict[str, tuple[float, float]]`):
-            Numerator and denominator of each metric, to be summed before dividing.
+        loss: Scalar with gradient: this micro-batch's share of the optimiser step's loss.
+        sums: Numerator and denominator of each metric, to be summed before dividing.
     """
 
     loss: torch.Tensor
@@ -151,9 +143,8 @@ def weight_sums(
     batches: Sequence[BlockBatch], streams: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64.
-
-    The sum of a stream that takes no part is 0.
+    Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64; 0 for a
+    stream that takes no part.
     """
     sums = [
         sum(
@@ -170,14 +161,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
     """
     Draft every block of a micro-batch anew, with gradient, and compare the drafter with the target on the same states.
 
-    Args:
-        drafter ([`Drafter`]): Gradient flows into it.
-        target ([`FrozenTarget`]): Reads the text, unless the batch has its reading.
-        batch ([`PreparedBatch`]): Text and blocks. Slots behind a first rejection need its rollout's `branch_hidden`.
-        objective ([`Objective`]): How slots are compared and weighed.
-
-    Returns:
-        [`StepLoss`]
+    Slots behind a first rejection need the `branch_hidden` of the batch's rollout.
     """
     blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids)
     features = reading.features.to(drafter.device)

@@ -7,21 +7,15 @@ Shape letters:  B = sequences, L = text length
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ..responses import (
-    Origin,
-    ResponseAudit,
-    ResponseStore,
-    check_responses,
-    generate_missing,
-)
+from ..responses import Origin, ResponseAudit, ResponseStore, check_responses, generate_missing
 from ..responses.shards import prompt_key
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout, response_ends
@@ -55,7 +49,6 @@ def text_of(batch: dict[str, torch.Tensor]) -> TargetText:
 
 
 def text_of_rollout(rollout: Rollout, sample_ids: Sequence[int]) -> TargetText:
-    """Return the text of a rollout."""
     return TargetText(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, sample_ids)
 
 
@@ -100,16 +93,9 @@ def response_pairs(text: TargetText) -> list[tuple[list[int], list[int]]]:
 
 def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[TargetText]:
     """
-    Deal the rows of an optimiser step's micro-batches out again, rows of similar length together.
+    Deal the rows of an optimiser step's micro-batches out again, as many each, rows of similar length together.
 
     The update is a sum over all rows of the step, so only the padding changes.
-
-    Args:
-        texts (`Sequence[TargetText]`): Micro-batches.
-        pad_token_id (`int`): Id to pad with.
-
-    Returns:
-        `list[TargetText]`: as many micro-batches of as many rows.
     """
     if len(texts) < 2:
         return list(texts)
@@ -139,30 +125,16 @@ def _pad_rows(
 
 
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
-    """
-    Open the response store of a run.
-
-    Raises:
-        ValueError: If it holds responses of another target, tokenizer, template or distribution, or is damaged.
-    """
+    """Open the response store of a run; raises `ValueError` if it is another target's, or damaged."""
     reader = text_reader(target, args, max_length=None)
     origin = Origin.of(target, reader, sampling=args.sampling_settings(), max_new_tokens=args.max_completion_length)
-    return ResponseStore.open(args.responses or Path(args.output_dir) / PRIVATE_FOLDER, origin)
+    return ResponseStore.open(args.responses or args.output_folder / PRIVATE_FOLDER, origin)
 
 
-def answer_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: AnyDataset) -> Dataset:
+def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: AnyDataset) -> Dataset:
     """
-    Return every prompt with the target's response; each rank writes its share of those not in the store. Collective.
-
-    Args:
-        target ([`FrozenTarget`]), args ([`DraftTrainingConfig`]): Writer and settings.
-        prompts (`Dataset`): Rows with `prompt_ids` and `sample_id`.
-
-    Returns:
-        `Dataset` with `prompt_ids` and `completion_ids`, in the order of `prompts`.
-
-    Raises:
-        ValueError: If `prompts` is an `IterableDataset`, or the store cannot be used, see [`open_store`].
+    Return every prompt with the target's response, as `prompt_ids` and `completion_ids`; each rank writes its share of
+    those not in the store. Collective.
     """
     if isinstance(prompts, IterableDataset):
         raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
@@ -206,20 +178,14 @@ class ResponseSource:
     """
     Turns batches of rows into text the target wrote.
 
-    When the target has to write anyway, it also responds to other prompts of the training set, up to a whole
+    When the target has to write anyway, it also responds to other prompts of the training set `rows`, up to a whole
     generation batch, if the run will come to all of them; each rank to other ones.
-
-    Args:
-        target ([`FrozenTarget`]): Writer of the responses.
-        args ([`DraftOPDConfig`]): Settings.
-        rows (`Dataset` or `IterableDataset`, *optional*): The training set, tokenized.
     """
 
     def __init__(self, target: FrozenTarget, args: DraftOPDConfig, rows: AnyDataset | None):
         self.target, self.args = target, args
         # What the check of the first step's rows found.
         self.audit: ResponseAudit | None = None
-        self._store: ResponseStore | None = None
         self._further = iter(())
         if isinstance(rows, Dataset) and not args.completions_from_target and self._comes_to_all(rows):
             state = PartialState()
@@ -233,20 +199,15 @@ class ResponseSource:
         per_step = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
         return args.max_steps * per_step >= len(rows)
 
-    @property
+    @cached_property
     def store(self) -> ResponseStore:
         """The store of this run, opened on first use."""
-        if self._store is None:
-            self._store = open_store(self.target, self.args)
-        return self._store
+        return open_store(self.target, self.args)
 
     def texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:
         """
-        Return the text of every micro-batch of an optimiser step, rows of similar length together.
-
-        Raises:
-            ValueError: If too many tokens of the first step's text are not what this target writes, or the store is
-                another target's.
+        Return the text of every micro-batch of an optimiser step, rows of similar length together; raise `ValueError`
+        if too many tokens of the first step's text are not what this target writes.
         """
         if self.args.completions_from_target:
             texts = [text_of(batch) for batch in batches]
@@ -266,7 +227,8 @@ class ResponseSource:
 
     def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
         prompts = prompt_rows(batch)
-        responses = [self.store.find(prompt) for prompt in prompts]
+        # Were one missing, the lengths would differ, which is refused.
+        responses = [found for prompt in prompts if (found := self.store.find(prompt)) is not None]
         sample_ids, device = batch["sample_ids"].tolist(), batch["input_ids"].device
         return join_responses(prompts, responses, sample_ids, self.target.pad_token_id, device)
 

@@ -30,13 +30,7 @@ def _is_zero3(accelerator: Accelerator) -> bool:
 
 
 def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
-    """
-    Refuse launches under which a step would compute something else.
-
-    Raises:
-        ValueError: With several visible GPUs in one process, under FSDP's first version, with FSDP's offloading or
-            activation checkpointing, or under DeepSpeed without ZeRO or with states on NVMe.
-    """
+    """Raise `ValueError` at a launch under which a step would compute something else, or that is not supported."""
     if num_visible_gpus > 1:
         raise ValueError(
             f"{num_visible_gpus} GPUs are visible to one process, which would run torch's DataParallel. Launch with "
@@ -51,8 +45,8 @@ def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:
         if plugin.zero_stage == 0 or "nvme" in devices:
             raise ValueError(
                 f"DeepSpeed with `zero_stage` {plugin.zero_stage} and states on {sorted(devices)} is not supported. "
-                "Use ZeRO stage 1, 2 or 3 with states on the device or the CPU, or plain data parallelism: "
-                "examples/accelerate_configs has all of them."
+                "Use ZeRO stage 1, 2 or 3 with states on the device or the CPU, or DDP: see "
+                "examples/accelerate_configs."
             )
 
 
@@ -60,33 +54,23 @@ def _check_fsdp(accelerator: Accelerator) -> None:
     plugin: Any = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP's first version flattens the drafter's parameters and is not supported. Set `fsdp_version: 2` in "
-            "the accelerate config, as examples/accelerate_configs/fsdp2.yaml does."
+            "FSDP's first version is not supported. Set `fsdp_version: 2` in the accelerate config, as "
+            "examples/accelerate_configs/fsdp2.yaml does."
         )
     if plugin.activation_checkpointing:
         raise ValueError(
-            "`fsdp_activation_checkpointing: true` wraps layers that training calls in parts. Set it to false in the "
-            "accelerate config."
+            "`fsdp_activation_checkpointing: true` is not supported. Set `activation_checkpointing` of the trainer's "
+            "config in its place."
         )
     if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
         raise ValueError(
-            "`fsdp_offload_params: true` is not supported: a drafter is small, and its rollouts would fetch it every "
-            "time. Set it to false in the accelerate config."
+            "`fsdp_offload_params: true` is not supported: every rollout would fetch the drafter. Set it to false in "
+            "the accelerate config."
         )
 
 
 def prepare_drafter(accelerator: Accelerator, model: nn.Module, num_visible_gpus: int) -> None:
-    """
-    Check the launch, and put the drafter on its device, with the first rank's weights, as one unit. Collective.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        model (`nn.Module`): The drafter, not wrapped yet.
-        num_visible_gpus (`int`): GPUs that this process sees.
-
-    Raises:
-        ValueError: See [`check_launch`].
-    """
+    """Check the launch, and put the drafter on its device, with the first rank's weights, as one unit. Collective."""
     check_launch(accelerator, num_visible_gpus)
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
@@ -142,7 +126,7 @@ def loss_entry(accelerator: Accelerator) -> torch.Tensor:
     """
     Return a zero to hand through the drafter's wrapper and add to the loss.
 
-    Under ZeRO-3 it has a gradient, which arrives after all others: it is the oldest node of the graph. ZeRO-3 waits
-    for the gradients of a unit's inputs before it releases the weights, and no other input has one.
+    Under ZeRO-3 it has a gradient: ZeRO-3 waits for the gradients of a unit's inputs before it releases the weights,
+    and no other input has one.
     """
     return torch.zeros((), device=accelerator.device, requires_grad=_is_zero3(accelerator))

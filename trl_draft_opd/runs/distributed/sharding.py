@@ -35,9 +35,8 @@ class OptimizerState:
     State of an optimizer by the names of the drafter's parameters.
 
     Attributes:
-        tensors (`dict[str, torch.Tensor]`):
-            Tensors on the CPU by `"<state's name>/<parameter's name>"`, e.g. `"exp_avg/fc.weight"`. Step counters too.
-        values (`dict[str, Any]`):
+        tensors: On the CPU, by `"<state's name>/<parameter's name>"`, e.g. `"exp_avg/fc.weight"`. Step counters too.
+        values:
             The rest, as JSON holds it. `"groups"`: the settings of each parameter group, learning rate included.
             `"parameters"`: by parameter's name, what is not a tensor.
     """
@@ -48,20 +47,15 @@ class OptimizerState:
 
 @contextmanager
 def whole_drafter(accelerator: Accelerator, model: nn.Module) -> Iterator[Drafter]:
-    """
-    Yield the drafter with whole parameters, to be called outside of its wrapper. Collective where it is sharded.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        model (`nn.Module`): The drafter, wrapped or not.
-    """
+    """Yield the drafter with whole parameters, to be called outside of its wrapper. Collective where it is sharded."""
     drafter: Any = accelerator.unwrap_model(model)
+    unit: Any = drafter
     if isinstance(drafter, FSDPModule):
-        drafter.unshard()
+        unit.unshard()
         try:
-            yield drafter
+            yield unit
         finally:
-            drafter.reshard()
+            unit.reshard()
     else:
         with zero.gathered(list(drafter.parameters())):
             yield drafter
@@ -69,13 +63,9 @@ def whole_drafter(accelerator: Accelerator, model: nn.Module) -> Iterator[Drafte
 
 def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Return a copy of the drafter's weights on the CPU: float32 masters, and buffers as they are. Collective.
+    Return a copy of the drafter's weights by name, on the CPU: float32 masters, and buffers as they are. Collective.
 
-    Args:
-        accelerator ([`~accelerate.Accelerator`]), model (`nn.Module`): As for [`whole_drafter`].
-
-    Returns:
-        `dict[str, torch.Tensor]` by the names of the drafter's `state_dict()` on the main process, empty on others.
+    Other ranks than the first get an empty dictionary.
     """
     drafter: Any = accelerator.unwrap_model(model)
     weights = {}
@@ -89,14 +79,8 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
 @torch.no_grad()
 def load_full_weights(accelerator: Accelerator, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """
-    Load weights into the drafter, and into the float32 masters behind it where there are any. Collective.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]), model (`nn.Module`): As for [`whole_drafter`].
-        tensors (`dict[str, torch.Tensor]`): What [`full_weights`] returned on the main process, on every rank.
-
-    Raises:
-        ValueError: Naming tensors that are missing, unknown, or of another shape.
+    Load what [`full_weights`] returned, the same on every rank, into the drafter and the masters behind it.
+    Collective.
     """
     drafter: Any = accelerator.unwrap_model(model)
     own = drafter.state_dict(keep_vars=True)
@@ -118,15 +102,9 @@ def full_optimizer_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> OptimizerState:
     """
-    Return a copy of the optimizer's state by parameter names. Collective.
+    Return a copy of the optimizer's state, complete on the first rank and empty on all others. Collective.
 
-    Args:
-        accelerator ([`~accelerate.Accelerator`]), model (`nn.Module`): As for [`whole_drafter`].
-        optimizer (`torch.optim.Optimizer`): The trainer's, wrapped or not.
-
-    Returns:
-        [`OptimizerState`]: complete on the main process, empty on all others. Frozen parameters, and those that were
-        never stepped, have no entries.
+    Frozen parameters, and those that were never stepped, have no entries.
     """
     optimizer = zero.without_accelerate(optimizer)
     state = OptimizerState({}, {"groups": [], "parameters": {}})
@@ -145,8 +123,11 @@ def full_optimizer_state(
                 state.values["parameters"].setdefault(name, {})[key] = value
     if accelerator.is_main_process:
         for group in zero.torch_optimizer(optimizer).param_groups:
-            names = sorted(group.keys() - _KERNEL_SETTINGS - {"params"})
-            state.values["groups"].append({name: _as_json(group[name]) for name in names})
+            settings = {name: group[name] for name in sorted(group.keys() - _KERNEL_SETTINGS - {"params"})}
+            # A learning rate may be a tensor.
+            state.values["groups"].append(
+                {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
+            )
     return state
 
 
@@ -155,14 +136,6 @@ def load_full_optimizer_state(
 ) -> None:
     """
     Load the state of [`full_optimizer_state`], the same on every rank, into an optimizer of the same parameter groups.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]), model (`nn.Module`): As for [`whole_drafter`].
-        optimizer (`torch.optim.Optimizer`): The trainer's, wrapped or not.
-        state ([`OptimizerState`]): What to load.
-
-    Raises:
-        ValueError: If the state belongs to other parameters or other parameter groups.
     """
     optimizer = zero.without_accelerate(optimizer)
     groups, own_groups = state.values["groups"], zero.torch_optimizer(optimizer).param_groups
@@ -227,11 +200,6 @@ def _shard_like(parameter: torch.Tensor, value: Any) -> Any:
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _as_json(value: Any) -> Any:
-    """Return a setting as JSON holds it; a learning rate may be a tensor."""
-    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _like(own: Any, value: Any) -> Any:

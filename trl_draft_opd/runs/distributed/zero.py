@@ -84,9 +84,9 @@ def load_parameter(parameter: Any, value: torch.Tensor) -> None:
     if not _has_master(parameter):
         return
     if is_sharded(parameter):
-        optimizer = parameter._z3_optimizer
-        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        _write_piece(optimizer, parameter, optimizer.fp32_partitioned_groups_flat[group], value)
+        place = _masters(parameter._z3_optimizer, parameter)
+        assert place is not None, "a trained parameter has masters"
+        _write_piece(parameter._z3_optimizer, parameter, place[0], value)
     else:
         parameter.set_full_hp_param(value.float())
 
@@ -95,12 +95,15 @@ def parameter_state(optimizer: Any, parameter: Any) -> dict[str, Any]:
     """
     Return what the optimizer keeps of a parameter: whole tensors, and numbers shared with its group. Collective.
 
-    Read from the inner optimizer: `safe_get_full_optimizer_state` finds the state of the first parameter group alone
-    under stages 1 and 2.
+    `safe_get_full_optimizer_state` finds the state of the first parameter group alone under stages 1 and 2.
     """
-    flat = _flat_piece(optimizer, parameter)
-    state = optimizer.optimizer.state.get(flat, {}) if flat is not None else {}
-    return {key: _join(optimizer, parameter, value) if _is_cut(value, flat) else value for key, value in state.items()}
+    place = _masters(optimizer, parameter)
+    if place is None:
+        return {}
+    flat, _ = place
+    state = optimizer.optimizer.state.get(flat, {})
+    is_cut = {key: isinstance(value, torch.Tensor) and value.shape == flat.shape for key, value in state.items()}
+    return {key: _join(optimizer, parameter, value) if is_cut[key] else value for key, value in state.items()}
 
 
 def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, Any]]) -> None:
@@ -108,10 +111,10 @@ def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, A
     inner = optimizer.optimizer
     inner.state.clear()
     for parameter, entries in states.items():
-        flat = _flat_piece(optimizer, parameter)
-        assert flat is not None, "only trained parameters have state"
-        state = inner.state[flat]
-        group = inner.param_groups[_group_index(optimizer, parameter)]
+        place = _masters(optimizer, parameter)
+        assert place is not None, "only trained parameters have state"
+        flat, index = place
+        state, group = inner.state[flat], inner.param_groups[index]
         is_on_device = group.get("fused") or group.get("capturable")
         for key, value in entries.items():
             if not isinstance(value, torch.Tensor):
@@ -128,31 +131,20 @@ def _has_master(parameter: Any) -> bool:
     return parameter.requires_grad and (not is_sharded(parameter) or hasattr(parameter, "_z3_optimizer"))
 
 
-def _is_cut(value: Any, flat: torch.Tensor | None) -> bool:
-    return flat is not None and isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == flat.shape
-
-
-def _group_index(optimizer: Any, parameter: Any) -> int | None:
-    """Return the index of a parameter's group in the inner optimizer, `None` for one that is not trained."""
+def _masters(optimizer: Any, parameter: Any) -> tuple[torch.Tensor, int] | None:
+    """
+    Return this rank's masters of the group that a parameter is in, which key the inner optimizer's state, and the
+    group's index; `None` for a parameter that is not trained.
+    """
     if is_sharded(parameter):
         if not _has_master(parameter):
             return None
         piece, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        return optimizer.sub_group_to_group_id[piece]
-    return next(
-        (index for index, group in enumerate(optimizer.bit16_groups) if any(own is parameter for own in group)), None
-    )
-
-
-def _flat_piece(optimizer: Any, parameter: Any) -> torch.Tensor | None:
-    """Return this rank's masters of the group that a parameter is in, which key the inner optimizer's state."""
-    if is_sharded(parameter):
-        if not _has_master(parameter):
-            return None
-        piece, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        return optimizer.fp32_partitioned_groups_flat[piece]
-    group = _group_index(optimizer, parameter)
-    return None if group is None else optimizer.single_partition_of_fp32_groups[group]
+        return optimizer.fp32_partitioned_groups_flat[piece], optimizer.sub_group_to_group_id[piece]
+    for index, group in enumerate(optimizer.bit16_groups):
+        if any(own is parameter for own in group):
+            return optimizer.single_partition_of_fp32_groups[index], index
+    return None
 
 
 def _join(optimizer: Any, parameter: Any, flat: torch.Tensor) -> torch.Tensor:
