@@ -299,7 +299,10 @@ def test_a_wrong_reply_stops_sending_and_keeps_the_right_ones(serve, store: Resp
         return vllm_reply(body, **({"token_ids": [7, VOCAB]} if number == 4 else {}))
 
     server = serve(script)
-    with pytest.raises(ValueError, match="4 of 12 missing .*1 replies were refused: prompt 4: the id 64 is outside"):
+    with pytest.raises(
+        ValueError,
+        match="4 of 12 missing .*1 replies were refused: prompt 4: the response holds the token id 64, outside",
+    ):
         _ask(store, server, concurrency=1)
     assert len(server.seen) == 5
     assert len(ResponseStore.open(store.path, make_origin())) == 4
@@ -333,15 +336,15 @@ def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = N
 
 WRONG_CHOICES = {
     "outside the target's vocabulary of 64": {"token_ids": [7, -1, EOS]},
-    "the id 7.0 is outside": {"token_ids": [7.0, EOS]},
-    "9 tokens were returned, at most 8": {"token_ids": [7] * 9},
+    "holds the token id 7.0, outside": {"token_ids": [7.0, EOS]},
+    "has a response of 9 tokens, more than `max_new_tokens` 8": {"token_ids": [7] * 9},
     "read another prompt, of 2 ids in place of 3": {"prompt_token_ids": [7, 8]},
-    "continues after the end-of-sequence id 2 at token 1": {"token_ids": [7, EOS, 8]},
+    "continues after an end-of-sequence id": {"token_ids": [7, EOS, 8]},
     "was cut at 2 of 8 tokens": {"token_ids": [7, 8], "finish_reason": "length"},
     "ended the response for the reason 'abort'": {"finish_reason": "abort"},
     "stopped by 'Human:'": {"token_ids": [7, 8], "stop_reason": "Human:"},
-    "2 log-probabilities were returned for 4 tokens": {"logprobs": {"token_logprobs": [-0.1, -0.1]}},
-    "not finite or above 0": {"logprobs": {"token_logprobs": [-0.1, -0.1, None, -0.1]}},
+    "has 2 log-probabilities for 4 tokens": {"logprobs": {"token_logprobs": [-0.1, -0.1]}},
+    "it must be finite and not above 0": {"logprobs": {"token_logprobs": [-0.1, -0.1, None, -0.1]}},
     "returned text and no ids, and there is no tokenizer": {"token_ids": None},
 }
 
