@@ -187,17 +187,17 @@ def test_requests_run_at_the_same_time(serve, store: ResponseStore):
 
 def test_neutral_settings_are_sent_so_that_no_server_default_counts():
     for engine in ("vllm", "sglang"):
-        _, body = build_request(engine, [7], make_origin(), model="m", seed=1, with_logprobs=False)
+        _, body = build_request(engine, [7], make_origin(), model="m", seed=1)
         distribution = body if engine == "vllm" else body["sampling_params"]
         neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": [EOS], "ignore_eos": False}
         assert neutral.items() <= distribution.items()
         assert distribution["skip_special_tokens"] is False
-        assert not {"seed", "sampling_seed", "logprobs"} & set(distribution)
-    _, body = build_request("vllm", [7, 8], make_origin(**SAMPLED), model="m", seed=5, with_logprobs=True)
+        assert not {"seed", "sampling_seed"} & set(distribution)
+    _, body = build_request("vllm", [7, 8], make_origin(**SAMPLED), model="m", seed=5)
     assert {"prompt": [7, 8], "model": "m", "max_tokens": 8, "return_token_ids": True}.items() <= body.items()
     assert {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 5, "logprobs": 0}.items() <= body.items()
-    _, body = build_request("sglang", [7, 8], make_origin(**SAMPLED), model=None, seed=5, with_logprobs=True)
+    _, body = build_request("sglang", [7, 8], make_origin(**SAMPLED), model=None, seed=5)
     assert (body["input_ids"], body["return_logprob"]) == ([7, 8], True)
     assert {"top_k": 5, "sampling_seed": 5, "max_new_tokens": 8, "no_stop_trim": True}.items() <= body[
         "sampling_params"

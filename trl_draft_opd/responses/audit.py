@@ -28,21 +28,13 @@ _SURPRISE_WARN, _SURPRISE_REFUSE, _SURPRISE_ERRORS = 0.05, 0.5, 6.0
 
 
 class ResponseScores(NamedTuple):
-    """
-    What the target computes of one response, each `torch.Tensor` on the CPU with one entry per response token.
+    """What the target computes of one response, on the CPU and of shape `(number of response tokens,)` each."""
 
-    Attributes:
-        logprobs (`torch.FloatTensor`):
-            Log-probability under the distribution; `-inf` where its filters exclude the token. Greedy: of the
-            unfiltered distribution at temperature 1.
-        is_choice (`torch.BoolTensor`):
-            No other token has a larger logit.
-        entropies (`torch.FloatTensor`), variances (`torch.FloatTensor`):
-            Mean of `-log p` under the distribution, in nats, and its variance.
-    """
-
+    # Under the distribution, `-inf` where its filters exclude the token; greedy: unfiltered, at temperature 1.
     logprobs: torch.Tensor
+    # Whether no other token has a larger logit.
     is_choice: torch.Tensor
+    # Mean of `-log p` under the same distribution, in nats, and its variance.
     entropies: torch.Tensor
     variances: torch.Tensor
 
@@ -163,9 +155,9 @@ def check_responses(
     surprise = audit.surprise if beyond_doubt else 0.0
     if audit.share > refuse_above or surprise > _SURPRISE_REFUSE:
         raise ValueError(
-            f"The target at hand did not write these responses: {audit.describe()}. Draft-OPD on text of another "
-            "model teaches the drafter nothing about this one. Write them anew with `trl-draft-opd generate`, or load "
-            f"the target and the precision that wrote them. (Refused above {refuse_above:.2%}.)"
+            f"The target at hand did not write these responses: {audit.describe()}. Write them anew with "
+            "`trl-draft-opd generate`, or load the target and the precision that wrote them. (Refused above "
+            f"{refuse_above:.2%}.)"
         )
     if audit.share > warn_above or surprise > _SURPRISE_WARN:
         warnings.warn(

@@ -30,7 +30,7 @@ def prompt_seed(prompt_ids: Sequence[int], seed: int) -> int:
 
 
 def build_request(
-    engine: str, prompt_ids: list[int], origin: Origin, *, model: str | None, seed: int, with_logprobs: bool
+    engine: str, prompt_ids: list[int], origin: Origin, *, model: str | None, seed: int
 ) -> tuple[str, dict[str, Any]]:
     """
     Return the path and the JSON body that ask for one response, by ids: the server's tokenizer plays no part.
@@ -59,14 +59,13 @@ def build_request(
         return "/generate", {
             "input_ids": prompt_ids,
             "sampling_params": settings,
-            "return_logprob": with_logprobs,
+            "return_logprob": True,
             "stream": False,
         }
-    settings |= {"max_tokens": origin.max_new_tokens, "min_tokens": 0}
+    # Log-probabilities: the sampled token's own, no alternatives.
+    settings |= {"max_tokens": origin.max_new_tokens, "min_tokens": 0, "logprobs": 0}
     if not origin.sampling.is_greedy:
         settings["seed"] = seed
-    if with_logprobs:
-        settings["logprobs"] = 0  # the sampled token's own, no alternatives
     return "/v1/completions", settings | {
         "model": model,
         "prompt": prompt_ids,

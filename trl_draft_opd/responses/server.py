@@ -51,9 +51,6 @@ class ServerSettings:
         max_retries (`int`, *optional*, defaults to `5`), retry_wait (`float`, *optional*, defaults to `1.0`):
             How often a request that failed is sent again, and seconds before the first time; doubled each time, up to
             a minute.
-        with_logprobs (`bool`, *optional*, defaults to `True`):
-            Keep the sampled tokens' log-probabilities as the server reports them: under the unfiltered distribution at
-            temperature 1 unless it was started otherwise.
         api_key (`str`, *optional*):
             Sent as a bearer token; never stored.
 
@@ -68,7 +65,6 @@ class ServerSettings:
     timeout: float = 600.0
     max_retries: int = 5
     retry_wait: float = 1.0
-    with_logprobs: bool = True
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -128,15 +124,8 @@ def ask_server(
     lock = threading.Lock()
 
     def ask(prompt_ids: list[int]) -> StoredResponse:
-        path, body = build_request(
-            settings.engine,
-            prompt_ids,
-            store.origin,
-            model=model,
-            seed=prompt_seed(prompt_ids, seed),
-            with_logprobs=settings.with_logprobs,
-        )
-        reply = client.call(path, body)
+        drawn_by = prompt_seed(prompt_ids, seed)
+        reply = client.call(*build_request(settings.engine, prompt_ids, store.origin, model=model, seed=drawn_by))
         with lock:
             return read_reply(settings.engine, reply, prompt_ids, store.origin, tokenizer)
 
@@ -150,12 +139,7 @@ def ask_server(
             else:
                 failures[number] = result
 
-    provenance = {
-        "engine": settings.engine,
-        "engine_version": version,
-        "seed": seed,
-        "logprobs": "as reported" if settings.with_logprobs else None,
-    }
+    provenance = {"engine": settings.engine, "engine_version": version, "seed": seed, "logprobs": "as reported"}
     try:
         num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
     finally:
@@ -196,11 +180,7 @@ def _report(failures: dict[int, Exception], num_written: int, total: int, store:
         "are still missing. "
     )
     tail = " The same command resumes: it asks only for what is missing."
-    wrong = [
-        f"prompt {number}: {failures[number]}"
-        for number in sorted(failures)
-        if isinstance(failures[number], WrongReply)
-    ]
+    wrong = [f"prompt {n}: {error}" for n, error in sorted(failures.items()) if isinstance(error, WrongReply)]
     if wrong:
         raise ValueError(f"{head}{len(wrong)} replies were refused: {'; '.join(wrong[:3])}.{tail}")
     first = failures[min(failures)]
@@ -238,22 +218,21 @@ class _Client:
 
     def call(self, path: str, body: dict[str, Any] | None) -> Any:
         """Send one request, again after passing faults."""
-        wait = self.settings.retry_wait
-        for retries_left in range(self.settings.max_retries, -1, -1):
+        retries_left, wait = self.settings.max_retries, self.settings.retry_wait
+        while True:
             try:
                 return self._send(path, body)
             except urllib.error.HTTPError as error:
                 said = error.read(500).decode("utf-8", "replace")
                 if error.code not in _RETRY_STATUS:
                     raise WrongReply(f"the server refused the request with status {error.code}: {said}") from error
-                failure: Exception = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
+                failure = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
             except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
                 failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {error}")
             # Spread, so that requests that failed together do not return together.
             if not retries_left or self.is_stopped.wait(min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)):
                 raise failure
-            wait *= 2
-        raise AssertionError("the last try returns or raises")
+            retries_left, wait = retries_left - 1, wait * 2
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -115,14 +115,8 @@ def write_shard(folder: Path, table: pa.Table, origin: Origin, provenance: dict[
     return name
 
 
-def list_shards(folder: Path) -> list[str]:
-    """Return the names of all shards, in order."""
-    return sorted(path.name for path in folder.glob("shard-*.parquet"))
-
-
-def read_shard(folder: Path, name: str, origin: Origin) -> pa.Table:
+def read_shard(path: Path, origin: Origin) -> pa.Table:
     """Read one shard; raise `ValueError` with its path, the reason and the fix if it is not what was written."""
-    path = folder / name
     try:
         data = refuse_link(path).read_bytes()
         if not path.stem.endswith(f"-{_digest(data)}"):

@@ -15,7 +15,7 @@ from datasets.table import InMemoryTable
 
 from ..utils.atomic_files import write_file
 from .origin import Origin
-from .shards import SCHEMA, StoredResponse, check_rows, list_shards, prompt_key, read_shard, refuse_link, write_shard
+from .shards import SCHEMA, StoredResponse, check_rows, prompt_key, read_shard, refuse_link, write_shard
 
 
 MANIFEST = "manifest.json"
@@ -110,7 +110,7 @@ class ResponseStore:
         place = self._places.get(prompt_key(prompt_ids))
         if place is None:
             return None
-        table = read_shard(self.path, place[0], self.origin)
+        table = read_shard(self.path / place[0], self.origin)
         return StoredResponse(*(table[name][place[1]].as_py() for name in StoredResponse._fields))
 
     def add(self, rows: Iterable[StoredResponse | tuple], provenance: dict[str, Any] | None = None) -> int:
@@ -121,7 +121,7 @@ class ResponseStore:
             rows (`Iterable[StoredResponse]`):
                 `(prompt_ids, completion_ids, logprobs or None, finish_reason)`; token ids as plain lists.
             provenance (`dict`, *optional*):
-                How they were made, as JSON: engine, its version, precision. Kept next to the shard.
+                How they were made, as JSON: engine, its version, precision. Kept in the shard's metadata.
 
         Returns:
             `int`: rows written. Prompts that have a response already are left out.
@@ -184,9 +184,9 @@ class ResponseStore:
             ValueError: If one of them is truncated, changed or foreign, naming it.
         """
         before = len(self)
-        for name in list_shards(self.path):
-            if name not in self._tables:
-                self._take_in(name, read_shard(self.path, name, self.origin))
+        for path in sorted(self.path.glob("shard-*.parquet")):
+            if path.name not in self._tables:
+                self._take_in(path.name, read_shard(path, self.origin))
         return len(self) - before
 
     def _take_in(self, name: str, table: pa.Table) -> None:
@@ -207,13 +207,10 @@ class ResponseStore:
 
     def texts(self, *, max_rows: int | None) -> list[tuple[list[int], list[int]]]:
         """Return pairs of prompt ids and response ids: all of them, or up to `max_rows` evenly spaced ones."""
-        places = sorted(self._places.values())
-        if max_rows is not None and len(places) > max_rows:
-            places = [places[index * len(places) // max_rows] for index in range(max_rows)]
-        return [
-            (self._tables[name]["prompt_ids"][row].as_py(), self._tables[name]["completion_ids"][row].as_py())
-            for name, row in places
-        ]
+        rows = self.to_dataset()
+        if max_rows is not None and len(rows) > max_rows:
+            rows = rows.select([index * len(rows) // max_rows for index in range(max_rows)])
+        return list(zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
 
     def missing(self, prompts: Iterable[Sequence[int]]) -> list[list[int]]:
         """

@@ -99,13 +99,7 @@ def write_responses(
     return store
 
 
-def import_responses(
-    store: ResponseStore,
-    dataset: Dataset,
-    reader: TextReader,
-    *,
-    shard_size: int,
-) -> int:
+def import_responses(store: ResponseStore, dataset: Dataset, reader: TextReader, *, shard_size: int) -> int:
     """
     Store responses that the user already has.
 
@@ -150,19 +144,11 @@ def import_responses(
 
 def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int) -> dict[str, Any]:
     """
-    Describe what a store holds, and how well it fits the target at hand.
-
-    Args:
-        store ([`ResponseStore`]): The store.
-        target ([`FrozenTarget`]): The target.
-        num_checked (`int`): Responses to check against the target, evenly spaced; 0 for none.
-
-    Returns:
-        `dict` of JSON values: `path`, counts, `check` (fields of [`ResponseAudit`] and its share, or `None`), and
-        `lines` to print.
+    Return what a store holds as JSON values: `path`, counts, `lines` to print, and in `check` how well `num_checked`
+    evenly spaced responses fit the target at hand (`None` for 0).
     """
     texts = store.texts(max_rows=None)
-    num_complete = sum(completion[-1] in store.origin.eos_token_ids for _, completion in texts)
+    num_complete = sum(store.origin.finish_reason(completion) == "stop" for _, completion in texts)
     num_tokens = sum(len(completion) for _, completion in texts)
     lines = [
         f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of "
