@@ -53,7 +53,7 @@ def _reopened(store: ResponseStore) -> ResponseStore:
     return ResponseStore.open(store.path, ORIGIN)
 
 
-# ---- what goes in comes out --------------------------------------------------------------------------------------------
+# ---- what goes in comes out -----------------------------------------------------------------------------------------
 
 
 def test_a_response_is_found_by_its_prompt_at_once_and_after_reopening(store: ResponseStore):
@@ -131,7 +131,7 @@ def test_full_shards_are_written_at_once_and_the_rest_when_something_fails(store
         store.add_in_shards([], shard_size=0)
 
 
-# ---- several writers, and readers while they write ---------------------------------------------------------------------
+# ---- several writers, and readers while they write ------------------------------------------------------------------
 
 
 def test_a_reader_sees_what_others_add_when_it_refreshes(store: ResponseStore):
@@ -220,7 +220,7 @@ def test_a_torn_shard_is_never_visible(store: ResponseStore, monkeypatch: pytest
     assert len(_reopened(store)) == 3
 
 
-# ---- rows that cannot be -----------------------------------------------------------------------------------------------
+# ---- rows that cannot be --------------------------------------------------------------------------------------------
 
 
 BAD_ROWS = {
@@ -277,7 +277,7 @@ def test_a_prompt_without_room_for_a_response_is_refused_before_generating(store
         store.missing([[]])
 
 
-# ---- files that are not what was written -------------------------------------------------------------------------------
+# ---- files that are not what was written ----------------------------------------------------------------------------
 
 
 def test_a_truncated_shard_is_refused_by_name(store: ResponseStore):
@@ -335,7 +335,7 @@ def test_a_file_that_is_no_parquet_is_refused_and_runs_no_code(store: ResponseSt
     assert not (tmp_path / "ran").exists()
 
 
-# ---- folders that are not this store -----------------------------------------------------------------------------------
+# ---- folders that are not this store --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def sglang_reply(body: dict, **changes: Any) -> dict:
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers with what `script` returns for `(number of the request, path, body)`: JSON, a status, bytes, or `None` to hang up."""
+    """Replies with `script(number of the request, path, body)`: JSON, a status, bytes, or `None` to hang up."""
 
     daemon_threads = True
 
@@ -159,7 +159,7 @@ def _is_right(store: ResponseStore, prompts: list[list[int]]) -> bool:
     return all(store.find(prompt) == respond(prompt) for prompt in prompts)
 
 
-# ---- what is asked and stored ------------------------------------------------------------------------------------------
+# ---- what is asked and stored ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("engine", "reply"), [("vllm", vllm_reply), ("sglang", sglang_reply)])
@@ -241,7 +241,7 @@ def test_settings_of_a_server_out_of_range_are_refused(settings: dict, reason: s
         ServerSettings(**{"base_url": "http://127.0.0.1:1"} | settings)
 
 
-# ---- a server in trouble -----------------------------------------------------------------------------------------------
+# ---- a server in trouble --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trouble", [500, 503, 429, None, b"{", b"\xff"])
@@ -324,7 +324,7 @@ def test_an_interrupt_keeps_what_came_in(serve, store: ResponseStore, monkeypatc
     assert len(ResponseStore.open(store.path, make_origin())) == 3
 
 
-# ---- what is believed --------------------------------------------------------------------------------------------------
+# ---- what is believed -----------------------------------------------------------------------------------------------
 
 
 def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = None, **changes: Any) -> Any:

@@ -6,7 +6,7 @@ Who wrote a response, and under which distribution: the identity that stored res
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
 
 
-# Names of the target, under which the same weights may be found in several places.
-_LABELS = ("target", "revision")
 # Fields of a config that do not change which text the target writes. EOS ids have a field of their own.
 _IDLE_CONFIG = {
     *("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache"),
@@ -33,8 +31,8 @@ class Origin:
     """
     Name the target that wrote responses, how it read prompts, and the distribution it drew tokens from.
 
-    Two origins are the same when all fields but `target` and `revision` agree: those are names, and the same weights
-    may lie in several places. Precision and engine are not part of it; they are kept per shard.
+    Two origins are equal when all fields but `target` and `revision` agree: those are names, and the same weights may
+    lie in several places. Precision and engine are not part of it; they are kept per shard.
 
     Attributes:
         target (`str` or `None`), revision (`str` or `None`):
@@ -53,8 +51,8 @@ class Origin:
             What ends a response.
     """
 
-    target: str | None
-    revision: str | None
+    target: str | None = field(compare=False)
+    revision: str | None = field(compare=False)
     config_hash: str
     weights_fingerprint: str
     vocab_size: int
@@ -122,8 +120,8 @@ class Origin:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything but the target's names: equal iff two origins are the same."""
-        return _hash_json({name: value for name, value in asdict(self).items() if name not in _LABELS})
+        """SHA-256 of what is compared: equal iff two origins are."""
+        return _hash_json({each.name: getattr(self, each.name) for each in fields(self) if each.compare})
 
     def finish_reason(self, completion_ids: Sequence[int]) -> str:
         """Return `"stop"` for a response that ends with an end-of-sequence id, else `"length"`."""
@@ -140,20 +138,14 @@ class Origin:
         Raises:
             ValueError: Naming each field that differs, both values, and the fix.
         """
-        mine, theirs = asdict(self), asdict(other)
-        lines = [
-            f"  {name}: {theirs[name]!r} there, {mine[name]!r} here"
-            for name in mine
-            if name not in _LABELS and mine[name] != theirs[name]
-        ]
-        if lines:
-            raise ValueError(
-                f"{where} were written under other conditions, by target {other.target!r}; this run's is "
-                f"{self.target!r}:\n"
-                + "\n".join(lines)
-                + "\nUse the settings and the target they were written with, or give another folder and write them "
-                "anew with `trl-draft-opd generate`."
-            )
+        if self == other:
+            return
+        pairs = [(each.name, getattr(other, each.name), getattr(self, each.name)) for each in fields(self)]
+        lines = [f"  {name}: {there!r} there, {here!r} here\n" for name, there, here in pairs if there != here]
+        raise ValueError(
+            f"{where} were written under other conditions:\n{''.join(lines)}Use the settings and the target they were "
+            "written with, or give another folder and write them anew with `trl-draft-opd generate`."
+        )
 
 
 def _hash_json(value: Any) -> str:
