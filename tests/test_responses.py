@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Responses from dataset to store: whose they are, how transformers writes them, which are imported, how they are checked.
+Responses from dataset to store: whose they are, how transformers writes them, what is imported, how they are checked.
 """
 
 import copy
