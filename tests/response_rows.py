@@ -27,7 +27,6 @@ def make_origin(**changes) -> Origin:
         "top_p": 1.0,
         "max_new_tokens": 8,
         "eos_token_ids": (EOS,),
-        "schema_version": 1,
     }
     return Origin(**values | changes)
 

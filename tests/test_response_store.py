@@ -3,6 +3,8 @@
 The folder of stored responses: what goes in comes out, several writers, and every way a file can be wrong.
 """
 
+import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -12,6 +14,7 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +25,6 @@ from tiny import EOS, VOCAB
 
 from trl_draft_opd import ResponseStore
 from trl_draft_opd.responses import StoredResponse, shards
-from trl_draft_opd.responses.store import ShardBuffer
 
 
 ORIGIN = make_origin()
@@ -38,11 +40,20 @@ def _only_shard(store: ResponseStore) -> Path:
     return path
 
 
+def _replace_shard(store: ResponseStore, data: bytes) -> str:
+    """Put a file in the place of the only shard, under a name that proves its content, and return that name."""
+    old = _only_shard(store)
+    digest = hashlib.sha256(data).hexdigest()[:32]
+    path = old.rename(old.with_name(f"{old.stem.rpartition('-')[0]}-{digest}.parquet"))
+    path.write_bytes(data)
+    return path.name
+
+
 def _reopened(store: ResponseStore) -> ResponseStore:
     return ResponseStore.open(store.path, ORIGIN)
 
 
-# ---- what goes in comes out --------------------------------------------------------------------------------------------
+# ---- what goes in comes out -----------------------------------------------------------------------------------------
 
 
 def test_a_response_is_found_by_its_prompt_at_once_and_after_reopening(store: ResponseStore):
@@ -99,25 +110,28 @@ def test_texts_are_spread_over_the_whole_store(store: ResponseStore):
     assert len(store.texts(max_rows=None)) == 9
 
 
-def test_where_the_rows_came_from_stands_beside_each_shard(store: ResponseStore):
+def test_where_the_rows_came_from_stands_in_each_shard(store: ResponseStore):
     store.add(make_rows(1), {"engine": "vllm", "dtype": "bfloat16"})
-    sidecar = json.loads(_only_shard(store).with_suffix(".json").read_text("utf-8"))
-    assert sidecar["provenance"] == {"engine": "vllm", "dtype": "bfloat16"}
+    metadata = pq.read_schema(_only_shard(store)).metadata
+    assert json.loads(metadata[b"provenance"]) == {"engine": "vllm", "dtype": "bfloat16"}
 
 
-def test_a_buffer_writes_full_shards_and_the_rest_when_something_fails(store: ResponseStore):
-    rows = make_rows(5)
-    with pytest.raises(RuntimeError), ShardBuffer(store, shard_size=2, provenance={}) as buffer:
-        for row in rows[:3]:
-            buffer.add([row])
+def test_full_shards_are_written_at_once_and_the_rest_when_something_fails(store: ResponseStore):
+    def dying():
+        yield from make_rows(3)
         assert len(_reopened(store)) == 2
         raise RuntimeError("the engine died")
+
+    with pytest.raises(RuntimeError, match="the engine died"):
+        store.add_in_shards(dying(), shard_size=2)
     assert len(_reopened(store)) == 3
+    assert store.add_in_shards(make_rows(5, seed=1), shard_size=2) == 5
+    assert len(list(store.path.glob("*.parquet"))) == 5
     with pytest.raises(ValueError, match="`shard_size` must be at least 1, got 0"):
-        ShardBuffer(store, shard_size=0, provenance={})
+        store.add_in_shards([], shard_size=0)
 
 
-# ---- several writers, and readers while they write ---------------------------------------------------------------------
+# ---- several writers, and readers while they write ------------------------------------------------------------------
 
 
 def test_a_reader_sees_what_others_add_when_it_refreshes(store: ResponseStore):
@@ -190,16 +204,11 @@ def test_a_writer_killed_at_any_moment_leaves_whole_shards_only(tmp_path: Path):
         assert store.find([7 + moment]) == [8, EOS]
 
 
-@pytest.mark.parametrize("written", [0, 1])
-def test_a_torn_shard_is_never_visible(store: ResponseStore, monkeypatch: pytest.MonkeyPatch, written: int):
-    """The disk fills up before the shard, or between the shard and its sidecar, has its name."""
-    replaced, real = [], os.replace
+def test_a_torn_shard_is_never_visible(store: ResponseStore, monkeypatch: pytest.MonkeyPatch):
+    """The disk fills up before the shard has its name."""
 
     def failing(source, target):
-        if len(replaced) == written:
-            raise OSError(28, "No space left on device")
-        replaced.append(target)
-        real(source, target)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
@@ -211,7 +220,7 @@ def test_a_torn_shard_is_never_visible(store: ResponseStore, monkeypatch: pytest
     assert len(_reopened(store)) == 3
 
 
-# ---- rows that cannot be -----------------------------------------------------------------------------------------------
+# ---- rows that cannot be --------------------------------------------------------------------------------------------
 
 
 BAD_ROWS = {
@@ -224,8 +233,8 @@ BAD_ROWS = {
     "row 1 has a response of 9 tokens, more than `max_new_tokens` 8": ([7], [8] * 9, None, "length"),
     "row 1 has 34 tokens, but the target has 32 positions": ([7] * 30, [8] * 4, None, "length"),
     "row 1 continues after an end-of-sequence id": ([7], [EOS, 8], None, "length"),
-    "row 1 has the finish_reason 'stop', but its last token is no": ([7], [8], None, "stop"),
-    "row 1 has the finish_reason 'length', but its last token is an": ([7], [8, EOS], None, "length"),
+    "row 1 has the finish_reason 'stop', but its last token 8 means 'length'": ([7], [8], None, "stop"),
+    f"row 1 has the finish_reason 'length', but its last token {EOS} means 'stop'": ([7], [8, EOS], None, "length"),
     "row 1 has the finish_reason 'abort'": ([7], [8], None, "abort"),
     "row 1 has 1 log-probabilities for 2 tokens": ([7], [8, EOS], [-0.1], "stop"),
     "row 1 holds the log-probability nan": ([7], [8], [float("nan")], "length"),
@@ -243,20 +252,20 @@ def test_a_row_the_target_cannot_have_written_is_refused_by_number(store: Respon
 
 
 def test_rows_a_foreign_program_wrote_are_held_to_the_same_rules(store: ResponseStore):
-    """A shard with a right sidecar and rows that cannot be: opening refuses it by name and row."""
-    columns = [["k" * 32], [[7]], [[8, 70]], ["length"], [None]]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, shards.SCHEMA, strict=True)]
-    name = shards.write_shard(store.path, pa.table(arrays, shards.SCHEMA), ORIGIN, {})
-    with pytest.raises(ValueError, match=f"{name}.parquet is not usable: row 0 holds the token id 70"):
-        _reopened(store)
-
-
-def test_a_row_under_the_key_of_another_prompt_is_refused(store: ResponseStore):
-    table = shards.build_table(make_rows(2), ORIGIN)
-    swapped = table.set_column(0, "key", table["key"].take([1, 0]))
-    shards.write_shard(store.path, swapped, ORIGIN, {})
-    with pytest.raises(ValueError, match="row 0 stands under another prompt's key"):
-        _reopened(store)
+    """A shard of a right name and rows that cannot be: opening refuses it by name and row."""
+    wrong = {
+        "row 0 holds the token id 70": ([7], [8, 70], None, "length"),
+        "row 0 holds the token id": ([7], [8, None], None, "length"),
+        "row 0 holds the log-probability nan": ([7], [8], [None], "length"),
+        "row 0 has the finish_reason None": ([7], [8], None, None),
+        "": (None, [8], None, "length"),
+    }
+    for reason, row in wrong.items():
+        table = pa.Table.from_pylist([StoredResponse(*row)._asdict()], shards.SCHEMA)
+        name = shards.write_shard(store.path, table, ORIGIN, {})
+        with pytest.raises(ValueError, match=f"{name} is not usable: {reason}"):
+            _reopened(store)
+        (store.path / name).unlink()
 
 
 def test_a_prompt_without_room_for_a_response_is_refused_before_generating(store: ResponseStore):
@@ -268,7 +277,7 @@ def test_a_prompt_without_room_for_a_response_is_refused_before_generating(store
         store.missing([[]])
 
 
-# ---- files that are not what was written -------------------------------------------------------------------------------
+# ---- files that are not what was written ----------------------------------------------------------------------------
 
 
 def test_a_truncated_shard_is_refused_by_name(store: ResponseStore):
@@ -276,7 +285,7 @@ def test_a_truncated_shard_is_refused_by_name(store: ResponseStore):
     path = _only_shard(store)
     data = path.read_bytes()
     path.write_bytes(data[:-7])
-    with pytest.raises(ValueError, match=f"{path.name} is not usable: it has {len(data) - 7} bytes, {len(data)} were"):
+    with pytest.raises(ValueError, match=f"{path.name} is not usable: .*SHA-256 differs"):
         _reopened(store)
 
 
@@ -292,21 +301,12 @@ def test_any_flipped_bit_of_a_shard_is_refused_by_name(store: ResponseStore):
     assert len(_reopened(store)) == 2
 
 
-def test_a_shard_without_its_data_is_refused_by_name(store: ResponseStore):
+def test_a_shard_under_another_name_is_refused(store: ResponseStore):
     store.add(make_rows(2))
-    _only_shard(store).unlink()
-    with pytest.raises(ValueError, match=r"shard-.*parquet is not usable: .*No such file"):
+    path = _only_shard(store)
+    path.rename(path.with_name("shard-1.parquet"))
+    with pytest.raises(ValueError, match=r"shard-1.parquet is not usable: .*SHA-256 differs"):
         _reopened(store)
-
-
-def test_a_damaged_sidecar_is_refused_by_name(store: ResponseStore):
-    store.add(make_rows(2))
-    sidecar = _only_shard(store).with_suffix(".json")
-    content = json.loads(sidecar.read_text("utf-8"))
-    for damaged in ("{", "[]", json.dumps({k: v for k, v in content.items() if k != "sha256"})):
-        sidecar.write_text(damaged)
-        with pytest.raises(ValueError, match=r"shard-.*is not usable"):
-            _reopened(store)
 
 
 def test_a_shard_of_another_store_is_refused_by_name(store: ResponseStore, tmp_path: Path):
@@ -320,56 +320,43 @@ def test_a_shard_of_another_store_is_refused_by_name(store: ResponseStore, tmp_p
 
 def test_a_parquet_file_with_other_columns_is_refused(store: ResponseStore):
     store.add(make_rows(2))
-    path = _only_shard(store)
-    pq.write_table(pa.table({"text": ["a", "b"]}), path)
-    sidecar = path.with_suffix(".json")
-    content = json.loads(sidecar.read_text("utf-8"))
-    data = path.read_bytes()
-    content |= {"bytes": len(data), "sha256": shards.hashlib.sha256(data).hexdigest()}
-    sidecar.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"holds 2 rows of \['text'\], not 2 of \['key', 'prompt_ids'"):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a", "b"]}), buffer)
+    name = _replace_shard(store, buffer.getvalue())
+    with pytest.raises(ValueError, match=rf"{name} is not usable: .*columns \['text'\], not \['prompt_ids'"):
         _reopened(store)
 
 
 def test_a_file_that_is_no_parquet_is_refused_and_runs_no_code(store: ResponseStore, tmp_path: Path):
     store.add(make_rows(2))
-    path = _only_shard(store)
-    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
-    path.write_bytes(bomb)
-    sidecar = path.with_suffix(".json")
-    content = json.loads(sidecar.read_text("utf-8"))
-    sidecar.write_text(json.dumps(content | {"bytes": len(bomb), "sha256": shards.hashlib.sha256(bomb).hexdigest()}))
-    with pytest.raises(ValueError, match=f"{path.name} is not usable"):
+    name = _replace_shard(store, b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match=f"{name} is not usable"):
         _reopened(store)
     assert not (tmp_path / "ran").exists()
 
 
-# ---- folders that are not this store -----------------------------------------------------------------------------------
+# ---- folders that are not this store --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "meaning"),
+    ("field", "value"),
     [
-        ("weights_fingerprint", "other", "other weights"),
-        ("config_hash", "other", "another architecture"),
-        ("tokenizer_hash", "other", "another tokenizer"),
-        ("chat_template_hash", "other", "another chat template"),
-        ("chat_template_kwargs", {"enable_thinking": False}, "chat_template_kwargs"),
-        ("temperature", 1.0, "temperature"),
-        ("max_new_tokens", 9, "longest response"),
-        ("eos_token_ids", (EOS, 3), "what ends a response"),
-        ("vocab_size", 65, "another vocabulary"),
+        ("weights_fingerprint", "other"),
+        ("config_hash", "other"),
+        ("tokenizer_hash", "other"),
+        ("chat_template_hash", "other"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("temperature", 1.0),
+        ("max_new_tokens", 9),
+        ("eos_token_ids", (EOS, 3)),
+        ("vocab_size", 65),
     ],
 )
-def test_a_store_of_another_origin_is_refused_naming_both_values(store, field: str, value, meaning: str):
-    other = replace(ORIGIN, **{field: value})
+def test_a_store_of_another_origin_is_refused_naming_both_values(store: ResponseStore, field: str, value: Any):
     with pytest.raises(ValueError, match="written under other conditions") as refusal:
-        ResponseStore.open(store.path, other)
+        ResponseStore.open(store.path, replace(ORIGIN, **{field: value}))
     message = str(refusal.value)
-    assert f"{field}: " in message
-    assert meaning in message
-    there, here = ORIGIN.to_dict()[field], other.to_dict()[field]
-    assert f"{there!r} there, {here!r} here" in message
+    assert f"{field}: {getattr(ORIGIN, field)!r} there, {value!r} here" in message
     assert "write them anew" in message
     assert message.count(" there, ") == 1, "only what differs is listed"
 
@@ -383,15 +370,17 @@ def test_the_same_target_under_another_name_is_the_same(store: ResponseStore):
 def test_a_manifest_of_another_version_or_changed_by_hand_is_refused(store: ResponseStore):
     path = store.path / "manifest.json"
     content = json.loads(path.read_text("utf-8"))
-    newer = content | {"origin": content["origin"] | {"schema_version": 2}}
+    newer = content | {"format": "trl-draft-opd responses 2"}
     edited = content | {"origin": content["origin"] | {"temperature": 0.5}}
     for wrong, reason in (
-        (newer, "version 2, this release reads version 1"),
+        (newer, "'trl-draft-opd responses 2', this release reads 'trl-draft-opd responses 1'"),
         (edited, "changed after it was written"),
-        (content | {"origin": {"schema_version": 1}}, "are missing or unknown"),
-        ({"format": "other"}, "no manifest of"),
-        ([], "no manifest of"),
-        (content | {"origin": content["origin"] | {"vocab_size": "64"}}, "must be whole numbers"),
+        (content | {"origin": {"eos_token_ids": [EOS]}}, "missing 13 required"),
+        (content | {"origin": {}}, "the field 'eos_token_ids' is missing"),
+        (content | {"origin": content["origin"] | {"seed": 1}}, "unexpected keyword argument 'seed'"),
+        ({"format": "other"}, "its format is 'other'"),
+        ([], "its format is None"),
+        (content | {"origin": content["origin"] | {"vocab_size": "64"}}, "changed after it was written"),
     ):
         path.write_text(json.dumps(wrong))
         for opening in (lambda: _reopened(store), lambda: ResponseStore.read_only(store.path)):

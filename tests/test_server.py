@@ -59,7 +59,7 @@ def sglang_reply(body: dict, **changes: Any) -> dict:
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers with what `script` returns for `(number of the request, path, body)`: JSON, a status, bytes, or `None` to hang up."""
+    """Replies with `script(number of the request, path, body)`: JSON, a status, bytes, or `None` to hang up."""
 
     daemon_threads = True
 
@@ -159,7 +159,7 @@ def _is_right(store: ResponseStore, prompts: list[list[int]]) -> bool:
     return all(store.find(prompt) == respond(prompt) for prompt in prompts)
 
 
-# ---- what is asked and stored ------------------------------------------------------------------------------------------
+# ---- what is asked and stored ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("engine", "reply"), [("vllm", vllm_reply), ("sglang", sglang_reply)])
@@ -187,17 +187,17 @@ def test_requests_run_at_the_same_time(serve, store: ResponseStore):
 
 def test_neutral_settings_are_sent_so_that_no_server_default_counts():
     for engine in ("vllm", "sglang"):
-        _, body = build_request(engine, [7], make_origin(), model="m", seed=1, with_logprobs=False)
+        _, body = build_request(engine, [7], make_origin(), model="m", seed=1)
         distribution = body if engine == "vllm" else body["sampling_params"]
         neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": [EOS], "ignore_eos": False}
         assert neutral.items() <= distribution.items()
         assert distribution["skip_special_tokens"] is False
-        assert not {"seed", "sampling_seed", "logprobs"} & set(distribution)
-    _, body = build_request("vllm", [7, 8], make_origin(**SAMPLED), model="m", seed=5, with_logprobs=True)
+        assert not {"seed", "sampling_seed"} & set(distribution)
+    _, body = build_request("vllm", [7, 8], make_origin(**SAMPLED), model="m", seed=5)
     assert {"prompt": [7, 8], "model": "m", "max_tokens": 8, "return_token_ids": True}.items() <= body.items()
     assert {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 5, "logprobs": 0}.items() <= body.items()
-    _, body = build_request("sglang", [7, 8], make_origin(**SAMPLED), model=None, seed=5, with_logprobs=True)
+    _, body = build_request("sglang", [7, 8], make_origin(**SAMPLED), model=None, seed=5)
     assert (body["input_ids"], body["return_logprob"]) == ([7, 8], True)
     assert {"top_k": 5, "sampling_seed": 5, "max_new_tokens": 8, "no_stop_trim": True}.items() <= body[
         "sampling_params"
@@ -241,7 +241,7 @@ def test_settings_of_a_server_out_of_range_are_refused(settings: dict, reason: s
         ServerSettings(**{"base_url": "http://127.0.0.1:1"} | settings)
 
 
-# ---- a server in trouble -----------------------------------------------------------------------------------------------
+# ---- a server in trouble --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trouble", [500, 503, 429, None, b"{", b"\xff"])
@@ -299,7 +299,10 @@ def test_a_wrong_reply_stops_sending_and_keeps_the_right_ones(serve, store: Resp
         return vllm_reply(body, **({"token_ids": [7, VOCAB]} if number == 4 else {}))
 
     server = serve(script)
-    with pytest.raises(ValueError, match="4 of 12 missing .*1 replies were refused: prompt 4: the id 64 is outside"):
+    with pytest.raises(
+        ValueError,
+        match="4 of 12 missing .*1 replies were refused: prompt 4: the response holds the token id 64, outside",
+    ):
         _ask(store, server, concurrency=1)
     assert len(server.seen) == 5
     assert len(ResponseStore.open(store.path, make_origin())) == 4
@@ -321,7 +324,7 @@ def test_an_interrupt_keeps_what_came_in(serve, store: ResponseStore, monkeypatc
     assert len(ResponseStore.open(store.path, make_origin())) == 3
 
 
-# ---- what is believed --------------------------------------------------------------------------------------------------
+# ---- what is believed -----------------------------------------------------------------------------------------------
 
 
 def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = None, **changes: Any) -> Any:
@@ -333,15 +336,15 @@ def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = N
 
 WRONG_CHOICES = {
     "outside the target's vocabulary of 64": {"token_ids": [7, -1, EOS]},
-    "the id 7.0 is outside": {"token_ids": [7.0, EOS]},
-    "9 tokens were returned, at most 8": {"token_ids": [7] * 9},
+    "holds the token id 7.0, outside": {"token_ids": [7.0, EOS]},
+    "has a response of 9 tokens, more than `max_new_tokens` 8": {"token_ids": [7] * 9},
     "read another prompt, of 2 ids in place of 3": {"prompt_token_ids": [7, 8]},
-    "continues after the end-of-sequence id 2 at token 1": {"token_ids": [7, EOS, 8]},
+    "continues after an end-of-sequence id": {"token_ids": [7, EOS, 8]},
     "was cut at 2 of 8 tokens": {"token_ids": [7, 8], "finish_reason": "length"},
     "ended the response for the reason 'abort'": {"finish_reason": "abort"},
     "stopped by 'Human:'": {"token_ids": [7, 8], "stop_reason": "Human:"},
-    "2 log-probabilities were returned for 4 tokens": {"logprobs": {"token_logprobs": [-0.1, -0.1]}},
-    "not finite or above 0": {"logprobs": {"token_logprobs": [-0.1, -0.1, None, -0.1]}},
+    "has 2 log-probabilities for 4 tokens": {"logprobs": {"token_logprobs": [-0.1, -0.1]}},
+    "it must be finite and not above 0": {"logprobs": {"token_logprobs": [-0.1, -0.1, None, -0.1]}},
     "returned text and no ids, and there is no tokenizer": {"token_ids": None},
 }
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Whether the target at hand could have written given responses: teacher-forced scores, and a
-verdict. Knows no files.
+Whether the target at hand could have written given responses: teacher-forced scores, and a verdict. Knows no files.
 
 Shape letters:  B = responses in a batch, L = text length, N = response tokens in a chunk, H = hidden size,
                 V = vocabulary
@@ -29,21 +28,13 @@ _SURPRISE_WARN, _SURPRISE_REFUSE, _SURPRISE_ERRORS = 0.05, 0.5, 6.0
 
 
 class ResponseScores(NamedTuple):
-    """
-    What the target computes of one response, each `torch.Tensor` on the CPU with one entry per response token.
+    """What the target computes of one response, on the CPU and of shape `(number of response tokens,)` each."""
 
-    Attributes:
-        logprobs (`torch.FloatTensor`):
-            Log-probability under the distribution; `-inf` where its filters exclude the token. Greedy: of the
-            unfiltered distribution at temperature 1.
-        is_choice (`torch.BoolTensor`):
-            No other token has a larger logit.
-        entropies (`torch.FloatTensor`), variances (`torch.FloatTensor`):
-            Mean of `-log p` under the distribution, in nats, and its variance.
-    """
-
+    # Under the distribution, `-inf` where its filters exclude the token; greedy: unfiltered, at temperature 1.
     logprobs: torch.Tensor
+    # Whether no other token has a larger logit.
     is_choice: torch.Tensor
+    # Mean of `-log p` under the same distribution, in nats, and its variance.
     entropies: torch.Tensor
     variances: torch.Tensor
 
@@ -115,23 +106,19 @@ def audit_responses(
     """
     if not texts:
         raise ValueError("There is no response to check. Write some with `trl-draft-opd generate`.")
-    num_mismatches = num_impossible = num_tokens = 0
-    logprob = entropy = variance = 0.0
-    for _, scores in score_responses(target, texts, sampling):
-        possible = scores.logprobs.isfinite()
-        num_tokens += len(possible)
-        num_mismatches += int((~scores.is_choice).sum())
-        num_impossible += int(not possible.all())
-        logprob += scores.logprobs[possible].double().sum().item()
-        # Impossible tokens are reported by count: the means are over the others.
-        entropy += scores.entropies[possible].double().sum().item()
-        variance += scores.variances[possible].double().sum().item()
+    scores = [scores for _, scores in score_responses(target, texts, sampling)]
+    logprobs, is_choice, entropies, variances = (torch.cat(column) for column in zip(*scores, strict=True))
+    # Impossible tokens are reported by count: the sums are over the others.
+    possible, num_tokens = logprobs.isfinite(), len(logprobs)
+    logprob, entropy, variance = (
+        values[possible].sum(dtype=torch.double).item() for values in (logprobs, entropies, variances)
+    )
     return ResponseAudit(
         num_responses=len(texts),
         num_tokens=num_tokens,
         is_greedy=sampling.is_greedy,
-        num_mismatches=num_mismatches,
-        num_impossible=num_impossible,
+        num_mismatches=int((~is_choice).sum()),
+        num_impossible=sum(not each.logprobs.isfinite().all() for each in scores),
         mean_logprob=logprob / num_tokens,
         expected_logprob=-entropy / num_tokens,
         surprise=(-entropy - logprob) / num_tokens,
@@ -168,9 +155,9 @@ def check_responses(
     surprise = audit.surprise if beyond_doubt else 0.0
     if audit.share > refuse_above or surprise > _SURPRISE_REFUSE:
         raise ValueError(
-            f"The target at hand did not write these responses: {audit.describe()}. Draft-OPD on text of another "
-            "model teaches the drafter nothing about this one. Write them anew with `trl-draft-opd generate`, or load "
-            f"the target and the precision that wrote them. (Refused above {refuse_above:.2%}.)"
+            f"The target at hand did not write these responses: {audit.describe()}. Write them anew with "
+            "`trl-draft-opd generate`, or load the target and the precision that wrote them. (Refused above "
+            f"{refuse_above:.2%}.)"
         )
     if audit.share > warn_above or surprise > _SURPRISE_WARN:
         warnings.warn(
@@ -185,25 +172,26 @@ def score_responses(
     target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
 ) -> Iterator[tuple[int, ResponseScores]]:
     """
-    Score responses by one forward pass each, in batches of similar length; heads run in chunks, on response tokens
-    only.
-
-    Yields:
-        `tuple` of the index in `texts` and its [`ResponseScores`], shortest text first.
+    Yield the index of each text and its response's scores, shortest text first, by one forward pass per batch of
+    similar length; the head runs in chunks, on response tokens only.
     """
     empty = [row for row, (prompt, response) in enumerate(texts) if len(prompt) == 0 or len(response) == 0]
     if empty:
         raise ValueError(f"Texts {empty[:10]} have an empty prompt or response. Drop them.")
     for rows in _batches([len(prompt) + len(response) for prompt, response in texts]):
-        ids = [torch.tensor([*texts[row][0], *texts[row][1]], device=target.device) for row in rows]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=target.pad_token_id)
-        mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-        hidden_BLH = target.read_text(input_ids, mask, ()).last_hidden
-        for index, row in enumerate(rows):
-            start = len(texts[row][0])
+        hidden_BLH = read_texts(target, [[*texts[row][0], *texts[row][1]] for row in rows])
+        for hidden_LH, row in zip(hidden_BLH, rows, strict=True):
+            prompt, response = texts[row]
             # The state before a token predicts it.
-            hidden_NH = hidden_BLH[index, start - 1 : len(ids[index]) - 1]
-            yield row, _score_tokens(target, hidden_NH, ids[index][start:], sampling)
+            hidden_NH = hidden_LH[len(prompt) - 1 :][: len(response)]
+            yield row, _score_tokens(target, hidden_NH, torch.tensor(response, device=target.device), sampling)
+
+
+def read_texts(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the last hidden states of texts of token ids, right-padded, of shape `(B, L, H)`."""
+    ids = [torch.tensor(text, device=target.device) for text in texts]
+    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+    return target.read_text(pad_sequence(ids, True, target.pad_token_id), mask, ()).last_hidden
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

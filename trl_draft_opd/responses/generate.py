@@ -4,11 +4,11 @@ The target's responses by transformers' own `generate`, in batches of similar le
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import transformers
 from rich.progress import Progress
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..data.collators import left_pad_prompts
@@ -16,9 +16,9 @@ from ..rollout.acceptance import SamplingSettings, choose_tokens, token_probs
 from ..rollout.keyed_random import PLAIN_TOKEN, DrawKeys
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
-from .audit import score_responses
+from .audit import read_texts, score_responses
 from .shards import StoredResponse, prompt_key
-from .store import ResponseStore, ShardBuffer
+from .store import ResponseStore
 
 
 @torch.no_grad()
@@ -57,14 +57,10 @@ def generate_responses(
     if empty:
         raise ValueError(f"Prompts must hold at least one token; rows {empty[:10]} are empty. Drop them.")
     responses: list[list[int]] = [[] for _ in prompts]
-    with Progress(disable=not show_progress) as progress:
-        task = progress.add_task("Target responses", total=len(prompts))
-        for rows in _batches(prompts, batch_size):
-            batch = [prompts[row] for row in rows]
-            written = _generate_batch(target, batch, max_new_tokens, sampling, DrawKeys(seed, 0, rows))
-            for row, response in zip(rows, written, strict=True):
-                responses[row] = response
-            progress.advance(task, len(rows))
+    keys = DrawKeys(seed, 0, range(len(prompts)))
+    for rows, written in _decode(target, prompts, max_new_tokens, sampling, keys, batch_size, show_progress):
+        for row, response in zip(rows, written, strict=True):
+            responses[row] = response
     return responses
 
 
@@ -82,20 +78,8 @@ def generate_missing(
     """
     Have the target respond to the prompts that the store has no response for, under the store's distribution.
 
-    Every `shard_size` responses are written at once, so a killed process loses at most as many, and the next one goes
-    on from there. Sampled responses come with their tokens' log-probabilities under the distribution, from one forward
-    pass per batch; greedy ones have none: under a greedy distribution they are 0.
-
-    Args:
-        store ([`ResponseStore`]): Where responses go; its origin names distribution and longest response.
-        target ([`FrozenTarget`]): The target of that origin.
-        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
-        batch_size (`int`): Prompts decoded together.
-        seed (`int`):
-            The draws of a response depend only on it and on the prompt, so neither the batch, the rank nor a
-            resumption changes them; unused at temperature 0.
-        shard_size (`int`): Responses per shard.
-        show_progress (`bool`): Whether to draw a progress bar.
+    Draws depend on the seed and the prompt alone, so neither the batch, the rank nor a resumption changes them.
+    Sampled responses come with their log-probabilities, from one forward pass per batch; greedy ones would have 0.
 
     Returns:
         `int`: responses written.
@@ -107,92 +91,87 @@ def generate_missing(
     missing = store.missing(prompts)
     if not missing:
         return 0
-    origin = store.origin
+    origin, sampling = store.origin, store.origin.sampling
+    first = _by_length(missing)[:batch_size]
+    with naming_rows(first, "the prompts without a response"):
+        read_texts(target, [missing[row] for row in first])
+    keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in missing])
+
+    def responses() -> Iterator[StoredResponse]:
+        batches = _decode(target, missing, origin.max_new_tokens, sampling, keys, batch_size, show_progress)
+        for rows, written in batches:
+            logprobs: list[list[float] | None] = [None] * len(rows)
+            if not sampling.is_greedy:
+                texts = [(missing[row], response) for row, response in zip(rows, written, strict=True)]
+                for index, scores in score_responses(target, texts, sampling):
+                    # Decoding and scoring round differently: a token at the edge of a filter may fall outside now.
+                    if scores.logprobs.isfinite().all():
+                        logprobs[index] = scores.logprobs.clamp(max=0).tolist()
+            for row, response, values in zip(rows, written, logprobs, strict=True):
+                yield StoredResponse(missing[row], response, values, origin.finish_reason(response))
+
     provenance = {
         "engine": "transformers",
         "engine_version": transformers.__version__,
         "dtype": str(target.causal_lm.dtype).removeprefix("torch."),
         "seed": seed,
-        "logprobs": None if origin.sampling.is_greedy else "distribution",
+        "logprobs": None if sampling.is_greedy else "distribution",
     }
-    with (
-        ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer,
-        Progress(disable=not show_progress) as progress,
-    ):
-        task = progress.add_task("Target responses", total=len(missing))
-        for number, rows in enumerate(_batches(missing, batch_size)):
-            batch = [missing[row] for row in rows]
-            if number == 0:
-                with naming_rows(rows, "the prompts without a response"):
-                    _read(target, batch)
-            # By prompt and not by number: a resumed run draws as the uninterrupted one.
-            keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in batch])
-            responses = _generate_batch(target, batch, origin.max_new_tokens, origin.sampling, keys)
-            buffer.add(_as_stored(target, batch, responses, origin.sampling))
-            progress.advance(task, len(rows))
-    return buffer.num_written
+    return store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Group rows of similar length."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def _by_length(prompts: Sequence[Sequence[int]]) -> list[int]:
+    return sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
 
 
-def _read(target: FrozenTarget, prompts: list[Sequence[int]]) -> None:
-    """Read prompts for the sake of the check in [`FrozenTarget.read_text`]."""
-    ids = [torch.tensor(prompt, device=target.device) for prompt in prompts]
-    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-    target.read_text(pad_sequence(ids, batch_first=True, padding_value=target.pad_token_id), mask, ())
-
-
-def _as_stored(
-    target: FrozenTarget, prompts: list[list[int]], responses: list[list[int]], sampling: SamplingSettings
-) -> list[StoredResponse]:
-    logprobs: list[list[float] | None] = [None] * len(responses)
-    if not sampling.is_greedy:
-        for row, scores in score_responses(target, list(zip(prompts, responses, strict=True)), sampling):
-            # Decoding and scoring round differently: a token at the edge of a filter may fall outside now.
-            if scores.logprobs.isfinite().all():
-                logprobs[row] = scores.logprobs.clamp(max=0).tolist()
-    eos = set(target.eos_token_ids)
-    return [
-        StoredResponse(list(prompt), response, values, "stop" if response[-1] in eos else "length")
-        for prompt, response, values in zip(prompts, responses, logprobs, strict=True)
-    ]
-
-
-def _generate_batch(
+def _decode(
     target: FrozenTarget,
-    prompts: list[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingSettings,
+    keys: DrawKeys,
+    batch_size: int,
+    show_progress: bool,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yield the rows of each batch of prompts of similar length, and the responses to them."""
+    order = _by_length(prompts)
+    with Progress(disable=not show_progress) as progress:
+        task = progress.add_task("Target responses", total=len(prompts))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            keys_of_rows = DrawKeys(keys.seed, keys.epoch, [keys.sample_ids[row] for row in rows])
+            yield rows, _decode_batch(target, [prompts[row] for row in rows], max_new_tokens, sampling, keys_of_rows)
+            progress.advance(task, len(rows))
+
+
+def _decode_batch(
+    target: FrozenTarget,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: SamplingSettings,
     keys: DrawKeys,
 ) -> list[list[int]]:
     """Decode one left-padded batch with `generate` and cut each row after its end of sequence."""
     input_ids, mask = left_pad_prompts(prompts, target.pad_token_id, target.device)
-    config = GenerationConfig(
+    # Of any type, because transformers' own annotation of `generate` fits no model class.
+    model: Any = target.causal_lm
+    # `generate` draws from one global state for the whole batch, so it is handed rows whose argmax is drawn already.
+    draw = LogitsProcessorList([] if sampling.is_greedy else [_KeyedDraw(sampling, keys, input_ids.shape[1])])
+    own_config = model.generation_config
+    # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the
+    # distribution.
+    model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=target.eos_token_ids or None,
         pad_token_id=target.pad_token_id,
         do_sample=False,
     )
-    # `generate` draws from one global state for the whole batch, so it is handed rows whose argmax is drawn already.
-    draw = LogitsProcessorList([] if sampling.is_greedy else [_KeyedDraw(sampling, keys, input_ids.shape[1])])
-    own_config = target.causal_lm.generation_config
-    # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the
-    # distribution.
-    target.causal_lm.generation_config = config
     try:
         # Ranks read different prompts; a sharded target keeps them in step itself, a whole one needs none of it.
-        output = target.causal_lm.generate(
-            input_ids=input_ids, attention_mask=mask, logits_processor=draw, synced_gpus=False
-        )
+        output = model.generate(input_ids=input_ids, attention_mask=mask, logits_processor=draw, synced_gpus=False)
     finally:
-        target.causal_lm.generation_config = own_config
-    eos = set(target.eos_token_ids)
-    responses = []
+        model.generation_config = own_config
+    eos, responses = set(target.eos_token_ids), []
     for row in output[:, input_ids.shape[1] :].tolist():
         end = next((index + 1 for index, token in enumerate(row) if token in eos), len(row))
         responses.append(row[:end])
@@ -205,10 +184,10 @@ class _KeyedDraw(LogitsProcessor):
     included.
     """
 
-    def __init__(self, sampling: SamplingSettings, keys: DrawKeys, width: int):
+    def __init__(self, sampling: SamplingSettings, keys: DrawKeys, width: int) -> None:
         self.sampling, self.keys, self.width = sampling, keys, width
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         steps = input_ids.new_full((len(scores),), input_ids.shape[1] - self.width)
         uniforms = self.keys.uniforms(range(len(scores)), steps, 0, PLAIN_TOKEN)
         tokens = choose_tokens(token_probs(scores, self.sampling), uniforms)

@@ -2,29 +2,28 @@
 """
 The target's responses from a vLLM or an SGLang server: many requests at once, retries, and nothing lost on the way.
 
-Knows HTTP and threads; what is asked and how a reply is read is in `protocols.py`. The standard library's client is
-used: the one of `huggingface_hub` refuses every call in offline mode, which is where local servers are at home.
+The standard library's client is used: the one of `huggingface_hub` refuses every call in offline mode, which is where
+local servers are at home.
 """
 
 import json
-import queue
 import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.progress import Progress
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from .protocols import ENGINES, WrongReply, build_request, prompt_seed, read_reply
 from .shards import StoredResponse
-from .store import ResponseStore, ShardBuffer
+from .store import ResponseStore
 
 
 _RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -52,9 +51,6 @@ class ServerSettings:
         max_retries (`int`, *optional*, defaults to `5`), retry_wait (`float`, *optional*, defaults to `1.0`):
             How often a request that failed is sent again, and seconds before the first time; doubled each time, up to
             a minute.
-        with_logprobs (`bool`, *optional*, defaults to `True`):
-            Keep the sampled tokens' log-probabilities as the server reports them: under the unfiltered distribution at
-            temperature 1 unless it was started otherwise.
         api_key (`str`, *optional*):
             Sent as a bearer token; never stored.
 
@@ -69,7 +65,6 @@ class ServerSettings:
     timeout: float = 600.0
     max_retries: int = 5
     retry_wait: float = 1.0
-    with_logprobs: bool = True
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,26 +104,15 @@ def ask_server(
     """
     Have a server respond to the prompts that the store has no response for, under the store's distribution.
 
-    Failed connections, time-outs and the statuses 408, 425, 429 and 5xx are tried again. When a request fails for
-    good, or a reply is not the target's response to its prompt, no new prompt is sent, what is under way comes in,
-    everything good is written, and an error tells what is missing.
-
-    Args:
-        store ([`ResponseStore`]): Where responses go; its origin names distribution and longest response.
-        settings ([`ServerSettings`]):
-            The server. Only a check of its responses can tell whether it serves the target of the origin: see
-            [`check_responses`].
-        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each. Repeated prompts get one response.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): For servers that return text only.
-        seed (`int`): Draws depend on it and on the prompt, as far as the server keeps to seeds.
-        shard_size (`int`): Responses per shard: as many a killed process loses at most.
-        show_progress (`bool`): Whether to draw a progress bar.
+    Draws depend on the prompt and the seed, as far as the server keeps to seeds. When a request fails for good, or a
+    reply is not the target's response to its prompt, no new prompt is sent, what is under way comes in, everything
+    good is written, and an error tells what is missing. The same call resumes.
 
     Returns:
         `int`: responses written.
 
     Raises:
-        ServerError: If requests failed for good. The same call resumes.
+        ServerError: If requests failed for good.
         ValueError: If replies were refused, naming the prompts' numbers among the missing ones and the reasons.
     """
     missing = store.missing(prompts)
@@ -141,100 +125,72 @@ def ask_server(
 
     def ask(prompt_ids: list[int]) -> StoredResponse:
         drawn_by = prompt_seed(prompt_ids, seed)
-        path, body = build_request(
-            settings.engine, prompt_ids, store.origin, model=model, seed=drawn_by, with_logprobs=settings.with_logprobs
-        )
-        reply = client.call(path, body)
+        reply = client.call(*build_request(settings.engine, prompt_ids, store.origin, model=model, seed=drawn_by))
         with lock:
             return read_reply(settings.engine, reply, prompt_ids, store.origin, tokenizer)
 
-    provenance = {
-        "engine": settings.engine,
-        "engine_version": version,
-        "dtype": None,
-        "seed": seed,
-        "logprobs": "as reported" if settings.with_logprobs else None,
-    }
-    failures: list[tuple[int, Exception]] = []
-    with (
-        ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer,
-        Progress(disable=not show_progress) as progress,
-        closing(ask_all(ask, missing, settings.concurrency, client.is_stopped)) as results,
-    ):
-        task = progress.add_task("Target responses", total=len(missing))
-        for number, result in results:
+    failures: dict[int, Exception] = {}
+
+    def responses() -> Iterator[StoredResponse]:
+        results = ask_all(ask, missing, settings.concurrency, client.is_stopped)
+        for number, result in track(results, "Target responses", total=len(missing), disable=not show_progress):
             if isinstance(result, StoredResponse):
-                buffer.add([result])
-                progress.advance(task)
+                yield result
             else:
-                failures.append((number, result))
+                failures[number] = result
+
+    provenance = {"engine": settings.engine, "engine_version": version, "seed": seed, "logprobs": "as reported"}
+    try:
+        num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
+    finally:
+        client.is_stopped.set()
     if failures:
-        _report(failures, buffer.num_written, len(missing), store)
-    return buffer.num_written
+        _report(failures, num_written, len(missing), store)
+    return num_written
 
 
 def ask_all(
     ask: Callable[[list[int]], StoredResponse], prompts: list[list[int]], concurrency: int, is_stopped: threading.Event
-) -> Generator[tuple[int, StoredResponse | Exception], None, None]:
+) -> Iterator[tuple[int, StoredResponse | Exception]]:
     """
     Ask for several prompts at a time; yield each one's number and its response or its error, as they come in.
 
-    After an error, or when the caller closes the iterator, no further prompt is sent; what is under way still comes
-    in.
+    After an error, or once `is_stopped` is set, no further prompt is sent; what is under way still comes in.
     """
-    todo: queue.SimpleQueue = queue.SimpleQueue()
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    for number in range(len(prompts)):
-        todo.put(number)
 
-    def work() -> None:
+    def work(numbered: tuple[int, list[int]]) -> tuple[int, StoredResponse | Exception] | None:
+        number, prompt_ids = numbered
+        if is_stopped.is_set():
+            return None
         try:
-            while not is_stopped.is_set():
-                number = todo.get_nowait()
-                try:
-                    done.put((number, ask(prompts[number])))
-                except (OSError, HTTPException, ValueError) as error:
-                    is_stopped.set()
-                    done.put((number, error))
-        except queue.Empty:
-            pass
-        finally:
-            done.put(None)
+            return number, ask(prompt_ids)
+        except (OSError, HTTPException, ValueError) as error:
+            is_stopped.set()
+            return number, error
 
-    # Daemons, so that Ctrl-C ends the program without waiting for replies that are under way.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(concurrency, len(prompts)))]
-    for thread in threads:
-        thread.start()
-    num_at_work = len(threads)
-    try:
-        while num_at_work:
-            result = done.get()
-            if result is None:
-                num_at_work -= 1
-            else:
-                yield result
-    finally:
-        is_stopped.set()
+    # Its threads are daemons: Ctrl-C ends the program without waiting for replies that are under way.
+    with ThreadPool(min(concurrency, len(prompts))) as pool:
+        yield from filter(None, pool.imap_unordered(work, enumerate(prompts)))
 
 
-def _report(failures: list[tuple[int, Exception]], num_written: int, total: int, store: ResponseStore) -> None:
+def _report(failures: dict[int, Exception], num_written: int, total: int, store: ResponseStore) -> None:
     """Raise an error that tells what is stored, what is missing and why."""
-    failures = sorted(failures, key=lambda failure: failure[0])
     head = (
         f"{num_written} of {total} missing responses came in and are stored in {store.path}; {total - num_written} "
         "are still missing. "
     )
     tail = " The same command resumes: it asks only for what is missing."
-    wrong = [f"prompt {number}: {error}" for number, error in failures if isinstance(error, WrongReply)]
+    wrong = [f"prompt {n}: {error}" for n, error in sorted(failures.items()) if isinstance(error, WrongReply)]
     if wrong:
         raise ValueError(f"{head}{len(wrong)} replies were refused: {'; '.join(wrong[:3])}.{tail}")
-    raise ServerError(f"{head}The server failed: {failures[0][1]}.{tail}") from failures[0][1]
+    first = failures[min(failures)]
+    raise ServerError(f"{head}The server failed: {first}.{tail}") from first
 
 
 class _Client:
     """Sends JSON, receives JSON, tries again where that can help."""
 
-    def __init__(self, settings: ServerSettings):
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.is_stopped = threading.Event()
         # No proxy and no scheme but http(s): neither is read from the surroundings.
@@ -244,42 +200,39 @@ class _Client:
         """Return the name the target is served under, and the server's version where it reports one."""
         if self.settings.engine == "sglang":
             return None, None
-        if self.settings.model is None:
+        model = self.settings.model
+        if model is None:
             listed = self.call("/v1/models", None)
             names = [str(entry.get("id")) for entry in listed.get("data", [])] if isinstance(listed, dict) else []
             if len(names) != 1:
                 raise ValueError(
                     f"The server {self.settings.root} serves {names or 'no named model'}. Name the one that is the "
-                    "target with `model` (`--model`)."
+                    "target with `model` (`--served-model-name`)."
                 )
-            return names[0], self._version()
-        return self.settings.model, self._version()
-
-    def _version(self) -> str | None:
+            model = names[0]
         try:
             reply = self._send("/version", None)
         except (OSError, HTTPException, ValueError):
-            return None  # other servers have no such page
-        return str(reply.get("version")) if isinstance(reply, dict) else None
+            return model, None  # other servers have no such page
+        return model, str(reply.get("version")) if isinstance(reply, dict) else None
 
     def call(self, path: str, body: dict[str, Any] | None) -> Any:
         """Send one request, again after passing faults."""
-        wait = self.settings.retry_wait
-        for retries_left in range(self.settings.max_retries, -1, -1):
+        retries_left, wait = self.settings.max_retries, self.settings.retry_wait
+        while True:
             try:
                 return self._send(path, body)
             except urllib.error.HTTPError as error:
                 said = error.read(500).decode("utf-8", "replace")
                 if error.code not in _RETRY_STATUS:
                     raise WrongReply(f"the server refused the request with status {error.code}: {said}") from error
-                failure: Exception = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
+                failure = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
             except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
                 failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {error}")
             # Spread, so that requests that failed together do not return together.
             if not retries_left or self.is_stopped.wait(min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)):
                 raise failure
-            wait *= 2
-        raise AssertionError("the last try returns or raises")
+            retries_left, wait = retries_left - 1, wait * 2
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -5,6 +5,7 @@ The folder of stored responses: find one by its prompt, add more, see what other
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,14 @@ from datasets.table import InMemoryTable
 
 from ..utils.atomic_files import write_file
 from .origin import Origin
-from .shards import (
-    SCHEMA,
-    StoredResponse,
-    build_table,
-    list_shards,
-    prompt_key,
-    read_shard,
-    refuse_link,
-    write_shard,
-)
+from .shards import SCHEMA, StoredResponse, check_rows, prompt_key, read_shard, refuse_link, write_shard
 
 
 MANIFEST = "manifest.json"
-_FORMAT = "trl-draft-opd responses"
-# Log-probabilities stay on disk: training reads ids.
-_COLUMNS = ("prompt_ids", "completion_ids", "finish_reason")
+_FORMAT_NAME = "trl-draft-opd responses"
+_FORMAT = f"{_FORMAT_NAME} 1"
+# What is kept in memory: training reads ids, and log-probabilities stay on disk.
+_COLUMNS = ["prompt_ids", "completion_ids"]
 
 
 class ResponseStore:
@@ -37,10 +30,9 @@ class ResponseStore:
     Responses of one target under one distribution, in a folder that several processes may write to and read at the
     same time.
 
-    A manifest states who wrote the responses; each shard stands for itself, with its size and hash in a sidecar, so
-    there is no list that writers share. A shard counts once its sidecar is there: a writer that dies leaves nothing
-    half-written that a reader could see. One response is kept per prompt; where writers gave several, the one in the
-    first shard by name.
+    A manifest states who wrote the responses. Each shard is written whole or not at all and proven by the hash in its
+    name, so there is no list that writers share. One response is kept per prompt; where writers gave several, the one
+    in the first shard by name.
 
     Open with [`ResponseStore.open`] to write, with [`ResponseStore.read_only`] to look.
 
@@ -55,7 +47,7 @@ class ResponseStore:
     ```
     """
 
-    def __init__(self, path: Path, origin: Origin, *, is_read_only: bool):
+    def __init__(self, path: Path, origin: Origin, *, is_read_only: bool) -> None:
         self.path = path
         self.origin = origin
         self.is_read_only = is_read_only
@@ -87,7 +79,7 @@ class ResponseStore:
                     f"The folder {folder} holds {strangers[:3]} and no {MANIFEST}: it is no response store. Give an "
                     "empty or a new folder."
                 )
-            content = {"format": _FORMAT, "digest": origin.digest, "origin": origin.to_dict()}
+            content = {"format": _FORMAT, "digest": origin.digest, "origin": asdict(origin)}
             write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
         # Read back even after writing it: of two writers that make the same folder, the later one's manifest counts.
         stored = _read_manifest(folder)
@@ -118,8 +110,8 @@ class ResponseStore:
         place = self._places.get(prompt_key(prompt_ids))
         if place is None:
             return None
-        row = read_shard(self.path, place[0], self.origin, StoredResponse._fields).slice(place[1], 1).to_pylist()[0]
-        return StoredResponse(**row)
+        table = read_shard(self.path / place[0], self.origin)
+        return StoredResponse(*(table[name][place[1]].as_py() for name in StoredResponse._fields))
 
     def add(self, rows: Iterable[StoredResponse | tuple], provenance: dict[str, Any] | None = None) -> int:
         """
@@ -129,7 +121,7 @@ class ResponseStore:
             rows (`Iterable[StoredResponse]`):
                 `(prompt_ids, completion_ids, logprobs or None, finish_reason)`; token ids as plain lists.
             provenance (`dict`, *optional*):
-                How they were made, as JSON: engine, its version, precision. Kept next to the shard.
+                How they were made, as JSON: engine, its version, precision. Kept in the shard's metadata.
 
         Returns:
             `int`: rows written. Prompts that have a response already are left out.
@@ -140,19 +132,46 @@ class ResponseStore:
         """
         if self.is_read_only:
             raise ValueError(f"The store {self.path} is open for reading only. Open it with `ResponseStore.open`.")
-        rows = [StoredResponse(*row) for row in rows]
+        rows = [StoredResponse._make(row) for row in rows]
         try:
-            table = build_table(rows, self.origin)
+            check_rows(rows, self.origin)
         except (TypeError, ValueError) as error:
             raise ValueError(f"Responses for {self.path} are not usable: {error}") from error
-        keys = table["key"].to_pylist()
-        fresh = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._places}
+        fresh: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if (key := prompt_key(row.prompt_ids)) not in self._places:
+                fresh.setdefault(key, row._asdict())
         if not fresh:
             return 0
-        table = table.take(sorted(fresh.values()))
-        name = write_shard(self.path, table, self.origin, provenance or {})
-        self._take_in(name, table)
+        table = pa.Table.from_pylist(list(fresh.values()), SCHEMA)
+        self._take_in(write_shard(self.path, table, self.origin, provenance or {}), table)
         return len(table)
+
+    def add_in_shards(
+        self, rows: Iterable[StoredResponse], *, shard_size: int, provenance: dict[str, Any] | None = None
+    ) -> int:
+        """
+        Write responses while they come in, each `shard_size` of them as one shard; what is left when they end or fail
+        as another.
+
+        Returns:
+            `int`: rows written, see [`ResponseStore.add`].
+
+        Raises:
+            ValueError: If `shard_size` is below 1, or as for [`ResponseStore.add`].
+        """
+        if shard_size < 1:
+            raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
+        num_written, waiting = 0, []
+        try:
+            for row in rows:
+                waiting.append(row)
+                if len(waiting) == shard_size:
+                    full, waiting = waiting, []
+                    num_written += self.add(full, provenance)
+        finally:
+            num_written += self.add(waiting, provenance)
+        return num_written
 
     def refresh(self) -> int:
         """
@@ -165,14 +184,15 @@ class ResponseStore:
             ValueError: If one of them is truncated, changed or foreign, naming it.
         """
         before = len(self)
-        for name in list_shards(self.path):
-            if name not in self._tables:
-                self._take_in(name, read_shard(self.path, name, self.origin, ("key", *_COLUMNS)))
+        for path in sorted(self.path.glob("shard-*.parquet")):
+            if path.name not in self._tables:
+                self._take_in(path.name, read_shard(path, self.origin))
         return len(self) - before
 
     def _take_in(self, name: str, table: pa.Table) -> None:
-        self._tables[name] = table.select(list(_COLUMNS)).combine_chunks()
-        for row, key in enumerate(table["key"].to_pylist()):
+        self._tables[name] = table.select(_COLUMNS).combine_chunks()
+        for row, prompt_ids in enumerate(table["prompt_ids"]):
+            key = prompt_key(prompt_ids.values.to_numpy())
             # By name and not by arrival, so that every process settles on the same response.
             self._places[key] = min(self._places.get(key, (name, row)), (name, row))
 
@@ -181,20 +201,16 @@ class ResponseStore:
         rows_of: dict[str, list[int]] = {}
         for name, row in sorted(self._places.values()):
             rows_of.setdefault(name, []).append(row)
-        names = ["prompt_ids", "completion_ids"]
-        parts = [self._tables[name].take(rows).select(names) for name, rows in rows_of.items()]
-        empty = pa.schema([SCHEMA.field(name) for name in names]).empty_table()
+        parts = [self._tables[name].take(rows) for name, rows in rows_of.items()]
+        empty = SCHEMA.empty_table().select(_COLUMNS)
         return Dataset(InMemoryTable(pa.concat_tables([empty, *parts]).combine_chunks()))
 
     def texts(self, *, max_rows: int | None) -> list[tuple[list[int], list[int]]]:
         """Return pairs of prompt ids and response ids: all of them, or up to `max_rows` evenly spaced ones."""
-        places = sorted(self._places.values())
-        if max_rows is not None and len(places) > max_rows:
-            places = [places[index * len(places) // max_rows] for index in range(max_rows)]
-        return [
-            (self._tables[name]["prompt_ids"][row].as_py(), self._tables[name]["completion_ids"][row].as_py())
-            for name, row in places
-        ]
+        rows = self.to_dataset()
+        if max_rows is not None and len(rows) > max_rows:
+            rows = rows.select([index * len(rows) // max_rows for index in range(max_rows)])
+        return list(zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
 
     def missing(self, prompts: Iterable[Sequence[int]]) -> list[list[int]]:
         """
@@ -220,48 +236,10 @@ class ResponseStore:
         return list(left.values())
 
 
-class ShardBuffer:
-    """
-    Gather responses and write a shard whenever enough are there; the rest on leaving, whatever the reason.
-
-    Args:
-        store ([`ResponseStore`]): Where they go.
-        shard_size (`int`): Responses per shard: as many a killed process loses at most.
-        provenance (`dict`): See [`ResponseStore.add`].
-    """
-
-    def __init__(self, store: ResponseStore, *, shard_size: int, provenance: dict[str, Any]):
-        if shard_size < 1:
-            raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
-        self.store = store
-        self.shard_size = shard_size
-        self.provenance = provenance
-        self.num_written = 0
-        self._rows: list[StoredResponse] = []
-
-    def __enter__(self) -> "ShardBuffer":
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.flush()
-
-    def add(self, rows: Iterable[StoredResponse]) -> None:
-        """Take in responses, and write them when they fill a shard."""
-        self._rows.extend(rows)
-        if len(self._rows) >= self.shard_size:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is there."""
-        rows, self._rows = self._rows, []
-        if rows:
-            self.num_written += self.store.add(rows, self.provenance)
-
-
 def is_store(folder: Path) -> bool:
     """Whether a folder holds responses, in whatever state."""
     path = folder / MANIFEST
-    return path.is_file() and f'"format": "{_FORMAT}"' in path.read_text("utf-8", errors="replace")
+    return path.is_file() and f'"format": "{_FORMAT_NAME}' in path.read_text("utf-8", errors="replace")
 
 
 def _read_manifest(folder: Path) -> Origin:
@@ -272,14 +250,17 @@ def _read_manifest(folder: Path) -> Origin:
         )
     try:
         content = json.loads(refuse_link(path).read_text("utf-8"))
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"it is no manifest of {_FORMAT}.")
-        origin = Origin.from_dict(content.get("origin"))
-        if content.get("digest") != origin.digest:
-            raise ValueError("its fields were changed after it was written.")
-    except (ValueError, TypeError) as error:
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != _FORMAT:
+            raise ValueError(f"its format is {found!r}, this release reads {_FORMAT!r}")
+        fields = {**content["origin"], "eos_token_ids": tuple(content["origin"]["eos_token_ids"])}
+        origin = Origin(**fields)
+        if content["digest"] != origin.digest:
+            raise ValueError("its fields were changed after it was written")
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"The manifest {path} is not usable: {error} Restore it, or give another folder and write the responses "
+            f"The manifest {path} is not usable: {reason}. Restore it, or give another folder and write the responses "
             "anew."
         ) from error
     return origin

@@ -4,7 +4,7 @@ Fill a store from a dataset: prompts for an engine to respond to, or responses t
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .origin import Origin
 from .protocols import ENGINES
 from .server import ServerSettings, ask_server
 from .shards import StoredResponse, prompt_key
-from .store import ResponseStore, ShardBuffer
+from .store import ResponseStore
 
 
 # Responses that a command checks against the target when another engine wrote them.
@@ -99,13 +99,7 @@ def write_responses(
     return store
 
 
-def import_responses(
-    store: ResponseStore,
-    dataset: Dataset,
-    reader: TextReader,
-    *,
-    shard_size: int,
-) -> int:
+def import_responses(store: ResponseStore, dataset: Dataset, reader: TextReader, *, shard_size: int) -> int:
     """
     Store responses that the user already has.
 
@@ -125,43 +119,36 @@ def import_responses(
     Raises:
         ValueError: If a row is malformed or is no response this target could have written, naming it.
     """
-    rows = reader.read_responses(dataset)
-    provenance = {"engine": "dataset", "engine_version": None, "dtype": None, "seed": None, "logprobs": None}
-    num_cut = 0
-    with ShardBuffer(store, shard_size=shard_size, provenance=provenance) as buffer:
-        for start in range(0, len(rows), shard_size):
-            batch = rows[start : start + shard_size]
-            num_cut += sum(len(ids) > store.origin.max_new_tokens for ids in batch["completion_ids"])
-            pairs = zip(batch["prompt_ids"], batch["completion_ids"], strict=True)
-            buffer.add(_as_responses(pairs, store.origin))
+    rows, origin = reader.read_responses(dataset), store.origin
+    assert isinstance(rows, Dataset)
+
+    def responses() -> Iterator[StoredResponse]:
+        for prompt_ids, completion_ids in zip(rows["prompt_ids"], rows["completion_ids"], strict=True):
+            ids = completion_ids[: origin.max_new_tokens]
+            yield StoredResponse(prompt_ids, ids, None, origin.finish_reason(ids))
+
+    num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance={"engine": "dataset"})
     num_repeated = len(rows) - len({prompt_key(prompt_ids) for prompt_ids in rows["prompt_ids"]})
     if num_repeated:
         warnings.warn(
             f"{num_repeated} of {len(rows)} responses are to a prompt that has one before; the first of each was kept."
         )
+    num_cut = sum(len(ids) > origin.max_new_tokens for ids in rows["completion_ids"])
     if num_cut:
         warnings.warn(
-            f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {store.origin.max_new_tokens} and "
-            "were cut there."
+            f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {origin.max_new_tokens} and were "
+            "cut there."
         )
-    return buffer.num_written
+    return num_written
 
 
 def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int) -> dict[str, Any]:
     """
-    Describe what a store holds, and how well it fits the target at hand.
-
-    Args:
-        store ([`ResponseStore`]): The store.
-        target ([`FrozenTarget`]): The target.
-        num_checked (`int`): Responses to check against the target, evenly spaced; 0 for none.
-
-    Returns:
-        `dict` of JSON values: `path`, counts, `check` (fields of [`ResponseAudit`] and its share, or `None`), and
-        `lines` to print.
+    Return what a store holds as JSON values: `path`, counts, `lines` to print, and in `check` how well `num_checked`
+    evenly spaced responses fit the target at hand (`None` for 0).
     """
     texts = store.texts(max_rows=None)
-    num_complete = sum(completion[-1] in store.origin.eos_token_ids for _, completion in texts)
+    num_complete = sum(store.origin.finish_reason(completion) == "stop" for _, completion in texts)
     num_tokens = sum(len(completion) for _, completion in texts)
     lines = [
         f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of "
@@ -180,11 +167,3 @@ def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int
         "check": check,
         "lines": lines,
     }
-
-
-def _as_responses(pairs: Iterable[tuple[list[int], list[int]]], origin: Origin) -> list[StoredResponse]:
-    rows = []
-    for prompt_ids, completion_ids in pairs:
-        ids = completion_ids[: origin.max_new_tokens]
-        rows.append(StoredResponse(prompt_ids, ids, None, "stop" if ids[-1] in origin.eos_token_ids else "length"))
-    return rows
