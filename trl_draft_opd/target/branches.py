@@ -7,6 +7,8 @@ Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L 
                 row, H = the target's hidden size
 """
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
@@ -52,7 +54,13 @@ def score_branches(
         for places in rows_of_similar_width(num_tokens[text.rows]):
             picked = torch.tensor(places, device=hidden.device)
             rows = text.rows[picked]
-            cache = text.cache if len(places) == len(text.rows) else _rows_of_cache(target, text.cache, picked)
+            cache = text.cache
+            if len(places) < len(text.rows):
+                cache = DynamicCache(config=target.config)
+                layers: list[Any] = text.cache.layers
+                for number, layer in enumerate(layers):
+                    own = picked.to(layer.keys.device)
+                    cache.update(layer.keys[own], layer.values[own], number)
             scored = _score_rows(target, cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
             hidden[rows] = scored.to(hidden)
     return hidden
@@ -102,12 +110,3 @@ def branch_mask(
     sees_text = (index < prefix_ends[..., None]) | (index == 0)
     sees_branch = (block[:, :, None] == block[:, None]) & (slot[:, :, None] >= slot[:, None]) & is_token[:, None]
     return torch.cat([sees_text, sees_branch], dim=2)
-
-
-def _rows_of_cache(target: FrozenTarget, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """Return a cache of the given rows alone."""
-    picked = DynamicCache(config=target.config)
-    for number, layer in enumerate(cache.layers):
-        own = rows.to(layer.keys.device)
-        picked.update(layer.keys[own], layer.values[own], number)
-    return picked
