@@ -15,15 +15,7 @@ from ..evaluation import evaluate_drafter
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
 from ..trainer.common_config import DraftTrainingConfig
 from ..trainer.pair import check_pair
-from .arguments import (
-    RowsArguments,
-    SamplingArguments,
-    TargetArguments,
-    accelerator_or_cpu,
-    default_of,
-    flag,
-    parse,
-)
+from .arguments import RowsArguments, SamplingArguments, TargetArguments, accelerator_or_cpu, default_of, flag, parse
 
 
 @dataclass(kw_only=True)
@@ -110,7 +102,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
     json: str | None = flag("File to write the numbers to.", default=None)
 
     def server(self) -> ServerSettings | None:
-        """Return the server that the flags name, or `None`; raise `ValueError` if they contradict each other."""
+        """Return the server that the flags name, if they do; refuse flags that contradict each other."""
         names = ("base_url", "served_model_name", "api_key_file", "timeout", "concurrency")
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         is_served = self.engine in ("vllm", "sglang")

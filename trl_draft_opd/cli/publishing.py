@@ -131,13 +131,6 @@ class PushArguments:
 def run_push(argv: Sequence[str]) -> int:
     """Upload an exported folder to the Hub; see [`push_folder`]."""
     (args,) = parse("push", [PushArguments], argv)
-    print(
-        push_folder(
-            args.drafter,
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            commit_message=args.commit_message,
-        )
-    )
+    options = {name: value for name, value in vars(args).items() if name not in ("drafter", "repo_id")}
+    print(push_folder(args.drafter, args.repo_id, **options))
     return 0
