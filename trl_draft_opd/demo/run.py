@@ -22,7 +22,6 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState, set_see
 from transformers.utils import logging as transformers_logging
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel
 from ..evaluation import EvaluationReport, evaluate_drafter, paired_gain
@@ -250,7 +249,16 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
             # About as many blocks as a response has in decoding; another epoch draws others.
             num_anchors=16,
         )
-        drafter = _fresh_drafter(settings, target)
+        set_seed(settings.seed)
+        if settings.family == "eagle3":
+            drafter = Eagle3DraftModel.from_target(target, ttt_steps=settings.num_drafts)
+        else:
+            drafter = DFlashDraftModel.from_target(
+                target,
+                mask_token_id=target.find_mask_token_id(),
+                num_hidden_layers=2,
+                block_size=settings.num_drafts + 1,
+            )
         _train(DraftSFTTrainer(drafter, target, config, rows), phases.console)
         drafter.save_pretrained(folder)
 
@@ -274,18 +282,6 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
     sft_folder = phases.run("3/5 drafter by SFT", "drafter-sft", made_from, train_sft)
     made_from = settings.pick("opd_epochs opd_learning_rate")
     return sft_folder, phases.run("4/5 Draft-OPD", "drafter-opd", made_from, train_opd)
-
-
-def _fresh_drafter(settings: DemoSettings, target: FrozenTarget) -> Drafter:
-    set_seed(settings.seed)
-    if settings.family == "eagle3":
-        return Eagle3DraftModel.from_target(target, ttt_steps=settings.num_drafts)
-    return DFlashDraftModel.from_target(
-        target,
-        mask_token_id=target.find_mask_token_id(),
-        num_hidden_layers=2,
-        block_size=settings.num_drafts + 1,
-    )
 
 
 def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:

@@ -126,6 +126,7 @@ class _LiveBatch:
         self.max_new_tokens = max_new_tokens
         self.layer_ids = drafter.config.target_layer_ids
         self.device = target.device
+        self.slots = torch.arange(1, settings.num_drafts + 1, device=self.device)
         self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.rounds: list[_Round] = []
@@ -192,7 +193,7 @@ class _LiveBatch:
         """Return a block of drafts per row, and the distributions they were drawn from, if they were."""
         uniforms = None
         if self.settings.draws_drafts:
-            uniforms = self._uniforms(anchors, self._slots(self.settings.num_drafts), LIVE_DRAFT)[:, None]
+            uniforms = self._uniforms(anchors, self.slots, LIVE_DRAFT)[:, None]
         context = self.context.prefix(int(anchors.max()))
         tokens = self.text.gather(1, anchors[:, None])
         drafts, probs = draft_blocks(
@@ -207,7 +208,7 @@ class _LiveBatch:
         if self.settings.sampling.is_greedy:
             return verify_greedy(drafts, logits.argmax(dim=-1))
         target_probs = token_probs(logits, self.settings.sampling)
-        accept_uniforms = self._uniforms(anchors, self._slots(drafts.shape[1]), LIVE_ACCEPT)
+        accept_uniforms = self._uniforms(anchors, self.slots, LIVE_ACCEPT)
         return verify_sampled(
             drafts, draft_probs, target_probs, accept_uniforms, self._uniforms(anchors, 0, LIVE_TOKEN)
         )
@@ -244,9 +245,6 @@ class _LiveBatch:
     def _step(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TargetReading:
         self.num_target_forwards += 1
         return self.target.step(input_ids, self.cache_mask, position_ids, self.cache, self.layer_ids)
-
-    def _slots(self, num_drafts: int) -> torch.Tensor:
-        return torch.arange(1, num_drafts + 1, device=self.device)
 
     def _uniforms(self, anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int) -> torch.Tensor:
         return self.keys.uniforms(self.active, anchors, slots, purpose)

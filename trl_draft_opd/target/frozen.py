@@ -21,7 +21,7 @@ from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from ..utils.private_trl import create_model_from_path
 from .checks import find_layers, refuse_not_finite, require_weights
-from .placement import Lockstep, device_of, place_whole, shard_layers
+from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
 
 
@@ -220,7 +220,20 @@ class FrozenTarget:
             ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved,
                 on another kind of device.
         """
-        place_whole(self.causal_lm, device)
+        is_spread = getattr(self.causal_lm, "hf_device_map", None) is not None
+        is_quantized = getattr(self.causal_lm.config, "quantization_config", None) is not None
+        if not is_spread and not is_quantized:
+            self.causal_lm.to(device)  # pyright: ignore[reportArgumentType]
+        if is_spread and self.device != device:
+            raise ValueError(
+                f"The target's `device_map` puts its embedding on {self.device}, but the drafter trains on {device}. "
+                "Map `embed_tokens` there."
+            )
+        if is_quantized and self.device.type != device.type:
+            raise ValueError(
+                f"The quantised target was loaded to {self.device.type!r} but training runs on {device.type!r}. Name "
+                "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+            )
 
     def shard(self, device: torch.device, weights_fingerprint: str) -> None:
         """

@@ -46,26 +46,6 @@ def check_placement(causal_lm: PreTrainedModel, *, shard: bool, num_processes: i
         )
 
 
-def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
-    """Move a model to `device`, unless it was spread over devices or quantised on loading; see [`FrozenTarget`]."""
-    is_spread = getattr(causal_lm, "hf_device_map", None) is not None
-    is_quantized = getattr(causal_lm.config, "quantization_config", None) is not None
-    if not is_spread and not is_quantized:
-        causal_lm.to(device)  # pyright: ignore[reportArgumentType]
-    embedding = device_of(causal_lm.get_input_embeddings())
-    if is_spread and embedding != device:
-        raise ValueError(
-            f"The target's `device_map` puts its embedding on {embedding}, but the drafter trains on {device}. Map "
-            "`embed_tokens` there."
-        )
-    if is_quantized and embedding.type != device.type:
-        raise ValueError(
-            f"The quantised target was loaded to {embedding.type!r} but training runs on {device.type!r}. Name its "
-            "place, e.g. "
-            "`target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
-        )
-
-
 class Lockstep:
     """
     Makes every rank run a sharded backbone as often as the rank that needs it most, in phases that all ranks end
