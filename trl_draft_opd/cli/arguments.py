@@ -11,9 +11,9 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from datasets import Dataset
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
@@ -31,6 +31,12 @@ _MAX_LISTED_CHOICES = 6
 def flag(help: str, **default: Any) -> Any:
     """Return a field with a help text; without a `default` it is required."""
     return field(metadata={"help": help}, **default)
+
+
+def write_json(path: str | None, numbers: dict) -> None:
+    """Write the numbers of a command to the file of `--json`, if it was given."""
+    if path is not None:
+        Path(path).write_text(json.dumps(numbers, indent=2), encoding="utf-8")
 
 
 def default_of(function: Callable, name: str) -> Any:
@@ -170,9 +176,3 @@ class SamplingArguments:
 
     def sampling_settings(self) -> SamplingSettings:
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-
-
-def accelerator_or_cpu() -> torch.device:
-    """Return the accelerator of this process, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")

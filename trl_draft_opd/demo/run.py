@@ -87,19 +87,18 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
     `results.json` holds. `rows` are the prompts for a real target.
     """
     require_matplotlib()
-    real_target = settings.target
-    if (real_target is None) != (rows is None):
+    if (settings.target is None) != (rows is None):
         raise ValueError("A real target and its prompts go together: give `target` and `rows`, or neither.")
     console = Console()
     with _quiet_libraries():
         phases = _Phases(settings.output, console)
-        if real_target is None or rows is None:
+        if settings.target is None or rows is None:
             target_path, rows = _make_tiny_target(phases, settings)
             target = FrozenTarget.load(target_path, dtype=torch.float32)
         else:
-            target = FrozenTarget.load(real_target, dtype="auto")
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and torch.accelerator.is_available():
+            target = FrozenTarget.load(settings.target)
+        accelerator = torch.accelerator.current_accelerator(True)
+        if accelerator is not None:
             target.place(accelerator)
         train_rows, test_prompts = _write_responses(phases, settings, target, rows)
         drafters = _train_drafters(phases, settings, target, train_rows)
@@ -182,12 +181,11 @@ def _make_tiny_target(phases: _Phases, settings: DemoSettings) -> tuple[Path, Da
     """Train the tiny target; return its folder, and chats it was not trained on, which lend their prompts."""
     tiny, seed = settings.tiny, settings.seed
     chats = write_chats(tiny.num_chats + settings.num_prompts + settings.num_test_prompts, seed)
-    folder = phases.run(
-        "1/5 target",
-        "target",
-        asdict(tiny) | {"seed": seed},
-        lambda folder: train_target(chats[: tiny.num_chats], folder, tiny, seed),
-    )
+
+    def make(folder: Path) -> None:
+        train_target(chats[: tiny.num_chats], folder, tiny, seed)
+
+    folder = phases.run("1/5 target", "target", asdict(tiny) | {"seed": seed}, make)
     return folder, Dataset.from_list([{"messages": chat} for chat in chats[tiny.num_chats :]])
 
 

@@ -51,22 +51,9 @@ def rollout_live(
 
     The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise,
     whatever the drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
-    Decoding](https://huggingface.co/papers/2211.17192), section 2.3.
-
-    Args:
-        target ([`FrozenTarget`]): The target.
-        drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
-        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
-        settings ([`DraftingSettings`]): How to draft and verify.
-        keys ([`DrawKeys`]):
-            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that
-            rounding breaks. Nothing is drawn at temperature 0.
-        max_new_tokens (`int`): Longest response.
-        eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
-        on_finished (`Callable`, *optional*): Called with the number of rows that ended since the last call.
-
-    Returns:
-        [`Rollout`] with one row per prompt, in order.
+    Decoding](https://huggingface.co/papers/2211.17192), section 2.3. A row decodes the same alone, in any batch and on
+    any rank, up to ties that rounding breaks. `on_finished` is called with the number of rows that ended since the
+    last call; without EOS ids every row is decoded to the limit.
     """
     _check(target, drafter, prompts, settings.num_drafts, max_new_tokens)
     keys.check_rows(len(prompts))

@@ -59,23 +59,14 @@ def rollout_replay(
     Find the chain of blocks the drafter makes along each response of the text.
 
     Equal to [`rollout_live`] at temperature 0 on the same text. At a temperature above 0 the blocks are drawn from
-    their exact distribution given the text, see `sample_posterior`.
+    their exact distribution given the text, see `sample_posterior`; rows that hold a token of probability 0 then have
+    no blocks and are counted in `num_refused`.
 
     Args:
-        target ([`FrozenTarget`]): Writer of the text.
-        drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
-        text ([`TargetText`]): Prompts and responses.
-        settings ([`DraftingSettings`]): How to draft; `sampling` is the distribution the text was sampled from.
-        keys ([`DrawKeys`]): What the draws depend on. Nothing is drawn where drafts are argmax.
         segment_length (`int`): Tokens per segment walked in parallel; 1 drafts at every position in one pass.
         chunk_bytes (`int`): Bytes of float32 logits alive at a time.
         reading ([`TargetReading`], *optional*):
-            The target's reading of the text at the drafter's layers, made here if not given; with its cache if
-            branches are kept.
-
-    Returns:
-        [`Rollout`]. Where drafts are drawn, rows that hold a token of probability 0 under `settings.sampling` have no
-        blocks and are counted in `num_refused`.
+            The text as read at the drafter's layers, with its cache if branches are kept; made here if not given.
     """
     with drafter.evaluating():
         walk = ReplayWalk(target, drafter, text, settings, keys, chunk_bytes, reading)

@@ -32,7 +32,6 @@ def score_branches(
     proposed for; blocks do not see each other.
 
     Args:
-        target ([`FrozenTarget`]): Reader of the text.
         reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries are padding.
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
@@ -42,9 +41,6 @@ def score_branches(
     Returns:
         `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero
         outside `is_branch`.
-
-    Raises:
-        ValueError: If the target cannot branch, see [`FrozenTarget.require_rollback`].
     """
     target.require_rollback()
     assert reading.caches, "branches are scored on top of the text's cache"
