@@ -230,7 +230,7 @@ def test_a_committed_token_was_drafted_with_the_inverse_ratio():
     p, q = double([[[0.5, 0.3, 0.2]] * 3] * 2), double([[[0.2, 0.2, 0.6]] * 3] * 2)
     committed, is_in_text = torch.tensor([[0, 0, 0], [2, 2, 2]]), torch.ones(2, 3, dtype=torch.bool)
     uniforms = double([[0.39, 0.41, 0.0], [0.99] * 3])
-    drafts, accepted = sample_posterior(committed, None, q, p, uniforms, 0 * uniforms, is_in_text)
+    drafts, accepted = sample_posterior(committed, q, p, uniforms, 0 * uniforms, is_in_text)
     assert accepted.tolist() == [1, 3]
     assert drafts[0].tolist() == [
         0,
@@ -243,31 +243,17 @@ def test_slots_outside_the_text_are_fresh_drafts_and_never_accepted():
     p, q = torch.full((1, 3, 3), float("nan"), dtype=torch.float64), double([[[0.2, 0.2, 0.6]] * 3])
     p[0, 0] = double([0.5, 0.3, 0.2])
     committed, is_in_text = torch.tensor([[0, -100, 0]]), torch.tensor([[True, False, False]])
-    drafts, accepted = sample_posterior(committed, None, q, p, double([[0.0] * 3]), double([[0.0] * 3]), is_in_text)
+    drafts, accepted = sample_posterior(committed, q, p, double([[0.0] * 3]), double([[0.0] * 3]), is_in_text)
     assert (drafts.tolist(), accepted.tolist()) == ([[0, 0, 0]], [1])
-
-
-def test_argmax_drafts_are_accepted_where_they_equal_the_text():
-    choices, committed = torch.tensor([[4, 5, 6], [4, 0, 6], [4, 5, 6]]), torch.tensor([[4, 5, 6]] * 3)
-    is_in_text = torch.tensor([[True] * 3, [True] * 3, [True, False, False]])
-    drafts, accepted = sample_posterior(committed, choices, None, None, None, None, is_in_text)
-    assert torch.equal(drafts, choices) and accepted.tolist() == [3, 1, 1]
 
 
 def test_text_that_the_target_could_not_write_is_refused_with_its_rows():
     p, q = double([[[1.0, 0.0]] * 2] * 2), double([[[0.5, 0.5]] * 2] * 2)
     committed, is_in_text = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[True, False], [True, True]])
     with pytest.raises(ValueError, match=r"`target_probs_BKV` is 0 .*\[\[1, 1\]\]"):
-        sample_posterior(committed, None, q, p, q[0], q[0], is_in_text)
-
-
-def test_the_posterior_needs_choices_or_probabilities_but_not_both():
-    tokens, distribution = torch.tensor([[0]]), double([[[1.0, 0.0]]])
-    for choices, draft_probs in [(None, None), (tokens, distribution)]:
-        with pytest.raises(ValueError, match="not both"):
-            sample_posterior(tokens, choices, draft_probs, distribution, None, None, tokens == 0)
-    with pytest.raises(ValueError, match="`target_probs_BKV`.*got None"):
-        sample_posterior(tokens, None, distribution, None, None, None, tokens == 0)
+        sample_posterior(committed, q, p, q[0], q[0], is_in_text)
+    with pytest.raises(ValueError, match=r"`target_probs_BKV` must have shape \(2, 2, 2\), got \(2, 1, 2\)"):
+        sample_posterior(committed, q, p[:, :1], q[0], q[0], is_in_text)
 
 
 # ---- the end of the text -------------------------------------------------------------------------------------------
@@ -460,9 +446,12 @@ def posterior_distribution(
             paths = split(paths, "accept", ratio * is_in_text.unsqueeze(-1) * (not toy.is_argmax))
             cuts = torch.cat([paths["q"].cumsum(-1), cuts_of_residual(paths["q"], paths["p"])], dim=-1)
             paths = split(paths, "redraft", cuts * (not toy.is_argmax))
-            given = (choices, None, None) if toy.is_argmax else (None, paths["q"], paths["p"])
-            given = (paths["committed"], *given, paths["accept"][:, first:], paths["redraft"][:, first:])
-            drafts, accepted = sample(*given, paths["is_in_text"])
+            committed, is_in_text = paths["committed"], paths["is_in_text"]
+            if toy.is_argmax:
+                drafts, accepted = choices, count_accepted(choices, committed.masked_fill(~is_in_text, -1))
+            else:
+                uniforms = paths["accept"][:, first:], paths["redraft"][:, first:]
+                drafts, accepted = sample(committed, paths["q"], paths["p"], *uniforms, is_in_text)
             paths["drafts"] = torch.cat([paths["drafts"], drafts], dim=1)
             paths["accepted"] = paths["accepted"] + accepted
         settled = settle_blocks(paths["accepted"], paths["anchor"], paths["last"], toy.num_drafts).accepted
@@ -588,7 +577,7 @@ def test_blocks_drawn_after_the_text_have_the_distribution_of_live_blocks(
 
 
 def test_drafts_drawn_without_looking_at_the_text_are_told_apart():
-    def ignore_the_text(committed, choices, q, p, accept_uniforms, draft_uniforms, is_in_text):
+    def ignore_the_text(committed, q, p, accept_uniforms, draft_uniforms, is_in_text):
         drafts = choose_tokens(q, draft_uniforms)
         return drafts, count_accepted(drafts, committed.masked_fill(~is_in_text, -1))
 

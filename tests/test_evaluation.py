@@ -21,7 +21,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.evaluation import paired_gain
 from trl_draft_opd.rollout import live
-from trl_draft_opd.rollout.counts import bootstrap_tau
+from trl_draft_opd.rollout.counts import Counts
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ def target():
 def evaluate(target, drafter, prompts, **changes):
     options = {"max_new_tokens": 16, "num_resamples": 200, "show_progress": False} | changes
     return evaluate_drafter(target, drafter, prompts, **options)
+
+
+def tau_interval(accepted_sums, block_counts, num_resamples, seed=0):
+    kept = tuple((accepted - blocks,) for accepted, blocks in zip(accepted_sums, block_counts, strict=True))
+    return Counts(tuple(block_counts), kept).interval(num_resamples=num_resamples, seed=seed)
 
 
 def make_report(accepted_sums, block_counts):
@@ -157,26 +162,26 @@ def test_the_interval_is_deterministic_and_holds_the_estimate():
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(3, 9, (40,), generator=generator).tolist()
     sums = [int(count * (2 + i % 3)) for i, count in enumerate(counts)]
-    first, again, other = (bootstrap_tau(sums, counts, num_resamples=500, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (tau_interval(sums, counts, num_resamples=500, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
     assert first[0] < sum(sums) / sum(counts) < first[1] and first[1] - first[0] < 1
 
 
 def test_equal_prompts_have_no_interval():
-    assert bootstrap_tau([6, 6, 6], [2, 2, 2], num_resamples=50, seed=0) == (3.0, 3.0)
+    assert tau_interval([6, 6, 6], [2, 2, 2], num_resamples=50) == (3.0, 3.0)
 
 
 def test_the_interval_covers_the_true_tau_about_as_often_as_it_says():
     generator, hits = torch.Generator().manual_seed(3), 0
     for trial in range(60):
         accepted = torch.randint(1, 6, (50, 4), generator=generator)
-        low, high = bootstrap_tau(accepted.sum(dim=1).tolist(), [4] * 50, num_resamples=400, seed=trial)
+        low, high = tau_interval(accepted.sum(dim=1).tolist(), [4] * 50, num_resamples=400, seed=trial)
         hits += low <= 3.0 <= high
     assert 50 <= hits <= 60
 
 
 def test_prompts_without_a_counted_block_do_not_pull_the_interval_to_zero():
-    assert bootstrap_tau([6, 0], [2, 0], num_resamples=200, seed=0) == (3.0, 3.0)
+    assert tau_interval([6, 0], [2, 0], num_resamples=200) == (3.0, 3.0)
 
 
 @pytest.mark.parametrize("sums,counts", [([6, 9, 4], [2, 3, 2]), ([6, 0], [2, 0])])

@@ -376,11 +376,11 @@ def test_live_decoding_writes_text_of_the_targets_own_distribution(name):
 
 
 def test_a_bent_acceptance_ratio_is_found(monkeypatch):
-    def bent(committed, choices, draft_distribution, target_distribution, accept_uniforms, draft_uniforms, is_in_text):
+    def bent(committed, draft_distribution, target_distribution, accept_uniforms, draft_uniforms, is_in_text):
         # u < ratio ** 0.9 in place of u < ratio
         bent_uniforms = accept_uniforms ** (1 / 0.9)
         return sample_posterior(
-            committed, choices, draft_distribution, target_distribution, bent_uniforms, draft_uniforms, is_in_text
+            committed, draft_distribution, target_distribution, bent_uniforms, draft_uniforms, is_in_text
         )
 
     monkeypatch.setattr(replay, "sample_posterior", bent)

@@ -84,16 +84,10 @@ class EvaluationReport:
 def paired_gain(
     before: EvaluationReport, after: EvaluationReport, *, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """
-    Return the relative gain in tau of `after` over `before` and its 95 % interval, resampling the prompts both share.
-
-    Raises:
-        ValueError: If the reports cover different numbers of prompts.
-    """
+    """Return the relative gain in tau of `after` over `before` and its 95 % interval, resampling their prompts."""
     if before.num_prompts != after.num_prompts:
         raise ValueError(
-            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same "
-            "prompts in the same order."
+            f"Reports cover {before.num_prompts} and {after.num_prompts} prompts. Evaluate both on the same prompts."
         )
     # The same seed picks the same prompts for both.
     tau_before = resampled_taus(before.accepted_sums, before.block_counts, num_resamples, seed)

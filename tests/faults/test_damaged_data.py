@@ -192,7 +192,7 @@ def test_chats_without_a_template_say_how_to_give_one(read):
 def test_a_template_that_leaves_out_the_generation_prompt_is_refused_with_the_missing_part(read):
     template = TEMPLATE.partition("{% if add_generation_prompt %}")[0]
     with pytest.raises(
-        ValueError, match="writes '<s> assistant' before an answer but leaves it out.*if add_generation_prompt"
+        ValueError, match="writes '<s> assistant' before a response but leaves it out.*if add_generation_prompt"
     ):
         read(ONE_CHAT, template)
 

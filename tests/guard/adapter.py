@@ -239,7 +239,7 @@ def accept_and_draw(p, q, uniforms, sampling) -> dict[str, torch.Tensor]:
     )
     greedy_kept, greedy_following = verify_greedy(q.argmax(dim=-1), p.argmax(dim=-1))
     posterior_drafts, posterior_kept = sample_posterior(
-        committed, None, draft_probs, target_probs[:, :-1], uniforms[0], uniforms[1], is_in_text
+        committed, draft_probs, target_probs[:, :-1], uniforms[0], uniforms[1], is_in_text
     )
     anchors = torch.arange(num_blocks) % 3
     outcome = settle_blocks(kept, anchors, anchors + torch.arange(num_blocks) % 5, num_drafts)

@@ -1,8 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The command `trl-draft-opd`: reads flags and files, calls the library, prints lines. Refuses to repeat a default of
-the library.
-
+The command `trl-draft-opd`: reads flags and files, calls the library, prints lines; repeats no default of the library.
 The module of a command is imported when the command runs, so that `--help` and `--version` are quick.
 """
 

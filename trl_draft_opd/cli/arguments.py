@@ -1,9 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What commands share: how words become the fields of dataclasses, and the fields that several commands have.
-
-Every flag is a field of a dataclass, with a help text and, unless it is required, a default. It may be written with
-hyphens or with underscores, and be a key in the YAML file of `--config`.
+What commands share: how words become the fields of dataclasses, and the fields that several commands have. Every flag
+is a field with a help text; it may be written with hyphens or underscores, and be a key in the file of `--config`.
 """
 
 import argparse
@@ -11,11 +9,11 @@ import copy
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, cast, get_type_hints
+from pathlib import Path
+from typing import Any, get_type_hints
 
-import torch
 from datasets import Dataset
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
@@ -26,15 +24,19 @@ from . import COMMANDS
 from .rows import load_rows
 
 
-_PACKAGE = __name__.partition(".")[0]
 # Help lists the choices of a flag up to this number.
 _MAX_LISTED_CHOICES = 6
-_FLAGS_NOTE = "Flags may also be written with underscores, and be keys in the file of --config."
 
 
 def flag(help: str, **default: Any) -> Any:
     """Return a field with a help text; without a `default` it is required."""
     return field(metadata={"help": help}, **default)
+
+
+def write_json(path: str | None, numbers: dict) -> None:
+    """Write the numbers of a command to the file of `--json`, if it was given."""
+    if path is not None:
+        Path(path).write_text(json.dumps(numbers, indent=2), encoding="utf-8")
 
 
 def default_of(function: Callable, name: str) -> Any:
@@ -63,9 +65,9 @@ class _Parser(TrlParser):
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         types, unlisted = get_type_hints(dtype), {setting.name: setting for setting in fields(dtype) if setting.init}
-        groups: dict[str, argparse._ArgumentGroup] = {}
+        groups: dict[str, Any] = {}
         for owner in dtype.__mro__:
-            is_ours = owner.__module__.startswith(_PACKAGE)
+            is_ours = owner.__module__.startswith("trl_draft_opd")
             title = f"settings of {dtype.__name__ if is_ours else 'TrainingArguments'}"
             title = getattr(owner, "_argument_group_name", title)
             for name in [name for name in inspect.get_annotations(owner) if name in unlisted]:
@@ -73,23 +75,11 @@ class _Parser(TrlParser):
                     groups[title] = self.add_argument_group(title)
                 setting = unlisted.pop(name)
                 setting.type = types[name]
-                # A group takes arguments as a parser does.
-                self._parse_dataclass_field(cast(argparse.ArgumentParser, groups[title]), setting)
+                self._parse_dataclass_field(groups[title], setting)
 
 
 def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
-    """
-    Read the flags of a command, and the YAML file of `--config`, into dataclasses.
-
-    Args:
-        command (`str`): Its name.
-        types (`Sequence[type]`): Dataclasses whose fields are the flags.
-        argv (`Sequence[str]`): Words after the command's name.
-
-    Raises:
-        ValueError: If a flag or key is unknown (the message names the nearest one), or a value is out of range.
-        OSError: If the file of `--config` cannot be read.
-    """
+    """Read the words behind a command, and the file of `--config`, into dataclasses whose fields are the flags."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words[-1:] == ["--config"]:
         raise ValueError("`--config` needs the path of a YAML file.")
@@ -97,7 +87,7 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         types,
         prog=f"trl-draft-opd {command}",
         usage=f"trl-draft-opd {command} [--config FILE.yaml] [FLAGS]",
-        description=f"{COMMANDS[command][1]} {_FLAGS_NOTE}",
+        description=f"{COMMANDS[command][1]} Flags may also be keys in the file of --config.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -105,20 +95,14 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         words, return_remaining_strings=True, separate_remaining_strings=True
     )
     known = [option for option in parser._option_string_actions if "_" not in option]
-    _refuse_unknown(config_rest[::2], known, "the config file")
-    _refuse_unknown(flags_rest, known, "the command line")
+    for words, where in ((config_rest[::2], "the config file"), (flags_rest, "the command line")):
+        hints = []
+        for name in [word.split("=")[0] for word in words if word.startswith("-")] or words:
+            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+            hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
+        if hints:
+            raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists all flags.")
     return tuple(parsed)
-
-
-def _refuse_unknown(unknown: Iterable[str], known: Sequence[str], where: str) -> None:
-    words = list(unknown)
-    names = [word.split("=")[0] for word in words if word.startswith("-")] or words
-    hints = []
-    for name in names:
-        near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-        hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
-    if hints:
-        raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists all flags.")
 
 
 @dataclass(kw_only=True)
@@ -136,7 +120,6 @@ class TargetArguments:
     trust_remote_code: bool = flag("Run model code that comes with the target's repository.", default=False)
 
     def load_target(self) -> FrozenTarget:
-        """Load the target."""
         return FrozenTarget.load(
             self.target,
             dtype=self.target_dtype,
@@ -161,12 +144,11 @@ class RowsArguments:
     chat_template_kwargs: str | None = flag("Arguments for the chat template, as JSON.", default=None)
 
     def load_rows(self) -> Dataset:
-        """Load the rows."""
         rows = load_rows(self.dataset, self.dataset_config, self.split)
         return rows if self.num_prompts is None else rows.select(range(min(self.num_prompts, len(rows))))
 
     def reading(self) -> dict[str, Any]:
-        """Return what [`FrozenTarget.text_reader`] takes."""
+        """Return arguments of [`FrozenTarget.text_reader`]."""
         try:
             arguments = json.loads(self.chat_template_kwargs or "null")
         except json.JSONDecodeError as error:
@@ -193,11 +175,4 @@ class SamplingArguments:
     )
 
     def sampling_settings(self) -> SamplingSettings:
-        """Return the distribution; raise `ValueError` if a value is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-
-
-def accelerator_or_cpu() -> torch.device:
-    """Return the accelerator of this process, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")

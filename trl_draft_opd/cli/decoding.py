@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The commands that decode: `evaluate` and `generate`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,7 @@ from ..evaluation import evaluate_drafter
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
 from ..trainer.common_config import DraftTrainingConfig
 from ..trainer.pair import check_pair
-from .arguments import (
-    RowsArguments,
-    SamplingArguments,
-    TargetArguments,
-    accelerator_or_cpu,
-    default_of,
-    flag,
-    parse,
-)
+from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
 
 
 @dataclass(kw_only=True)
@@ -55,7 +46,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
     target = args.load_target()
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
     check_pair(drafter, target)
-    target.place(accelerator_or_cpu())
+    target.place(torch.accelerator.current_accelerator(True) or torch.device("cpu"))
     report = evaluate_drafter(
         target,
         drafter.to(target.device),
@@ -69,8 +60,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
         seed=args.seed,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+    write_json(args.json, report.to_dict())
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
 
 
@@ -110,7 +100,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
     json: str | None = flag("File to write the numbers to.", default=None)
 
     def server(self) -> ServerSettings | None:
-        """Return the server that the flags name, or `None`; raise `ValueError` if they contradict each other."""
+        """Return the server that the flags name, if they do; refuse flags that contradict each other."""
         names = ("base_url", "served_model_name", "api_key_file", "timeout", "concurrency")
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         is_served = self.engine in ("vllm", "sglang")
@@ -137,8 +127,9 @@ def run_generate(argv: Sequence[str]) -> int:
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
     # The accelerator belongs to the server, if there is one.
-    if server is None and torch.accelerator.is_available():
-        target.place(accelerator_or_cpu())
+    accelerator = torch.accelerator.current_accelerator(True)
+    if server is None and accelerator is not None:
+        target.place(accelerator)
     store = write_responses(
         target,
         rows,
@@ -156,6 +147,5 @@ def run_generate(argv: Sequence[str]) -> int:
     num_checked = 0 if args.engine == "transformers" else CHECKED_ROWS
     summary = summarize_store(store, target, num_checked if args.check_rows is None else args.check_rows)
     print("\n".join(summary["lines"]))
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_json(args.json, summary)
     return 0

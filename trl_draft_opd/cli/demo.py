@@ -39,16 +39,6 @@ def run_demo(argv: Sequence[str]) -> int:
     if (args.target is None) != (args.dataset is None):
         raise ValueError("`--target` and `--dataset` go together: the demo's own chats suit its tiny target only.")
     rows = None if args.dataset is None else load_rows(args.dataset, args.dataset_config, args.split)
-    settings = DemoSettings(
-        output=args.output,
-        family=args.family,
-        target=args.target,
-        dataset=args.dataset,
-        num_prompts=args.num_prompts,
-        max_new_tokens=args.max_new_tokens,
-        sft_epochs=args.sft_epochs,
-        opd_epochs=args.opd_epochs,
-        seed=args.seed,
-    )
-    run_phases(settings, rows)
+    settings = {name: value for name, value in vars(args).items() if name not in ("dataset_config", "split")}
+    run_phases(DemoSettings(**settings), rows)
     return 0

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The commands that publish: `export`, `verify` and `push`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
 from ..parity import verify_drafter
 from ..target.frozen import FrozenTarget
-from .arguments import RowsArguments, default_of, flag, parse
+from .arguments import RowsArguments, default_of, flag, parse, write_json
 
 
 @dataclass(kw_only=True)
@@ -110,8 +109,7 @@ def run_verify(argv: Sequence[str]) -> int:
         print(f"PROBLEM  {problem}")
     for name, reason in report.skipped.items():
         print(f"not run  {name}: {reason}")
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+    write_json(args.json, report.to_dict())
     return int(not report.ok)
 
 
@@ -131,13 +129,6 @@ class PushArguments:
 def run_push(argv: Sequence[str]) -> int:
     """Upload an exported folder to the Hub; see [`push_folder`]."""
     (args,) = parse("push", [PushArguments], argv)
-    print(
-        push_folder(
-            args.drafter,
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            commit_message=args.commit_message,
-        )
-    )
+    options = {name: value for name, value in vars(args).items() if name not in ("drafter", "repo_id")}
+    print(push_folder(args.drafter, args.repo_id, **options))
     return 0

@@ -14,13 +14,7 @@ _FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv":
 
 
 def load_rows(name: str, config: str | None, split: str) -> Dataset:
-    """
-    Load one split of a Hub dataset, of a folder, or of a file. A file is one split, `train`.
-
-    Raises:
-        OSError: If there is no such file, folder or dataset.
-        ValueError: If there is no such split, or a file is damaged; the message names the line of a JSON file.
-    """
+    """Load one split of a Hub dataset, of a folder, or of a file, whose split is `train`."""
     path = Path(name)
     kind = _FILE_KINDS.get(path.suffix)
     if kind is not None:

@@ -62,18 +62,7 @@ class FreshDrafterArguments:
 def make_drafter(
     target: FrozenTarget, family: str, options: dict[str, Any], count: Callable[[], torch.Tensor] | None
 ) -> Drafter:
-    """
-    Return a fresh drafter.
-
-    Args:
-        target ([`FrozenTarget`]): The target.
-        family (`str`): `"dflash"` or `"eagle3"`.
-        options (`dict`): Fields of [`FreshDrafterArguments`] that were set.
-        count (`Callable`): Returns how often each of the target's tokens occurs; called for a reduced vocabulary only.
-
-    Raises:
-        ValueError: If the family is unknown, or an option belongs to another family.
-    """
+    """Return a fresh drafter by the options that were set; a reduced vocabulary `count`s the target's tokens."""
     if family not in _FAMILY_OPTIONS:
         raise ValueError(f"`family` must be one of {sorted(_FAMILY_OPTIONS)}, got {family!r}.")
     foreign = sorted(set(options) - {"target_layer_ids", *_FAMILY_OPTIONS[family]})
@@ -83,8 +72,8 @@ def make_drafter(
         if "mask_token_id" not in options:
             options = options | {"mask_token_id": target.find_mask_token_id()}
         return DFlashDraftModel.from_target(target, **options)
-    size = options.get("draft_vocab_size")
-    options = {name: value for name, value in options.items() if name != "draft_vocab_size"}
+    options = dict(options)
+    size = options.pop("draft_vocab_size", None)
     if size is None:
         return Eagle3DraftModel.from_target(target, **options)
     assert count is not None, "a reduced vocabulary needs counts"
@@ -144,7 +133,7 @@ class LoraArguments:
     lora_modules_to_save: list[str] | None = flag("Layers trained as a whole.", default=None)
 
     def lora_config(self) -> LoraConfig | None:
-        """Return the adapter's config, or `None` without `use_peft`; raise `ValueError` if options lack it."""
+        """Return the adapter's config, or `None` without `use_peft`."""
         options = {
             "r": self.lora_r,
             "lora_alpha": self.lora_alpha,
@@ -233,7 +222,7 @@ def _train(
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
     if config.dataset_id is None:
-        # Pushes during training write it into the card; `None` for a local file or folder.
+        # For the card; `None` for a local file or folder.
         config.dataset_id = hub_id_of(args.dataset)
     target = load_target(args.target, config, None)
     model = drafter if isinstance(drafter, str) else drafter(target, rows)

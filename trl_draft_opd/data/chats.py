@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-What a text, a chat and its template must be like before they are tokenized. Strings and messages only: knows no tokenizer.
-"""
+"""What a text, a chat and its template must be like before they are tokenized. Knows no tokenizer."""
 
 from collections.abc import Callable
 
@@ -16,56 +14,36 @@ _OPENING = ("system", "developer")
 
 
 def check_text(text: str) -> str:
-    """
-    Return a text unchanged.
-
-    Raises:
-        ValueError: If it holds a NUL or half of a surrogate pair, which stand where a file was damaged or wrongly decoded.
-    """
-    if "\0" in text:
-        raise ValueError(
-            f"the text holds a NUL character at index {text.index(chr(0))}: {_around(text, text.index(chr(0)))}. Its source is damaged; "
-            "mend or drop the row."
-        )
+    """Return a text unchanged; refuse a NUL or half of a surrogate pair, which a damaged or misread file leaves."""
+    index, found = text.find("\0"), "a NUL character"
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds half of a surrogate pair at index {error.start}: {_around(text, error.start)}. It was decoded wrongly; "
-            "mend or drop the row."
-        ) from error
+        if index < 0:
+            index, found = error.start, "half of a surrogate pair"
+    if index >= 0:
+        around = ascii(text[max(0, index - 20) : index + 20])
+        raise ValueError(f"the text holds {found} at index {index}: {around}. Mend or drop the row.")
     return text
 
 
-def _around(text: str, index: int) -> str:
-    return ascii(text[max(0, index - 20) : index + 20])
-
-
 def check_roles(messages: list[dict], template: str) -> None:
-    """
-    Check that a chat template can tell who speaks.
-
-    Raises:
-        ValueError: If a role is neither a usual one nor named in the template, which would pass over it or mistake it.
-    """
+    """Refuse a role that is neither a usual one nor named in the template, which would pass over it or mistake it."""
     for number, message in enumerate(messages):
         role = message["role"]
         if role in KNOWN_ROLES:
             continue
         if role in _OTHER_NAMES:
-            way_out = f"Rename it to {_OTHER_NAMES[role]!r}."
+            fix = f"Rename it to {_OTHER_NAMES[role]!r}."
         elif f"'{role}'" in template or f'"{role}"' in template:
             continue
         else:
-            way_out = f"Rename it to one of {KNOWN_ROLES}, or drop the message."
-        raise ValueError(f"message {number} has the role {role!r}, which the chat template does not know. {way_out}")
+            fix = f"Rename it to one of {KNOWN_ROLES}, or drop the message."
+        raise ValueError(f"message {number} has the role {role!r}, which the chat template does not know. {fix}")
 
 
 def is_out_of_order(messages: list[dict]) -> bool:
-    """
-    Whether a system turn stands behind the first other one, an assistant turn opens the chat, or two turns of the user or of the
-    assistant follow each other.
-    """
+    """Whether a system turn comes late, an assistant turn opens the chat, or one side has two turns in a row."""
     roles = [message["role"] for message in messages]
     while roles and roles[0] in _OPENING:
         roles = roles[1:]
@@ -76,24 +54,21 @@ def is_out_of_order(messages: list[dict]) -> bool:
 
 def check_generation_prompt(render: Callable[[list[dict], bool], str]) -> None:
     """
-    Check on one chat that a template ends a prompt where the target's answer begins.
+    Refuse a template that writes something of its own before a response, but not at the end of a prompt.
 
     Args:
         render (`Callable`): Renders messages as a string, the second argument being `add_generation_prompt`.
-
-    Raises:
-        ValueError: If the template writes something of its own before an answer but does not write it at the end of a prompt.
     """
-    question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+    question, response = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     try:
-        prompt, bare, chat = render([question], True), render([question], False), render([question, answer], False)
+        prompt, bare, chat = render([question], True), render([question], False), render([question, response], False)
     except TemplateError:
         return  # It wants another kind of chat; rows are checked one by one.
-    header, answered, _ = chat.removeprefix(prompt).partition("Because.")
+    header, responded, _ = chat.removeprefix(prompt).partition("Because.")
     header = header.strip()
-    if prompt == bare and chat.startswith(prompt) and answered and header:
+    if prompt == bare and chat.startswith(prompt) and responded and header:
         raise ValueError(
-            f"The chat template writes {header!r} before an answer but leaves it out under `add_generation_prompt=True`: prompts would end "
-            "too early, and it would be trained on as if the target had written it. Append "
+            f"The chat template writes {header!r} before a response but leaves it out under "
+            "`add_generation_prompt=True`, so it would be trained on as the target's own. Append "
             f"`{{% if add_generation_prompt %}}{header}{{% endif %}}` to the template."
         )

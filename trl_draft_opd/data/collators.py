@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Rows of token ids to padded batches. Padding stands on the right, except in `left_pad_prompts`. Knows no tokenizer and no model.
-"""
+"""Rows of token ids to padded batches. Knows no tokenizer and no model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +19,7 @@ def _pad(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tu
 def left_pad_prompts(
     prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Pad prompts on the left, as `generate` reads them.
-
-    Returns:
-        `input_ids` and `attention_mask` (1 on tokens of the prompt), `torch.LongTensor` of shape `(B, P)` on `device`.
-    """
+    """Pad prompts on the left, as `generate` reads them; return `input_ids` and `attention_mask`, `(B, P)` each."""
     input_ids, attention_mask = _pad(prompts, pad_token_id, "left")
     return input_ids.to(device), attention_mask.to(device)
 
@@ -36,12 +29,8 @@ class RowCollator:
     """
     Pad rows of [`TextReader`], prompts or whole texts, on the right.
 
-    Returns `input_ids`, `attention_mask` (`torch.LongTensor` of shape `(B, L)`), `sample_ids` (`torch.LongTensor` of shape
-    `(B,)`), and of texts `completion_mask` (`torch.BoolTensor` of shape `(B, L)`).
-
-    Args:
-        pad_token_id (`int`):
-            Id to pad with; it may be an EOS id.
+    Returns `input_ids`, `attention_mask` (`torch.LongTensor` of shape `(B, L)`), `sample_ids` (`torch.LongTensor` of
+    shape `(B,)`), and of texts `completion_mask` (`torch.BoolTensor` of shape `(B, L)`).
     """
 
     pad_token_id: int

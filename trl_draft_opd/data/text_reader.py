@@ -1,9 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Dataset rows to token ids, with marks on what the target wrote.
-
-Knows tokenizers, chat templates and datasets. Refuses to know any model: what it needs of the target are the tokenizer, the EOS
-ids and the size of the vocabulary.
+Dataset rows to token ids, with marks on what the target wrote. Knows no model: of the target it needs the tokenizer,
+the EOS ids and the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -62,8 +60,8 @@ class TextReader:
     """
     Reads dataset rows as one target reads text. Build it with [`FrozenTarget.text_reader`].
 
-    Warnings count skipped and repeated rows, chats whose template rewrites earlier turns and chats with turns out of order; not for
-    an `IterableDataset`, which is read lazily. Other columns than those named below are ignored; token ids are taken as they are.
+    Warnings count skipped and repeated rows and chats that are read in part or out of order; not for an
+    `IterableDataset`, which is read lazily. Other columns than those named below are ignored.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -71,7 +69,7 @@ class TextReader:
         eos_token_ids (`tuple[int, ...]`), vocab_size (`int`):
             All ids that end a response of the target, and the size of its vocabulary.
         chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*):
-            Jinja template in place of the tokenizer's own, and its variables: `{"enable_thinking": False}`.
+            Jinja template in place of the tokenizer's own, and its variables.
         max_prompt_length (`int`, *optional*):
             Rows with more tokens than this before the first one the target wrote are skipped.
         max_length (`int`, *optional*):
@@ -91,26 +89,23 @@ class TextReader:
     # The cache of `datasets` knows this code by name only: raise it when the same row would give other ids or marks.
     cache_version: int = 3
 
-    # -- datasets ------------------------------------------------------------------------------------------------------
-
     def read_texts(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """
         Turn rows into whole texts, with marks on the tokens that the target wrote.
 
-        Rows are, first match first: `input_ids` with `completion_mask`; `prompt_ids` with `completion_ids`; `messages`; `prompt` with
-        `completion` (both strings or both lists of messages); `text`. A string completion ends with its first EOS; where it has none,
-        the tokenizer's is appended. Of a chat, assistant turns after the prompt are marked up to and including their EOS; only the
-        last if the template rewrites earlier ones. A `text` is marked throughout and gets no EOS. The first token of a row is never
-        marked.
+        Rows are, first match first: `input_ids` with `completion_mask`; `prompt_ids` with `completion_ids`;
+        `messages`; `prompt` with `completion` (both strings or both lists of messages); `text`. A string completion
+        ends with its first EOS; where it has none, the tokenizer's is appended. Of a chat, assistant turns after the
+        prompt are marked up to and including their EOS; only the last if the template rewrites earlier ones. A `text`
+        is marked throughout and gets no EOS. The first token of a row is never marked.
 
         Returns:
-            `Dataset` or `IterableDataset` with `input_ids`, `completion_mask` (1 on marked tokens, else 0) and `sample_id` (index of
-            the row in `dataset`; of an `IterableDataset`, in the stream that this process reads).
+            `Dataset` or `IterableDataset` with `input_ids`, `completion_mask` (1 on marked tokens, else 0) and
+            `sample_id` (index of the row in `dataset`, or in the stream that this process reads).
 
         Raises:
-            ValueError: If the dataset is empty or lacks the columns, a row is malformed or has an empty prompt, damaged text, a role the
-                template does not know or ids outside the vocabulary (the message names the row), the template does not end prompts
-                where responses begin, or no row is left.
+            ValueError: If the dataset is empty or lacks the columns, a row is malformed or damaged (the message names
+                the row), the template does not end prompts where responses begin, or no row is left.
         """
         return self._read(dataset, _TEXT_FORMS, TextReader._encode_text_row, ("input_ids", "completion_mask"))
 
@@ -118,8 +113,8 @@ class TextReader:
         """
         Turn rows into prompts; completions are dropped, because the target did not write them.
 
-        Rows are, first match first: `prompt_ids`; `messages`; `prompt` (a string or a list of messages). `messages` are the prompt up to
-        the last turn that is not the assistant's. Chats end with the generation prompt.
+        Rows are, first match first: `prompt_ids`; `messages`, up to the last turn that is not the assistant's;
+        `prompt` (a string or a list of messages). Chats end with the generation prompt.
 
         Returns:
             `Dataset` or `IterableDataset` with `prompt_ids` and `sample_id`.
@@ -147,7 +142,7 @@ class TextReader:
         self,
         dataset: Dataset | IterableDataset,
         forms: tuple[tuple[str, ...], ...],
-        encode: Callable[[TextReader, dict, tuple[str, ...]], dict[str, Any]],
+        encode: Callable[..., dict[str, Any]],
         columns: tuple[str, ...],
     ) -> Dataset | IterableDataset:
         """Map `encode` over the rows, drop those it skips, and warn how many and why."""
@@ -159,19 +154,18 @@ class TextReader:
         types |= {"skipped": Value("string"), "key": Value("string")}
         # The number of processes changes no row, so that it must not change the key of the cache.
         encode_row = partial(encode, replace(self, num_proc=None), form=form)
-        map_rows = partial(
-            dataset.with_format(None).map,
-            _encode_row,
-            with_indices=True,
-            remove_columns=list(row),
-            features=Features(types),
-            fn_kwargs={"encode": encode_row, "columns": columns},
-        )
-        if isinstance(dataset, IterableDataset):
-            return map_rows().filter(lambda row: not row["skipped"]).remove_columns(["skipped", "notes", "key"])
-        return _drop_skipped(map_rows(num_proc=self.num_proc, desc="Tokenizing"), columns)
-
-    # -- rows ----------------------------------------------------------------------------------------------------------
+        options: dict[str, Any] = {
+            "with_indices": True,
+            "remove_columns": list(row),
+            "features": Features(types),
+            "fn_kwargs": {"encode": encode_row, "columns": columns},
+        }
+        rows = dataset.with_format(None)
+        if isinstance(rows, Dataset):
+            encoded = rows.map(_encode_row, num_proc=self.num_proc, desc="Tokenizing", **options)
+            return _drop_skipped(encoded, columns)
+        encoded = rows.map(_encode_row, **options).filter(lambda row: not row["skipped"])
+        return encoded.remove_columns(["skipped", "notes", "key"])
 
     def _encode_text_row(self, row: dict, form: tuple[str, ...]) -> dict[str, Any]:
         text = self._read_text(row, form, every_turn=True)
@@ -229,7 +223,9 @@ class TextReader:
             return _Text(input_ids, [1] * len(input_ids))
         prompt, completion = _read_turns(row, form)
         if isinstance(prompt, str):
+            assert not isinstance(completion, list)
             return self._encode_pair(prompt, completion)
+        assert isinstance(completion, list)
         first_turn = 0 if every_turn and form == ("messages",) else len(prompt)
         return self._encode_chat(prompt + (completion if every_turn else completion[:1]), first_turn=first_turn)
 
@@ -239,8 +235,8 @@ class TextReader:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             outside = next(i for i in token_ids if not 0 <= i < self.vocab_size)
             raise ValueError(
-                f"token id {outside} in `{column}` is outside the target's vocabulary of {self.vocab_size} tokens. Tokenize with the "
-                "target's own tokenizer."
+                f"token id {outside} in `{column}` is outside the target's vocabulary of {self.vocab_size} tokens. "
+                "Tokenize with the target's own tokenizer."
             )
         return token_ids
 
@@ -250,24 +246,21 @@ class TextReader:
         if self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
             raise _Skip(_LONG_PROMPT)
 
-    # -- strings and chats ---------------------------------------------------------------------------------------------
-
     def _tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer(check_text(text), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     def _render(self, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
         return self._apply_template(messages, add_generation_prompt, tokenize=True, return_dict=True)["input_ids"]
 
-    def _apply_template(self, messages: list[dict], add_generation_prompt: bool, **options: bool) -> Any:
+    def _apply_template(self, messages: list[dict], add_generation_prompt: bool, **options: Any) -> Any:
         options |= {"chat_template": self.chat_template, **(self.chat_template_kwargs or {})}
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
 
     def _check_template(self) -> None:
-        """Refuse a template that does not end prompts where responses begin."""
         if self.chat_template is None and self.tokenizer.chat_template is None:
             raise ValueError(
-                "The dataset holds chats, but the tokenizer has no chat template. Pass `chat_template=` with the one the target is "
-                "served with, or turn the chats into `prompt` and `completion` strings."
+                "The dataset holds chats, but the tokenizer has no chat template. Pass `chat_template=` with the one "
+                "the target is served with, or turn the chats into `prompt` and `completion` strings."
             )
         check_generation_prompt(partial(self._apply_template, tokenize=False))
 
@@ -295,9 +288,10 @@ class TextReader:
             completion_ids = self._tokenize(completion, add_special_tokens=False)
         completion_ids = completion_ids[: self._find_end(completion_ids, 0)]
         if not completion_ids or completion_ids[-1] not in self.eos_token_ids:
-            if self.tokenizer.eos_token_id is None:
+            eos_token_id: Any = self.tokenizer.eos_token_id
+            if eos_token_id is None:
                 raise ValueError("the completion needs an EOS, but the tokenizer has no `eos_token`. Set it.")
-            completion_ids.append(self.tokenizer.eos_token_id)
+            completion_ids.append(eos_token_id)
         return _join_ids(prompt_ids, completion_ids)
 
     def _encode_chat(self, messages: list[dict], *, first_turn: int) -> _Text:

@@ -1,9 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Writes the demo's own chats: questions of seven kinds with worked answers. The same seed writes the same chats.
-
-Knows words and numbers. Refuses to know any tokenizer or model.
-"""
+"""Writes the demo's own chats: questions of seven kinds with worked answers. The same seed writes the same chats."""
 
 import itertools
 import random
@@ -138,16 +134,7 @@ KINDS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (_add, _buy, _co
 
 
 def write_chats(count: int, seed: int) -> list[Chat]:
-    """
-    Write chats, one kind after another, without repeating a question.
-
-    Args:
-        count (`int`): Chats to write.
-        seed (`int`): Seed. A smaller count gives the first chats of a larger one.
-
-    Returns:
-        `list[Chat]`: one user message and one assistant message each.
-    """
+    """Write chats of two turns, one kind after another, without repeating a question; fewer are the first of more."""
     rng = random.Random(seed)
     chats: list[Chat] = []
     seen: set[str] = set()

@@ -1,8 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Runs the demo: a target, its responses, a drafter by SFT, the same drafter after Draft-OPD, and both measured.
-
-Each phase leaves a folder with the settings it was made from, and is not repeated while they stay the same.
+Runs the demo: a target, its responses, a drafter by SFT, the same drafter after Draft-OPD, and both measured. Each
+phase leaves a folder with the settings it was made from, and is not repeated while they stay the same.
 """
 
 import json
@@ -23,10 +22,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState, set_see
 from transformers.utils import logging as transformers_logging
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel
-from ..evaluation import EvaluationReport, evaluate_drafter
+from ..evaluation import EvaluationReport, evaluate_drafter, paired_gain
 from ..responses import generate_responses
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
@@ -35,7 +33,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from .corpus import write_chats
-from .results import draw_plot, require_matplotlib, results_table, summary
+from .results import draw_plot, require_matplotlib, results_table
 from .tiny_target import TinyTargetSettings, train_target
 
 
@@ -47,20 +45,11 @@ class DemoSettings:
     """
     What the demo does; the defaults fit two CPU cores and a few minutes.
 
-    Args:
-        output (`Path`, *optional*, defaults to `outputs/demo`): Everything is written below it.
-        family (`str`, *optional*, defaults to `"dflash"`): `"dflash"` or `"eagle3"`.
-        target (`str`, *optional*): Hub id or path of a real target; by default a tiny one is trained first.
-        dataset (`str`, *optional*): Name of the real target's prompts, for the record.
-        num_prompts (`int`), num_test_prompts (`int`): Prompts to train on, and others to measure on.
-        test_batch_size (`int`): Prompts decoded together in the measurement, its speed included.
-        max_new_tokens (`int`): Longest response.
-        num_drafts (`int`): Drafts per block.
-        sft_epochs (`int`), opd_epochs (`int`), batch_size (`int`): Training of the drafter; prompts per update.
-        sft_learning_rate (`float`), opd_learning_rate (`float`):
-            Peak learning rates, higher than the library's defaults: the drafter is tiny.
-        tiny ([`TinyTargetSettings`]): The tiny target.
-        seed (`int`): Seed of everything.
+    Attributes:
+        target (`str` or `None`): Hub id or path of a real target; by default a tiny one is trained first.
+        dataset (`str` or `None`): Name of the real target's prompts, for the record.
+        num_test_prompts (`int`): Prompts to measure on, `test_batch_size` at a time.
+        sft_learning_rate, opd_learning_rate (`float`): Higher than the library's defaults: the drafter is tiny.
     """
 
     output: Path = Path("outputs/demo")
@@ -94,42 +83,38 @@ class DemoSettings:
 
 def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
     """
-    Run every phase that the output folder does not hold yet, print the table, draw the plot.
-
-    Args:
-        settings ([`DemoSettings`]): What to do.
-        rows (`Dataset`, *optional*): Prompts for a real target; given exactly if `settings.target` is.
-
-    Returns:
-        `dict`: what `results.json` holds.
-
-    Raises:
-        ValueError: If matplotlib is missing, target and rows are not given together, or there are too few rows.
+    Run every phase that the output folder does not hold yet, print the table, draw the plot, and return what
+    `results.json` holds. `rows` are the prompts for a real target.
     """
     require_matplotlib()
-    real_target = settings.target
-    if (real_target is None) != (rows is None):
+    if (settings.target is None) != (rows is None):
         raise ValueError("A real target and its prompts go together: give `target` and `rows`, or neither.")
     console = Console()
     with _quiet_libraries():
         phases = _Phases(settings.output, console)
-        if real_target is None or rows is None:
+        if settings.target is None or rows is None:
             target_path, rows = _make_tiny_target(phases, settings)
             target = FrozenTarget.load(target_path, dtype=torch.float32)
         else:
-            target = FrozenTarget.load(real_target, dtype="auto")
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and torch.accelerator.is_available():
+            target = FrozenTarget.load(settings.target)
+        accelerator = torch.accelerator.current_accelerator(True)
+        if accelerator is not None:
             target.place(accelerator)
         train_rows, test_prompts = _write_responses(phases, settings, target, rows)
         drafters = _train_drafters(phases, settings, target, train_rows)
         before, after = (_measure(phases, settings, target, folder, test_prompts) for folder in drafters)
-    record = asdict(settings) | {"output": str(settings.output)}
-    results = summary(before, after) | {"settings": record, "seconds": phases.seconds}
+    gain = paired_gain(before, after)
+    results = {
+        "sft": before.to_dict(),
+        "opd": after.to_dict(),
+        "gain": dict(zip(("tau", "low", "high"), gain, strict=True)),
+        "settings": asdict(settings) | {"output": str(settings.output)},
+        "seconds": phases.seconds,
+    }
     plot, numbers = settings.output / "demo.png", settings.output / "results.json"
     numbers.write_text(json.dumps(results, indent=2), encoding="utf-8")
     draw_plot(before, after, plot)
-    console.print(results_table(before, after, settings.family))
+    console.print(results_table(before, after, gain, settings.family))
     console.print(f"Plot: {plot}   numbers: {numbers}   drafter: {drafters[1]}", soft_wrap=True)
     return results
 
@@ -145,13 +130,9 @@ class _Phases:
 
     def run(self, title: str, name: str, settings: dict[str, Any], make: Callable[[Path], object]) -> Path:
         """
-        Call `make` with the phase's folder, unless that was made with the same settings; return the folder.
+        Return the phase's folder, which `make` fills unless it was made with the same settings before.
 
-        Args:
-            title (`str`): What the console shows.
-            name (`str`): Name of the folder.
-            settings (`dict`): What the phase depends on, besides the phases before it; equal to itself after JSON.
-            make (`Callable`): Fills the folder.
+        `settings` are what the phase depends on, besides the phases before it, and are equal to themselves after JSON.
         """
         self._settings = {**self._settings, name: settings}
         folder = self.output / name
@@ -196,19 +177,15 @@ def _quiet_libraries() -> Iterator[None]:
         enable_progress_bars()
 
 
-# -- phases -----------------------------------------------------------------------------------------------------------
-
-
 def _make_tiny_target(phases: _Phases, settings: DemoSettings) -> tuple[Path, Dataset]:
     """Train the tiny target; return its folder, and chats it was not trained on, which lend their prompts."""
     tiny, seed = settings.tiny, settings.seed
     chats = write_chats(tiny.num_chats + settings.num_prompts + settings.num_test_prompts, seed)
-    folder = phases.run(
-        "1/5 target",
-        "target",
-        asdict(tiny) | {"seed": seed},
-        lambda folder: train_target(chats[: tiny.num_chats], folder, tiny, seed),
-    )
+
+    def make(folder: Path) -> None:
+        train_target(chats[: tiny.num_chats], folder, tiny, seed)
+
+    folder = phases.run("1/5 target", "target", asdict(tiny) | {"seed": seed}, make)
     return folder, Dataset.from_list([{"messages": chat} for chat in chats[tiny.num_chats :]])
 
 
@@ -270,7 +247,16 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
             # About as many blocks as a response has in decoding; another epoch draws others.
             num_anchors=16,
         )
-        drafter = _fresh_drafter(settings, target)
+        set_seed(settings.seed)
+        if settings.family == "eagle3":
+            drafter = Eagle3DraftModel.from_target(target, ttt_steps=settings.num_drafts)
+        else:
+            drafter = DFlashDraftModel.from_target(
+                target,
+                mask_token_id=target.find_mask_token_id(),
+                num_hidden_layers=2,
+                block_size=settings.num_drafts + 1,
+            )
         _train(DraftSFTTrainer(drafter, target, config, rows), phases.console)
         drafter.save_pretrained(folder)
 
@@ -294,18 +280,6 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
     sft_folder = phases.run("3/5 drafter by SFT", "drafter-sft", made_from, train_sft)
     made_from = settings.pick("opd_epochs opd_learning_rate")
     return sft_folder, phases.run("4/5 Draft-OPD", "drafter-opd", made_from, train_opd)
-
-
-def _fresh_drafter(settings: DemoSettings, target: FrozenTarget) -> Drafter:
-    set_seed(settings.seed)
-    if settings.family == "eagle3":
-        return Eagle3DraftModel.from_target(target, ttt_steps=settings.num_drafts)
-    return DFlashDraftModel.from_target(
-        target,
-        mask_token_id=target.find_mask_token_id(),
-        num_hidden_layers=2,
-        block_size=settings.num_drafts + 1,
-    )
 
 
 def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:

@@ -1,9 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Trains the demo's own target: a tokenizer and a tiny Qwen3 that learn the demo's chats.
-
-Knows chats and transformers. Refuses to know drafters: what it saves is an ordinary model folder.
-"""
+"""Trains the demo's own target: a tokenizer and a tiny Qwen3 that learn the demo's chats. Knows no drafter."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -29,15 +25,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyTargetSettings:
-    """
-    Sizes of the tiny target and its training.
-
-    Args:
-        num_chats (`int`): Chats to train on.
-        vocab_size (`int`), hidden_size (`int`): Sizes of the tokenizer and of the model.
-        num_steps (`int`), batch_size (`int`): Updates, and chats per update.
-        learning_rate (`float`): Peak learning rate of AdamW; it rises over 50 steps, then falls to 0.
-    """
+    """Sizes of the tiny target and its training; the learning rate is the peak."""
 
     num_chats: int = 7000
     vocab_size: int = 768
@@ -48,13 +36,7 @@ class TinyTargetSettings:
 
 
 def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    Train a byte-level BPE tokenizer with a ChatML template; every digit is a token.
-
-    Args:
-        chats (`Sequence[Chat]`): Chats to learn merges from.
-        vocab_size (`int`): Tokens, the 256 bytes and 4 special ones included.
-    """
+    """Train a byte-level BPE tokenizer with a ChatML template; every digit is a token."""
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -99,18 +81,7 @@ def make_target(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Qwen3Fo
 
 
 def train_target(chats: Sequence[Chat], folder: Path, settings: TinyTargetSettings, seed: int) -> float:
-    """
-    Train tokenizer and target on chats, save both, and return the mean loss of the last twentieth of the steps.
-
-    Args:
-        chats (`Sequence[Chat]`): Chats; read again from the start when the steps need more.
-        folder (`Path`): Where the checkpoint goes.
-        settings ([`TinyTargetSettings`]): Sizes and training.
-        seed (`int`): Seed of weights and order.
-
-    Returns:
-        `float`: cross-entropy per token of whole chats, in nats.
-    """
+    """Train tokenizer and target on chats, save both, and return the mean loss of the last twentieth of the steps."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(chats, settings.vocab_size)
     model = make_target(tokenizer, settings.hidden_size).train()

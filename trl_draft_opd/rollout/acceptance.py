@@ -1,15 +1,14 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Decide which drafts the target keeps, and which drafts could have led to a text that is already written.
-
-Pure tensor math. It knows probabilities, token ids and the uniform numbers it is given. It refuses to know models,
-random generators, loops over rounds, and how a text is stored.
+Decide which drafts the target keeps, and which drafts could have led to a text that is already written. Pure tensor
+math on probabilities, token ids and uniform numbers: knows no models and no random state.
 
 Shape letters: B = blocks (any leading shape, say sequences x anchors), K = drafts per block, V = vocabulary, N = rows
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -34,7 +33,7 @@ class SamplingSettings:
     top_k: int
     top_p: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Engines round anything colder than 1e-5 to greedy: such a setting would name two distributions.
         if not math.isfinite(self.temperature) or (self.temperature != 0 and self.temperature < 1e-5):
             raise ValueError(f"`temperature` must be 0.0 (greedy) or in [1e-5, inf), got {self.temperature}.")
@@ -54,12 +53,10 @@ class BlockOutcome:
     """
     Hold what became of each block once the end of its text is taken into account (see [`settle_blocks`]).
 
-    Args:
-        accepted (`torch.LongTensor`):
-            Accepted drafts inside the text, `0..K`.
-        is_censored, is_counted (`torch.BoolTensor`):
-            The text ended before any draft failed: slots behind its end are neither accepted nor rejected. All K slots
-            lie inside the text: these are the blocks to average accepted length and slot rates over.
+    Attributes:
+        accepted (`torch.LongTensor`): Accepted drafts inside the text, `0..K`.
+        is_censored (`torch.BoolTensor`): The text ended before any draft failed.
+        is_counted (`torch.BoolTensor`): All K slots lie inside the text: tau and slot rates average over these.
     """
 
     accepted: torch.Tensor
@@ -72,10 +69,8 @@ def token_probs(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tenso
     Turn logits into the probabilities that `generate` draws from, by transformers' own warpers.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(..., V)`):
-            Raw logits.
-        settings ([`SamplingSettings`]):
-            Temperature, top-k and top-p. Tokens that tie at the k-th place are all kept, as `generate` does.
+        logits (`torch.FloatTensor` of shape `(..., V)`): Raw logits.
+        settings ([`SamplingSettings`]): Tokens that tie at the k-th place are all kept, as `generate` does.
 
     Returns:
         `torch.FloatTensor` of shape `(..., V)`: float32, or float64 as the logits. Greedy: one-hot, lowest id on ties.
@@ -83,7 +78,7 @@ def token_probs(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tenso
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if settings.is_greedy:
         return torch.zeros_like(scores).scatter(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
-    warpers = [TemperatureLogitsWarper(float(settings.temperature))]
+    warpers: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
     if settings.top_k > 0:
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
@@ -99,10 +94,8 @@ def choose_tokens(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     Draw one token per row by inverting its cumulative distribution; a token of probability zero is never drawn.
 
     Args:
-        probs (`torch.FloatTensor` of shape `(..., V)`):
-            Probabilities; each row is divided by its sum here. Takes about 16 bytes per entry while it runs.
-        uniforms (`torch.FloatTensor` of shape `(...)`):
-            One uniform number in `[0, 1)` per row.
+        probs (`torch.FloatTensor` of shape `(..., V)`): Probabilities; each row is divided by its sum here.
+        uniforms (`torch.FloatTensor` of shape `(...)`): One uniform number in `[0, 1)` per row.
 
     Returns:
         `torch.LongTensor` of shape `(...)`: token ids.
@@ -127,16 +120,11 @@ def count_accepted(drafts_BK: torch.Tensor, target_choices_BK: torch.Tensor) -> 
     Count the leading drafts of each block that match the target's own choice.
 
     Args:
-        drafts_BK (`torch.LongTensor` of shape `(B, K)`):
-            Token ids proposed after the anchor. B may be any leading shape.
-        target_choices_BK (`torch.LongTensor` of shape `(B, K)`):
-            Target's argmax at the same positions on the drafted prefix, or the committed text there.
+        drafts_BK (`torch.LongTensor` of shape `(B, K)`): Drafts. B may be any leading shape.
+        target_choices_BK (`torch.LongTensor` of shape `(B, K)`): Target's argmax there, or the committed text.
 
     Returns:
         `torch.LongTensor` of shape `(B,)`: accepted drafts per block, `0..K`. Add one for the accepted length.
-
-    Raises:
-        ValueError: If the two differ in shape.
     """
     _check_shape("target_choices_BK", target_choices_BK, drafts_BK.shape)
     # A running product: a match after the first miss was never reached.
@@ -148,9 +136,8 @@ def residual_probs(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> tor
     Compute the distribution of the correction after a rejection, `norm(max(p - q, 0))`.
 
     Source: Leviathan et al., [Fast Inference from Transformers via Speculative
-    Decoding](https://huggingface.co/papers/2211.17192), section 2.3. Where `p == q` everywhere the result is `p`. That
-    has probability zero: a rejection needs a draft with `q(d) > p(d)`, and as both sum to one, another token has
-    `p > q`. Only round-off gets there, and `p` is then right up to round-off.
+    Decoding](https://huggingface.co/papers/2211.17192), section 2.3. Where `p == q` everywhere, which only round-off
+    brings about after a rejection, the result is `p`.
 
     Args:
         target_probs (`torch.FloatTensor` of shape `(..., V)`), draft_probs (same shape):
@@ -158,9 +145,6 @@ def residual_probs(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> tor
 
     Returns:
         `torch.FloatTensor` of shape `(..., V)`: probabilities, zero at every token with `p <= q`.
-
-    Raises:
-        ValueError: If the two differ in shape.
     """
     _check_shape("draft_probs", draft_probs, target_probs.shape)
     excess = (target_probs - draft_probs).clamp(min=0)
@@ -173,16 +157,12 @@ def verify_greedy(drafts_BK: torch.Tensor, target_choices_BK1: torch.Tensor) -> 
     Verify drafts against a greedy target: keep the leading matches, then commit the target's own next choice.
 
     Args:
-        drafts_BK (`torch.LongTensor` of shape `(B, K)`):
-            Token ids proposed after the anchor.
+        drafts_BK (`torch.LongTensor` of shape `(B, K)`): Drafts.
         target_choices_BK1 (`torch.LongTensor` of shape `(B, K + 1)`):
             Target's argmax after the anchor and after each draft.
 
     Returns:
         `tuple` of two `torch.LongTensor` of shape `(B,)`: accepted drafts `0..K`; next token (correction or bonus).
-
-    Raises:
-        ValueError: If `target_choices_BK1` does not have one column more than `drafts_BK`.
     """
     _check_shape("target_choices_BK1", target_choices_BK1, (*drafts_BK.shape[:-1], drafts_BK.shape[-1] + 1))
     accepted_B = count_accepted(drafts_BK, target_choices_BK1[..., :-1])
@@ -205,12 +185,10 @@ def verify_sampled(
     [Accelerating Large Language Model Decoding with Speculative Sampling](https://huggingface.co/papers/2302.01318).
 
     Args:
-        drafts_BK (`torch.LongTensor` of shape `(B, K)`):
-            Token ids proposed after the anchor.
+        drafts_BK (`torch.LongTensor` of shape `(B, K)`): Drafts.
         draft_probs_BKV (`torch.FloatTensor` of shape `(B, K, V)` or `None`):
             Distribution `q` each draft was drawn from, given the drafts before it, over the target's vocabulary.
-            `None`: drafts were taken deterministically (argmax), `q` is one-hot, and `d` is kept with probability
-            `p(d)`.
+            `None`: drafts are argmax, and `d` is kept with probability `p(d)`.
         target_probs_BK1V (`torch.FloatTensor` of shape `(B, K + 1, V)`):
             Distribution `p` of the target after the anchor and each draft; temperature, top-k and top-p included.
         accept_uniforms_BK (`torch.FloatTensor` of shape `(B, K)`), next_uniforms_B (of shape `(B,)`):
@@ -247,11 +225,10 @@ def verify_sampled(
 
 def sample_posterior(
     committed_BK: torch.Tensor,
-    draft_choices_BK: torch.Tensor | None,
-    draft_probs_BKV: torch.Tensor | None,
-    target_probs_BKV: torch.Tensor | None,
-    accept_uniforms_BK: torch.Tensor | None,
-    draft_uniforms_BK: torch.Tensor | None,
+    draft_probs_BKV: torch.Tensor,
+    target_probs_BKV: torch.Tensor,
+    accept_uniforms_BK: torch.Tensor,
+    draft_uniforms_BK: torch.Tensor,
     is_in_text_BK: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -266,13 +243,9 @@ def sample_posterior(
     Args:
         committed_BK (`torch.LongTensor` of shape `(B, K)`):
             The text's tokens at the slots' positions; any id outside the text.
-        draft_choices_BK (`torch.LongTensor` of shape `(B, K)` or `None`):
-            Drafts taken deterministically, accepted where they equal the text; the next four are then not read.
-        draft_probs_BKV, target_probs_BKV (`torch.FloatTensor` of shape `(B, K, V)` or `None`):
-            Distribution `q` of drawn drafts (give either this or `draft_choices_BK`), and distribution `p` of the
-            text.
-        accept_uniforms_BK, draft_uniforms_BK (`torch.FloatTensor` of shape `(B, K)` or `None`):
-            Uniform numbers in `[0, 1)`.
+        draft_probs_BKV, target_probs_BKV (`torch.FloatTensor` of shape `(B, K, V)`):
+            Distribution `q` of the drafts, and distribution `p` of the text.
+        accept_uniforms_BK, draft_uniforms_BK (`torch.FloatTensor` of shape `(B, K)`): Numbers in `[0, 1)`.
         is_in_text_BK (`torch.BoolTensor` of shape `(B, K)`):
             Slots at or before the text's last token. Acceptance stops at the first slot outside.
 
@@ -280,13 +253,9 @@ def sample_posterior(
         `tuple` of two `torch.LongTensor`: drafts of shape `(B, K)`; accepted drafts `0..K` of shape `(B,)`.
 
     Raises:
-        ValueError: If shapes disagree, not exactly one of choices and `q` is given, or `p(y) = 0` inside the text.
+        ValueError: If shapes disagree, or `p(y) = 0` inside the text.
     """
     _check_shape("is_in_text_BK", is_in_text_BK, committed_BK.shape)
-    if (draft_choices_BK is None) == (draft_probs_BKV is None):
-        raise ValueError("Give `draft_choices_BK` (argmax drafts) or `draft_probs_BKV` (drawn drafts), and not both.")
-    if draft_choices_BK is not None:
-        return draft_choices_BK, count_accepted(draft_choices_BK, committed_BK.masked_fill(~is_in_text_BK, -1))
     _check_shape("draft_probs_BKV", draft_probs_BKV, (*committed_BK.shape, draft_probs_BKV.shape[-1]))
     _check_shape("target_probs_BKV", target_probs_BKV, draft_probs_BKV.shape)
     _check_shape("accept_uniforms_BK", accept_uniforms_BK, committed_BK.shape)
@@ -315,8 +284,7 @@ def settle_blocks(
     Args:
         accepted, anchors, last_index (`torch.LongTensor`, broadcast together):
             Leading drafts accepted, `0..K`, perhaps past the text too; block's anchor; index of the text's last token.
-        num_drafts (`int`):
-            Drafts per block K.
+        num_drafts (`int`): K.
 
     Returns:
         [`BlockOutcome`] of the broadcast shape.
@@ -342,10 +310,9 @@ def _row_at(rows_BKV: torch.Tensor, slot_B: torch.Tensor) -> torch.Tensor:
     return torch.take_along_dim(rows_BKV, slot_B[..., None, None], dim=-2).squeeze(-2)
 
 
-def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    found = None if tensor is None else tuple(tensor.shape)
-    if found != tuple(shape):
-        raise ValueError(f"`{name}` must have shape {tuple(shape)} to fit the other arguments, got {found}.")
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
 
 
 def _check_possible(name: str, is_possible_BK: torch.Tensor, advice: str) -> None:

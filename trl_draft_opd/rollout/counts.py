@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What is counted of verified blocks: accepted length (tau), its interval, and acceptance per slot. Plain numbers, prompt
-by prompt, that add up over batches, steps and ranks and are divided once. Knows no model.
+What is counted of verified blocks: accepted length (tau), its interval, and acceptance per slot. Numbers of each
+prompt, which add up over batches, steps and ranks and are divided once. Knows no model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -79,22 +79,9 @@ class Counts:
 
     def interval(self, *, num_resamples: int, seed: int) -> tuple[float, float]:
         """Return the 95 % interval of tau, resampling prompts."""
-        return bootstrap_tau(self.accepted_sums, self.blocks, num_resamples=num_resamples, seed=seed)
-
-
-def bootstrap_tau(
-    accepted_sums: Sequence[int], blocks: Sequence[int], *, num_resamples: int, seed: int
-) -> tuple[float, float]:
-    """
-    Return the 95 % interval of pooled tau, resampling prompts.
-
-    Args:
-        accepted_sums (`Sequence[int]`): Per prompt, `sum (r + 1)` over counted blocks.
-        blocks (`Sequence[int]`): Per prompt, counted blocks.
-    """
-    taus = resampled_taus(accepted_sums, blocks, num_resamples, seed)
-    # A resample may miss every prompt that has a block: it says nothing about tau.
-    return interval(taus[taus.isfinite()])
+        taus = resampled_taus(self.accepted_sums, self.blocks, num_resamples, seed)
+        # A resample may miss every prompt that has a block: it says nothing about tau.
+        return interval(taus[taus.isfinite()])
 
 
 def resampled_taus(accepted_sums: Sequence[int], blocks: Sequence[int], num_resamples: int, seed: int) -> torch.Tensor:

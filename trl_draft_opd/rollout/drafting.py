@@ -31,9 +31,6 @@ class DraftingSettings:
             `"greedy"` (drafts are argmax) or `"sample"` (drafts are drawn from the drafter's distribution).
         keep_branch_hidden (`bool`):
             Keep the target's hidden states on draft-induced states; replay drafts behind first rejections only then.
-
-    Raises:
-        ValueError: If `draft_sampling` is unknown.
     """
 
     num_drafts: int
@@ -41,7 +38,7 @@ class DraftingSettings:
     draft_sampling: str
     keep_branch_hidden: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_draft_sampling(self.draft_sampling)
 
     @property
@@ -58,12 +55,7 @@ def check_draft_sampling(draft_sampling: str) -> None:
 
 def choose_drafts(logits: Tensor, sampling: SamplingSettings, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """
-    Choose one draft per row of logits.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., DV)`): Draft logits.
-        sampling ([`SamplingSettings`]): As the target's. Not read without uniforms.
-        uniforms (`torch.Tensor` of shape `(...)`, *optional*): One number in [0, 1) per row; `None` takes the argmax.
+    Choose one draft per row of logits `(..., DV)`, by one number in [0, 1) per row or, without uniforms, by argmax.
 
     Returns:
         `tuple` of draft ids `(...)` and the distribution they were drawn from, `(..., DV)`; `None` for argmax.
@@ -88,7 +80,6 @@ def draft_blocks(
     Draft a block from each anchor.
 
     Args:
-        target ([`FrozenTarget`]), drafter ([`Drafter`]), settings ([`DraftingSettings`]): Who drafts, and how.
         context ([`DraftContext`]): The drafter's, of every position before the largest anchor.
         anchors (`torch.LongTensor` of shape `(B, A)`), anchor_tokens (same shape):
             Anchors, at least 1, and the tokens there.

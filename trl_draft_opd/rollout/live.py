@@ -2,14 +2,14 @@
 """
 Live rollout: the pair decodes together. One forward of the target per round verifies a block of every unfinished row.
 
-Rejected drafts stay in the target's cache as masked slots until a compaction drops them; the drafter's context is
-indexed by position, so there they are simply overwritten. Knows nothing of losses or trainers.
+Rejected drafts stay in the target's cache as masked slots until a compaction drops them; in the drafter's context,
+which is indexed by position, they are overwritten. Knows nothing of losses or trainers.
 
 Shape letters:  B = unfinished rows, P = longest prompt, K = drafts per block, C = cached slots, V = vocabulary
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -51,27 +51,9 @@ def rollout_live(
 
     The text is the target's own: its greedy continuation at temperature 0, a draw from its distribution otherwise,
     whatever the drafter is. Source: Leviathan et al., [Fast Inference from Transformers via Speculative
-    Decoding](https://huggingface.co/papers/2211.17192), section 2.3.
-
-    Args:
-        target ([`FrozenTarget`]): The target.
-        drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
-        prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
-        settings ([`DraftingSettings`]): How to draft and verify.
-        keys ([`DrawKeys`]):
-            What the draws depend on. A row decodes the same alone, in any batch and on any rank, up to ties that
-            rounding breaks. Nothing is drawn at temperature 0.
-        max_new_tokens (`int`): Longest response.
-        eos_token_ids (`Sequence[int]`): Ids that end a response; empty to decode to the limit.
-        on_finished (`Callable`, *optional*):
-            Called with the number of rows that ended since the last call, for a progress bar.
-
-    Returns:
-        [`Rollout`] with one row per prompt, in order.
-
-    Raises:
-        ValueError: If a prompt is empty, text would not fit the target's positions, the drafter cannot make that many
-            drafts, or the target's cache cannot be rolled back, or there is not one sample id per prompt.
+    Decoding](https://huggingface.co/papers/2211.17192), section 2.3. A row decodes the same alone, in any batch and on
+    any rank, up to ties that rounding breaks. `on_finished` is called with the number of rows that ended since the
+    last call; without EOS ids every row is decoded to the limit.
     """
     _check(target, drafter, prompts, settings.num_drafts, max_new_tokens)
     keys.check_rows(len(prompts))
@@ -115,9 +97,7 @@ def _check(
 
 
 class _LiveBatch:
-    """
-    State of one batch. Lists cover all prompts; tensors cover the unfinished rows only, named by `self.active`.
-    """
+    """State of one batch. Lists cover all prompts; tensors cover the unfinished rows only, named by `self.active`."""
 
     def __init__(
         self,
@@ -133,15 +113,14 @@ class _LiveBatch:
         self.max_new_tokens = max_new_tokens
         self.layer_ids = drafter.config.target_layer_ids
         self.device = target.device
+        self.slots = torch.arange(1, settings.num_drafts + 1, device=self.device)
         self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=self.device)
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.rounds: list[_Round] = []
-        self.texts: list[torch.Tensor | None] = [None] * len(prompts)
+        self.texts: dict[int, torch.Tensor] = {}
         self.active = list(range(len(prompts)))
         self.num_target_forwards = 0
         self._prefill(prompts)
-
-    # -- start --------------------------------------------------------------------------------------------------------
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read the left-padded prompts, commit the first token of each and encode the drafter's context."""
@@ -158,7 +137,12 @@ class _LiveBatch:
         self.cache = DynamicCache(config=self.target.config)
         self.cache_mask = is_token.long()
         reading = self._step(left, (index - shift).clamp(min=0))
-        first = self._choose_first(self.target.project(reading.last_hidden[:, -1]), lengths - 1)
+        logits, sampling = self.target.project(reading.last_hidden[:, -1]), self.settings.sampling
+        if sampling.is_greedy:
+            first = logits.argmax(dim=-1)
+        else:
+            # As if the prompt's last token were an anchor without drafts.
+            first = choose_tokens(token_probs(logits, sampling), self._uniforms(lengths - 1, 0, LIVE_TOKEN))
         capacity = width + self.max_new_tokens + K + 1
         self.text = right.new_zeros(len(prompts), capacity)
         self.text[:, :width] = right
@@ -170,15 +154,12 @@ class _LiveBatch:
         features = reading.features.gather(1, source[..., None].expand_as(reading.features))
         self.context = self._encode(features, torch.arange(width, device=self.device).expand(len(prompts), -1))
         self.context = self.context.extended(capacity)
-        ended = torch.isin(first, self.eos) | (self.length >= self.limit)
-        self._retire(ended)
+        self._retire(torch.isin(first, self.eos) | (self.length >= self.limit))
 
     def _encode(self, features: torch.Tensor, position_ids: torch.Tensor) -> DraftContext:
         next_ids = self.text.gather(1, position_ids + 1)
         features = features.to(self.drafter.device)
         return self.drafter.encode_context(features, next_ids, position_ids, self.target.embed)
-
-    # -- one round ----------------------------------------------------------------------------------------------------
 
     def run_round(self) -> None:
         """Draft a block for every unfinished row, verify all of them in one target forward, and commit."""
@@ -199,7 +180,7 @@ class _LiveBatch:
         """Return a block of drafts per row, and the distributions they were drawn from, if they were."""
         uniforms = None
         if self.settings.draws_drafts:
-            uniforms = self._uniforms(anchors, self._slots(self.settings.num_drafts), LIVE_DRAFT)[:, None]
+            uniforms = self._uniforms(anchors, self.slots, LIVE_DRAFT)[:, None]
         context = self.context.prefix(int(anchors.max()))
         tokens = self.text.gather(1, anchors[:, None])
         drafts, probs = draft_blocks(
@@ -214,7 +195,7 @@ class _LiveBatch:
         if self.settings.sampling.is_greedy:
             return verify_greedy(drafts, logits.argmax(dim=-1))
         target_probs = token_probs(logits, self.settings.sampling)
-        accept_uniforms = self._uniforms(anchors, self._slots(drafts.shape[1]), LIVE_ACCEPT)
+        accept_uniforms = self._uniforms(anchors, self.slots, LIVE_ACCEPT)
         return verify_sampled(
             drafts, draft_probs, target_probs, accept_uniforms, self._uniforms(anchors, 0, LIVE_TOKEN)
         )
@@ -238,33 +219,22 @@ class _LiveBatch:
         is_committed = slots <= accepted[:, None]
         is_eos = torch.isin(candidates, self.eos) & is_committed
         first_eos = torch.where(is_eos, slots, K + 1).amin(dim=1)
-        new_length = torch.minimum(anchors + 2 + torch.minimum(accepted, first_eos), self.limit)
-        self.length = new_length
+        self.length = torch.minimum(anchors + 2 + torch.minimum(accepted, first_eos), self.limit)
         # The anchor and the accepted drafts are text; every other new slot of the cache is masked out.
         self.cache_mask[:, -(K + 1) :] = is_committed.long()
         self.context.write(self._encode(features, positions), positions)
-        self._retire((first_eos <= accepted) | (new_length >= self.limit))
+        self._retire((first_eos <= accepted) | (self.length >= self.limit))
 
-    # -- bookkeeping --------------------------------------------------------------------------------------------------
+    @property
+    def _layers(self) -> list[Any]:
+        return self.cache.layers
 
     def _step(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TargetReading:
         self.num_target_forwards += 1
         return self.target.step(input_ids, self.cache_mask, position_ids, self.cache, self.layer_ids)
 
-    def _slots(self, num_drafts: int) -> torch.Tensor:
-        return torch.arange(1, num_drafts + 1, device=self.device)
-
     def _uniforms(self, anchors: torch.Tensor, slots: int | torch.Tensor, purpose: int) -> torch.Tensor:
         return self.keys.uniforms(self.active, anchors, slots, purpose)
-
-    def _choose_first(self, logits: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
-        """
-        Choose the token behind each prompt from `(B, V)` logits, as if its last token were an anchor without drafts.
-        """
-        if self.settings.sampling.is_greedy:
-            return logits.argmax(dim=-1)
-        distribution = token_probs(logits, self.settings.sampling)
-        return choose_tokens(distribution, self._uniforms(last_positions, 0, LIVE_TOKEN))
 
     def _retire(self, ended: torch.Tensor) -> None:
         """Take finished rows out of the batch, and drop masked slots when they outgrow the live ones."""
@@ -277,7 +247,7 @@ class _LiveBatch:
                 return
             self.text, self.length, self.limit = self.text[keep], self.length[keep], self.limit[keep]
             self.context = self.context.rows(keep)
-            for layer in self.cache.layers:
+            for layer in self._layers:
                 layer.batch_select_indices(keep.to(layer.keys.device))
             self.cache_mask = self.cache_mask[keep]
         live = int(self.cache_mask.sum(dim=1).max())
@@ -289,7 +259,7 @@ class _LiveBatch:
         """Move every row's live slots together, keeping their order, and drop the rest of the cache."""
         order = self.cache_mask.argsort(dim=1, stable=True)[:, -live:]
         self.cache_mask = self.cache_mask.gather(1, order)
-        for layer in self.cache.layers:
+        for layer in self._layers:
             index = order.to(layer.keys.device)[:, None, :, None].expand(
                 -1, layer.keys.shape[1], -1, layer.keys.shape[3]
             )
@@ -297,8 +267,9 @@ class _LiveBatch:
 
     def finish(self) -> Rollout:
         """Pad texts and blocks of all rows and apply the rules for blocks at the end of a text."""
-        lengths = torch.tensor([len(text) for text in self.texts], device=self.device)
-        input_ids = pad_sequence(self.texts, batch_first=True, padding_value=self.target.pad_token_id)
+        texts = [self.texts[row] for row in range(len(self.prompt_lengths))]
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        input_ids = pad_sequence(texts, batch_first=True, padding_value=self.target.pad_token_id)
         index = torch.arange(input_ids.shape[1], device=self.device)
         mask = (index < lengths[:, None]).long()
         K, hidden = self.settings.num_drafts, None
@@ -312,7 +283,7 @@ class _LiveBatch:
         for number, block in enumerate(self.rounds):
             anchors[block.rows, number], raw_accepted[block.rows, number] = block.anchors, block.accepted
             drafts[block.rows, number] = block.drafts
-            if hidden is not None:
+            if hidden is not None and block.branch_hidden is not None:
                 hidden[block.rows, number] = block.branch_hidden.to(hidden)
         outcome = settle_blocks(raw_accepted, anchors, (lengths - 1)[:, None], K)
         is_block = anchors >= 0

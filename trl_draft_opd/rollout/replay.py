@@ -6,8 +6,7 @@ Given the text, the chain of anchors is a function of the drafter (and, where dr
 anchor and slot). So every response is cut into segments that are walked in parallel: two walks that meet at an anchor
 are the same from there on, and the chain is read off the finished table. Knows nothing of losses or trainers.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, N = hidden rows, H =
-                hidden size, V = vocabulary
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, N = hidden rows
 """
 
 from collections.abc import Sequence
@@ -60,26 +59,14 @@ def rollout_replay(
     Find the chain of blocks the drafter makes along each response of the text.
 
     Equal to [`rollout_live`] at temperature 0 on the same text. At a temperature above 0 the blocks are drawn from
-    their exact distribution given the text, see `sample_posterior`.
+    their exact distribution given the text, see `sample_posterior`; rows that hold a token of probability 0 then have
+    no blocks and are counted in `num_refused`.
 
     Args:
-        target ([`FrozenTarget`]): Writer of the text.
-        drafter ([`Drafter`]): Put in evaluation mode for the call and back afterwards.
-        text ([`TargetText`]): Prompts and responses.
-        settings ([`DraftingSettings`]): How to draft; `sampling` is the distribution the text was sampled from.
-        keys ([`DrawKeys`]): What the draws depend on. Nothing is drawn where drafts are argmax.
         segment_length (`int`): Tokens per segment walked in parallel; 1 drafts at every position in one pass.
         chunk_bytes (`int`): Bytes of float32 logits alive at a time.
         reading ([`TargetReading`], *optional*):
-            The target's reading of the text at the drafter's layers, made here if not given; with its cache if
-            branches are kept.
-
-    Returns:
-        [`Rollout`]. Where drafts are drawn, rows that hold a token of probability 0 under `settings.sampling` have no
-        blocks and are counted in `num_refused`.
-
-    Raises:
-        ValueError: If branches are kept and the target cannot branch, or there is not one sample id per row.
+            The text as read at the drafter's layers, with its cache if branches are kept; made here if not given.
     """
     with drafter.evaluating():
         walk = ReplayWalk(target, drafter, text, settings, keys, chunk_bytes, reading)
@@ -88,10 +75,7 @@ def rollout_replay(
 
 
 class ReplayWalk:
-    """
-    What has been drafted so far, by position: a block's accepted drafts and its first refused draft, once its anchor
-    was drafted from. Arguments are those of [`rollout_replay`].
-    """
+    """By position, the accepted drafts and the first refused draft of each block that was drafted so far."""
 
     def __init__(
         self,
@@ -138,12 +122,8 @@ class ReplayWalk:
             is_refused[rows[part][~is_possible]] = True
         return is_refused
 
-    # -- the walk -----------------------------------------------------------------------------------------------------
-
     def run(self, segment_length: int) -> None:
-        """
-        Draft from the start of every segment on, each walk until it meets an anchor that was drafted from before.
-        """
+        """Draft from the start of every segment on, each walk until it meets an anchor that was drafted from."""
         mask = self.text.completion_mask
         index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         is_start = mask.clone()
@@ -187,12 +167,8 @@ class ReplayWalk:
             padded = torch.full((len(mask), 1), -1)
         return padded.to(self.text.input_ids.device)
 
-    # -- one round ----------------------------------------------------------------------------------------------------
-
     def draft(self, anchors: Tensor) -> None:
-        """
-        Draft at `anchors` (`(B, A)`, -1 for padding) along the text up to each first refusal, and fill the table.
-        """
+        """Draft at `anchors` (`(B, A)`, -1 for padding) along the text up to each first refusal; fill the table."""
         ids, num_drafts = self.text.input_ids, self.settings.num_drafts
         columns, is_running = pack_columns((anchors >= 0) & ~self.is_refused_row[:, None])
         current = torch.where(is_running, anchors.gather(1, columns), -1)
@@ -227,9 +203,7 @@ class ReplayWalk:
             is_running = is_matched.gather(1, columns) & is_block
 
     def _judge(self, hidden: Tensor, rows: Tensor, anchors: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        """
-        Return the draft of `slot` at each of N blocks whose earlier drafts equal the text, and whether it is kept.
-        """
+        """Return the draft of `slot` at N blocks whose earlier drafts equal the text, and whether it is kept."""
         committed = self.text.input_ids[rows, anchors + slot]
         drafts, is_kept = torch.zeros_like(committed), torch.zeros_like(committed, dtype=torch.bool)
         for part in self._parts(rows):
@@ -245,7 +219,6 @@ class ReplayWalk:
             )
             chosen, accepted = sample_posterior(
                 committed[part, None],
-                None,
                 draft_distribution[:, None],
                 target_distribution[:, None],
                 self.keys.uniforms(rows[part], anchors[part], slot, REPLAY_ACCEPT)[:, None],
@@ -271,8 +244,6 @@ class ReplayWalk:
         # Where drafts are drawn, a distribution and its cumulative sum live beside the logits.
         row_bytes = (16 if self.settings.draws_drafts else 4) * self.target.vocab_size
         return torch.arange(len(rows), device=rows.device).split(max(1, self.chunk_bytes // row_bytes))
-
-    # -- the result ---------------------------------------------------------------------------------------------
 
     def rollout(self, anchors: Tensor) -> Rollout:
         """Return the blocks at `anchors` (`(B, A)`), which have been drafted from, as a rollout."""

@@ -2,8 +2,7 @@
 """
 The result of a rollout: the text, and every block that was drafted along it. Data only.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = the target's hidden
-                size
+Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = hidden size
 """
 
 from dataclasses import dataclass, replace
@@ -14,16 +13,14 @@ import torch
 @dataclass(frozen=True)
 class Rollout:
     """
-    Committed text and the chain of blocks drafted along it, from either rollout engine.
-
-    All positions are indices into right-padded rows, prompt included.
+    Committed text and the chain of blocks drafted along it, from either rollout engine. All positions are indices into
+    right-padded rows, prompt included.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Prompt and response, right-padded.
         attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
         completion_mask (`torch.BoolTensor` of shape `(B, L)`):
-            Tokens the target wrote. Each run of them is one response with a chain of its own: one per row from live
-            decoding, one per response of a stored chat.
+            Tokens the target wrote. Each run of them is one response with a chain of its own.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchor of each block; -1 where a row has fewer blocks.
         drafts (`torch.LongTensor` of shape `(B, A, K)`):
             Drafted tokens; slot `k` is at index `k - 1`. Behind the first rejection there are drafts only if
@@ -95,13 +92,8 @@ class Rollout:
 
 def response_ends(completion_mask: torch.Tensor) -> torch.Tensor:
     """
-    Return the index of the last token of the run each token the target wrote belongs to.
-
-    Args:
-        completion_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens the target wrote.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, L)`; the index of a later run's end, or `L`, at tokens it did not write.
+    Return, for each token the target wrote, the index of the last token of its run, `(B, L)`; the index of a later
+    run's end, or `L`, at tokens it did not write.
     """
     length = completion_mask.shape[1]
     is_end = completion_mask.clone()

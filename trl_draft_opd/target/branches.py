@@ -7,6 +7,8 @@ Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L 
                 row, H = the target's hidden size
 """
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
@@ -30,7 +32,6 @@ def score_branches(
     proposed for; blocks do not see each other.
 
     Args:
-        target ([`FrozenTarget`]): Reader of the text.
         reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries are padding.
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
@@ -40,9 +41,6 @@ def score_branches(
     Returns:
         `torch.Tensor` of shape `(B, A, K, H)`: input of the head at the state `x, y_<=a, d_<k` for slot `k`; zero
         outside `is_branch`.
-
-    Raises:
-        ValueError: If the target cannot branch, see [`FrozenTarget.require_rollback`].
     """
     target.require_rollback()
     assert reading.caches, "branches are scored on top of the text's cache"
@@ -52,7 +50,13 @@ def score_branches(
         for places in rows_of_similar_width(num_tokens[text.rows]):
             picked = torch.tensor(places, device=hidden.device)
             rows = text.rows[picked]
-            cache = text.cache if len(places) == len(text.rows) else _rows_of_cache(target, text.cache, picked)
+            cache = text.cache
+            if len(places) < len(text.rows):
+                cache = DynamicCache(config=target.config)
+                layers: list[Any] = text.cache.layers
+                for number, layer in enumerate(layers):
+                    own = picked.to(layer.keys.device)
+                    cache.update(layer.keys[own], layer.values[own], number)
             scored = _score_rows(target, cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
             hidden[rows] = scored.to(hidden)
     return hidden
@@ -102,12 +106,3 @@ def branch_mask(
     sees_text = (index < prefix_ends[..., None]) | (index == 0)
     sees_branch = (block[:, :, None] == block[:, None]) & (slot[:, :, None] >= slot[:, None]) & is_token[:, None]
     return torch.cat([sees_text, sees_branch], dim=2)
-
-
-def _rows_of_cache(target: FrozenTarget, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """Return a cache of the given rows alone."""
-    picked = DynamicCache(config=target.config)
-    for number, layer in enumerate(cache.layers):
-        own = rows.to(layer.keys.device)
-        picked.update(layer.keys[own], layer.values[own], number)
-    return picked

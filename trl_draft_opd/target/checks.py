@@ -2,8 +2,6 @@
 """
 What a target must fulfil before a drafter learns from it: its embedding, layers and head are in reach, and it reads
 text as finite numbers.
-
-Shape letters:  B = sequences, L = text length, H = hidden size
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def require_weights(causal_lm: PreTrainedModel) -> None:
-    """
-    Check that embedding and head can be called outside of the model.
-
-    Raises:
-        ValueError: If one of them is missing, offloaded or quantised, with the fix.
-    """
+    """Refuse a model whose embedding or head is missing, offloaded or quantised."""
     kind = f"Target of type {causal_lm.config.model_type!r}"
     for name, module in {
         "embedding": causal_lm.get_input_embeddings(),
@@ -35,7 +28,7 @@ def require_weights(causal_lm: PreTrainedModel) -> None:
         if weight.is_meta:
             raise ValueError(
                 f"{kind} has its {name} on the meta device: it was offloaded or never loaded. Load it without "
-                f"offloading, in a lower precision or on more devices; the {name} must stay in memory."
+                "offloading, in a lower precision or on more devices."
             )
         if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -45,31 +38,18 @@ def require_weights(causal_lm: PreTrainedModel) -> None:
 
 
 def find_layers(backbone: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
-    """
-    Return the decoder layers of a model without its head.
-
-    Raises:
-        ValueError: If no list has as many layers as the config states.
-    """
+    """Return the decoder layers of a model without its head; refuse a model that has no such list."""
     for module in backbone.children():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module
     raise ValueError(
         f"Target of type {config.model_type!r} has no list of {config.num_hidden_layers} decoder layers in its "
-        f"backbone {type(backbone).__name__}, so its features cannot be tapped. Only decoder-only targets of "
-        "transformers are supported."
+        f"backbone {type(backbone).__name__}. Use a decoder-only target of transformers."
     )
 
 
 class NotFiniteError(FloatingPointError):
-    """
-    Names the rows that the target reads as NaN or infinity.
-
-    Args:
-        rows (`list[int]`): The rows.
-        dtype (`torch.dtype`): Precision of its hidden states.
-        place (`str`, *optional*): What the rows are rows of.
-    """
+    """Names the rows of `place` that the target reads as NaN or infinity, in hidden states of `dtype`."""
 
     def __init__(self, rows: list[int], dtype: torch.dtype, place: str = "the text it read"):
         cause = "Its weights are damaged: load it again"
@@ -91,16 +71,7 @@ def naming_rows(names: Sequence[int] | torch.Tensor, place: str) -> Iterator[Non
 
 
 def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """
-    Refuse a reading that is not finite.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, L, H)`): Hidden states.
-        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text; padding is not checked.
-
-    Raises:
-        NotFiniteError: Naming the rows.
-    """
+    """Raise [`NotFiniteError`] if hidden states `(B, L, H)` of text, 1 in a mask `(B, L)`, are not finite."""
     # One pass that keeps two numbers per position; NaN passes through both.
     low, high = torch.aminmax(hidden, dim=-1)
     is_wrong = ~(low.isfinite() & high.isfinite()) & attention_mask.bool()

@@ -8,6 +8,7 @@ Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,14 @@ from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from ..utils.private_trl import create_model_from_path
 from .checks import find_layers, refuse_not_finite, require_weights
-from .placement import Lockstep, device_of, place_whole, shard_layers
+from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
 
 
 class FrozenTarget:
     """
-    The LLM being accelerated: frozen, in evaluation mode, and read through two calls, `read_text` and `step`, that
-    keep only what the caller needs.
-
-    Not an `nn.Module`, so that no trainer, optimiser or checkpoint ever picks up its weights.
+    The LLM being accelerated: frozen and in evaluation mode. Not an `nn.Module`, so that no trainer, optimiser or
+    checkpoint ever picks up its weights.
 
     Args:
         causal_lm ([`~transformers.PreTrainedModel`]):
@@ -51,7 +50,7 @@ class FrozenTarget:
     """
 
     def __init__(self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.causal_lm = causal_lm.requires_grad_(False).eval()
+        self.causal_lm: PreTrainedModel = causal_lm.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.config = text_config(causal_lm.config)
         self.backbone = causal_lm.base_model
@@ -97,8 +96,8 @@ class FrozenTarget:
         if isinstance(target, PreTrainedModel):
             if init_kwargs:
                 raise ValueError(
-                    f"`target_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the target's id "
-                    "or path, or load it with these arguments yourself."
+                    f"`target_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the "
+                    "target's id or path, or load it with these arguments yourself."
                 )
             return cls(target, tokenizer)
         options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}
@@ -140,25 +139,25 @@ class FrozenTarget:
     @property
     def pad_token_id(self) -> int:
         """Id used to fill rows; always masked, so any valid id serves."""
-        for candidate in (self.tokenizer.pad_token_id if self.tokenizer else None, self.config.pad_token_id):
+        own: Any = self.tokenizer.pad_token_id if self.tokenizer else None
+        for candidate in (own, self.config.pad_token_id):
             if candidate is not None:
                 return candidate
         return self.eos_token_ids[0] if self.eos_token_ids else 0
 
     def find_mask_token_id(self) -> int:
         """
-        Find an id that text never uses, for DFlash's masks.
-
-        Tries the tokenizer's mask token, then `<|mask|>` or `<|MASK|>`, then a row of the embedding beyond the
-        tokenizer.
+        Find an id that text never uses, for DFlash's masks: the tokenizer's mask token, then `<|mask|>` or
+        `<|MASK|>`, then a row of the embedding beyond the tokenizer.
 
         Raises:
             ValueError: If there is none.
         """
         if self.tokenizer is None:
             raise ValueError("The target has no tokenizer to find a mask token in. Pass `mask_token_id=`.")
-        if self.tokenizer.mask_token_id is not None:
-            return self.tokenizer.mask_token_id
+        mask_token_id: Any = self.tokenizer.mask_token_id
+        if mask_token_id is not None:
+            return mask_token_id
         vocabulary = self.tokenizer.get_vocab()
         for name in ("<|mask|>", "<|MASK|>"):
             if name in vocabulary:
@@ -175,32 +174,27 @@ class FrozenTarget:
         Return a reader of dataset rows with this target's tokenizer, EOS ids and vocabulary.
 
         Args:
-            settings: `chat_template`, `chat_template_kwargs`, `max_prompt_length`, `max_length`, `num_proc`; see [`TextReader`].
+            settings: `chat_template`, `chat_template_kwargs`, `max_prompt_length`, `max_length` and `num_proc` of
+                [`TextReader`].
 
         Raises:
             ValueError: If there is no tokenizer, or it has ids beyond the vocabulary.
         """
         if self.tokenizer is None:
             raise ValueError(
-                "No tokenizer: the target was given as an instance. Pass `processing_class=AutoTokenizer.from_pretrained(...)` of "
-                "that target, or give `FrozenTarget` one."
+                "No tokenizer: the target was given as an instance. Pass `processing_class`, or give `FrozenTarget` "
+                "one."
             )
         largest = max(self.tokenizer.get_vocab().values())
         if largest >= self.vocab_size:
             raise ValueError(
-                f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {self.vocab_size - 1}. Use the target's "
-                "own tokenizer."
+                f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {self.vocab_size - 1}. "
+                "Use the target's own tokenizer."
             )
         return TextReader(self.tokenizer, tuple(self.eos_token_ids), self.vocab_size, **settings)
 
     def require_rollback(self) -> None:
-        """
-        Refuse targets whose cache cannot forget rejected drafts.
-
-        Raises:
-            ValueError: For recurrent, linear-attention and sliding-window targets, with the reason and what works
-                instead.
-        """
+        """Refuse recurrent, linear-attention and sliding-window targets: no rejected draft leaves their caches."""
         reason = None
         layer_types = set(getattr(self.config, "layer_types", None) or [])
         if self.causal_lm._is_stateful:
@@ -226,15 +220,27 @@ class FrozenTarget:
             ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved,
                 on another kind of device.
         """
-        place_whole(self.causal_lm, device)
+        is_spread = getattr(self.causal_lm, "hf_device_map", None) is not None
+        is_quantized = getattr(self.causal_lm.config, "quantization_config", None) is not None
+        if not is_spread and not is_quantized:
+            self.causal_lm.to(device)  # pyright: ignore[reportArgumentType]
+        if is_spread and self.device != device:
+            raise ValueError(
+                f"The target's `device_map` puts its embedding on {self.device}, but the drafter trains on {device}. "
+                "Map `embed_tokens` there."
+            )
+        if is_quantized and self.device.type != device.type:
+            raise ValueError(
+                f"The quantised target was loaded to {self.device.type!r} but training runs on {device.type!r}. Name "
+                "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+            )
 
     def shard(self, device: torch.device, weights_fingerprint: str) -> None:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
-        From now on `read_text`, `step` and `generate` of the model are collective too: every rank ends each phase of
-        using them with [`finish_together`]. The fingerprint of the whole weights is kept, because no rank can take it
-        alone any more.
+        From now on `read_text`, `step` and `generate` of the model are collective too, and every rank ends each phase
+        of using them with [`finish_together`]. The fingerprint of the whole weights is kept: no rank can take it now.
         """
         self.weights_fingerprint = weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
@@ -245,20 +251,15 @@ class FrozenTarget:
         return self._lockstep is not None
 
     def finish_together(self) -> None:
-        """
-        End a phase in which ranks may use a sharded target unequally often; nothing to do where it is whole.
-        Collective.
-        """
+        """End a phase in which ranks may use a sharded target unequally often. Collective."""
         if self._lockstep is not None:
             self._lockstep.finish()
 
     # -- what it does -------------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """
-        Embed token ids as transformers' own DFlash decoding does: the family's scale included, an input norm left out.
-        """
-        embedding = self.causal_lm.get_input_embeddings()
+        """Embed token ids as transformers' DFlash decoding does: with the family's scale, without an input norm."""
+        embedding: Any = self.causal_lm.get_input_embeddings()
         norm = getattr(embedding, "embed_norm", None)
         if norm is None:
             return embedding(input_ids)
@@ -270,7 +271,7 @@ class FrozenTarget:
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included."""
-        head = self.causal_lm.get_output_embeddings()
+        head: Any = self.causal_lm.get_output_embeddings()
         # A head on another device hands its logits back to where the states are.
         logits = head(hidden.to(device_of(head), head.weight.dtype)).to(hidden.device)
         config = self.config
@@ -320,9 +321,10 @@ class FrozenTarget:
             rows = torch.tensor(row_list, device=input_ids.device)
             length = int(lengths[rows].max())
             cache = DynamicCache(config=self.config) if keep_cache else None
-            texts = (tensor[rows, :length] for tensor in (input_ids, attention_mask, position_ids))
-            parts.append((rows, length, self.step(*texts, cache, layer_ids)))
-            caches += [CachedRows(rows, length, cache)] if keep_cache else []
+            ids, mask, places = (tensor[rows, :length] for tensor in (input_ids, attention_mask, position_ids))
+            parts.append((rows, length, self.step(ids, mask, places, cache, layer_ids)))
+            if cache is not None:
+                caches.append(CachedRows(rows, length, cache))
         features, last_hidden = (
             pad_rows([(rows, length, getattr(part, name)) for rows, length, part in parts], input_ids.shape)
             for name in ("features", "last_hidden")
@@ -347,8 +349,7 @@ class FrozenTarget:
             attention_mask (`torch.LongTensor` of shape `(B, C + n)`):
                 0 hides a slot: left padding or a rejected draft. Or additive and per query, `(B, 1, n, C + n)`.
             position_ids (`torch.LongTensor` of shape `(B, n)`): True positions, whatever slots hold the tokens.
-            cache ([`~transformers.DynamicCache`] or `None`): Cache of `C` slots, changed in place; `None` to keep
-            none.
+            cache ([`~transformers.DynamicCache`] or `None`): Cache of `C` slots, changed in place.
             layer_ids (`Sequence[int]`): Layers to tap, ascending.
         """
         self.num_forwards += 1
@@ -370,13 +371,10 @@ class FrozenTarget:
         """Collect the outputs of the chosen layers, and of no other, for one forward."""
         taps: dict[int, torch.Tensor] = {}
 
-        def hook(index: int):
-            def keep(module: nn.Module, args: Any, output: Any) -> None:
-                taps[index] = output[0] if isinstance(output, tuple) else output
+        def keep(index: int, module: nn.Module, args: Any, output: Any) -> None:
+            taps[index] = output[0] if isinstance(output, tuple) else output
 
-            return keep
-
-        handles = [self.layers[i].register_forward_hook(hook(i)) for i in layer_ids]
+        handles = [self.layers[i].register_forward_hook(partial(keep, i)) for i in layer_ids]
         try:
             yield taps
         finally:
@@ -396,5 +394,5 @@ class FrozenTarget:
         ):
             raise ValueError(
                 f"The head of target type {self.config.model_type!r} changes its logits in a way that this package "
-                "does not know, so distilling from it would be wrong. Please report the family."
+                "does not know. Please report the family."
             )

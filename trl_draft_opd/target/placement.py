@@ -1,14 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Where the target's weights are: whole on one device, spread over several of one process, or a share of every layer on
-each rank.
-
-A sharded layer is put together by all ranks for the time of its forward pass, so all ranks have to run the backbone
-equally often, though their texts differ in number and length. `Lockstep` sees to that. Knows no drafter and no
-trainer.
+each rank. Knows no drafter and no trainer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -23,33 +19,16 @@ Loaded = TypeVar("Loaded")
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """
-    Return the device a module with a `weight` runs on, also where accelerate's hooks fetch the weight when it runs.
-    """
-    if module.weight.device.type == "meta":
-        return torch.device(module._hf_hook.execution_device)
-    return module.weight.device
-
-
-def devices_of(causal_lm: PreTrainedModel) -> set[str]:
-    """Return the devices that a `device_map` spread a model over; empty without one."""
-    return {str(device) for device in (getattr(causal_lm, "hf_device_map", None) or {}).values()}
+    """Return the device a module with a `weight` runs on, also where accelerate's hooks fetch the weight for it."""
+    called: Any = module
+    if called.weight.device.type == "meta":
+        return torch.device(called._hf_hook.execution_device)
+    return called.weight.device
 
 
 def check_placement(causal_lm: PreTrainedModel, *, shard: bool, num_processes: int) -> None:
-    """
-    Refuse placements that exclude each other.
-
-    Args:
-        causal_lm ([`~transformers.PreTrainedModel`]): The target, loaded.
-        shard (`bool`): Whether its layers are to be sharded over ranks.
-        num_processes (`int`): Ranks of the launch.
-
-    Raises:
-        ValueError: If it was spread over devices and there are several processes, or is spread or quantised and to be
-            sharded.
-    """
-    devices = devices_of(causal_lm)
+    """Refuse a target that is spread over devices under several processes, or spread or quantised and sharded."""
+    devices = {str(device) for device in (getattr(causal_lm, "hf_device_map", None) or {}).values()}
     if num_processes > 1 and len(devices) > 1:
         raise ValueError(
             f"The target's `device_map` spreads it over {sorted(devices)}, but {num_processes} processes share these "
@@ -63,47 +42,17 @@ def check_placement(causal_lm: PreTrainedModel, *, shard: bool, num_processes: i
     if shard and getattr(causal_lm.config, "quantization_config", None) is not None:
         raise ValueError(
             "`shard_target=True` cannot shard quantised weights. Load the target without its `quantization_config`, "
-            "or leave it whole on every rank: it is small for being quantised."
-        )
-
-
-def place_whole(causal_lm: PreTrainedModel, device: torch.device) -> None:
-    """
-    Move a model to `device`, unless it was spread over devices or quantised on loading.
-
-    Raises:
-        ValueError: If it was spread, and its embedding is not on `device`; or quantised, which cannot be moved, on
-            another kind of device.
-    """
-    is_spread = getattr(causal_lm, "hf_device_map", None) is not None
-    is_quantized = getattr(causal_lm.config, "quantization_config", None) is not None
-    if not is_spread and not is_quantized:
-        causal_lm.to(device)
-    embedding = device_of(causal_lm.get_input_embeddings())
-    if is_spread and embedding != device:
-        raise ValueError(
-            f"The target's `device_map` puts its embedding on {embedding}, but the drafter trains on {device}. Map "
-            "`embed_tokens` there."
-        )
-    if is_quantized and embedding.type != device.type:
-        raise ValueError(
-            f"The quantised target was loaded to {embedding.type!r} but training runs on {device.type!r}, and "
-            "quantised weights cannot be moved. Name its place, e.g. "
-            "`target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+            "or leave it whole on every rank."
         )
 
 
 class Lockstep:
     """
     Makes every rank run a sharded backbone as often as the rank that needs it most, in phases that all ranks end
-    together.
+    together: the ranks put a layer together for its forward pass, but their texts differ in number and length.
 
     Before a forward pass a rank announces that it needs one; a rank whose phase is over announces that it needs none,
     and runs one token along until no rank needs any.
-
-    Args:
-        backbone (`nn.Module`): The sharded module.
-        device (`torch.device`): Where flags and idle tokens live.
     """
 
     def __init__(self, backbone: nn.Module, device: torch.device):
@@ -125,9 +74,7 @@ class Lockstep:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """
-        End a phase: run along until no rank needs a forward pass any more. Collective; once per phase on every rank.
-        """
+        """End a phase: run along until no rank needs a forward pass. Collective; once per phase on every rank."""
         while self._is_needed(False):
             self._is_idle = True
             try:
@@ -138,20 +85,11 @@ class Lockstep:
 
 
 def shard_layers(
-    causal_lm: PreTrainedModel, backbone: nn.Module, layers: Sequence[nn.Module], device: torch.device
+    causal_lm: PreTrainedModel, backbone: nn.Module, layers: Iterable[nn.Module], device: torch.device
 ) -> Lockstep:
     """
-    Shard a frozen model's decoder layers over all ranks, one by one, in place; embedding, norms outside of layers, and
-    head stay whole.
-
-    Args:
-        causal_lm ([`~transformers.PreTrainedModel`]): The whole model, equal on every rank; moved to `device`.
-        backbone (`nn.Module`): Its backbone, which runs the layers.
-        layers (`Sequence[nn.Module]`): Its decoder layers.
-        device (`torch.device`): This rank's device.
-
-    Returns:
-        [`Lockstep`] of the backbone: from now on every phase of its use ends with [`Lockstep.finish`].
+    Shard a frozen model's decoder layers over all ranks, in place, and move the rest to `device` whole. From now on
+    every phase of using the backbone ends with [`Lockstep.finish`].
     """
     mesh = init_device_mesh(device.type, (PartialState().num_processes,))
     for layer in layers:
@@ -159,15 +97,12 @@ def shard_layers(
     in_layers = {parameter for layer in layers for parameter in layer.parameters()}
     # The backbone manages no weights of its own: it is the root that lets one layer be fetched while another runs.
     fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()) - in_layers)
-    causal_lm.to(device)
+    causal_lm.to(device)  # pyright: ignore[reportArgumentType]
     return Lockstep(backbone, device)
 
 
 def load_in_turns(load: Callable[[], Loaded]) -> Loaded:
-    """
-    Call `load` on one rank of each machine after another, so that its memory holds one whole copy at a time.
-    Collective.
-    """
+    """Call `load` on one rank of each machine after another: its memory holds one whole copy at a time. Collective."""
     state = PartialState()
     loaded = None
     for turn in range(state.num_processes):

@@ -19,14 +19,7 @@ SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
 
 @dataclass(frozen=True)
 class CachedRows:
-    """
-    Keys and values of some rows of a text.
-
-    Attributes:
-        rows (`torch.LongTensor` of shape `(R,)`): The rows, ascending.
-        length (`int`): Positions in the cache: the rows' longest text.
-        cache ([`~transformers.DynamicCache`]): Their cache.
-    """
+    """Keys and values of some rows `(R,)` of a text, ascending, over the `length` of the longest of them."""
 
     rows: torch.Tensor
     length: int
@@ -58,7 +51,7 @@ class TargetReading:
         return TargetReading(self.features, self.last_hidden)
 
 
-def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: tuple[int, int]) -> torch.Tensor:
+def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
     """Put the parts, `(rows, length, (R, length, ...) tensor)` each, into one `(B, L, ...)` tensor."""
     rows, length, first = parts[0]
     if len(rows) == shape[0] and length == shape[1]:
@@ -70,12 +63,7 @@ def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: tup
 
 
 def rows_of_similar_width(widths: torch.Tensor) -> list[list[int]]:
-    """
-    Group rows of similar width, see `SIMILAR_WIDTH`, widest first; rows without any tokens are left out.
-
-    Args:
-        widths (`torch.LongTensor` of shape `(B,)`): Tokens of each row, of its text or of its branches.
-    """
+    """Group rows of similar width `(B,)`, see `SIMILAR_WIDTH`, widest first; rows without tokens are left out."""
     counts = widths.tolist()
     groups: list[list[int]] = []
     for row in sorted(range(len(counts)), key=lambda row: -counts[row]):

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-_HASH_CHUNK = 2**20
 # What a stopped process can leave behind: a folder being made, one being replaced, one being deleted.
 _LEFTOVER = re.compile(r"\.(?P<kind>making|replaced|deleting)-(?P<name>.+)-[0-9a-f]{12}")
 
@@ -45,18 +44,13 @@ def sync_entry(path: Path) -> None:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def staging_folder(parent: Path, name: str) -> Iterator[Path]:
-    """
-    Yield an empty folder in `parent`, deleted afterwards, or by [`clear_leftovers`] if the process was stopped.
-    """
+    """Yield an empty folder in `parent`, deleted afterwards, or by [`clear_leftovers`] if the process was stopped."""
     staged = _sibling(parent / name, "making")
     staged.mkdir()
     try:
@@ -73,9 +67,6 @@ def making_folder(folder: Path) -> Iterator[Path]:
 
     A folder that was there before is kept until the new one is in place. If the process is stopped between the two
     renames, [`clear_leftovers`] puts the earlier one back.
-
-    Args:
-        folder (`Path`): Where it goes; its parent is made if missing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.parent, folder.name) as staged:
@@ -114,13 +105,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def clear_leftovers(parent: Path, is_ours: "re.Pattern[str]") -> None:
-    """
-    Clear what stopped processes left in a folder: put back what was being replaced, delete the rest.
-
-    Args:
-        parent (`Path`): The folder.
-        is_ours (`re.Pattern`): Matches the whole names of the folders that were being made there.
-    """
+    """Put back folders whose names match `is_ours` and that were being replaced; delete what else was left of them."""
     if not parent.is_dir():
         return
     for path in sorted(parent.iterdir()):

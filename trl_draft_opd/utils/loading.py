@@ -1,14 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Load transformers' models whole on every rank, whatever the launcher asks for. Knows no target and no drafter.
-"""
+"""Load transformers' models whole on every rank, whatever the launcher asks for. Knows no target and no drafter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from transformers.integrations import deepspeed
-from transformers.modeling_utils import is_fsdp_enabled
+from transformers.modeling_utils import is_fsdp_enabled  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager

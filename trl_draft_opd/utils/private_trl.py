@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Every private name of TRL that this package uses, and nothing else: when TRL moves one, this is the file to change.
-"""
+"""Every private name of TRL that this package uses, and nothing else: when TRL moves one, this file changes."""
 
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed  # noqa: TID251
 from trl.trainer.base_config import _BaseConfig  # noqa: TID251
