@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+import trl_draft_opd
+
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = (ROOT / "trl_draft_opd" / "VERSION").read_text("utf-8").strip()
@@ -87,6 +89,12 @@ def test_importing_the_package_loads_no_heavy_library():
         "print(trl_draft_opd.__version__, sorted(heavy & set(sys.modules)))"
     )
     assert _run(sys.executable, "-c", probe, cwd=ROOT).strip() == f"{VERSION} []"
+
+
+def test_every_public_name_is_where_the_stub_says():
+    assert {"FrozenTarget", "DraftOPDTrainer", "evaluate_drafter"} <= set(trl_draft_opd.__all__)
+    for name in trl_draft_opd.__all__:
+        assert name == "__version__" or getattr(trl_draft_opd, name).__name__ == name
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(dists: dict[str, Path]):
