@@ -2,8 +2,8 @@
 """
 What a user installs: the built sdist and wheel, the console script, and the settings files shipped beside the package.
 
-Builds run offline on a copy of the tree. The wheel goes into an environment of its own that borrows every other package
-from the one that runs the tests.
+Builds run offline on a copy of the tree. The wheel goes into an environment of its own that borrows every other
+package from the one that runs the tests.
 """
 
 import ast
@@ -143,7 +143,8 @@ def test_every_imported_package_is_declared_in_setup_cfg():
     declared = _required_names(config["options"]["install_requires"])
     for extra in ("peft", "deepspeed", "plots"):
         declared |= _required_names(config["options.extras_require"][extra])
-    # huggingface_hub brings its own HTTP client, one of the two by version; readers of exports are imported where they are installed.
+    # huggingface_hub brings its own HTTP client, one of the two by version; readers of exports are imported where they
+    # are installed.
     declared |= {"httpx", "httpx2"}
     imported = set()
     for path in (ROOT / "trl_draft_opd").rglob("*.py"):
