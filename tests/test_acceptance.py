@@ -308,7 +308,7 @@ def test_blocks_that_cannot_exist_are_refused():
             settle_blocks(torch.tensor([accepted]), torch.tensor([0]), torch.tensor([5]), 3)
 
 
-# ---- exact distributions by enumeration -------------------------------------------------------------------------------------
+# ---- exact distributions by enumeration -----------------------------------------------------------------------------
 # A prefix is one integer in base V with a leading 1; index 0 holds a given token, indices 1..LIMIT are written.
 
 VOCAB, EOS, LIMIT = 3, 2, 4

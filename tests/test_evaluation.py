@@ -68,8 +68,10 @@ def make_report(accepted_sums, block_counts):
 def test_every_number_agrees_with_a_hand_count(monkeypatch, target):
     prompts = [[9, 10, 11], [12, 13]]
     drafter = make_drafter("dflash", target)
-    # Row 0: anchors 3, 6, 7, 12, 15, 17 keep 2, 0, 4, 2, 1, 1; the last index is 18, so only the first four lie inside.
-    # Row 1: anchors 2, 7, 12 keep 4 each and the last index is 17; the block at 12 fits (12 + 4 <= 17) and one at 17 is not drafted.
+    # Row 0: anchors 3, 6, 7, 12, 15, 17 keep 2, 0, 4, 2, 1, 1; the last index is 18, so only the first four lie
+    # inside.
+    # Row 1: anchors 2, 7, 12 keep 4 each and the last index is 17; the block at 12 fits (12 + 4 <= 17) and one at 17
+    # is not drafted.
     wrong = {0: {6, 7, 15, 17}, 1: set()}
     plant(monkeypatch, drafter, [greedy_text(target, prompt, 30) for prompt in prompts], wrong.get)
     report = evaluate(target, drafter, prompts, batch_size=2)
@@ -83,7 +85,8 @@ def test_every_number_agrees_with_a_hand_count(monkeypatch, target):
 
 
 def test_blocks_are_counted_by_geometry_and_not_by_their_fate(monkeypatch, target):
-    # A perfect drafter, 8 tokens: the block at 3 is counted; the one at 8 ends beyond index 10 and is not, though it kept 2.
+    # A perfect drafter, 8 tokens: the block at 3 is counted; the one at 8 ends beyond index 10 and is not, though it
+    # kept 2.
     prompt = [9, 10, 11]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, [greedy_text(target, prompt, 30)], lambda row: set())
@@ -155,7 +158,7 @@ def test_a_repetition_penalty_in_the_targets_files_does_not_reach_the_comparison
     assert target.causal_lm.generation_config.repetition_penalty == 5.0
 
 
-# -- intervals ---------------------------------------------------------------------------------------------------------
+# -- intervals --------------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_deterministic_and_holds_the_estimate():
@@ -202,7 +205,7 @@ def test_reports_on_different_numbers_of_prompts_cannot_be_paired():
         paired_gain(make_report([6, 6], [2, 2]), make_report([6, 6, 6], [2, 2, 2]))
 
 
-# -- shape of the report -----------------------------------------------------------------------------------------------
+# -- shape of the report ----------------------------------------------------------------------------------------------
 
 
 def test_a_report_survives_json(target):

@@ -2,8 +2,8 @@
 """
 What a user installs: the built sdist and wheel, the console script, and the settings files shipped beside the package.
 
-Builds run offline on a copy of the tree. The wheel goes into an environment of its own that borrows every other package
-from the one that runs the tests.
+Builds run offline on a copy of the tree. The wheel goes into an environment of its own that borrows every other
+package from the one that runs the tests.
 """
 
 import ast
@@ -19,6 +19,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import trl_draft_opd
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +91,12 @@ def test_importing_the_package_loads_no_heavy_library():
     assert _run(sys.executable, "-c", probe, cwd=ROOT).strip() == f"{VERSION} []"
 
 
+def test_every_public_name_is_where_the_stub_says():
+    assert {"FrozenTarget", "DraftOPDTrainer", "evaluate_drafter"} <= set(trl_draft_opd.__all__)
+    for name in trl_draft_opd.__all__:
+        assert name == "__version__" or getattr(trl_draft_opd, name).__name__ == name
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(dists: dict[str, Path]):
     names = set(zipfile.ZipFile(dists["wheel"]).namelist())
     info = f"trl_draft_opd-{VERSION}.dist-info"
@@ -135,7 +143,8 @@ def test_every_imported_package_is_declared_in_setup_cfg():
     declared = _required_names(config["options"]["install_requires"])
     for extra in ("peft", "deepspeed", "plots"):
         declared |= _required_names(config["options.extras_require"][extra])
-    # huggingface_hub brings its own HTTP client, one of the two by version; readers of exports are imported where they are installed.
+    # huggingface_hub brings its own HTTP client, one of the two by version; readers of exports are imported where they
+    # are installed.
     declared |= {"httpx", "httpx2"}
     imported = set()
     for path in (ROOT / "trl_draft_opd").rglob("*.py"):

@@ -35,7 +35,7 @@ ROUND_OFF = 1e-14
 WARM, FILTERED = SamplingSettings(0.7, 0, 1.0), SamplingSettings(0.7, 2, 1.0)
 
 
-# -- uniforms that are intervals ---------------------------------------------------------------------------------------
+# -- uniforms that are intervals --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -150,7 +150,7 @@ def follow_all(run, keys: list) -> list[dict[object, float]]:
     return distributions
 
 
-# -- the two engines under it ------------------------------------------------------------------------------------------
+# -- the two engines under it -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def total_variation(first: dict[tuple, float], second: dict[tuple, float]) -> fl
     return sum(abs(first.get(each, 0) - second.get(each, 0)) for each in first.keys() | second.keys()) / 2
 
 
-# -- pairs small enough ------------------------------------------------------------------------------------------------
+# -- pairs small enough -----------------------------------------------------------------------------------------------
 
 
 def make_exact(model: nn.Module) -> nn.Module:
@@ -339,7 +339,7 @@ CASES = {
 }
 
 
-# -- claims ------------------------------------------------------------------------------------------------------------
+# -- claims -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -372,7 +372,7 @@ def test_live_decoding_writes_text_of_the_targets_own_distribution(name):
     assert total_variation(written, text_distribution(CASES[name]())) <= 1e-12
 
 
-# -- the comparison finds a wrong distribution ----------------------------------------------------------------------------------
+# -- the comparison finds a wrong distribution ------------------------------------------------------------------------
 
 
 def test_a_bent_acceptance_ratio_is_found(monkeypatch):

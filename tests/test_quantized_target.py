@@ -105,7 +105,8 @@ def test_both_trainers_take_a_quantised_target_by_its_config(tmp_path, folder, k
         warmup_steps=0,
         # As the command line hands it over.
         target_init_kwargs=json.dumps({"quantization_config": QUANTIZATIONS[bits]}),
-        # 8 bits: how activations are rounded depends on the other rows of a batch, and random weights have many near ties.
+        # 8 bits: how activations are rounded depends on the other rows of a batch, and random weights have many near
+        # ties.
         **({} if kind == "sft" else {"warn_mismatch_share": 1.0, "max_mismatch_share": 1.0}),
     )
     prompts = [prompt for prompt in make_prompts(6) if MASK not in prompt][:2]

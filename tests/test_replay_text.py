@@ -119,7 +119,7 @@ def assert_same_blocks(first: list[dict], second: list[dict]) -> None:
             torch.testing.assert_close(one["hidden"], other["hidden"], rtol=1e-9, atol=1e-9)
 
 
-# -- drawn blocks ------------------------------------------------------------------------------------------------------
+# -- drawn blocks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -207,7 +207,7 @@ def test_a_reading_handed_in_changes_nothing(family, keep_branch_hidden, target,
         assert_same_blocks(blocks_of(given, row), blocks_of(own, row))
 
 
-# -- what is computed --------------------------------------------------------------------------------------------------
+# -- what is computed -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [DRAWN, ARGMAX], ids=["drawn", "argmax"])
@@ -265,7 +265,7 @@ def test_blocks_that_go_on_are_untouched_by_those_that_stop(family, target, draf
     assert (expected[:, 1:] - expected[:, :-1]).abs().max() > 0.1
 
 
-# -- chats and odd rows ------------------------------------------------------------------------------------------------
+# -- chats and odd rows -----------------------------------------------------------------------------------------------
 
 
 def make_chat(parts: list[tuple[str, list[int]]]) -> tuple[list[int], list[bool]]:
@@ -347,7 +347,7 @@ def test_rows_without_room_for_a_block_have_none(settings, target, drafters):
     assert none.anchors.tolist() == [[-1]] * 3 and none.drafts.shape == (3, 1, K)
 
 
-# -- impossible tokens -------------------------------------------------------------------------------------------------
+# -- impossible tokens ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("segment_length", [1, 100])
@@ -386,7 +386,7 @@ def test_what_the_user_wrote_may_be_impossible(target, drafters):
     assert rollout.num_refused == 0 and {2, 11} <= set(rollout.anchors[0].tolist())
 
 
-# -- targets that cannot branch ----------------------------------------------------------------------------------------
+# -- targets that cannot branch ---------------------------------------------------------------------------------------
 
 
 _SHAPE = {

@@ -57,7 +57,7 @@ def target():
     return make_target()
 
 
-# -- temperature 0 -----------------------------------------------------------------------------------------------------
+# -- temperature 0 ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "moe", "gemma2"])
@@ -128,7 +128,8 @@ def test_the_length_limit_cuts_a_block_in_the_middle(monkeypatch, target, limit)
     plant(monkeypatch, drafter, truths, lambda row: set())
     rollout = roll_out(target, drafter, prompts, max_new_tokens=limit)
     assert rollout.responses() == [t[len(p) : len(p) + limit] for t, p in zip(truths, prompts, strict=True)]
-    # Response index 0 is the prefill's; blocks at 0 and 5 commit five tokens each, a block at the last token is not drafted.
+    # Response index 0 is the prefill's; blocks at 0 and 5 commit five tokens each, a block at the last token is not
+    # drafted.
     assert rollout.num_rounds.tolist() == [-(-(limit - 1) // 5)] * 2
     assert rollout.num_target_forwards == 1 + -(-(limit - 1) // 5)
 
@@ -190,14 +191,15 @@ def test_compaction_happens_and_changes_nothing(monkeypatch, family, target):
     torch.testing.assert_close(compacted.branch_hidden, plain.branch_hidden, rtol=1e-4, atol=1e-4)
 
 
-# -- what is recorded --------------------------------------------------------------------------------------------------
+# -- what is recorded -------------------------------------------------------------------------------------------------
 
 
 def test_planted_errors_give_exactly_the_expected_chain(monkeypatch, target):
     prompt = [9, 10, 11]
     truth = greedy_text(target, prompt, 30)
     drafter = make_drafter("dflash", target)
-    # Anchors start at index 3. Wrong at 6: two accepted. Wrong at 7: none. Then a full accept. Wrong at 15: two accepted.
+    # Anchors start at index 3. Wrong at 6: two accepted. Wrong at 7: none. Then a full accept. Wrong at 15: two
+    # accepted.
     plant(monkeypatch, drafter, [truth], lambda row: {6, 7, 15, 17})
     rollout = roll_out(target, drafter, [prompt], max_new_tokens=16)
     assert rollout.anchors.tolist() == [[3, 6, 7, 12, 15, 17]]
@@ -262,7 +264,7 @@ def test_rows_of_a_rollout_are_the_rollout_of_those_rows(target):
     assert torch.equal(part.anchors, whole.anchors[1:3, : part.anchors.shape[1]])
 
 
-# -- temperature above 0 -----------------------------------------------------------------------------------------------
+# -- temperature above 0 ----------------------------------------------------------------------------------------------
 
 
 def small_target() -> FrozenTarget:
@@ -397,7 +399,7 @@ def test_greedy_rollouts_draw_nothing(target, monkeypatch):
     assert torch.equal(ambient, torch.get_rng_state())
 
 
-# -- manners -----------------------------------------------------------------------------------------------------------
+# -- manners ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -63,7 +63,7 @@ def positions(start, stop, rows=1):
     return torch.arange(start, stop).expand(rows, -1)
 
 
-# -- what is read is the model's own -----------------------------------------------------------------------------------
+# -- what is read is the model's own ----------------------------------------------------------------------------------
 
 
 def test_taps_are_the_models_own_hidden_states(target):
@@ -128,7 +128,7 @@ def test_an_input_norm_of_the_embedding_is_left_out_and_put_back():
     assert embedding.embed_norm is norm and not torch.allclose(embedding(torch.tensor([[5]])), plain)
 
 
-# -- batches, caches, branches -----------------------------------------------------------------------------------------
+# -- batches, caches, branches ----------------------------------------------------------------------------------------
 
 
 def test_a_padded_row_reads_as_it_does_alone(target):
@@ -249,7 +249,7 @@ def test_the_target_is_frozen_and_in_evaluation_mode(target):
     assert not target.read_text(input_ids, mask, LAYER_IDS).features.requires_grad
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_multimodal_target_is_refused(monkeypatch):
@@ -325,7 +325,7 @@ def test_a_target_of_full_attention_can_be_rolled_back(target):
     FrozenTarget(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None))).require_rollback()
 
 
-# -- special tokens ----------------------------------------------------------------------------------------------------
+# -- special tokens ---------------------------------------------------------------------------------------------------
 
 
 def test_the_mask_token_is_the_tokenizers_own_before_any_other():
@@ -386,7 +386,7 @@ def test_rows_are_padded_with_the_tokenizers_pad_then_the_models_then_an_eos():
     assert target.pad_token_id == EOS
 
 
-# -- loading -----------------------------------------------------------------------------------------------------------
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_target_is_loaded_by_path_wrapped_or_handed_back(tmp_path):

@@ -53,7 +53,7 @@ def warnings_of(action):
     return result, [str(warning.message) for warning in caught if "trl_draft_opd" in warning.filename]
 
 
-# -- files (faults 8 and 9) --------------------------------------------------------------------------------------------
+# -- files (faults 8 and 9) -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_half_of_a_surrogate_pair_names_its_row():
         list(read_prompts(rows))
 
 
-# -- rows that come twice (fault 10) -----------------------------------------------------------------------------------
+# -- rows that come twice (fault 10) ----------------------------------------------------------------------------------
 
 
 def test_repeated_prompts_are_counted_and_every_row_stays():
@@ -171,7 +171,7 @@ def test_an_id_column_plays_no_part_because_rows_are_known_by_their_number():
     assert rows["sample_id"][:] == [0, 1] and notes == []
 
 
-# -- templates and chats (faults 11 and 15) ----------------------------------------------------------------------------
+# -- templates and chats (faults 11 and 15) ---------------------------------------------------------------------------
 
 
 ONE_CHAT = [chat(("user", "w9"), ("assistant", "w10 w11"))]
@@ -250,7 +250,7 @@ def test_turns_in_order_are_not_counted(read):
     assert warnings_of(lambda: read([chat(*turns)]))[1] == []
 
 
-# -- an end of sequence that also pads (fault 14) ----------------------------------------------------------------------
+# -- an end of sequence that also pads (fault 14) ---------------------------------------------------------------------
 
 
 def test_an_eos_that_also_pads_is_read_and_supervised_where_it_is_text():
