@@ -47,9 +47,7 @@ class BlockBatch:
 
     def to(self, device: torch.device) -> "BlockBatch":
         """Return the batch on `device`."""
-        return BlockBatch(
-            **{name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
-        )
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None})
 
     def as_supervised(self) -> "BlockBatch":
         """Return blocks of [`sample_anchors`] or [`draft_text`] with their accepted slots as the supervised stream."""
