@@ -4,7 +4,7 @@ What holds for every test: no network, nothing written outside temporary folders
 
 Two options decide which tests run: `--shared PATH` gives tests real text and a real small target (without it they are
 skipped, and report so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone, those of
-the laboratory with `-m lab`. This file builds no model and no data: see `tiny.py`.
+the laboratory with `-m lab`. This file builds no model and no data: see `helpers/tiny.py`.
 """
 
 import gc

@@ -6,11 +6,11 @@ Activation checkpointing: the same numbers to the last bit, from less memory, an
 import pytest
 import torch
 from datasets import Dataset
-from oracle import greedy_text
-from tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target
 from trl import TrlParser
 
 from benchmarks.counters import PeakBytes
+from helpers.oracle import greedy_text
+from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.trainer.pair import compile_drafter

@@ -10,18 +10,18 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import rollouts
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
-from oracle import greedy_text
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model_state_dict
-from rollouts import Options
 from safetensors.torch import load_file
 from test_export import make_variant
-from tiny import EOS, MASK, TINY_RUN, make_prompts, make_target
 from torch import nn
 
+from helpers import rollouts
+from helpers.oracle import greedy_text
+from helpers.rollouts import Options
+from helpers.tiny import EOS, MASK, TINY_RUN, make_prompts, make_target
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,

@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import make_drafter, make_prompts, make_target
 
 from benchmarks import arms, counters, stages, texts
 from benchmarks.suites import dflash, loss, rollout, step, ttt
+from helpers.tiny import make_drafter, make_prompts, make_target
 
 
 def settings(**options) -> argparse.Namespace:

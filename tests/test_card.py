@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 from test_record import CANARIES, make_record
-from tiny import make_drafter, make_target
 
+from helpers.tiny import make_drafter, make_target
 from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
 from trl_draft_opd.export.card import CARD_FILE, CURVE_FILE, plain, write_card
 from trl_draft_opd.export.record import read_record

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, make_drafter, make_target
 
+from helpers.tiny import VOCAB, make_drafter, make_target
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tiny import make_causal_lm, make_target, make_tokenizer
 
+from helpers.tiny import make_causal_lm, make_target, make_tokenizer
 from trl_draft_opd import AutoDrafter, __version__, evaluate_drafter
 from trl_draft_opd.cli import COMMANDS, main
 from trl_draft_opd.cli.arguments import parse

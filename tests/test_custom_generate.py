@@ -17,10 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollouts import Options, decode
 from safetensors.torch import load_file, save_file
 from test_export import export, make_variant
-from tiny import EOS, PAD, make_drafter, make_prompts, make_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -31,6 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.rollouts import Options, decode
+from helpers.tiny import EOS, PAD, make_drafter, make_prompts, make_target
 from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from tiny import EOS, MASK, PAD, VOCAB, make_causal_lm, make_drafter, make_target
 from transformers import LlamaConfig, LlamaForCausalLM, MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 from transformers.cache_utils import DFlashCache
 
+from helpers.tiny import EOS, MASK, PAD, VOCAB, make_causal_lm, make_drafter, make_target
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks

@@ -9,10 +9,10 @@ from io import StringIO
 
 import pytest
 import torch
-from oracle import greedy_text, plant
 from rich.console import Console
-from tiny import EOS, make_drafter, make_prompts, make_target
 
+from helpers.oracle import greedy_text, plant
+from helpers.tiny import EOS, make_drafter, make_prompts, make_target
 from trl_draft_opd import (
     EvaluationReport,
     SamplingSettings,

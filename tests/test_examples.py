@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_drafter, make_target, make_tokenizer
 
+from helpers.tiny import make_drafter, make_target, make_tokenizer
 from trl_draft_opd import AutoDrafter
 
 

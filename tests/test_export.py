@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_published_checkpoints import LAYOUTS, H, V, eagle3, randomise, write
-from tiny import make_causal_lm, make_drafter, make_target
 
+from helpers.tiny import make_causal_lm, make_drafter, make_target
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
 from trl_draft_opd.export import TargetOfExport, export_drafter, read_target
 from trl_draft_opd.export import write as write_module

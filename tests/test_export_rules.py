@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_export import VARIANTS, export, make_variant
-from tiny import make_target
 
+from helpers.tiny import make_target
 from trl_draft_opd.export import TargetOfExport
 from trl_draft_opd.export.rules import check_folder, check_repo_name
 

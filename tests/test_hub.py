@@ -8,9 +8,9 @@ import json
 import struct
 
 import pytest
-from fake_hub import serve_hub
 from huggingface_hub import HfApi, constants
 
+from helpers.fake_hub import serve_hub
 from trl_draft_opd.export.hub import create_repository, published_files, push_folder, validate_repo_id
 
 

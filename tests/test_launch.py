@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.big_modeling import dispatch_model
-from rollouts import Options, decode
-from tiny import make_causal_lm, make_drafter, make_prompts, make_target, make_tokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
+from helpers.rollouts import Options, decode
+from helpers.tiny import make_causal_lm, make_drafter, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
 from trl_draft_opd.runs.distributed.launch import check_launch
 from trl_draft_opd.target.placement import check_placement

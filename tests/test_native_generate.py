@@ -8,9 +8,9 @@ forwards is the proof: it is right only if layers, positions, masks and the cach
 
 import pytest
 import torch
-from rollouts import Options, decode
-from tiny import EOS, MASK, make_causal_lm, make_drafter, make_prompts, make_tokenizer
 
+from helpers.rollouts import Options, decode
+from helpers.tiny import EOS, MASK, make_causal_lm, make_drafter, make_prompts, make_tokenizer
 from trl_draft_opd import AutoDrafter, FrozenTarget
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import sample_anchors

@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import make_causal_lm, make_drafter, make_tokenizer
 
+from helpers.tiny import make_causal_lm, make_drafter, make_tokenizer
 from trl_draft_opd import AutoDrafter, FrozenTarget, build_draft_vocabulary, evaluate_drafter
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import TargetOfExport, export_drafter

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import rollouts
 import torch
-from rollouts import Options, decode
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from helpers import rollouts
+from helpers.rollouts import Options, decode
 from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.rollout import acceptance as verification

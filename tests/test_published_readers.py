@@ -8,14 +8,21 @@ import json
 
 import pytest
 import torch
-from published import boundaries_of, eagle_drafts, engine_parameters, sglang_parameters, vllm_parameters, zlab_hidden
-from rollouts import Options, decode
 from safetensors.torch import load_file
 from test_export import VARIANTS, export, make_variant
-from tiny import MASK, make_drafter, make_prompts, make_target
-from trained import overfit, own_text
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
+from helpers.published import (
+    boundaries_of,
+    eagle_drafts,
+    engine_parameters,
+    sglang_parameters,
+    vllm_parameters,
+    zlab_hidden,
+)
+from helpers.rollouts import Options, decode
+from helpers.tiny import MASK, make_drafter, make_prompts, make_target
+from helpers.trained import overfit, own_text
 from trl_draft_opd import (
     AutoDrafter,
     DFlashDraftModel,

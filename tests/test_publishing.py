@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from fake_hub import serve_hub
 from huggingface_hub import constants
-from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from transformers import TrainerCallback
 
+from helpers.fake_hub import serve_hub
+from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,

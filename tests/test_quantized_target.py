@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from tiny import EOS, MASK, PAD, VOCAB, make_drafter, make_prompts, make_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from helpers.tiny import EOS, MASK, PAD, VOCAB, make_drafter, make_prompts, make_tokenizer
 from trl_draft_opd import (
     DraftOPDConfig,
     DraftOPDTrainer,

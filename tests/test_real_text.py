@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import rollouts
 import torch
 from datasets import Dataset
-from rollouts import GREEDY, Options
 
+from helpers import rollouts
+from helpers.rollouts import GREEDY, Options
 from trl_draft_opd import (
     AutoDrafter,
     DFlashDraftModel,

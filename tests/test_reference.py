@@ -6,10 +6,10 @@ replay, branch states, and whole training steps of both families.
 
 import pytest
 import torch
-from rollouts import Options, decode, replay
-from tiny import EOS, make_drafter, make_prompts, make_target
 
 from benchmarks.reference import attention, drafting, loss, rollout, step
+from helpers.rollouts import Options, decode, replay
+from helpers.tiny import EOS, make_drafter, make_prompts, make_target
 from trl_draft_opd import SamplingSettings, build_draft_vocabulary
 from trl_draft_opd.drafters.attention import anchored_attention
 from trl_draft_opd.drafters.base import run_blocks

@@ -10,9 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import greedy_text
-from rollouts import GREEDY, Options, decode, draft_at, replay
-from tiny import VOCAB, make_drafter, make_prompts, make_target
 from transformers import (
     FalconH1Config,
     FalconH1ForCausalLM,
@@ -22,6 +19,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from helpers.oracle import greedy_text
+from helpers.rollouts import GREEDY, Options, decode, draft_at, replay
+from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.acceptance import count_accepted, token_probs

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from response_rows import make_origin, make_rows
-from tiny import EOS, VOCAB
 
+from helpers.response_rows import make_origin, make_rows
+from helpers.tiny import EOS, VOCAB
 from trl_draft_opd import ResponseStore
 from trl_draft_opd.responses import StoredResponse, shards
 

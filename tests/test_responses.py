@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import EOS, TARGETS, VOCAB, make_causal_lm, make_prompts, make_target, make_tokenizer
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from helpers.tiny import EOS, TARGETS, VOCAB, make_causal_lm, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import (
     FrozenTarget,
     Origin,

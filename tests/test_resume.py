@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import greedy_rows
-from tiny import TINY_RUN, make_drafter, make_target
 
+from helpers.oracle import greedy_rows
+from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.trainer import publishing, resuming
 from trl_draft_opd.trainer.metrics import MetricSums

@@ -9,11 +9,11 @@ import itertools
 
 import pytest
 import torch
-from oracle import greedy_text, plant
-from rollouts import Options, decode
-from tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from helpers.oracle import greedy_text, plant
+from helpers.rollouts import Options, decode
+from helpers.tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.rollout import keyed_random as draws
 from trl_draft_opd.rollout import live

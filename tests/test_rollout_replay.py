@@ -5,11 +5,11 @@ Replay draws the same blocks as live decoding, from the text alone. Knows no tra
 
 import pytest
 import torch
-from oracle import greedy_text, plant
-from rollouts import Options, decode, draft_at, replay
-from tiny import VOCAB, make_drafter, make_prompts, make_target
 from transformers import MistralConfig, MistralForCausalLM
 
+from helpers.oracle import greedy_text, plant
+from helpers.rollouts import Options, decode, draft_at, replay
+from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.rollout.blocks import mark_slots
 from trl_draft_opd.rollout.replay import TargetText

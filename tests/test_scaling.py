@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tokenizer
 
 from benchmarks import scaling
 from benchmarks.memory import FAMILIES, LAUNCHES, launch_bytes, make_target, quantised_bytes
+from helpers.tiny import make_tokenizer
 from trl_draft_opd import FrozenTarget
 
 

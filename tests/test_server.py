@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from response_rows import EOS, VOCAB, make_origin, make_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.response_rows import EOS, VOCAB, make_origin, make_rows
 from trl_draft_opd import Origin, ResponseStore, ServerSettings
 from trl_draft_opd.responses import ServerError, ask_server
 from trl_draft_opd.responses.protocols import WrongReply, build_request, prompt_seed, read_reply

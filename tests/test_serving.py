@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_record import make_record
-from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 
+from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import DFlashDraftConfig, Eagle3DraftConfig, build_draft_vocabulary
 from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
 from trl_draft_opd.export.costs import BATCH_SIZES, break_even, drafter_parameters, drafter_reads

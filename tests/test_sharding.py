@@ -9,8 +9,8 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import make_drafter, make_target
 
+from helpers.tiny import make_drafter, make_target
 from trl_draft_opd import build_draft_vocabulary
 from trl_draft_opd.runs.distributed.sharding import (
     OptimizerState,

@@ -5,12 +5,12 @@ One training step against the method's formulas written out naively: one prefix,
 
 import pytest
 import torch
-from oracle import greedy_text, plant
-from rollouts import Options, decode
-from tiny import EOS, VOCAB, make_drafter, make_prompts, make_target
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from helpers.oracle import greedy_text, plant
+from helpers.rollouts import Options, decode
+from helpers.tiny import EOS, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import DraftVocabulary
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors

@@ -7,14 +7,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import rollouts
 import torch
 from datasets import Dataset
-from oracle import greedy_text
-from rollouts import Options
 from test_step import CASES, NUM_DRAFTS, assert_close, exact_norms, make_pair, replay, roll_out, slot_logits, streams
-from tiny import EOS, MASK, TINY_RUN, make_drafter, make_prompts, make_target
 
+from helpers import rollouts
+from helpers.oracle import greedy_text
+from helpers.rollouts import Options
+from helpers.tiny import EOS, MASK, TINY_RUN, make_drafter, make_prompts, make_target
 from trl_draft_opd import (
     DraftOPDConfig,
     DraftOPDTrainer,

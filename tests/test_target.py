@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-from tiny import EOS, MASK, PAD, TARGETS, VOCAB, make_causal_lm, make_target, make_tokenizer
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -21,6 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from helpers.tiny import EOS, MASK, PAD, TARGETS, VOCAB, make_causal_lm, make_target, make_tokenizer
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.target import reading as target_rows
 from trl_draft_opd.target.branches import score_branches

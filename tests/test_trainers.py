@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from oracle import greedy_rows, greedy_text, plant
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
+from helpers.oracle import greedy_rows, greedy_text, plant
+from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,

@@ -31,11 +31,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import USER, FakeHub, serve_hub
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
 
+from helpers.fake_hub import USER, FakeHub, serve_hub
+from helpers.vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
 from trl_draft_opd import AutoDrafter
 from trl_draft_opd.cli import main
 

@@ -5,8 +5,8 @@ The speculators library itself loads our speculators layout, and its classes com
 
 import pytest
 import torch
-from tiny import make_drafter, make_target
 
+from helpers.tiny import make_drafter, make_target
 from trl_draft_opd import AutoDrafter, build_draft_vocabulary
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import TargetOfExport, export_drafter

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_export import VARIANTS, export, make_variant
-from tiny import make_target
 from transformers import AutoConfig
+
+from helpers.tiny import make_target
 
 
 pytestmark = pytest.mark.conformance

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_process import require_vllm
 
+from helpers.vllm_process import require_vllm
 from trl_draft_opd import (
     AutoDrafter,
     DFlashDraftModel,

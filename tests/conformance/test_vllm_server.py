@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
 
+from helpers.vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
 from trl_draft_opd import (
     FrozenTarget,
     Origin,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doomed import STEPS, Events, Progress, in_child, train, wait_for
-from oracle import greedy_rows
-from tiny import make_drafter, make_target
 
+from helpers.doomed import STEPS, Events, Progress, in_child, train, wait_for
+from helpers.oracle import greedy_rows
+from helpers.tiny import make_drafter, make_target
 from trl_draft_opd.runs.checkpoints import DamagedCheckpoint, list_checkpoints, read_checkpoint
 
 

@@ -4,7 +4,8 @@ The launch configs of examples/ are what accelerate's own launcher takes, and sa
 """
 
 import pytest
-from backends import CONFIGS, launch_environment
+
+from helpers.distributed.backends import CONFIGS, launch_environment
 
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

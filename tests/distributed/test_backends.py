@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, CONFIGS
-from cases import CASES, POISONED, largest_difference, make_case_drafter, prepare, run_case
 from safetensors.torch import load_file
-from tiny import make_target
 
+from helpers.distributed.backends import BACKENDS, CONFIGS
+from helpers.distributed.cases import CASES, POISONED, largest_difference, make_case_drafter, prepare, run_case
+from helpers.tiny import make_target
 from trl_draft_opd.runs.checkpoints import newest_valid
 
 
@@ -39,10 +39,10 @@ def runs(tmp_path_factory):
     prepare(folder)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "multi_cpu.yaml")]
-    command += ["--main_process_port", "0", str(Path(__file__).with_name("worker.py")), str(folder)]
+    command += ["--main_process_port", "0", "-m", "helpers.distributed.worker", str(folder)]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as launch:

@@ -5,7 +5,8 @@ one.
 """
 
 import pytest
-from cases import largest_difference, prepare, run_case
+
+from helpers.distributed.cases import largest_difference, prepare, run_case
 
 
 @pytest.fixture(scope="module")

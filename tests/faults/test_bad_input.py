@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from oracle import greedy_text
-from tiny import EOS, MASK, PAD, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from helpers.oracle import greedy_text
+from helpers.tiny import EOS, MASK, PAD, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import (
     DFlashDraftConfig,
     DFlashDraftModel,

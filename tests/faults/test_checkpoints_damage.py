@@ -10,10 +10,10 @@ import shutil
 
 import pytest
 import torch
-from oracle import greedy_rows
 from safetensors.torch import save_file
-from tiny import TINY_RUN, make_drafter, make_target
 
+from helpers.oracle import greedy_rows
+from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.runs import checkpoints
 from trl_draft_opd.runs.checkpoints import (

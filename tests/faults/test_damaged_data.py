@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 
+from helpers.tiny import EOS, PAD, TEMPLATE, VOCAB, make_target, make_tokenizer
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.data.collators import RowCollator

@@ -7,10 +7,10 @@ skipped.
 import pytest
 import torch
 from accelerate import Accelerator
-from oracle import greedy_rows
-from tiny import TINY_RUN, make_drafter, make_target
 from transformers import TrainerControl, TrainerState
 
+from helpers.oracle import greedy_rows
+from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,

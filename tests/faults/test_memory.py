@@ -5,9 +5,9 @@ Fault 30: out of memory is an error that names what was done, how large it was, 
 
 import pytest
 import torch
-from oracle import greedy_rows
-from tiny import TINY_RUN, make_drafter, make_target
 
+from helpers.oracle import greedy_rows
+from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.runs.out_of_memory import explained_memory
 from trl_draft_opd.target.frozen import FrozenTarget

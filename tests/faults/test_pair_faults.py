@@ -12,9 +12,9 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny import EOS, PAD, TARGETS, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
 from transformers import MambaConfig, MambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from helpers.tiny import EOS, PAD, TARGETS, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import (
     AutoDrafter,
     DFlashDraftConfig,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import constants
-from oracle import greedy_text, plant
-from tiny import EOS, TINY_RUN, make_drafter, make_target
 
+from helpers.oracle import greedy_text, plant
+from helpers.tiny import EOS, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tiny import make_drafter, make_target, make_tokenizer  # noqa: F401
 
 import trl_draft_opd
+from helpers.tiny import make_drafter, make_target, make_tokenizer  # noqa: F401
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,

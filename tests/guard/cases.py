@@ -23,7 +23,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny import EOS, MASK, TINY_RUN, VOCAB, make_causal_lm, make_prompts, make_tokenizer
+
+from helpers.tiny import EOS, MASK, TINY_RUN, VOCAB, make_causal_lm, make_prompts, make_tokenizer
 
 
 DRAFTERS_FILE = Path(__file__).with_name("drafters.safetensors")

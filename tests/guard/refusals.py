@@ -17,10 +17,11 @@ from cases import SETTINGS, greedy_texts, make_drafter, save_target, target_of, 
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig
 from safetensors.torch import load_file, save_file
-from tiny import EOS, MASK, VOCAB, make_causal_lm, make_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from helpers.tiny import EOS, MASK, VOCAB, make_causal_lm, make_tokenizer
 
 
 Attempt = Callable[[], Any]

@@ -173,11 +173,6 @@ class Drafter(PreTrainedModel):
 
     @property
     @abstractmethod
-    def draft_token_ids(self) -> torch.Tensor | None:
-        """Target ids of the drafter's own vocabulary; `None` where it has the target's."""
-
-    @property
-    @abstractmethod
     def default_num_drafts(self) -> int:
         """Drafts per block in rollouts and evaluation unless another number is given."""
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 # By backend: the config, and what a careless user may have set beside it.
 BACKENDS = {
     "ddp": ("multi_cpu", {}),

@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tiny import TINY_RUN
 from transformers import TrainerCallback
 
+from helpers.tiny import TINY_RUN
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 
 

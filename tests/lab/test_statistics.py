@@ -13,6 +13,9 @@ from benchmarks.lab.statistics import Estimate, arm_counts, paired_gain, resampl
 from trl_draft_opd.rollout import counts as package
 
 
+pytestmark = pytest.mark.lab
+
+
 def counts(*rows: tuple[list[int], list[int]], **options):
     """Return an arm with one row of (rounds, accepted) per seed."""
     return arm_counts({s: {"rounds": rounds, "accepted": kept} for s, (rounds, kept) in enumerate(rows)}, **options)

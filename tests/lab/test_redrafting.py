@@ -3,16 +3,19 @@
 
 import pytest
 import torch
-from oracle import greedy_rows
-from rollouts import Options, decode
 from test_blocks import PROMPT, RESPONSE, ROUNDS, U, make_rollout
 from test_rollout_replay import assert_same_blocks, text_of
-from tiny import TINY_RUN, make_drafter, make_prompts, make_target
 
 from benchmarks.lab.redrafting import random_anchors, redraft
 from benchmarks.lab.trainers import RandomAnchorsTrainer, StaleAnchorsTrainer
+from helpers.oracle import greedy_rows
+from helpers.rollouts import Options, decode
+from helpers.tiny import TINY_RUN, make_drafter, make_prompts, make_target
 from trl_draft_opd import DraftOPDConfig
 from trl_draft_opd.rollout.keyed_random import DrawKeys
+
+
+pytestmark = pytest.mark.lab
 
 
 def test_random_anchors_are_as_many_as_the_chain_distinct_and_inside_the_response():

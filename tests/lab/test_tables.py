@@ -13,6 +13,9 @@ from benchmarks.lab import figures, tables
 from benchmarks.lab.tables import Condition
 
 
+pytestmark = pytest.mark.lab
+
+
 MISMATCH = {"forward_kl": 0.5, "tv": 0.25, "is_wrong": 0.1, "target_entropy": 1.0}
 
 

@@ -18,6 +18,9 @@ from benchmarks.lab.code_target import CodeTargetConfig, train_code_target
 from trl_draft_opd import Eagle3DraftModel, FrozenTarget
 
 
+pytestmark = pytest.mark.lab
+
+
 NUM_ROWS, NUM_HELD_OUT = 12, 3
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import VOCAB, make_causal_lm, make_drafter, make_tokenizer
 
 from benchmarks.lab import arms as arms_module
 from benchmarks.lab.__main__ import parse_arguments, run
@@ -22,7 +21,11 @@ from benchmarks.lab.plan import FOLDER, Arm, PromptSet, build, read_arms, read_p
 from benchmarks.lab.start import count_flops, find_plateau, make_start
 from benchmarks.lab.trainers import bernoulli_forward_kl, bounded_k3
 from benchmarks.lab.workbench import Machine, Workbench
+from helpers.tiny import VOCAB, make_causal_lm, make_drafter, make_tokenizer
 from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget, evaluate_drafter
+
+
+pytestmark = pytest.mark.lab
 
 
 NUM_ROWS = 24

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_lab import make_bench, make_pair, shared  # noqa: F401
-from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 
 from benchmarks.lab import tuned_target
 from benchmarks.lab.arms import collect, run_arm
@@ -19,7 +18,11 @@ from benchmarks.lab.plan import Arm
 from benchmarks.lab.start import make_start
 from benchmarks.lab.tables import render
 from benchmarks.lab.tuned_target import TunedTargetConfig, in_steps, share_changed, tune_target
+from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import AutoDrafter
+
+
+pytestmark = pytest.mark.lab
 
 
 ARM = Arm("adapted", (1,), "sft", settings={"learning_rate": 1e-2})

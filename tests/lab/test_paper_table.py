@@ -14,6 +14,9 @@ from benchmarks.lab.statistics import arm_counts
 from benchmarks.lab.tables import percent
 
 
+pytestmark = pytest.mark.lab
+
+
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     """A folder with a finished dry run of two tasks, one of them a dialogue."""

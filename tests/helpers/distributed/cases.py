@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from oracle import greedy_text
-from tiny import MASK, make_drafter, make_prompts, make_target
 from transformers import TrainerCallback
 
+from helpers.oracle import greedy_text
+from helpers.tiny import MASK, make_drafter, make_prompts, make_target
 from trl_draft_opd import (
     DraftOPDConfig,
     DraftOPDTrainer,

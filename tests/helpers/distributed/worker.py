@@ -3,8 +3,8 @@
 One of two processes: trains every case under every backend, and leaves `<backend>_<rank>.pt` for each backend that
 came to its end.
 
-Run as `accelerate launch --config_file multi_cpu.yaml worker.py FOLDER [BACKEND ...]`. One launch for all, because
-importing takes longer than training.
+Run as `accelerate launch --config_file multi_cpu.yaml -m helpers.distributed.worker FOLDER [BACKEND ...]`. One launch
+for all, because importing takes longer than training.
 """
 
 import os
@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from backends import BACKENDS, launched_as
-from cases import CASES, POISONED, STOPPED, run_case
+
+from helpers.distributed.backends import BACKENDS, launched_as
+from helpers.distributed.cases import CASES, POISONED, STOPPED, run_case
 
 
 def main(folder: Path, backends: list[str]) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
-from tiny import EOS, MASK, VOCAB, make_prompts
 from torch.nn.functional import one_hot
 
+from helpers.tiny import EOS, MASK, VOCAB, make_prompts
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.drafters.base import Drafter, DraftState
 from trl_draft_opd.rollout import live
