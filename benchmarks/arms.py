@@ -2,8 +2,8 @@
 """
 Arms of a comparison: proven equal first, then timed in turns (A B C, A B C, ...), and compared by paired ratios.
 
-Knows clocks, medians, JSON and plots; knows nothing of what an arm computes. A time of one arm alone says more about the
-machine than about the arm, so only ratios are printed.
+Knows clocks, medians, JSON and plots; knows nothing of what an arm computes. A time of one arm alone says more about
+the machine than about the arm, so only ratios are printed.
 """
 
 import json

@@ -4,9 +4,10 @@ The same short runs under every launch (one process, DDP, FSDP2, ZeRO-2, ZeRO-3)
 
     python -m benchmarks.backends --target TARGET --prompts PROMPTS.jsonl --output out --dtype bfloat16
 
-Trains fresh drafters of both families, supervised and by Draft-OPD, on the target's own answers to the first prompts of the
-file (rows with `question`), each launch in processes of its own, and prints a table of losses, largest differences from DDP, and
-peak memory of the device. Every launch runs on the device at hand; on a CPU `--launches one ddp` are those that need no GPU.
+Trains fresh drafters of both families, supervised and by Draft-OPD, on the target's own answers to the first prompts
+of the file (rows with `question`), each launch in processes of its own, and prints a table of losses, largest
+differences from DDP, and peak memory of the device. Every launch runs on the device at hand; on a CPU `--launches one
+ddp` are those that need no GPU.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def command(launch: str, num_processes: int, arguments: list[str]) -> list[str]:
 
 
 def run_worker(options: argparse.Namespace) -> None:
-    """Train every pair of trainer and family under the launch this process belongs to; the first process writes the logs."""
+    """
+    Train every pair of trainer and family under the launch this process belongs to; the first process writes the logs.
+    """
     rows = Dataset.from_dict(json.loads((options.output / "answers.json").read_text()))
     results: dict[str, Any] = {}
     for kind, family in RUNS:

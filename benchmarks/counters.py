@@ -122,7 +122,8 @@ class HeadRows(TorchDispatchMode):
     Counts rows that are multiplied with given head weights, forward (to logits) and back (to hidden states).
 
     Args:
-        weights (`dict[str, torch.Tensor]`): Weights `(V, H)` by name; two names of one storage are counted under the first.
+        weights (`dict[str, torch.Tensor]`):
+            Weights `(V, H)` by name; two names of one storage are counted under the first.
 
     Attributes:
         forward (`Counter`): Rows turned into logits, by name.

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Measure the shape of the package: its size, its import graph, three walks through it, and what is long. Reads text, imports nothing.
+Measure the shape of the package: its size, its import graph, three walks through it, and what is long. Reads text,
+imports nothing.
 
     python -m benchmarks.house [--root FOLDER] [--walks walks.json]
 

@@ -1,10 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Memory of a training step, stage by stage, from shapes alone: weights are counted on models of the meta device, activations by
-formulas that follow what each layer keeps for its backward pass. Measures nothing, and knows nothing of speed.
+Memory of a training step, stage by stage, from shapes alone: weights are counted on models of the meta device,
+activations by formulas that follow what each layer keeps for its backward pass. Measures nothing, and knows nothing of
+speed.
 
-Shape letters:  T = text tokens of a micro-batch, N = blocks, S = slots of a block, K = drafts, H = hidden size, I = intermediate
-                size, F = feature width, q = width of all query heads, k = width of all key/value heads, h = query heads
+Shape letters:  T = text tokens of a micro-batch, N = blocks, S = slots of a block, K = drafts, H = hidden size, I =
+intermediate
+                size, F = feature width, q = width of all query heads, k = width of all key/value heads, h = query
+                heads
 """
 
 from dataclasses import dataclass, replace
@@ -137,7 +140,7 @@ def workload_of(family: str, *, rows: int = 2, length: int = 2048, prompt: int =
     return Workload(rows, length, (length - prompt) // {"eagle3": 3, "dflash": 5}[family], 8, False)
 
 
-# -- what each part takes ----------------------------------------------------------------------------------------------
+# -- what each part takes ---------------------------------------------------------------------------------------------
 
 
 def num_bytes(module: torch.nn.Module, width: int) -> int:
@@ -146,7 +149,9 @@ def num_bytes(module: torch.nn.Module, width: int) -> int:
 
 
 def quantised_bytes(target: PreTrainedModel) -> int:
-    """Return the bytes of a 4-bit target: bitsandbytes keeps half a byte per weight and a float32 scale per block of 64."""
+    """
+    Return the bytes of a 4-bit target: bitsandbytes keeps half a byte per weight and a float32 scale per block of 64.
+    """
     linear = sum(m.weight.numel() for m in target.base_model.modules() if isinstance(m, torch.nn.Linear))
     return num_bytes(target, BF16) + linear // 2 + linear // 64 * FP32 - linear * BF16
 
@@ -157,7 +162,9 @@ def cast_bytes(drafter: Drafter) -> int:
 
 
 def _norm(width: int, input_width: int) -> int:
-    """Return what an RMSNorm keeps per token: its input in float32, the normalised input at its own width, a factor."""
+    """
+    Return what an RMSNorm keeps per token: its input in float32, the normalised input at its own width, a factor.
+    """
     return width * (FP32 + input_width) + FP32
 
 
@@ -222,7 +229,8 @@ def count_stages(target: PreTrainedModel, drafter: Drafter, work: Workload) -> S
     forward = texts * BF16 * ((num_taps + 5) * config.hidden_size + 3 * config.intermediate_size)
     slots = work.rows * work.blocks * num_drafts
     head = drafter.lm_head.weight.numel() * FP32 if drafter.owns_head else 0
-    # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed gradient.
+    # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
+    # gradient.
     loss = slots * config.hidden_size * 3 * FP32 + texts * config.hidden_size * BF16 + head
     kv_width = config.num_key_value_heads * config.head_dim
     own = (FP32 + BF16) * kv_width * drafter.config.num_hidden_layers  # DFlash rotates its keys in float32
@@ -254,8 +262,8 @@ def launch_bytes(stages: Stages, launch: str, ranks: int) -> int:
     """
     Return the peak of one rank.
 
-    DDP keeps its buckets beside the gradients. ZeRO and FSDP2 take the drafter as one unit: during a step its bf16 weights and
-    gradients are whole on every rank, masters, summed gradients and AdamW's moments are not.
+    DDP keeps its buckets beside the gradients. ZeRO and FSDP2 take the drafter as one unit: during a step its bf16
+    weights and gradients are whole on every rank, masters, summed gradients and AdamW's moments are not.
     """
     state = stages.masters + stages.gradients + stages.adamw
     step = stages.casts + stages.working

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Arms of `speculators` 0.9.0 on our tensors and our weights. The only file that knows its API; nothing here changes what it
-computes. Without the package its arms are left out, and a line says so.
+Arms of `speculators` 0.9.0 on our tensors and our weights. The only file that knows its API; nothing here changes what
+it computes. Without the package its arms are left out, and a line says so.
 """
 
 import importlib.metadata
@@ -83,7 +83,8 @@ class PackedBatch:
     Texts joined into one row, as the data pipeline of speculators hands them to its models.
 
     Attributes:
-        input_ids, document_ids, loss_mask, position_ids (`torch.Tensor` of shape `(1, n)`): Tokens, their texts, which are supervised.
+        input_ids, document_ids, loss_mask, position_ids (`torch.Tensor` of shape `(1, n)`): Tokens, their texts, which
+        are supervised.
         features (`torch.Tensor` of shape `(1, n, F)`): The target's tapped layers.
         last_hidden (`torch.Tensor` of shape `(1, n, H)`): The target's last layer, before its final norm.
     """
@@ -114,7 +115,8 @@ def pack(
     Join texts; EAGLE-3's are shifted by speculators' own function, which pairs a feature with the token behind it.
 
     Args:
-        texts (`Sequence[torch.LongTensor]`), marks (`Sequence[torch.BoolTensor]`): Each text, and which tokens are supervised.
+        texts (`Sequence[torch.LongTensor]`), marks (`Sequence[torch.BoolTensor]`):
+            Each text, and which tokens are supervised.
         features (`torch.Tensor` of shape `(B, L, F)`), last_hidden (`torch.Tensor` of shape `(B, L, H)`):
             Right-padded reading of the texts, the latter before the target's final norm.
         family (`str`): `"eagle3"` or `"dflash"`.
@@ -196,7 +198,10 @@ def eagle3_loss(model: nn.Module, batch: PackedBatch, ttt_steps: int) -> Tensor:
 
 
 def dflash_anchors(batch: PackedBatch, num_anchors: int, block_size: int, seed: int) -> Tensor:
-    """Return the anchors `dflash_loss` draws with this seed, positions in the packed row; no more are asked than there are."""
+    """
+    Return the anchors `dflash_loss` draws with this seed, positions in the packed row; no more are asked than there
+    are.
+    """
     from speculators.models.dflash.utils import select_anchors
 
     torch.manual_seed(seed)
@@ -205,7 +210,9 @@ def dflash_anchors(batch: PackedBatch, num_anchors: int, block_size: int, seed: 
 
 
 def dflash_loss(model: nn.Module, batch: PackedBatch, num_anchors: int, gamma: float, seed: int) -> Tensor:
-    """Return the loss of `DFlashDraftModel`: slots weighed by `exp(-(k - 1) / gamma)`, divided by their plain number."""
+    """
+    Return the loss of `DFlashDraftModel`: slots weighed by `exp(-(k - 1) / gamma)`, divided by their plain number.
+    """
     from speculators.losses import resolve_loss_config
 
     torch.manual_seed(seed)

@@ -2,9 +2,10 @@
 """
 Which target and drafter fit where: tables of memory per stage and per launch, held against what runs.
 
-    python -m benchmarks.scaling                                            # the tables of docs/do/scaling.md, as markdown
-    python -m benchmarks.scaling --check                                    # computed against counted, a 7 M pair on the CPU
-    python -m benchmarks.scaling --measure qwen3-0.6b --family eagle3       # computed against measured, random weights on a GPU
+    python -m benchmarks.scaling                                            # the tables of docs/do/scaling.md, as
+    markdown python -m benchmarks.scaling --check                                    # computed against counted, a 7 M
+    pair on the CPU python -m benchmarks.scaling --measure qwen3-0.6b --family eagle3       # computed against
+    measured, random weights on a GPU
 
 The arithmetic is in `memory.py`.
 """
@@ -49,7 +50,7 @@ CHECKED = Workload(rows=2, length=256, blocks=40, accumulation=1, checkpointing=
 STREAMS = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 0.0, 1.0)}
 
 
-# -- one micro-batch, stage by stage -----------------------------------------------------------------------------------
+# -- one micro-batch, stage by stage ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Scene:
             )
 
 
-# -- held against the dispatcher, on the CPU ---------------------------------------------------------------------------
+# -- held against the dispatcher, on the CPU --------------------------------------------------------------------------
 
 
 def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int, int]]:
@@ -194,7 +195,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
     ]
 
 
-# -- held against a GPU ------------------------------------------------------------------------------------------------
+# -- held against a GPU -----------------------------------------------------------------------------------------------
 
 
 def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, int | None, int, float]]:
@@ -234,7 +235,7 @@ def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, in
     return rows
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

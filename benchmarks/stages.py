@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Where the time of a step goes: functions are wrapped for the length of a measurement and charged for what runs inside of
-them and inside of no other wrapped function. Shares of one run, never times.
+Where the time of a step goes: functions are wrapped for the length of a measurement and charged for what runs inside
+of them and inside of no other wrapped function. Shares of one run, never times.
 """
 
 import time

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The pairs and texts that the suites on whole models share: the small real target with GSM8K, or random ones of any shape.
+The pairs and texts that the suites on whole models share: the small real target with GSM8K, or random ones of any
+shape.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 What holds for every test: no network, nothing written outside temporary folders, one thread, fixed seeds.
 
 Two options decide which tests run: `--shared PATH` gives tests real text and a real small target (without it they are
-skipped, and report so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone, those of
-the laboratory with `-m lab`. This file builds no model and no data: see `helpers/tiny.py`.
+skipped, and report so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone,
+those of the laboratory with `-m lab`. This file builds no model and no data: see `helpers/tiny.py`.
 """
 
 import gc
@@ -79,8 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # Every training run ends in a full garbage collection; a quarter of a second each, unless it may pass over all that
-    # is there for good: modules, and the tests themselves.
+    # Every training run ends in a full garbage collection; a quarter of a second each, unless it may pass over all
+    # that is there for good: modules, and the tests themselves.
     gc.collect()
     gc.freeze()
 

@@ -372,7 +372,9 @@ def cuts_of_residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def move_finished(distribution: Distribution, paths: Paths, is_finished: torch.Tensor) -> Paths:
-    """Add up paths that differ only in their uniforms, move the finished ones into the distribution, return the others."""
+    """
+    Add up paths that differ only in their uniforms, move the finished ones into the distribution, return the others.
+    """
     keys, inverse = (paths["text"] + TEXTS * paths["trace"]).unique(return_inverse=True)
     first = torch.zeros_like(keys).scatter(0, inverse, torch.arange(len(inverse)))
     weight = torch.zeros(len(keys), dtype=torch.float64).index_add(0, inverse, paths["weight"])
@@ -401,7 +403,10 @@ def draft_blocks(toy: Toy, paths: Paths) -> Paths:
 
 
 def forward_distribution(toy: Toy, show: str, verify: Callable = verify_sampled, power: float = 1.0) -> Distribution:
-    """Distribution of text and blocks when drafting and verification write the text; `power` is a fault's, for breakpoints."""
+    """
+    Distribution of text and blocks when drafting and verification write the text; `power` is a fault's, for
+    breakpoints.
+    """
     one, distribution = torch.ones(1, dtype=torch.long), {}
     paths = {"weight": one.double(), "text": one, "prefix": one, "anchor": 0 * one, "trace": 0 * one}
     while len(paths["weight"]):

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Rules of the project that no linter knows: words, tests named as claims, no code out of data, no trace of the workplace.
+Rules of the project that no linter knows: words, tests named as claims, no code out of data, no trace of the
+workplace.
 
 A rule is a function from a file's name and text to a list of offences. Each rule has two tests: one checks the project
-against it, one (`test_the_rule_...`) shows that it catches an offence. All other rules are in pyproject.toml, kept by `make lint`.
-Sizes are no rule: `python -m benchmarks.house` warns of files over 500 lines and functions over 60.
+against it, one (`test_the_rule_...`) shows that it catches an offence. All other rules are in pyproject.toml, kept by
+`make lint`. Sizes are no rule: `python -m benchmarks.house` warns of files over 500 lines and functions over 60.
 """
 
 import ast
@@ -37,7 +38,7 @@ TEXT_NAMES = {"Makefile", "run"}
 NOT_OURS = re.compile(r"\.git|\.gl|\.venv.*|\..*_cache|__pycache__|build|dist|outputs|.*\.egg-info")
 
 
-# ---- reading the project ----------------------------------------------------------------------------------------------
+# ---- reading the project --------------------------------------------------------------------------------------------
 
 
 def _text_files() -> Iterator[str]:
@@ -57,7 +58,7 @@ def _offences(rule: Callable[[str, str], list[str]], names: list[str]) -> list[s
     return [f"{name}: {offence}" for name in names for offence in rule(name, (ROOT / name).read_text("utf-8"))]
 
 
-# ---- the rules --------------------------------------------------------------------------------------------------------
+# ---- the rules ------------------------------------------------------------------------------------------------------
 
 
 def _word_offences(name: str, source: str) -> list[str]:
@@ -94,7 +95,9 @@ def _running_offences(name: str, source: str) -> list[str]:
 
 
 def _switched_on(node: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of what is set to `True`: an argument, a default, a variable, an attribute, an entry of a dictionary."""
+    """
+    Line and name of what is set to `True`: an argument, a default, a variable, an attribute, an entry of a dictionary.
+    """
     if isinstance(node, ast.Call):
         pairs = [(keyword.arg or "", keyword.value) for keyword in node.keywords]
     elif isinstance(node, ast.Dict):
@@ -134,7 +137,7 @@ def _workplace_offences(name: str, text: str) -> list[str]:
     return [f"line {n}: {line.strip()[:80]}" for n, line in enumerate(text.splitlines(), 1) if WORKPLACE.search(line)]
 
 
-# ---- the project keeps them -------------------------------------------------------------------------------------------
+# ---- the project keeps them -----------------------------------------------------------------------------------------
 
 
 def test_names_say_target_and_drafter_only():
@@ -154,7 +157,7 @@ def test_no_text_mentions_where_the_project_was_built():
     assert _offences(_workplace_offences, list(_text_files())) == []
 
 
-# ---- the rules catch offences -----------------------------------------------------------------------------------------
+# ---- the rules catch offences ---------------------------------------------------------------------------------------
 
 
 def test_the_rule_of_words_looks_at_every_defined_name():

@@ -17,7 +17,9 @@ SCALING = 0.6
 
 
 def make_inputs(queries, block_keys, dtype=torch.float64):
-    """Random `query, context_key, context_value, block_key, block_value`, wide enough that weights are far from uniform."""
+    """
+    Random `query, context_key, context_value, block_key, block_value`, wide enough that weights are far from uniform.
+    """
     generator = torch.Generator().manual_seed(queries * 10 + block_keys)
     num_anchors = ANCHORS.shape[1]
     shapes = [(B, HEADS, num_anchors, queries, HEAD_DIM), *[(B, KV_HEADS, L, HEAD_DIM)] * 2]
@@ -117,7 +119,7 @@ def test_low_precision_keeps_its_type_and_normalises_in_float32():
     torch.testing.assert_close(output.double(), reference, rtol=0.03, atol=0.06)
 
 
-# -- every path through the tiles and the kernels ----------------------------------------------------------------------
+# -- every path through the tiles and the kernels ---------------------------------------------------------------------
 
 
 def values_and_grads(function, inputs, **options):
@@ -242,7 +244,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-# -- precision ---------------------------------------------------------------------------------------------------------
+# -- precision --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 2), (3, 3)])
@@ -259,7 +261,8 @@ def test_bfloat16_gradients_stay_close(kernel, queries, block_keys):
     actual = values_and_grads(run, low)
     for one, other in zip(actual, exact, strict=True):
         assert one.dtype == torch.bfloat16
-        # In norm: a step of bfloat16 is 2 ** -8 of a score, scores reach 10, and a small entry is a difference of large ones.
+        # In norm: a step of bfloat16 is 2 ** -8 of a score, scores reach 10, and a small entry is a difference of
+        # large ones.
         assert (one.double() - other).norm() < 0.04 * other.norm()
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The instruments of `benchmarks/` are right: counters give values that can be worked out by hand, arms run in turns and are
-held to each other, ratios are paired, time is charged to the right stage. And the suites run on tiny sizes.
+The instruments of `benchmarks/` are right: counters give values that can be worked out by hand, arms run in turns and
+are held to each other, ratios are paired, time is charged to the right stage. And the suites run on tiny sizes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def settings(**options) -> argparse.Namespace:
     return argparse.Namespace(**defaults | options)
 
 
-# ---- counters ---------------------------------------------------------------------------------------------------------
+# ---- counters -------------------------------------------------------------------------------------------------------
 
 
 def test_peak_bytes_are_those_of_the_buffers_alive_together():
@@ -87,7 +87,7 @@ def test_forwards_of_the_target_are_counted_with_their_tokens():
     assert (count.calls, count.tokens) == (2, [10, 3])
 
 
-# ---- arms -------------------------------------------------------------------------------------------------------------
+# ---- arms -----------------------------------------------------------------------------------------------------------
 
 
 def test_arms_run_in_turns_and_the_first_turn_is_not_timed():
@@ -131,7 +131,7 @@ def test_a_figure_is_reached_on_its_own_side_of_the_bound():
     assert arms.Figure("only reported", 1.0, None).is_reached is None
 
 
-# ---- stages -----------------------------------------------------------------------------------------------------------
+# ---- stages ---------------------------------------------------------------------------------------------------------
 
 
 def test_time_is_charged_to_the_innermost_stage():
@@ -157,7 +157,7 @@ def test_time_is_charged_to_the_innermost_stage():
     assert clock.seconds["inner"] < 0.055
 
 
-# ---- suites -----------------------------------------------------------------------------------------------------------
+# ---- suites ---------------------------------------------------------------------------------------------------------
 
 
 def test_suites_on_tensors_run_and_report(tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_an_unknown_scope_is_refused():
         replay(ROUNDS, "all")
 
 
-# -- sampled anchors ---------------------------------------------------------------------------------------------------
+# -- sampled anchors --------------------------------------------------------------------------------------------------
 
 
 def sample(input_ids, completion_mask, sample_ids, **changes):

@@ -64,7 +64,7 @@ def draft(drafter, features, input_ids, anchors, num_drafts, uniforms=None, temp
     return draft_blocks(TARGET, drafter, context, anchors, input_ids.gather(1, anchors), settings, uniforms)
 
 
-# -- packed blocks equal one block at a time ---------------------------------------------------------------------------
+# -- packed blocks equal one block at a time --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [2, BLOCK])
@@ -85,7 +85,9 @@ def test_packed_blocks_equal_the_native_forward_of_each(block_size):
 
 
 def native_chain(model, features, input_ids, anchors, embeds_of):
-    """Run a chain of blocks of one row as transformers' generation does: new context each round, noise dropped after."""
+    """
+    Run a chain of blocks of one row as transformers' generation does: new context each round, noise dropped after.
+    """
     cache = DFlashCache(config=model.config)
     cache.activate_past_recording()
     seen, outputs = 0, []
@@ -147,15 +149,15 @@ def test_positions_left_out_count_on_from_the_cache():
     torch.testing.assert_close(later, whole, **TOLERANCE)
 
 
-# -- equal to transformers' own model ----------------------------------------------------------------------------------
+# -- equal to transformers' own model ---------------------------------------------------------------------------------
 
 
 def make_assistant(drafter):
     """transformers' own DFlash model with this drafter's weights under its two other names."""
     config = drafter.config
     names = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
-        "rope_parameters max_position_embeddings layer_types block_size mask_token_id target_layer_ids"
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "rms_norm_eps rope_parameters max_position_embeddings layer_types block_size mask_token_id target_layer_ids"
     ).split()
     special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
     assistant = MuseGlimmerAssistantModel(
@@ -179,7 +181,7 @@ def test_the_drafter_computes_what_transformers_own_model_computes():
     torch.testing.assert_close(packed[0], theirs, **TOLERANCE)
 
 
-# -- who sees what -----------------------------------------------------------------------------------------------------
+# -- who sees what ----------------------------------------------------------------------------------------------------
 
 
 def test_a_context_token_is_visible_iff_it_stands_before_the_anchor():
@@ -311,7 +313,7 @@ def test_a_context_written_in_pieces_equals_one_of_the_whole_text():
         torch.testing.assert_close(own[:, :, :8], other[:, :, :8], **TOLERANCE)
 
 
-# -- from_target -------------------------------------------------------------------------------------------------------
+# -- from_target ------------------------------------------------------------------------------------------------------
 
 
 def make_layers(num_layers):

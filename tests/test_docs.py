@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The documentation holds together: links and anchors resolve, files named in it exist, and every line can be read in a terminal.
+The documentation holds together: links and anchors resolve, files named in it exist, and every line can be read in a
+terminal.
 """
 
 import ast

@@ -75,7 +75,7 @@ def recorded_drafts(input_ids, kind):
     return input_ids.gather(1, positions.flatten(1)).view(positions.shape)
 
 
-# -- the reference -----------------------------------------------------------------------------------------------------
+# -- the reference ----------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x, weight, eps):
@@ -155,7 +155,7 @@ class NaiveEagle3:
         return torch.stack(outputs)
 
 
-# -- equal to the reference --------------------------------------------------------------------------------------------
+# -- equal to the reference -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["teacher", "recorded"])
@@ -187,7 +187,7 @@ def test_norm_output_changes_what_is_fed_back_and_nothing_before():
     assert ((before - after)[:, 1:].abs().amax(dim=-1) > 1e-2).all()
 
 
-# -- which token and which position each step reads --------------------------------------------------------------------
+# -- which token and which position each step reads -------------------------------------------------------------------
 
 
 def test_feature_i_is_paired_with_token_i_plus_1():
@@ -220,7 +220,7 @@ def test_slot_s_stands_at_the_base_pairs_position_plus_s_minus_1():
     assert seen == [[list(range(L))], [[1, 5]], [[2, 6]], [[3, 7]]]
 
 
-# -- recorded drafts ---------------------------------------------------------------------------------------------------
+# -- recorded drafts --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slot", [1, 2, 3, 4])
@@ -272,7 +272,7 @@ def test_every_weight_gets_a_gradient_and_padding_gives_none():
     assert torch.equal(features.grad.abs().sum(dim=-1) > 0, is_before)
 
 
-# -- the context, piece by piece ---------------------------------------------------------------------------------------
+# -- the context, piece by piece --------------------------------------------------------------------------------------
 
 
 def test_a_context_written_in_pieces_equals_one_of_the_whole_text():
@@ -310,7 +310,7 @@ def test_a_context_written_in_pieces_equals_one_of_the_whole_text():
     assert isinstance(pieces.rows(order), DraftContext)
 
 
-# -- reduced vocabulary ------------------------------------------------------------------------------------------------
+# -- reduced vocabulary -----------------------------------------------------------------------------------------------
 
 
 def make_reduced():
@@ -359,7 +359,7 @@ def test_the_head_starts_from_the_targets_rows():
     assert drafter.lm_head.weight.data_ptr() != rows.data_ptr() and drafter.lm_head.weight.requires_grad
 
 
-# -- from_target -------------------------------------------------------------------------------------------------------
+# -- from_target ------------------------------------------------------------------------------------------------------
 
 
 def make_layers(num_layers):

@@ -2,7 +2,8 @@
 """
 Keyed uniforms are uniform, independent of each other and functions of their keys alone.
 
-Every statistical claim fails by chance with a probability of at most 1e-6, and with fixed keys not at all. Knows no model.
+Every statistical claim fails by chance with a probability of at most 1e-6, and with fixed keys not at all. Knows no
+model.
 """
 
 import math
@@ -48,7 +49,7 @@ def chi_square_p(counts: torch.Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor((counts.numel() - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
-# -- keyed uniforms ----------------------------------------------------------------------------------------------------
+# -- keyed uniforms ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Claims about how the chunked loss works: closed-form gradients, shared target states, its budget of bytes, its accuracy.
+Claims about how the chunked loss works: closed-form gradients, shared target states, its budget of bytes, its
+accuracy.
 
 Shape letters:  N = rows, M = target states, H = hidden size, V = vocabulary of the target, D = of the drafter
 """

@@ -1,11 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Live decoding and replay give text and blocks one joint distribution, whatever the temperature: exact enumeration, nothing drawn.
+Live decoding and replay give text and blocks one joint distribution, whatever the temperature: exact enumeration,
+nothing drawn.
 
-Both engines turn uniform numbers into decisions by comparing them with probabilities. Here a uniform is an interval that a
-comparison cuts in two: one half is followed at once, the other in a later row of the batch. When nothing is left to follow,
-the widths of the intervals are the exact distribution of what the engine did. Nothing in the engines is rebuilt: their own
-formulas make every probability. Knows no trainer.
+Both engines turn uniform numbers into decisions by comparing them with probabilities. Here a uniform is an interval
+that a comparison cuts in two: one half is followed at once, the other in a later row of the batch. When nothing is
+left to follow, the widths of the intervals are the exact distribution of what the engine did. Nothing in the engines
+is rebuilt: their own formulas make every probability. Knows no trainer.
 """
 
 import functools
@@ -262,7 +263,10 @@ def text_distribution(case: Case) -> dict[tuple[int, ...], float]:
 
 
 def replayed_distribution(name: str) -> dict[tuple, float]:
-    """Return the joint distribution of text and blocks as the text's own distribution times the distribution of its replay."""
+    """
+    Return the joint distribution of text and blocks as the text's own distribution times the distribution of its
+    replay.
+    """
     case = CASES[name]()
     texts = text_distribution(case)
     joint = defaultdict(float)
@@ -294,7 +298,10 @@ def make_exact(model: nn.Module) -> nn.Module:
 def make_pair(
     family: str, vocab_size: int, seed: int = 3, draft_ids: tuple[int, ...] = ()
 ) -> tuple[FrozenTarget, nn.Module]:
-    """Return a random pair whose distributions overlap but differ; `draft_ids` makes an EAGLE-3 drafter of a reduced vocabulary."""
+    """
+    Return a random pair whose distributions overlap but differ; `draft_ids` makes an EAGLE-3 drafter of a reduced
+    vocabulary.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocab_size,

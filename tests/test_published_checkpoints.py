@@ -1,5 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Loading drafters from every published layout: the tensors arrive bit for bit, and whatever does not fit is an error."""
+"""
+Loading drafters from every published layout: the tensors arrive bit for bit, and whatever does not fit is an error.
+"""
 
 import json
 import os
@@ -103,7 +105,7 @@ def renamed(tensors, *pairs):
     return out
 
 
-# ---- published layouts ------------------------------------------------------------------------------------------------
+# ---- published layouts ----------------------------------------------------------------------------------------------
 
 
 FLAT = SHAPE | {"rope_theta": 50000.0, "rope_scaling": None, "num_target_layers": 8}
@@ -287,7 +289,7 @@ def test_precision_changes_weights_but_not_rotary_frequencies(tmp_path):
     assert torch.equal(half.rotary_emb.inv_freq, drafter.rotary_emb.inv_freq)
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_shards_are_read_through_their_index(tmp_path):
@@ -449,7 +451,7 @@ def test_an_unreachable_hub_is_not_taken_for_a_missing_file(tmp_path, monkeypatc
                 source.find("absent")
 
 
-# ---- tensors ----------------------------------------------------------------------------------------------------------
+# ---- tensors --------------------------------------------------------------------------------------------------------
 
 
 def refusal(tmp_path, config, tensors, cls=Eagle3DraftModel):

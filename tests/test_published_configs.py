@@ -1,5 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""What published `config.json` files mean: families, layouts, layer ids, flags, RoPE, and what is refused. No file but our own is read."""
+"""
+What published `config.json` files mean: families, layouts, layer ids, flags, RoPE, and what is refused. No file but
+our own is read.
+"""
 
 import copy
 import json
@@ -404,7 +407,7 @@ def test_a_saved_config_is_read_back_without_a_warning(tmp_path, caplog, monkeyp
     assert caplog.records, "a warning would not have been seen"
 
 
-# ---- what we save is what engines read --------------------------------------------------------------------------------
+# ---- what we save is what engines read ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

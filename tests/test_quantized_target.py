@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A target of 4 or 8 bits: its layers are quantised, embedding and head are read as they are, and the drafter stays float32.
+A target of 4 or 8 bits: its layers are quantised, embedding and head are read as they are, and the drafter stays
+float32.
 """
 
 import json

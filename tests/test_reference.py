@@ -64,7 +64,7 @@ def decoded(target, drafter):
     return prompts, list(texts), list(chains)
 
 
-# ---- attention --------------------------------------------------------------------------------------------------------
+# ---- attention ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attend", [attention.sdpa_attention, attention.written_out_attention])
@@ -91,7 +91,7 @@ def test_the_dense_mask_shows_a_block_its_prefix_and_itself():
     assert visible.long().tolist() == [[1, 0, 0, 0, 1, 1, 0, 0]] * 2 + [[1, 1, 1, 0, 0, 0, 1, 1]] * 2
 
 
-# ---- loss -------------------------------------------------------------------------------------------------------------
+# ---- loss -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_reduced", [False, True])
@@ -128,7 +128,7 @@ def test_chunked_divergences_equal_those_of_full_logits(loss_type, is_reduced):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-# ---- rollouts ---------------------------------------------------------------------------------------------------------
+# ---- rollouts -------------------------------------------------------------------------------------------------------
 
 
 def assert_same_blocks(result, chains: list[list[rollout.Block]]) -> None:
@@ -182,7 +182,7 @@ def test_packed_branches_equal_one_forward_per_branch(target, drafter, decoded):
     assert compared > 10
 
 
-# ---- drafting with gradient, and whole steps ----------------------------------------------------------------------------
+# ---- drafting with gradient, and whole steps ------------------------------------------------------------------------
 
 
 def gradients(total: torch.Tensor, drafter) -> dict[str, torch.Tensor]:

@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Replay of texts as they come: drawn blocks, chats of many turns, padding, impossible tokens, targets that cannot branch.
+Replay of texts as they come: drawn blocks, chats of many turns, padding, impossible tokens, targets that cannot
+branch.
 
-Compares replay with itself under another cut of the same work, and with a walk of one block at a time. Knows no trainer.
+Compares replay with itself under another cut of the same work, and with a walk of one block at a time. Knows no
+trainer.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The memory of docs/do/scaling.md is what a step takes: a 7 M pair is counted on the CPU, and the page quotes the program's tables.
+The memory of docs/do/scaling.md is what a step takes: a 7 M pair is counted on the CPU, and the page quotes the
+program's tables.
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Weights of slots from the drafter's own probabilities: D-PACE by hand and as a gradient, accept-until-fail, scored labels.
+Weights of slots from the drafter's own probabilities: D-PACE by hand and as a gradient, accept-until-fail, scored
+labels.
 """
 
 import pytest
@@ -14,7 +15,7 @@ def weigh(probs, mask=(True, True, True), floor=0.5):
     return d_pace_weights(torch.tensor([[probs]]).log(), torch.tensor([[mask]]), floor)[0, 0].tolist()
 
 
-# -- D-PACE ------------------------------------------------------------------------------------------------------------
+# -- D-PACE -----------------------------------------------------------------------------------------------------------
 
 
 def test_d_pace_weights_by_hand():
@@ -53,7 +54,7 @@ def test_a_floor_out_of_range_is_refused():
             weigh([0.5, 0.5, 0.5], floor=floor)
 
 
-# -- accept until fail -------------------------------------------------------------------------------------------------
+# -- accept until fail ------------------------------------------------------------------------------------------------
 
 
 def test_slots_are_kept_up_to_and_including_the_first_miss():
@@ -62,7 +63,7 @@ def test_slots_are_kept_up_to_and_including_the_first_miss():
     assert mark_until_fail(torch.tensor([is_top]).bool()).tolist() == torch.tensor([kept]).bool().tolist()
 
 
-# -- scored labels -----------------------------------------------------------------------------------------------------
+# -- scored labels ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2000, 2**24])
@@ -111,7 +112,7 @@ def test_no_rows_are_scored_as_none():
     assert scores.log_probs_N.shape == scores.is_top_N.shape == (0,)
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings ---------------------------------------------------------------------------------------------------------
 
 DEVICE = {"use_cpu": True, "bf16": False}
 D_PACE = {"slot_weighting": "d_pace"}

@@ -1,5 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Tests of `trl_draft_opd/data/text_reader.py`. The tokenizer and its templates are built on the spot; every word is one token."""
+"""
+Tests of `trl_draft_opd/data/text_reader.py`. The tokenizer and its templates are built on the spot; every word is one
+token.
+"""
 
 import warnings
 from itertools import groupby

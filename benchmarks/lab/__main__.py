@@ -4,13 +4,15 @@ The laboratory's command. Every phase resumes, so a killed command is simply giv
 
     python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 1 --shared PATH       # everything a table needs
     python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 2 --arm opd tv        # some arms
-    python -m benchmarks.lab collect --pair gsm8k-eagle3 --shared PATH --commit   # write what is there so far, run nothing
-    python -m benchmarks.lab table --pair gsm8k-eagle3                            # redo its tables from the JSON
-    python -m benchmarks.lab figure                                               # draw all figures from the JSONs
-    python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the committed one
-    python -m benchmarks.lab live --pair gsm8k-eagle3 --shared PATH               # training on live against replayed rollouts
+    python -m benchmarks.lab collect --pair gsm8k-eagle3 --shared PATH --commit   # write what is there so far, run
+    nothing python -m benchmarks.lab table --pair gsm8k-eagle3                            # redo its tables from the
+    JSON python -m benchmarks.lab figure                                               # draw all figures from the
+    JSONs python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the
+    committed one python -m benchmarks.lab live --pair gsm8k-eagle3 --shared PATH               # training on live
+    against replayed rollouts
 
-On a GPU with real models: `--target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 --device cuda --dtype bfloat16 --bf16`.
+On a GPU with real models: `--target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 --device cuda --dtype bfloat16
+--bf16`.
 """
 
 import argparse

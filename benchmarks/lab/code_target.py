@@ -1,13 +1,14 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The laboratory's second target: a small Llama trained from scratch on code, another architecture, domain and chat format.
+The laboratory's second target: a small Llama trained from scratch on code, another architecture, domain and chat
+format.
 
     python -m benchmarks.lab.code_target --data PATH/data/codealpaca.jsonl --out outputs/lab/targets/code-llama
 
-Reads rows with `instruction`, `input` and `output` (CodeAlpaca's form). The last rows of the file are held out: neither the
-tokenizer nor the model ever sees them, so that prompts for development and test can be drawn from them. A killed run
-goes on from its last checkpoint when it is started again. Knows data and transformers. Refuses to know drafters: what
-comes out is an ordinary model folder, with `training.json` saying how it was made.
+Reads rows with `instruction`, `input` and `output` (CodeAlpaca's form). The last rows of the file are held out:
+neither the tokenizer nor the model ever sees them, so that prompts for development and test can be drawn from them. A
+killed run goes on from its last checkpoint when it is started again. Knows data and transformers. Refuses to know
+drafters: what comes out is an ordinary model folder, with `training.json` saying how it was made.
 
 Took 28 minutes on about half a CPU core.
 """
@@ -78,7 +79,7 @@ class CodeTargetConfig:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -102,8 +103,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             wrong = [name for name in FIELDS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
             if wrong:
                 raise ValueError(
-                    f"{path}, line {number}: {', '.join(map(repr, wrong))} missing or no string. Every row needs the strings "
-                    f"{', '.join(FIELDS)}; `input` may be empty."
+                    f"{path}, line {number}: {', '.join(map(repr, wrong))} missing or no string. Every row needs the "
+                    f"strings {', '.join(FIELDS)}; `input` may be empty."
                 )
             rows.append({name: row[name] for name in FIELDS})
     return rows
@@ -224,7 +225,7 @@ def stack_rows(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
-# ---- model and training -----------------------------------------------------------------------------------------------
+# ---- model and training ---------------------------------------------------------------------------------------------
 
 
 def make_target(config: CodeTargetConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

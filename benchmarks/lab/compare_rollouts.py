@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Train the same few updates on live and on replayed rollouts. At temperature 0 both walk the same chain, so they must coincide.
+Train the same few updates on live and on replayed rollouts. At temperature 0 both walk the same chain, so they must
+coincide.
 """
 
 from typing import Any
@@ -19,7 +20,8 @@ COMPARED = ("loss", "tau", "rounds", "slots/accepted", "slots/rejected")
 
 def compare_rollouts(bench: Workbench) -> dict[str, Any]:
     """
-    Return what both engines logged, and the largest difference between the weights they end with beside the largest step.
+    Return what both engines logged, and the largest difference between the weights they end with beside the largest
+    step.
 
     The response lies under `out/<pair>/live.json` too.
     """

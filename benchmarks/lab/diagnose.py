@@ -24,8 +24,9 @@ def diagnose_states(target: FrozenTarget, drafter: Drafter, rows: Dataset) -> di
     Compare drafter and target over the vocabulary by kind of state, along greedy responses.
 
     Returns:
-        `dict`: `target_entropy` in nats over all kept states, and `mismatch`: for `accepted`, `first_rejected` and `suffix` the means of
-        `forward_kl` (nats), `tv`, `is_wrong` (share of slots whose argmax is not the target's), `target_entropy`, and `count`.
+        `dict`: `target_entropy` in nats over all kept states, and `mismatch`: for `accepted`, `first_rejected` and
+        `suffix` the means of `forward_kl` (nats), `tv`, `is_wrong` (share of slots whose argmax is not the target's),
+        `target_entropy`, and `count`.
     """
     sums = {kind: torch.zeros(5, dtype=torch.float64) for kind in ("accepted", "first_rejected", "suffix")}
     for rollout in replays(target, drafter, rows, 0.0, "greedy", keep_branch_hidden=True):

@@ -2,8 +2,8 @@
 """
 The laboratory's figures, from results of any number of pairs. Draws what the tables compute; runs nothing.
 
-Every figure is made to be read at 700 pixels, in colours that colour-blind readers tell apart (Okabe and Ito). A figure whose
-data are missing is left out, and a line says what is missing.
+Every figure is made to be read at 700 pixels, in colours that colour-blind readers tell apart (Okabe and Ito). A
+figure whose data are missing is left out, and a line says what is missing.
 """
 
 from collections.abc import Sequence
@@ -134,7 +134,10 @@ def _forest(axis: Axes, by_condition: dict[Condition, list[ArmRow]], distributio
 
 
 def draw_slots(results: Sequence[Results], folder: Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draw acceptance per slot of the start, continued SFT, Draft-OPD and the best arm of tier 1, a panel per pair and prompt set."""
+    """
+    Draw acceptance per slot of the start, continued SFT, Draft-OPD and the best arm of tier 1, a panel per pair and
+    prompt set.
+    """
     panels = []
     for pair in results:
         for condition in conditions(pair):
@@ -167,7 +170,9 @@ def draw_slots(results: Sequence[Results], folder: Path, *, formats: Sequence[st
 
 
 def draw_mismatch(results: Sequence[Results], folder: Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draw, one figure per pair and prompt set, how far drafter and target differ by the kind of state, before and after."""
+    """
+    Draw, one figure per pair and prompt set, how far drafter and target differ by the kind of state, before and after.
+    """
     tables = [(pair, condition) for pair in results for condition in conditions(pair) if condition.tier == 1]
     if not tables:
         return _skip("mismatch", "no pair has arms of tier 1")
@@ -218,7 +223,10 @@ def _state_bars(axis: Axes, by_arm: dict[str, dict[str, float]]) -> None:
 
 
 def draw_predictors(results: Sequence[Results], folder: Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draw the gain of the Draft-OPD arms of tier 1 over continued SFT against what may predict it: tau at the start, entropy, block size, prompts."""
+    """
+    Draw the gain of the Draft-OPD arms of tier 1 over continued SFT against what may predict it: tau at the start,
+    entropy, block size, prompts.
+    """
     points = []
     for pair in results:
         pools = _pools(pair)
@@ -288,7 +296,8 @@ def _distribution(condition: Condition) -> str:
 
 
 def _error_bars(gains: Sequence) -> list[list[float]]:
-    # A percentile interval need not hold the estimate when there are few prompts; a bar of negative length cannot be drawn.
+    # A percentile interval need not hold the estimate when there are few prompts; a bar of negative length cannot be
+    # drawn.
     below = [max(100 * (gain.value - gain.low), 0.0) for gain in gains]
     above = [max(100 * (gain.high - gain.value), 0.0) for gain in gains]
     return [below, above]

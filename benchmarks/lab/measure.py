@@ -2,8 +2,8 @@
 """
 tau of a drafter along the target's own responses to prompts nobody trained on.
 
-At temperature 0 the blocks drafted along the target's greedy text are those of live decoding, above it they have its distribution,
-so an evaluation is a few forward passes and decodes nothing.
+At temperature 0 the blocks drafted along the target's greedy text are those of live decoding, above it they have its
+distribution, so an evaluation is a few forward passes and decodes nothing.
 
 Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block
 """
@@ -44,7 +44,8 @@ def measure_drafter(
         temperature (`float`), draft_sampling (`str`): Distribution of text and drafts.
 
     Returns:
-        `dict`: per prompt `rounds` (counted blocks) and `accepted` (drafts they keep), `slot_acceptance` of length K, and `tau`.
+        `dict`: per prompt `rounds` (counted blocks) and `accepted` (drafts they keep), `slot_acceptance` of length K,
+        and `tau`.
     """
     rollouts = replays(target, drafter, rows, temperature, draft_sampling, keep_branch_hidden=False)
     counts = sum(map(Counts.of_rollout, rollouts), Counts())

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A target that remembers what it read. Saves a small laboratory the same forward pass in every epoch and arm; what an update
-costs is counted on a target that forgets.
+A target that remembers what it read. Saves a small laboratory the same forward pass in every epoch and arm; what an
+update costs is counted on a target that forgets.
 """
 
 from collections.abc import Sequence

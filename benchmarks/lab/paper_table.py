@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Measure again the one fully public row of the Draft-OPD paper: Qwen3-4B without thinking, DFlash 6.04 -> Draft-OPD 6.60.
+Measure again the one fully public row of the Draft-OPD paper: Qwen3-4B without thinking, DFlash 6.04 -> Draft-OPD
+6.60.
 
     python -m benchmarks.lab.paper_table --output FOLDER     # one GPU and access to the Hub; the same command resumes
     python -m benchmarks.lab.paper_table --dry-run           # the same path on random models, without network
@@ -52,7 +53,8 @@ class Task:
         dataset (`str`), config (`str`, *optional*), split (`str`): Where the rows are, on the Hub or on disk.
         num_prompts (`int`): Rows taken, those that shuffling with seed 0 puts first.
         prompt (`str`, *optional*): Template of the user's message over the columns of a row.
-        turns (`str`, *optional*): Column with the user's turns of a dialogue, in place of `prompt`; every turn is a prompt.
+        turns (`str`, *optional*):
+            Column with the user's turns of a dialogue, in place of `prompt`; every turn is a prompt.
         paper_speed (`list[float]`): The paper's speed against plain decoding, before and after.
         checked (`bool`): Whether the dataset was found under this id.
     """
@@ -277,14 +279,16 @@ def render(row: Row, reports: dict[str, dict[str, dict[str, Any]]], is_dry_run: 
         is_dry_run (`bool`): Whether to say that the numbers mean nothing.
     """
     lines = [
-        f"## {row.target}, temperature {row.temperature:g}, {row.chat_template_kwargs}, at most {row.max_new_tokens} tokens",
+        f"## {row.target}, temperature {row.temperature:g}, {row.chat_template_kwargs}, at most {row.max_new_tokens} "
+        "tokens",
         *([f"**{DRY_RUN}**"] if is_dry_run else []),
-        f"before: `{row.before}`, after: `{row.after}`. tau is pooled, [..] a 95 % interval over prompts, gains are paired; "
-        "in brackets tau averaged over prompts, as the paper's script has it.",
+        f"before: `{row.before}`, after: `{row.after}`. tau is pooled, [..] a 95 % interval over prompts, gains are "
+        "paired; in brackets tau averaged over prompts, as the paper's script has it.",
         "",
     ]
     table = [
-        "| task | prompts | tau before | tau after | gain in tau | paper's speed before, after | paper's gain in speed |",
+        "| task | prompts | tau before | tau after | gain in tau | paper's speed before, after | paper's gain in "
+        "speed |",
         "|---|---|---|---|---|---|---|",
     ]
     pairs = []

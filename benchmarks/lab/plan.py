@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What the laboratory runs, read from YAML: a pair (target, drafter family, prompts, SFT) and the arms that go on from its SFT.
+What the laboratory runs, read from YAML: a pair (target, drafter family, prompts, SFT) and the arms that go on from
+its SFT.
 
 Knows names and numbers; refuses to know models and trainers. A key that nobody reads is an error, not a comment.
 """
@@ -56,7 +57,8 @@ class SftPlan:
         settings (`dict`): Fields of `DraftSFTConfig`.
         measure_every (`int`): Updates between two measurements of tau on the development prompts.
         min_updates (`int`), max_updates (`int`):
-            The plateau is not looked for before, and not waited for after. 0: the pair's drafter is the start as it is.
+            The plateau is not looked for before, and not waited for after. 0: the pair's drafter is the start as it
+            is.
         cooldown_updates (`int`): Updates of the cool-down.
     """
 
@@ -76,10 +78,12 @@ class Pair:
         name (`str`): Name of its YAML file.
         family (`str`): `"eagle3"` or `"dflash"`.
         target (`str`): Folder under `--shared` or `--out`, or an id on the Hub.
-        drafter (`dict`): Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to go on from: an id on the Hub, or a
-            folder, also under `--out`.
+        drafter (`dict`):
+            Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to go on from: an id on the
+            Hub, or a folder, also under `--out`.
         max_new_tokens (`int`): Longest response.
-        train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`): Prompts; no test prompt is trained on.
+        train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`):
+            Prompts; no test prompt is trained on.
         prompts_per_update (`int`): Prompts of one optimiser step.
         sft (`SftPlan`): How the start is made.
         budgets (`dict[int, float]`): TFLOP of an arm, by tier.
@@ -124,7 +128,9 @@ class Arm:
         temperature (`float`), draft_sampling (`str`): Distribution of text and drafts, in training and evaluation.
         families (`tuple[str, ...]`): Families it is run for.
         budget_share (`float`): Share of the tier's budget.
-        begins (`str`): What it goes on from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape untrained.
+        begins (`str`):
+            What it goes on from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape
+            untrained.
         lora (`dict`, *optional*): Arguments of `peft.LoraConfig`: an adapter is trained in place of the drafter.
     """
 

@@ -49,8 +49,8 @@ def common_settings(bench: Workbench, folder: Path, seed: int) -> dict[str, Any]
 
 def find_plateau(history: list[dict[str, float]]) -> bool:
     """
-    Whether tau has stopped rising: the mean of the last `SMOOTHED` measurements is less than 1 % above that of those made
-    with 1 / 1.2 of the compute.
+    Whether tau has stopped rising: the mean of the last `SMOOTHED` measurements is less than 1 % above that of those
+    made with 1 / 1.2 of the compute.
 
     Args:
         history (`list[dict]`): `update` and `tau` of every measurement, in order.
@@ -87,7 +87,9 @@ class PlateauCallback(TrainerCallback):
 
 
 def make_start(bench: Workbench) -> Path:
-    """Return the folder of the pair's SFT start, trained on first use; a killed run goes on from its last checkpoint."""
+    """
+    Return the folder of the pair's SFT start, trained on first use; a killed run goes on from its last checkpoint.
+    """
     folder = bench.folder / "sft"
     pair = dataclasses.asdict(bench.pair)
     made_of = ("family", "target", "drafter", "max_new_tokens", "train", "dev", "prompts_per_update", "sft")

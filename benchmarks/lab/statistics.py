@@ -3,8 +3,9 @@
 How sure a table may be: tau and gains of the laboratory's arms with intervals over prompts and over seeds.
 
 Knows counts, not how they came about: no file, no model, no name of an arm. The convention is that of
-`trl_draft_opd.evaluation`: tau is pooled, `(sum accepted + sum rounds) / sum rounds`; a gain is `tau_after / tau_before - 1`;
-an interval runs from the 2.5th to the 97.5th percentile of resamples that pick the same prompts for both arms.
+`trl_draft_opd.evaluation`: tau is pooled, `(sum accepted + sum rounds) / sum rounds`; a gain is `tau_after /
+tau_before - 1`; an interval runs from the 2.5th to the 97.5th percentile of resamples that pick the same prompts for
+both arms.
 
 Shape letters:  S = seeds, P = prompts, R = resamples
 """
@@ -51,7 +52,8 @@ class ArmCounts:
 
     Attributes:
         seeds (`tuple[int, ...]` or `None`):
-            Seeds of the rows, ascending. `None` for the point all seeds start from: one row, which is paired with every seed.
+            Seeds of the rows, ascending. `None` for the point all seeds start from: one row, which is paired with
+            every seed.
         rounds_SP (`np.ndarray` of shape `(S, P)`): Counted verification rounds.
         accepted_SP (`np.ndarray` of shape `(S, P)`): Drafts accepted in them.
     """
@@ -103,7 +105,8 @@ def arm_counts(evals: Mapping[int, Mapping[str, Any]], *, is_shared_start: bool 
             Whether this is the one point that all arms and seeds go on from.
 
     Raises:
-        ValueError: If there is no run, a shared start has several, runs cover different numbers of prompts, or no block was counted.
+        ValueError: If there is no run, a shared start has several, runs cover different numbers of prompts, or no
+            block was counted.
     """
     if not evals:
         raise ValueError("An arm without a single run has no tau. Run it, or leave it out.")
@@ -118,7 +121,8 @@ def arm_counts(evals: Mapping[int, Mapping[str, Any]], *, is_shared_start: bool 
     )
     if not rounds_SP.sum(axis=1).all():
         raise ValueError(
-            f"No verification round was counted in a run of seeds {seeds}, so it has no tau. Evaluate on longer responses or more prompts."
+            f"No verification round was counted in a run of seeds {seeds}, so it has no tau. Evaluate on longer "
+            "responses or more prompts."
         )
     return ArmCounts(None if is_shared_start else seeds, rounds_SP, accepted_SP)
 
@@ -140,8 +144,8 @@ def paired_gain(before: ArmCounts, after: ArmCounts, *, num_resamples: int = NUM
     """
     Return the relative gain in tau of one arm over another, resampling prompts and pairs of seeds.
 
-    With one seed per arm this is [`trl_draft_opd.evaluation.paired_gain`]. Arms are compared on the seeds both have; a shared
-    start is compared with every seed.
+    With one seed per arm this is [`trl_draft_opd.evaluation.paired_gain`]. Arms are compared on the seeds both have; a
+    shared start is compared with every seed.
 
     Args:
         before ([`ArmCounts`]), after ([`ArmCounts`]): The arms, evaluated on the same prompts in the same order.
@@ -163,12 +167,13 @@ def resampled_taus(arms: Sequence[ArmCounts], *, num_resamples: int, seed: int) 
     """
     Return tau of every arm in every resample; all arms see the same picks.
 
-    Two levels, crossed: prompts with replacement, `P` of `P`, the same for all seeds, and seeds with replacement, `S - 1` of
-    `S`, for which the variance of a mean over few seeds comes out unbiased instead of `(S - 1) / S` too small. Crossed
-    resampling errs to the wide side. Three seeds still make a rough interval: their variance itself is estimated from three numbers.
+    Two levels, crossed: prompts with replacement, `P` of `P`, the same for all seeds, and seeds with replacement, `S -
+    1` of `S`, for which the variance of a mean over few seeds comes out unbiased instead of `(S - 1) / S` too small.
+    Crossed resampling errs to the wide side. Three seeds still make a rough interval: their variance itself is
+    estimated from three numbers.
 
-    Source: Owen, [The pigeonhole bootstrap](https://arxiv.org/abs/0712.1111), for crossed levels; Rao and Wu, Resampling
-    inference with complex survey data (1988), for `S - 1`.
+    Source: Owen, [The pigeonhole bootstrap](https://arxiv.org/abs/0712.1111), for crossed levels; Rao and Wu,
+    Resampling inference with complex survey data (1988), for `S - 1`.
 
     Args:
         arms (`Sequence[ArmCounts]`): Arms with the same prompts; their rows of seeds belong together, row by row.
@@ -184,7 +189,8 @@ def resampled_taus(arms: Sequence[ArmCounts], *, num_resamples: int, seed: int) 
     shapes = {arm.rounds_SP.shape for arm in arms}
     if len(shapes) != 1:
         raise ValueError(
-            f"Arms have (seeds, prompts) {sorted(shapes)}; a comparison needs the same prompts, in the same order, and pairs of seeds."
+            f"Arms have (seeds, prompts) {sorted(shapes)}; a comparison needs the same prompts, in the same order, "
+            "and pairs of seeds."
         )
     (num_seeds, num_prompts) = shapes.pop()
     prompt_counts_RP, seed_counts_RS = _picks(num_prompts, num_seeds, num_resamples, seed)
@@ -225,8 +231,8 @@ def _pair_seeds(before: ArmCounts, after: ArmCounts) -> tuple[ArmCounts, ArmCoun
     """Return both arms on the seeds they share, row by row."""
     if before.num_prompts != after.num_prompts:
         raise ValueError(
-            f"Arms were evaluated on {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the same prompts in the "
-            "same order."
+            f"Arms were evaluated on {before.num_prompts} and {after.num_prompts} prompts; a paired gain needs the "
+            "same prompts in the same order."
         )
     if before.seeds is None and after.seeds is None:
         return before, after
@@ -234,7 +240,8 @@ def _pair_seeds(before: ArmCounts, after: ArmCounts) -> tuple[ArmCounts, ArmCoun
     seeds = tuple(sorted(set.intersection(*known)))
     if not seeds:
         raise ValueError(
-            f"Arms were run with seeds {before.seeds} and {after.seeds}; a paired gain needs a seed that both have. Run one."
+            f"Arms were run with seeds {before.seeds} and {after.seeds}; a paired gain needs a seed that both have. "
+            "Run one."
         )
     return _rows_of(before, seeds), _rows_of(after, seeds)
 

@@ -2,7 +2,8 @@
 """
 The laboratory's results as Markdown tables, and whether a fresh run agrees with the committed one.
 
-Reads results of one pair (a target and a drafter family) as `benchmarks/lab/results/<pair>.json` holds them; runs nothing.
+Reads results of one pair (a target and a drafter family) as `benchmarks/lab/results/<pair>.json` holds them; runs
+nothing.
 """
 
 import json
@@ -60,8 +61,10 @@ class ArmRow:
         updates (`float`), tflop (`float`): Mean over seeds.
         tau ([`Estimate`]): Pooled over prompts and seeds.
         over_continued ([`Estimate`] or `None`), over_start ([`Estimate`] or `None`):
-            Paired gains, `None` where there is no such arm under this condition, or where it would be this arm over itself.
-        slot_acceptance (`tuple[float, ...]`): Share of counted blocks that keep at least `k` drafts, weighted by rounds.
+            Paired gains, `None` where there is no such arm under this condition, or where it would be this arm over
+            itself.
+        slot_acceptance (`tuple[float, ...]`):
+            Share of counted blocks that keep at least `k` drafts, weighted by rounds.
         seeds (`tuple[int, ...]`): Seeds it was run with.
         target_entropy (`float` or `None`): Nats, mean over seeds.
         counts ([`ArmCounts`]): What all this was computed from.
@@ -200,8 +203,9 @@ def check(fresh: dict[str, Any], committed: dict[str, Any], *, num_resamples: in
     """
     Hold a fresh run against the committed results of the same pair.
 
-    Every table of the fresh run is compared, arm by arm: either tau must lie in the other's interval, and the intervals of the
-    paired gains must overlap. Tables that only the committed results have are left alone: a fresh run may be of one tier.
+    Every table of the fresh run is compared, arm by arm: either tau must lie in the other's interval, and the
+    intervals of the paired gains must overlap. Tables that only the committed results have are left alone: a fresh run
+    may be of one tier.
 
     Args:
         fresh (`dict`), committed (`dict`): Results of one pair.
@@ -219,7 +223,8 @@ def check(fresh: dict[str, Any], committed: dict[str, Any], *, num_resamples: in
     asked = conditions(fresh)
     if not set(asked) & set(known):
         raise ValueError(
-            f"No table in common, so nothing can be checked: fresh has {[str(c) for c in asked]}, committed {[str(c) for c in known]}."
+            f"No table in common, so nothing can be checked: fresh has {[str(c) for c in asked]}, committed "
+            f"{[str(c) for c in known]}."
         )
     found = []
     for condition in asked:
@@ -280,7 +285,9 @@ def _evaluation(run: dict[str, Any], condition: Condition) -> dict[str, Any]:
 
 
 def _baseline(name: str, arms: Iterable[str]) -> str | None:
-    """Return the arm of this name, or the only one whose name begins so (a baseline trained under another distribution)."""
+    """
+    Return the arm of this name, or the only one whose name begins so (a baseline trained under another distribution).
+    """
     candidates = [arm for arm in arms if arm.startswith(name)]
     if name in candidates or not candidates:
         return name if candidates else None
@@ -298,8 +305,8 @@ def _heading(results: dict[str, Any]) -> str:
     if "responses" in results:
         text = results["responses"]
         lines.append(
-            f"Responses of the target, written once: {text['num_prompts']:,} prompts, {text['tokens']:,} tokens, {text['tflop']:.3g} TFLOP, "
-            "not counted below."
+            f"Responses of the target, written once: {text['num_prompts']:,} prompts, {text['tokens']:,} tokens, "
+            f"{text['tflop']:.3g} TFLOP, not counted below."
         )
     return "\n\n".join(lines)
 

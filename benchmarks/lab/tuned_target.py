@@ -1,13 +1,15 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The laboratory's fine-tuned target: a model that solves GSM8K, trained a little further to write its solutions in another form.
+The laboratory's fine-tuned target: a model that solves GSM8K, trained a little further to write its solutions in
+another form.
 
     python -m benchmarks.lab.tuned_target --origin PATH/targets/gsm8k-qwen3-7m --data PATH/data/gsm8k_train.jsonl \
         --prompts PATH/data/gsm8k_test.jsonl --out outputs/lab/targets/gsm8k-steps
 
-It stands for what users do to a public model whose drafter was trained before: same architecture, same tokenizer, other text.
-The calculator notes of the dataset go, lines become numbered steps, and the answer stands in a sentence. A killed run goes on from
-its last checkpoint. Writes an ordinary model folder, with `training.json` saying how it was made and how many greedy answers changed.
+It stands for what users do to a public model whose drafter was trained before: same architecture, same tokenizer,
+other text. The calculator notes of the dataset go, lines become numbered steps, and the answer stands in a sentence. A
+killed run goes on from its last checkpoint. Writes an ordinary model folder, with `training.json` saying how it was
+made and how many greedy answers changed.
 """
 
 import json
@@ -72,7 +74,10 @@ def in_steps(answer: str) -> str:
 
 
 def styled_rows(path: Path, num_rows: int) -> list[dict[str, str]]:
-    """Return the first rows of a file of solutions in the new form, as chats are made of them elsewhere in the laboratory."""
+    """
+    Return the first rows of a file of solutions in the new form, as chats are made of them elsewhere in the
+    laboratory.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()[:num_rows]
     rows = [json.loads(line) for line in lines]
     return [{"instruction": row["question"], "input": "", "output": in_steps(row["answer"])} for row in rows]

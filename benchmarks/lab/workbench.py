@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What every phase of the laboratory works with: the pair's target, its prompts, and the responses the target wrote to them once.
+What every phase of the laboratory works with: the pair's target, its prompts, and the responses the target wrote to
+them once.
 """
 
 import json
@@ -72,19 +73,21 @@ class Workbench:
         return target
 
     def _source(self, name: str) -> str:
-        """Return a model's folder under `out` or `shared`, or its own name: a folder elsewhere, or an id on the Hub."""
+        """
+        Return a model's folder under `out` or `shared`, or its own name: a folder elsewhere, or an id on the Hub.
+        """
         for root in (self.machine.out, self.machine.shared):
             if root is not None and (root / name / "config.json").exists():
                 return str(root / name)
         if name.startswith("targets/"):
             raise SystemExit(
                 f"Target {name!r} of pair {self.pair.name!r} is neither under --out {self.machine.out} nor under "
-                f"--shared {self.machine.shared}. Give the folder that holds targets/ and data/ with --shared PATH, or train it: "
-                "see docs/why/laboratory.md."
+                f"--shared {self.machine.shared}. Give the folder that holds targets/ and data/ with --shared PATH, "
+                "or train it: see docs/why/laboratory.md."
             )
         return name
 
-    # -- text ----------------------------------------------------------------------------------------------------------
+    # -- text ---------------------------------------------------------------------------------------------------------
 
     def messages(self, prompts: PromptSet) -> list[str]:
         """Return the users' messages of a prompt set."""
@@ -97,7 +100,8 @@ class Workbench:
         start = prompts.start if prompts.start >= 0 else len(rows) + prompts.start
         if start < 0 or start + prompts.count > len(rows):
             raise SystemExit(
-                f"{prompts.file or prompts.hub} has {len(rows)} rows; {prompts.count} from row {prompts.start} on were asked for."
+                f"{prompts.file or prompts.hub} has {len(rows)} rows; {prompts.count} from row {prompts.start} on "
+                "were asked for."
             )
         rows = rows.select(range(start, start + prompts.count))
         extra = rows[prompts.extra_field] if prompts.extra_field else [""] * len(rows)
@@ -132,7 +136,10 @@ class Workbench:
         return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
 
     def training_rows(self, temperature: float = 0.0, pool: int | None = None) -> Dataset:
-        """Return the training prompts with their responses, or the first `pool` of them; none that is measured on is among them."""
+        """
+        Return the training prompts with their responses, or the first `pool` of them; none that is measured on is
+        among them.
+        """
         held_out = {
             tuple(ids) for prompts in (self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
         }
@@ -163,7 +170,7 @@ class Workbench:
             write_json(path, cost)
         return read_json(path)
 
-    # -- drafters ------------------------------------------------------------------------------------------------------
+    # -- drafters -----------------------------------------------------------------------------------------------------
 
     def fresh_drafter(self) -> Drafter:
         """Return the pair's drafter before any training of ours: random, or the published one it names."""
@@ -217,6 +224,6 @@ def require_unchanged(path: Path, made_of: dict[str, Any]) -> None:
     lines = [f"{key}: {was!r} then, {now!r} now" for key, (was, now) in sorted(changed.items()) if was != now]
     if lines:
         raise SystemExit(
-            f"What lies in {path.parent} was made by another plan ({'; '.join(lines)}). Delete that folder to make it again, or give "
-            "another --out."
+            f"What lies in {path.parent} was made by another plan ({'; '.join(lines)}). Delete that folder to make it "
+            "again, or give another --out."
         )

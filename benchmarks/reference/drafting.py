@@ -2,8 +2,8 @@
 """
 The two drafters along one text, from their layers alone: every block of the text under one dense mask.
 
-Reads the trained modules of a drafter (`fc`, norms, projections, MLPs) and calls none of its methods. The target is a plain
-causal language model of transformers.
+Reads the trained modules of a drafter (`fc`, norms, projections, MLPs) and calls none of its methods. The target is a
+plain causal language model of transformers.
 
 Shape letters:  L = text length, A = anchors, K = drafts per block, S = K + 1, H = hidden size, F = feature width
 """
@@ -61,11 +61,14 @@ def draft_states(
     Run a block from every anchor of one text.
 
     Args:
-        drafter, target (`PreTrainedModel`): The drafter, and the target whose embedding (and, for DFlash, head) it uses.
-        features (`torch.Tensor` of shape `(n, F)`): The target's features at positions before the last anchor, or more.
+        drafter, target (`PreTrainedModel`): The drafter, and the target whose embedding (and, for DFlash, head) it
+        uses.
+        features (`torch.Tensor` of shape `(n, F)`):
+            The target's features at positions before the last anchor, or more.
         token_ids (`Sequence[int]`): The text, up to the last anchor at least.
         anchors (`Sequence[int]`), num_drafts (`int`): `A` and `K`.
-        recorded (`torch.LongTensor` of shape `(A, K)`, *optional*): Drafts that later slots read; without them, each block's own argmax.
+        recorded (`torch.LongTensor` of shape `(A, K)`, *optional*):
+            Drafts that later slots read; without them, each block's own argmax.
 
     Returns:
         `tuple`: states ready for the head, `(A, K, H)`, and the argmax drafts, `(A, K)`.

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Greedy speculative decoding, replay and branch states of one text at a time, one block at a time, one forward per branch.
+Greedy speculative decoding, replay and branch states of one text at a time, one block at a time, one forward per
+branch.
 """
 
 from collections.abc import Collection, Sequence
@@ -100,7 +101,9 @@ def replay(
 
 
 def branch_states(target: PreTrainedModel, text: Sequence[int], block: Block) -> Tensor:
-    """Return what the target's head reads at each slot's draft-induced state, `(K, H)`, by one forward over the branch."""
+    """
+    Return what the target's head reads at each slot's draft-induced state, `(K, H)`, by one forward over the branch.
+    """
     branch = [*text[: block.anchor + 1], *block.drafts[:-1]]
     return read_text(target, branch, [0]).hidden[block.anchor :]
 

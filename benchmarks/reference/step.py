@@ -2,7 +2,8 @@
 """
 One training step over a few texts, one text at a time: supervised, and Draft-OPD.
 
-Every slot has logits of its own from the drafter and from the target, all at once, for all rows whether they count or not.
+Every slot has logits of its own from the drafter and from the target, all at once, for all rows whether they count or
+not.
 """
 
 from collections.abc import Collection, Sequence
@@ -52,7 +53,8 @@ def sft_step(
     stream: Stream,
 ) -> Tensor:
     """
-    Return the supervised loss: each block reads the text, and a slot counts while every token up to its own is the target's.
+    Return the supervised loss: each block reads the text, and a slot counts while every token up to its own is the
+    target's.
 
     Args:
         target, drafter (`PreTrainedModel`): The pair.

@@ -96,7 +96,9 @@ class Problem:
         return self._differentiate((rows * self.row_weights).sum())
 
     def bare_products(self, chunks: list[int], target_chunks: list[int]) -> dict[str, torch.Tensor]:
-        """Run only the products with both heads, in given chunks: to logits, and back to hidden states (and the head)."""
+        """
+        Run only the products with both heads, in given chunks: to logits, and back to hidden states (and the head).
+        """
         with torch.no_grad():
             start = 0
             for size in target_chunks:

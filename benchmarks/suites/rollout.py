@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Rollouts on the small real target: replay against live decoding, batches, decoding speed, and the Draft-OPD step that each
-of them feeds, with the share of every stage.
+Rollouts on the small real target: replay against live decoding, batches, decoding speed, and the Draft-OPD step that
+each of them feeds, with the share of every stage.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
                 part(args, report, pair, prompts)
 
 
-# ---- replay equals live ------------------------------------------------------------------------------------------------
+# ---- replay equals live ---------------------------------------------------------------------------------------------
 
 
 def equality(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> None:
@@ -156,7 +156,7 @@ def blocks_of(rollout: Rollout, row: int) -> list[tuple[int, int, list[int]]]:
     ]
 
 
-# ---- live decoding -----------------------------------------------------------------------------------------------------
+# ---- live decoding --------------------------------------------------------------------------------------------------
 
 
 def batches(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> None:
@@ -183,7 +183,9 @@ def batches(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> No
 
 
 def decoding(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> None:
-    """Compare live decoding at batch 1 with the target alone, by drafts per block, and with transformers' own DFlash."""
+    """
+    Compare live decoding at batch 1 with the target alone, by drafts per block, and with transformers' own DFlash.
+    """
     few = prompts[: 2 if args.quick else 4]
     most = pair.drafter.max_drafts or pair.num_drafts
     counts = sorted({count for count in (1, 2, 3, 4, 5, 7) if count <= most} | {pair.num_drafts})
@@ -235,7 +237,7 @@ def native_dflash(pair: Pair, prompt: Sequence[int]) -> list[int]:
     return output[0, len(prompt) :].tolist()
 
 
-# ---- the Draft-OPD step --------------------------------------------------------------------------------------------------
+# ---- the Draft-OPD step ---------------------------------------------------------------------------------------------
 
 
 class OpdStep:

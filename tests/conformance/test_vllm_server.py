@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The server engine against a real vLLM server on the CPU: the responses are the target's own, token for token in float32.
+The server engine against a real vLLM server on the CPU: the responses are the target's own, token for token in
+float32.
 
 Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds.
 """

@@ -73,7 +73,7 @@ def refuses(match):
     return pytest.raises(ValueError, match=match)
 
 
-# -- the pair ----------------------------------------------------------------------------------------------------------
+# -- the pair ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,7 +146,7 @@ def test_an_instance_with_loading_arguments(tmp_path, target):
         FrozenTarget.load(make_causal_lm(), init_kwargs={"dtype": "float32"})
 
 
-# -- the mask token ----------------------------------------------------------------------------------------------------
+# -- the mask token ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask_token_id", [-1, VOCAB, 1000])
@@ -185,7 +185,7 @@ def test_a_mask_token_in_the_completions_that_replay_walks(tmp_path, target):
     make_trainer("opd", tmp_path, drafter, target)
 
 
-# -- sizes -------------------------------------------------------------------------------------------------------------
+# -- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [1, 0, -3])
@@ -207,7 +207,7 @@ def test_more_drafts_than_the_drafters_blocks_hold(tmp_path, target, kind):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, num_drafts=5)
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,7 +269,7 @@ def test_regenerating_a_streamed_dataset_is_refused(tmp_path, target):
         DraftSFTTrainer(make_drafter("dflash", target), target, args, rows)
 
 
-# -- losses ------------------------------------------------------------------------------------------------------------
+# -- losses -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, target, kin
     assert torch.equal(before["norm.weight"][1:], drafter.norm.weight[1:])
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-A stand-in for the Hub on this machine: the part of its HTTP API that uploads and downloads use, with repositories in memory,
-a record of every request, and failures on demand.
+A stand-in for the Hub on this machine: the part of its HTTP API that uploads and downloads use, with repositories in
+memory, a record of every request, and failures on demand.
 """
 
 import base64
@@ -33,7 +33,9 @@ class Repository:
         return f"{numbers[-1] if numbers else 0:040d}"
 
     def branch_at(self, revision: str) -> str:
-        """Return the branch whose last commit a revision is; clients ask for a branch first, and then for what it named."""
+        """
+        Return the branch whose last commit a revision is; clients ask for a branch first, and then for what it named.
+        """
         return next((branch for branch in self.branches if self.head(branch) == revision), revision)
 
 
@@ -73,7 +75,9 @@ class FakeHub:
         return None
 
     def received(self) -> bytes:
-        """Return every byte of content that clients sent, files of commits decoded, credentials in headers left out."""
+        """
+        Return every byte of content that clients sent, files of commits decoded, credentials in headers left out.
+        """
         parts = []
         for method, path, _, body in self.requests:
             parts += [path.encode(), body]

@@ -90,7 +90,10 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
 
 
 def greedy_rows(target: FrozenTarget, count: int, num_tokens: int) -> Dataset:
-    """Return prompts with the target's own greedy responses, all of `num_tokens`: of a random target, those without EOS and mask."""
+    """
+    Return prompts with the target's own greedy responses, all of `num_tokens`: of a random target, those without EOS
+    and mask.
+    """
     texts = [(len(prompt), greedy_text(target, prompt, num_tokens)) for prompt in make_prompts(2 * count)]
     texts = [(start, text) for start, text in texts if not {EOS, MASK} & set(text)][:count]
     assert len(texts) == count

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Readers of exported folders written from the descriptions of those who consume them, without any of the package's drafters:
-what EAGLE's and z-lab's code compute from the flat files, and how vLLM and SGLang rename tensors and read layer ids.
+Readers of exported folders written from the descriptions of those who consume them, without any of the package's
+drafters: what EAGLE's and z-lab's code compute from the flat files, and how vLLM and SGLang rename tensors and read
+layer ids.
 """
 
 import json
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 
-# ---- what the reference codes compute ----------------------------------------------------------------------------------
+# ---- what the reference codes compute -------------------------------------------------------------------------------
 
 
 def read_flat(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -110,7 +111,8 @@ def zlab_hidden(folder: Path, hidden_states: tuple, block: torch.Tensor) -> torc
 
     Args:
         folder (`Path`): A flat export.
-        hidden_states (`tuple` of `(n, H)`): The target's hidden states, embeddings first, of the text before the anchor.
+        hidden_states (`tuple` of `(n, H)`):
+            The target's hidden states, embeddings first, of the text before the anchor.
         block (`torch.Tensor` of shape `(B, H)`): Embeddings of the anchor and the masks.
 
     Returns:
@@ -143,7 +145,7 @@ def zlab_hidden(folder: Path, hidden_states: tuple, block: torch.Tensor) -> torc
     return _norm(state, t["norm.weight"], eps)
 
 
-# ---- how the engines name tensors --------------------------------------------------------------------------------------
+# ---- how the engines name tensors -----------------------------------------------------------------------------------
 
 
 _STACKED = {
@@ -180,7 +182,10 @@ def vllm_parameters(names: set[str], config: dict) -> set[str]:
 
 
 def sglang_parameters(names: set[str]) -> set[str]:
-    """Return the parameters that SGLang's loaders fill; it skips unknown names and leaves missing ones as they are, silently."""
+    """
+    Return the parameters that SGLang's loaders fill; it skips unknown names and leaves missing ones as they are,
+    silently.
+    """
     legacy = {
         "midlayer": "layers.0",
         "aux_norm_low": "fc_norm.0",
@@ -218,7 +223,7 @@ def _with_mlp(parts: str) -> list[str]:
     return [*parts.split(), "mlp.gate_up_proj", "mlp.down_proj"]
 
 
-# ---- how the engines read layer ids ------------------------------------------------------------------------------------
+# ---- how the engines read layer ids ---------------------------------------------------------------------------------
 
 
 def boundaries_of(config: dict, reader: str, num_layers: int) -> list[int]:

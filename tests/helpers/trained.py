@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Tiny drafters that are often right: overfitted in seconds to a few texts of their tiny target, so that acceptance is really tested.
+Tiny drafters that are often right: overfitted in seconds to a few texts of their tiny target, so that acceptance is
+really tested.
 """
 
 import torch
@@ -20,7 +21,10 @@ def own_text(target: FrozenTarget, prompt: list[int], num_tokens: int) -> list[i
 def overfit(
     target: FrozenTarget, drafter: Drafter, prompts: list[list[int]], *, num_tokens: int = 40, steps: int = 100
 ) -> Drafter:
-    """Train a drafter on the target's own texts, with the same forward that the trainers use; weights end as bfloat16 holds them."""
+    """
+    Train a drafter on the target's own texts, with the same forward that the trainers use; weights end as bfloat16
+    holds them.
+    """
     texts = [own_text(target, prompt, num_tokens) for prompt in prompts]
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     index = torch.arange(input_ids.shape[1])

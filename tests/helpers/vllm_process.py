@@ -23,7 +23,9 @@ SURROUNDINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_
 
 
 def require_vllm() -> None:
-    """Fail where vLLM is missing: whoever asks for these tests asks for the engine, and a skip would pass for agreement."""
+    """
+    Fail where vLLM is missing: whoever asks for these tests asks for the engine, and a skip would pass for agreement.
+    """
     if importlib.util.find_spec("vllm") is None:
         pytest.fail("vLLM is not installed here. Run `make conformance`, which prepares an environment with it.")
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The laboratory's adaptation of a drafter to a fine-tuned target: the target's script, a start that is another pair's drafter, and
-arms that train an adapter, go on from another arm, or from nothing.
+The laboratory's adaptation of a drafter to a fine-tuned target: the target's script, a start that is another pair's
+drafter, and arms that train an adapter, go on from another arm, or from nothing.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def test_an_arm_goes_on_from_another_arm_or_from_nothing(bench):
         arm(bench, name="lost", begins="missing")
 
 
-# ---- the fine-tuned target --------------------------------------------------------------------------------------------
+# ---- the fine-tuned target ------------------------------------------------------------------------------------------
 
 
 def test_a_solution_becomes_numbered_steps_without_notes():

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The laboratory's second target: what its script writes is an ordinary target that both families can tap, its held-out rows
-stay unseen, a killed run goes on to the same weights, and bad input is refused with the way out.
+The laboratory's second target: what its script writes is an ordinary target that both families can tap, its held-out
+rows stay unseen, a killed run goes on to the same weights, and bad input is refused with the way out.
 """
 
 import json
@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> CodeTargetConfig:
     return config
 
 
-# ---- what it writes ---------------------------------------------------------------------------------------------------
+# ---- what it writes -------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_is_a_llama_that_loads_as_a_target(trained):
@@ -112,7 +112,7 @@ def test_the_report_says_how_the_target_was_made(trained):
     assert 5.0 < report["final_loss"] < 6.5 and 5.0 < report["held_out_loss"] < 6.5
 
 
-# ---- what it trains on ------------------------------------------------------------------------------------------------
+# ---- what it trains on ----------------------------------------------------------------------------------------------
 
 
 def test_held_out_rows_are_the_last_and_are_never_trained_on(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_training_keeps_no_cache_that_would_unmask_packed_chats(tmp_path, monkey
     assert [cache for training, cache in caches if training] == [None, None]
 
 
-# ---- a killed run -----------------------------------------------------------------------------------------------------
+# ---- a killed run ---------------------------------------------------------------------------------------------------
 
 
 def weights(config: CodeTargetConfig) -> dict[str, torch.Tensor]:
@@ -209,7 +209,7 @@ def test_other_data_in_the_same_folder_is_refused(trained, tmp_path):
         train_code_target(replace(trained, data=str(other)))
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input ------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_file_is_refused_by_its_name(tmp_path):

@@ -1,5 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""The laboratory: plans, plateaus, counted FLOPs, arms that resume, and a target that remembers without changing anything."""
+"""
+The laboratory: plans, plateaus, counted FLOPs, arms that resume, and a target that remembers without changing
+anything.
+"""
 
 import dataclasses
 import json
@@ -87,7 +90,7 @@ def bench(shared, tmp_path_factory) -> Workbench:
     return bench
 
 
-# -- plans -------------------------------------------------------------------------------------------------------------
+# -- plans ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "pairs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -155,7 +158,7 @@ def test_a_training_prompt_that_is_measured_on_is_left_out(shared, tmp_path):
         assert not trained & {tuple(ids) for ids in bench.prompt_ids(prompts)}
 
 
-# -- the plateau -------------------------------------------------------------------------------------------------------
+# -- the plateau ------------------------------------------------------------------------------------------------------
 
 
 def test_a_rising_tau_is_no_plateau_and_a_flat_one_is():
@@ -169,7 +172,7 @@ def test_a_history_too_short_to_tell_is_no_plateau():
     assert not find_plateau([{"update": 50, "tau": 2.0}, {"update": 100, "tau": 2.0}])
 
 
-# -- what it measures --------------------------------------------------------------------------------------------------
+# -- what it measures -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["eagle3", "dflash"])
@@ -238,7 +241,7 @@ def test_states_are_told_apart_and_a_copy_of_the_target_is_never_wrong(bench):
     assert found["target_entropy"] > 0
 
 
-# -- arms --------------------------------------------------------------------------------------------------------------
+# -- arms -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_is_made_once_and_its_history_is_kept(bench):
@@ -368,7 +371,7 @@ def test_a_pair_without_the_tier_asked_for_says_which_it_has(shared, tmp_path):
         )
 
 
-# -- the released code's estimators ------------------------------------------------------------------------------------
+# -- the released code's estimators -----------------------------------------------------------------------------------
 
 
 def test_one_token_estimators_vanish_where_drafter_and_target_agree():

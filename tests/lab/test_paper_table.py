@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The script of the paper's row runs from its command to its table on tiny models, measures nothing twice, and its arithmetic is right.
+The script of the paper's row runs from its command to its table on tiny models, measures nothing twice, and its
+arithmetic is right.
 """
 
 import json

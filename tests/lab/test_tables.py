@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The laboratory's tables say what the results hold, a check finds an arm that moved, and every figure is drawn and not blank.
+The laboratory's tables say what the results hold, a check finds an arm that moved, and every figure is drawn and not
+blank.
 """
 
 import copy
@@ -69,13 +70,15 @@ def test_tables_hold_exactly_these_lines():
         # tau is 2 with seed 0 and 3 with seed 1, so 2.5 pooled.
         "| sft_continued | 300 | 30 | 2.500 [2.000, 3.000] | – | +25.0 % [+0.0, +50.0] | 0.50 0.25 | 2 |",
         # Paired seed by seed: 3 over 2 and 5 over 3, and 4 over 2.5 pooled.
-        "| opd | 100 | 10 | 4.000 [3.000, 5.000] | +60.0 % [+50.0, +66.7] | +100.0 % [+50.0, +150.0] | 0.50 0.25 | 2 |",
+        "| opd | 100 | 10 | 4.000 [3.000, 5.000] | +60.0 % [+50.0, +66.7] | +100.0 % [+50.0, +150.0] | 0.50 0.25 | 2 "
+        "|",
     ]
     # Continued SFT is that of the tier; the start is that of all tiers.
     assert tier_2.splitlines()[6:] == [
         "| sft_start | 0 | 0 | 2.000 [2.000, 2.000] | – | – | 0.50 0.25 | 1 |",
         "| sft_continued | 90 | 9 | 3.000 [3.000, 3.000] | – | +50.0 % [+50.0, +50.0] | 0.50 0.25 | 1 |",
-        "| zz_late | 50 | 5 | 4.000 [4.000, 4.000] | +33.3 % [+33.3, +33.3] | +100.0 % [+100.0, +100.0] | 0.50 0.25 | 1 |",
+        "| zz_late | 50 | 5 | 4.000 [4.000, 4.000] | +33.3 % [+33.3, +33.3] | +100.0 % [+100.0, +100.0] | 0.50 0.25 | "
+        "1 |",
     ]
     assert "4,000 prompts, 500,000 tokens, 12.3 TFLOP" in text
 
@@ -173,7 +176,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
         tables.load_results(path)
 
 
-# ---- figures ----------------------------------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
