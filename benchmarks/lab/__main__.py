@@ -65,7 +65,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", type=Path, help="folder that holds targets/ and data/")
     parser.add_argument("--out", type=Path, default=Path("outputs/lab"))
     parser.add_argument("--target", help="another target than the pair's, by id or folder")
-    parser.add_argument("--drafter", help="a published drafter to go on from, by id or folder")
+    parser.add_argument("--drafter", help="a published drafter to continue from, by id or folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the target")
     parser.add_argument("--bf16", action="store_true", help="train drafters under bf16 autocast")

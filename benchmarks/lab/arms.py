@@ -74,7 +74,7 @@ def arm_flops(bench: Workbench, arm: Arm, start: Path, folder: Path) -> float:
 
 def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
     """
-    Return the result of an arm and seed, run on first use; a killed run goes on from its last checkpoint.
+    Return the result of an arm and seed, run on first use; a killed run resumes from its last checkpoint.
 
     Args:
         bench ([`Workbench`]): The pair.
@@ -128,10 +128,10 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
 
 def begin(bench: Workbench, arm: Arm, tier: int, seed: int, start: Path) -> Drafter:
     """
-    Return what an arm goes on from.
+    Return what an arm continues from.
 
     Raises:
-        SystemExit: If it goes on from an arm that was not run yet.
+        SystemExit: If it continues from an arm that was not run yet.
     """
     if arm.begins == "start":
         return bench.load_drafter(start)
@@ -140,7 +140,7 @@ def begin(bench: Workbench, arm: Arm, tier: int, seed: int, start: Path) -> Draf
     folder = bench.folder / f"tier{tier}" / arm.begins / f"seed{seed}" / "drafter"
     if not folder.exists():
         raise SystemExit(
-            f"Arm {arm.name!r} goes on from {arm.begins!r}, which has no run of seed {seed} yet. Run it first."
+            f"Arm {arm.name!r} continues from {arm.begins!r}, which has no run of seed {seed} yet. Run it first."
         )
     return bench.load_drafter(folder)
 
@@ -157,7 +157,7 @@ def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_co
 
     Args:
         is_complete (`bool`):
-            On every test set, and held to the target by kind of state, see `diagnose_states`; else on the first test
+            On every test set, and compared with the target by kind of state, see `diagnose_states`; else on the first test
             set alone.
     """
     evals = {}

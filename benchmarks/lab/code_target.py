@@ -7,7 +7,7 @@ format.
 
 Reads rows with `instruction`, `input` and `output` (CodeAlpaca's form). The last rows of the file are held out:
 neither the tokenizer nor the model ever sees them, so that prompts for development and test can be drawn from them. A
-killed run goes on from its last checkpoint when it is started again. Knows data and transformers. Refuses to know
+killed run resumes from its last checkpoint when it is started again. Knows data and transformers. Refuses to know
 drafters: what comes out is an ordinary model folder, with `training.json` saying how it was made.
 
 Took 28 minutes on about half a CPU core.
@@ -328,7 +328,7 @@ def train_code_target(config: CodeTargetConfig) -> dict:
     """
     Train tokenizer and target, save both in `config.out`, and return what `training.json` says.
 
-    A finished run is not repeated; one that was killed goes on from its last checkpoint.
+    A finished run is not repeated; one that was killed resumes from its last checkpoint.
 
     Raises:
         ValueError: If the data cannot be read, or `config.out` holds a run with other settings.

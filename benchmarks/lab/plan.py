@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What the laboratory runs, read from YAML: a pair (target, drafter family, prompts, SFT) and the arms that go on from
+What the laboratory runs, read from YAML: a pair (target, drafter family, prompts, SFT) and the arms that continue from
 its SFT.
 
 Knows names and numbers; refuses to know models and trainers. A key that nobody reads is an error, not a comment.
@@ -79,7 +79,7 @@ class Pair:
         family (`str`): `"eagle3"` or `"dflash"`.
         target (`str`): Folder under `--shared` or `--out`, or an id on the Hub.
         drafter (`dict`):
-            Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to go on from: an id on the
+            Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to continue from: an id on the
             Hub, or a folder, also under `--out`.
         max_new_tokens (`int`): Longest response.
         train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`):
@@ -114,7 +114,7 @@ class Pair:
 @dataclass(frozen=True)
 class Arm:
     """
-    One way to go on from SFT.
+    One way to continue from SFT.
 
     Attributes:
         name (`str`): Its name in tables.
@@ -129,7 +129,7 @@ class Arm:
         families (`tuple[str, ...]`): Families it is run for.
         budget_share (`float`): Share of the tier's budget.
         begins (`str`):
-            What it goes on from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape
+            What it continues from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape
             untrained.
         lora (`dict`, *optional*): Arguments of `peft.LoraConfig`: an adapter is trained in place of the drafter.
     """

@@ -88,7 +88,7 @@ class PlateauCallback(TrainerCallback):
 
 def make_start(bench: Workbench) -> Path:
     """
-    Return the folder of the pair's SFT start, trained on first use; a killed run goes on from its last checkpoint.
+    Return the folder of the pair's SFT start, trained on first use; a killed run resumes from its last checkpoint.
     """
     folder = bench.folder / "sft"
     pair = dataclasses.asdict(bench.pair)

@@ -102,7 +102,7 @@ def arm_counts(evals: Mapping[int, Mapping[str, Any]], *, is_shared_start: bool 
     Args:
         evals (`Mapping[int, Mapping]`): By seed, what holds `rounds` and `accepted`, both per prompt in one order.
         is_shared_start (`bool`, *optional*, defaults to `False`):
-            Whether this is the one point that all arms and seeds go on from.
+            Whether this is the one point that all arms and seeds continue from.
 
     Raises:
         ValueError: If there is no run, a shared start has several, runs cover different numbers of prompts, or no

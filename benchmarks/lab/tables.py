@@ -83,7 +83,7 @@ class ArmRow:
 
 
 def is_start(arm: str) -> bool:
-    """Whether an arm is the point all others go on from, measured under one distribution or another."""
+    """Whether an arm is the point all others continue from, measured under one distribution or another."""
     return arm.startswith(START)
 
 
@@ -266,7 +266,7 @@ def _runs_by_arm(results: dict[str, Any], condition: Condition) -> dict[str, dic
     """Return the runs of a condition by arm and seed, in the order of the table."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in results["runs"]:
-        # The start is made once, and every tier goes on from it.
+        # The start is made once, and every tier continues from it.
         is_of_tier = run["tier"] == condition.tier or is_start(run["arm"])
         if not is_of_tier or not any(condition.holds(name, e) for name, e in run["evals"].items()):
             continue

@@ -8,7 +8,7 @@ another form.
 
 It stands for what users do to a public model whose drafter was trained before: same architecture, same tokenizer,
 other text. The calculator notes of the dataset go, lines become numbered steps, and the answer stands in a sentence. A
-killed run goes on from its last checkpoint. Writes an ordinary model folder, with `training.json` saying how it was
+killed run resumes from its last checkpoint. Writes an ordinary model folder, with `training.json` saying how it was
 made and how many greedy answers changed.
 """
 
@@ -113,7 +113,7 @@ def tune_target(config: TunedTargetConfig) -> dict:
     """
     Train the target further, save it with its tokenizer in `config.out`, and return what `training.json` says.
 
-    A finished run is not repeated; one that was killed goes on from its last checkpoint.
+    A finished run is not repeated; one that was killed resumes from its last checkpoint.
 
     Raises:
         ValueError: If a solution has another form, or `config.out` holds a run with other settings.

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Whenever a run is stopped, and by whatever, it goes on from its newest whole checkpoint and ends with the same bytes.
+Whenever a run is stopped, and by whatever, it resumes from its newest whole checkpoint and ends with the same bytes.
 
 A few points of the matrix run by default; all of them, and thirty kills at random times, with `make crash`.
 """
@@ -59,7 +59,7 @@ class Scene:
         return int(self.whole.with_suffix(".events").read_text())
 
     def check_survival(self, output_dir):
-        """Hold what is left to the undisturbed run, go on from it, and hold the end to it too."""
+        """Check what is left against the undisturbed run, resume from it, and check the end too."""
         done = Progress(output_dir.with_suffix(".progress")).steps("end")
         for _, folder in list_checkpoints(output_dir):
             if is_whole(folder):

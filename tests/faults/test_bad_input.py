@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Wrong input gets one clear sentence that names the value and the way out, before anything is computed or updated.
+Wrong input gets one clear sentence that names the value and the fix, before anything is computed or updated.
 """
 
 import warnings

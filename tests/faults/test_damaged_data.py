@@ -206,11 +206,11 @@ def test_a_template_that_writes_nothing_before_an_answer_needs_no_generation_pro
 
 @READERS
 @pytest.mark.parametrize(
-    "role, way_out", [("gpt", "Rename it to 'assistant'"), ("narrator", r"Rename it to one of \('system'")]
+    "role, fix", [("gpt", "Rename it to 'assistant'"), ("narrator", r"Rename it to one of \('system'")]
 )
-def test_a_role_that_the_template_does_not_know_names_row_and_message(read, role, way_out):
+def test_a_role_that_the_template_does_not_know_names_row_and_message(read, role, fix):
     rows = [*ONE_CHAT, chat(("user", "w9"), (role, "w10"), ("user", "w8"), ("assistant", "w11"))]
-    with pytest.raises(ValueError, match=f"Row 1 of the dataset: message 1 has the role '{role}'.*{way_out}"):
+    with pytest.raises(ValueError, match=f"Row 1 of the dataset: message 1 has the role '{role}'.*{fix}"):
         read(rows)
 
 

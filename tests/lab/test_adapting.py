@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 The laboratory's adaptation of a drafter to a fine-tuned target: the target's script, a start that is another pair's
-drafter, and arms that train an adapter, go on from another arm, or from nothing.
+drafter, and arms that train an adapter, continue from another arm, or from nothing.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def test_an_arm_goes_on_from_another_arm_or_from_nothing(bench):
     _, fresh = arm(bench, name="fresh", begins="fresh", settings=stay)
     untrained = make_drafter("eagle3", make_target(), seed=0, ttt_steps=3).state_dict()
     assert differ(fresh, untrained) == set() and len(differ(fresh, first)) > 5
-    with pytest.raises(SystemExit, match="goes on from 'missing', which has no run of seed 0 yet"):
+    with pytest.raises(SystemExit, match="continues from 'missing', which has no run of seed 0 yet"):
         arm(bench, name="lost", begins="missing")
 
 

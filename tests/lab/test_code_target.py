@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 The laboratory's second target: what its script writes is an ordinary target that both families can tap, its held-out
-rows stay unseen, a killed run goes on to the same weights, and bad input is refused with the way out.
+rows stay unseen, a killed run resumes to the same weights, and bad input is refused with the fix.
 """
 
 import json
