@@ -21,7 +21,7 @@ CODE = (PACKAGE, "examples", "benchmarks")
 
 MIN_TEST_NAME_WORDS = 4
 
-BANNED_WORDS = re.compile(r"teacher|student|verifier|draft_?model", re.IGNORECASE)
+BANNED_WORDS = re.compile(r"teacher|student|verifier|draft_?model|trajector|(?<![a-z])laws?(?![a-z])", re.IGNORECASE)
 # Names that are not ours to choose, with the reason.
 ALLOWED_NAMES = {
     "DFlashDraftModel": "architecture name in published checkpoints, read by serving engines",
@@ -80,7 +80,7 @@ def _word_offences(name: str, source: str) -> list[str]:
         for allowed in ALLOWED_NAMES:
             ours = ours.replace(allowed, "")
         if BANNED_WORDS.search(ours):
-            offences.append(f"line {line}: {identifier}; write target or drafter")
+            offences.append(f"line {line}: {identifier}; write the word of CONTRIBUTING")
     return offences
 
 

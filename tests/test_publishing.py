@@ -150,6 +150,15 @@ def test_sft_then_opd_are_both_in_the_record(tmp_path, hub):
     assert [(stage["method"], stage["steps"]) for stage in record["stages"]] == [("sft", 2), ("opd", 1)]
 
 
+def test_stages_of_one_process_are_both_in_the_record(tmp_path):
+    first = make_trainer(tmp_path / "a", "sft")
+    first.train()
+    second = make_trainer(tmp_path / "b", "opd", drafter=first.model, max_steps=1)
+    second.train()
+    stages = [(stage.method, stage.steps) for stage in second.training_record().stages]
+    assert stages == [("sft", 2), ("opd", 1)]
+
+
 @pytest.mark.parametrize("setting", ["hub_target_id", "dataset_id"])
 def test_a_path_is_no_id_for_target_or_data(tmp_path, setting):
     with pytest.raises(ValueError, match=f"`{setting}` must be a Hub id, ORG/NAME, got '{tmp_path}/model'"):

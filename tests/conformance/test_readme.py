@@ -240,9 +240,7 @@ def test_the_ten_lines_train_and_push(walk: Walk, data: None, tmp_path: Path):
     printed = walk.run_python(TEN_LINES, place=tmp_path, then=then)
     assert len([line for line in read_blocks()[TEN_LINES].splitlines() if line]) == 10
     assert printed.splitlines()[-1] == "16"
-    # A trainer knows of an earlier stage by the folder that the drafter was loaded from, and here it was loaded from
-    # none.
-    assert_trained(tmp_path, ["opd"])
+    assert_trained(tmp_path, ["sft", "opd"])
     pushed = walk.hub.repositories[f"{USER}/drafter-opd-EAGLE3"].branches["main"]
     assert {"README.md", "config.json", "model.safetensors", "custom_generate/generate.py"} <= set(pushed)
     assert f"base_model: {TARGET}".encode() in pushed["README.md"]

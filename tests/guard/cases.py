@@ -284,7 +284,7 @@ def weights_of(model: torch.nn.Module, label: str) -> dict[str, str]:
 # -- rollouts ---------------------------------------------------------------------------------------------------------
 
 
-LAWS = {
+DISTRIBUTIONS = {
     "greedy": ({}, "greedy"),
     "argmax-drafts": ({"temperature": 0.8}, "greedy"),
     "sampled": ({"temperature": 0.8}, "sample"),
@@ -292,10 +292,10 @@ LAWS = {
 }
 
 
-def record_rollouts(drafter_name: str, law: str) -> dict[str, Any]:
+def record_rollouts(drafter_name: str, case: str) -> dict[str, Any]:
     """Roll out live and by replay, with branches kept and not; the slots that are trained on; an evaluation."""
     target, drafter = target_of("qwen3"), make_drafter(drafter_name)
-    sampling, draft_sampling = adapter.make_sampling(**LAWS[law][0]), LAWS[law][1]
+    sampling, draft_sampling = adapter.make_sampling(**DISTRIBUTIONS[case][0]), DISTRIBUTIONS[case][1]
     # Four prompts that were trained on, so that blocks are kept in part and in full, and four others.
     prompts = [prompt for prompt, _ in greedy_texts("qwen3")][:4] + make_prompts(4, seed=9)
     pair = (target, drafter)
@@ -316,7 +316,7 @@ def record_rollouts(drafter_name: str, law: str) -> dict[str, Any]:
             if length == 1:
                 for scope in ("first", "suffix") if keeps else ("first",):
                     add(f"slots, {label}, {scope}:", adapter.marked_slots(replayed, scope, [EOS]))
-    if law == "sampled-filtered":
+    if case == "sampled-filtered":
         # Text with tokens that the filters rule out: its rows are refused.
         foreign = adapter.roll_out_live(
             *pair, prompts, adapter.make_sampling(temperature=1.6), draft_sampling, keeps_branches=False
@@ -331,11 +331,11 @@ def record_responses() -> dict[str, Any]:
     """The target's plain responses, alone and in batches, and the blocks that supervised training samples."""
     values, prompts = {}, make_prompts(7, seed=5)
     for kind in ("qwen3", "gemma2"):
-        for law, (options, _) in LAWS.items():
+        for case, (options, _) in DISTRIBUTIONS.items():
             sampling = adapter.make_sampling(**options)
             for size in (1, 3):
                 responses = adapter.respond(target_of(kind), prompts, sampling, batch_size=size, seed=2)
-                values[f"{kind} {law}, batches of {size}"] = digest_json(responses)
+                values[f"{kind} {case}, batches of {size}"] = digest_json(responses)
     return values
 
 
@@ -496,8 +496,8 @@ def record_commands(family: str) -> dict[str, Any]:
             "opd", drafter=place / "sft", output_dir=place / "opd", **pair, **run, **held_out
         )
         report = place / "report.json"
-        law = {"temperature": 0.6, "draft_sampling": "sample", "max_new_tokens": 14, "num_prompts": 4, "json": report}
-        codes["evaluate"] = adapter.command("evaluate", drafter=place / "sft", **pair, **law)
+        case = {"temperature": 0.6, "draft_sampling": "sample", "max_new_tokens": 14, "num_prompts": 4, "json": report}
+        codes["evaluate"] = adapter.command("evaluate", drafter=place / "sft", **pair, **case)
         measured = json.loads(report.read_text("utf-8"))
         out = place / "out"
         codes["export"] = adapter.command(
@@ -547,9 +547,9 @@ def all_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         **{f"train/{name}": partial(record_training, name) for name in TRAININGS},
         **{
-            f"rollout/{name}-{law}": partial(record_rollouts, name, law)
+            f"rollout/{name}-{case}": partial(record_rollouts, name, case)
             for name in ("eagle3", "eagle3-reduced", "dflash")
-            for law in LAWS
+            for case in DISTRIBUTIONS
         },
         "responses": record_responses,
         "sampled-blocks": record_sampled_blocks,

@@ -137,6 +137,8 @@ class Drafter(PreTrainedModel):
     owns_head: bool = False
     #: Whether a slot reads the drafts before it (EAGLE-3), or all slots of a block are drafted at once (DFlash).
     reads_drafts: bool = True
+    #: What the trainer that trained this instance recorded, for the next one; `None` where it was not trained here.
+    training_record: Any = None
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

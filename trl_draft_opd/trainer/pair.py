@@ -47,7 +47,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 class Pair:
     """
     A drafter and the target it drafts for, checked against each other; the drafts per block in rollouts and
-    evaluation; and the record of the runs that made the drafter, if it was loaded from a folder with one.
+    evaluation; and the record of the runs that made the drafter, if one trained this instance or lies in the folder it
+    was loaded from.
 
     An adapted drafter is a [`~peft.PeftModel`], which passes every call it does not know to the drafter inside.
     """
@@ -76,13 +77,15 @@ def load_pair(
         drafter.config.target_model_name_or_path = frozen.config.name_or_path
         drafter.config.target_model_revision = args.target_revision
     num_drafts = args.num_drafts or drafter.default_num_drafts
-    earlier = _read_earlier_record(drafter.config.name_or_path)
+    earlier = _earlier_record(drafter)
     return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts, earlier)
 
 
-def _read_earlier_record(name: str | None) -> TrainingRecord | None:
-    """Return the record in the folder a drafter was loaded from, if that is a folder with one."""
-    record = read_record(name) if name and Path(name).is_dir() else None
+def _earlier_record(drafter: Drafter) -> TrainingRecord | None:
+    """Return the record of the runs that made a drafter, in this process or in the folder it was loaded from."""
+    name, record = drafter.config.name_or_path, drafter.training_record
+    if record is None and name and Path(name).is_dir():
+        record = read_record(name)
     if record is None:
         return None
     return replace(record, measurements=[replace(measured, after_steps=None) for measured in record.measurements])

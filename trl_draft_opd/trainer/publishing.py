@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
 
 from ..drafters.auto import AutoDrafter
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
@@ -82,6 +82,12 @@ class PublishingTrainer(ResumingTrainer):
         self.drafter.add_model_tags(self._tag_names)
         # Now rather than at the first save: what could not be written into the record.
         TrainingRecord.from_dict(self._record(self._stage(None)).to_dict())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`ResumingTrainer.train`]; a later trainer of the same drafter continues its record."""
+        output = super().train(*args, **kwargs)
+        self.drafter.training_record = self.training_record()
+        return output
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
