@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .costs import drafter_parameters
+from .layouts import NORM_FLAGS
 from .publication import Publication
 from .record import Measurement, StageRecord
-from .serving import NORM_FLAGS, SERVING_FILE
+from .serving import SERVING_FILE
 
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .costs import break_even
+from .layouts import NORM_FLAGS
 from .publication import Publication
 
 
 SERVING_FILE = "speculative_config.json"
-NORM_FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
 # Targets whose classes hand out no layers for DFlash in SGLang 0.5, and for any drafter in vLLM 0.33.
 _NOT_IN_SGLANG_DFLASH = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 _NOT_IN_VLLM = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Phi3ForCausalLM")
