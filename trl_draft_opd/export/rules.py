@@ -148,7 +148,9 @@ def _find_wrong_layer_ids(files: _Files) -> Iterator[str]:
 
 def _find_wrong_rope(files: _Files) -> Iterator[str]:
     # Where all are there, reading the config has compared them.
-    names = ["rope_parameters"] if files.layout == "transformers" else ["rope_theta", "rope_scaling", "rope_parameters"]
+    names = (
+        ["rope_parameters"] if files.layout == "transformers" else ["rope_theta", "rope_scaling", "rope_parameters"]
+    )
     missing = [name for name in names if name not in files.shape]
     if missing:
         yield f"{missing} must be written: EAGLE's code reads the old pair, SGLang and transformers 5 the new one."
