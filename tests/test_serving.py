@@ -17,6 +17,7 @@ from tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 
 from trl_draft_opd import DFlashDraftConfig, Eagle3DraftConfig, build_draft_vocabulary
 from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
+from trl_draft_opd.export import costs
 from trl_draft_opd.export.costs import BATCH_SIZES, break_even, drafter_parameters, drafter_reads
 from trl_draft_opd.export.serving import readers, serving_settings
 
@@ -241,8 +242,9 @@ def test_what_a_block_reads_is_counted_by_hand():
     # 2.4 passes. Batch 32: both sides are past the ridge, so the cost per row no longer changes.
     [("eagle3", 1560, {1: 1.1, 8: 2.5, 32: 3.1, 256: 3.1}), ("dflash", 1600, {1: 1.1, 8: 2.64, 32: 3.3, 256: 3.3})],
 )
-def test_the_break_even_table_is_what_one_computes_by_hand(family, num_target_parameters, wanted):
-    found = break_even(BY_HAND[family], 2, num_target_parameters, taus=[2.2], ridge_tokens=10)
+def test_the_break_even_table_is_what_one_computes_by_hand(monkeypatch, family, num_target_parameters, wanted):
+    monkeypatch.setattr(costs, "RIDGE_TOKENS", 10)
+    found = break_even(BY_HAND[family], 2, num_target_parameters, taus=[2.2])
     assert found["draft_cost"] == 0.1 and found["ridge_tokens"] == 10
     rows = {row["batch"]: row for row in found["rows"]}
     assert tuple(rows) == BATCH_SIZES

@@ -252,7 +252,7 @@ def _draw_curve(stages: Sequence[StageRecord], folder: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("The card shows the training curve as a table: matplotlib is missing (`trl-draft-opd[plots]`).")
+        logger.warning("matplotlib is not installed, so the card has a table for a curve (`trl-draft-opd[plots]`).")
         return False
     figure = Figure(figsize=(4.5 * len(drawn), 3.0), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
