@@ -69,7 +69,7 @@ def content_of(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# ---- what goes up -----------------------------------------------------------------------------------------------------
+# ---- what goes up ---------------------------------------------------------------------------------------------------
 
 
 def test_an_export_goes_up_byte_for_byte_in_one_commit(hub, folder):
@@ -118,7 +118,7 @@ def test_a_bare_name_gets_the_accounts_own(hub):
     assert name == REPO and hub.repositories[REPO].commits == []
 
 
-# ---- what goes away ---------------------------------------------------------------------------------------------------
+# ---- what goes away -------------------------------------------------------------------------------------------------
 
 
 def test_what_readers_would_take_for_the_drafter_gives_way_and_the_rest_stays(hub, folder):
@@ -155,7 +155,7 @@ def test_a_commit_made_meanwhile_is_seen_before_the_next_attempt(hub, folder, mo
     assert len(repository.commits) == 3 and set(repository.branches["main"]) == set(content_of(folder))
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_path):
@@ -188,7 +188,7 @@ def test_a_hub_id_in_a_checkpoint_is_no_path(hub, folder, tmp_path):
     assert hub.repositories[REPO].commits[0]["files"]["checkpoint-1/config.json"] == text.encode()
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------------------
+# ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["README.md", "training_record.json", "speculators/model.safetensors"])
@@ -208,7 +208,7 @@ def test_a_stored_token_is_looked_for_too(hub, folder, monkeypatch):
         push(folder, token=None)
 
 
-# ---- failures ---------------------------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,7 @@ def test_pauses_grow_and_respect_what_the_server_asks(hub, folder, monkeypatch):
         ("/objects/batch", "drop", "Error"),
     ],
 )
-def test_a_server_that_stays_down_leaves_everything_as_it_was(
-    hub, folder, monkeypatch, request_part, failure, reason
-):
+def test_a_server_that_stays_down_leaves_everything_as_it_was(hub, folder, monkeypatch, request_part, failure, reason):
     before = content_of(folder)
     hub.fail(request_part, failure, times=10_000)
     monkeypatch.setattr(hub_module, "NUM_RETRIES", 2)
@@ -305,7 +303,7 @@ def test_published_files_come_sorted_and_relative(folder):
     assert published_files(folder) == sorted(content_of(folder))
 
 
-# ---- names ------------------------------------------------------------------------------------------------------------
+# ---- names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def copy(made, tmp_path):
     return lambda name: shutil.copytree(made / name, tmp_path / name)
 
 
-# -- pickles -----------------------------------------------------------------------------------------------------------
+# -- pickles ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by_torch", [True, False])
@@ -254,7 +254,7 @@ def test_a_checkpoint_of_pickles_runs_none_when_a_run_goes_on(tmp_path, proof, t
     attempt(lambda: again.train(resume_from_checkpoint=str(out / "checkpoint-1") if resume == "named" else True))
 
 
-# -- code of repositories ----------------------------------------------------------------------------------------------
+# -- code of repositories ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ def test_remote_code_is_off_unless_it_is_turned_on(tmp_path, config_class):
     assert config_class(str(tmp_path)).trust_remote_code is False
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
+# -- tokens -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ def test_no_token_is_in_a_byte_that_a_run_from_the_shell_prints_writes_or_sends(
     assert hub.repositories["someone/tiny-dflash"].commits and CANARY.encode() not in hub.received()
 
 
-# -- names and links ---------------------------------------------------------------------------------------------------
+# -- names and links --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -492,7 +492,7 @@ def test_links_are_not_uploaded_with_an_export_or_a_checkpoint(copy, tmp_path, h
     assert "last-checkpoint/config.json" in hub.repositories["someone/tiny-eagle3"].branches["main"]
 
 
-# -- helpers -----------------------------------------------------------------------------------------------------------
+# -- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def rows():
