@@ -51,7 +51,7 @@ def table_rows(text, heading):
     return [[cell.strip() for cell in row] for row in rows]
 
 
-# ---- metadata ---------------------------------------------------------------------------------------------------------
+# ---- metadata -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,7 +95,7 @@ def test_the_licence_of_the_data_is_not_taken_for_the_drafters(card):
         card(license="do what you like, really")
 
 
-# ---- facts ------------------------------------------------------------------------------------------------------------
+# ---- facts ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_facts_of_an_eagle3_drafter_stand_in_the_table(card, target):
@@ -158,7 +158,7 @@ def test_papers_are_cited_for_the_family_alone(card, family):
     assert ("arXiv:2503.01840" in text, "arXiv:2602.06036" in text) == (family == "eagle3", family == "dflash")
 
 
-# ---- nothing invented, nothing private --------------------------------------------------------------------------------
+# ---- nothing invented, nothing private ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,7 +228,7 @@ def test_text_of_others_is_text_in_markdown():
     assert plain("a|b\n# c [d](e) <f> `g` *h*") == r"a\|b \# c \[d\](e) \<f\> \`g\` \*h\*"
 
 
-# ---- notes and curve --------------------------------------------------------------------------------------------------
+# ---- notes and curve ------------------------------------------------------------------------------------------------
 
 
 def test_notes_of_the_author_survive_a_new_card(card, tmp_path):

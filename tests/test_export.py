@@ -195,7 +195,7 @@ def test_an_earlier_export_is_replaced_as_a_whole(tmp_path, target):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# ---- where an export starts --------------------------------------------------------------------------------------------
+# ---- where an export starts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from helpers.fake_hub import serve_hub
+from trl_draft_opd.export import hub as hub_module
 from trl_draft_opd.export.hub import create_repository, published_files, push_folder, validate_repo_id
 
 
@@ -46,26 +47,33 @@ def folder(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     with serve_hub(TOKEN) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        # The library pauses between attempts of its own.
+        # Both this package and the library pause between attempts.
+        monkeypatch.setattr(hub_module, "sleep", lambda seconds: None)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         yield hub
 
 
-def push(hub, folder, **options):
-    return push_folder(folder, REPO, **{"token": TOKEN, "endpoint": hub.endpoint, "sleep": lambda s: None} | options)
+@pytest.fixture
+def forbid_pauses(monkeypatch):
+    monkeypatch.setattr(hub_module, "sleep", lambda seconds: pytest.fail("tried again"))
+
+
+def push(folder, **options):
+    return push_folder(folder, REPO, **{"token": TOKEN} | options)
 
 
 def content_of(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# ---- what goes up -----------------------------------------------------------------------------------------------------
+# ---- what goes up ---------------------------------------------------------------------------------------------------
 
 
 def test_an_export_goes_up_byte_for_byte_in_one_commit(hub, folder):
-    url = push(hub, folder, commit_message="First one")
+    url = push(folder, commit_message="First one")
     (commit,) = hub.repositories[REPO].commits
     assert commit["files"] == content_of(folder) and commit["deleted"] == []
     assert commit["summary"] == "First one" and url == f"{hub.endpoint}/{REPO}/commit/{1:040d}"
@@ -79,13 +87,13 @@ def test_only_files_by_known_names_go_up(hub, folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("nobody's business")
     (folder / "training_curve.png").symlink_to("/etc/hostname")
-    push(hub, folder)
+    push(folder)
     assert set(hub.repositories[REPO].commits[0]["files"]) == wanted
     assert b"nobody's business" not in hub.received()
 
 
 def test_private_branch_and_token_reach_the_hub(hub, folder):
-    push(hub, folder, private=True, revision="dev")
+    push(folder, private=True, revision="dev")
     repository = hub.repositories[REPO]
     assert repository.private is True
     assert repository.branches["main"] == {} and set(repository.branches["dev"]) == set(content_of(folder))
@@ -94,27 +102,27 @@ def test_private_branch_and_token_reach_the_hub(hub, folder):
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, folder):
-    push(hub, folder)
-    for call in (lambda: push(hub, folder, private=True), lambda: create(hub, private=True)):
+    push(folder)
+    for call in (lambda: push(folder, private=True), lambda: create(private=True)):
         with pytest.raises(ValueError, match="exists and is public, but a private repository was asked for"):
             call()
     assert len(hub.repositories[REPO].commits) == 1
 
 
-def create(hub, **options):
-    return create_repository(REPO, token=TOKEN, endpoint=hub.endpoint, sleep=lambda s: None, **options)
+def create(**options):
+    return create_repository(REPO, token=TOKEN, **options)
 
 
 def test_a_bare_name_gets_the_accounts_own(hub):
-    name = create_repository("tiny-eagle3", token=TOKEN, endpoint=hub.endpoint)
+    name = create_repository("tiny-eagle3", token=TOKEN)
     assert name == REPO and hub.repositories[REPO].commits == []
 
 
-# ---- what goes away ---------------------------------------------------------------------------------------------------
+# ---- what goes away -------------------------------------------------------------------------------------------------
 
 
 def test_what_readers_would_take_for_the_drafter_gives_way_and_the_rest_stays(hub, folder):
-    push(hub, folder)
+    push(folder)
     stale = {
         "transformers/config.json",
         "pytorch_model.bin",
@@ -126,13 +134,13 @@ def test_what_readers_would_take_for_the_drafter_gives_way_and_the_rest_stays(hu
     kept = {"LICENSE", ".gitattributes", "eval/results.json", "checkpoint-3/optimizer.pt", "drafter.gguf"}
     repository = hub.repositories[REPO]
     repository.branches["main"] |= dict.fromkeys(stale | kept, b"earlier")
-    push(hub, folder)
+    push(folder)
     assert set(repository.commits[1]["deleted"]) == stale
     assert set(repository.branches["main"]) == set(content_of(folder)) | kept
 
 
 def test_a_commit_made_meanwhile_is_seen_before_the_next_attempt(hub, folder, monkeypatch):
-    push(hub, folder)
+    push(folder)
     repository, commit = hub.repositories[REPO], HfApi.create_commit
 
     def commit_second(api, *arguments, **options):
@@ -143,11 +151,11 @@ def test_a_commit_made_meanwhile_is_seen_before_the_next_attempt(hub, folder, mo
         return commit(api, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", commit_second)
-    push(hub, folder)
+    push(folder)
     assert len(repository.commits) == 3 and set(repository.branches["main"]) == set(content_of(folder))
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_path):
@@ -159,7 +167,7 @@ def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_
     (checkpoint / "optimizer.pt").write_bytes(b"moments")
     (checkpoint / "training_args.bin").write_text(home)
     (checkpoint / "completions" / "1.parquet").write_text(home)
-    push(hub, folder, extra_folders={"last-checkpoint": checkpoint})
+    push(folder, extra_folders={"last-checkpoint": checkpoint})
     repository = hub.repositories[REPO]
     sent = {name: data for name, data in repository.commits[0]["files"].items() if name.startswith("last-")}
     assert set(sent) == {f"last-checkpoint/{n}" for n in ("config.json", "trainer_state.json", "optimizer.pt")}
@@ -168,7 +176,7 @@ def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_
     assert home in (checkpoint / "config.json").read_text()
     # The next one takes its place.
     (checkpoint / "optimizer.pt").rename(checkpoint / "scheduler.pt")
-    push(hub, folder, extra_folders={"last-checkpoint": checkpoint})
+    push(folder, extra_folders={"last-checkpoint": checkpoint})
     assert repository.commits[1]["deleted"] == ["last-checkpoint/optimizer.pt"]
 
 
@@ -176,11 +184,11 @@ def test_a_hub_id_in_a_checkpoint_is_no_path(hub, folder, tmp_path):
     (tmp_path / "c").mkdir()
     text = json.dumps({"target_model_name_or_path": "org/target"})
     (tmp_path / "c" / "config.json").write_text(text)
-    push(hub, folder, extra_folders={"checkpoint-1": tmp_path / "c"})
+    push(folder, extra_folders={"checkpoint-1": tmp_path / "c"})
     assert hub.repositories[REPO].commits[0]["files"]["checkpoint-1/config.json"] == text.encode()
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------------------
+# ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["README.md", "training_record.json", "speculators/model.safetensors"])
@@ -189,7 +197,7 @@ def test_a_file_that_holds_the_token_stops_the_push(hub, folder, name):
     header = {"__metadata__": {"pad": "x" * 2**21, "author": TOKEN}}
     (folder / name).write_bytes(weights_file(header) if name.endswith("safetensors") else TOKEN.encode())
     with pytest.raises(ValueError, match=f"'{name}' holds the Hub token. Nothing was uploaded") as caught:
-        push(hub, folder)
+        push(folder)
     assert hub.requests == [] and TOKEN not in str(caught.value)
 
 
@@ -197,10 +205,10 @@ def test_a_stored_token_is_looked_for_too(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (folder / "README.md").write_text(TOKEN)
     with pytest.raises(ValueError, match="'README.md' holds the Hub token"):
-        push(hub, folder, token=None)
+        push(folder, token=None)
 
 
-# ---- failures ---------------------------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,16 +224,17 @@ def test_a_stored_token_is_looked_for_too(hub, folder, monkeypatch):
 )
 def test_a_failure_that_passes_is_tried_again(hub, folder, request_part, failure):
     hub.fail(request_part, failure, times=1)
-    push(hub, folder)
+    push(folder)
     (commit,) = hub.repositories[REPO].commits
     assert set(commit["files"]) == set(content_of(folder))
 
 
-def test_pauses_grow_and_respect_what_the_server_asks(hub, folder):
+def test_pauses_grow_and_respect_what_the_server_asks(hub, folder, monkeypatch):
     pauses = []
+    monkeypatch.setattr(hub_module, "sleep", pauses.append)
     hub.fail("/api/repos/create", 503, times=2)
     hub.fail("/api/repos/create", 429, times=1)
-    push(hub, folder, sleep=pauses.append)
+    push(folder)
     # Four seconds would have been next, but the answer said seven.
     assert pauses == [1, 2, 7]
 
@@ -238,11 +247,12 @@ def test_pauses_grow_and_respect_what_the_server_asks(hub, folder):
         ("/objects/batch", "drop", "Error"),
     ],
 )
-def test_a_server_that_stays_down_leaves_everything_as_it_was(hub, folder, request_part, failure, reason):
+def test_a_server_that_stays_down_leaves_everything_as_it_was(hub, folder, monkeypatch, request_part, failure, reason):
     before = content_of(folder)
     hub.fail(request_part, failure, times=10_000)
+    monkeypatch.setattr(hub_module, "NUM_RETRIES", 2)
     with pytest.raises(ConnectionError, match=f"failed 3 times, the last time with: .*{reason}") as caught:
-        push(hub, folder, num_retries=2)
+        push(folder)
     assert f"'{folder}' is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {REPO}`" in str(
         caught.value
     )
@@ -250,50 +260,50 @@ def test_a_server_that_stays_down_leaves_everything_as_it_was(hub, folder, reque
     repository = hub.repositories[REPO]
     assert repository.commits == [] and repository.branches["main"] == {}
     hub.failures.clear()
-    push(hub, folder)
+    push(folder)
     assert set(repository.branches["main"]) == set(before)
 
 
 @pytest.mark.parametrize(("part", "status"), [("/repos/create", 401), ("/commit/", 403), ("/preupload/", 401)])
-def test_a_refused_token_is_explained_and_not_tried_again(hub, folder, part, status):
+def test_a_refused_token_is_explained_and_not_tried_again(hub, forbid_pauses, folder, part, status):
     hub.fail(part, status, times=10_000)
     # The library asks a second time, whether a repository it may not make is there.
     hub.fail(f"GET /api/models/{REPO}", status, times=10_000 if part == "/repos/create" else 0)
     with pytest.raises(PermissionError, match="missing, expired or may not write there.*hf auth login") as caught:
-        push(hub, folder, sleep=lambda s: pytest.fail("tried again"))
+        push(folder)
     assert TOKEN not in str(caught.value)
 
 
 def test_a_wrong_token_is_explained(hub, folder):
     with pytest.raises(PermissionError, match="missing, expired or may not write there") as caught:
-        push(hub, folder, token="hf_wrong")
+        push(folder, token="hf_wrong")
     assert "hf_wrong" not in str(caught.value)
 
 
-def test_another_refusal_is_told_once_in_the_hubs_words(hub, folder):
+def test_another_refusal_is_told_once_in_the_hubs_words(hub, forbid_pauses, folder):
     hub.fail("/commit/", 413, times=10_000)
     with pytest.raises(OSError, match=r"refused \(status 413\): as asked\. .*is complete"):
-        push(hub, folder, sleep=lambda s: pytest.fail("tried again"))
+        push(folder)
 
 
-def test_a_process_that_is_offline_says_so_at_once(hub, folder, monkeypatch):
+def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE=1.*is complete"):
-        push(hub, folder, sleep=lambda s: pytest.fail("tried again"))
+        push(folder)
 
 
 def test_a_folder_without_an_export_is_refused(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds no export: \['model.safetensors'\] missing.*trl-draft-opd export"):
-        push(hub, tmp_path)
+        push(tmp_path)
     assert hub.requests == []
 
 
 def test_published_files_come_sorted_and_relative(folder):
-    assert [path.as_posix() for path in published_files(folder)] == sorted(content_of(folder))
+    assert published_files(folder) == sorted(content_of(folder))
 
 
-# ---- names ------------------------------------------------------------------------------------------------------------
+# ---- names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,7 +319,7 @@ def test_the_name_that_vllm_takes_for_another_method_is_refused(hub, folder, nam
     with pytest.raises(ValueError, match="by which vLLM takes a drafter for EAGLE-1"):
         validate_repo_id(name)
     with pytest.raises(ValueError, match="EAGLE-1"):
-        push_folder(folder, name, token=TOKEN, endpoint=hub.endpoint)
+        push_folder(folder, name, token=TOKEN)
     assert hub.requests == []
 
 

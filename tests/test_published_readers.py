@@ -136,7 +136,7 @@ def test_every_convention_names_the_layers_the_drafter_reads(tmp_path, num_layer
     assert boundaries_of(speculators, "speculators", num_layers) == trained
 
 
-# ---- whole decodings ---------------------------------------------------------------------------------------------------
+# ---- whole decodings ------------------------------------------------------------------------------------------------
 
 
 PROMPTS, NUM_TOKENS = make_prompts(3, seed=2), 40

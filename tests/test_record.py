@@ -82,7 +82,7 @@ def changed(path: str, value) -> dict:
     return content
 
 
-# ---- reading and writing ----------------------------------------------------------------------------------------------
+# ---- reading and writing --------------------------------------------------------------------------------------------
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
@@ -142,7 +142,7 @@ def test_a_whole_number_may_stand_where_a_fraction_does():
     assert TrainingRecord.from_dict(changed("measurements.0.tau", 2)).measurements[0].tau == 2
 
 
-# ---- what must not get in ---------------------------------------------------------------------------------------------
+# ---- what must not get in -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("canary", CANARIES[:3])
@@ -241,7 +241,7 @@ def test_chat_template_arguments_are_recorded_only_where_they_switch_thinking():
     assert recorded_template_arguments(None) == {}
 
 
-# ---- making one -------------------------------------------------------------------------------------------------------
+# ---- making one -----------------------------------------------------------------------------------------------------
 
 
 def test_a_target_known_by_a_local_path_has_no_name(tmp_path):

@@ -16,7 +16,7 @@ from test_record import make_record
 
 from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import DFlashDraftConfig, Eagle3DraftConfig, build_draft_vocabulary
-from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
+from trl_draft_opd.export import Publication, TargetOfExport, costs, export_drafter
 from trl_draft_opd.export.costs import BATCH_SIZES, break_even, drafter_parameters, drafter_reads
 from trl_draft_opd.export.serving import readers, serving_settings
 
@@ -52,7 +52,7 @@ def readers_of(family, frozen, **facts):
     return readers(publication_of(family, frozen, **facts))
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+# ---- commands -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +123,7 @@ def test_layer_ids_stand_in_both_conventions(target, family):
     assert json.loads(json.dumps(settings, allow_nan=False)) == settings
 
 
-# ---- transformers -----------------------------------------------------------------------------------------------------
+# ---- transformers ---------------------------------------------------------------------------------------------------
 
 
 def generate_keywords(snippet):
@@ -168,7 +168,7 @@ def test_the_dflash_snippet_runs_and_writes_the_targets_own_text(tmp_path):
     assert printed.getvalue().strip() == tokenizer.decode(own[0], skip_special_tokens=True)
 
 
-# ---- who can load it --------------------------------------------------------------------------------------------------
+# ---- who can load it ------------------------------------------------------------------------------------------------
 
 
 def test_every_reader_loads_a_plain_drafter(target):
@@ -214,7 +214,7 @@ def test_an_absent_layout_is_not_offered_to_its_readers(target):
     assert verdicts["z-lab's code"] == "yes"
 
 
-# ---- sizes and break-even ---------------------------------------------------------------------------------------------
+# ---- sizes and break-even -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["eagle3", "eagle3-fc_norm", "eagle3-reduced", "dflash"])
@@ -241,8 +241,9 @@ def test_what_a_block_reads_is_counted_by_hand():
     # 2.4 passes. Batch 32: both sides are past the ridge, so the cost per row no longer changes.
     [("eagle3", 1560, {1: 1.1, 8: 2.5, 32: 3.1, 256: 3.1}), ("dflash", 1600, {1: 1.1, 8: 2.64, 32: 3.3, 256: 3.3})],
 )
-def test_the_break_even_table_is_what_one_computes_by_hand(family, num_target_parameters, wanted):
-    found = break_even(BY_HAND[family], 2, num_target_parameters, taus=[2.2], ridge_tokens=10)
+def test_the_break_even_table_is_what_one_computes_by_hand(monkeypatch, family, num_target_parameters, wanted):
+    monkeypatch.setattr(costs, "RIDGE_TOKENS", 10)
+    found = break_even(BY_HAND[family], 2, num_target_parameters, taus=[2.2])
     assert found["draft_cost"] == 0.1 and found["ridge_tokens"] == 10
     rows = {row["batch"]: row for row in found["rows"]}
     assert tuple(rows) == BATCH_SIZES

@@ -157,7 +157,7 @@ def test_a_pickle_in_the_place_of_a_file_of_ours_is_refused_by_name(copy, proof,
         lambda: read_record(folder),
         lambda: check_folder(folder),
         lambda: verify_drafter(folder, target, [[9, 10]], max_new_tokens=1, consumers=["transformers"]),
-        lambda: push_folder(folder, "someone/tiny-eagle3", token=None, num_retries=0),
+        lambda: push_folder(folder, "someone/tiny-eagle3", token=None),
     ):
         attempt(action)
     if name in ("config.json", "model.safetensors"):

@@ -12,10 +12,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..drafters.dflash import DFlashDraftConfig
 from .costs import drafter_parameters
+from .layouts import NORM_FLAGS
 from .publication import Publication
 from .record import Measurement, StageRecord
-from .serving import NORM_FLAGS, SERVING_FILE
+from .serving import SERVING_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -58,41 +60,30 @@ def write_card(
         is_adapter (`bool`, *optional*, defaults to `False`): The folder holds a LoRA adapter, which no engine reads.
     """
     folder = Path(folder)
-    record, target_id, readers = publication.record, publication.target_id, settings["readers"]
+    record, readers, estimate = publication.record, settings["readers"], settings["break_even"]
     stages = record.stages if record is not None else []
     measurements = record.measurements if record is not None else []
-    estimate = settings["break_even"]
     name = _FAMILY_NAMES[publication.family]
-    target_link = f"[{plain(target_id)}](https://huggingface.co/{target_id})"
-    speculators = (
-        f"vllm serve {publication.repo_name}-speculators" if "speculators" in publication.layouts[1:] else None
-    )
     content = {
+        "publication": publication,
         "title": plain(publication.repo_id.split("/")[-1] if publication.repo_id else f"{name} drafter"),
-        "family": publication.family,
         "family_name": name,
-        "target_text": target_link if target_id else "a target that is not on the Hub",
-        "target_name": publication.target_name,
-        "repo_name": publication.repo_name,
-        "drafts": publication.num_drafts,
-        "stages_text": ", then ".join(dict.fromkeys(_METHODS[stage.method] for stage in stages)),
+        "target_link": plain(publication.target_id),
+        "methods": list(dict.fromkeys(_METHODS[stage.method] for stage in stages)),
         "facts": _table(["", ""], _facts(publication)),
         "serving": settings,
         "serves": {reader: _can_read(readers, reader) for reader in readers},
         "readers": _table(["reader", "loads it as it is, by the rules it reads files with"], list(readers.items())),
         "serving_file": SERVING_FILE,
-        "is_placeholder": publication.repo_id is None or target_id is None,
-        "speculators_command": speculators,
         "measurements": _table(_MEASURED, [_measurement(m) for m in measurements]) if measurements else None,
-        "lossless": _lossless(measurements),
+        "compared": [_comparison(m) for m in measurements if m.num_different is not None],
         "estimate": estimate,
-        "costs": _costs(estimate) if estimate else None,
-        "has_best": bool(estimate and estimate["rows"][0]["best_drafts"]),
+        "costs": _costs(estimate["rows"]) if estimate else None,
         "stages": [_stage(stage) for stage in stages],
         "curve_file": CURVE_FILE if draws_curve and _draw_curve(stages, folder) else None,
         "curve": _curve_table(stages),
-        "temperature_limit": _temperature_limit(measurements),
-        "versions": _versions(record.versions) if record is not None and record.versions else "",
+        "temperatures": [f"{temperature:g}" for temperature in sorted({m.temperature for m in measurements})],
+        "versions": [f"{plain(each)} {plain(version)}" for each, version in record.versions.items()] if record else [],
         "notes": _earlier_notes(folder),
         "is_adapter": is_adapter,
     }
@@ -112,8 +103,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def plain(text: Any) -> str:
     """Return text that Markdown and YAML take for text: one line, its special characters escaped."""
-    one_line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>|#!$])", r"\\\1", one_line)
+    return re.sub(r"([\\`*_{}\[\]<>|#!$])", r"\\\1", " ".join(str(text).split()))
 
 
 def _metadata(publication: Publication, readers: dict[str, str]) -> ModelCardData:
@@ -124,22 +114,18 @@ def _metadata(publication: Publication, readers: dict[str, str]) -> ModelCardDat
     tags += [tag for tag, name in readable.items() if _can_read(readers, name)]
     tags += ["custom_generate"] if publication.has_custom_generate else []
     names = list(dict.fromkeys(stage.dataset.name for stage in stages if stage.dataset.name))
+    given = publication.license
+    # The Hub refuses a card that names a licence it does not list.
+    license = given if given is None else given.lower() if given.lower() in _HUB_LICENCES else "other"
     return ModelCardData(
         base_model=publication.target_id,
         library_name="speculators" if publication.layouts[0] == "speculators" else "transformers",
         pipeline_tag="text-generation",
         datasets=names or None,
         tags=[*tags, "trl", "draft-opd"],
-        **_licence(publication.license),
+        license=license,
+        license_name=None if license != "other" else given,
     )
-
-
-def _licence(given: str | None) -> dict[str, str]:
-    """Return the card's licence in the Hub's words; the Hub refuses a card that names a licence it does not list."""
-    if given is None:
-        return {}
-    listed = given.lower() in _HUB_LICENCES
-    return {"license": given.lower()} if listed else {"license": "other", "license_name": given}
 
 
 def _facts(publication: Publication) -> list[tuple[str, Any]]:
@@ -152,7 +138,7 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
         switched = f"; trained with {arguments}" if arguments else "; no switch for thinking was set"
         facts.append(("chat template", f"the target's, sha256 {target.chat_template_sha256[:12]}{switched}"))
     facts.append(("family", _FAMILY_NAMES[publication.family]))
-    if publication.family == "dflash":
+    if isinstance(config, DFlashDraftConfig):
         not_counted = "the target's embedding and head, which it uses, not counted"
         own = [
             ("block", f"{config.block_size} slots: the anchor and {drafts} drafts"),
@@ -168,31 +154,27 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
             ("norms", norms or "as in EAGLE-3's own code, no further ones"),
             ("draft vocabulary", f"{part} of {config.vocab_size} tokens"),
         ]
-    ids = list(config.target_layer_ids)
     return [
         *facts,
         ("parameters", f"{drafter_parameters(config):,}, {not_counted}"),
         *own,
-        ("target layers read", f"{ids} (0-based), that is after {[i + 1 for i in ids]} layers"),
+        ("target layers read", f"{publication.layer_ids} (0-based), that is after {publication.boundaries} layers"),
         ("width, heads", f"{config.hidden_size}, {config.num_attention_heads} / {config.num_key_value_heads}"),
         ("longest text", f"{config.max_position_embeddings} tokens"),
         ("precision", str(publication.dtype).removeprefix("torch.")),
     ]
 
 
-def _costs(estimate: dict[str, Any]) -> str:
+def _costs(rows: list[dict[str, Any]]) -> str:
     """Return the table of [`break_even`]: one row per batch size."""
-    rows = estimate["rows"]
     has_best = rows[0]["best_drafts"] is not None
     head = ["requests at a time", "tau to break even", *(f"speed-up at tau {tau}" for tau in rows[0]["speedup"])]
     cells = [
-        [row["batch"], row["break_even_tau"], *(f"{speedup}x" for speedup in row["speedup"].values())] for row in rows
+        [row["batch"], row["break_even_tau"], *(f"{speedup}x" for speedup in row["speedup"].values())]
+        + (["{num_drafts} ({speedup}x)".format(**row["best_drafts"])] if has_best else [])
+        for row in rows
     ]
-    if has_best:
-        head.append("best number of drafts")
-        for row, own in zip(rows, cells, strict=True):
-            own.append("{num_drafts} ({speedup}x)".format(**row["best_drafts"]))
-    return _table(head, cells)
+    return _table([*head, "best number of drafts"] if has_best else head, cells)
 
 
 def _measurement(m: Measurement) -> list[str]:
@@ -207,23 +189,11 @@ def _measurement(m: Measurement) -> list[str]:
     ]
 
 
-def _lossless(measurements: Sequence[Measurement]) -> str:
-    compared = [m for m in measurements if m.num_different is not None]
-    if not compared:
-        return "Not compared with plain decoding yet."
-    parts = [
-        f"{m.num_prompts - m.num_different} of {m.num_prompts} greedy outputs on {plain(m.prompt_set)} equal the "
-        f"target's own ({m.target_dtype})"
-        for m in compared
-    ]
-    return "; ".join(parts) + "."
-
-
-def _temperature_limit(measurements: Sequence[Measurement]) -> str:
-    measured = sorted({m.temperature for m in measurements})
-    if not measured:
-        return "Nothing was measured yet, at any temperature."
-    return f"Measured at temperature {', '.join(f'{t:g}' for t in measured)} alone."
+def _comparison(m: Measurement) -> str:
+    same = m.num_prompts - (m.num_different or 0)
+    return (
+        f"{same} of {m.num_prompts} greedy outputs on {plain(m.prompt_set)} equal the target's own ({m.target_dtype})"
+    )
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:
@@ -240,66 +210,54 @@ def _stage(stage: StageRecord) -> dict[str, str]:
     }
 
 
-def _versions(versions: dict[str, str]) -> str:
-    return f"Versions: {', '.join(f'{plain(name)} {plain(version)}' for name, version in versions.items())}."
-
-
 def _earlier_notes(folder: Path) -> str:
     path = folder / CARD_FILE
     if not path.is_file():
         return "\n"
-    found = _NOTES.search(path.read_text("utf-8"))
-    if found is None:
-        logger.warning(
-            "%s has no `<!-- notes -->` ... `<!-- /notes -->`, so all of it is replaced. Text between the two would "
-            "be kept.",
-            path,
-        )
-    return found.group(1) if found else "\n"
+    if (found := _NOTES.search(path.read_text("utf-8"))) is not None:
+        return found.group(1)
+    logger.warning("%s has no `<!-- notes -->` ... `<!-- /notes -->` to keep, so all of it is replaced.", path)
+    return "\n"
 
 
-def _curve(stages: Sequence[StageRecord], *names: str) -> list[tuple[int, int, float]]:
-    """Return `(stage, step over all stages, value)` of the first of `names` that a point has."""
-    points, start = [], 0
+def _curve(stages: Sequence[StageRecord], *names: str) -> dict[tuple[int, int], float]:
+    """Return the first of `names` that a point has, by stage and step over all stages."""
+    points, start = {}, 0
     for index, stage in enumerate(stages):
         for point in stage.curve:
             value = next((point[name] for name in names if name in point), None)
             if value is not None:
-                points.append((index, start + point["step"], value))
+                points[index, start + point["step"]] = value
         start += stage.steps
     return points
 
 
 def _curve_table(stages: Sequence[StageRecord]) -> str | None:
     """Return about twelve points of the curve as a table, in place of the picture; `None` if there are none."""
-    losses, taus = (
-        {point[:2]: f"{point[2]:.3f}" for point in _curve(stages, *names)}
-        for names in (("loss",), ("eval_tau", "tau"))
-    )
-    places = sorted(losses | taus)
-    picked = places[:: max(1, len(places) // 12)]
-    rows = [[place[0] + 1, place[1], losses.get(place, ""), taus.get(place, "")] for place in picked]
+    drawn = _curve(stages, "loss"), _curve(stages, "eval_tau", "tau")
+    places = sorted(drawn[0].keys() | drawn[1].keys())
+    rows = [
+        [stage + 1, step, *(f"{points[stage, step]:.3f}" if (stage, step) in points else "" for points in drawn)]
+        for stage, step in places[:: max(1, len(places) // 12)]
+    ]
     return _table(["stage", "step", "loss", "tau"], rows) if rows else None
 
 
 def _draw_curve(stages: Sequence[StageRecord], folder: Path) -> bool:
     """Draw loss and tau over steps; return whether there is a picture."""
-    losses, taus = _curve(stages, "loss"), _curve(stages, "eval_tau", "tau")
-    if not losses and not taus:
+    curves = {"loss": _curve(stages, "loss"), "tau": _curve(stages, "eval_tau", "tau")}
+    drawn = [(name, points) for name, points in curves.items() if points]
+    if not drawn:
         return False
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning(
-            "matplotlib is not installed: the card shows the training curve as a table (`pip install "
-            "trl-draft-opd[plots]`)."
-        )
+        logger.warning("matplotlib is not installed, so the card has a table for a curve (`trl-draft-opd[plots]`).")
         return False
-    drawn = [(points, name) for points, name in ((losses, "loss"), (taus, "tau")) if points]
     figure = Figure(figsize=(4.5 * len(drawn), 3.0), layout="constrained")
-    for axes, (points, name) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    for axes, (name, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for index, stage in enumerate(stages):
-            own = [(step, value) for where, step, value in points if where == index]
+            own = [(step, value) for (where, step), value in points.items() if where == index]
             if own:
                 axes.plot(*zip(*own, strict=True), label=stage.method, marker="." if len(own) < 20 else None)
         axes.set_xlabel("optimiser step")

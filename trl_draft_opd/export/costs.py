@@ -6,6 +6,7 @@ When a drafter pays: an estimate from shapes of what drafting and verifying cost
 from collections.abc import Sequence
 from typing import Any
 
+from ..drafters.dflash import DFlashDraftConfig
 from .publication import DraftConfig
 
 
@@ -17,25 +18,40 @@ RIDGE_TOKENS = 295
 
 def drafter_parameters(config: DraftConfig) -> int:
     """Return how many parameters are trained: neither the target's embedding nor, for DFlash, its head."""
-    hidden, width, layers = config.hidden_size, config.head_dim, config.num_hidden_layers
-    if config.family == "dflash":
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    parts = _fused(config) + layers * _layer(config)
+    if isinstance(config, DFlashDraftConfig):
         # Two norms per layer and two per head size; one norm of the context and one at the end.
-        return _fused(config) + layers * _layer(config) + layers * (2 * hidden + 2 * width) + 2 * hidden
-    tapped = len(config.target_layer_ids) * config.target_hidden_size
-    norms = 4 * hidden + tapped * (int(config.fc_norm) + int(config.norm_before_fc))
-    return _fused(config) + _layer(config) + hidden * config.draft_vocab_size + norms
+        return parts + layers * (2 * hidden + 2 * _head_dim(config)) + 2 * hidden
+    norms = 4 * hidden + _tapped(config) * (int(config.fc_norm) + int(config.norm_before_fc))
+    return parts + _head(config) + norms
+
+
+def _tapped(config: DraftConfig) -> int:
+    """Return the width of all layers that are read."""
+    return len(config.target_layer_ids or ()) * (config.target_hidden_size or config.hidden_size)
 
 
 def _fused(config: DraftConfig) -> int:
-    return len(config.target_layer_ids) * config.target_hidden_size * config.hidden_size
+    return _tapped(config) * config.hidden_size
+
+
+def _head_dim(config: DraftConfig) -> int:
+    return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _layer(config: DraftConfig) -> int:
     """Return the parameters of one layer's matrices; EAGLE-3's projections read embedding and state side by side."""
-    hidden, width = config.hidden_size, config.head_dim
+    hidden, width = config.hidden_size, _head_dim(config)
     queries, keys = width * config.num_attention_heads, width * config.num_key_value_heads
     inputs = 2 * hidden if config.family == "eagle3" else hidden
     return inputs * (queries + 2 * keys) + queries * hidden + 3 * hidden * config.intermediate_size
+
+
+def _head(config: DraftConfig) -> int:
+    """Return the parameters of the head that drafts: the drafter's own, or for DFlash the target's."""
+    own = None if isinstance(config, DFlashDraftConfig) else config.draft_vocab_size
+    return config.hidden_size * (own or config.vocab_size)
 
 
 def drafter_reads(config: DraftConfig, num_drafts: int) -> int:
@@ -44,9 +60,8 @@ def drafter_reads(config: DraftConfig, num_drafts: int) -> int:
 
     EAGLE-3 runs its layer and head once per draft; DFlash its layers once, and the target's head on all slots at once.
     """
-    if config.family == "dflash":
-        return _fused(config) + config.num_hidden_layers * _layer(config) + config.hidden_size * config.vocab_size
-    return _fused(config) + num_drafts * (_layer(config) + config.hidden_size * config.draft_vocab_size)
+    blocks = 1 if config.family == "dflash" else num_drafts
+    return _fused(config) + blocks * (config.num_hidden_layers * _layer(config) + _head(config))
 
 
 def break_even(
@@ -56,16 +71,14 @@ def break_even(
     *,
     taus: Sequence[float] = (),
     acceptance: Sequence[float] = (),
-    ridge_tokens: int = RIDGE_TOKENS,
 ) -> dict[str, Any]:
     """
     Estimate from which accepted length on a drafter pays.
 
-    A forward on `n` tokens costs the time to read the weights, times `max(1, n / ridge_tokens)`: bound by memory below
+    A forward on `n` tokens costs the time to read the weights, times `max(1, n / RIDGE_TOKENS)`: bound by memory below
     the ridge, by arithmetic above. A round verifies `batch * (K + 1)` tokens and drafts `batch * K`; plain decoding
-    reads `batch` tokens per pass. Attention over the text, sampling and launches are left out, so real engines need
-    more. The target counts as reading all its parameters, so mixtures of experts and large untied embeddings need
-    more, too.
+    reads `batch` tokens per pass. Attention over the text, sampling and launches are left out, and the target counts
+    as reading all its parameters, so real engines, mixtures of experts and large untied embeddings need more.
 
     Args:
         config ([`Eagle3DraftConfig`] or [`DFlashDraftConfig`]): The drafter's.
@@ -74,9 +87,7 @@ def break_even(
         taus (`Sequence[float]`, *optional*): Accepted lengths to give the speed-up at.
         acceptance (`Sequence[float]` of length `K`, *optional*):
             Share of blocks that keep at least `k` drafts. With it, EAGLE-3 is also tried with fewer drafts, whose
-            accepted length is taken to be `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see
-            each other, so a shorter block is another input.
-        ridge_tokens (`int`, *optional*): Tokens per forward at the ridge of the hardware's roofline.
+            accepted length is `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see each other.
 
     Returns:
         `dict` with `draft_cost` (drafting one block at batch 1, in target passes), `ridge_tokens`, and `rows`: per
@@ -88,20 +99,19 @@ def break_even(
         """Return what drafting and verifying a block costs, in plain decoding passes of the same batch."""
         # Tokens a drafter's forward reads per row: one at a time, or the whole block.
         width = drafts + 1 if config.family == "dflash" else 1
-        verify = max(1.0, batch * (drafts + 1) / ridge_tokens)
-        draft = drafter_reads(config, drafts) / num_target_parameters * max(1.0, batch * width / ridge_tokens)
-        return (verify + draft) / max(1.0, batch / ridge_tokens)
+        verify = max(1.0, batch * (drafts + 1) / RIDGE_TOKENS)
+        draft = drafter_reads(config, drafts) / num_target_parameters * max(1.0, batch * width / RIDGE_TOKENS)
+        return (verify + draft) / max(1.0, batch / RIDGE_TOKENS)
 
-    can_vary = config.family == "eagle3" and len(acceptance) == num_drafts
     rows = []
     for batch in BATCH_SIZES:
         needed = round_cost(batch, num_drafts)
         best = None
-        if can_vary:
+        if config.family == "eagle3" and len(acceptance) == num_drafts:
             found = {k: (1 + sum(acceptance[:k])) / round_cost(batch, k) for k in range(1, num_drafts + 1)}
             k = max(found, key=found.__getitem__)
             best = {"num_drafts": k, "speedup": round(found[k], 2)}
         speedups = {f"{tau:.2f}": round(tau / needed, 2) for tau in taus}
         rows.append({"batch": batch, "break_even_tau": round(needed, 2), "speedup": speedups, "best_drafts": best})
     share = drafter_reads(config, num_drafts) / num_target_parameters
-    return {"draft_cost": round(share, 4), "ridge_tokens": ridge_tokens, "rows": rows}
+    return {"draft_cost": round(share, 4), "ridge_tokens": RIDGE_TOKENS, "rows": rows}

@@ -7,13 +7,12 @@ the network failed. The local folder stays as it is.
 import json
 import logging
 import mmap
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import sleep
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -23,17 +22,16 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
-from .publication import LAYOUTS
 from .rules import check_repo_name
 from .source import hub_id_of
-from .write import CUSTOM_GENERATE, PUBLISHED_NAMES
+from .write import PUBLISHED_FILES, PUBLISHED_NAMES
 
 
 try:
     # huggingface_hub 2 uses this package, 1 its predecessor.
     from httpx2 import TransportError
 except ImportError:
-    from httpx import TransportError
+    from httpx import TransportError  # pyright: ignore[reportMissingImports]  one of the two is installed
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +40,6 @@ NUM_RETRIES = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 # Of the server's making, and likely to pass; 412: somebody else committed meanwhile.
 _PASSING = {408, 412, 425, 429, 500, 502, 503, 504}
-_LAYOUT_FOLDERS = LAYOUTS[1:]
 # What a checkpoint holds that a run does not resume from: arguments, with their token.
 _NOT_RESUMED = {"training_args.bin"}
 # Entries of a checkpoint's JSON files that may be paths of this machine; no run resumes from them.
@@ -57,14 +54,7 @@ _PATH_ENTRIES = (
 
 def validate_repo_id(repo_id: str, family: str | None = None) -> None:
     """
-    Refuse names that the Hub or an engine would take for something else.
-
-    Args:
-        repo_id (`str`): `ORG/NAME`, or `NAME` in the user's own account.
-        family (`str`, *optional*): Family of the drafter; a name without it is warned about.
-
-    Raises:
-        ValueError: If the name is no Hub id, or contains `eagle-`.
+    Refuse a name that is no Hub id, or that vLLM takes for EAGLE-1; warn about one without the drafter's family.
     """
     try:
         validate_hub_id(repo_id)
@@ -75,50 +65,27 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
         ) from error
     if "eagle-" in repo_id.lower():
         raise ValueError(
-            f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1 whenever no method is named: "
-            "it would be loaded as another architecture. Write EAGLE3 in one word."
+            f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1. Write EAGLE3 in one word."
         )
     if family is not None:
         for problem in check_repo_name(repo_id, family):
             logger.warning("%s Name the method when you serve it, or rename it.", problem)
 
 
-def published_files(folder: str | Path) -> list[Path]:
-    """
-    Return the files of an export, relative to it, sorted.
-
-    Raises:
-        ValueError: If the folder holds no export.
-    """
+def published_files(folder: str | Path) -> list[str]:
+    """Return the files of an export, relative to it and sorted; nothing that a link leads to."""
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, SAFETENSORS_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{str(folder)!r} holds no export: {missing} missing. Make one with `trl-draft-opd export`.")
-    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sorted(filter(_is_published, found))
-
-
-def _is_published(path: Path) -> bool:
-    """Whether an export writes a file of this name; `path` is relative to its folder."""
-    if len(path.parts) == 1:
-        return path.name in PUBLISHED_NAMES
-    folder, name = path.parts[0], "/".join(path.parts[1:])
-    return (folder in _LAYOUT_FOLDERS and name in (CONFIG_FILE, SAFETENSORS_FILE)) or (
-        folder == CUSTOM_GENERATE and name == "generate.py"
-    )
+    root = folder.resolve()
+    return [name for name in sorted(PUBLISHED_FILES) if (path := root / name).is_file() and path.resolve() == path]
 
 
 def _is_replaced(name: str) -> bool:
-    """
-    Whether an export replaces a file in the repository: an earlier one's, or what a reader would take for its weights.
-    """
-    parts = name.split("/")
-    if parts[0] in PUBLISHED_NAMES:
-        return True
-    other_weights = name.startswith(("model", "pytorch_model")) and name.endswith(
-        (".safetensors", ".bin", ".index.json")
-    )
-    return len(parts) == 1 and (other_weights or name in _NOT_RESUMED)
+    """Whether a file of the repository gives way: an earlier export's, or what readers would take for its weights."""
+    is_weights = name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
+    return name.split("/")[0] in PUBLISHED_NAMES or ("/" not in name and (is_weights or name in _NOT_RESUMED))
 
 
 def push_folder(
@@ -130,9 +97,6 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Upload drafter",
     extra_folders: Mapping[str, str | Path] | None = None,
-    endpoint: str | None = None,
-    num_retries: int = NUM_RETRIES,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> str:
     """
     Upload an export as one commit, which also deletes files of an earlier export; other files are left alone.
@@ -146,9 +110,6 @@ def push_folder(
         commit_message (`str`, *optional*): Of the commit.
         extra_folders (`Mapping[str, str | Path]`, *optional*):
             Checkpoints to add, by their place in the repository, to resume from.
-        endpoint (`str`, *optional*): Address of the Hub.
-        num_retries (`int`, *optional*, defaults to 4): Times to try again after errors of network or server.
-        sleep (`Callable`, *optional*): Waits a number of seconds between them.
 
     Returns:
         `str`: Address of the commit.
@@ -162,27 +123,26 @@ def push_folder(
     """
     validate_repo_id(repo_id)
     folder = Path(folder)
-    files: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in published_files(folder)}
-    for place, extra in (extra_folders or {}).items():
+    files: dict[str, Path | bytes] = {name: folder / name for name in published_files(folder)}
+    extra_folders = extra_folders or {}
+    for place, extra in extra_folders.items():
         files |= {f"{place}/{name}": content for name, content in _resumable_files(Path(extra)).items()}
     _refuse_token_in(files, token or get_token())
-    api = HfApi(endpoint=endpoint, token=token)
-    makes_branch = revision not in (None, "main") and not revision.startswith("refs/")
+    api = HfApi(token=token)
 
     def upload() -> str:
         made = _ready_repository(api, repo_id, private)
-        if makes_branch:
+        if revision is not None and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(made, branch=revision, exist_ok=True)
-        info = api.repo_info(made, revision=revision)
+        info = api.model_info(made, revision=revision)
         there = [sibling.rfilename for sibling in info.siblings or []]
-        stale = [n for n in there if _is_replaced(n) or n.split("/")[0] in (extra_folders or {})]
-        operations = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()
-        ]
-        operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale) if name not in files]
+        stale = {name for name in there if _is_replaced(name) or name.split("/")[0] in extra_folders} - files.keys()
         commit = api.create_commit(
             made,
-            operations,
+            [
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+                *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
+            ],
             commit_message=commit_message,
             revision=revision,
             # What is stale was read from this commit.
@@ -191,37 +151,20 @@ def push_folder(
         return str(commit.commit_url)
 
     fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
-    return _with_retries(upload, fix, num_retries, sleep)
+    return _with_retries(upload, fix)
 
 
-def create_repository(
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    endpoint: str | None = None,
-    num_retries: int = NUM_RETRIES,
-    sleep: Callable[[float], None] = time.sleep,
-) -> str:
-    """
-    Make a repository if it does not exist, and return its full id, `ORG/NAME`.
-
-    Raises:
-        ValueError, PermissionError, ConnectionError: As [`push_folder`].
-    """
+def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Make a repository if it does not exist, and return its full id, `ORG/NAME`; raises as [`push_folder`] does."""
     validate_repo_id(repo_id)
-    api = HfApi(endpoint=endpoint, token=token)
-
-    def create() -> str:
-        return _ready_repository(api, repo_id, private)
-
-    return _with_retries(create, "Nothing was uploaded", num_retries, sleep)
+    api = HfApi(token=token)
+    return _with_retries(lambda: _ready_repository(api, repo_id, private), "Nothing was uploaded")
 
 
 def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
     """Make the repository if it does not exist, and return its full id; a public one is not made private by asking."""
     made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(made).private:
+    if private and not api.model_info(made).private:
         raise ValueError(
             f"{made!r} exists and is public, but a private repository was asked for. Make it private in its settings, "
             "name another, or leave `private` out. Nothing was uploaded."
@@ -231,12 +174,13 @@ def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 def _resumable_files(folder: Path) -> dict[str, Path | bytes]:
     """Return the files of a checkpoint that a run resumes from: no arguments, no rollouts, no path of this machine."""
-    held = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
-    found = {path.relative_to(folder): path for path in held}
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): _without_paths(path) if path.suffix == ".json" else path
         for name, path in found.items()
-        if name.name not in _NOT_RESUMED and not name.parts[0].startswith(("_", "completions", "runs"))
+        if not path.is_symlink()
+        and name.name not in _NOT_RESUMED
+        and not name.parts[0].startswith(("_", "completions", "runs"))
     }
 
 
@@ -251,10 +195,8 @@ def _without_paths(path: Path) -> Path | bytes:
 
 
 def _refuse_token_in(files: Mapping[str, Path | bytes], token: str | None) -> None:
-    if not token:
-        return
     for name, content in files.items():
-        if _holds(content, token.encode()):
+        if token and _holds(content, token.encode()):
             raise ValueError(f"{name!r} holds the Hub token. Nothing was uploaded: remove it and revoke the token.")
 
 
@@ -265,14 +207,13 @@ def _holds(content: Path | bytes, needle: bytes) -> bool:
     if content.stat().st_size == 0:
         return False
     with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        is_weights = content.suffix == ".safetensors"
-        end = 8 + int.from_bytes(data[:8], "little") if is_weights else len(data)
+        end = 8 + int.from_bytes(data[:8], "little") if content.suffix == ".safetensors" else len(data)
         return data.find(needle, 0, end) >= 0
 
 
-def _with_retries(action: Callable[[], str], fix: str, num_retries: int, sleep: Callable[[float], None]) -> str:
+def _with_retries(action: Callable[[], str], fix: str) -> str:
     """Run `action`; try again after errors that pass by themselves, and tell of the others what to do."""
-    for attempt in range(num_retries + 1):
+    for attempt in range(NUM_RETRIES + 1):
         pause = _FIRST_PAUSE * 2**attempt
         try:
             return action()
@@ -286,17 +227,15 @@ def _with_retries(action: Callable[[], str], fix: str, num_retries: int, sleep: 
             asked = error.response.headers.get("Retry-After", "")
             pause = max(pause, float(asked)) if asked.isdigit() else pause
         except LocalTokenNotFoundError as error:
-            raise PermissionError(
-                f"The Hub asks for a token with write access: run `hf auth login`. {fix}."
-            ) from error
+            raise PermissionError(f"The Hub asks for a token: run `hf auth login`. {fix}.") from error
         except (TransportError, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
             # The library reports a weights file that did not go through this way, after attempts of its own.
             reason, failure = str(error).rstrip("."), error
-        if attempt == num_retries:
+        if attempt == NUM_RETRIES:
             raise ConnectionError(
-                f"The upload failed {num_retries + 1} times, the last time with: {reason}. {fix}."
+                f"The upload failed {attempt + 1} times, the last time with: {reason}. {fix}."
             ) from failure
         logger.warning("The upload failed (%s); trying again.", reason)
         sleep(min(pause, _LONGEST_PAUSE))
@@ -308,14 +247,10 @@ def _refusal(error: HfHubHTTPError, fix: str) -> OSError | None:
     status = error.response.status_code
     if status in _PASSING:
         return None
-    if status in (401, 403):
+    # A repository that the account may not see is "not found".
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
         return PermissionError(
             f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf "
             f"auth login`. {fix}."
-        )
-    if isinstance(error, GatedRepoError | RepositoryNotFoundError):
-        return PermissionError(
-            "The Hub does not show the repository to this account: the token is missing, expired or may not write "
-            f"there (`hf auth login`). {fix}."
         )
     return OSError(f"The Hub refused (status {status}): {error.server_message or 'no reason given'}. {fix}.")

@@ -51,7 +51,14 @@ class Publication:
 
     def __post_init__(self) -> None:
         if self.record is not None:
-            self._check_record(self.record)
+            self.record.check()
+            own = (self.family, self.config.vocab_size, self.config.target_hidden_size)
+            other = (self.record.family, self.record.target.vocab_size, self.record.target.hidden_size)
+            if own != other:
+                raise ValueError(
+                    f"The training record is another drafter's: family, vocabulary and target width are {other}, here "
+                    f"they are {own}. Give the record of this drafter, or none."
+                )
         for name in (self.target_id, self.repo_id):
             if name is not None:
                 validate_repo_id(name)
@@ -60,25 +67,26 @@ class Publication:
                 f"`license` must be an identifier such as 'apache-2.0' or 'cc-by-4.0', got {self.license!r}."
             )
 
-    def _check_record(self, record: TrainingRecord) -> None:
-        record.check()
-        own = (self.family, self.config.vocab_size, self.config.target_hidden_size)
-        other = (record.family, record.target.vocab_size, record.target.hidden_size)
-        if own != other:
-            raise ValueError(
-                f"The training record is another drafter's: family, vocabulary and target width are {other}, here "
-                f"they are {own}. Give the record of this drafter, or none."
-            )
-
     @classmethod
     def of(cls, drafter: Drafter, **facts: Any) -> "Publication":
         """Describe a drafter; `facts` are further attributes."""
+        assert isinstance(drafter.config, DraftConfig)
         return cls(drafter.config, drafter.default_num_drafts, **facts)
 
     @property
     def family(self) -> str:
         """`"eagle3"` or `"dflash"`."""
         return self.config.family
+
+    @property
+    def layer_ids(self) -> list[int]:
+        """0-based ids of the target's layers that the drafter reads."""
+        return list(self.config.target_layer_ids or ())
+
+    @property
+    def boundaries(self) -> list[int]:
+        """The same as some engines count them: how many layers have run."""
+        return [i + 1 for i in self.layer_ids]
 
     @property
     def target_id(self) -> str | None:

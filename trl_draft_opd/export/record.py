@@ -18,7 +18,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -67,21 +67,19 @@ _SECRET = re.compile(r"(hf_|api_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
 # ---- what a field may hold ------------------------------------------------------------------------------------------
 
 
-def _holding(fits: Callable[[Any], bool], wanted: str, **options: Any) -> Any:
-    """Return a dataclass field whose values, null aside, must pass `fits`; `wanted` describes them in errors."""
-    return field(metadata={"fits": fits, "wanted": wanted}, **options)
+class _Form(NamedTuple):
+    """What the values of a field, null aside, must fulfil; `wanted` describes it in errors."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
 
 
-def _text(pattern: str | re.Pattern, wanted: str, **options: Any) -> Any:
-    return _holding(re.compile(pattern).fullmatch, wanted, **options)
+def _text(pattern: str | re.Pattern[str], wanted: str) -> _Form:
+    return _Form(lambda text: re.fullmatch(pattern, text) is not None, wanted)
 
 
-def _one_of(choices: Sequence[str]) -> Any:
-    return _holding(choices.__contains__, f"one of {tuple(choices)}")
-
-
-def _hub_id() -> Any:
-    return _holding(_is_hub_id, "a Hub id or null")
+def _one_of(choices: Sequence[str]) -> _Form:
+    return _Form(lambda text: text in choices, f"one of {tuple(choices)}")
 
 
 def _is_hub_id(text: str) -> bool:
@@ -112,7 +110,7 @@ def _are_points(curve: list[Any]) -> bool:
     )
 
 
-def _matches(pattern: re.Pattern, value: Any) -> bool:
+def _matches(pattern: re.Pattern[str], value: Any) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
@@ -126,6 +124,11 @@ def recorded_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str
     return found
 
 
+_HUB_ID = _Form(_is_hub_id, "a Hub id or null")
+_DIGEST = _text("[0-9a-f]{64}", "64 hexadecimal digits")
+_DTYPE = _text(_NAME, "a short lower-case name")
+
+
 # ---- the record -----------------------------------------------------------------------------------------------------
 
 
@@ -137,27 +140,29 @@ class TargetFacts:
     Attributes:
         name (`str` or `None`): Its Hub id; `None` where only a local path was known.
         revision (`str` or `None`): Its revision.
-        num_layers (`int`), vocab_size (`int`), hidden_size (`int`), max_position_embeddings (`int`): Its shape.
-        num_parameters (`int` or `None`): Its parameters.
+        num_layers (`int`), vocab_size (`int`), hidden_size (`int`), max_position_embeddings (`int`),
+        num_parameters (`int` or `None`): Its shape.
         dtype (`str` or `None`): Precision it was read in.
         chat_template_sha256 (`str` or `None`): Hash of the chat template that prompts were written with.
         chat_template_kwargs (`dict`): Its arguments that switch thinking.
     """
 
-    name: str | None = _hub_id()
-    revision: str | None = _text(r"[A-Za-z0-9][\w./-]{0,99}", "a branch, tag or commit")
+    name: Annotated[str | None, _HUB_ID]
+    revision: Annotated[str | None, _text(r"[A-Za-z0-9][\w./-]{0,99}", "a branch, tag or commit")]
     num_layers: int
     vocab_size: int
     hidden_size: int
     max_position_embeddings: int
     num_parameters: int | None = None
-    dtype: str | None = _text(_NAME, "a short lower-case name", default=None)
-    chat_template_sha256: str | None = _text("[0-9a-f]{64}", "64 hexadecimal digits", default=None)
-    chat_template_kwargs: dict = _holding(
-        lambda given: recorded_template_arguments(given) == given,
-        f"true, false or one of {_TEMPLATE_WORDS} for {_TEMPLATE_ARGUMENTS}",
-        default_factory=dict,
-    )
+    dtype: Annotated[str | None, _DTYPE] = None
+    chat_template_sha256: Annotated[str | None, _DIGEST] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        _Form(
+            lambda given: recorded_template_arguments(given) == given,
+            f"true, false or one of {_TEMPLATE_WORDS} for {_TEMPLATE_ARGUMENTS}",
+        ),
+    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,10 @@ class DatasetFacts:
         completions (`str`): `"target"`: the target wrote the text; `"dataset"`: it came with the data.
     """
 
-    name: str | None = _hub_id()
-    licence: str | None = _text(LICENCE, "an identifier such as cc-by-4.0, or null")
+    name: Annotated[str | None, _HUB_ID]
+    licence: Annotated[str | None, _text(LICENCE, "an identifier such as cc-by-4.0, or null")]
     num_rows: int | None
-    completions: str = _one_of(("target", "dataset"))
+    completions: Annotated[str, _one_of(("target", "dataset"))]
 
 
 @dataclass(frozen=True)
@@ -191,11 +196,11 @@ class StageRecord:
         curve (`list[dict]`): Points with `step` and any of `loss`, `tau`, `eval_tau`, `eval_loss`.
     """
 
-    method: str = _one_of(METHODS)
+    method: Annotated[str, _one_of(METHODS)]
     steps: int
-    settings: dict = _holding(_are_settings, "numbers and short names by setting")
+    settings: Annotated[dict[str, Any], _Form(_are_settings, "numbers and short names by setting")]
     dataset: DatasetFacts
-    curve: list = _holding(_are_points, f"objects with `step` and numbers for {_CURVE_VALUES}")
+    curve: Annotated[list[dict[str, Any]], _Form(_are_points, f"objects with `step` and numbers for {_CURVE_VALUES}")]
 
 
 @dataclass(frozen=True)
@@ -215,14 +220,17 @@ class Measurement:
         after_steps (`int` or `None`): Optimizer steps of the last stage before it.
     """
 
-    prompt_set: str = _text(
-        r"(?!.*\.(json|jsonl|csv|txt|parquet|arrow)$)([\w-]+/)?[A-Za-z0-9][\w.+-]{0,63}(:[\w.-]{1,32})?",
-        "a Hub id, with `:split` if you like, or one word; no file",
-    )
-    prompts_sha256: str = _text("[0-9a-f]{64}", "64 hexadecimal digits")
+    prompt_set: Annotated[
+        str,
+        _text(
+            r"(?!.*\.(json|jsonl|csv|txt|parquet|arrow)$)([\w-]+/)?[A-Za-z0-9][\w.+-]{0,63}(:[\w.-]{1,32})?",
+            "a Hub id, with `:split` if you like, or one word; no file",
+        ),
+    ]
+    prompts_sha256: Annotated[str, _DIGEST]
     num_prompts: int
     temperature: float
-    draft_sampling: str = _one_of(DRAFT_SAMPLING)
+    draft_sampling: Annotated[str, _one_of(DRAFT_SAMPLING)]
     num_drafts: int
     max_new_tokens: int
     batch_size: int
@@ -230,12 +238,13 @@ class Measurement:
     tau: float
     tau_low: float
     tau_high: float
-    acceptance_per_slot: list = _holding(
-        lambda rates: all(_is_number(rate) and 0 <= rate <= 1 for rate in rates), "numbers in [0, 1]"
-    )
+    acceptance_per_slot: Annotated[
+        list[float],
+        _Form(lambda rates: all(_is_number(rate) and 0 <= rate <= 1 for rate in rates), "numbers in [0, 1]"),
+    ]
     num_blocks: int
     num_different: int | None
-    target_dtype: str = _text(_NAME, "a short lower-case name")
+    target_dtype: Annotated[str, _DTYPE]
     after_steps: int | None = None
 
 
@@ -253,13 +262,16 @@ class TrainingRecord:
     """
 
     target: TargetFacts
-    family: str = _one_of(FAMILIES)
+    family: Annotated[str, _one_of(FAMILIES)]
     stages: list[StageRecord]
     measurements: list[Measurement]
-    versions: dict = _holding(
-        lambda versions: all(_matches(_VERSION, text) for item in versions.items() for text in item),
-        "version numbers by package",
-    )
+    versions: Annotated[
+        dict[str, str],
+        _Form(
+            lambda versions: all(_matches(_VERSION, text) for item in versions.items() for text in item),
+            "version numbers by package",
+        ),
+    ]
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,7 +285,7 @@ class TrainingRecord:
 
         Raises:
             ValueError: If the format is another one, a key is missing, unknown or of the wrong type, a number is not
-                finite, or a text is not of the form it must have. Private text is not repeated in the message.
+                finite, or a text is not of the form it must have.
         """
         version = content.get("format_version")
         if version != FORMAT_VERSION:
@@ -308,67 +320,54 @@ def _leaves(content: Any, where: str) -> Iterator[tuple[str, Any]]:
 def _read_object(cls: Any, content: Any, where: str) -> Any:
     """Make a dataclass out of a JSON object, its fields checked against their types and against what they may hold."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{RECORD_FILE}: {where.rstrip('.')} must be an object, got {content!r}.")
-    hints = get_type_hints(cls)
+        raise ValueError(f"{RECORD_FILE}: {where} must be an object, got {content!r}.")
+    prefix = f"{where}." if where else ""
+    hints = get_type_hints(cls, include_extras=True)
     unknown = sorted(set(content) - set(hints))
     if unknown:
-        raise ValueError(f"{RECORD_FILE}: unknown {[where + name for name in unknown]}.")
-    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [where + name for name in required if name not in content]
+        raise ValueError(f"{RECORD_FILE}: unknown {[prefix + name for name in unknown]}.")
+    required = [held.name for held in fields(cls) if held.default is MISSING and held.default_factory is MISSING]
+    missing = [prefix + name for name in required if name not in content]
     if missing:
         raise ValueError(f"{RECORD_FILE}: {missing} missing.")
-    return cls(
-        **{
-            f.name: _read_value(f, hints[f.name], content[f.name], where + f.name)
-            for f in fields(cls)
-            if f.name in content
-        }
-    )
+    return cls(**{name: _read_value(hints[name], value, prefix + name) for name, value in content.items()})
 
 
-def _read_value(held: Any, hint: Any, value: Any, where: str) -> Any:
+def _read_value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
-        return _read_object(hint, value, f"{where}.")
-    options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
-    is_whole = float in options and type(value) is int
-    if type(value) not in options and not is_whole:
+        return _read_object(hint, value, where)
+    hint, *forms = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    # A whole number may stand where a fraction does.
+    if type(value) not in [*options, *([int] if float in options else [])]:
         names = " or ".join(option.__name__ for option in options)
         raise ValueError(f"{RECORD_FILE}: {where} is {value!r}, which is no {names}.")
-    if get_origin(hint) is list:
-        return [_read_object(get_args(hint)[0], each, f"{where}[{i}].") for i, each in enumerate(value)]
-    if value is not None and "fits" in held.metadata and not held.metadata["fits"](value):
-        raise ValueError(f"{RECORD_FILE}: {where} must be {held.metadata['wanted']}. Its value is not repeated here.")
+    if get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
+        return [_read_object(get_args(hint)[0], each, f"{where}[{index}]") for index, each in enumerate(value)]
+    for form in forms:
+        if value is not None and not form.fits(value):
+            raise ValueError(f"{RECORD_FILE}: {where} must be {form.wanted}. Its value is not repeated here.")
     return value
 
 
 def read_record(folder: str | Path) -> TrainingRecord | None:
-    """
-    Return the record next to a drafter, or `None` if there is none.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Return the record next to a drafter, or `None`; a damaged one is a `ValueError`."""
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
     except ValueError as error:  # of the encoding, too
         raise ValueError(
             f"{str(path)!r} is not valid JSON: {error}. Delete it: the drafter does not need it."
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object.")
     return TrainingRecord.from_dict(content)
 
 
 def write_record(record: TrainingRecord, folder: str | Path) -> None:
-    """
-    Write the record next to a drafter.
-
-    Raises:
-        ValueError: If it holds what must not be published; nothing is written then.
-    """
+    """Write the record next to a drafter, unless it holds what must not be published: a `ValueError`."""
     record.check()
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
     (Path(folder) / RECORD_FILE).write_text(text, encoding="utf-8")
@@ -377,33 +376,19 @@ def write_record(record: TrainingRecord, folder: str | Path) -> None:
 def recorded_settings(args: Any) -> dict[str, Any]:
     """
     Return the settings of a training config that may be published: those on a list, as numbers or choices by name.
-
-    Args:
-        args ([`DraftSFTConfig`] or [`DraftOPDConfig`]): The config.
     """
-    found = {}
-    for name in (*_NUMBERS, *_ENUMERATED, *_CHOICES):
-        value = getattr(args, name, None)
-        if name in _NUMBERS:
-            is_known = isinstance(value, bool | int | float) and math.isfinite(value)
-        elif name in _ENUMERATED:
-            # A plain string here was never looked up among the members, and may be anything.
-            is_known, value = isinstance(value, Enum), getattr(value, "value", None)
-        else:
-            is_known = value in _CHOICES[name]
-        if is_known:
-            found[name] = value
-    return found
+    given = {name: getattr(args, name, None) for name in (*_NUMBERS, *_ENUMERATED, *_CHOICES)}
+    # A plain string in place of a member was never looked up among them, and may be anything.
+    enumerated = {name: value.value for name in _ENUMERATED if isinstance(value := given[name], Enum)}
+    numbers = {name: given[name] for name in _NUMBERS if isinstance(given[name], bool) or _is_number(given[name])}
+    chosen = {name: given[name] for name, choices in _CHOICES.items() if given[name] in choices}
+    return numbers | enumerated | chosen
 
 
 def recorded_curve(log_history: Sequence[Mapping[str, Any]], max_points: int = 400) -> list[dict[str, Any]]:
     """
-    Return the training curve out of a trainer's log: losses and taus by step, and nothing else of it.
-
-    Args:
-        log_history (`Sequence[Mapping]`): `trainer.state.log_history`.
-        max_points (`int`, *optional*, defaults to 400):
-            Longer curves are thinned evenly; evaluations and the last point stay.
+    Return the training curve out of a trainer's `log_history`: losses and taus by step, and nothing else of it.
+    Longer curves than `max_points` are thinned evenly; evaluations and the last point stay.
     """
     points: dict[int, dict[str, Any]] = {}
     for entry in log_history:
@@ -411,11 +396,9 @@ def recorded_curve(log_history: Sequence[Mapping[str, Any]], max_points: int = 4
         if values and isinstance(entry.get("step"), int):
             points.setdefault(entry["step"], {"step": entry["step"]}).update(values)
     curve = [points[step] for step in sorted(points)]
-    stride = -(-len(curve) // max_points)
+    stride = max(1, -(-len(curve) // max_points))
     return [
-        point
-        for index, point in enumerate(curve)
-        if index % max(1, stride) == 0 or point is curve[-1] or "eval_tau" in point
+        point for index, point in enumerate(curve) if index % stride == 0 or point is curve[-1] or "eval_tau" in point
     ]
 
 

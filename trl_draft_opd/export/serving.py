@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from ..drafters.eagle3 import Eagle3DraftConfig
 from .costs import break_even
+from .layouts import NORM_FLAGS
 from .publication import Publication
 
 
 SERVING_FILE = "speculative_config.json"
-NORM_FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
 # Targets whose classes hand out no layers for DFlash in SGLang 0.5, and for any drafter in vLLM 0.33.
 _NOT_IN_SGLANG_DFLASH = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 _NOT_IN_VLLM = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Phi3ForCausalLM")
@@ -21,7 +22,7 @@ def serving_settings(publication: Publication) -> dict[str, Any]:
     """
     Return the content of `speculative_config.json`, plain JSON values; placeholders stand for ids that are unknown.
     """
-    family, drafts, ids = publication.family, publication.num_drafts, list(publication.config.target_layer_ids)
+    family, drafts = publication.family, publication.num_drafts
     target, repo = publication.target_name, publication.repo_name
     vllm = {"method": family, "model": repo, "num_speculative_tokens": drafts}
     # The speculators layout names target and numbers itself.
@@ -42,8 +43,8 @@ def serving_settings(publication: Publication) -> dict[str, Any]:
         "repository": publication.repo_id,
         "num_drafts": drafts,
         "context_length": publication.config.max_position_embeddings,
-        "target_layer_ids": ids,
-        "target_boundaries": [i + 1 for i in ids],
+        "target_layer_ids": publication.layer_ids,
+        "target_boundaries": publication.boundaries,
         "vllm": {"speculative_config": vllm, "command": shlex.join(["vllm", "serve", *vllm_words])},
         "sglang": {
             "flags": sglang,
@@ -58,9 +59,7 @@ def serving_settings(publication: Publication) -> dict[str, Any]:
 def _break_even(publication: Publication) -> dict[str, Any] | None:
     """
     Return the estimate of [`break_even`] from what was recorded, or `None` where the target's size was not.
-
-    Accepted lengths count where they were measured with the number of drafts that is served; acceptance per slot is
-    that of the first such measurement, the lowest temperature before others.
+    Measurements count that were made with the number of drafts that is served, the lowest temperature for the slots.
     """
     record = publication.record
     if record is None or not record.target.num_parameters:
@@ -110,18 +109,21 @@ def readers(publication: Publication) -> dict[str, str]:
     Return, by reader, `"yes"`, `"yes, "` and on which condition, or `"no: "` and why it cannot load this drafter.
     """
     architectures = set(publication.target.architectures)
-    conditions = {"EAGLE's code": "if the target's weights lie in several files with an index"}
+    conditions = {"EAGLE's code": ", if the target's weights lie in several files with an index"}
     if architectures & set(_NOT_IN_VLLM):
-        conditions["vLLM"] = "with `--model-impl transformers`: its own class of this target hands out no layers"
+        conditions["vLLM"] = ", with `--model-impl transformers`: its own class of this target hands out no layers"
     elif publication.family == "dflash":
-        conditions["vLLM"] = "with an attention backend that can be non-causal (FlashAttention, FlexAttention)"
-    refusals = _eagle3_refusals(publication) if publication.family == "eagle3" else _dflash_refusals(architectures)
+        conditions["vLLM"] = ", with an attention backend that can be non-causal (FlashAttention, FlexAttention)"
+    config = publication.config
+    if isinstance(config, Eagle3DraftConfig):
+        refusals = _eagle3_refusals(config, publication.layer_ids)
+    else:
+        refusals = _dflash_refusals(architectures)
     verdicts = {}
-    for name, reasons in refusals.items():
+    for name, own in refusals.items():
         missing = _missing_layout(name, publication.layouts)
-        reasons = reasons if missing is None else [missing]
-        condition = f", {conditions[name]}" if name in conditions else ""
-        verdicts[name] = f"no: {'; '.join(reasons)}" if reasons else f"yes{condition}"
+        reasons = own if missing is None else [missing]
+        verdicts[name] = f"no: {'; '.join(reasons)}" if reasons else f"yes{conditions.get(name, '')}"
     return verdicts
 
 
@@ -136,14 +138,13 @@ def _missing_layout(reader: str, layouts: Sequence[str]) -> str | None:
     return f"it reads the flat layout, and the root of this repository is the {root} one"
 
 
-def _eagle3_refusals(publication: Publication) -> dict[str, list[str]]:
-    config = publication.config
+def _eagle3_refusals(config: Eagle3DraftConfig, ids: list[int]) -> dict[str, list[str]]:
     flags = ", ".join(name for name in NORM_FLAGS if getattr(config, name))
-    layers, ids = config.num_target_layers, list(config.target_layer_ids)
+    layers = config.num_target_layers
     is_default = layers is not None and ids == [1, layers // 2 - 1, layers - 4]
     convention = [] if is_default else [f"it always reads the layers [1, N // 2 - 1, N - 4], the drafter reads {ids}"]
     eagle = convention + ([f"it has no {flags}"] if flags else [])
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
+    if config.head_dim not in (None, config.hidden_size / config.num_attention_heads):
         eagle.append("it takes the head size for hidden_size / num_attention_heads")
     if (config.rope_parameters or {}).get("rope_type", "default") != "default":
         eagle.append("its RoPE knows linear and dynamic scaling alone")

@@ -92,8 +92,8 @@ def _read_embedding(source: CheckpointSource, shape: tuple[int, int]) -> torch.T
     files = source.weight_files()
     if files is None:
         raise ValueError(
-            f"The target {str(source)!r} has no safetensors files. Its embedding is read from safetensors files "
-            "alone, because pickled ones can carry code: convert it with `save_pretrained` first."
+            f"The target {str(source)!r} has none of what is read here, safetensors files alone: pickled ones can "
+            "carry code. Convert it with `save_pretrained`."
         )
     found = {}
     for file, names in files.items():

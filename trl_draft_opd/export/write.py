@@ -9,10 +9,8 @@ export.
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,41 +19,23 @@ from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
 from ..utils.atomic_files import making_folder
-from . import flat, native, speculators
 from .card import CARD_FILE, CURVE_FILE, write_card
 from .custom_generate import write_custom_generate
+from .layouts import LAYOUT_OF, flat_config, flat_tensors
 from .publication import LAYOUTS, Publication
 from .record import RECORD_FILE, TrainingRecord, write_record
 from .serving import SERVING_FILE, serving_settings
 from .source import TargetOfExport
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """
-    How one of `LAYOUTS` is made out of the flat one.
-
-    Attributes:
-        find_refusal (`Callable`): Given drafter and target, returns why the layout cannot hold the drafter, or `None`.
-        config (`Callable`): Given the flat config and the publication, returns the content of `config.json`.
-        tensors (`Callable`): Given the flat tensors, returns them under the layout's names.
-    """
-
-    find_refusal: Callable[[Drafter, TargetOfExport], str | None]
-    config: Callable[[dict[str, Any], Publication], dict[str, Any]]
-    tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-
-
-_LAYOUTS = {
-    "flat": _Layout(flat.find_refusal, lambda config, publication: config, dict),
-    "speculators": _Layout(speculators.find_refusal, speculators.speculators_config, speculators.speculators_tensors),
-    "transformers": _Layout(native.find_refusal, native.native_config, native.native_tensors),
-}
 CUSTOM_GENERATE = "custom_generate"
-#: Everything an export writes at the root of its folder; nothing else is ever replaced or uploaded.
-PUBLISHED_NAMES = frozenset(
-    {CONFIG_FILE, SAFETENSORS_FILE, CARD_FILE, CURVE_FILE, RECORD_FILE, SERVING_FILE, CUSTOM_GENERATE, *LAYOUTS[1:]}
+#: Everything an export writes, relative to its folder; nothing else is ever replaced or uploaded.
+PUBLISHED_FILES = frozenset(
+    {CONFIG_FILE, SAFETENSORS_FILE, CARD_FILE, CURVE_FILE, RECORD_FILE, SERVING_FILE, f"{CUSTOM_GENERATE}/generate.py"}
+    | {f"{layout}/{name}" for layout in LAYOUTS[1:] for name in (CONFIG_FILE, SAFETENSORS_FILE)}
 )
+#: Their places at the root of the folder.
+PUBLISHED_NAMES = frozenset(name.split("/")[0] for name in PUBLISHED_FILES)
 
 
 @dataclass(frozen=True)
@@ -119,8 +99,10 @@ def export_drafter(
     if to not in (*LAYOUTS, "all"):
         raise ValueError(f"`to` must be one of {(*LAYOUTS, 'all')}, got {to!r}.")
     folder, target = Path(folder), target or TargetOfExport()
-    check_folder_is_ours(folder)
-    reasons = find_refusals(drafter, target)
+    _check_folder_is_ours(folder)
+    _check_target(drafter, target)
+    refusals = {name: layout.find_refusal(drafter, target) for name, layout in LAYOUT_OF.items()}
+    reasons = {name: reason for name, reason in refusals.items() if reason is not None}
     asked = LAYOUTS if to == "all" else (to,)
     if asked[0] in reasons:
         raise ValueError(f"The drafter cannot be written in the {asked[0]} layout: {reasons[asked[0]]}.")
@@ -144,21 +126,10 @@ def export_drafter(
     return ExportResult(folder, places, {name: reasons[name] for name in asked if name in reasons})
 
 
-def find_refusals(drafter: Drafter, target: TargetOfExport) -> dict[str, str]:
-    """
-    Return, by layout, why it cannot hold this drafter; layouts that can are left out.
-
-    Raises:
-        ValueError: If the drafter and the target do not belong together.
-    """
-    _check_target(drafter, target)
-    found = {name: layout.find_refusal(drafter, target) for name, layout in _LAYOUTS.items()}
-    return {name: reason for name, reason in found.items() if reason is not None}
-
-
 def _check_target(drafter: Drafter, target: TargetOfExport) -> None:
-    config = drafter.config
-    shape = (config.vocab_size, config.target_hidden_size)
+    """Refuse a drafter and a target that do not belong together."""
+    own = drafter.config
+    shape = (own.vocab_size, own.target_hidden_size)
     if target.embedding is not None and tuple(target.embedding.shape) != shape:
         raise ValueError(
             f"The embedding has shape {tuple(target.embedding.shape)}, but this drafter's target has {shape}. Give "
@@ -166,45 +137,36 @@ def _check_target(drafter: Drafter, target: TargetOfExport) -> None:
         )
     if target.config is None:
         return
-    own = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.target_hidden_size,
-        "num_hidden_layers": config.num_target_layers or target.config.num_hidden_layers,
+    layers = target.config.num_hidden_layers
+    pairs = {
+        "vocab_size": (own.vocab_size, target.config.vocab_size),
+        "hidden_size": (own.target_hidden_size, target.config.hidden_size),
+        "num_hidden_layers": (own.num_target_layers or layers, layers),
     }
-    pairs = {name: (value, getattr(target.config, name)) for name, value in own.items()}
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if wrong:
         raise ValueError(
             f"The drafter was made for another target: (drafter, target) {wrong}. Give the target it was trained for."
         )
-    check_layer_ids(config.target_layer_ids, target.config.num_hidden_layers)
+    check_layer_ids(own.target_layer_ids, layers)
 
 
 def _write_layouts(folder: Path, drafter: Drafter, publication: Publication) -> None:
     """Write the first layout into the folder itself, and the others into folders of their names."""
-    config, tensors = flat.flat_config(drafter, publication), flat.flat_tensors(drafter, publication)
+    config, tensors = flat_config(drafter, publication), flat_tensors(drafter, publication)
     for name in publication.layouts:
         place = folder if name == publication.layouts[0] else folder / name
-        _write_layout(place, _LAYOUTS[name].config(config, publication), _LAYOUTS[name].tensors(tensors))
+        place.mkdir(exist_ok=True)
+        text = json.dumps(LAYOUT_OF[name].config(config, publication), indent=2, sort_keys=True) + "\n"
+        (place / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # The one piece of metadata transformers wants to see.
+        save_file(LAYOUT_OF[name].tensors(tensors), place / SAFETENSORS_FILE, metadata={"format": "pt"})
+        # safetensors writes for its owner only; a server often runs as another user.
+        shutil.copymode(place / CONFIG_FILE, place / SAFETENSORS_FILE)
 
 
-def _write_layout(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    # The one piece of metadata transformers wants to see.
-    save_file(tensors, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
-    # safetensors writes for its owner only; a server often runs as another user.
-    shutil.copymode(folder / CONFIG_FILE, folder / SAFETENSORS_FILE)
-
-
-def check_folder_is_ours(folder: Path) -> None:
-    """
-    Refuse a folder in which an export would destroy something.
-
-    Raises:
-        ValueError: If it holds anything but an earlier export.
-    """
+def _check_folder_is_ours(folder: Path) -> None:
+    """Refuse a folder in which an export would destroy something."""
     if folder.is_file():
         raise ValueError(f"{str(folder)!r} is a file. Name a folder.")
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

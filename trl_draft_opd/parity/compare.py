@@ -58,27 +58,17 @@ class Reference:
 
 
 def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: float) -> Verdict:
-    """
-    Check a consumer against the reference.
-
-    Args:
-        scene ([`Scene`]): What was decoded.
-        reference ([`Reference`]): The truth.
-        outcome ([`Outcome`]): What the consumer did.
-        tolerance (`float`): Relative gap in tau that passes, as a note.
-    """
+    """Check a consumer against the reference; a relative gap in tau up to `tolerance` passes, as a note."""
     problems, notes, others = _compare_texts(scene, reference, outcome)
     counts, expected, num_other_chains = outcome.counts, Counts.of_chains(reference.chains, scene.num_drafts), None
     if outcome.chains is not None:
-        # A text that left the target's own at a near tie has other blocks from there on; it says nothing of the
-        # drafter.
+        # A text that left the target's own at a near tie has other blocks from there on, whatever the drafter.
         same = [row for row in range(len(scene.prompts)) if row not in others]
         counts, expected = (
             Counts.of_chains([chains[row] for row in same], scene.num_drafts)
             for chains in (outcome.chains, reference.chains)
         )
-        differing = [row for row in same if outcome.chains[row] != reference.chains[row]]
-        num_other_chains = len(differing)
+        num_other_chains = sum(outcome.chains[row] != reference.chains[row] for row in same)
     if counts is not None:
         found = _compare_rounds(scene, reference, outcome, counts, expected, tolerance)
         problems += found[0]
@@ -98,11 +88,9 @@ def compare(scene: Scene, reference: Reference, outcome: Outcome, tolerance: flo
 
 def _compare_texts(scene: Scene, reference: Reference, outcome: Outcome) -> tuple[list[str], list[str], set[int]]:
     """Return problems, notes, and the prompts whose response is not the target's own."""
-    if outcome.responses is None:
-        return [], [], set()
     places = {}
-    for row, (own, other) in enumerate(zip(reference.responses, outcome.responses, strict=True)):
-        place = first_difference(own[: scene.max_new_tokens], other[: scene.max_new_tokens])
+    for row, other in enumerate(outcome.responses or ()):
+        place = first_difference(reference.responses[row][: scene.max_new_tokens], other[: scene.max_new_tokens])
         if place is not None:
             places[row] = place
     if not places:
@@ -114,11 +102,7 @@ def _compare_texts(scene: Scene, reference: Reference, outcome: Outcome) -> tupl
     )
     text = f"{outcome.name}: {len(places)} of {len(scene.prompts)} outputs are not the target's own: {told}"
     if not reference.is_exact:
-        return (
-            [],
-            [f"{text}; it computes in less than float32, so that choices between close tokens may differ."],
-            set(places),
-        )
+        return [], [f"{text}; it computes in less than float32, where close tokens may change places."], set(places)
     if max(gaps.values()) < NEAR_TIE:
         return [], [f"{text}; near ties, which kernels that add in another order break otherwise."], set(places)
     return [f"{text}: no near tie, so the consumer does not decode this target greedily."], [], set(places)
@@ -137,7 +121,7 @@ def _compare_rounds(
     )
     told, widest = "", float("inf")
     if outcome.chains is not None:
-        told, widest = _first_blocks(scene, reference, outcome)
+        told, widest = _first_blocks(scene, reference, outcome.chains)
     if not abs(gap) <= tolerance:
         return [f"{text}{told}. {_hint(counts, expected)}"], []
     if outcome.chains is None:
@@ -147,10 +131,10 @@ def _compare_rounds(
     return [], [f"{text}{told}; near ties of two drafts."]
 
 
-def _first_blocks(scene: Scene, reference: Reference, outcome: Outcome) -> tuple[str, float]:
+def _first_blocks(scene: Scene, reference: Reference, chains: list[list[int]]) -> tuple[str, float]:
     """Describe the first blocks that end elsewhere, and return the widest gap between two best drafts there."""
     told, widest = [], 0.0
-    for row, (own, other) in enumerate(zip(reference.chains, outcome.chains, strict=True)):
+    for row, (own, other) in enumerate(zip(reference.chains, chains, strict=True)):
         index = first_difference(own, other)
         if index is None:
             continue
@@ -194,9 +178,7 @@ def _target_gap(scene: Scene, row: int, response: Sequence[int], place: int) -> 
 
 @torch.no_grad()
 def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slot: int) -> float:
-    """
-    Return how far apart the drafter's two best logits are for a slot of the block at token `anchor` of a response.
-    """
+    """Return how far apart the drafter's two best logits are for a slot of the block at token `anchor`."""
     target, drafter = scene.target, scene.drafter
     ids = torch.tensor([[*scene.prompts[row], *response]], device=target.device)
     features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from .compare import Outcome, Reference
-from .counting import anchors_of, started_within
+from .counting import anchors_of, first_difference, started_within
 from .engines import find_reason_to_skip, run_engine
 from .scene import Scene, generate
 
@@ -79,18 +79,15 @@ def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
     return Outcome(name, responses, chains, None, remark)
 
 
-def run_transformers(scene: Scene) -> Outcome:
+def _run_transformers(scene: Scene, reference: Reference) -> Outcome:
     """Decode with `assistant_model`, from the folder of transformers' own layout."""
     dtype = scene.target.causal_lm.dtype
     drafter = AutoModel.from_pretrained(scene.layouts["transformers"], dtype=dtype, trust_remote_code=False)
-    return _decode(
-        scene,
-        "transformers",
-        {"assistant_model": drafter.to(scene.target.device).eval(), "speculation_type": "dflash"},
-    )
+    options = {"assistant_model": drafter.to(scene.target.device).eval(), "speculation_type": "dflash"}
+    return _decode(scene, "transformers", options)
 
 
-def run_custom_generate(scene: Scene) -> Outcome:
+def _run_custom_generate(scene: Scene, reference: Reference) -> Outcome:
     """Decode with the function that the export carries: this runs its code."""
     with TemporaryDirectory() as scratch:
         # transformers keeps modules by the folder's name, and the function keeps drafters by theirs: a new name reads
@@ -107,22 +104,20 @@ def run_custom_generate(scene: Scene) -> Outcome:
 # It does not decode: from its logits at every anchor of the text follows what it would have kept, hence its rounds.
 
 
-def run_speculators(scene: Scene, reference: Reference) -> Outcome:
+def _run_speculators(scene: Scene, reference: Reference) -> Outcome:
     """
-    Load a speculators layout with the library, and count what it keeps along the target's responses.
-
-    Args:
-        scene ([`Scene`]): The library reads embedding and head where its `target_name` leads, a folder or the Hub.
-        reference ([`Reference`]): The library's class is asked at the anchors of its rounds.
+    Load a speculators layout with the library, and count what it keeps along the target's responses, at the anchors of
+    the reference's rounds. It reads embedding and head where `target_name` leads, a folder or the Hub.
     """
-    from speculators import SpeculatorModel
+    from speculators import SpeculatorModel  # pyright: ignore[reportMissingImports]  an optional package
 
+    assert scene.target_name is not None, "_why_not_speculators"
     folder = scene.layouts["speculators"]
     with TemporaryDirectory() as scratch:
         # The library looks for the target where the config names it, which may not be where this one came from.
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-        is_local = Path(scene.target_name).is_dir()
-        source = str(Path(scene.target_name).resolve()) if is_local else scene.target_name
+        place = Path(scene.target_name)
+        source = str(place.resolve()) if place.is_dir() else scene.target_name
         config["speculators_config"]["verifier"]["name_or_path"] = source
         (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         shutil.copy(folder / SAFETENSORS_FILE, Path(scratch) / SAFETENSORS_FILE)
@@ -136,12 +131,7 @@ def run_speculators(scene: Scene, reference: Reference) -> Outcome:
 
 
 def _chain(
-    scene: Scene,
-    model: Any,
-    find: Callable,
-    prompt: list[int],
-    response: list[int],
-    chain: list[int],
+    scene: Scene, model: Any, find: Callable, prompt: list[int], response: list[int], chain: list[int]
 ) -> list[int]:
     """Return what the library's class keeps at the anchors of the reference's chain, as far as both agree on them."""
     anchors = torch.tensor(anchors_of(chain), device=scene.target.device) + len(prompt)
@@ -150,11 +140,9 @@ def _chain(
     slots = torch.arange(1, scene.num_drafts + 1, device=ids.device)
     is_kept = drafts == ids[0, anchors[:, None] + slots]
     kept = is_kept.long().cumprod(dim=1).sum(dim=1).tolist()
-    for index, (own, other) in enumerate(zip(chain, kept, strict=True)):
-        if own != other:
-            # Behind a block that ends elsewhere, its anchors are others.
-            return kept[: index + 1]
-    return kept
+    # Behind a block that ends elsewhere, its anchors are others.
+    index = first_difference(chain, kept)
+    return kept if index is None else kept[: index + 1]
 
 
 def _padded(scene: Scene, ids: torch.Tensor, extra: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,13 +199,7 @@ def _dflash_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.T
 
 @dataclass(frozen=True)
 class Consumer:
-    """
-    Somebody who decodes with the published files.
-
-    Attributes:
-        find_reason (`Callable`): Given the scene, returns why it cannot be run, or `None`.
-        run (`Callable`): Given the scene and the reference, decodes the prompts.
-    """
+    """Somebody who decodes with the published files: why it cannot be run, if so, and how it is."""
 
     find_reason: Callable[[Scene], str | None]
     run: Callable[[Scene, Reference], Outcome]
@@ -255,9 +237,9 @@ def _why_not_speculators(scene: Scene) -> str | None:
 
 
 CONSUMERS = {
-    "transformers": Consumer(_why_not_transformers, lambda scene, reference: run_transformers(scene)),
-    "custom_generate": Consumer(_why_not_custom_generate, lambda scene, reference: run_custom_generate(scene)),
-    "speculators": Consumer(_why_not_speculators, run_speculators),
+    "transformers": Consumer(_why_not_transformers, _run_transformers),
+    "custom_generate": Consumer(_why_not_custom_generate, _run_custom_generate),
+    "speculators": Consumer(_why_not_speculators, _run_speculators),
     "vllm": Consumer(partial(find_reason_to_skip, "vllm"), lambda scene, reference: run_engine("vllm", scene)),
     "sglang": Consumer(partial(find_reason_to_skip, "sglang"), lambda scene, reference: run_engine("sglang", scene)),
 }

@@ -32,16 +32,17 @@ def find_reason_to_skip(name: str, scene: Scene) -> str | None:
     python = scene.engines.python
     if _find_layout(name, scene) is None:
         return f"{name} reads no layout of this export"
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    if subprocess.run([python, "-P", "-c", probe], check=False).returncode != 0:
+    if not _holds(python, f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"):
         return f"{name} is not installed" + ("" if python == sys.executable else f" for {python}")
     if scene.target_name is None:
         return "engines load the target themselves, and no folder or id of it was given (`target_name`)"
-    if name == "sglang":
-        probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-        if subprocess.run([python, "-P", "-c", probe], check=False).returncode != 0:
-            return "SGLang decodes speculatively on a GPU, and there is none"
+    if name == "sglang" and not _holds(python, "import sys, torch; sys.exit(not torch.cuda.is_available())"):
+        return "SGLang decodes speculatively on a GPU, and there is none"
     return None
+
+
+def _holds(python: str, probe: str) -> bool:
+    return subprocess.run([python, "-P", "-c", probe], check=False).returncode == 0
 
 
 def _find_layout(name: str, scene: Scene) -> Path | None:
@@ -50,53 +51,42 @@ def _find_layout(name: str, scene: Scene) -> Path | None:
 
 def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: bool = False) -> Outcome:
     """
-    Decode the prompts in an engine.
-
-    Args:
-        name (`str`): `"vllm"` or `"sglang"`.
-        scene ([`Scene`]): Prompts and sizes, and how to start the engine.
-        model (`str`, *optional*):
-            What the engine serves in place of the target: a speculators layout, whose config names target and numbers.
-        is_plain (`bool`, *optional*): Decode with the target alone.
-
-    Raises:
-        EngineFailure: With the last lines of its log.
+    Decode the prompts in an engine, with the target alone if `is_plain`. In place of the target, vLLM can serve a
+    `model`: a speculators layout, whose config names target and numbers.
     """
     speculative = None
-    if model is None and not is_plain:
+    folder = _find_layout(name, scene)
+    if folder is not None and model is None and not is_plain:
         # vLLM's own form; SGLang's settings are derived from it.
         speculative = {
             "method": scene.drafter.config.family,
-            "model": str(_find_layout(name, scene).resolve()),
+            "model": str(folder.resolve()),
             "num_speculative_tokens": scene.num_drafts,
         }
     settings = scene.engines
     longest = max(len(prompt) for prompt in scene.prompts) + scene.num_decoded + 2 * (scene.num_drafts + 1)
-    reply = _ask(
-        name,
-        settings,
-        {
-            "model": model or str(scene.target_name),
-            "prompts": scene.prompts,
-            "max_new_tokens": scene.max_new_tokens,
-            "speculative": speculative,
-            "has_drafter": speculative is not None or model is not None,
-            "dtype": settings.dtype,
-            "max_model_len": min(longest, scene.target.config.max_position_embeddings),
-            "batch_size": settings.batch_size,
-            "cache_bytes": _cache_bytes(scene, longest * settings.batch_size),
-        },
-    )
+    request = {
+        "model": model or str(scene.target_name),
+        "prompts": scene.prompts,
+        "max_new_tokens": scene.max_new_tokens,
+        "speculative": speculative,
+        "has_drafter": speculative is not None or model is not None,
+        "dtype": settings.dtype,
+        "max_model_len": min(longest, scene.target.config.max_position_embeddings),
+        "batch_size": settings.batch_size,
+        "cache_bytes": _cache_bytes(scene, longest * settings.batch_size),
+    }
+    reply = _ask(name, settings, request)
     accepted, counts = reply["accepted"], None
     # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have only those.
     chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
     if reply.get("num_rounds") is not None:
         counts = Counts((reply["num_rounds"],), (tuple(reply["kept_at_slot"]),))
-    if chains is not None and counts not in (None, Counts.of_chains(chains, scene.num_drafts).pooled()):
-        raise EngineFailure(
-            f"{name} counts {counts.num_blocks} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but its "
-            "requests report others."
-        )
+        if chains is not None and counts != Counts.of_chains(chains, scene.num_drafts).pooled():
+            raise EngineFailure(
+                f"{name} counts {counts.num_blocks} rounds and {sum(counts.kept_at_slot)} accepted drafts in all, but "
+                "its requests report others."
+            )
     remark = f"{name} {reply['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"
     return Outcome(name, reply["responses"], chains, counts, remark)
 

@@ -40,14 +40,7 @@ class Fingerprint:
 
 @torch.no_grad()
 def take_fingerprint(target: FrozenTarget, drafter: Drafter, num_drafts: int) -> Fingerprint:
-    """
-    Draft along a fixed text of random tokens, each slot reading the text and not the drafts before it.
-
-    Args:
-        target ([`FrozenTarget`]): Reads the text.
-        drafter ([`Drafter`]): In evaluation mode.
-        num_drafts (`int`): Drafts per block, K.
-    """
+    """Draft along a fixed text of random tokens, each slot reading the text and not the drafts before it."""
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(target.vocab_size, (1, _LENGTH), generator=generator).to(target.device)
     features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
@@ -80,14 +73,8 @@ def rounded_like(drafter: Drafter, dtype: torch.dtype) -> Drafter:
 
 def find_reasons(published: Drafter, checkpoint: Drafter) -> list[str]:
     """
-    Say in which settings and tensors a published drafter is not its checkpoint.
-
-    Args:
-        published ([`Drafter`]): Read from the export.
-        checkpoint ([`Drafter`]): Read from the training checkpoint, not rounded.
-
-    Returns:
-        `list[str]`, empty where all settings agree and every tensor is the checkpoint's, or its bfloat16 rounding.
+    Return in which settings and tensors a published drafter is not its checkpoint, or the checkpoint's bfloat16
+    rounding.
     """
     return [*_config_reasons(published, checkpoint), *_tensor_reasons(published, checkpoint)]
 
@@ -117,29 +104,22 @@ def _tensor_reasons(published: Drafter, checkpoint: Drafter) -> Iterator[str]:
             other.append(f"{name} has shape {tuple(stored.shape)} instead of {tuple(trained.shape)}")
         elif not stored.is_floating_point():
             if not torch.equal(stored, trained):
-                yield _vocabulary_reason(name, stored, trained)
-        elif not any(
-            torch.equal(stored, trained.to(dtype).to(stored.dtype)) for dtype in (trained.dtype, torch.bfloat16)
-        ):
-            if torch.equal(stored, trained.to(torch.float16).to(stored.dtype)):
-                halved.append(name)
-            else:
-                other.append(f"{name} by up to {(stored - trained).abs().max():.3g}")
+                yield (
+                    f"its {name} differs from the checkpoint's in {int((stored != trained).sum())} of {len(trained)} "
+                    "entries, so drafts stand for other tokens than in training"
+                )
+        elif any(_is_rounded(stored, trained, dtype) for dtype in (trained.dtype, torch.bfloat16)):
+            continue
+        elif _is_rounded(stored, trained, torch.float16):
+            halved.append(name)
+        else:
+            other.append(f"{name} by up to {(stored - trained).abs().max():.3g}")
     if halved:
-        yield (
-            f"{len(halved)} tensors were rounded to float16, the first {halved[0]!r}; bfloat16 is what every engine "
-            "reads"
-        )
+        yield f"{len(halved)} tensors were rounded to float16, the first {halved[0]!r}; engines read bfloat16"
     if other:
-        yield (
-            f"{len(other)} tensors differ: {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}; they are from "
-            "another step, or damaged"
-        )
+        more = ", ..." if len(other) > 3 else ""
+        yield f"{len(other)} tensors differ: {', '.join(other[:3])}{more}; they are from another step, or damaged"
 
 
-def _vocabulary_reason(name: str, stored: torch.Tensor, trained: torch.Tensor) -> str:
-    num_other = int((stored != trained).sum())
-    return (
-        f"its {name} differs from the checkpoint's in {num_other} of {len(trained)} entries: the draft vocabulary is "
-        "another one, perhaps stale, so drafts stand for other tokens than in training"
-    )
+def _is_rounded(stored: torch.Tensor, trained: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(stored, trained.to(dtype).to(stored.dtype))

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from ..drafters.auto import AutoDrafter
 from ..drafters.published.checkpoint import CONFIG_FILE
 from ..drafters.published.configs import parse_drafter_config
-from ..export import PUBLISHED_NAMES, TargetOfExport, read_target
+from ..export import LAYOUTS, PUBLISHED_NAMES, TargetOfExport, read_target
 from ..export.rules import check_folder
 from ..export.serving import SERVING_FILE
 from ..target.frozen import FrozenTarget
@@ -25,11 +24,10 @@ from .compare import Outcome, Reference, compare
 from .consumers import CONSUMERS
 from .engines import WORKERS, EngineFailure, run_engine
 from .report import VerificationReport
-from .scene import EngineSettings, Scene, decode_plainly, decode_with_us
+from .scene import EngineSettings, Scene, decode_plainly, decode_with_us, load_drafter
 from .training import compare_with_training
 
 
-_SUBFOLDERS = ("speculators", "transformers")
 # What a consumer raises on files it cannot use; anything else is a fault of ours and comes through.
 _REFUSALS = (EngineFailure, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 
@@ -52,9 +50,8 @@ def verify_drafter(
     """
     Check a published drafter against its training, and every consumer at hand against our reference loop.
 
-    Decodes each prompt alone to a fixed number of tokens, the end of sequence ignored on all sides, and counts the
-    rounds that start within `max_new_tokens` tokens, each with all the drafts it kept. Engines do so too: a block that
-    the limit cuts counts whole.
+    Decodes each prompt alone, the end of sequence ignored on all sides, and counts the rounds that start within
+    `max_new_tokens` tokens. As in engines, a block that the limit cuts counts whole.
 
     Args:
         path (`str` or `Path`): Folder or Hub id of the published drafter.
@@ -89,7 +86,7 @@ def verify_drafter(
     target_name = target_name or target.causal_lm.config.name_or_path or None
     _check_rules(report, folder, layouts, target, target_name)
     try:
-        drafter = AutoDrafter.from_pretrained(folder, num_target_layers=target.num_layers)
+        drafter = load_drafter(folder, target)
     except ValueError as error:
         report.problems.append(f"The drafter cannot be loaded, so nothing was decoded: {error}")
         return report
@@ -97,7 +94,7 @@ def verify_drafter(
         target=target,
         target_name=target_name,
         folder=folder,
-        drafter=drafter.to(target.device),
+        drafter=drafter,
         prompts=[list(prompt) for prompt in prompts],
         num_drafts=num_drafts or drafter.default_num_drafts,
         max_new_tokens=max_new_tokens,
@@ -142,7 +139,7 @@ def _find_folder(path: str | Path, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"There is no folder {str(path)!r}. Give the folder that holds config.json, or a Hub id."
         )
-    patterns = [*sorted(PUBLISHED_NAMES), *(f"{name}/*" for name in (*_SUBFOLDERS, "custom_generate"))]
+    patterns = [pattern for name in sorted(PUBLISHED_NAMES) for pattern in (name, f"{name}/*")]
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
@@ -154,7 +151,7 @@ def _find_layouts(folder: Path, target: FrozenTarget) -> dict[str, Path]:
     raw = json.loads(config.read_text("utf-8"))
     stated = None if raw.get("num_target_layers") else target.num_layers
     layouts = {parse_drafter_config(raw, num_target_layers=stated).layout: folder}
-    for name in _SUBFOLDERS:
+    for name in LAYOUTS[1:]:
         if (folder / name / CONFIG_FILE).is_file():
             layouts.setdefault(name, folder / name)
     return layouts
@@ -201,6 +198,6 @@ def _tell_from_plain(name: str, scene: Scene, outcome: Outcome) -> str:
         plain = run_engine(name, scene, is_plain=True)
     except EngineFailure as error:
         return f"{name}: its plain decoding could not be compared: {error}"
-    is_same = plain.responses == outcome.responses
-    writes, whose = ("the same", "its own") if is_same else ("other", "not its own")
-    return f"{name}: its plain decoding writes {writes} outputs, so the difference is {whose}."
+    if plain.responses == outcome.responses:
+        return f"{name}: its plain decoding writes the same outputs, so the difference is its own."
+    return f"{name}: its plain decoding writes other outputs, so the difference is not its own."

@@ -34,14 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    What comparing one consumer with the reference found.
-
-    Attributes:
-        row ([`Row`]): For the table.
-        problems (`list[str]`): Differences without an explanation.
-        notes (`list[str]`): Differences with one.
-    """
+    """What comparing one consumer with the reference found: differences without an explanation, and with one."""
 
     row: Row
     problems: list[str]
@@ -90,15 +83,8 @@ class VerificationReport:
 
     def table(self, title: str) -> Table:
         """Return a table to print with `rich`, remarks and notes below it."""
-        table = Table(
-            Column("", no_wrap=True),
-            "tau",
-            "rounds",
-            "outputs equal",
-            "rounds equal",
-            "acceptance per slot",
-            title=title,
-        )
+        heads = ("tau", "rounds", "outputs equal", "rounds equal", "acceptance per slot")
+        table = Table(Column("", no_wrap=True), *heads, title=title)
         for row in self.rows:
             table.add_row(
                 row.name,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -87,11 +88,17 @@ class Scene:
 
     def load(self, folder: str | Path) -> Drafter:
         """Load another drafter of this target."""
-        return AutoDrafter.from_pretrained(folder, num_target_layers=self.target.num_layers).to(self.target.device)
+        return load_drafter(folder, self.target)
+
+
+def load_drafter(folder: str | Path, target: FrozenTarget) -> Drafter:
+    """Load a drafter of a target onto the target's device."""
+    drafter = AutoDrafter.from_pretrained(folder, num_target_layers=target.num_layers)
+    return drafter.to(target.device)  # pyright: ignore[reportArgumentType]  its type takes the device for `self`
 
 
 @contextmanager
-def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
+def _decoding_greedily(target: FrozenTarget) -> Iterator[None]:
     """Have the target decode greedily past every end of sequence, whatever its generation config states."""
     own = target.causal_lm.generation_config
     target.causal_lm.generation_config = GenerationConfig(do_sample=False, pad_token_id=target.pad_token_id)
@@ -102,16 +109,18 @@ def decoding_greedily(target: FrozenTarget) -> Iterator[None]:
 
 
 @torch.no_grad()
-def generate(scene: Scene, prompt: list[int], **options) -> list[int]:
-    """
-    Return `scene.num_decoded` tokens that the target's own `generate` writes after a prompt, under further `options`.
-    """
+def generate(scene: Scene, prompt: list[int], **options: Any) -> list[int]:
+    """Return `scene.num_decoded` tokens that the target's own `generate` writes after a prompt."""
     ids = torch.tensor([prompt], device=scene.target.device)
-    with decoding_greedily(scene.target):
-        output = scene.target.causal_lm.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=scene.num_decoded, **options
-        )
+    # Its class has no type for `generate`.
+    model: Any = scene.target.causal_lm
+    with _decoding_greedily(scene.target):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=scene.num_decoded, **options)
     return output[0, len(prompt) :].tolist()
+
+
+def _drafting(scene: Scene) -> DraftingSettings:
+    return DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False)
 
 
 def decode_plainly(scene: Scene) -> list[list[int]]:
@@ -127,7 +136,7 @@ def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
             scene.target,
             scene.drafter,
             [prompt],
-            DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False),
+            _drafting(scene),
             DrawKeys(0, 0, [0]),
             max_new_tokens=scene.num_decoded,
             eos_token_ids=[],
@@ -141,16 +150,9 @@ def replay(
     scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
 ) -> list[list[int]]:
     """
-    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without
-    generation.
-
-    Args:
-        scene ([`Scene`]): Prompts and settings.
-        drafter ([`Drafter`]): Any drafter of the same target.
-        responses (`list[list[int]]`): What [`decode_plainly`] returned.
-        num_prompts (`int`, *optional*): Replay only the first few.
+    Return the chains a drafter makes along the target's own responses to the first prompts: the estimate that training
+    uses, without generation.
     """
-    settings = DraftingSettings(scene.num_drafts, GREEDY, "greedy", keep_branch_hidden=False)
     chains: list[list[int]] = []
     pairs = list(zip(scene.prompts, responses, strict=True))[:num_prompts]
     for start in range(0, len(pairs), _REPLAY_ROWS):
@@ -159,7 +161,7 @@ def replay(
             scene.target,
             drafter,
             text,
-            settings,
+            _drafting(scene),
             DrawKeys(0, 0, text.sample_ids),
             segment_length=_SEGMENT_LENGTH,
             chunk_bytes=_CHUNK_BYTES,
@@ -172,10 +174,8 @@ def _as_text(target: FrozenTarget, pairs: list[tuple[list[int], list[int]]]) -> 
     rows = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=target.pad_token_id)
     index = torch.arange(input_ids.shape[1])
-    lengths, starts = (
-        torch.tensor(sizes)[:, None] for sizes in ([len(row) for row in rows], [len(prompt) for prompt, _ in pairs])
-    )
-    is_text = index < lengths
+    starts = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
+    is_text = index < torch.tensor([len(row) for row in rows])[:, None]
     return TargetText(
         input_ids=input_ids.to(target.device),
         attention_mask=is_text.long().to(target.device),

@@ -8,6 +8,7 @@ Where its output lacks a field, the consumer is reported as failed and nothing i
 
 import json
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
         `dict` with `version`, `responses`, `num_rounds` and `kept_at_slot`; `accepted` is `None`, because the engine
         reports how many rounds kept how many drafts, and not in which order.
     """
-    import sglang
+    import sglang  # pyright: ignore[reportMissingImports]  it may be in another environment
 
     options: dict[str, Any] = {
         "model_path": request["model"],
@@ -68,12 +69,9 @@ def _count(reports: list[dict[str, Any]], num_drafts: int) -> dict[str, Any]:
     name = next((name for name in _HISTOGRAMS if name in reports[0]), None)
     if name is None:
         raise KeyError(f"this SGLang reports none of {_HISTOGRAMS}, but {sorted(reports[0])}")
-    kept = [0] * num_drafts
-    for report in reports:
-        for accepted, num_rounds in enumerate(report[name]):
-            for slot in range(accepted):
-                kept[slot] += num_rounds
-    return {"num_rounds": sum(sum(report[name]) for report in reports), "kept_at_slot": kept}
+    rounds = [sum(counts) for counts in zip_longest(*(report[name] for report in reports), fillvalue=0)]
+    kept = [sum(rounds[slot:]) for slot in range(1, num_drafts + 1)]
+    return {"num_rounds": sum(rounds), "kept_at_slot": kept}
 
 
 if __name__ == "__main__":

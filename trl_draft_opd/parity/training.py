@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..drafters.base import Drafter
+from ..drafters.eagle3 import Eagle3DraftModel
 from ..drafters.published.checkpoint import CONFIG_FILE
 from ..evaluation import evaluate_drafter
 from ..export.record import Measurement, prompts_digest, read_record
@@ -33,14 +34,8 @@ def compare_with_training(
     scene: Scene, reference: Reference, checkpoint: str | Path | None, tolerance: float, report: VerificationReport
 ) -> None:
     """
-    Compare the published drafter with what was trained, and the reference with what training would estimate.
-
-    Args:
-        scene ([`Scene`]): The published drafter, its layouts and the prompts.
-        reference ([`Reference`]): The target's responses, and our rounds with the drafter.
-        checkpoint (`str` or `Path`, *optional*): What was trained.
-        tolerance (`float`): Relative gap in tau that passes, as a note.
-        report ([`VerificationReport`]): Takes in what is found.
+    Compare the published drafter with what was trained, and the reference with what training would estimate; `report`
+    takes in what is found.
     """
     report.problems += _compare_layouts(scene)
     if checkpoint is None:
@@ -48,8 +43,8 @@ def compare_with_training(
             "none was given (`--checkpoint`), so the export was not compared with what was trained"
         )
         estimator, whose = scene.drafter, "published"
-        suspects = [suspect_layer_ids(scene, reference.responses), suspect_vocabulary(scene)]
-        report.problems += [f"{each[0].upper()}{each[1:]}." for each in suspects if each is not None]
+        suspects = [_suspect_layer_ids(scene, reference.responses), _suspect_vocabulary(scene)]
+        report.problems += [each for each in suspects if each is not None]
     else:
         estimator, problem = _compare_with_checkpoint(scene, scene.load(checkpoint))
         whose = "checkpoint's"
@@ -97,27 +92,17 @@ def _compare_with_checkpoint(scene: Scene, trained: Drafter) -> tuple[Drafter, s
 # ---- without a checkpoint -------------------------------------------------------------------------------------------
 
 
-def suspect_layer_ids(scene: Scene, responses: list[list[int]]) -> str | None:
-    """
-    Replay the first prompts with each layer id one off, and with all of them one off.
-
-    Args:
-        scene ([`Scene`]): Prompts and drafter.
-        responses (`list[list[int]]`): The target's own.
-
-    Returns:
-        `str`: which ids suit better, or `None` if none do.
-    """
-    config = scene.drafter.config
-    named = list(config.target_layer_ids)
+def _suspect_layer_ids(scene: Scene, responses: list[list[int]]) -> str | None:
+    """Replay the first prompts with each layer id one off, and with all of them; return which ids suit better."""
+    named = list(scene.drafter.config.target_layer_ids)
     own = _tau_with(scene, responses, named)
-    taus = {tuple(ids): _tau_with(scene, responses, ids) for ids in _neighbours(named, scene.target.num_layers)}
-    best = max(taus, key=taus.get, default=None)
-    if best is None or taus[best] - 1 <= (1 + _GAIN) * (own - 1) + 0.02:
+    taus = [(_tau_with(scene, responses, ids), ids) for ids in _neighbours(named, scene.target.num_layers)]
+    best, ids = max(taus, key=lambda found: found[0], default=(0.0, named))
+    if best - 1 <= (1 + _GAIN) * (own - 1) + 0.02:
         return None
     return (
-        f"the layer ids {named} look wrong: with {list(best)} tau is {taus[best]:.3f} instead of {own:.3f} on the "
-        f"first {min(_NUM_PROMPTS, len(scene.prompts))} prompts"
+        f"The layer ids {named} look wrong: with {ids} tau is {best:.3f} instead of {own:.3f} on the first "
+        f"{min(_NUM_PROMPTS, len(scene.prompts))} prompts."
     )
 
 
@@ -133,28 +118,23 @@ def _tau_with(scene: Scene, responses: list[list[int]], ids: list[int]) -> float
 
 
 def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:
-    moves = [
-        [step if place == index else 0 for place in range(len(ids))] for index in range(len(ids)) for step in (-1, 1)
-    ]
-    moves += [[-1] * len(ids), [1] * len(ids)]
-    tried = [[i + step for i, step in zip(ids, move, strict=True)] for move in moves]
+    tried = [[*ids[:place], ids[place] + step, *ids[place + 1 :]] for place in range(len(ids)) for step in (-1, 1)]
+    tried += [[i + step for i in ids] for step in (-1, 1)]
     return [each for each in tried if each == sorted(set(each)) and each[0] >= 0 and each[-1] < num_layers - 1]
 
 
 @torch.no_grad()
-def suspect_vocabulary(scene: Scene) -> str | None:
+def _suspect_vocabulary(scene: Scene) -> str | None:
     """
-    Compare rows of an EAGLE-3 head with the target's, where training starts them: each should resemble its own
-    token's.
-
-    Returns:
-        `str` if many rows resemble another token's clearly more than their own; `None` otherwise, and for heads that
-        resemble none.
+    Compare rows of an EAGLE-3 head with the target's, where training starts them: it is suspect if many resemble
+    another token's clearly more than their own.
     """
-    drafter: Drafter = scene.drafter
-    token_ids = drafter.draft_token_ids
-    head = scene.target.causal_lm.get_output_embeddings().weight
-    if token_ids is None or head.shape[1] != drafter.lm_head.weight.shape[1]:
+    drafter = scene.drafter
+    output = scene.target.causal_lm.get_output_embeddings()
+    if output is None or not isinstance(drafter, Eagle3DraftModel) or drafter.draft_token_ids is None:
+        return None
+    token_ids, head = drafter.draft_token_ids, output.weight
+    if head.shape[1] != drafter.lm_head.weight.shape[1]:
         return None
     picks = torch.linspace(0, len(token_ids) - 1, min(_NUM_ROWS, len(token_ids))).long().unique().to(token_ids.device)
     rows = torch.nn.functional.normalize(drafter.lm_head.weight[picks].float(), dim=-1)
@@ -170,8 +150,8 @@ def suspect_vocabulary(scene: Scene) -> str | None:
     if is_other.float().mean() <= 0.1:
         return None
     return (
-        f"d2t looks stale: of {len(picks)} rows of the head, {int(is_other.sum())} resemble the target's row of "
-        "another token than the one d2t names. Export again with the vocabulary the drafter was trained with"
+        f"D2t looks stale: of {len(picks)} rows of the head, {int(is_other.sum())} resemble the target's row of "
+        "another token than the one d2t names. Export again with the vocabulary the drafter was trained with."
     )
 
 
@@ -218,7 +198,7 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
     gap = found.tau / recorded.tau - 1
     if abs(gap) <= tolerance:
         return
-    text = f"tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training"
+    text = f"Tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training"
     text += f" ({gap:+.2%})"
     # Rounding to bfloat16, and a target in bfloat16 then and float32 now, move tau within its noise; a wrong export
     # moves it out.
@@ -228,6 +208,4 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
             f"{recorded.target_dtype}."
         )
     else:
-        report.problems.append(
-            f"{text[0].upper()}{text[1:]}, outside of the recorded interval: the export is not what was measured."
-        )
+        report.problems.append(f"{text}, outside of the recorded interval: the export is not what was measured.")

@@ -37,9 +37,10 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
         where nothing is drafted or this vLLM does not report them), and the engine's counters `num_rounds` and
         `kept_at_slot`.
     """
-    import vllm
-    from vllm import LLM, SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
+    # It may be in another environment than the types are checked in.
+    import vllm  # pyright: ignore[reportMissingImports]
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
 
     options = {
         "model": request["model"],
@@ -60,7 +61,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=False)]
-    kept = [getattr(output, "spec_decode_metrics", None) for output in outputs]
+    kept: list[Any] = [getattr(output, "spec_decode_metrics", None) for output in outputs]
     return {
         "version": vllm.__version__,
         "responses": [list(output.token_ids) for output in outputs],
@@ -70,12 +71,12 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(metrics: list) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict.fromkeys(_COUNTERS)
     for name, metric_name in _COUNTERS.items():
         for metric in metrics:
             if metric.name in (metric_name, f"{metric_name}_total"):
                 found[name] = list(metric.values) if hasattr(metric, "values") else int(metric.value)
-    return {name: found.get(name) for name in _COUNTERS}
+    return found
 
 
 if __name__ == "__main__":

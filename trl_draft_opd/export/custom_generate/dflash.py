@@ -2,14 +2,14 @@
 """
 Decode with a DFlash drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
-Takes every argument of `generate`, and `drafter`, the folder or Hub id of the drafter, in place of the one named below. Uses
-transformers' own DFlash decoding, which reads the `transformers/` folder of the repository: one sequence at a time, any target whose
-cache can be cropped, and whole blocks alone.
+Takes every argument of `generate`, and `drafter`, the drafter's folder or Hub id, in place of the one named below.
+Uses transformers' own DFlash decoding, which reads the `transformers/` folder of the repository: one sequence at a
+time, any target whose cache can be cropped, and whole blocks alone.
 """
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import AutoModel
 
 
@@ -17,11 +17,11 @@ from transformers import AutoModel
 DRAFTER = None
 
 # (source, device, dtype) to (which files, drafter).
-_LOADED: dict = {}
+_LOADED: dict[tuple, tuple] = {}
 
 
-def load_drafter(source: str | None, model: torch.nn.Module) -> torch.nn.Module:
-    """Load the drafter in the target's precision, once per place, device and precision; a replaced folder is read again."""
+def load_drafter(source: str | None, model: Any) -> Any:
+    """Load the drafter in the target's precision, once per place, device and precision, and again once replaced."""
     source = source or DRAFTER
     if source is None:
         raise ValueError(
@@ -50,7 +50,7 @@ def load_drafter(source: str | None, model: torch.nn.Module) -> torch.nn.Module:
     return drafter
 
 
-def _check(drafter, target) -> None:
+def _check(drafter: Any, target: Any) -> None:
     """Refuse a drafter of another target."""
     wrong = {
         name: (own, its)
@@ -65,7 +65,7 @@ def _check(drafter, target) -> None:
         raise ValueError(f"The drafter was made for another target: (drafter, target) {wrong}.")
 
 
-def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int | None = None, **kwargs):
+def generate(model: Any, drafter: str | None = None, num_drafts: int | None = None, **kwargs: Any) -> Any:
     """
     Decode with the target, verifying blocks of the drafter; the result is `model.generate`'s own.
 
@@ -79,13 +79,14 @@ def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int
         What `model.generate` returns.
 
     Raises:
-        ValueError: If the drafter is unknown or of another target, or an argument asks for more than one sequence, beams,
-            guidance, or blocks of another size.
+        ValueError: If the drafter is unknown or of another target, or an argument asks for more than one sequence,
+            beams, guidance, or blocks of another size.
         OSError: If the drafter cannot be found.
     """
     if kwargs.get("assistant_model") is not None:
         raise ValueError(
-            "`assistant_model` is what this function supplies. Leave it out, or call `generate` without `custom_generate`."
+            "`assistant_model` is what this function supplies. Leave it out, or call `generate` without "
+            "`custom_generate`."
         )
     config = kwargs.get("generation_config") or model.generation_config
     for name in ("num_beams", "guidance_scale"):
@@ -98,7 +99,7 @@ def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int
     loaded = load_drafter(drafter, model)
     if num_drafts not in (None, loaded.config.block_size - 1):
         raise ValueError(
-            f"transformers drafts whole blocks, {loaded.config.block_size - 1} drafts for this drafter, got `num_drafts` {num_drafts}. "
-            "Leave it out."
+            f"transformers drafts whole blocks, {loaded.config.block_size - 1} drafts for this drafter, got "
+            f"`num_drafts` {num_drafts}. Leave it out."
         )
     return model.generate(**kwargs | {"assistant_model": loaded, "speculation_type": "dflash"})

@@ -2,17 +2,19 @@
 """
 Decode with an EAGLE-3 drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
-Takes every argument of `generate`, and `drafter` (folder or Hub id, in place of the one named below) and `num_drafts`. One
-sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in the same order and with the same
-random numbers, so the text is that of plain decoding; drafts only decide how many tokens one pass of the target yields. What remains
-is rounding: a pass over several tokens adds up in another order than one over a single token, which float32 hardly ever shows and
-bfloat16 may, where two tokens are all but equally likely.
+Takes every argument of `generate`, and `drafter` (folder or Hub id, in place of the one named below) and `num_drafts`.
+One sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in the same order and
+with the same random numbers, so the text is that of plain decoding; drafts only decide how many tokens one pass of the
+target yields. What remains is rounding: a pass over several tokens adds up in another order than one over a single
+token, which float32 hardly ever shows and bfloat16 may, where two tokens are all but equally likely.
 """
 
 import copy
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -29,25 +31,29 @@ DRAFTER = None
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
 _LAYER = (
-    "input_layernorm hidden_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-    "mlp.gate_proj mlp.up_proj mlp.down_proj"
+    "input_layernorm hidden_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+    "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 ).split()
 # What `generate` prepares for a target that reads text alone.
 _PREPARED = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 # (source, device, dtype) to (which files, drafter).
-_LOADED: dict = {}
+_LOADED: dict[tuple, tuple] = {}
 
 
 class Drafter:
     """
     An EAGLE-3 drafter read from its published files, with the keys and values of the text so far.
 
-    Shape letters:  n = new positions, H = hidden size, F = width of the fused layers, h / g = heads / key-value heads, d = head size
+    Shape letters:  n = new positions, H = hidden size, F = width of the fused layers, d = head size
     """
 
-    keys = values = last_state = None
+    keys: Any = None
+    values: Any = None
+    last_state: Any = None
 
-    def __init__(self, config: dict, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    ):
         self.config, self.dtype = config, dtype
         self.tensors = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
@@ -57,7 +63,7 @@ class Drafter:
         self.rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: config[name] for name in names})).to(device)
 
     def for_new_text(self) -> "Drafter":
-        """Return a drafter with the same weights that has read nothing, so that calls in several threads stay apart."""
+        """Return a drafter with the same weights that has read nothing, so that threads stay apart."""
         fresh = copy.copy(self)
         fresh.keys = fresh.values = fresh.last_state = None
         return fresh
@@ -88,7 +94,7 @@ class Drafter:
         return torch.cat(normed, dim=-1)
 
     def read(self, features: torch.Tensor, next_embeds: torch.Tensor) -> None:
-        """Append positions of the text: the target's features `(1, n, F)`, and the embedding `(1, n, H)` of the token behind each."""
+        """Append text: the target's features `(1, n, F)`, and the embedding `(1, n, H)` of the token behind each."""
         states = self._fuse(features.to(self.dtype))
         joined = self._join(next_embeds.to(self.dtype), states)
         start = 0 if self.keys is None else self.keys.shape[2]
@@ -103,7 +109,7 @@ class Drafter:
         cos, sin = self.rotary(states, positions)
         return apply_rotary_pos_emb(states, states, cos, sin)[0]
 
-    def draft(self, token: torch.Tensor, count: int, embed) -> torch.Tensor:
+    def draft(self, token: torch.Tensor, count: int, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Draft the `(1, count)` tokens behind the anchor `token` (`(1, 1)`), which the target has not read yet."""
         state, keys, values, drafts = self.last_state, self.keys, self.values, []
         position = keys.shape[2] - 1
@@ -149,13 +155,13 @@ def _file(source: str, name: str) -> Path:
         raise OSError(f"Could not get {name!r} of the drafter {source!r} from the Hub: {error} {way_out}") from error
 
 
-def _read(source: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read config and tensors, and refuse what is not the flat layout of an EAGLE-3 drafter."""
     config = json.loads(_file(source, "config.json").read_text("utf-8"))
     if _IDS not in (config.get("eagle_config") or {}):
         raise ValueError(
-            f"{source!r} is no EAGLE-3 drafter in the flat layout: architectures {config.get('architectures')}, and no `eagle_config`. "
-            "Name a repository or folder that `trl-draft-opd export` made."
+            f"{source!r} is no EAGLE-3 drafter in the flat layout: architectures {config.get('architectures')}, and "
+            "no `eagle_config`. Name a repository or folder that `trl-draft-opd export` made."
         )
     tensors = load_file(_file(source, "model.safetensors"))
     # The embedding is the target's; the file holds a copy for engines that want one. `t2d` is read in training.
@@ -176,8 +182,8 @@ def _read(source: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return config, tensors
 
 
-def load_drafter(source: str | None, model: torch.nn.Module) -> Drafter:
-    """Load the drafter in the target's precision, once per place, device and precision; a replaced folder is read again."""
+def load_drafter(source: str | None, model: Any) -> Drafter:
+    """Load the drafter in the target's precision, once per place, device and precision, and again once replaced."""
     source = source or DRAFTER
     if source is None:
         raise ValueError(
@@ -195,7 +201,7 @@ def load_drafter(source: str | None, model: torch.nn.Module) -> Drafter:
     return drafter
 
 
-def _check(drafter: dict, target) -> None:
+def _check(drafter: dict[str, Any], target: Any) -> None:
     """Refuse a drafter of another target."""
     pairs = {
         "vocab_size": (drafter["vocab_size"], target.vocab_size),
@@ -213,13 +219,14 @@ def _check(drafter: dict, target) -> None:
 class Taps:
     """Keeps what some layers of the target gave out in its last forward pass in this thread."""
 
-    def __init__(self, model: torch.nn.Module, layer_ids: list[int]):
+    def __init__(self, model: Any, layer_ids: list[int]):
         layers = model.get_decoder().layers
-        self.thread, self.outputs = threading.get_ident(), [None] * len(layer_ids)
+        self.thread = threading.get_ident()
+        self.outputs: list[Any] = [None] * len(layer_ids)
         self.handles = [layers[layer].register_forward_hook(self._keep(i)) for i, layer in enumerate(layer_ids)]
 
-    def _keep(self, index: int):
-        def hook(module, arguments, output):
+    def _keep(self, index: int) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
             if threading.get_ident() == self.thread:
                 self.outputs[index] = output[0] if isinstance(output, tuple) else output
 
@@ -234,7 +241,7 @@ class Taps:
             handle.remove()
 
 
-def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int | None = None, **kwargs):
+def generate(model: Any, drafter: str | None = None, num_drafts: int | None = None, **kwargs: Any) -> Any:
     """
     Decode with the target, verifying drafts; the result is `model.generate`'s own.
 
@@ -245,12 +252,13 @@ def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int
         kwargs: Arguments of `generate`.
 
     Returns:
-        `torch.LongTensor` of shape `(1, length)`: prompt and response; or, with `return_dict_in_generate`, an output with
-        `sequences`, `past_key_values` and, where asked for, `scores` and `logits`.
+        `torch.LongTensor` of shape `(1, length)`: prompt and response; or, with `return_dict_in_generate`, an output
+        with `sequences`, `past_key_values` and, where asked for, `scores` and `logits`.
 
     Raises:
-        ValueError: If the drafter is unknown or of another target, or an argument asks for what blocks cannot do: more than one
-            sequence, beams, inputs that are not text, a cache that cannot be cropped, hidden states or attentions.
+        ValueError: If the drafter is unknown or of another target, or an argument asks for what blocks cannot do: more
+            than one sequence, beams, inputs that are not text, a cache that cannot be cropped, hidden states or
+            attentions.
         OSError: If the drafter cannot be found.
     """
     if kwargs.get("assistant_model") is not None:
@@ -271,7 +279,14 @@ def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int
     # transformers hands a function no streamer.
     streamer = kwargs.get("streamer")
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **rest):
+    def decode(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Callable,
+        stopping_criteria: Callable,
+        generation_config: Any,
+        **rest: Any,
+    ) -> Any:
         _check_decoding(model, input_ids, generation_config, rest)
         taps = Taps(model, loaded.layer_ids)
         try:
@@ -283,7 +298,7 @@ def generate(model: torch.nn.Module, drafter: str | None = None, num_drafts: int
     return model.generate(custom_generate=decode, **kwargs)
 
 
-def _with_stop_strings(kwargs: dict) -> dict:
+def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turn `stop_strings` into a criterion, because transformers hands a function no tokenizer."""
     config = kwargs.get("generation_config")
     strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
@@ -300,10 +315,11 @@ def _with_stop_strings(kwargs: dict) -> dict:
     return kwargs
 
 
-def _check_decoding(model, input_ids, generation_config, rest: dict) -> None:
+def _check_decoding(model: Any, input_ids: torch.Tensor, generation_config: Any, rest: dict[str, Any]) -> None:
     if input_ids.shape[0] != 1 or generation_config.num_beams != 1:
         raise ValueError(
-            f"One sequence at a time, got {input_ids.shape[0]} with num_beams={generation_config.num_beams}. Call `generate` once per prompt."
+            f"One sequence at a time, got {input_ids.shape[0]} with num_beams={generation_config.num_beams}. Call "
+            "`generate` once per prompt."
         )
     unread = sorted(
         name for name, value in rest.items() if name not in _PREPARED and value is not None and value is not False
@@ -317,8 +333,9 @@ def _check_decoding(model, input_ids, generation_config, rest: dict) -> None:
     is_fresh = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not any(cache.is_sliding)
     if kinds or model._is_stateful or not is_fresh:
         raise ValueError(
-            f"Rejected drafts must be cut off the cache, which needs full attention in every layer and a fresh DynamicCache; got layers {sorted(kinds)} "
-            f"and {type(cache).__name__}. Leave `cache_implementation`, `past_key_values` and `use_cache` at their defaults."
+            "Rejected drafts must be cut off the cache, which needs full attention in every layer and a fresh "
+            f"DynamicCache; got layers {sorted(kinds)} and {type(cache).__name__}. Leave `cache_implementation`, "
+            "`past_key_values` and `use_cache` at their defaults."
         )
     positions, mask = rest.get("position_ids"), rest.get("attention_mask")
     if positions is not None:
@@ -330,18 +347,21 @@ def _check_decoding(model, input_ids, generation_config, rest: dict) -> None:
 class _Decoding:
     """One call of `generate`: the target and the drafter go in turns until the stopping criteria say so."""
 
-    def __init__(self, model, drafter: Drafter, taps: Taps, count: int, generation_config, cache: DynamicCache):
+    def __init__(
+        self, model: Any, drafter: Drafter, taps: Taps, count: int, generation_config: Any, cache: DynamicCache
+    ):
         self.model, self.drafter, self.taps, self.count = model, drafter, taps, count
         self.config, self.cache, self.embed = generation_config, cache, model.get_input_embeddings()
         self.keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         self.keeps_logits = generation_config.return_dict_in_generate and generation_config.output_logits
-        self.scores, self.logits = (), ()
+        self.scores: Any = ()
+        self.logits: Any = ()
 
-    def run(self, ids, mask, logits_processor, stopping_criteria, streamer):
+    def run(self, ids: Any, mask: Any, logits_processor: Callable, stopping_criteria: Callable, streamer: Any) -> Any:
         """Return `ids` (`(1, n)`) and its continuation, in the form that the generation config asks for."""
         # A padded prompt is read without its padding, which the processors and the result still see.
         padding = 0 if mask is None else int((mask[0] == 0).sum())
-        if padding and bool((mask[0, :padding] != 0).any()):
+        if padding and bool((mask[0, :padding] != 0).any()):  # pyright: ignore[reportOptionalSubscript]
             raise ValueError(
                 "`attention_mask` hides tokens inside of the prompt; only padding to the left of it can be hidden."
             )
@@ -351,7 +371,8 @@ class _Decoding:
             logits, features = self._run_target(pending, num_candidates)
             before = ids.shape[1]
             for index in range(num_candidates):
-                # Each token on its own, behind those before it: what processors, criteria and the random numbers see is plain decoding.
+                # Each token on its own, behind those before it: processors, criteria and random numbers see plain
+                # decoding.
                 row = logits[:, index].to(torch.float32, copy=True)
                 processed = logits_processor(ids, row)
                 self._keep(processed, row)
@@ -373,7 +394,7 @@ class _Decoding:
         return self._result(ids)
 
     def _run_target(self, pending: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the target on `pending` (`(1, n)`); return the last `num_candidates` rows of its logits, and `(1, n, F)` features."""
+        """Run the target on `pending`, `(1, n)`; return its last `num_candidates` logits and features, `(1, n, F)`."""
         start = self.cache.get_seq_length()
         positions = torch.arange(start, start + pending.shape[1], device=pending.device)[None]
         keep = {"logits_to_keep": num_candidates} if self.model._supports_logits_to_keep() else {}
@@ -405,7 +426,7 @@ class _Decoding:
         if self.keeps_logits:
             self.logits = (*self.logits, row)
 
-    def _result(self, ids: torch.Tensor):
+    def _result(self, ids: Any) -> Any:
         if not self.config.return_dict_in_generate:
             return ids
         return GenerateDecoderOnlyOutput(
