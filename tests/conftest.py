@@ -41,8 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shared",
         metavar="PATH",
         default=None,
-        help="Folder that holds targets/ and data/. Without it, tests on real text are skipped. With pytest alone write "
-        "`--shared=PATH`; `make test ARGS=...` takes `--shared PATH` too.",
+        help="Folder that holds targets/ and data/. Without it, tests on real text are skipped. With pytest alone, "
+        "write `--shared=PATH`; `make test ARGS=...` takes `--shared PATH` too.",
     )
     group.addoption(
         "--drafters",

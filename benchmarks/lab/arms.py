@@ -157,8 +157,8 @@ def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_co
 
     Args:
         is_complete (`bool`):
-            On every test set, and compared with the target by kind of state, see `diagnose_states`; else on the first test
-            set alone.
+            On every test set, and compared with the target by kind of state, see `diagnose_states`; else on the first
+            test set alone.
     """
     evals = {}
     for name, prompts in list(bench.pair.tests.items())[: None if is_complete else 1]:

@@ -206,7 +206,8 @@ def sglang_parameters(names: set[str]) -> set[str]:
 def engine_parameters(config: dict) -> set[str]:
     """Return the parameters a drafter's class has in vLLM and SGLang: all of them must be filled."""
     if config["architectures"][0] == "DFlashDraftModel":
-        parts = "input_layernorm post_attention_layernorm self_attn.qkv_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
+        parts = "input_layernorm post_attention_layernorm self_attn.qkv_proj self_attn.o_proj"
+        parts += " self_attn.q_norm self_attn.k_norm"
         layers = range(config["num_hidden_layers"])
         names = ["fc", "hidden_norm", "norm", *(f"layers.{i}.{part}" for i in layers for part in _with_mlp(parts))]
         return {f"model.{name}.weight" for name in names}
