@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Uploading a folder, against a stand-in for the Hub: what goes up, what goes away, what is tried again, what every error says, and
-that nothing local changes.
+Uploading a folder, against a stand-in for the Hub: what goes up, what goes away, what is tried again, what every error
+says, and that nothing local changes.
 """
 
 import json

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Serving settings: commands that parse, the right numbers for both families, and a break-even table checked by hand."""
+"""Serving settings: commands that parse, the right numbers for both families, a break-even table checked by hand."""
 
 import argparse
 import ast
@@ -237,8 +237,8 @@ def test_what_a_block_reads_is_counted_by_hand():
 
 @pytest.mark.parametrize(
     ("family", "num_target_parameters", "wanted"),
-    # The drafter costs a tenth of a target pass; ten tokens are at the ridge. Batch 1: 1 + 0.1. Batch 8: three tokens per row make
-    # 2.4 passes. Batch 32: both sides are past the ridge, so the cost per row no longer changes.
+    # The drafter costs a tenth of a target pass; ten tokens are at the ridge. Batch 1: 1 + 0.1. Batch 8: three tokens
+    # per row make 2.4 passes. Batch 32: both sides are past the ridge, so the cost per row no longer changes.
     [("eagle3", 1560, {1: 1.1, 8: 2.5, 32: 3.1, 256: 3.1}), ("dflash", 1600, {1: 1.1, 8: 2.64, 32: 3.3, 256: 3.3})],
 )
 def test_the_break_even_table_is_what_one_computes_by_hand(monkeypatch, family, num_target_parameters, wanted):

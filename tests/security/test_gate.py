@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The security gate: no file that anybody opens runs code, no repository's code runs unasked, no token is in a byte that is written, and
-no name leads out of its folder. Every trap is shown to work.
+The security gate: no file that anybody opens runs code, no repository's code runs unasked, no token is in a byte that
+is written, and no name leads out of its folder. Every trap is shown to work.
 """
 
 import json
