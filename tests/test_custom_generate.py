@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The decoding function that a published drafter carries: plain decoding's own text under every setting, the rounds of our
-own decoding, and a file that stands alone.
+The decoding function that a published drafter carries: plain decoding's own text under every setting, the rounds of
+our own decoding, and a file that stands alone.
 """
 
 import ast

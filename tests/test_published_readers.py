@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 What consumers make of an export, by readers written from their descriptions (`published.py`): the numbers EAGLE's and
-z-lab's code compute from the files, the parameters that vLLM and SGLang fill, and the layers that every convention taps.
+z-lab's code compute from the files, the parameters that vLLM and SGLang fill, the layers that every convention taps.
 """
 
 import json
@@ -146,7 +146,7 @@ def pairs(tmp_path_factory, target):
 
 
 def rounds_of(target, prompt, draft):
-    """Decode greedily with drafts of a function of the committed text; return the text and each round's drafts kept."""
+    """Decode greedily with drafts of a function of the committed text; return the text and what each round kept."""
     ids = torch.tensor(own_text(target, prompt, 1))
     kept = []
     while len(ids) < len(prompt) + NUM_TOKENS:

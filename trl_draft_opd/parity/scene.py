@@ -57,7 +57,7 @@ class Scene:
     One verification: of the drafter read afresh from the published `folder`.
 
     Attributes:
-        target_name (`str` or `None`): Folder or Hub id of the target, for engines and libraries that read it themselves.
+        target_name (`str` or `None`): Folder or Hub id of the target, for engines and libraries that load it.
         max_new_tokens (`int`): Tokens whose rounds are counted, N.
         layouts (`dict[str, Path]`): Folder of each published layout, the one at the root first.
         trust_remote_code (`bool`): Whether code in the published folder may be run.
