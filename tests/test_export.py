@@ -1,8 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Exported folders: every layout holds the drafter bit for bit, and what cannot be held is refused before anything is
-written.
-"""
+"""Exported folders: every layout holds the drafter bit for bit, or is refused before anything is written."""
 
 import json
 

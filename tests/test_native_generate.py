@@ -3,8 +3,7 @@
 A trained DFlash drafter inside transformers' own `generate(..., speculation_type="dflash")`.
 
 The text alone proves nothing, because verification makes it the target's whatever is drafted. The number of target
-forwards is the proof: it is right only if layers, positions, masks and the cache are those the drafter was trained
-with.
+forwards is the proof: it is right only if layers, positions, masks and cache are those the drafter was trained with.
 """
 
 import pytest
@@ -77,8 +76,7 @@ def pair():
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 5, 6, 17, TRAINED_LENGTH])
 def test_native_generation_takes_exactly_our_number_of_target_forwards(pair, max_new_tokens):
     # Exactly, at every length: both spend one forward on the prompt, which commits one token, and one per round. Where
-    # a single token is left, transformers runs the target on the anchor alone while we still draft a block: a forward
-    # each.
+    # a single token is left, transformers runs the target on the anchor alone, and we draft a block: a forward each.
     target, drafter = pair
     for prompt in PROMPTS + UNSEEN:
         expected, plain_forwards = greedy(target, prompt, max_new_tokens)

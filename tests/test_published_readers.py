@@ -1,8 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 What consumers make of an export, by readers written from their descriptions (`published.py`): the numbers EAGLE's and
-z-lab's code compute from the files, the parameters that vLLM and SGLang fill, and the layers that every convention
-taps.
+z-lab's code compute from the files, the parameters that vLLM and SGLang fill, the layers that every convention taps.
 """
 
 import json
@@ -154,9 +153,7 @@ def pairs(tmp_path_factory, target):
 
 
 def rounds_of(target, prompt, draft):
-    """
-    Decode greedily with drafts of a function of the committed text; return the text and the drafts kept per round.
-    """
+    """Decode greedily with drafts of a function of the committed text; return the text and what each round kept."""
     ids = torch.tensor(own_text(target, prompt, 1))
     kept = []
     while len(ids) < len(prompt) + NUM_TOKENS:
@@ -228,6 +225,5 @@ def test_layers_off_by_one_keep_fewer_drafts(target, pairs):
         drafter.config.target_layer_ids = [i + 1 for i in ids]
         wrong = sum(sum(ours(target, drafter, prompt)[1]) for prompt in PROMPTS[:2])
         drafter.config.target_layer_ids = ids
-        # By little: neighbouring layers of a tiny random target are alike. One draft is enough to break the
-        # equalities.
+        # By little: neighbouring layers of a tiny random target are alike. One draft breaks the equalities.
         assert wrong < right

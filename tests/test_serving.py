@@ -1,7 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""
-Serving settings: commands that parse, the right numbers for both families, and a break-even table checked by hand.
-"""
+"""Serving settings: commands that parse, the right numbers for both families, a break-even table checked by hand."""
 
 import argparse
 import ast

@@ -49,7 +49,7 @@ class Layout:
     Attributes:
         find_refusal (`Callable`): Given drafter and target, returns why the layout cannot hold the drafter, or `None`.
         config (`Callable`): Given the flat config and the publication, returns the content of `config.json`.
-        names (`tuple[str, str]` pairs): Pattern of a flat tensor's name, and what replaces it.
+        names (`tuple[tuple[str, str], ...]`): Pattern of a flat tensor's name, and what replaces it.
     """
 
     find_refusal: Callable[[Drafter, TargetOfExport], str | None]

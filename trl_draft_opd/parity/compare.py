@@ -27,11 +27,9 @@ class Outcome:
     What one consumer did with the prompts.
 
     Attributes:
-        name (`str`): The consumer.
         responses (`list[list[int]]` or `None`): What it wrote; `None` for a consumer that writes nothing.
         chains (`list[list[int]]` or `None`): Accepted drafts of every round that started within the counted tokens.
         counts ([`Counts`] or `None`): The consumer's own counters, where it has some.
-        remark (`str`): What a reader should know.
     """
 
     name: str

@@ -54,19 +54,12 @@ class EngineSettings:
 @dataclass(frozen=True)
 class Scene:
     """
-    One verification.
+    One verification: of the drafter read afresh from the published `folder`.
 
     Attributes:
-        target ([`FrozenTarget`]): In float32, because outputs are compared to the last token.
-        target_name (`str` or `None`):
-            Folder or Hub id to load it from, for engines and libraries that read it themselves.
-        folder (`Path`): The published files.
-        drafter ([`Drafter`]): Read afresh from them.
-        prompts (`list[list[int]]`): Token ids.
-        num_drafts (`int`): Drafts per block, K.
+        target_name (`str` or `None`): Folder or Hub id of the target, for engines and libraries that load it.
         max_new_tokens (`int`): Tokens whose rounds are counted, N.
         layouts (`dict[str, Path]`): Folder of each published layout, the one at the root first.
-        engines ([`EngineSettings`]): How engines are started.
         trust_remote_code (`bool`): Whether code in the published folder may be run.
     """
 
