@@ -99,10 +99,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
-            self._send(self.server.script(number, self.path, body))
+            reply = self.server.script(number, self.path, body)
         finally:
+            # Before the reply is sent: once it is there, the next request may come.
             with self.server.lock:
                 self.server.at_once -= 1
+        self._send(reply)
 
     def _send(self, reply: Any) -> None:
         if reply is None:

@@ -129,7 +129,7 @@ def test_a_tokenizer_larger_than_the_targets_vocabulary(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_instance_without_a_tokenizer(tmp_path, target, kind):
-    with refuses("No tokenizer: the target was given as an instance. Pass `processing_class="):
+    with refuses("No tokenizer: the target was given as an instance. Pass `processing_class`"):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), make_causal_lm())
 
 
