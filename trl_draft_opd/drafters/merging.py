@@ -58,8 +58,8 @@ def read_adapted(
     weights = source.find(ADAPTER_WEIGHTS_FILE)
     if weights is None:
         raise FileNotFoundError(
-            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors alone, because pickled "
-            "ones can carry code: save it again with `save_pretrained`."
+            f"{str(source)!r} has no {ADAPTER_WEIGHTS_FILE}. Adapters are read from safetensors alone, because "
+            "pickled ones can carry code: save it again with `save_pretrained`."
         )
     try:
         drafter = load_base(str(base))
