@@ -4,8 +4,8 @@ The whole method in a few lines: a fresh drafter, SFT on its target's responses,
 
     python examples/quickstart.py --target Qwen/Qwen3-0.6B --dataset prompts.jsonl
 
-`prompts.jsonl` holds one {"prompt": [{"role": "user", "content": "..."}]} per line, more than 64 of them. Expect a
-table with tau, acceptance per slot, speed, and whether every output equals the target's own.
+`prompts.jsonl` holds one {"prompt": [{"role": "user", "content": "..."}]} per line. An eighth of them, at most 64, are
+held out. Expect a table with tau, acceptance per slot, speed, and whether every output equals the target's own.
 """
 
 from dataclasses import dataclass, field
@@ -35,9 +35,12 @@ class ExampleArguments:
 
 if __name__ == "__main__":
     (args,) = TrlParser((ExampleArguments,)).parse_args_and_config()
+    rows = load_dataset("json", data_files=args.dataset, split="train")
+    if len(rows) < 8:
+        raise SystemExit(f"{args.dataset} has {len(rows)} rows. Give at least 8: an eighth, at most 64, are held out.")
+    rows = rows.train_test_split(min(64, len(rows) // 8), seed=0)
     target = FrozenTarget.load(args.target)
     drafter = Eagle3DraftModel.from_target(target)
-    rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(64, seed=0)
 
     # The target responds to every prompt once; both stages train on these responses.
     config = DraftSFTConfig("drafter-sft", regenerate=True, responses="responses")

@@ -3,7 +3,7 @@
 Train a drafter by SFT on its target's responses: a fresh one of either family, or with `--drafter` an earlier one.
 
     accelerate launch examples/train_sft.py --target Qwen/Qwen3-4B --family eagle3 \
-        --dataset prompts.jsonl --responses responses --output_dir drafter-sft
+        --dataset prompts.jsonl --responses responses --output-dir drafter-sft
 
 The target first responds to every prompt, which takes most of the time; `--responses` keeps the text for later runs.
 Expect tau on the held-out prompts in the end: 1 is plain decoding, and it should still rise with more prompts.

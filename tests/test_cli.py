@@ -18,6 +18,8 @@ from trl_draft_opd.cli.arguments import parse
 from trl_draft_opd.cli.decoding import EvaluateArguments
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.cli.training import make_drafter
+from trl_draft_opd.parity.consumers import CONSUMERS
+from trl_draft_opd.parity.report import VerificationReport
 
 
 TRAINING = "--max_steps 1 --warmup_steps 0 --use_cpu --report_to none --save_strategy no --disable_tqdm true".split()
@@ -83,11 +85,17 @@ def test_the_package_runs_as_a_module():
     assert "--sed (did you mean --seed?)" in done.stderr
 
 
-def test_an_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [(["train"], "demo, generate"), (["evalute"], "Did you mean 'evaluate'?"), ([], "Measure a drafter;")],
+)
+def test_an_unknown_or_missing_command_is_answered_with_those_there_are(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture
+):
     with pytest.raises(SystemExit) as end:
-        main(["train"])
+        main(words)
     assert end.value.code == 2
-    assert "evaluate" in capsys.readouterr().err
+    assert hint in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture):
@@ -143,7 +151,7 @@ def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytes
         ["sft", "--family", "dflash", "--drafter", "m"],
         ["sft", "--drafter", "m", "--block_size", "4"],
     ):
-        assert "either `drafter`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
+        assert "either `--drafter`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
     regenerated = ["--family", "eagle3", "--draft_vocab_size", "9", "--regenerate"]
     assert "which `regenerate` replaces" in _error(["sft", *needed, *regenerated], capsys)
     assert "--family" in _error(["opd", *needed, "--drafter", "m", "--family", "dflash"], capsys)
@@ -388,3 +396,14 @@ def test_an_adapter_is_trained_by_flags_and_exported_merged(
     assert torch.equal(exported.fc.weight, merged.fc.weight.bfloat16().float())
     assert not torch.equal(merged.fc.weight, base.fc.weight)
     assert torch.equal(merged.layers[0].self_attn.q_proj.weight, base.layers[0].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("ran", [[], ["vllm"]])
+def test_verify_tells_when_no_other_reader_was_run(
+    ran: list[str], target_folder: str, rows_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    skipped = {name: "is not installed" for name in CONSUMERS if name not in ran}
+    report = VerificationReport("export", "dflash", 6, 3, 128, skipped=skipped)
+    monkeypatch.setattr("trl_draft_opd.cli.publishing.verify_drafter", lambda *args, **kwargs: report)
+    assert main(["verify", "--drafter", "export", "--target", target_folder, "--dataset", rows_file]) == 0
+    assert capsys.readouterr().out.endswith("only our own loop was compared.\n") == (not ran)

@@ -53,6 +53,12 @@ def test_every_script_shows_its_own_command():
         )
 
 
+def test_the_quickstart_refuses_too_few_rows_before_it_loads_the_target(monkeypatch, folder, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w9"}\n' * 7, encoding="utf-8")
+    with pytest.raises(SystemExit, match="has 7 rows. Give at least 8"):
+        run_script(monkeypatch, tmp_path, "quickstart.py")
+
+
 def test_the_flat_loop_runs_three_steps(monkeypatch, folder, capsys):
     run_script(monkeypatch, folder, "minimal_opd.py", "--drafter", folder / "eagle3", "--num_steps", 3)
     taus = re.findall(r"^step \d: loss \S+, tau (\S+)$", capsys.readouterr().out, re.M)

@@ -175,6 +175,12 @@ def test_another_template_or_its_arguments_make_another_origin():
     assert _origin(target, chat_template=target.tokenizer.chat_template).digest == origin.digest
 
 
+def test_another_length_of_responses_is_refused_with_the_settings_to_change():
+    target = make_target()
+    with pytest.raises(ValueError, match="here `max_completion_length=9`; in `generate`: `--max-new-tokens 9`"):
+        _origin(target).check_same(_origin(target, max_new_tokens=9))
+
+
 def test_filters_of_a_greedy_distribution_are_not_part_of_it():
     target = make_target()
     filtered = SamplingSettings(temperature=0.0, top_k=5, top_p=0.5)

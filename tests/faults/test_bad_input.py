@@ -238,12 +238,13 @@ def test_long_prompts_are_skipped_and_counted(tmp_path, target, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_missing_columns_name_the_accepted_forms(tmp_path, target, kind):
-    with refuses(r"The dataset has columns \['question'\], but needs .*`messages`.*Rename or map them"):
+    message = r"The dataset has columns \['question'\], but needs .*`prompt`.*`messages`.*`prompt_ids`.*\.map\(lambda"
+    with refuses(message):
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target, {"question": ["w9"]})
 
 
 def test_replay_without_stored_completions(tmp_path, target):
-    with refuses(r"The dataset has columns \['prompt'\], but needs .*`completion_ids`"):
+    with refuses("The rows have prompts but no responses.*in Draft-OPD, leave out `completions_from_target`"):
         make_trainer(
             "opd",
             tmp_path,

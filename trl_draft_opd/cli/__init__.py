@@ -5,6 +5,7 @@ The module of a command is imported when the command runs, so that `--help` and 
 """
 
 import argparse
+import difflib
 import importlib
 import logging
 import sys
@@ -52,9 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if options.command not in COMMANDS:
+        near = difflib.get_close_matches(options.command, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(COMMANDS)}."
+        parser.error(f"Unknown command {options.command!r}. {hint}")
     # PEFT imports it where it is installed; on a CPU it then asks for a package that only quantised targets need.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251

@@ -87,7 +87,8 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         types,
         prog=f"trl-draft-opd {command}",
         usage=f"trl-draft-opd {command} [--config FILE.yaml] [FLAGS]",
-        description=f"{COMMANDS[command][1]} Flags may also have underscores, and be keys in the file of --config.",
+        description=f"{COMMANDS[command][1]} Flags can also be written with underscores, or as keys in the YAML file "
+        "given to --config.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )

@@ -185,9 +185,10 @@ def run_sft(argv: Sequence[str]) -> int:
     """Train a drafter on its target's responses; see [`DraftSFTTrainer`]."""
     args, config = parse("sft", [SFTArguments, DraftSFTConfig], argv)
     if (args.drafter is None) == (args.family is None) or (args.drafter and args.given()):
-        names = ", ".join(setting.name for setting in fields(FreshDrafterArguments))
+        flags = ", ".join(f"`--{setting.name.replace('_', '-')}`" for setting in fields(FreshDrafterArguments))
         raise ValueError(
-            f"Give either `drafter` to train one further, or `family` to make a fresh one, to which {names} belong."
+            "Give either `--drafter`, to train one further, or `--family`, to make a fresh one. Only a fresh drafter "
+            f"takes {flags}."
         )
     if config.regenerate and args.draft_vocab_size is not None:
         raise ValueError(

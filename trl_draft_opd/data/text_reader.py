@@ -385,8 +385,17 @@ def _find_columns(
     for form in forms:
         if set(form) <= set(row):
             return row, form
-    accepted = ", or ".join(" with ".join(f"`{column}`" for column in form) for form in forms)
-    raise ValueError(f"The dataset has columns {list(row)}, but needs {accepted}. Rename or map them.")
+    if forms is _TEXT_FORMS and ("prompt" in row or "prompt_ids" in row):
+        raise ValueError(
+            "The rows have prompts but no responses. Set `regenerate=True` (`--regenerate`) to have the target write "
+            "them; in Draft-OPD, leave out `completions_from_target`."
+        )
+    # The simple forms stand last in `forms`, because token ids are read first where both are given.
+    accepted = ", or ".join(" with ".join(f"`{column}`" for column in form) for form in reversed(forms))
+    fix = "Rename or map them."
+    if "question" in row:
+        fix += ' For example: dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})'
+    raise ValueError(f"The dataset has columns {list(row)}, but needs {accepted}. {fix}")
 
 
 def _drop_skipped(encoded: Dataset, columns: tuple[str, ...]) -> Dataset:

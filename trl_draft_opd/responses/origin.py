@@ -142,9 +142,15 @@ class Origin:
             return
         pairs = [(each.name, getattr(other, each.name), getattr(self, each.name)) for each in fields(self)]
         lines = [f"  {name}: {there!r} there, {here!r} here\n" for name, there, here in pairs if there != here]
+        fix = "Use the settings and the target they were written with"
+        if self.max_new_tokens != other.max_new_tokens:
+            fix += (
+                f" (here `max_completion_length={other.max_new_tokens}`; in `generate`: "
+                f"`--max-new-tokens {other.max_new_tokens}`)"
+            )
         raise ValueError(
-            f"{where} were written under other conditions:\n{''.join(lines)}Use the settings and the target they were "
-            "written with, or give another folder and write them anew with `trl-draft-opd generate`."
+            f"{where} were written under other conditions:\n{''.join(lines)}{fix}, or give another folder and write "
+            "them anew with `trl-draft-opd generate`."
         )
 
 

@@ -227,8 +227,8 @@ class ResponseStore:
             if self.origin.max_positions is not None and length > self.origin.max_positions:
                 raise ValueError(
                     f"Prompt {row} has {len(prompt)} tokens; with `max_new_tokens` {self.origin.max_new_tokens} that "
-                    f"exceeds the target's {self.origin.max_positions} positions. Lower `max_new_tokens`, or drop "
-                    "long prompts with `max_prompt_length`."
+                    f"exceeds the target's {self.origin.max_positions} positions. Lower `max_completion_length` "
+                    "(in `generate`: `--max-new-tokens`), or drop long prompts with `max_prompt_length`."
                 )
             key = prompt_key(prompt)
             if key not in self._places:

@@ -70,8 +70,8 @@ class DraftTrainingConfig(_BaseConfig):
         > Parameters that control the loss
 
         accepted_loss (`str`, *optional*, defaults to `"forward_kl"`):
-            Divergence on accepted slots: one of `forward_kl`, `reverse_kl`, `jsd`, `tv`, `lk`, `lk_hybrid`, `ce`.
-            Forward KL covers the target where drafts are good, the paper's choice.
+            Divergence on accepted slots, one of `LOSS_TYPES` (docs/learn/losses.md). Forward KL covers the target
+            where drafts are good, the paper's choice.
         slot_weighting (`str`, *optional*, defaults to `"decay"`):
             `"decay"`: by distance from the anchor, see `position_decay`. `"d_pace"`: by what the block's expected
             accepted length owes to a slot, see [`d_pace_weights`] (Source:
