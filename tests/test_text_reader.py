@@ -341,7 +341,7 @@ def test_an_empty_dataset_is_an_error(read):
 
 @pytest.mark.parametrize("read", [read_texts, read_prompts])
 def test_a_dataset_without_the_columns_is_told_what_is_there_and_what_is_read(read):
-    with pytest.raises(ValueError, match=r"\['question', 'answer'\].*`messages`.*`prompt`"):
+    with pytest.raises(ValueError, match=r"\['question', 'answer'\].*`prompt`.*`messages`"):
         read([{"question": "hi", "answer": "there"}])
 
 
