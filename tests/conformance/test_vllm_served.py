@@ -38,7 +38,7 @@ NUM_PROMPTS, NUM_TOKENS = 50, 48
 # Enough to compare what the first 50 prompts have shown already.
 NUM_FEW = 6
 NUM_TRAINED_ON, TRAINED_LENGTH = 96, 96
-# Until a third of the blocks keep a draft; DFlash learns more slowly.
+# DFlash needs more steps until its drafts are kept often enough to test anything.
 NUM_STEPS = {"eagle3": 150, "dflash": 320}
 TARGET_ID = "local/gsm8k-qwen3-7m"
 FAMILIES = ("eagle3", "dflash")
