@@ -46,7 +46,7 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.T
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            Rows with `input_ids` and `completion_mask`, as `tokenize_sft_dataset` returns them.
+            Rows with `input_ids` and `completion_mask`, as `TextReader.read_texts` returns them.
         vocab_size (`int`):
             The target's vocabulary V.
 
