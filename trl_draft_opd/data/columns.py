@@ -167,13 +167,12 @@ def first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
 
 def find_mixed(dataset: Dataset | IterableDataset) -> dict[str, str]:
     """Return columns of messages whose contents are of mixed types, with the key of the content."""
-    features, mixed = dataset.features or {}, {}
-    for column in ("messages", "conversations", "prompt", "completion"):
-        message = getattr(features.get(column), "feature", None)
-        keys = [
-            key for key in ("content", "value") if isinstance(message, dict) and isinstance(message.get(key), Json)
-        ]
-        mixed |= {column: key for key in keys[:1]}
+    mixed = {}
+    for column, feature in (dataset.features or {}).items():
+        message = getattr(feature, "feature", None)
+        for key in ("content", "value") if isinstance(message, dict) else ():
+            if isinstance(message.get(key), Json):
+                mixed[column] = key
     return mixed
 
 
