@@ -195,10 +195,10 @@ def test_a_flag_is_accepted_with_hyphens_and_with_underscores():
     words = ["--target", "t", "--drafter", "d", "--dataset", "r"]
     hyphens, underscores = (
         parse("evaluate", [EvaluateArguments], [*words, name, "7"])
-        for name in ("--max-new-tokens", "--max_new_tokens")
+        for name in ("--max-completion-length", "--max_completion_length")
     )
     assert hyphens == underscores
-    assert hyphens[0].max_new_tokens == 7
+    assert hyphens[0].max_completion_length == 7
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -276,7 +276,18 @@ def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, r
 
 def _evaluate(target: str, drafter: str, rows: str, *more: str) -> int:
     return main(
-        ["evaluate", "--target", target, "--drafter", drafter, "--dataset", rows, "--max-new-tokens", "12", *more]
+        [
+            "evaluate",
+            "--target",
+            target,
+            "--drafter",
+            drafter,
+            "--dataset",
+            rows,
+            "--max-completion-length",
+            "12",
+            *more,
+        ]
     )
 
 

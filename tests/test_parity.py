@@ -131,7 +131,7 @@ def verify(folder, target, **options):
     """Verify an export, as its own checkpoint unless told otherwise: the search for suspects is slow."""
     defaults = {"consumers": ["transformers", "custom_generate"], "trust_remote_code": True, "checkpoint": folder}
     options = defaults | options
-    return verify_drafter(folder, target, PROMPTS, max_new_tokens=NUM_TOKENS, **options)
+    return verify_drafter(folder, target, PROMPTS, max_completion_length=NUM_TOKENS, **options)
 
 
 def edit_config(folder, change):
@@ -232,7 +232,7 @@ def test_a_wrong_layer_id_is_named_beside_the_right_one(copy, published, target,
 def test_a_wrong_layer_id_is_suspected_without_any_checkpoint(copy, target):
     folder = copy("eagle3")
     edit_config(folder, read_other_layer)
-    report = verify_drafter(folder, target, TRAINED_ON, max_new_tokens=36, consumers=[])
+    report = verify_drafter(folder, target, TRAINED_ON, max_completion_length=36, consumers=[])
     assert not report.ok
     assert "The layer ids [0, 3, 4] look wrong: with [1, 3, 4] tau is" in report.problems[0]
 
@@ -320,14 +320,14 @@ def test_a_consumer_that_drafts_otherwise_is_caught_though_its_text_is_right(cop
 def record_of(target, folder, **changes):
     drafter = AutoDrafter.from_pretrained(folder)
     found = evaluate_drafter(
-        target, drafter, PROMPTS, max_new_tokens=16, compare_with_target=False, show_progress=False
+        target, drafter, PROMPTS, max_completion_length=16, compare_with_target=False, show_progress=False
     )
     shared = "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks"
     values = {name: getattr(found, name) for name in [*shared.split(), "num_different"]} | {
         "prompt_set": "some",
         "prompts_sha256": prompts_digest(PROMPTS),
         "draft_sampling": "greedy",
-        "max_new_tokens": 16,
+        "max_completion_length": 16,
         "ignore_eos": False,
         "target_dtype": "float32",
     }

@@ -185,7 +185,7 @@ def _measurement(m: Measurement) -> list[str]:
         str(m.num_drafts),
         f"{m.tau:.3f} [{m.tau_low:.3f}, {m.tau_high:.3f}]",
         " ".join(f"{rate:.2f}" for rate in m.acceptance_per_slot),
-        f"{m.target_dtype}, batch {m.batch_size}, at most {m.max_new_tokens} tokens{ending}",
+        f"{m.target_dtype}, batch {m.batch_size}, at most {m.max_completion_length} tokens{ending}",
     ]
 
 

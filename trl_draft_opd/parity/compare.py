@@ -88,7 +88,9 @@ def _compare_texts(scene: Scene, reference: Reference, outcome: Outcome) -> tupl
     """Return problems, notes, and the prompts whose response is not the target's own."""
     places = {}
     for row, other in enumerate(outcome.responses or ()):
-        place = first_difference(reference.responses[row][: scene.max_new_tokens], other[: scene.max_new_tokens])
+        place = first_difference(
+            reference.responses[row][: scene.max_completion_length], other[: scene.max_completion_length]
+        )
         if place is not None:
             places[row] = place
     if not places:

@@ -68,7 +68,7 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
     request = {
         "model": model or str(scene.target_name),
         "prompts": scene.prompts,
-        "max_new_tokens": scene.max_new_tokens,
+        "max_completion_length": scene.max_completion_length,
         "speculative": speculative,
         "has_drafter": speculative is not None or model is not None,
         "dtype": settings.dtype,
@@ -79,7 +79,7 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
     reply = _ask(name, settings, request)
     accepted, counts = reply["accepted"], None
     # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have only those.
-    chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
+    chains = None if accepted is None else [started_within(chain, scene.max_completion_length) for chain in accepted]
     if reply.get("num_rounds") is not None:
         counts = Counts((reply["num_rounds"],), (tuple(reply["kept_at_slot"]),))
         if chains is not None and counts != Counts.of_chains(chains, scene.num_drafts).pooled():

@@ -186,7 +186,7 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
         scene.drafter,
         scene.prompts,
         num_drafts=recorded.num_drafts,
-        max_new_tokens=recorded.max_new_tokens,
+        max_completion_length=recorded.max_completion_length,
         batch_size=recorded.batch_size,
         ignore_eos=recorded.ignore_eos,
         compare_with_target=False,
