@@ -7,7 +7,6 @@ any byte, and a local folder that no failure touches.
 import json
 import threading
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
