@@ -12,7 +12,13 @@ from huggingface_hub import HfApi, constants
 
 from helpers.fake_hub import serve_hub
 from trl_draft_opd.export import hub as hub_module
-from trl_draft_opd.export.hub import create_repository, published_files, push_folder, validate_repo_id
+from trl_draft_opd.export.hub import (
+    create_repository,
+    published_files,
+    push_folder,
+    resumable_files,
+    validate_repo_id,
+)
 
 
 TOKEN = "hf_CanaryCanaryCanaryCanaryCanary0042"
@@ -167,7 +173,7 @@ def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_
     (checkpoint / "optimizer.pt").write_bytes(b"moments")
     (checkpoint / "training_args.bin").write_text(home)
     (checkpoint / "completions" / "1.parquet").write_text(home)
-    push(folder, extra_folders={"last-checkpoint": checkpoint})
+    push(folder, extra_folders={"last-checkpoint": resumable_files(checkpoint)})
     repository = hub.repositories[REPO]
     sent = {name: data for name, data in repository.commits[0]["files"].items() if name.startswith("last-")}
     assert set(sent) == {f"last-checkpoint/{n}" for n in ("config.json", "trainer_state.json", "optimizer.pt")}
@@ -176,7 +182,7 @@ def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_
     assert home in (checkpoint / "config.json").read_text()
     # The next one takes its place.
     (checkpoint / "optimizer.pt").rename(checkpoint / "scheduler.pt")
-    push(folder, extra_folders={"last-checkpoint": checkpoint})
+    push(folder, extra_folders={"last-checkpoint": resumable_files(checkpoint)})
     assert repository.commits[1]["deleted"] == ["last-checkpoint/optimizer.pt"]
 
 
@@ -184,7 +190,7 @@ def test_a_hub_id_in_a_checkpoint_is_no_path(hub, folder, tmp_path):
     (tmp_path / "c").mkdir()
     text = json.dumps({"target_model_name_or_path": "org/target"})
     (tmp_path / "c" / "config.json").write_text(text)
-    push(folder, extra_folders={"checkpoint-1": tmp_path / "c"})
+    push(folder, extra_folders={"checkpoint-1": resumable_files(tmp_path / "c")})
     assert hub.repositories[REPO].commits[0]["files"]["checkpoint-1/config.json"] == text.encode()
 
 

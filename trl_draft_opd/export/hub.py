@@ -96,7 +96,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload drafter",
-    extra_folders: Mapping[str, str | Path] | None = None,
+    extra_folders: Mapping[str, Mapping[str, Path | bytes]] | None = None,
 ) -> str:
     """
     Upload an export as one commit, which also deletes files of an earlier export; other files are left alone.
@@ -108,8 +108,8 @@ def push_folder(
         private (`bool`, *optional*): Whether a new repository is private; the account's own rule by default.
         revision (`str`, *optional*): Branch; made if it does not exist. The main one by default.
         commit_message (`str`, *optional*): Of the commit.
-        extra_folders (`Mapping[str, str | Path]`, *optional*):
-            Checkpoints to add, by their place in the repository, to resume from.
+        extra_folders (`Mapping[str, Mapping[str, Path | bytes]]`, *optional*):
+            Folders to add, by their place in the repository: their files by name, see [`resumable_files`].
 
     Returns:
         `str`: Address of the commit.
@@ -126,7 +126,7 @@ def push_folder(
     files: dict[str, Path | bytes] = {name: folder / name for name in published_files(folder)}
     extra_folders = extra_folders or {}
     for place, extra in extra_folders.items():
-        files |= {f"{place}/{name}": content for name, content in _resumable_files(Path(extra)).items()}
+        files |= {f"{place}/{name}": content for name, content in extra.items()}
     _refuse_token_in(files, token or get_token())
     api = HfApi(token=token)
 
@@ -172,7 +172,7 @@ def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
     return made
 
 
-def _resumable_files(folder: Path) -> dict[str, Path | bytes]:
+def resumable_files(folder: Path) -> dict[str, Path | bytes]:
     """Return the files of a checkpoint that a run resumes from: no arguments, no rollouts, no path of this machine."""
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
