@@ -114,7 +114,8 @@ def _digest_rows(dataset: Dataset | IterableDataset | None) -> str | None:
         return hash_json(list(dataset.take(_HASHED_ROWS_OF_A_STREAM)))
     digest, columns = hashlib.sha256(), sorted(dataset.column_names)
     digest.update(hash_json([len(dataset), columns]).encode())
-    for table in dataset.with_format("arrow").iter(_ROWS_AT_A_TIME):
+    arrow: Any = dataset.with_format("arrow")
+    for table in arrow.iter(_ROWS_AT_A_TIME):
         for column in columns:
             _digest_values(digest, table.column(column).combine_chunks())
     return digest.hexdigest()

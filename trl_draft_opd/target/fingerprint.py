@@ -4,6 +4,7 @@
 import hashlib
 import os
 from multiprocessing.pool import ThreadPool
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -43,4 +44,6 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
 def _hash_piece(piece: torch.Tensor) -> bytes:
     if piece.is_floating_point():
         piece = piece.to(torch.bfloat16)
-    return hashlib.sha256(piece.contiguous().cpu().view(torch.uint8).numpy()).digest()
+    # Bytes without a copy, which numpy's declaration hides.
+    data: Any = piece.contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.sha256(data).digest()
