@@ -339,6 +339,18 @@ def test_a_file_that_does_not_exist_is_one_line(target_folder: str, drafter_fold
     assert "There is no dataset file 'nowhere.jsonl'" in _error(["evaluate", *words], capsys)
 
 
+def test_a_password_in_an_address_is_in_no_error(tmp_path: Path, capsys: pytest.CaptureFixture):
+    address = "https://me:canary@host.org/rows.jsonl"
+    assert main(["generate", "--target", "org/t", "--dataset", address, "--output", str(tmp_path / "o")]) == 2
+    key = tmp_path / "key"
+    key.write_text("canary twice\n")
+    server = ["--engine", "vllm", "--base-url", "http://me:canary@host.org", "--api-key-file", str(key)]
+    for flags in (server, [*server[:3], "http://host.org", *server[4:]]):
+        assert main(["generate", "--target", "org/t", "--dataset", "d", "--output", "o", *flags]) == 2
+    said = capsys.readouterr()
+    assert "https://***@host.org/rows.jsonl" in said.err and "canary" not in said.out + said.err
+
+
 def test_a_dataset_of_the_library_is_read_like_any_other(tmp_path: Path):
     Dataset.from_dict({"text": ["w8 w9"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="holds the splits"):

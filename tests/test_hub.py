@@ -6,6 +6,7 @@ says, and that nothing local changes.
 
 import json
 import struct
+import traceback
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -290,6 +291,15 @@ def test_another_refusal_is_told_once_in_the_hubs_words(hub, forbid_pauses, fold
     hub.fail("/commit/", 413, times=10_000)
     with pytest.raises(OSError, match=r"refused \(status 413\): as asked\. .*is complete"):
         push(folder)
+
+
+@pytest.mark.parametrize("status", [403, 413, 500])
+def test_a_token_that_the_server_echoes_is_in_no_message_and_no_traceback(hub, folder, caplog, status):
+    hub.reason = f"headers: {{'authorization': 'Bearer {TOKEN}'}}"
+    hub.fail("/commit/", status, times=10_000)
+    with pytest.raises(OSError, match="refused|failed") as caught:
+        push(folder)
+    assert TOKEN not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
 def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, monkeypatch):

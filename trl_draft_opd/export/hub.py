@@ -7,6 +7,7 @@ the network failed. The local folder stays as it is.
 import json
 import logging
 import mmap
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import sleep
@@ -22,6 +23,7 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from ..utils.secrets import without_secret
 from .rules import check_repo_name
 from .source import hub_id_of
 from .write import PUBLISHED_FILES, PUBLISHED_NAMES
@@ -151,14 +153,16 @@ def push_folder(
         return str(commit.commit_url)
 
     fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
-    return _with_retries(upload, fix)
+    return _with_retries(upload, fix, token or get_token())
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """Make a repository if it does not exist, and return its full id, `ORG/NAME`; raises as [`push_folder`] does."""
     validate_repo_id(repo_id)
     api = HfApi(token=token)
-    return _with_retries(lambda: _ready_repository(api, repo_id, private), "Nothing was uploaded")
+    return _with_retries(
+        lambda: _ready_repository(api, repo_id, private), "Nothing was uploaded", token or get_token()
+    )
 
 
 def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -211,8 +215,11 @@ def _holds(content: Path | bytes, needle: bytes) -> bool:
         return data.find(needle, 0, end) >= 0
 
 
-def _with_retries(action: Callable[[], str], fix: str) -> str:
-    """Run `action`; try again after errors that pass by themselves, and tell of the others what to do."""
+def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str:
+    """
+    Run `action`; try again after errors that pass by themselves, and tell of the others what to do. The token is in no
+    message, nor in the traceback of one.
+    """
     for attempt in range(NUM_RETRIES + 1):
         pause = _FIRST_PAUSE * 2**attempt
         try:
@@ -220,9 +227,9 @@ def _with_retries(action: Callable[[], str], fix: str) -> str:
         except OfflineModeIsEnabled as error:
             raise ConnectionError(f"The Hub is switched off in this process (HF_HUB_OFFLINE=1). {fix}.") from error
         except HfHubHTTPError as error:
-            refusal = _refusal(error, fix)
+            refusal = _refusal(error, fix, token)
             if refusal is not None:
-                raise refusal from error
+                raise refusal from _shown(error, token)
             reason, failure = f"status {error.response.status_code}", error
             asked = error.response.headers.get("Retry-After", "")
             pause = max(pause, float(asked)) if asked.isdigit() else pause
@@ -232,17 +239,23 @@ def _with_retries(action: Callable[[], str], fix: str) -> str:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
             # The library reports a weights file that did not go through this way, after attempts of its own.
-            reason, failure = str(error).rstrip("."), error
+            reason, failure = without_secret(str(error).rstrip("."), token), error
         if attempt == NUM_RETRIES:
             raise ConnectionError(
                 f"The upload failed {attempt + 1} times, the last time with: {reason}. {fix}."
-            ) from failure
+            ) from _shown(failure, token)
         logger.warning("The upload failed (%s); trying again.", reason)
         sleep(min(pause, _LONGEST_PAUSE))
     raise AssertionError("unreachable")
 
 
-def _refusal(error: HfHubHTTPError, fix: str) -> OSError | None:
+def _shown(error: Exception, token: str | None) -> Exception | None:
+    """Return an error as the cause of another, unless a traceback would show the token in it."""
+    text = "".join(traceback.format_exception(error))
+    return error if without_secret(text, token) == text else None
+
+
+def _refusal(error: HfHubHTTPError, fix: str, token: str | None) -> OSError | None:
     """Return what to raise for a refusal of the Hub that will not change, or `None` for one that may."""
     status = error.response.status_code
     if status in _PASSING:
@@ -253,4 +266,5 @@ def _refusal(error: HfHubHTTPError, fix: str) -> OSError | None:
             f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf "
             f"auth login`. {fix}."
         )
-    return OSError(f"The Hub refused (status {status}): {error.server_message or 'no reason given'}. {fix}.")
+    reason = without_secret(error.server_message or "no reason given", token)
+    return OSError(f"The Hub refused (status {status}): {reason}. {fix}.")
