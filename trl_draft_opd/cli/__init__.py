@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251
     try:
         return getattr(module, f"run_{options.command}")(options.flags)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.debug:
             raise
         print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)

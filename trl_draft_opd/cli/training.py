@@ -14,7 +14,7 @@ from transformers import set_seed
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
-from ..drafters.merging import require_peft
+from ..drafters.published.adapter import require_peft
 from ..export import hub_id_of
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import DraftTrainingConfig

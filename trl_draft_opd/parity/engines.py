@@ -35,7 +35,7 @@ def find_reason_to_skip(name: str, scene: Scene) -> str | None:
     if not _holds(python, f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"):
         return f"{name} is not installed" + ("" if python == sys.executable else f" for {python}")
     if scene.target_name is None:
-        return "engines load the target themselves, and no folder or id of it was given (`target_name`)"
+        return "engines load the target themselves, and no folder or id of a whole model was given (`target_name`)"
     if name == "sglang" and not _holds(python, "import sys, torch; sys.exit(not torch.cuda.is_available())"):
         return "SGLang decodes speculatively on a GPU, and there is none"
     return None

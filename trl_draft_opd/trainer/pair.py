@@ -72,8 +72,9 @@ def load_pair(
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
     drafter.config.num_target_layers = frozen.num_layers
-    if frozen.config.name_or_path:
-        drafter.config.target_model_name_or_path = frozen.config.name_or_path
+    if frozen.config.name_or_path or frozen.is_merged:
+        # A merged instance has no name, and is not the base that a drafter may name.
+        drafter.config.target_model_name_or_path = frozen.config.name_or_path or None
         drafter.config.target_model_revision = args.target_revision
     num_drafts = args.num_drafts or drafter.default_num_drafts
     earlier = _earlier_record(drafter)

@@ -336,7 +336,7 @@ class PublishingTrainer(ResumingTrainer):
             drafter = AutoDrafter.from_pretrained(saved, num_target_layers=target.num_layers)
         else:
             drafter = merged_drafter(self.drafter)
-        if target.config.name_or_path:
+        if target.config.name_or_path and not target.is_merged:
             # As the target's file holds it.
             token = (parsed(args.target_init_kwargs) or {}).get("token")
             embedding = read_target(target.config.name_or_path, revision=args.target_revision, token=token).embedding
