@@ -281,6 +281,14 @@ def test_a_refused_token_is_explained_and_not_tried_again(hub, forbid_pauses, fo
     assert TOKEN not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["push", "the repository"])
+def test_a_push_without_a_token_says_so_before_the_network(hub, folder, monkeypatch, part):
+    monkeypatch.setattr(hub_module, "get_token", lambda: None)
+    with pytest.raises(PermissionError, match=r"no Hub token on this machine.*`hf auth login`"):
+        push(folder, token=None) if part == "push" else create_repository(REPO)
+    assert hub.requests == []
+
+
 def test_a_wrong_token_is_explained(hub, folder):
     with pytest.raises(PermissionError, match="missing, expired or may not write there") as caught:
         push(folder, token="hf_wrong")

@@ -255,7 +255,7 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
         ({"hub_model_id": "org/my drafter-dflash"}, ValueError, "cannot be the name"),
         ({"hub_model_id": "org/Qwen3-4B-EAGLE-3"}, ValueError, "by which vLLM takes a drafter for EAGLE-1"),
         ({"hub_target_id": None}, ValueError, "names its target by its Hub id.*hub_target_id='ORG/NAME'"),
-        ({"hub_token": None}, PermissionError, "missing, expired or may not write there.*hf auth login"),
+        ({"hub_token": None}, PermissionError, "no Hub token on this machine.*hf auth login"),
         ({"hub_token": "hf_expired"}, PermissionError, "missing, expired or may not write there.*hf auth login"),
     ],
 )

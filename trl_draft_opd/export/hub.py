@@ -15,7 +15,6 @@ from time import sleep
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -129,7 +128,9 @@ def push_folder(
     extra_folders = extra_folders or {}
     for place, extra in extra_folders.items():
         files |= {f"{place}/{name}": content for name, content in extra.items()}
-    _refuse_token_in(files, token or get_token())
+    fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
+    held = _require_token(token, fix)
+    _refuse_token_in(files, held)
     api = HfApi(token=token)
 
     def upload() -> str:
@@ -152,17 +153,16 @@ def push_folder(
         )
         return str(commit.commit_url)
 
-    fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
-    return _with_retries(upload, fix, token or get_token())
+    return _with_retries(upload, fix, held)
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """Make a repository if it does not exist, and return its full id, `ORG/NAME`; raises as [`push_folder`] does."""
     validate_repo_id(repo_id)
+    fix = "Nothing was uploaded"
+    held = _require_token(token, fix)
     api = HfApi(token=token)
-    return _with_retries(
-        lambda: _ready_repository(api, repo_id, private), "Nothing was uploaded", token or get_token()
-    )
+    return _with_retries(lambda: _ready_repository(api, repo_id, private), fix, held)
 
 
 def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -198,9 +198,19 @@ def _without_paths(path: Path) -> Path | bytes:
     return (json.dumps(content | dict.fromkeys(paths), indent=2) + "\n").encode()
 
 
-def _refuse_token_in(files: Mapping[str, Path | bytes], token: str | None) -> None:
+def _require_token(token: str | None, fix: str) -> str:
+    """Return the token that the Hub will be asked with; raise `PermissionError` without one, before it is asked."""
+    found = token or get_token()
+    if not found:
+        raise PermissionError(
+            f"There is no Hub token on this machine, and a push needs one that may write: run `hf auth login`. {fix}."
+        )
+    return found
+
+
+def _refuse_token_in(files: Mapping[str, Path | bytes], token: str) -> None:
     for name, content in files.items():
-        if token and _holds(content, token.encode()):
+        if _holds(content, token.encode()):
             raise ValueError(f"{name!r} holds the Hub token. Nothing was uploaded: remove it and revoke the token.")
 
 
@@ -233,8 +243,6 @@ def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str
             reason, failure = f"status {error.response.status_code}", error
             asked = error.response.headers.get("Retry-After", "")
             pause = max(pause, float(asked)) if asked.isdigit() else pause
-        except LocalTokenNotFoundError as error:
-            raise PermissionError(f"The Hub asks for a token: run `hf auth login`. {fix}.") from error
         except (TransportError, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:

@@ -207,7 +207,7 @@ class PublishingTrainer(ResumingTrainer):
         return StageRecord(
             method=self._method,
             steps=self._steps_done,
-            settings=recorded_settings(self.args) | adapter_settings(self.drafter),
+            settings=self._recorded_settings(),
             dataset=DatasetFacts(
                 hub_id_of(dataset_name) if dataset_name else self.args.dataset_id,
                 self.args.dataset_license,
@@ -216,6 +216,10 @@ class PublishingTrainer(ResumingTrainer):
             ),
             curve=recorded_curve(log),
         )
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        """Return what the record states about how this run trains."""
+        return recorded_settings(self.args) | adapter_settings(self.drafter)
 
     def _shared_state(self) -> dict[str, Any]:
         measured = [[prefix, step, asdict(m)] for (prefix, step), m in self._measurements.items()]
