@@ -278,7 +278,7 @@ def test_init_counts_the_responses_that_generate_wrote(
 ):
     base = ["--target", target_folder]
     store, out = str(tmp_path / "store"), str(tmp_path / "out")
-    words = ["generate", *base, "--dataset", rows_file, "--output", store, "--max-new-tokens", "9"]
+    words = ["generate", *base, "--dataset", rows_file, "--output", store, "--max-completion-length", "9"]
     assert main(words) == 0
     init = ["init", *base, "--family", "eagle3", "--output", out, "--draft-vocab-size", "12"]
     assert main([*init, "--responses", store]) == 0
