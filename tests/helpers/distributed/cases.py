@@ -70,6 +70,8 @@ CASES = {
 }
 SKIP = {"optim": "adamw_torch", "on_nonfinite": "skip", "max_steps": 1}
 STOPPED = {"stopped": Case("sft", "eagle3", {"max_steps": 4, "save_strategy": "steps", "save_steps": 100})}
+# Finite gradients, and a step that takes the weights out of range.
+TOO_LARGE = {"too_large": Case("sft", "eagle3", SKIP | {"learning_rate": 1e30, "weight_decay": 1e20})}
 POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("loss", "gradient")}
 
 
@@ -172,6 +174,8 @@ def run_case(
         trainer.train(resume_from_checkpoint=resume)
     except SystemExit as end:
         results["exit_code"] = end.code
+    except FloatingPointError as error:
+        results["refused"] = str(error)
     results["step"] = trainer.state.global_step
     results["weights"] = full_weights(trainer.accelerator, trainer.model)
     results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)
