@@ -132,7 +132,7 @@ def run_case(
     Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses,
     tau, optimizer state, and idle forward passes of the target.
     """
-    case = (CASES | POISONED | STOPPED)[name]
+    case = (CASES | POISONED | STOPPED | TOO_LARGE)[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
     trainer_class, config_class = (
