@@ -82,7 +82,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "Prompts that transformers decodes together.", default=default_of(write_responses, "batch_size")
     )
     shard_size: int = flag(
-        "Responses per file; a killed process loses this many at most.",
+        "Responses per file; what has come in after a minute is written all the same.",
         default=default_of(write_responses, "shard_size"),
     )
     seed: int = flag("Seed of draws at a temperature above 0.", default=default_of(write_responses, "seed"))

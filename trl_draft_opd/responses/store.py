@@ -4,6 +4,7 @@ The folder of stored responses: find one by its prompt, add more, see what other
 """
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,8 @@ _FORMAT_NAME = "trl-draft-opd responses"
 _FORMAT = f"{_FORMAT_NAME} 1"
 # What is kept in memory: training reads ids, and log-probabilities stay on disk.
 _COLUMNS = ["prompt_ids", "completion_ids"]
+# Seconds that a response waits for its shard to fill up.
+_WRITE_EVERY = 60.0
 
 
 class ResponseStore:
@@ -148,11 +151,11 @@ class ResponseStore:
         return len(table)
 
     def add_in_shards(
-        self, rows: Iterable[StoredResponse], *, shard_size: int, provenance: dict[str, Any] | None = None
+        self, rows: Iterable[StoredResponse | None], *, shard_size: int, provenance: dict[str, Any] | None = None
     ) -> int:
         """
-        Write responses while they come in, each `shard_size` of them as one shard; what is left when they end or fail
-        as another.
+        Write responses while they come in: each `shard_size` of them as one shard, what has come in after a minute,
+        and what is left when they end or fail. A row that is `None` says that time has passed.
 
         Returns:
             `int`: rows written, see [`ResponseStore.add`].
@@ -162,13 +165,14 @@ class ResponseStore:
         """
         if shard_size < 1:
             raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
-        num_written, waiting = 0, []
+        num_written, waiting, written_at = 0, [], time.monotonic()
         try:
             for row in rows:
-                waiting.append(row)
-                if len(waiting) == shard_size:
-                    full, waiting = waiting, []
-                    num_written += self.add(full, provenance)
+                waiting += [] if row is None else [row]
+                if len(waiting) >= shard_size or time.monotonic() - written_at > _WRITE_EVERY:
+                    num_written += self.add(waiting, provenance)
+                    # Only now: what a signal interrupted is written below.
+                    waiting, written_at = [], time.monotonic()
         finally:
             num_written += self.add(waiting, provenance)
         return num_written

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import check_draft_sampling
+from ..runs.distributed.launch import check_processes, is_launched_on_cpus
 from ..utils.private_trl import _BaseConfig
 
 
@@ -179,6 +181,9 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.deepspeed is None and is_launched_on_cpus():
+            # accelerate's launcher keeps `use_cpu: true` to itself, and without it each process would train alone.
+            self.use_cpu = True
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
@@ -189,6 +194,7 @@ class DraftTrainingConfig(_BaseConfig):
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
+        check_processes(PartialState())
         options = parsed(self.gradient_checkpointing_kwargs)
         if options:
             check_checkpointing_kwargs(options)
