@@ -32,7 +32,7 @@ def at_once(monkeypatch):
 def open_store(path, target=None):
     target = target or make_target()
     sampling = SamplingSettings(temperature=0.7, top_k=0, top_p=1.0)
-    return ResponseStore.open(path, Origin.of(target, sampling=sampling, max_new_tokens=8)), target
+    return ResponseStore.open(path, Origin.of(target, sampling=sampling, max_completion_length=8)), target
 
 
 def write(responses, target, is_shown=True, shard_size=100):

@@ -108,8 +108,10 @@ class DraftTrainingConfig(_BaseConfig):
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
             small drafter's run it is a fault to be found. `"skip"` leaves it out and counts it (`skipped_updates`).
+            Weights that are not finite after an update end training under both.
         max_skipped_updates (`int`, *optional*, defaults to `10`):
-            Updates skipped in a row after which training ends all the same: by then the weights are at fault.
+            Updates skipped in a row after which training ends all the same: by then most likely the weights are at
+            fault.
 
         > Parameters that control publishing
 
