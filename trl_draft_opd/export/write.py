@@ -19,13 +19,14 @@ from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
 from ..utils.atomic_files import making_folder
-from .card import CARD_FILE, CURVE_FILE, write_card
+from .card import CARD_FILE, CURVE_FILE
 from .custom_generate import write_custom_generate
 from .layouts import LAYOUT_OF, flat_config, flat_tensors
 from .publication import LAYOUTS, Publication
-from .record import RECORD_FILE, TrainingRecord, write_record
-from .serving import SERVING_FILE, serving_settings
+from .record import RECORD_FILE, TrainingRecord
+from .serving import SERVING_FILE
 from .source import TargetOfExport
+from .texts import write_texts
 
 
 CUSTOM_GENERATE = "custom_generate"
@@ -114,14 +115,7 @@ def export_drafter(
         _write_layouts(staged, drafter, publication)
         if publication.has_custom_generate:
             write_custom_generate(staged, publication.family, repo_id)
-        if (folder / CARD_FILE).is_file():
-            # The new card keeps the notes people wrote into the earlier one.
-            shutil.copy(folder / CARD_FILE, staged / CARD_FILE)
-        settings = serving_settings(publication)
-        (staged / SERVING_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if record is not None:
-            write_record(record, staged)
-        write_card(staged, publication, settings)
+        write_texts(staged, publication, notes_of=folder)
     places = {name: folder if name == asked[0] else folder / name for name in layouts}
     return ExportResult(folder, places, {name: reasons[name] for name in asked if name in reasons})
 
