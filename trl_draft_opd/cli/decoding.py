@@ -28,6 +28,7 @@ from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import DraftTrainingConfig
 from ..trainer.pair import check_pair
+from ..utils.atomic_files import check_folder
 from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
 
 
@@ -206,6 +207,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
 def run_generate(argv: Sequence[str]) -> int:
     """Write the target's responses to prompts; see [`write_responses`]."""
     (args,) = parse("generate", [GenerateArguments], argv)
+    check_folder(Path(args.output), "`--output`")
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
     # The accelerator belongs to the server, if there is one.

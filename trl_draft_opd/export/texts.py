@@ -20,7 +20,7 @@ from ..drafters.dflash import DFlashDraftConfig
 from ..drafters.eagle3 import Eagle3DraftConfig
 from ..drafters.published.checkpoint import CONFIG_FILE
 from ..drafters.published.configs import parse_drafter_config
-from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
+from ..utils.atomic_files import clear_leftovers, explaining_failure, move_files, staging_folder
 from .card import CARD_FILE, write_card
 from .custom_generate import write_custom_generate
 from .publication import LAYOUTS, Publication
@@ -75,8 +75,8 @@ def read_publication(folder: Path) -> Publication:
 def _licence_of(card: Path) -> str | None:
     if not card.is_file():
         return None
-    data = ModelCard.load(card, ignore_metadata_errors=True).data
-    return data.license_name or data.license
+    data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    return data.get("license_name") or data.get("license")
 
 
 def renamed_texts(folder: Path, repo_id: str) -> dict[str, bytes]:
@@ -107,7 +107,8 @@ def add_measurement(folder: Path, measurement: Measurement, make_record: Callabl
     record = replace(record, measurements=[*kept, measurement])
     is_export = (folder / SERVING_FILE).is_file()
     clear_leftovers(folder, re.compile(_TEXTS))
-    with staging_folder(folder, _TEXTS) as staged:
+    fix = f"The texts in {str(folder)!r} are as they were. Make room and evaluate again"
+    with explaining_failure("The measurement", fix), staging_folder(folder, _TEXTS) as staged:
         if is_export:
             write_texts(staged, replace(read_publication(folder), record=record), notes_of=folder)
         else:
