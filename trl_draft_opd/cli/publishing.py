@@ -12,6 +12,7 @@ from ..drafters.auto import AutoDrafter
 from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
+from ..export.write import check_export_folder
 from ..parity import verify_drafter
 from ..parity.consumers import CONSUMERS
 from ..target.frozen import FrozenTarget
@@ -49,6 +50,7 @@ def run_export(argv: Sequence[str]) -> int:
         validate_repo_id(args.repo_id)
     if args.target_id is not None and hub_id_of(args.target_id) is None:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
+    check_export_folder(Path(args.output))
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
     name = args.target or drafter.config.target_model_name_or_path
     target = TargetOfExport(args.target_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
+from ..utils.atomic_files import check_folder, explaining_failure
 from .arguments import TargetArguments, flag, parse
 from .rows import load_rows
 
@@ -139,6 +141,7 @@ def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
     args.check_vocabulary()
+    check_folder(Path(args.output), "`--output`")
     rows = args.load_responses()
     target = args.load_target()
     options = args.given()
@@ -155,7 +158,8 @@ def run_init(argv: Sequence[str]) -> int:
     if args.seed is not None:
         set_seed(args.seed)
     drafter = make_drafter(target, args.family, options)
-    drafter.save_pretrained(args.output)
+    with explaining_failure("The drafter", "Make room, or name another folder, and run the command again"):
+        drafter.save_pretrained(args.output)
     print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
     if args.draft_vocab_size is None and args.family == "eagle3" and target.vocab_size > LARGE_VOCABULARY:
         print(
@@ -265,6 +269,7 @@ def _train(
 ) -> int:
     """Load the pair and the rows, train, save, and push if asked for."""
     peft_config = args.lora_config()
+    check_folder(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
     if config.dataset_id is None:

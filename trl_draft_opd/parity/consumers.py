@@ -94,7 +94,7 @@ def _run_custom_generate(scene: Scene, reference: Reference) -> Outcome:
         # afresh.
         folder = Path(scratch).resolve() / Path(scratch).name
         folder.symlink_to(scene.folder.resolve(), target_is_directory=True)
-        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True, "drafter": str(folder)}
+        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True}
         if scene.drafter.config.family == "eagle3":
             options["num_drafts"] = scene.num_drafts
         return _decode(scene, "custom_generate", options)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from ..utils.atomic_files import write_file
+from ..utils.atomic_files import check_folder, explaining_failure, write_file
 from .origin import Origin
 from .shards import SCHEMA, StoredResponse, check_rows, prompt_key, read_shard, refuse_link, write_shard
 
@@ -73,7 +73,9 @@ class ResponseStore:
                 other files.
         """
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder, "The folder of responses")
+        with explaining_failure(f"The folder of responses {str(folder)!r}", "Make room, or name another"):
+            folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():
             strangers = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
             # Another writer may have made the manifest between the two looks.
@@ -83,7 +85,8 @@ class ResponseStore:
                     "empty or a new folder."
                 )
             content = {"format": _FORMAT, "digest": origin.digest, "origin": asdict(origin)}
-            write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+            with explaining_failure(f"The manifest of {str(folder)!r}", "Make room, or name another folder"):
+                write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
         # Read back even after writing it: of two writers that make the same folder, the later one's manifest counts.
         stored = _read_manifest(folder)
         origin.check_same(stored, f"The responses in {folder}")
@@ -132,6 +135,7 @@ class ResponseStore:
         Raises:
             ValueError: If a row is not what the target could have written, naming it, or the store is read-only.
                 Nothing is written then.
+            OSError: If the shard cannot be written. Those before it stay.
         """
         if self.is_read_only:
             raise ValueError(f"The store {self.path} is open for reading only. Open it with `ResponseStore.open`.")
@@ -147,7 +151,13 @@ class ResponseStore:
         if not fresh:
             return 0
         table = pa.Table.from_pylist(list(fresh.values()), SCHEMA)
-        self._take_in(write_shard(self.path, table, self.origin, provenance or {}), table)
+        fix = (
+            f"{str(self.path)!r} keeps the {len(self)} that it holds. Make room and run the same again: only missing "
+            "ones are written"
+        )
+        with explaining_failure(f"{len(table)} responses", fix):
+            name = write_shard(self.path, table, self.origin, provenance or {})
+        self._take_in(name, table)
         return len(table)
 
     def add_in_shards(
