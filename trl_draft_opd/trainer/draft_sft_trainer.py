@@ -72,9 +72,7 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         reader = text_reader(pair.target, args, max_length=args.max_length)
         if args.regenerate:
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
-        rows = reader.read_texts(dataset)
-        check_mask_token(pair.drafter, pair.target, rows, "input_ids")
-        return rows
+        return check_mask_token(pair.drafter, pair.target, reader.read_texts(dataset), "input_ids")
 
     def _set_up(self, args: DraftSFTConfig, family: str) -> None:
         self.num_anchors = args.anchors_per_row(family)
