@@ -26,7 +26,7 @@ from trl_draft_opd.cli import main
 from trl_draft_opd.export import read_target
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.parity import verify_drafter
-from trl_draft_opd.responses.origin import Origin, fingerprint_weights, hash_config
+from trl_draft_opd.responses.origin import Origin, hash_config
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.trainer.hub_names import target_id
 
@@ -125,10 +125,10 @@ def test_a_target_is_what_its_merged_folder_is_to_the_last_bit(place, dtype):
     weights = merged.causal_lm.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in adapted.causal_lm.state_dict().items())
     assert adapted.causal_lm.dtype == merged.causal_lm.dtype
-    assert fingerprint_weights(adapted.causal_lm) == fingerprint_weights(merged.causal_lm)
-    assert fingerprint_weights(adapted.causal_lm) != fingerprint_weights(FrozenTarget.load(place / "base").causal_lm)
+    assert adapted.weights_fingerprint == merged.weights_fingerprint
+    assert adapted.weights_fingerprint != FrozenTarget.load(place / "base").weights_fingerprint
     assert hash_config(adapted.config) == hash_config(merged.config)
-    settings = {"sampling": SamplingSettings(temperature=0.0, top_k=0, top_p=1.0), "max_new_tokens": 8}
+    settings = {"sampling": SamplingSettings(temperature=0.0, top_k=0, top_p=1.0), "max_completion_length": 8}
     assert Origin.of(adapted, **settings) == Origin.of(merged, **settings)
     # What it is called is the adapter, not the base.
     assert Origin.of(adapted, **settings).target == str(place / "adapter")
@@ -229,7 +229,7 @@ def test_every_command_takes_an_adapter(place, tmp_path, capsys):
     assert main(["export", *exported, *whole]) == 0
     verified = ["verify", "--drafter", str(tmp_path / "export"), "--dataset", str(rows), "--num-prompts", "2"]
     capsys.readouterr()
-    assert main([*verified, "--target", adapter, "--max-new-tokens", "4"]) == 0
+    assert main([*verified, "--target", adapter, "--max-completion-length", "4"]) == 0
     assert "no folder or id of a whole model was given" in capsys.readouterr().out
 
 
@@ -237,7 +237,9 @@ def test_verify_compares_with_the_merged_model(place, tmp_path):
     target = FrozenTarget.load(place / "adapter", dtype="float32")
     drafter = make_drafter("dflash", target)
     drafter.save_pretrained(tmp_path)
-    report = verify_drafter(tmp_path, target, make_prompts(2), max_new_tokens=4, target_name=str(place / "adapter"))
+    report = verify_drafter(
+        tmp_path, target, make_prompts(2), max_completion_length=4, target_name=str(place / "adapter")
+    )
     # Engines would load the folder of the adapter, so that they are given none.
     assert report.ok and report.num_prompts == 2
 
@@ -273,7 +275,7 @@ def test_the_line_that_merges_an_adapter_does_so(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "line", "exec"), {})
     merged = FrozenTarget.load("MERGED")
-    assert fingerprint_weights(merged.causal_lm) == fingerprint_weights(FrozenTarget.load(place / "merged").causal_lm)
+    assert merged.weights_fingerprint == FrozenTarget.load(place / "merged").weights_fingerprint
     assert merged.tokenizer.get_vocab() == make_tokenizer().get_vocab()
 
 

@@ -9,7 +9,7 @@ Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ..drafters.target_model import (
 )
 from ..drafters.target_shape import text_config
 from .checks import describe_text_settings, find_layers, refuse_not_finite, require_weights
+from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
 from .vocabulary import describe_beyond, find_unused_id
@@ -76,7 +77,6 @@ class FrozenTarget:
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
         require_weights(model)
-        self.weights_fingerprint: str | None = None
         self._check_head()
         if (settings := describe_text_settings(model)) is not None:
             warnings.warn(settings)
@@ -141,6 +141,11 @@ class FrozenTarget:
     def vocab_size(self) -> int:
         """Rows of the head: valid token ids are `0..vocab_size - 1`."""
         return self.config.vocab_size
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of all weights, rounded to bfloat16; taken once, about a second per gigabyte and CPU core."""
+        return fingerprint_weights(self.causal_lm)
 
     @property
     def num_layers(self) -> int:
@@ -250,14 +255,15 @@ class FrozenTarget:
                 "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
             )
 
-    def shard(self, device: torch.device, weights_fingerprint: str) -> None:
+    def shard(self, device: torch.device) -> None:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
         From now on `read_text`, `step` and `generate` of the model are collective too, and every rank ends each phase
-        of using them with [`finish_together`]. The fingerprint of the whole weights is kept: no rank can take it now.
+        of using them with [`finish_together`].
         """
-        self.weights_fingerprint = weights_fingerprint
+        # Of the whole weights, while this rank has them.
+        _ = self.weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
 
     @property

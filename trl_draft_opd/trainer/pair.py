@@ -26,7 +26,6 @@ from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
 from ..export.record import TrainingRecord, read_record
 from ..export.serving import SERVING_FILE
-from ..responses.origin import fingerprint_weights
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
@@ -117,7 +116,7 @@ def load_target(
         )
         check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not frozen.is_sharded:
-            frozen.shard(args.device, fingerprint_weights(frozen.causal_lm))
+            frozen.shard(args.device)
         return frozen
 
     frozen = load_in_turns(load) if shard else load()
