@@ -7,6 +7,7 @@ saved. Knows no drafter.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -25,7 +26,7 @@ from .published.adapter import (
     refuse_tied,
     require_peft,
 )
-from .published.checkpoint import CheckpointSource
+from .published.checkpoint import CONFIG_FILE, CheckpointSource
 
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def _places(source: CheckpointSource) -> dict[str, Any]:
 
 
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
+    if Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
+        raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
     with loading_whole():
         return create_model_from_path(source.name_or_path, **options | _places(source))
 

@@ -223,7 +223,10 @@ def _checked_settings(adapter: Adapter, model: nn.Module, peft: ModuleType) -> d
     names = [name for name, _ in model.named_modules() if name]
     for name in ("target_modules", "exclude_modules"):
         if isinstance(settings.get(name), str) and settings[name].lower() != "all-linear":
-            settings[name] = _match(settings[name], names, f"{where} has {name}={settings[name]!r}")
+            stated = f"{where} has {name}={settings[name]!r}"
+            settings[name] = _match(settings[name], names, stated)
+            if name == "target_modules" and not settings[name]:
+                raise ValueError(f"{stated}, which no layer of a {type(model).__name__} matches.")
     return settings
 
 
