@@ -234,9 +234,11 @@ class TextReader:
             raise ValueError(f"`{column}` must be a list of token ids, got {token_ids!r:.200}.")
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             outside = next(i for i in token_ids if not 0 <= i < self.vocab_size)
+            tokens = {index: token for token, index in self.tokenizer.get_vocab().items()}
+            known = f" ({tokens[outside]!r})" if outside in tokens else ""
             raise ValueError(
-                f"token id {outside} in `{column}` is outside the target's vocabulary of {self.vocab_size} tokens. "
-                "Tokenize with the target's own tokenizer."
+                f"token id {outside}{known} in `{column}` is outside the target's vocabulary of {self.vocab_size} "
+                "tokens: it has no embedding. Take the token out, or tokenize with the target's own tokenizer."
             )
         return token_ids
 

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 
 from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
-from .target_model import is_adapted_target, load_target_model, merged_target, target_chain
+from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
 
 Result = TypeVar("Result")
@@ -327,9 +327,9 @@ class Drafter(PreTrainedModel):
         """Return the causal language model of an id, a path, a model, a [`~peft.PeftModel`] or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
             return load_target_model(target_chain(str(target)))
-        if is_adapted_target(target):
-            return merged_target(target)
-        return target if isinstance(target, PreTrainedModel) else target.causal_lm
+        if isinstance(target, PreTrainedModel) or is_adapted_target(target):
+            return whole_model(target)
+        return target.causal_lm
 
 
 def run_blocks(
