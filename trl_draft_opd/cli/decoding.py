@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..evaluation import evaluate_drafter
+from ..evaluation import EVALUATION_LENGTHS, evaluate_drafter
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
-from ..trainer.common_config import DraftTrainingConfig
+from ..target.lengths import TRAINING_LENGTHS
+from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
 from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
 
@@ -29,9 +30,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "`greedy`: drafts are the drafter's argmax; `sample`: they are drawn from its distribution.",
         default=default_of(evaluate_drafter, "draft_sampling"),
     )
-    max_completion_length: int = flag(
-        "Longest response.", default=default_of(evaluate_drafter, "max_completion_length")
-    )
+    max_completion_length: int | None = flag(length_help(EVALUATION_LENGTHS), default=None)
     ignore_eos: bool = flag(
         "Decode exactly --max-completion-length, to compare with an engine that counts past the end of sequence.",
         default=default_of(evaluate_drafter, "ignore_eos"),
@@ -49,12 +48,14 @@ def run_evaluate(argv: Sequence[str]) -> int:
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
     check_pair(drafter, target)
     target.place(torch.accelerator.current_accelerator(True) or torch.device("cpu"))
+    num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
+    lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=num_drafts, defaults=EVALUATION_LENGTHS)
     report = evaluate_drafter(
         target,
         drafter.to(target.device),
-        args.read_prompts(target),
-        num_drafts=args.num_drafts,
-        max_completion_length=args.max_completion_length,
+        args.read_prompts(target, lengths.prompt),
+        num_drafts=num_drafts,
+        max_completion_length=lengths.completion,
         sampling=sampling,
         draft_sampling=args.draft_sampling,
         batch_size=args.batch_size,
@@ -77,7 +78,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "Source of the responses: the target in this process, a server, or the dataset itself, taken on trust.",
         default=default_of(write_responses, "engine"),
     )
-    max_completion_length: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
+    max_completion_length: int | None = flag(length_help(TRAINING_LENGTHS), default=None)
     batch_size: int = flag(
         "Prompts that transformers decodes together.", default=default_of(write_responses, "batch_size")
     )
@@ -128,6 +129,7 @@ def run_generate(argv: Sequence[str]) -> int:
     (args,) = parse("generate", [GenerateArguments], argv)
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
+    lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=TRAINING_LENGTHS)
     # The accelerator belongs to the server, if there is one.
     accelerator = torch.accelerator.current_accelerator(True)
     if server is None and accelerator is not None:
@@ -137,10 +139,10 @@ def run_generate(argv: Sequence[str]) -> int:
         rows,
         args.output,
         sampling=args.sampling_settings(),
-        max_completion_length=args.max_completion_length,
+        max_completion_length=lengths.completion,
         engine=args.engine,
         server=server,
-        reader=target.text_reader(**args.reading(), num_proc=args.num_proc),
+        reader=target.text_reader(**args.reading(lengths.prompt), num_proc=args.num_proc),
         batch_size=args.batch_size,
         shard_size=args.shard_size,
         seed=args.seed,

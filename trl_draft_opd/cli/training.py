@@ -197,7 +197,9 @@ def run_sft(argv: Sequence[str]) -> int:
 
     def fresh_drafter(target: FrozenTarget, rows: Dataset) -> Drafter:
         def count() -> torch.Tensor:
-            reader = text_reader(target, config, max_length=config.max_length)
+            # The blocks of a drafter that is not there yet are not known, and change no count.
+            fitted = config.fit_to(target.num_positions, num_drafts=0)
+            reader = text_reader(target, fitted, max_length=fitted.max_length)
             return count_tokens(reader.read_texts(rows), target.vocab_size)
 
         set_seed(config.seed)

@@ -101,7 +101,7 @@ class Origin:
             config_hash=hash_config(config),
             weights_fingerprint=target.weights_fingerprint or fingerprint_weights(target.causal_lm),
             vocab_size=target.vocab_size,
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=target.num_positions,
             tokenizer_hash=None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
             chat_template_hash=None if template is None else _hash_json(template),
             # Through JSON and back, so that what is compared later is what a file gives back.

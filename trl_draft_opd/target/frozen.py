@@ -122,6 +122,11 @@ class FrozenTarget:
         return self.config.vocab_size
 
     @property
+    def num_positions(self) -> int | None:
+        """Tokens that a text can have, prompt and response together; `None` where the config names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layers)
