@@ -32,8 +32,9 @@ from trl_draft_opd.responses import (
     write_responses,
 )
 from trl_draft_opd.responses.audit import score_responses
-from trl_draft_opd.responses.origin import fingerprint_weights, hash_config, hash_tokenizer
+from trl_draft_opd.responses.origin import hash_config, hash_tokenizer
 from trl_draft_opd.rollout.acceptance import token_probs
+from trl_draft_opd.target.fingerprint import fingerprint_weights
 
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)

@@ -30,7 +30,7 @@ from trl_draft_opd import (
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.export import TargetOfExport, export_drafter, hub_id_of, read_target
-from trl_draft_opd.export.hub import push_folder, validate_repo_id
+from trl_draft_opd.export.hub import push_folder, resumable_files, validate_repo_id
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.export.rules import check_folder
 from trl_draft_opd.parity import verify_drafter
@@ -487,7 +487,9 @@ def test_links_are_not_uploaded_with_an_export_or_a_checkpoint(copy, tmp_path, h
     (folder / "training_curve.png").symlink_to(secret / "diary.json")
     (checkpoint / "state.json").symlink_to(secret / "diary.json")
     (checkpoint / "more").symlink_to(secret, target_is_directory=True)
-    push_folder(folder, "someone/tiny-eagle3", token=CANARY, extra_folders={"last-checkpoint": checkpoint})
+    push_folder(
+        folder, "someone/tiny-eagle3", token=CANARY, extra_folders={"last-checkpoint": resumable_files(checkpoint)}
+    )
     assert b"diary" not in hub.received()
     assert "last-checkpoint/config.json" in hub.repositories["someone/tiny-eagle3"].branches["main"]
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..utils.secrets import without_users
 
 
 # Command -> the module of its `run_...` function, and what the command does.
@@ -68,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251
     try:
         return getattr(module, f"run_{options.command}")(options.flags)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.debug:
             raise
-        print(f"trl-draft-opd {options.command}: {error}", file=sys.stderr)
+        print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)
         return 2

@@ -152,7 +152,7 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
         own = [
             ("drafts in training", drafts),
             ("norms", norms or "as in EAGLE-3's own code, no further ones"),
-            ("draft vocabulary", f"{part} of {config.vocab_size} tokens"),
+            ("draft vocabulary", f"{part} of {config.vocab_size} tokens{_coverage(publication)}"),
         ]
     return [
         *facts,
@@ -163,6 +163,13 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
         ("longest text", f"{config.max_position_embeddings} tokens"),
         ("precision", str(publication.dtype).removeprefix("torch.")),
     ]
+
+
+def _coverage(publication: Publication) -> str:
+    """Return what the record states of a reduced vocabulary's coverage, of the last stage that counted it."""
+    stages = publication.record.stages if publication.record is not None else []
+    shares = [stage.settings["draft_vocab_coverage"] for stage in stages if "draft_vocab_coverage" in stage.settings]
+    return f", {shares[-1]:.2%} of the response tokens it was trained on" if shares else ""
 
 
 def _costs(rows: list[dict[str, Any]]) -> str:

@@ -232,7 +232,7 @@ def _why_not_speculators(scene: Scene) -> str | None:
     if importlib.util.find_spec("speculators") is None:
         return "speculators is not installed"
     if scene.target_name is None:
-        return "the library reads the target itself, and no folder or id of it was given (`target_name`)"
+        return "the library reads the target itself, and no folder or id of a whole model was given (`target_name`)"
     return None
 
 

@@ -21,6 +21,7 @@ from ..export.rules import check_folder
 from ..export.serving import SERVING_FILE
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+from ..utils.loading import require_model
 from .compare import Outcome, Reference, compare
 from .consumers import CONSUMERS
 from .engines import WORKERS, EngineFailure, run_engine
@@ -88,7 +89,8 @@ def verify_drafter(
     folder = _find_folder(path, revision)
     layouts = _find_layouts(folder, target)
     report = VerificationReport(str(path), "", len(prompts), num_drafts=0, max_completion_length=0)
-    target_name = target_name or target.causal_lm.config.name_or_path or None
+    # An adapter's name is none that engines could load.
+    target_name = None if target.is_merged else target_name or target.causal_lm.config.name_or_path or None
     _check_rules(report, folder, layouts, target, target_name)
     try:
         drafter = load_drafter(folder, target)
@@ -152,10 +154,7 @@ def _check_request(
 def _find_folder(path: str | Path, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    if Path(path).is_absolute() or str(path).startswith((".", "~")):
-        raise FileNotFoundError(
-            f"There is no folder {str(path)!r}. Give the folder that holds config.json, or a Hub id."
-        )
+    require_model(str(path))
     patterns = [pattern for name in sorted(PUBLISHED_NAMES) for pattern in (name, f"{name}/*")]
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 

@@ -139,15 +139,13 @@ def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
     return responses, chains
 
 
-def replay(
-    scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
-) -> list[list[int]]:
+def replay(scene: Scene, drafter: Drafter, responses: list[list[int]]) -> list[list[int]]:
     """
-    Return the chains a drafter makes along the target's own responses to the first prompts: the estimate that training
-    uses, without generation.
+    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without
+    generation.
     """
     chains: list[list[int]] = []
-    pairs = list(zip(scene.prompts, responses, strict=True))[:num_prompts]
+    pairs = list(zip(scene.prompts, responses, strict=True))
     for start in range(0, len(pairs), _REPLAY_ROWS):
         text = _as_text(scene.target, pairs[start : start + _REPLAY_ROWS])
         rollout = rollout_replay(
