@@ -19,7 +19,8 @@ from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
-from ..trainer.common_config import DraftTrainingConfig
+from ..target.lengths import Lengths, fit_lengths
+from ..trainer.common_config import PROMPT_LENGTH_HELP, DraftTrainingConfig
 from . import COMMANDS
 from .rows import load_rows
 
@@ -139,26 +140,37 @@ class RowsArguments:
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
     num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)
-    max_prompt_length: int = flag(
-        "Prompts with more tokens are skipped.", default=DraftTrainingConfig.max_prompt_length
-    )
+    max_prompt_length: int | None = flag(PROMPT_LENGTH_HELP, default=None)
     chat_template_kwargs: str | None = flag("Arguments for the chat template, as JSON.", default=None)
 
     def load_rows(self) -> Dataset:
         rows = load_rows(self.dataset, self.dataset_config, self.split)
         return rows if self.num_prompts is None else rows.select(range(min(self.num_prompts, len(rows))))
 
-    def reading(self) -> dict[str, Any]:
+    def reading(self, max_prompt_length: int) -> dict[str, Any]:
         """Return arguments of [`FrozenTarget.text_reader`]."""
         try:
             arguments = json.loads(self.chat_template_kwargs or "null")
         except json.JSONDecodeError as error:
             raise ValueError(f"`--chat-template-kwargs` is not JSON: {error}. Write '{{\"name\": value}}'.") from error
-        return {"max_prompt_length": self.max_prompt_length, "chat_template_kwargs": arguments}
+        return {"max_prompt_length": max_prompt_length, "chat_template_kwargs": arguments}
 
-    def read_prompts(self, target: FrozenTarget) -> list[list[int]]:
+    def fit_lengths(
+        self, target: FrozenTarget, completion: int | None, *, num_drafts: int, defaults: Lengths
+    ) -> Lengths:
+        """Return the longest prompt and response, see [`fit_lengths`]."""
+        return fit_lengths(
+            target.num_positions,
+            prompt=self.max_prompt_length,
+            completion=completion,
+            num_drafts=num_drafts,
+            defaults=defaults,
+        )
+
+    def read_prompts(self, target: FrozenTarget, max_prompt_length: int) -> list[list[int]]:
         """Return the prompts as token ids."""
-        return list(target.text_reader(**self.reading()).read_prompts(self.load_rows())["prompt_ids"])
+        reader = target.text_reader(**self.reading(max_prompt_length))
+        return list(reader.read_prompts(self.load_rows())["prompt_ids"])
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..evaluation import EvaluationReport, evaluate_drafter
+from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter
 from ..export import hub_id_of
 from ..export.card import CARD_FILE
 from ..export.record import (
@@ -26,7 +26,8 @@ from ..export.texts import add_measurement
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
-from ..trainer.common_config import DraftTrainingConfig
+from ..target.lengths import TRAINING_LENGTHS
+from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_folder
 from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
@@ -44,9 +45,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "`greedy`: drafts are the drafter's argmax; `sample`: they are drawn from its distribution.",
         default=default_of(evaluate_drafter, "draft_sampling"),
     )
-    max_completion_length: int = flag(
-        "Longest response.", default=default_of(evaluate_drafter, "max_completion_length")
-    )
+    max_completion_length: int | None = flag(length_help(EVALUATION_LENGTHS), default=None)
     ignore_eos: bool = flag(
         "Decode exactly --max-completion-length, to compare with an engine that counts past the end of sequence.",
         default=default_of(evaluate_drafter, "ignore_eos"),
@@ -75,7 +74,9 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
             )
         read_record(folder)
 
-    def add_to_record(self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any) -> None:
+    def add_to_record(
+        self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any, max_completion_length: int
+    ) -> None:
         """Put what was measured where `--record` says, or say how it gets there."""
         folder = Path(self.drafter)
         if self.record is None:
@@ -87,7 +88,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
             prompt_set=self.record,
             prompts_sha256=prompts_digest(prompts),
             draft_sampling=self.draft_sampling,
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=max_completion_length,
             ignore_eos=self.ignore_eos,
             target_dtype=str(target.causal_lm.dtype).removeprefix("torch."),
         )
@@ -116,13 +117,15 @@ def run_evaluate(argv: Sequence[str]) -> int:
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
     check_pair(drafter, target)
     target.place(torch.accelerator.current_accelerator(True) or torch.device("cpu"))
-    prompts = args.read_prompts(target)
+    num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
+    lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=num_drafts, defaults=EVALUATION_LENGTHS)
+    prompts = args.read_prompts(target, lengths.prompt)
     report = evaluate_drafter(
         target,
         drafter.to(target.device),
         prompts,
-        num_drafts=args.num_drafts,
-        max_completion_length=args.max_completion_length,
+        num_drafts=num_drafts,
+        max_completion_length=lengths.completion,
         sampling=sampling,
         draft_sampling=args.draft_sampling,
         batch_size=args.batch_size,
@@ -133,7 +136,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
     if report.num_different:
         print(explain_difference(target.causal_lm.dtype))
     write_json(args.json, report.to_dict())
-    args.add_to_record(report, target, drafter.config.family, prompts)
+    args.add_to_record(report, target, drafter.config.family, prompts, lengths.completion)
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
 
 
@@ -160,7 +163,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "Source of the responses: the target in this process, a server, or the dataset itself, taken on trust.",
         default=default_of(write_responses, "engine"),
     )
-    max_completion_length: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
+    max_completion_length: int | None = flag(length_help(TRAINING_LENGTHS), default=None)
     batch_size: int = flag(
         "Prompts that transformers decodes together.", default=default_of(write_responses, "batch_size")
     )
@@ -212,6 +215,7 @@ def run_generate(argv: Sequence[str]) -> int:
     check_folder(Path(args.output), "`--output`")
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
+    lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=TRAINING_LENGTHS)
     # The accelerator belongs to the server, if there is one.
     accelerator = torch.accelerator.current_accelerator(True)
     if server is None and accelerator is not None:
@@ -221,10 +225,10 @@ def run_generate(argv: Sequence[str]) -> int:
         rows,
         args.output,
         sampling=args.sampling_settings(),
-        max_completion_length=args.max_completion_length,
+        max_completion_length=lengths.completion,
         engine=args.engine,
         server=server,
-        reader=target.text_reader(**args.reading(), num_proc=args.num_proc),
+        reader=target.text_reader(**args.reading(lengths.prompt), num_proc=args.num_proc),
         batch_size=args.batch_size,
         shard_size=args.shard_size,
         seed=args.seed,

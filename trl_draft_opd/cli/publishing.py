@@ -15,8 +15,14 @@ from ..export.record import read_record
 from ..export.write import check_export_folder
 from ..parity import verify_drafter
 from ..parity.consumers import CONSUMERS
+from ..parity.gate import VERIFICATION_LENGTHS
 from ..target.frozen import FrozenTarget
+from ..trainer.common_config import length_help
 from .arguments import RowsArguments, default_of, flag, parse, write_json
+
+
+# Positions kept free behind responses: prompts are read before the drafter's blocks are known.
+_ROOM_TO_VERIFY = 32
 
 
 @dataclass(kw_only=True)
@@ -85,9 +91,7 @@ class VerifyArguments(RowsArguments):
     checkpoint: str | None = flag("The checkpoint that the export was made from.", default=None)
     consumers: list[str] | None = flag("Engines to run; all that are installed if unset.", default=None)
     num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
-    max_completion_length: int = flag(
-        "Tokens per prompt, whose rounds are counted.", default=default_of(verify_drafter, "max_completion_length")
-    )
+    max_completion_length: int | None = flag(length_help(VERIFICATION_LENGTHS), default=None)
     trust_remote_code: bool = flag("Also run the export's own custom_generate.", default=False)
     json: str | None = flag("File to write the numbers to.", default=None)
 
@@ -96,15 +100,18 @@ def run_verify(argv: Sequence[str]) -> int:
     """Compare an export with its training in every engine; see [`verify_drafter`]."""
     (args,) = parse("verify", [VerifyArguments], argv)
     target = FrozenTarget.load(args.target, dtype="float32")
+    lengths = args.fit_lengths(
+        target, args.max_completion_length, num_drafts=_ROOM_TO_VERIFY, defaults=VERIFICATION_LENGTHS
+    )
     report = verify_drafter(
         args.drafter,
         target,
-        args.read_prompts(target),
+        args.read_prompts(target, lengths.prompt),
         target_name=args.target,
         checkpoint=args.checkpoint,
         consumers=args.consumers,
         num_drafts=args.num_drafts,
-        max_completion_length=args.max_completion_length,
+        max_completion_length=lengths.completion,
         trust_remote_code=args.trust_remote_code,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))

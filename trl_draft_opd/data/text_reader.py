@@ -87,7 +87,7 @@ class TextReader:
     max_length: int | None = None
     num_proc: int | None = None
     # The cache of `datasets` knows this code by name only: raise it when the same row would give other ids or marks.
-    cache_version: int = 3
+    cache_version: int = 4
 
     def read_texts(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """
@@ -176,10 +176,13 @@ class TextReader:
             self._check_prompt_length(completion_mask.index(1))
         if 1 not in completion_mask[: self.max_length]:
             raise _Skip(_NO_SUPERVISION)
+        notes = [*text.notes]
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            notes.append(f"are longer than `max_length` {self.max_length} and were cut there.")
         return {
             "input_ids": input_ids[: self.max_length],
             "completion_mask": completion_mask[: self.max_length],
-            "notes": text.notes,
+            "notes": notes,
         }
 
     def _encode_response_row(self, row: dict, form: tuple[str, ...]) -> dict[str, Any]:
@@ -246,7 +249,7 @@ class TextReader:
         if not prompt_length:
             raise ValueError(_EMPTY_PROMPT)
         if self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
-            raise _Skip(_LONG_PROMPT)
+            raise _Skip(f"{_LONG_PROMPT} {self.max_prompt_length}")
 
     def _tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer(check_text(text), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

@@ -120,5 +120,5 @@ def add_measurement(folder: Path, measurement: Measurement, make_record: Callabl
 
 def _conditions(measurement: Measurement) -> tuple:
     """Return what must be equal for a measurement to take another one's place."""
-    names = ("prompts_sha256", "temperature", "draft_sampling", "num_drafts", "max_new_tokens", "ignore_eos")
+    names = ("prompts_sha256", "temperature", "draft_sampling", "num_drafts", "max_completion_length", "ignore_eos")
     return tuple(getattr(measurement, name) for name in names)

@@ -15,6 +15,7 @@ from ..rollout.acceptance import SamplingSettings, choose_tokens, token_probs
 from ..rollout.keyed_random import PLAIN_TOKEN, DrawKeys
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
+from ..target.lengths import Lengths, check_lengths
 from .audit import read_texts, score_responses
 from .progress import ResponseProgress, keeping_responses, showing_progress
 from .shards import StoredResponse, prompt_key
@@ -51,11 +52,14 @@ def generate_responses(
         written.
 
     Raises:
-        ValueError: If a prompt is empty.
+        ValueError: If a prompt is empty, or leaves no room for a response in the target's positions.
     """
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"Prompts must hold at least one token; rows {empty[:10]} are empty. Drop them.")
+    if not prompts:
+        return []
+    check_lengths(target.num_positions, Lengths(max(map(len, prompts)), max_completion_length), num_drafts=0)
     responses: list[list[int]] = [[] for _ in prompts]
     keys = DrawKeys(seed, 0, range(len(prompts)))
     for rows, written in _decode(target, prompts, max_completion_length, sampling, keys, batch_size, show_progress):

@@ -148,6 +148,11 @@ class FrozenTarget:
         return fingerprint_weights(self.causal_lm)
 
     @property
+    def num_positions(self) -> int | None:
+        """Tokens that a text can have, prompt and response together; `None` where the config names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layers)

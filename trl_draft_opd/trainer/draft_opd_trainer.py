@@ -89,7 +89,8 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
         if is_training:
             note_whole_vocabulary(pair.drafter)
-        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.max_completion_length)
+        assert args.max_prompt_length is not None, "`fit_to` fills it in"
+        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.longest_response)
         has_responses = is_training and args.completions_from_target
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
         return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")

@@ -68,6 +68,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     ):
         args = args or self._config_class(f"drafter-{self._method}")
         pair = load_pair(model, target, args, processing_class, peft_config)
+        # Before a row is read: what would not fit into the target's positions is refused or counted.
+        args = args.fit_to(pair.target.num_positions, pair.num_drafts)
         if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
             # Now rather than at the first rollout.
             pair.target.require_rollback()
@@ -207,7 +209,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 prompts,
                 self._drafting,
                 keys,
-                max_completion_length=self.args.max_completion_length,
+                max_completion_length=self.args.longest_response,
                 eos_token_ids=self.target.eos_token_ids,
                 on_finished=bar.update,
             )

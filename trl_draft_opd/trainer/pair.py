@@ -80,7 +80,7 @@ def load_pair(
         # A merged instance has no name, and is not the base that a drafter may name.
         drafter.config.target_model_name_or_path = frozen.config.name_or_path or None
         drafter.config.target_model_revision = args.target_revision
-    num_drafts = args.num_drafts or drafter.default_num_drafts
+    num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
     earlier = _earlier_record(drafter)
     return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts, earlier)
 

@@ -135,7 +135,7 @@ class PublishingTrainer(ResumingTrainer):
             temperature=args.temperature,
             draft_sampling=args.draft_sampling,
             num_drafts=self.num_drafts,
-            max_completion_length=args.max_completion_length,
+            max_completion_length=args.longest_response,
             batch_size=args.per_device_eval_batch_size,
             ignore_eos=False,
             tau=counts.tau,

@@ -131,9 +131,7 @@ def _pad_rows(
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
     """Open the response store of a run; raises `ValueError` if it is another target's, or damaged."""
     reader = text_reader(target, args, max_length=None)
-    origin = Origin.of(
-        target, reader, sampling=args.sampling_settings(), max_completion_length=args.max_completion_length
-    )
+    origin = Origin.of(target, reader, sampling=args.sampling_settings(), max_completion_length=args.longest_response)
     return ResponseStore.open(args.responses or args.output_folder / PRIVATE_FOLDER, origin)
 
 
