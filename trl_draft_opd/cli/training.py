@@ -23,7 +23,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target, text_reader
-from .arguments import TargetArguments, flag, parse
+from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
 
@@ -114,6 +114,9 @@ def run_init(argv: Sequence[str]) -> int:
     drafter = make_drafter(target, args.family, args.given(), count)
     drafter.save_pretrained(args.output)
     print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
+    print_next(
+        "sft", drafter=args.output, target=args.target, dataset=args.dataset or "PROMPTS.jsonl", regenerate=True
+    )
     return 0
 
 
@@ -203,13 +206,24 @@ def run_sft(argv: Sequence[str]) -> int:
         set_seed(config.seed)
         return make_drafter(target, args.family, args.given(), count)
 
-    return _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter)
+    if _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter):
+        print_next(
+            "opd",
+            drafter=config.output_dir,
+            target=args.target,
+            dataset=args.dataset,
+            responses=config.responses,
+            max_completion_length=unless_default(config, "max_completion_length"),
+        )
+    return 0
 
 
 def run_opd(argv: Sequence[str]) -> int:
     """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
     args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
-    return _train(DraftOPDTrainer, args, config, args.drafter)
+    if _train(DraftOPDTrainer, args, config, args.drafter):
+        print_next("evaluate", drafter=config.output_dir, target=args.target, dataset=HELD_OUT)
+    return 0
 
 
 def _train(
@@ -217,8 +231,8 @@ def _train(
     args: TrainArguments,
     config: DraftTrainingConfig,
     drafter: str | Callable[[FrozenTarget, Dataset], Drafter],
-) -> int:
-    """Load the pair and the rows, train, save, and push if asked for."""
+) -> bool:
+    """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
@@ -234,8 +248,9 @@ def _train(
         commit = trainer.push_to_hub()
     else:
         trainer.save_model(config.output_dir)
-    if trainer.is_world_process_zero():
+    speaks = trainer.is_world_process_zero()
+    if speaks:
         print(f"The drafter is in {config.output_dir}")
         if config.push_to_hub:
             print(f"and published as {commit}")
-    return 0
+    return speaks

@@ -20,6 +20,8 @@ class DraftSFTConfig(DraftTrainingConfig):
     Configuration of [`DraftSFTTrainer`]: the settings of [`DraftTrainingConfig`], and these.
 
     Parameters:
+        output_dir (`str`, *optional*, defaults to `"drafter-sft"`):
+            Folder for the drafter and its checkpoints.
         max_length (`int`, *optional*, defaults to `4096`):
             Rows are cut behind this many tokens.
         regenerate (`bool`, *optional*, defaults to `False`):
@@ -39,6 +41,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             code (docs/why/results.md).
     """
 
+    output_dir: str | None = setting("drafter-sft", "Folder for the drafter and its checkpoints.")
     max_length: int = setting(4096, "Rows are cut behind this many tokens.")
     regenerate: bool = setting(False, "Have the target rewrite every completion before training.")
     num_anchors: int | None = setting(None, "Anchors per row and epoch; 0 takes all positions; the family's if unset.")
