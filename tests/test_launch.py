@@ -102,7 +102,7 @@ def test_a_target_with_offloaded_layers_decodes_as_a_whole_one(tmp_path):
     spread = FrozenTarget(causal_lm, make_tokenizer())
     spread.place(torch.device("cpu"))
     drafter, prompts = make_drafter("dflash", whole), make_prompts(3)
-    options = Options(max_new_tokens=8, eos_token_ids=[2])
+    options = Options(max_completion_length=8, eos_token_ids=[2])
     texts = [decode(target, drafter, prompts, options).input_ids for target in (whole, spread)]
     assert torch.equal(*texts)
 

@@ -104,7 +104,7 @@ def evaluate_drafter(
     prompts: Sequence[Sequence[int]],
     *,
     num_drafts: int | None = None,
-    max_new_tokens: int = 256,
+    max_completion_length: int = 256,
     sampling: SamplingSettings | None = None,
     draft_sampling: str = "greedy",
     batch_size: int = 1,
@@ -122,12 +122,13 @@ def evaluate_drafter(
         drafter ([`Drafter`]): The drafter.
         prompts (`Sequence[Sequence[int]]`): Token ids, chat template applied.
         num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
-        max_new_tokens (`int`, *optional*, defaults to 256): Longest response.
+        max_completion_length (`int`, *optional*, defaults to 256): Longest response.
         sampling ([`SamplingSettings`], *optional*): Greedy by default.
         draft_sampling (`str`, *optional*, defaults to `"greedy"`): See [`DraftOPDConfig`].
         batch_size (`int`, *optional*, defaults to 1): Prompts decoded together.
         ignore_eos (`bool`, *optional*, defaults to `False`):
-            Decode exactly `max_new_tokens` tokens, to compare with an engine that counts past the end of sequence.
+            Decode exactly `max_completion_length` tokens, to compare with an engine that counts past the end of a
+            response.
         compare_with_target (`bool`, *optional*, defaults to `True`):
             Also decode plainly, batch by batch in turns, for speed and, at temperature 0, equality. Not with
             `ignore_eos`.
@@ -157,7 +158,13 @@ def evaluate_drafter(
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             begun = time.perf_counter()
             rollout = rollout_live(
-                target, drafter, batch, settings, keys, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids
+                target,
+                drafter,
+                batch,
+                settings,
+                keys,
+                max_completion_length=max_completion_length,
+                eos_token_ids=eos_token_ids,
             )
             done.speculative_seconds += time.perf_counter() - begun
             done.counts += Counts.of_rollout(rollout)
@@ -168,7 +175,7 @@ def evaluate_drafter(
                 own = generate_responses(
                     target,
                     batch,
-                    max_new_tokens=max_new_tokens,
+                    max_completion_length=max_completion_length,
                     sampling=sampling,
                     batch_size=batch_size,
                     seed=seed,
@@ -200,7 +207,7 @@ def _report(
     if counts.num_blocks == 0:
         raise ValueError(
             f"No response among {num_prompts} prompts is longer than a block of {settings.num_drafts} drafts, so tau "
-            "cannot be measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
+            "cannot be measured. Raise `max_completion_length`, lower `num_drafts`, or give other prompts."
         )
     low, high = counts.interval(num_resamples=num_resamples, seed=seed)
     can_compare_text = compare and settings.sampling.is_greedy

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     responses = generate_responses(
         target,
         prompts,
-        max_new_tokens=32 if args.quick else args.max_new_tokens,
+        max_completion_length=32 if args.quick else args.max_completion_length,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         batch_size=32,
         seed=args.seed,

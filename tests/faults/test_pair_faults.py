@@ -406,7 +406,7 @@ def test_an_output_folder_with_an_export_is_left_alone(folder, target, kind):
 
 def test_an_output_folder_with_responses_is_left_alone(folder, target):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
+    origin = Origin.of(target, sampling=sampling, max_completion_length=8)
     ResponseStore.open(folder, origin)
     refuse_to_train_in(folder, target, "holds responses.*name the folder in `responses`")
 

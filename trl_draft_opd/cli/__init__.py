@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..utils.console import lasting_output, own_warnings_as_sentences
+from ..utils.secrets import without_users
 
 
 # Command -> the module of its `run_...` function, and what the command does.
@@ -89,5 +90,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             error.add_note(_REPORT)
         if options.debug or not is_users:
             raise
-        print(f"trl-draft-opd {options.command}: {error}", file=sys.stderr)
+        print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)
         return 2

@@ -39,9 +39,11 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "`greedy`: drafts are the drafter's argmax; `sample`: they are drawn from its distribution.",
         default=default_of(evaluate_drafter, "draft_sampling"),
     )
-    max_new_tokens: int = flag("Longest response.", default=default_of(evaluate_drafter, "max_new_tokens"))
+    max_completion_length: int = flag(
+        "Longest response.", default=default_of(evaluate_drafter, "max_completion_length")
+    )
     ignore_eos: bool = flag(
-        "Decode exactly --max-new-tokens, to compare with an engine that counts past the end of sequence.",
+        "Decode exactly --max-completion-length, to compare with an engine that counts past the end of sequence.",
         default=default_of(evaluate_drafter, "ignore_eos"),
     )
     batch_size: int = flag("Prompts decoded together.", default=default_of(evaluate_drafter, "batch_size"))
@@ -62,7 +64,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
         drafter.to(target.device),
         args.read_prompts(target),
         num_drafts=args.num_drafts,
-        max_new_tokens=args.max_new_tokens,
+        max_completion_length=args.max_completion_length,
         sampling=sampling,
         draft_sampling=args.draft_sampling,
         batch_size=args.batch_size,
@@ -85,7 +87,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "Source of the responses: the target in this process, a server, or the dataset itself, taken on trust.",
         default=default_of(write_responses, "engine"),
     )
-    max_new_tokens: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
+    max_completion_length: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
     batch_size: int = flag(
         "Prompts that transformers decodes together.", default=default_of(write_responses, "batch_size")
     )
@@ -145,7 +147,7 @@ def run_generate(argv: Sequence[str]) -> int:
         rows,
         args.output,
         sampling=args.sampling_settings(),
-        max_new_tokens=args.max_new_tokens,
+        max_completion_length=args.max_completion_length,
         engine=args.engine,
         server=server,
         reader=target.text_reader(**args.reading(), num_proc=args.num_proc),

@@ -85,8 +85,8 @@ class VerifyArguments(RowsArguments):
     checkpoint: str | None = flag("The checkpoint that the export was made from.", default=None)
     consumers: list[str] | None = flag("Engines to run; all that are installed if unset.", default=None)
     num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
-    max_new_tokens: int = flag(
-        "Tokens per prompt, whose rounds are counted.", default=default_of(verify_drafter, "max_new_tokens")
+    max_completion_length: int = flag(
+        "Tokens per prompt, whose rounds are counted.", default=default_of(verify_drafter, "max_completion_length")
     )
     trust_remote_code: bool = flag("Also run the export's own custom_generate.", default=False)
     json: str | None = flag("File to write the numbers to.", default=None)
@@ -104,7 +104,7 @@ def run_verify(argv: Sequence[str]) -> int:
         checkpoint=args.checkpoint,
         consumers=args.consumers,
         num_drafts=args.num_drafts,
-        max_new_tokens=args.max_new_tokens,
+        max_completion_length=args.max_completion_length,
         trust_remote_code=args.trust_remote_code,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))

@@ -59,7 +59,7 @@ class DemoSettings:
     num_prompts: int = 960
     num_test_prompts: int = 98
     test_batch_size: int = 14
-    max_new_tokens: int = 128
+    max_completion_length: int = 128
     num_drafts: int = 7
     sft_epochs: int = 8
     opd_epochs: int = 1
@@ -192,7 +192,7 @@ def _write_responses(
         responses = generate_responses(
             target,
             train,
-            max_new_tokens=settings.max_new_tokens,
+            max_completion_length=settings.max_completion_length,
             sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
             batch_size=64,
             seed=settings.seed,
@@ -201,7 +201,7 @@ def _write_responses(
         pairs = [{"prompt_ids": p, "completion_ids": r} for p, r in zip(train, responses, strict=True)]
         (folder / "rows.json").write_text(json.dumps({"train": pairs, "test": test}), encoding="utf-8")
 
-    made_from = settings.pick("target dataset num_prompts num_test_prompts max_new_tokens seed")
+    made_from = settings.pick("target dataset num_prompts num_test_prompts max_completion_length seed")
     folder = phases.run("2/5 target's responses", "responses", made_from | {"num_rows": len(rows)}, make)
     data = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     return Dataset.from_list(data["train"]), data["test"]
@@ -305,7 +305,7 @@ def _measure(
             target,
             drafter.to(target.device),  # pyright: ignore[reportArgumentType]
             prompts,
-            max_new_tokens=settings.max_new_tokens,
+            max_completion_length=settings.max_completion_length,
             batch_size=settings.test_batch_size,
             show_progress=phases.console.is_terminal,
         )

@@ -37,11 +37,11 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..utils.loading import loading_whole
 from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
+from .target_model import is_adapted_target, load_target_model, merged_target, target_chain
 
 
 Result = TypeVar("Result")
@@ -329,10 +329,11 @@ class Drafter(PreTrainedModel):
 
     @staticmethod
     def resolve_target(target: Any) -> PreTrainedModel:
-        """Return the causal language model of an id, a path, a model or a `FrozenTarget`."""
+        """Return the causal language model of an id, a path, a model, a [`~peft.PeftModel`] or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
-            with loading_whole():
-                return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
+            return load_target_model(target_chain(str(target)))
+        if is_adapted_target(target):
+            return merged_target(target)
         return target if isinstance(target, PreTrainedModel) else target.causal_lm
 
 

@@ -211,7 +211,8 @@ class Measurement:
     Attributes:
         prompt_set (`str`): What the prompts are called.
         prompts_sha256 (`str`): See [`prompts_digest`].
-        num_prompts (`int`), num_blocks (`int`), num_drafts (`int`), max_new_tokens (`int`), batch_size (`int`): Sizes.
+        num_prompts (`int`), num_blocks (`int`), num_drafts (`int`), max_completion_length (`int`), batch_size
+            (`int`): Sizes.
         temperature (`float`), draft_sampling (`str`), ignore_eos (`bool`), target_dtype (`str`): How it was decoded.
         tau (`float`), tau_low (`float`), tau_high (`float`):
             Pooled accepted length, bonus counted, and its 95 % interval.
@@ -232,7 +233,7 @@ class Measurement:
     temperature: float
     draft_sampling: Annotated[str, _one_of(DRAFT_SAMPLING)]
     num_drafts: int
-    max_new_tokens: int
+    max_completion_length: int
     batch_size: int
     ignore_eos: bool
     tau: float

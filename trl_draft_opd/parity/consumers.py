@@ -51,7 +51,7 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
         handle.remove()
 
 
-def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_new_tokens: int) -> list[int]:
+def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_completion_length: int) -> list[int]:
     """
     Return the chain behind the target's forward passes over one response.
 
@@ -65,7 +65,7 @@ def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_new_tokens:
         raise ValueError(f"The first pass of the target was {passes[:1]}, not one over the prompt of {prompt_length}.")
     anchors = [cached for cached, _ in passes[1:]]
     chain = [after - before - 1 for before, after in zip(anchors, anchors[1:], strict=False)]
-    return started_within(chain, max_new_tokens)
+    return started_within(chain, max_completion_length)
 
 
 def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
@@ -73,7 +73,7 @@ def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
     for prompt in scene.prompts:
         with _watched(scene.target.causal_lm) as passes:
             responses.append(generate(scene, prompt, **options))
-        chains.append(rounds_of(passes, len(prompt), scene.max_new_tokens))
+        chains.append(rounds_of(passes, len(prompt), scene.max_completion_length))
         widest = max([widest, *(width - 1 for _, width in passes[1:])])
     remark = "" if widest == scene.num_drafts else f"drafts {widest} tokens per block, not {scene.num_drafts}"
     return Outcome(name, responses, chains, None, remark)
@@ -232,7 +232,7 @@ def _why_not_speculators(scene: Scene) -> str | None:
     if importlib.util.find_spec("speculators") is None:
         return "speculators is not installed"
     if scene.target_name is None:
-        return "the library reads the target itself, and no folder or id of it was given (`target_name`)"
+        return "the library reads the target itself, and no folder or id of a whole model was given (`target_name`)"
     return None
 
 

@@ -26,7 +26,7 @@ def generate_responses(
     target: FrozenTarget,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_completion_length: int,
     sampling: SamplingSettings,
     batch_size: int,
     seed: int,
@@ -38,7 +38,7 @@ def generate_responses(
     Args:
         target ([`FrozenTarget`]): The target.
         prompts (`Sequence[Sequence[int]]`): Token ids, at least one each.
-        max_new_tokens (`int`): Longest response.
+        max_completion_length (`int`): Longest response.
         sampling ([`SamplingSettings`]): Temperature 0 decodes greedily.
         batch_size (`int`): Prompts decoded together.
         seed (`int`):
@@ -58,7 +58,7 @@ def generate_responses(
         raise ValueError(f"Prompts must hold at least one token; rows {empty[:10]} are empty. Drop them.")
     responses: list[list[int]] = [[] for _ in prompts]
     keys = DrawKeys(seed, 0, range(len(prompts)))
-    for rows, written in _decode(target, prompts, max_new_tokens, sampling, keys, batch_size, show_progress):
+    for rows, written in _decode(target, prompts, max_completion_length, sampling, keys, batch_size, show_progress):
         for row, response in zip(rows, written, strict=True):
             responses[row] = response
     return responses
@@ -98,7 +98,7 @@ def generate_missing(
     keys = DrawKeys(seed, 0, [int(prompt_key(prompt)[:15], 16) for prompt in missing])
 
     def responses() -> Iterator[StoredResponse]:
-        batches = _decode(target, missing, origin.max_new_tokens, sampling, keys, batch_size, show_progress)
+        batches = _decode(target, missing, origin.max_completion_length, sampling, keys, batch_size, show_progress)
         for rows, written in batches:
             logprobs: list[list[float] | None] = [None] * len(rows)
             if not sampling.is_greedy:
@@ -127,7 +127,7 @@ def _by_length(prompts: Sequence[Sequence[int]]) -> list[int]:
 def _decode(
     target: FrozenTarget,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_completion_length: int,
     sampling: SamplingSettings,
     keys: DrawKeys,
     batch_size: int,
@@ -140,14 +140,17 @@ def _decode(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             keys_of_rows = DrawKeys(keys.seed, keys.epoch, [keys.sample_ids[row] for row in rows])
-            yield rows, _decode_batch(target, [prompts[row] for row in rows], max_new_tokens, sampling, keys_of_rows)
+            yield (
+                rows,
+                _decode_batch(target, [prompts[row] for row in rows], max_completion_length, sampling, keys_of_rows),
+            )
             progress.advance(task, len(rows))
 
 
 def _decode_batch(
     target: FrozenTarget,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_completion_length: int,
     sampling: SamplingSettings,
     keys: DrawKeys,
 ) -> list[list[int]]:
@@ -161,7 +164,7 @@ def _decode_batch(
     # `generate` fills what is unset from the model's own config: a repetition penalty there is not part of the
     # distribution.
     model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_completion_length,
         eos_token_id=target.eos_token_ids or None,
         pad_token_id=target.pad_token_id,
         do_sample=False,

@@ -41,7 +41,7 @@ class ResponseStore:
     ```python
     >>> from trl_draft_opd import Origin, ResponseStore
 
-    >>> origin = Origin.of(target, sampling=sampling, max_new_tokens=512)
+    >>> origin = Origin.of(target, sampling=sampling, max_completion_length=512)
     >>> store = ResponseStore.open("responses", origin)
     >>> store.find([1, 2, 3])
     ```
@@ -217,18 +217,18 @@ class ResponseStore:
         Return the prompts without a response, each once, in their order.
 
         Raises:
-            ValueError: If a prompt is empty, or leaves no room for `max_new_tokens` in the target's positions.
+            ValueError: If a prompt is empty, or leaves no room for `max_completion_length` in the target's positions.
         """
         left: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
-            length = len(prompt) + self.origin.max_new_tokens
+            length = len(prompt) + self.origin.max_completion_length
             if not len(prompt):
                 raise ValueError(f"Prompt {row} is empty: the target has nothing to respond to. Fill it or drop it.")
             if self.origin.max_positions is not None and length > self.origin.max_positions:
                 raise ValueError(
-                    f"Prompt {row} has {len(prompt)} tokens; with `max_new_tokens` {self.origin.max_new_tokens} that "
-                    f"exceeds the target's {self.origin.max_positions} positions. Lower `max_completion_length` "
-                    "(in `generate`: `--max-new-tokens`), or drop long prompts with `max_prompt_length`."
+                    f"Prompt {row} has {len(prompt)} tokens; with `max_completion_length` "
+                    f"{self.origin.max_completion_length} that exceeds the target's {self.origin.max_positions} "
+                    "positions. Lower `max_completion_length`, or drop long prompts with `max_prompt_length`."
                 )
             key = prompt_key(prompt)
             if key not in self._places:

@@ -8,21 +8,32 @@ Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.text_reader import TextReader
+from ..drafters.target_model import (
+    is_adapted_target,
+    load_target_model,
+    load_target_tokenizer,
+    merged_target,
+    refuse_adapter_layers,
+    target_chain,
+)
 from ..drafters.target_shape import text_config
-from ..utils.loading import loading_whole
-from ..utils.private_trl import create_model_from_path
 from .checks import find_layers, refuse_not_finite, require_weights
+from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class FrozenTarget:
@@ -31,8 +42,8 @@ class FrozenTarget:
     checkpoint ever picks up its weights.
 
     Args:
-        causal_lm ([`~transformers.PreTrainedModel`]):
-            Decoder-only causal language model. Frozen in place.
+        causal_lm ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Decoder-only causal language model. Frozen in place; an adapter is merged into a copy.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer.
 
@@ -49,7 +60,12 @@ class FrozenTarget:
     ```
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(self, causal_lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase | None = None):
+        # Whether an adapter was merged into these weights: no server loads them by `config.name_or_path`.
+        self.is_merged = is_adapted_target(causal_lm)
+        if self.is_merged:
+            causal_lm = merged_target(causal_lm)
+        refuse_adapter_layers(causal_lm)
         self.causal_lm: PreTrainedModel = causal_lm.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.config = text_config(causal_lm.config)
@@ -59,13 +75,12 @@ class FrozenTarget:
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
         require_weights(causal_lm)
-        self.weights_fingerprint: str | None = None
         self._check_head()
 
     @classmethod
     def load(
         cls,
-        target: "str | Path | PreTrainedModel | FrozenTarget",
+        target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
         *,
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
@@ -77,8 +92,9 @@ class FrozenTarget:
         Load a target by Hub id or path, or wrap an instance.
 
         Args:
-            target (`str`, `Path`, `PreTrainedModel` or `FrozenTarget`):
-                The target; an existing `FrozenTarget` is returned as it is.
+            target (`str`, `Path`, `PreTrainedModel`, `PeftModel` or `FrozenTarget`):
+                The target; a PEFT adapter, by name or as an instance, is merged into its base. An existing
+                `FrozenTarget` is returned as it is.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
                 Precision of the weights; `"auto"` keeps the checkpoint's. Ignored for an instance.
             revision (`str`, *optional*), trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -89,25 +105,26 @@ class FrozenTarget:
                 Further arguments for `from_pretrained`, e.g. a `quantization_config`.
 
         Raises:
+            OSError: If there is no such folder or repository.
             ValueError: If `init_kwargs` come with an instance, or the target cannot be used.
+            ImportError: If it is an adapter and PEFT is not installed.
         """
         if isinstance(target, FrozenTarget):
             return target
-        if isinstance(target, PreTrainedModel):
+        if isinstance(target, PreTrainedModel) or is_adapted_target(target):
             if init_kwargs:
                 raise ValueError(
                     f"`target_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the "
                     "target's id or path, or load it with these arguments yourself."
                 )
             return cls(target, tokenizer)
-        options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}
-        with loading_whole():
-            model = create_model_from_path(str(target), **options | (init_kwargs or {}))
+        chain = target_chain(str(target), revision=revision, options=init_kwargs)
+        model = load_target_model(chain, dtype=dtype, trust_remote_code=trust_remote_code, init_kwargs=init_kwargs)
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(target), revision=revision, trust_remote_code=trust_remote_code
-            )
-        return cls(model, tokenizer)
+            tokenizer = load_target_tokenizer(chain, trust_remote_code=trust_remote_code)
+        loaded = cls(model, tokenizer)
+        loaded.is_merged = len(chain) > 1
+        return loaded
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -120,6 +137,11 @@ class FrozenTarget:
     def vocab_size(self) -> int:
         """Rows of the head: valid token ids are `0..vocab_size - 1`."""
         return self.config.vocab_size
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of all weights, rounded to bfloat16; taken once, about a second per gigabyte and CPU core."""
+        return fingerprint_weights(self.causal_lm)
 
     @property
     def num_layers(self) -> int:
@@ -235,14 +257,15 @@ class FrozenTarget:
                 "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
             )
 
-    def shard(self, device: torch.device, weights_fingerprint: str) -> None:
+    def shard(self, device: torch.device) -> None:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
         From now on `read_text`, `step` and `generate` of the model are collective too, and every rank ends each phase
-        of using them with [`finish_together`]. The fingerprint of the whole weights is kept: no rank can take it now.
+        of using them with [`finish_together`].
         """
-        self.weights_fingerprint = weights_fingerprint
+        # Of the whole weights, while this rank has them.
+        _ = self.weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
 
     @property

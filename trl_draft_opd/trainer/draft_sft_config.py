@@ -12,6 +12,8 @@ SLOT_SCOPES = ("block", "until_fail")
 NUM_ANCHORS = {"eagle3": 0, "dflash": 64}
 # EAGLE's training code; DFlash's exp(-(k-1)/7).
 POSITION_DECAYS = {"eagle3": 0.8, "dflash": 0.87}
+# A head over more tokens than this costs more than all else in an EAGLE-3 drafter; its authors publish 32,000 tokens.
+LARGE_VOCABULARY, DRAFT_VOCAB_SIZE = 65_536, 32_000
 
 
 @dataclass
@@ -27,6 +29,12 @@ class DraftSFTConfig(DraftTrainingConfig):
         regenerate (`bool`, *optional*, defaults to `False`):
             Have the target rewrite every completion before training. A drafter should learn the target's own text;
             turn it on when the dataset was written by someone else.
+        draft_vocab_size (`int`, *optional*):
+            Tokens that an EAGLE-3 drafter over the whole vocabulary is reduced to when training starts: the most
+            frequent of the responses it trains on, and those that end them. Others can no longer be drafted, so every
+            one in a text is a rejection; the share is logged and goes on the card. 0 keeps all. By default a fresh
+            drafter gets 32,000 where the target has more than 65,536, as EAGLE-3's authors publish theirs, and a
+            drafter that was loaded keeps what it has.
         num_anchors (`int`, *optional*):
             Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, and to 64 for
             DFlash: about half the positions of a short response.
@@ -44,6 +52,10 @@ class DraftSFTConfig(DraftTrainingConfig):
     output_dir: str | None = setting("drafter-sft", "Folder for the drafter and its checkpoints.")
     max_length: int = setting(4096, "Rows are cut behind this many tokens.")
     regenerate: bool = setting(False, "Have the target rewrite every completion before training.")
+    draft_vocab_size: int | None = setting(
+        None,
+        "EAGLE-3: tokens that can be drafted, the most frequent ones; 0 keeps all; 32000 of a large one if unset.",
+    )
     num_anchors: int | None = setting(None, "Anchors per row and epoch; 0 takes all positions; the family's if unset.")
     position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; the family's if unset.")
     slot_scope: str = setting("block", "`block`: train every slot; `until_fail`: up to the drafter's first mismatch.")
@@ -55,7 +67,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             if self.uses_d_pace:
                 warnings.warn(f"`position_decay={self.position_decay}` is ignored under `slot_weighting='d_pace'`.")
         check_choice("slot_scope", self.slot_scope, SLOT_SCOPES)
-        check_at_least(self, 0, "num_anchors")
+        check_at_least(self, 0, "num_anchors", "draft_vocab_size")
         check_at_least(self, 2, "max_length")
 
     def anchors_per_row(self, family: str) -> int | None:

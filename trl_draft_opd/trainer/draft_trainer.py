@@ -213,7 +213,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 prompts,
                 self._drafting,
                 keys,
-                max_new_tokens=self.args.max_completion_length,
+                max_completion_length=self.args.max_completion_length,
                 eos_token_ids=self.target.eos_token_ids,
                 on_finished=bar.update,
             )

@@ -25,7 +25,6 @@ from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
 from ..export.record import TrainingRecord, read_record
 from ..export.serving import SERVING_FILE
-from ..responses.origin import fingerprint_weights
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
@@ -73,8 +72,9 @@ def load_pair(
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
     drafter.config.num_target_layers = frozen.num_layers
-    if frozen.config.name_or_path:
-        drafter.config.target_model_name_or_path = frozen.config.name_or_path
+    if frozen.config.name_or_path or frozen.is_merged:
+        # A merged instance has no name, and is not the base that a drafter may name.
+        drafter.config.target_model_name_or_path = frozen.config.name_or_path or None
         drafter.config.target_model_revision = args.target_revision
     num_drafts = args.num_drafts or drafter.default_num_drafts
     earlier = _earlier_record(drafter)
@@ -115,7 +115,7 @@ def load_target(
         )
         check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not frozen.is_sharded:
-            frozen.shard(args.device, fingerprint_weights(frozen.causal_lm))
+            frozen.shard(args.device)
         return frozen
 
     frozen = load_in_turns(load) if shard else load()

@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from ..drafters.auto import AutoDrafter
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
-from ..export.hub import push_folder
+from ..export.hub import push_folder, resumable_files
 from ..export.record import (
     DatasetFacts,
     Measurement,
@@ -40,6 +40,7 @@ from ..export.record import (
 from ..export.serving import serving_settings
 from ..rollout.counts import Counts
 from ..rollout.types import Rollout
+from ..runs.checkpoints import signed
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
@@ -142,7 +143,7 @@ class PublishingTrainer(ResumingTrainer):
             temperature=args.temperature,
             draft_sampling=args.draft_sampling,
             num_drafts=self.num_drafts,
-            max_new_tokens=args.max_completion_length,
+            max_completion_length=args.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
             ignore_eos=False,
             tau=counts.tau,
@@ -214,7 +215,7 @@ class PublishingTrainer(ResumingTrainer):
         return StageRecord(
             method=self._method,
             steps=self._steps_done,
-            settings=recorded_settings(self.args) | adapter_settings(self.drafter),
+            settings=self._recorded_settings(),
             dataset=DatasetFacts(
                 hub_id_of(dataset_name) if dataset_name else self.args.dataset_id,
                 self.args.dataset_license,
@@ -223,6 +224,10 @@ class PublishingTrainer(ResumingTrainer):
             ),
             curve=recorded_curve(log),
         )
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        """Return what the record states about how this run trains."""
+        return recorded_settings(self.args) | adapter_settings(self.drafter)
 
     def _shared_state(self) -> dict[str, Any]:
         measured = [[prefix, step, asdict(m)] for (prefix, step), m in self._measurements.items()]
@@ -344,7 +349,7 @@ class PublishingTrainer(ResumingTrainer):
             drafter = AutoDrafter.from_pretrained(saved, num_target_layers=target.num_layers)
         else:
             drafter = merged_drafter(self.drafter)
-        if target.config.name_or_path:
+        if target.config.name_or_path and not target.is_merged:
             # As the target's file holds it.
             token = (parsed(args.target_init_kwargs) or {}).get("token")
             embedding = read_target(target.config.name_or_path, revision=args.target_revision, token=token).embedding
@@ -428,7 +433,7 @@ class PublishingTrainer(ResumingTrainer):
         token: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
-        extra_folders: dict[str, str] | None = None,
+        extra_folders: dict[str, dict[str, Path | bytes]] | None = None,
     ) -> Callable[[], str]:
         """Return the push of an export, see [`push_folder`]; what is not given is taken from the settings."""
         assert self.hub_model_id is not None, "the repository is made before the first push"
@@ -456,19 +461,17 @@ class PublishingTrainer(ResumingTrainer):
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        folder = args.output_folder / PUBLICATION
+        folder, checkpoint, extra = args.output_folder / PUBLICATION, Path(checkpoint_folder), {}
         try:
-            self._export(folder, Path(checkpoint_folder))
+            self._export(folder, checkpoint)
+            if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+                extra = {place: signed(resumable_files(checkpoint))}
         except (ValueError, OSError) as error:
             logger.warning("Nothing was pushed, training goes on: %s", error)
             return
         by_step = args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
-        extra = {}
-        if args.hub_strategy == HubStrategy.CHECKPOINT:
-            extra = {"last-checkpoint": checkpoint_folder}
-        elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            extra = {Path(checkpoint_folder).name: checkpoint_folder}
         self._push = self._pool.submit(self._make_push(folder, f"Training in progress, {when}", extra_folders=extra))
         if extra and args.save_total_limit is not None:
             # The folder that is being read is the next to be deleted.

@@ -7,6 +7,7 @@ two ways: a boundary `b` counts the target layers that have run, an id `b - 1` n
 This package always means the latter.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -128,6 +129,24 @@ class _Sections:
 
     def stated(self, key: str) -> dict[str, Any]:
         return {key: self.raw.get(key), f"{self.nested_name}.{key}": self.nested.get(key)}
+
+
+def refuse_not_finite(content: dict[str, Any], where: str) -> None:
+    """Raise `ValueError` at a number that JSON does not have but Python's reader takes: NaN, Infinity, 1e999."""
+    wrong = _find_not_finite(content, "")
+    if wrong:
+        raise ValueError(f"{where} has {wrong}; every number must be finite.")
+
+
+def _find_not_finite(content: Any, place: str) -> str | None:
+    if isinstance(content, float):
+        return None if math.isfinite(content) else f"{place}={content}"
+    parts: list[tuple[str, Any]] = []
+    if isinstance(content, dict):
+        parts = [(f"{place}.{name}" if place else str(name), value) for name, value in content.items()]
+    elif isinstance(content, list):
+        parts = [(f"{place}[{index}]", value) for index, value in enumerate(content)]
+    return next(filter(None, (_find_not_finite(value, inner) for inner, value in parts)), None)
 
 
 def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
