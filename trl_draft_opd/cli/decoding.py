@@ -30,7 +30,17 @@ from ..target.lengths import TRAINING_LENGTHS
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_folder
-from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
+from .arguments import (
+    RowsArguments,
+    SamplingArguments,
+    TargetArguments,
+    default_of,
+    flag,
+    parse,
+    print_next,
+    unless_default,
+    write_json,
+)
 
 
 @dataclass(kw_only=True)
@@ -237,5 +247,14 @@ def run_generate(argv: Sequence[str]) -> int:
     num_checked = 0 if args.engine == "transformers" else CHECKED_ROWS
     summary = summarize_store(store, target, num_checked if args.check_rows is None else args.check_rows)
     print("\n".join(summary["lines"]))
+    print_next(
+        "sft",
+        family="eagle3",
+        target=args.target,
+        dataset=args.dataset,
+        regenerate=True,
+        responses=args.output,
+        max_completion_length=unless_default(args, "max_new_tokens"),
+    )
     write_json(args.json, summary)
     return 0

@@ -18,7 +18,7 @@ from ..parity.consumers import CONSUMERS
 from ..parity.gate import VERIFICATION_LENGTHS
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import length_help
-from .arguments import RowsArguments, default_of, flag, parse, write_json
+from .arguments import HELD_OUT, RowsArguments, default_of, flag, parse, print_next, write_json
 
 
 # Positions kept free behind responses: prompts are read before the drafter's blocks are known.
@@ -75,6 +75,8 @@ def run_export(argv: Sequence[str]) -> int:
         print(f"{layout:12} {folder}")
     for layout, reason in result.refused.items():
         print(f"{layout:12} not written: {reason}.")
+    checkpoint = args.drafter if Path(args.drafter).is_dir() else None
+    print_next("verify", drafter=args.output, target=name, dataset=HELD_OUT, checkpoint=checkpoint)
     return 0
 
 
@@ -122,6 +124,8 @@ def run_verify(argv: Sequence[str]) -> int:
     write_json(args.json, report.to_dict())
     if report.ok and set(CONSUMERS) <= set(report.skipped):
         print("Passed, but no other reader was run: only our own loop was compared.")
+    if report.ok and Path(args.drafter).is_dir():
+        print_next("push", drafter=args.drafter, repo_id="ORG/NAME")
     return int(not report.ok)
 
 

@@ -27,7 +27,7 @@ from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, Draft
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
 from ..utils.atomic_files import check_folder, explaining_failure
-from .arguments import TargetArguments, flag, parse
+from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
 
@@ -166,6 +166,9 @@ def run_init(argv: Sequence[str]) -> int:
             f"It proposes all {target.vocab_size:,} tokens. `sft --draft-vocab-size {DRAFT_VOCAB_SIZE}` reduces it to "
             "the most frequent ones of the responses, which makes it much smaller."
         )
+    print_next(
+        "sft", drafter=args.output, target=args.target, dataset=args.dataset or "PROMPTS.jsonl", regenerate=True
+    )
     return 0
 
 
@@ -252,13 +255,24 @@ def run_sft(argv: Sequence[str]) -> int:
         set_seed(config.seed)
         return make_drafter(target, args.family, args.given())
 
-    return _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter)
+    if _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter):
+        print_next(
+            "opd",
+            drafter=config.output_dir,
+            target=args.target,
+            dataset=args.dataset,
+            responses=config.responses,
+            max_completion_length=unless_default(config, "max_completion_length"),
+        )
+    return 0
 
 
 def run_opd(argv: Sequence[str]) -> int:
     """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
     args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
-    return _train(DraftOPDTrainer, args, config, args.drafter)
+    if _train(DraftOPDTrainer, args, config, args.drafter):
+        print_next("evaluate", drafter=config.output_dir, target=args.target, dataset=HELD_OUT)
+    return 0
 
 
 def _train(
@@ -266,8 +280,8 @@ def _train(
     args: TrainArguments,
     config: DraftTrainingConfig,
     drafter: str | Callable[[FrozenTarget], Drafter],
-) -> int:
-    """Load the pair and the rows, train, save, and push if asked for."""
+) -> bool:
+    """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
     check_folder(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
@@ -284,8 +298,9 @@ def _train(
         commit = trainer.push_to_hub()
     else:
         trainer.save_model(config.output_dir)
-    if trainer.is_world_process_zero():
+    speaks = trainer.is_world_process_zero()
+    if speaks:
         print(f"The drafter is in {config.output_dir}")
         if config.push_to_hub:
             print(f"and published as {commit}")
-    return 0
+    return speaks

@@ -140,6 +140,11 @@ class Drafter(PreTrainedModel):
     #: What the trainer that trained this instance recorded, for the next one; `None` where it was not trained here.
     training_record: Any = None
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Older name of `is_activation_checkpointing`; PEFT asks by it, and transformers' own warns."""
+        return self.gradient_checkpointing
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)

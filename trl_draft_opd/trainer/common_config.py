@@ -19,6 +19,7 @@ from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import check_draft_sampling
 from ..runs.distributed.launch import check_processes, is_launched_on_cpus
 from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
 
 
@@ -144,7 +145,8 @@ class DraftTrainingConfig(_BaseConfig):
     > [!NOTE]
     > Defaults that differ from TRL's: `activation_checkpointing=False`, `bf16` only where an accelerator is present,
     > `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the paper's),
-    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter).
+    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter),
+    > `disable_tqdm` unless a terminal or a notebook shows the bars (in a file they are garbage).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_init_kwargs", "chat_template_kwargs"]
@@ -210,6 +212,8 @@ class DraftTrainingConfig(_BaseConfig):
         if not torch.accelerator.is_available():
             # There is nothing to pin memory for, and torch warns about it in every epoch.
             self.dataloader_pin_memory = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not can_draw_bars()
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing

@@ -46,6 +46,8 @@ from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
 from ..utils.atomic_files import check_folder, clear_leftovers, explaining_failure, move_files, staging_folder
+from ..utils.bars import library_bars
+from ..utils.console import lasting_output
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig, parsed
 from .hub_names import make_repository, repo_name, require_target_id, target_id
@@ -84,11 +86,17 @@ class PublishingTrainer(ResumingTrainer):
         # Now rather than at the first save: what could not be written into the record.
         TrainingRecord.from_dict(self._record(self._stage(None)).to_dict())
 
+    @lasting_output()
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As [`ResumingTrainer.train`]; a later trainer of the same drafter continues its record."""
         output = super().train(*args, **kwargs)
         self.drafter.training_record = self.training_record()
         return output
+
+    @lasting_output()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers' own; printing cannot fail."""
+        return super().evaluate(*args, **kwargs)
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -282,7 +290,8 @@ class PublishingTrainer(ResumingTrainer):
         """
         folder = Path(output_dir) if output_dir else self.args.output_folder
         record = self.training_record()
-        save_drafter(self.drafter, folder, state_dict)
+        with library_bars(False):  # a drafter is one file
+            save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
         if notes_of is not None and (notes_of / CARD_FILE).is_file():
             # The new card keeps the notes people wrote into the earlier one.
