@@ -20,6 +20,7 @@ from ..data.text_reader import TextReader
 from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from ..utils.private_trl import create_model_from_path
+from ..utils.versions import cache_name_of
 from .checks import find_layers, refuse_not_finite, require_weights
 from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
@@ -55,6 +56,7 @@ class FrozenTarget:
         self.config = text_config(causal_lm.config)
         self.backbone = causal_lm.base_model
         self.layers = find_layers(self.backbone, self.config)
+        self._cache_name = cache_name_of(self.backbone.forward)
         # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
@@ -358,8 +360,8 @@ class FrozenTarget:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
             )
         # A target spread over devices leaves each layer's output on the layer's own.
         last_hidden = output.last_hidden_state.to(self.device)
