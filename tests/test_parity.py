@@ -549,6 +549,10 @@ def test_rounds_are_read_off_the_targets_forward_passes():
     assert rounds_of([(0, 7), (7, 4), (10, 4), (11, 4)], 7, 100) == [2, 0]
     with pytest.raises(ValueError, match="not one over the prompt of 7"):
         rounds_of([(0, 5), (5, 2)], 7, 100)
+    # As read where the target's cache is handed over under a name that is not known.
+    for unseen in ([(0, 7), (0, 4), (0, 4)], [(0, 7), (7, 4), (7, 4)], [(0, 7), (6, 4)]):
+        with pytest.raises(ValueError, match="must rise from there, so its rounds cannot be counted"):
+            rounds_of(unseen, 7, 100)
 
 
 def test_the_estimate_of_training_takes_the_rounds_of_decoding(published, target):

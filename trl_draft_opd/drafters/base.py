@@ -131,7 +131,7 @@ class Drafter(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
-    #: Set by transformers' `activation_checkpointing_enable`, until 5.22 `gradient_checkpointing_enable`.
+    #: Set by transformers' switch of activation checkpointing.
     gradient_checkpointing: bool = False
     #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
     owns_head: bool = False

@@ -23,18 +23,12 @@ from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..utils.secrets import without_secret
+from ..utils.versions import TRANSPORT_ERRORS
 from .rules import check_repo_name
 from .serving import SERVING_FILE
 from .source import hub_id_of
 from .texts import renamed_texts
 from .write import PUBLISHED_FILES, PUBLISHED_NAMES
-
-
-try:
-    # huggingface_hub 2 uses this package, 1 its predecessor.
-    from httpx2 import TransportError
-except ImportError:
-    from httpx import TransportError  # pyright: ignore[reportMissingImports]  one of the two is installed
 
 
 logger = logging.getLogger(__name__)
@@ -266,7 +260,7 @@ def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str
             reason, failure = f"status {error.response.status_code}", error
             asked = error.response.headers.get("Retry-After", "")
             pause = max(pause, float(asked)) if asked.isdigit() else pause
-        except (TransportError, ConnectionError, TimeoutError) as error:
+        except (*TRANSPORT_ERRORS, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
             # The library reports a weights file that did not go through this way, after attempts of its own.

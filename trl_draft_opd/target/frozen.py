@@ -26,6 +26,7 @@ from ..drafters.target_model import (
     whole_model,
 )
 from ..drafters.target_shape import text_config
+from ..utils.versions import cache_name_of
 from .checks import describe_text_settings, find_layers, refuse_not_finite, require_weights
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
@@ -73,6 +74,7 @@ class FrozenTarget:
         self.config = text_config(model.config)
         self.backbone = model.base_model
         self.layers = find_layers(self.backbone, self.config)
+        self._cache_name = cache_name_of(self.backbone.forward)
         # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
@@ -384,8 +386,8 @@ class FrozenTarget:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
             )
         # A target spread over devices leaves each layer's output on the layer's own.
         last_hidden = output.last_hidden_state.to(self.device)
