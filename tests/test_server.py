@@ -472,7 +472,7 @@ def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = N
 WRONG_CHOICES = {
     "outside the target's vocabulary of 64": {"token_ids": [7, -1, EOS]},
     "holds the token id 7.0, outside": {"token_ids": [7.0, EOS]},
-    "has a response of 9 tokens, more than `max_new_tokens` 8": {"token_ids": [7] * 9},
+    "has a response of 9 tokens, more than `max_completion_length` 8": {"token_ids": [7] * 9},
     "read another prompt, of 2 ids in place of 3": {"prompt_token_ids": [7, 8]},
     "continues after an end-of-sequence id": {"token_ids": [7, EOS, 8]},
     "was cut at 2 of 8 tokens": {"token_ids": [7, 8], "finish_reason": "length"},

@@ -72,7 +72,7 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
     prompts = make_prompts(3, seed=2)
     truths = [greedy_text(target, prompt, 20) for prompt in prompts]
     wrong = {0: {len(prompts[0]) + i for i in (3, 9)}, 1: set(range(40)), 2: {len(prompts[2]) + 2}}
-    options = Options(num_drafts, keep_branch_hidden=True, max_new_tokens=12)
+    options = Options(num_drafts, keep_branch_hidden=True, max_completion_length=12)
     with monkeypatch.context() as patch:
         plant(patch, drafter, truths, wrong.get)
         return decode(target, drafter, prompts, options)
@@ -186,7 +186,7 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
 @pytest.mark.parametrize("num_drafts", [2, 4])
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)
-    rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_new_tokens=16))
+    rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_completion_length=16))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
     hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
     logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)

@@ -43,7 +43,7 @@ def common_settings(bench: Workbench, folder: Path, seed: int) -> dict[str, Any]
         "seed": seed,
         "disable_tqdm": True,
         "save_total_limit": 1,
-        "max_completion_length": bench.pair.max_new_tokens,
+        "max_completion_length": bench.pair.max_completion_length,
     }
 
 
@@ -92,7 +92,7 @@ def make_start(bench: Workbench) -> Path:
     """
     folder = bench.folder / "sft"
     pair = dataclasses.asdict(bench.pair)
-    made_of = ("family", "target", "drafter", "max_new_tokens", "train", "dev", "prompts_per_update", "sft")
+    made_of = ("family", "target", "drafter", "max_completion_length", "train", "dev", "prompts_per_update", "sft")
     require_unchanged(folder / "plan.json", {key: pair[key] for key in made_of})
     if (folder / "start" / "config.json").exists():
         return folder / "start"

@@ -76,6 +76,7 @@ class Scene:
             assert self.run(output_dir) == 0, output_dir.with_suffix(".log").read_text()
         assert began >= max(done, default=0) - 1, "more than one save interval is lost"
         self.check_same(output_dir / f"checkpoint-{STEPS}")
+        assert list_checkpoints(output_dir)[-1][0] == STEPS, "the run went on beyond its end"
         assert [path.name for path in output_dir.iterdir() if path.name.startswith(".")] == []
 
     def check_same(self, folder):

@@ -45,7 +45,7 @@ class Origin:
             How text and chats became ids. `None`: there is none.
         temperature (`float`), top_k (`int`), top_p (`float`):
             The distribution. Greedy decoding is stored as `0.0, 0, 1.0`: filters do not change an argmax.
-        max_new_tokens (`int`), eos_token_ids (`tuple[int, ...]`):
+        max_completion_length (`int`), eos_token_ids (`tuple[int, ...]`):
             What ends a response.
     """
 
@@ -61,7 +61,7 @@ class Origin:
     temperature: float
     top_k: int
     top_p: float
-    max_new_tokens: int
+    max_completion_length: int
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -71,7 +71,7 @@ class Origin:
         reader: TextReader | None = None,
         *,
         sampling: SamplingSettings,
-        max_new_tokens: int,
+        max_completion_length: int,
     ) -> "Origin":
         """
         Describe what a loaded target is about to write.
@@ -81,13 +81,13 @@ class Origin:
             reader ([`TextReader`], *optional*):
                 How prompts are read: its chat template and the template's variables, plain JSON values.
             sampling ([`SamplingSettings`]): The distribution of its tokens.
-            max_new_tokens (`int`): Longest response.
+            max_completion_length (`int`): Longest response.
 
         Raises:
-            ValueError: If `max_new_tokens` is below 1.
+            ValueError: If `max_completion_length` is below 1.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+        if max_completion_length < 1:
+            raise ValueError(f"`max_completion_length` must be at least 1, got {max_completion_length}.")
         template = reader.chat_template if reader is not None else None
         if template is None and target.tokenizer is not None:
             template = target.tokenizer.chat_template
@@ -99,7 +99,7 @@ class Origin:
             config_hash=hash_config(config),
             weights_fingerprint=target.weights_fingerprint,
             vocab_size=target.vocab_size,
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=target.num_positions,
             tokenizer_hash=None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
             chat_template_hash=None if template is None else hash_json(template),
             # Through JSON and back, so that what is compared later is what a file gives back.
@@ -107,7 +107,7 @@ class Origin:
             temperature=float(sampling.temperature),
             top_k=0 if sampling.is_greedy else sampling.top_k,
             top_p=1.0 if sampling.is_greedy else float(sampling.top_p),
-            max_new_tokens=max_new_tokens,
+            max_completion_length=max_completion_length,
             eos_token_ids=tuple(target.eos_token_ids),
         )
 
@@ -141,11 +141,8 @@ class Origin:
         pairs = [(each.name, getattr(other, each.name), getattr(self, each.name)) for each in fields(self)]
         lines = [f"  {name}: {there!r} there, {here!r} here\n" for name, there, here in pairs if there != here]
         fix = "Use the settings and the target they were written with"
-        if self.max_new_tokens != other.max_new_tokens:
-            fix += (
-                f" (here `max_completion_length={other.max_new_tokens}`; in `generate`: "
-                f"`--max-new-tokens {other.max_new_tokens}`)"
-            )
+        if self.max_completion_length != other.max_completion_length:
+            fix += f" (here `max_completion_length={other.max_completion_length}`)"
         raise ValueError(
             f"{where} were written under other conditions:\n{''.join(lines)}{fix}, or give another folder and write "
             "them anew with `trl-draft-opd generate`."

@@ -3,6 +3,7 @@
 Settings both trainers share. A default lives here or in one of the two config files, and nowhere else.
 """
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass, field, fields
@@ -10,16 +11,34 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import check_draft_sampling
+from ..runs.distributed.launch import check_processes, is_launched_on_cpus
+from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
 
 
 SLOT_WEIGHTINGS = ("decay", "d_pace")
 ON_NONFINITE = ("stop", "skip")
+
+
+PROMPT_LENGTH_HELP = (
+    f"Prompts with more tokens are skipped; {TRAINING_LENGTHS.prompt} if unset, or what the response leaves of the "
+    "target's positions."
+)
+
+
+def length_help(defaults: Lengths) -> str:
+    """Return the help text of `max_completion_length`."""
+    return (
+        f"Longest response, in tokens; {defaults.completion} if unset, or half of the target's positions where that "
+        "is less."
+    )
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -50,10 +69,12 @@ class DraftTrainingConfig(_BaseConfig):
 
         > Parameters that control the data and the target's responses
 
-        max_prompt_length (`int`, *optional*, defaults to `1024`):
-            Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task.
-        max_completion_length (`int`, *optional*, defaults to `2048`):
-            Longest response in rollouts and evaluation; 2048 is the paper's non-thinking setting.
+        max_prompt_length (`int`, *optional*):
+            Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task. Defaults to
+            1024, or to what the response and a block leave of the target's positions.
+        max_completion_length (`int`, *optional*):
+            Longest response in rollouts and evaluation. Defaults to 2048, the paper's non-thinking setting, or to half
+            of the target's positions where that is less. See [`fit_lengths`].
         chat_template (`str`, *optional*):
             Jinja template in place of the tokenizer's. Must be the one that the drafter will be served with.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
@@ -124,7 +145,8 @@ class DraftTrainingConfig(_BaseConfig):
     > [!NOTE]
     > Defaults that differ from TRL's: `activation_checkpointing=False`, `bf16` only where an accelerator is present,
     > `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the paper's),
-    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter).
+    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter),
+    > `disable_tqdm` unless a terminal or a notebook shows the bars (in a file they are garbage).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_init_kwargs", "chat_template_kwargs"]
@@ -145,8 +167,8 @@ class DraftTrainingConfig(_BaseConfig):
     target_dtype: str = setting("auto", "Precision of the target's weights, e.g. `float32`.")
     shard_target: bool = setting(False, "Shard the target's layers over all processes, if it does not fit whole.")
     trust_remote_code: bool = setting(False, "Run model code that comes with the target's repository.")
-    max_prompt_length: int = setting(1024, "Prompts with more tokens are skipped.")
-    max_completion_length: int = setting(2048, "Longest response in rollouts and evaluation, in tokens.")
+    max_prompt_length: int | None = setting(None, PROMPT_LENGTH_HELP)
+    max_completion_length: int | None = setting(None, length_help(TRAINING_LENGTHS))
     chat_template: str | None = setting(None, "Jinja chat template in place of the tokenizer's.")
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments of the chat template, as JSON.")
     dataset_num_proc: int | None = setting(None, "Processes used to tokenize.")
@@ -181,16 +203,22 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.deepspeed is None and is_launched_on_cpus():
+            # accelerate's launcher keeps `use_cpu: true` to itself, and without it each process would train alone.
+            self.use_cpu = True
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
         if not torch.accelerator.is_available():
             # There is nothing to pin memory for, and torch warns about it in every epoch.
             self.dataloader_pin_memory = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not can_draw_bars()
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
+        check_processes(PartialState())
         options = parsed(self.gradient_checkpointing_kwargs)
         if options:
             check_checkpointing_kwargs(options)
@@ -217,9 +245,33 @@ class DraftTrainingConfig(_BaseConfig):
             except HFValidationError as error:
                 raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {getattr(self, name)!r}.") from error
 
+    def fit_to(self, num_positions: int | None, num_drafts: int) -> Self:
+        """
+        Return these settings with every length a number that fits into the target's positions, block included.
+
+        Raises:
+            ValueError: If lengths that were given do not fit into the target's positions.
+        """
+        lengths = fit_lengths(
+            num_positions,
+            prompt=self.max_prompt_length,
+            completion=self.max_completion_length,
+            num_drafts=num_drafts,
+            defaults=TRAINING_LENGTHS,
+        )
+        fitted = copy.copy(self)
+        fitted.max_prompt_length, fitted.max_completion_length = lengths.prompt, lengths.completion
+        return fitted
+
     def sampling_settings(self) -> SamplingSettings:
         """Return the target's sampling settings; raises `ValueError` where one is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def longest_response(self) -> int:
+        """`max_completion_length`, of the settings that a trainer works with."""
+        assert self.max_completion_length is not None, "`fit_to` fills it in"
+        return self.max_completion_length
 
     @property
     def completions_are_given(self) -> bool:
