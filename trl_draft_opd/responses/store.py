@@ -132,6 +132,7 @@ class ResponseStore:
         Raises:
             ValueError: If a row is not what the target could have written, naming it, or the store is read-only.
                 Nothing is written then.
+            OSError: If the disk is full or the folder cannot be written to; what is there stays.
         """
         if self.is_read_only:
             raise ValueError(f"The store {self.path} is open for reading only. Open it with `ResponseStore.open`.")
@@ -147,7 +148,16 @@ class ResponseStore:
         if not fresh:
             return 0
         table = pa.Table.from_pylist(list(fresh.values()), SCHEMA)
-        self._take_in(write_shard(self.path, table, self.origin, provenance or {}), table)
+        try:
+            name = write_shard(self.path, table, self.origin, provenance or {})
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{len(table)} responses could not be stored ({error.strerror}); those stored before are as they "
+                "were. Make room or repair the folder, then start the same again: it asks for what is missing only",
+                str(self.path),
+            ) from error
+        self._take_in(name, table)
         return len(table)
 
     def add_in_shards(
