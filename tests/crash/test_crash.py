@@ -32,6 +32,12 @@ RUNS = [("sft", "dflash"), ("opd", "eagle3"), ("sft", "eagle3"), ("opd", "dflash
 # Where every operation has its turn: for each of so many shares of them.
 KILLS = [(run, share) for run in RUNS for share in range(4) if run in RUNS[:2] or share == 0]
 FULL_DISKS = [(run, share) for run in RUNS[:2] for share in range(3) if run == RUNS[1] or share == 0]
+RANDOM = [(RUNS[number % 4], number) for number in range(12)]
+
+
+def names(value):
+    """Name a case by its run, or its number."""
+    return "-".join(value) if isinstance(value, tuple) else str(value)
 
 
 class Scene:
@@ -186,7 +192,7 @@ def test_a_rename_that_the_disk_did_not_keep_costs_nothing_that_was_saved(one_sc
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize(("scene", "share"), KILLS, indirect=["scene"])
+@pytest.mark.parametrize(("scene", "share"), KILLS, ids=names, indirect=["scene"])
 def test_a_kill_at_every_single_file_operation_is_survived(scene, tmp_path, share):
     for at in range(1 + share, scene.num_events() + 1, 4):
         output_dir = tmp_path / str(at)
@@ -196,7 +202,7 @@ def test_a_kill_at_every_single_file_operation_is_survived(scene, tmp_path, shar
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("scene", RUNS, indirect=True)
+@pytest.mark.parametrize("scene", RUNS, ids=names, indirect=True)
 def test_every_rename_that_can_be_lost_costs_nothing_that_was_saved(scene, tmp_path):
     assert len(scene.renames_to_lose()) >= STEPS
     for at in scene.renames_to_lose():
@@ -207,7 +213,7 @@ def test_every_rename_that_can_be_lost_costs_nothing_that_was_saved(scene, tmp_p
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize(("scene", "share"), FULL_DISKS, indirect=["scene"])
+@pytest.mark.parametrize(("scene", "share"), FULL_DISKS, ids=names, indirect=["scene"])
 def test_a_full_disk_at_every_single_file_operation_is_survived(scene, tmp_path, share):
     for at in range(1 + share, scene.num_events() + 1, 3):
         output_dir = tmp_path / str(at)
@@ -217,7 +223,7 @@ def test_a_full_disk_at_every_single_file_operation_is_survived(scene, tmp_path,
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize(("scene", "number"), [(RUNS[n % 4], n) for n in range(12)], indirect=["scene"])
+@pytest.mark.parametrize(("scene", "number"), RANDOM, ids=names, indirect=["scene"])
 def test_twelve_kills_at_random_times_are_survived(scene, tmp_path, number):
     output_dir = tmp_path / "out"
     child = scene.run(output_dir, wait=False)
