@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import RowCollator
+from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
@@ -86,12 +88,13 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 repo_id,
                 args,
                 data_collator=RowCollator(pair.target.pad_token_id),
-                train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),
+                train_dataset=None if train_dataset is None else self._read_rows(pair, args, train_dataset, True),
                 eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
         print_logs_readably(self)
+        self._pair = pair
         self._set_up(args, pair.drafter.config.family)
 
     @staticmethod
@@ -176,6 +179,15 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
+        """Return batches of an evaluation dataset; rows that were not read yet are read as the constructor does."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or is_tokenized(eval_dataset)):
+            if self._needs_rollback(self.args, is_evaluated=True):
+                self.target.require_rollback()
+            eval_dataset = self._read_rows(self._pair, self.args, eval_dataset, is_training=False)
+        given: Any = eval_dataset
+        return super().get_eval_dataloader(given)
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""
