@@ -125,18 +125,28 @@ def test_a_missing_config_file_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "needs the path" in _error(["sft", "--config"], capsys)
 
 
-def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path):
-    with pytest.raises(OSError, match="missing.yaml"):
-        main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")])
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "missing.yaml" in error
 
 
-def test_other_exceptions_are_not_turned_into_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_traceback_never_ends_with_the_code_of_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     def broken(argv):
         raise RuntimeError("a fault of the program")
 
     monkeypatch.setattr("trl_draft_opd.cli.demo.run_demo", broken)
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        main(["demo"])
+    assert main(["demo"]) == 3
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "RuntimeError: a fault of the program" in error and "without a verdict" in error
+
+
+def test_a_config_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = tmp_path / "run.yaml"
+    config.write_text("target: [t\n")
+    assert "is no YAML" in _error(["sft", "--config", str(config)], capsys)
 
 
 def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
@@ -278,7 +288,7 @@ def test_init_counts_the_responses_that_generate_wrote(
 ):
     base = ["--target", target_folder]
     store, out = str(tmp_path / "store"), str(tmp_path / "out")
-    words = ["generate", *base, "--dataset", rows_file, "--output", store, "--max-new-tokens", "9"]
+    words = ["generate", *base, "--dataset", rows_file, "--output", store, "--max-completion-length", "9"]
     assert main(words) == 0
     init = ["init", *base, "--family", "eagle3", "--output", out, "--draft-vocab-size", "12"]
     assert main([*init, "--responses", store]) == 0

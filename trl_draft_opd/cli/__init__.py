@@ -9,6 +9,7 @@ import difflib
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words after the program's name; by default those of this process.
 
     Returns:
-        `int`: 0, or 1 if `evaluate` or `verify` finds a difference, or 2 after a user's error.
+        `int`: 0; 1 if `evaluate` or `verify` finds a difference; 2 after a user's error; 3 after any other error, with
+        its traceback, for which Python's own code would be 1.
     """
     lines = [f"  {name:10} {description}" for name, (_, description) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
@@ -71,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(module, f"run_{options.command}")(options.flags)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.debug:
-            raise
+            traceback.print_exc()
         print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)
         return 2
+    except Exception:  # noqa: BLE001  nothing is hidden: it is printed whole, under a code that no verdict has
+        traceback.print_exc()
+        print(f"trl-draft-opd {options.command}: stopped by the error above, without a verdict.", file=sys.stderr)
+        return 3

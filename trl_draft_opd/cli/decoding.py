@@ -15,6 +15,7 @@ from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_res
 from ..target.lengths import TRAINING_LENGTHS
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
+from ..utils.settings import check_at_least
 from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
 
 
@@ -38,6 +39,10 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
     batch_size: int = flag("Prompts decoded together.", default=default_of(evaluate_drafter, "batch_size"))
     seed: int = flag("Seed of draws and bootstrap.", default=default_of(evaluate_drafter, "seed"))
     json: str | None = flag("File to write the numbers to.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
 
 
 def run_evaluate(argv: Sequence[str]) -> int:
@@ -101,6 +106,11 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
     timeout: float = flag("Seconds without a reply before a request is sent again.", default=ServerSettings.timeout)
     concurrency: int = flag("Requests at a time.", default=ServerSettings.concurrency)
     json: str | None = flag("File to write the numbers to.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "max_completion_length", "batch_size", "shard_size", "num_proc")
+        check_at_least(self, 0, "check_rows")
 
     def server(self) -> ServerSettings | None:
         """Return the server that the flags name, if they do; refuse flags that contradict each other."""

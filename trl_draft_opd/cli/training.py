@@ -207,7 +207,18 @@ class TrainArguments(LoraArguments):
     dataset: str = flag("Training rows: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     train_split: str = flag("Split to train on.", default="train")
-    eval_split: str | None = flag("Split to evaluate on; no evaluation if unset.", default=None)
+    eval_dataset: str | None = flag(
+        "Rows to measure tau on, as --dataset; without --eval-strategy once, after training.", default=None
+    )
+    eval_split: str | None = flag(
+        "Split of --eval-dataset (`train` if unset), or of --dataset, to measure tau on.", default=None
+    )
+
+    def load_eval_rows(self) -> Dataset | None:
+        """Return the rows to evaluate on, if any were named."""
+        if self.eval_dataset is not None:
+            return load_rows(self.eval_dataset, None, "train" if self.eval_split is None else self.eval_split)
+        return None if self.eval_split is None else load_rows(self.dataset, self.dataset_config, self.eval_split)
 
 
 @dataclass(kw_only=True)
@@ -232,7 +243,7 @@ class OPDArguments(TrainArguments):
 def run_sft(argv: Sequence[str]) -> int:
     """Train a drafter on its target's responses; see [`DraftSFTTrainer`]."""
     args, config = parse("sft", [SFTArguments, DraftSFTConfig], argv)
-    if (args.drafter is None) == (args.family is None) or (args.drafter and args.given()):
+    if (args.drafter is None) == (args.family is None) or (args.drafter is not None and args.given()):
         flags = ", ".join(f"`--{setting.name.replace('_', '-')}`" for setting in fields(FreshDrafterArguments))
         raise ValueError(
             "Give either `--drafter`, to train one further, or `--family`, to make a fresh one. Only a fresh drafter "
@@ -248,13 +259,21 @@ def run_sft(argv: Sequence[str]) -> int:
         set_seed(config.seed)
         return make_drafter(target, args.family, args.given())
 
-    return _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter)
+    return _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter)
 
 
 def run_opd(argv: Sequence[str]) -> int:
     """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
     args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
     return _train(DraftOPDTrainer, args, config, args.drafter)
+
+
+def describe_evaluation(metrics: dict[str, float]) -> str:
+    """Return what an evaluation found, in a line."""
+    if "eval_tau" not in metrics:
+        return f"On the evaluation rows the loss is {metrics['eval_loss']:.4f}; tau was not measured."
+    low, high = metrics["eval_tau_low"], metrics["eval_tau_high"]
+    return f"On the evaluation rows tau is {metrics['eval_tau']:.3f} [{low:.3f}, {high:.3f}]."
 
 
 def _train(
@@ -266,7 +285,7 @@ def _train(
     """Load the pair and the rows, train, save, and push if asked for."""
     peft_config = args.lora_config()
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
-    held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
+    held_out = args.load_eval_rows()
     if config.dataset_id is None:
         # For the card; `None` for a local file or folder.
         config.dataset_id = hub_id_of(args.dataset)
@@ -274,12 +293,18 @@ def _train(
     model = drafter if isinstance(drafter, str) else drafter(target)
     trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
     trainer.train()
+    measured = None
+    if held_out is not None and config.eval_strategy == "no":
+        # Before it is saved, so that the card has it.
+        measured = trainer.evaluate()
     if config.push_to_hub:
         # It saves first: a failed push loses nothing.
         commit = trainer.push_to_hub()
     else:
         trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
+        if measured is not None:
+            print(describe_evaluation(measured))
         print(f"The drafter is in {config.output_dir}")
         if config.push_to_hub:
             print(f"and published as {commit}")

@@ -28,6 +28,7 @@ from ..target.frozen import FrozenTarget
 from ..utils.private_trl import _ForwardRedirection
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
+from .metrics import best_model_metrics
 from .pair import Pair, load_pair
 from .publishing import PublishingTrainer
 from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
@@ -66,8 +67,11 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
     ):
-        args = args or self._config_class(f"drafter-{self._method}")
+        args = self._config_class(f"drafter-{self._method}") if args is None else args
+        self._check_request(args, eval_dataset)
         pair = load_pair(model, target, args, processing_class, peft_config)
+        if eval_dataset is not None:
+            self._check_best_metric(args, eval_dataset, pair.num_drafts)
         # Before a row is read: what would not fit into the target's positions is refused or counted.
         args = args.fit_to(pair.target.num_positions, pair.num_drafts)
         if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
@@ -87,6 +91,37 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             optimizers=optimizers,
         )
         self._set_up(args, pair.drafter.config.family)
+        # For rows that `evaluate` is given later.
+        self._read_evaluation = partial(self._read_rows, pair, args, is_training=False)
+
+    @classmethod
+    def _check_request(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset] | None) -> None:
+        """Refuse settings of another trainer, and evaluations without rows, before anything is loaded."""
+        if not isinstance(args, cls._config_class):
+            raise ValueError(
+                f"`args` must be a `{cls._config_class.__name__}`, got a `{type(args).__name__}`, whose settings mean "
+                f"something else to `{cls.__name__}`."
+            )
+        if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
+            raise ValueError(
+                f"`eval_strategy={str(args.eval_strategy)!r}` or `eval_on_start` asks for evaluations, and there is "
+                "no `eval_dataset`. Give one (`--eval-dataset` or `--eval-split`)."
+            )
+
+    @classmethod
+    def _check_best_metric(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset], num_drafts: int) -> None:
+        """Refuse a `metric_for_best_model` that no evaluation will have."""
+        asked = args.metric_for_best_model
+        metrics = best_model_metrics(args.trained_streams, num_drafts if cls._decodes_prompts(args) else None)
+        if isinstance(eval_dataset, dict):
+            metrics = [f"{name}_{metric}" for name in eval_dataset for metric in metrics]
+        if asked is not None and asked.removeprefix("eval_") not in metrics:
+            raise ValueError(f"`metric_for_best_model={asked!r}` is not measured. There are: {', '.join(metrics)}.")
+
+    @staticmethod
+    @abstractmethod
+    def _decodes_prompts(args: Any) -> bool:
+        """Whether evaluation decodes its prompts, and so measures tau."""
 
     @staticmethod
     @abstractmethod
@@ -170,6 +205,29 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Evaluate and return the metrics; see [`~transformers.Trainer.evaluate`].
+
+        Args:
+            eval_dataset (`Dataset`, `IterableDataset`, `dict` or `str`, *optional*):
+                Rows as the trainer takes them, in place of its own `eval_dataset`, or the name of one of those.
+            ignore_keys, metric_key_prefix (*optional*): As in [`~transformers.Trainer.evaluate`].
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = read_each(self._read_if_raw, eval_dataset)
+        rows: Any = eval_dataset
+        return super().evaluate(rows, ignore_keys, metric_key_prefix)
+
+    def _read_if_raw(self, dataset: AnyDataset) -> AnyDataset:
+        """Tokenize rows, unless they are the trainer's own, which are tokenized already."""
+        return dataset if "sample_id" in (dataset.column_names or ()) else self._read_evaluation(dataset)
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""
