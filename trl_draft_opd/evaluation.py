@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -161,7 +162,9 @@ def evaluate_drafter(
     settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
     eos_token_ids = [] if ignore_eos else target.eos_token_ids
     done = _Decoded()
-    with Progress(disable=not show_progress, transient=True) as progress:
+    # Without a terminal it would leave an empty line.
+    console = Console()
+    with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
         task = progress.add_task("Evaluating", total=len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]

@@ -173,7 +173,7 @@ def test_a_mask_token_that_ends_responses_by_the_generation_config(tmp_path, kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_token_in_the_data(tmp_path, target, kind):
     drafter = make_drafter("dflash", target, mask_token_id=11)
-    with refuses(r"`mask_token_id` 11 occurs in the data \(row 1 after tokenization\).*choose an id"):
+    with refuses(r"`mask_token_id` 11 occurs in the data \(row 1\): choose an id"):
         make_trainer(kind, tmp_path, drafter, target)
 
 

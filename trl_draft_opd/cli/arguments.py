@@ -9,6 +9,7 @@ import copy
 import difflib
 import inspect
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ from . import COMMANDS
 from .rows import load_rows
 
 
+# Stands in a command to paste for prompts that were not trained on.
+HELD_OUT = "HELD_OUT.jsonl"
 # Help lists the choices of a flag up to this number.
 _MAX_LISTED_CHOICES = 6
 
@@ -40,6 +43,21 @@ def write_json(path: str | None, numbers: dict) -> None:
     """Write the numbers of a command to the file of `--json`, if it was given."""
     if path is not None:
         Path(path).write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+
+
+def print_next(command: str, **flags: str | int | bool | None) -> None:
+    """Print the command that comes next, to be pasted; a flag without a value (`None`) is left out."""
+    words = [command]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    print(f"Next: trl-draft-opd {shlex.join(words)}")
+
+
+def unless_default(settings: Any, name: str) -> Any:
+    """Return a setting for [`print_next`], `None` where it is the default."""
+    value = getattr(settings, name)
+    return None if value == getattr(type(settings), name) else value
 
 
 def default_of(function: Callable, name: str) -> Any:

@@ -12,13 +12,14 @@ from ..drafters.auto import AutoDrafter
 from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
+from ..export.write import check_export_folder
 from ..parity import verify_drafter
 from ..parity.consumers import CONSUMERS
 from ..parity.gate import VERIFICATION_LENGTHS
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import length_help
 from ..utils.settings import check_at_least
-from .arguments import RowsArguments, default_of, flag, parse, write_json
+from .arguments import HELD_OUT, RowsArguments, default_of, flag, parse, print_next, write_json
 
 
 # Positions kept free behind responses: prompts are read before the drafter's blocks are known.
@@ -56,6 +57,7 @@ def run_export(argv: Sequence[str]) -> int:
         validate_repo_id(args.repo_id)
     if args.target_id is not None and hub_id_of(args.target_id) is None:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
+    check_export_folder(Path(args.output))
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
     name = drafter.config.target_model_name_or_path if args.target is None else args.target
     target = TargetOfExport(args.target_id)
@@ -74,6 +76,8 @@ def run_export(argv: Sequence[str]) -> int:
         print(f"{layout:12} {folder}")
     for layout, reason in result.refused.items():
         print(f"{layout:12} not written: {reason}.")
+    checkpoint = args.drafter if Path(args.drafter).is_dir() else None
+    print_next("verify", drafter=args.output, target=name, dataset=HELD_OUT, checkpoint=checkpoint)
     return 0
 
 
@@ -126,6 +130,8 @@ def run_verify(argv: Sequence[str]) -> int:
     write_json(args.json, report.to_dict())
     if report.ok and set(CONSUMERS) <= set(report.skipped):
         print("Passed, but no other reader was run: only our own loop was compared.")
+    if report.ok and Path(args.drafter).is_dir():
+        print_next("push", drafter=args.drafter, repo_id="ORG/NAME")
     return int(not report.ok)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,7 +26,8 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
-from .arguments import TargetArguments, flag, parse
+from ..utils.atomic_files import check_folder, explaining_failure
+from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
 
@@ -139,6 +141,7 @@ def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
     args.check_vocabulary()
+    check_folder(Path(args.output), "`--output`")
     rows = args.load_responses()
     target = args.load_target()
     options = args.given()
@@ -155,13 +158,17 @@ def run_init(argv: Sequence[str]) -> int:
     if args.seed is not None:
         set_seed(args.seed)
     drafter = make_drafter(target, args.family, options)
-    drafter.save_pretrained(args.output)
+    with explaining_failure("The drafter", "Make room, or name another folder, and run the command again"):
+        drafter.save_pretrained(args.output)
     print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
     if args.draft_vocab_size is None and args.family == "eagle3" and target.vocab_size > LARGE_VOCABULARY:
         print(
             f"It proposes all {target.vocab_size:,} tokens. `sft --draft-vocab-size {DRAFT_VOCAB_SIZE}` reduces it to "
             "the most frequent ones of the responses, which makes it much smaller."
         )
+    print_next(
+        "sft", drafter=args.output, target=args.target, dataset=args.dataset or "PROMPTS.jsonl", regenerate=True
+    )
     return 0
 
 
@@ -259,13 +266,24 @@ def run_sft(argv: Sequence[str]) -> int:
         set_seed(config.seed)
         return make_drafter(target, args.family, args.given())
 
-    return _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter)
+    if _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter):
+        print_next(
+            "opd",
+            drafter=config.output_dir,
+            target=args.target,
+            dataset=args.dataset,
+            responses=config.responses,
+            max_completion_length=unless_default(config, "max_completion_length"),
+        )
+    return 0
 
 
 def run_opd(argv: Sequence[str]) -> int:
     """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
     args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
-    return _train(DraftOPDTrainer, args, config, args.drafter)
+    if _train(DraftOPDTrainer, args, config, args.drafter):
+        print_next("evaluate", drafter=config.output_dir, target=args.target, dataset=HELD_OUT)
+    return 0
 
 
 def describe_evaluation(metrics: dict[str, float]) -> str:
@@ -281,9 +299,10 @@ def _train(
     args: TrainArguments,
     config: DraftTrainingConfig,
     drafter: str | Callable[[FrozenTarget], Drafter],
-) -> int:
-    """Load the pair and the rows, train, save, and push if asked for."""
+) -> bool:
+    """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
+    check_folder(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = args.load_eval_rows()
     if config.dataset_id is None:
@@ -302,10 +321,11 @@ def _train(
         commit = trainer.push_to_hub()
     else:
         trainer.save_model(config.output_dir)
-    if trainer.is_world_process_zero():
+    speaks = trainer.is_world_process_zero()
+    if speaks:
         if measured is not None:
             print(describe_evaluation(measured))
         print(f"The drafter is in {config.output_dir}")
         if config.push_to_hub:
             print(f"and published as {commit}")
-    return 0
+    return speaks

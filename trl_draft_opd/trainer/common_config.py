@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import SchedulerType
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
+from ..runs.distributed.launch import check_processes, is_launched_on_cpus
 from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
 from ..utils.settings import check_at_least, check_settings
 from .metrics import is_loss
@@ -127,8 +130,10 @@ class DraftTrainingConfig(_BaseConfig):
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
             small drafter's run it is a fault to be found. `"skip"` leaves it out and counts it (`skipped_updates`).
+            Weights that are not finite after an update end training under both.
         max_skipped_updates (`int`, *optional*, defaults to `10`):
-            Updates skipped in a row after which training ends all the same: by then the weights are at fault.
+            Updates skipped in a row after which training ends all the same: by then most likely the weights are at
+            fault.
 
         > Parameters that control publishing
 
@@ -143,7 +148,8 @@ class DraftTrainingConfig(_BaseConfig):
     > [!NOTE]
     > Defaults that differ from TRL's: `activation_checkpointing=False`, `bf16` only where an accelerator is present,
     > `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the paper's),
-    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter).
+    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter),
+    > `disable_tqdm` unless a terminal or a notebook shows the bars (in a file they are garbage).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_init_kwargs", "chat_template_kwargs"]
@@ -216,16 +222,22 @@ class DraftTrainingConfig(_BaseConfig):
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             # transformers knows losses by their last word.
             self.greater_is_better = not is_loss(self.metric_for_best_model)
+        if self.deepspeed is None and is_launched_on_cpus():
+            # accelerate's launcher keeps `use_cpu: true` to itself, and without it each process would train alone.
+            self.use_cpu = True
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
         if not torch.accelerator.is_available():
             # There is nothing to pin memory for, and torch warns about it in every epoch.
             self.dataloader_pin_memory = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not can_draw_bars()
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
+        check_processes(PartialState())
         # Again, because dictionaries are JSON until here.
         check_settings(self)
         options = parsed(self.gradient_checkpointing_kwargs)

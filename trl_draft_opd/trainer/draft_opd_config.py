@@ -22,6 +22,9 @@ class DraftOPDConfig(DraftTrainingConfig):
     Configuration of [`DraftOPDTrainer`]: the settings of [`DraftTrainingConfig`], and these.
 
     Parameters:
+        output_dir (`str`, *optional*, defaults to `"drafter-opd"`):
+            Folder for the drafter and its checkpoints.
+
         > Parameters that control the rollout
 
         rollout (`str`, *optional*, defaults to `"replay"`):
@@ -75,6 +78,7 @@ class DraftOPDConfig(DraftTrainingConfig):
             Responses printed each time.
     """
 
+    output_dir: str | None = setting("drafter-opd", "Folder for the drafter and its checkpoints.")
     rollout: str = setting(
         "replay", "`replay`: draft along the target's responses; `live`: decode every prompt.", choices=ROLLOUTS
     )

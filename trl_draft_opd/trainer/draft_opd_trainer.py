@@ -97,8 +97,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.longest_response)
         has_responses = is_training and args.completions_from_target
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
-        check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
-        return rows
+        return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
 
     def _set_up(self, args: DraftOPDConfig, family: str) -> None:
         self.segment_length = args.segment_length(family)

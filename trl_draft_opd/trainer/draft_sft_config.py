@@ -27,6 +27,8 @@ class DraftSFTConfig(DraftTrainingConfig):
     Configuration of [`DraftSFTTrainer`]: the settings of [`DraftTrainingConfig`], and these.
 
     Parameters:
+        output_dir (`str`, *optional*, defaults to `"drafter-sft"`):
+            Folder for the drafter and its checkpoints.
         max_length (`int`, *optional*):
             Rows are cut behind this many tokens, and counted. Defaults to 4096, or to what a block leaves of the
             target's positions.
@@ -53,6 +55,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             code (docs/why/results.md).
     """
 
+    output_dir: str | None = setting("drafter-sft", "Folder for the drafter and its checkpoints.")
     max_length: int | None = setting(
         None, f"Rows are cut behind this many tokens; {MAX_LENGTH} if unset, or what the target's positions allow."
     )

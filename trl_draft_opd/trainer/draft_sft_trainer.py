@@ -85,8 +85,7 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         rows = reader.read_texts(dataset)
         if is_training:
             settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
-        check_mask_token(drafter, pair.target, rows, "input_ids")
-        return rows
+        return check_mask_token(drafter, pair.target, rows, "input_ids")
 
     def _set_up(self, args: DraftSFTConfig, family: str) -> None:
         self.num_anchors = args.anchors_per_row(family)

@@ -25,9 +25,12 @@ from ..rollout.types import Rollout
 from ..runs.distributed.launch import loss_entry
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
+from ..utils.bars import library_bars
+from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
+from .log_printer import print_logs_readably
 from .metrics import best_model_metrics
 from .pair import Pair, load_pair
 from .publishing import PublishingTrainer
@@ -55,6 +58,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     _redirect = _ForwardRedirection()
     _config_class: type[Settings]
 
+    @lasting_output()
     def __init__(
         self,
         model: str | Path | Drafter,
@@ -67,29 +71,31 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
     ):
-        args = self._config_class(f"drafter-{self._method}") if args is None else args
+        args = self._config_class() if args is None else args
         self._check_request(args, eval_dataset)
-        pair = load_pair(model, target, args, processing_class, peft_config)
-        if eval_dataset is not None:
-            self._check_best_metric(args, eval_dataset, pair.num_drafts)
-        # Before a row is read: what would not fit into the target's positions is refused or counted.
-        args = args.fit_to(pair.target.num_positions, pair.num_drafts)
-        if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
-            # Now rather than at the first rollout.
-            pair.target.require_rollback()
-        # Refuses what could not be pushed before the target responds to anything.
-        repo_id = claim_repository(args, pair)
-        pair.target.place(args.device)
-        super().__init__(
-            pair,
-            repo_id,
-            args,
-            data_collator=RowCollator(pair.target.pad_token_id),
-            train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),
-            eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with library_bars(not args.disable_tqdm):
+            pair = load_pair(model, target, args, processing_class, peft_config)
+            if eval_dataset is not None:
+                self._check_best_metric(args, eval_dataset, pair.num_drafts)
+            # Before a row is read: what would not fit into the target's positions is refused or counted.
+            args = args.fit_to(pair.target.num_positions, pair.num_drafts)
+            if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
+                # Now rather than at the first rollout.
+                pair.target.require_rollback()
+            # Refuses what could not be pushed before the target responds to anything.
+            repo_id = claim_repository(args, pair)
+            pair.target.place(args.device)
+            super().__init__(
+                pair,
+                repo_id,
+                args,
+                data_collator=RowCollator(pair.target.pad_token_id),
+                train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),
+                eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        print_logs_readably(self)
         self._set_up(args, pair.drafter.config.family)
         # For rows that `evaluate` is given later.
         self._read_evaluation = partial(self._read_rows, pair, args, is_training=False)

@@ -6,6 +6,7 @@ asked once per prompt; rows regrouped by length.
 Shape letters:  B = sequences, L = text length
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -176,7 +177,8 @@ def _write_responses(
             batch_size=args.generation_batch_size,
             seed=args.seed,
             shard_size=args.generation_batch_size,
-            show_progress=not args.disable_tqdm and PartialState().is_local_main_process,
+            # Without a terminal there are lines and no bar to disable.
+            show_progress=PartialState().is_local_main_process and not (args.disable_tqdm and sys.stderr.isatty()),
         )
 
 
