@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_drafter_saved_before_and_the_one_in_memory(tmp_p
 
 def test_a_full_disk_costs_a_store_one_shard_and_the_same_call_goes_on(tmp_path, target):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
+    origin = Origin.of(target, sampling=sampling, max_completion_length=8)
     rows = [StoredResponse([9, number], [20, 21], None, "length") for number in range(20, 24)]
 
     def come_in():
