@@ -299,7 +299,7 @@ def test_a_text_is_cut_at_the_right():
     )
 
 
-def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning():
+def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_and_so_are_those_that_are_cut():
     rows = [
         {"prompt": "add two", "completion": " four"},
         {"prompt": "hi there add two", "completion": " four"},  # prompt of 4
@@ -310,11 +310,12 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning()
         dataset = read_texts(rows, max_length=3, max_prompt_length=3)
     assert dataset["sample_id"][:] == [0, 3]
     assert [tokens(i) for i in dataset["input_ids"]] == ["add two four", "hi there <|im_end|>"]
-    skipped, noted = [str(w.message) for w in caught]
-    assert noted.startswith("1 of 4 rows have no two supervised tokens in a row")
+    skipped, *noted = [str(w.message) for w in caught]
     assert skipped.startswith(
-        "Skipped 2 of 4 rows: 1 have a prompt longer than `max_prompt_length`; 1 have no supervised"
+        "Skipped 2 of 4 rows: 1 have a prompt longer than `max_prompt_length` 3; 1 have no supervised"
     )
+    assert sorted(noted)[0].startswith("1 of 4 rows are longer than `max_length` 3 and were cut there.")
+    assert sorted(noted)[1].startswith("1 of 4 rows have no two supervised tokens in a row")
 
 
 def test_a_prompt_at_the_limit_is_kept():

@@ -7,7 +7,7 @@ import argparse
 import tempfile
 
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from benchmarks import texts
 from benchmarks.arms import Report
@@ -22,6 +22,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.rollout import replay
 from trl_draft_opd.trainer import draft_opd_trainer, step
+from trl_draft_opd.trainer.log_printer import LogPrinter
 
 
 # Asked: the share of a step that is in no stage.
@@ -75,7 +76,7 @@ def stage_shares(args: argparse.Namespace, name: str, target, drafter, data: Dat
     clock = StageClock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, name, target, drafter, data, folder, num_steps)
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(LogPrinter)
         trainer.add_callback(ClockCallback(clock, num_warmup, num_steps))
         optimizer = trainer.create_optimizer()
         places = [

@@ -232,6 +232,8 @@ class TextReader:
         if 1 not in completion_mask:
             raise _Skip(_NO_SUPERVISION)
         notes = set(text.notes)
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            notes.add(f"are longer than `max_length` {self.max_length} and were cut there.")
         if not any(a and b for a, b in zip(completion_mask, completion_mask[1:], strict=False)):
             notes.add(_NO_BLOCK)
         return {
@@ -294,9 +296,11 @@ class TextReader:
             raise ValueError(f"`{column}` must be a list of token ids, got {token_ids!r:.200}.")
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             outside = next(i for i in token_ids if not 0 <= i < self.vocab_size)
+            tokens = {index: token for token, index in self.tokenizer.get_vocab().items()}
+            known = f" ({tokens[outside]!r})" if outside in tokens else ""
             raise ValueError(
-                f"token id {outside} in `{column}` is outside the target's vocabulary of {self.vocab_size} tokens. "
-                "Tokenize with the target's own tokenizer."
+                f"token id {outside}{known} in `{column}` is outside the target's vocabulary of {self.vocab_size} "
+                "tokens: it has no embedding. Take the token out, or tokenize with the target's own tokenizer."
             )
         return token_ids
 
@@ -304,7 +308,7 @@ class TextReader:
         if not prompt_length:
             raise ValueError(_EMPTY_PROMPT)
         if self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
-            raise _Skip(_LONG_PROMPT)
+            raise _Skip(f"{_LONG_PROMPT} {self.max_prompt_length}")
 
     def _tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer(check_text(text), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

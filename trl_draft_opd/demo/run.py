@@ -5,7 +5,6 @@ phase leaves a folder with the settings it was made from, and is not repeated wh
 """
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.dflash import DFlashDraftModel
@@ -28,10 +26,13 @@ from ..evaluation import EvaluationReport, evaluate_drafter, paired_gain
 from ..responses import generate_responses
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
+from ..target.lengths import TRAINING_LENGTHS, fit_lengths
 from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
+from ..trainer.log_printer import LogPrinter
+from ..utils.bars import library_bars
 from .corpus import write_chats
 from .results import draw_plot, require_matplotlib, results_table
 from .tiny_target import TinyTargetSettings, train_target
@@ -90,7 +91,7 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
     if (settings.target is None) != (rows is None):
         raise ValueError("A real target and its prompts go together: give `target` and `rows`, or neither.")
     console = Console()
-    with _quiet_libraries():
+    with library_bars(False):
         phases = _Phases(settings.output, console)
         if settings.target is None or rows is None:
             target_path, rows = _make_tiny_target(phases, settings)
@@ -161,22 +162,6 @@ class _Phases:
         self.seconds[title] = round(time.perf_counter() - begun, 1)
 
 
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hide the libraries' own bars and notes: the demo shows its own."""
-    disabled = logging.root.manager.disable
-    # For all loggers at once: some libraries set theirs up when they are imported in the middle of a phase.
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        transformers_logging.enable_progress_bar()
-        enable_progress_bars()
-
-
 def _make_tiny_target(phases: _Phases, settings: DemoSettings) -> tuple[Path, Dataset]:
     """Train the tiny target; return its folder, and chats it was not trained on, which lend their prompts."""
     tiny, seed = settings.tiny, settings.seed
@@ -201,8 +186,16 @@ def _write_responses(
             "Give more rows."
         )
 
+    lengths = fit_lengths(
+        target.num_positions,
+        prompt=None,
+        completion=settings.max_completion_length,
+        num_drafts=settings.num_drafts,
+        defaults=TRAINING_LENGTHS,
+    )
+
     def make(folder: Path) -> None:
-        reader = target.text_reader(max_prompt_length=DraftOPDConfig.max_prompt_length)
+        reader = target.text_reader(max_prompt_length=lengths.prompt)
         picked = range(min(settings.num_prompts, num_others)), range(num_others, len(rows))
         train, test = (list(reader.read_prompts(rows.select(indices))["prompt_ids"]) for indices in picked)
         responses = generate_responses(
@@ -284,7 +277,7 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
 
 def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:
     """Train with one progress bar and no other output."""
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(LogPrinter)
     with Progress(console=console, transient=True) as progress:
         trainer.add_callback(_ShowSteps(progress))
         trainer.train()
