@@ -171,8 +171,9 @@ def find_mixed(dataset: Dataset | IterableDataset) -> dict[str, str]:
     mixed = {}
     for column, feature in (dataset.features or {}).items():
         message = getattr(feature, "feature", None)
-        for key in ("content", "value") if isinstance(message, dict) else ():
-            if isinstance(message.get(key), Json):
+        entries = message if isinstance(message, dict) else {}
+        for key in ("content", "value"):
+            if isinstance(entries.get(key), Json):
                 mixed[column] = key
     return mixed
 
