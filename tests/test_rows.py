@@ -70,7 +70,13 @@ def test_a_text_that_is_json_stays_that_text_next_to_contents_in_parts(tmp_path,
     file = write_lines(tmp_path / "rows.jsonl", rows)
     assert responses_of(load_rows(file, None, "train"))[1] == [answer + "<|im_end|>"]
     if answer != '"quoted"':  # `datasets` itself stores it as it stores the text without quotes.
-        assert responses_of(load_dataset("json", data_files=file, split="train"))[1] == [answer + "<|im_end|>"]
+        mixed = load_dataset("json", data_files=file, split="train")
+        assert responses_of(mixed)[1] == [answer + "<|im_end|>"]
+        mixed.to_parquet(tmp_path / "rows.parquet")
+        assert responses_of(load_rows(str(tmp_path / "rows.parquet"), None, "train"))[1] == [answer + "<|im_end|>"]
+    (tmp_path / "folder").mkdir()
+    write_lines(tmp_path / "folder" / "rows.jsonl", rows)
+    assert responses_of(load_rows(str(tmp_path / "folder"), None, "train"))[1] == [answer + "<|im_end|>"]
 
 
 GOOD = chat(("user", "Hi."), ("assistant", "Hello."))

@@ -107,7 +107,8 @@ def _load(shown: str, files: Sequence[Path], path: str, split: str, **options: A
     """Call `load_dataset`, whose own errors about damaged files name neither file nor line."""
     try:
         rows = load_dataset(path, split=split, **options)
-        if lifted := _lift_json(rows.features):
+        lifted = _lift_json(rows.features) if rows.builder_name == "json" else None
+        if lifted is not None:
             rows = load_dataset(path, split=split, features=lifted, **options)
         if files:
             # Arrow does not check that text is UTF-8: reading the row would fail later, without its number.

@@ -199,7 +199,8 @@ class TextReader:
         """Map `encode` over the rows, drop those it skips, and warn how many and why."""
         row = first_row(dataset)
         row_format = find_format(row, forms)
-        if mixed := find_mixed(dataset):
+        mixed = find_mixed(dataset, row_format.form)
+        if mixed:
             dataset, convert = keep_texts(dataset, mixed), partial(decode_contents, mixed=mixed)
             row_format = row_format._replace(convert=convert)
         self._check_chats(next(iter(dataset.with_format(None))) if mixed else row, row_format)
