@@ -128,18 +128,28 @@ def test_a_missing_config_file_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "needs the path" in _error(["sft", "--config"], capsys)
 
 
-def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path):
-    with pytest.raises(OSError, match="missing.yaml"):
-        main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")])
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "missing.yaml" in error
 
 
-def test_other_exceptions_are_not_turned_into_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_traceback_never_ends_with_the_code_of_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     def broken(argv):
         raise RuntimeError("a fault of the program")
 
     monkeypatch.setattr("trl_draft_opd.cli.demo.run_demo", broken)
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        main(["demo"])
+    assert main(["demo"]) == 3
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "RuntimeError: a fault of the program" in error
+
+
+def test_a_config_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = tmp_path / "run.yaml"
+    config.write_text("target: [t\n")
+    assert "is no YAML" in _error(["sft", "--config", str(config)], capsys)
 
 
 def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
@@ -378,7 +388,7 @@ def test_evaluate_puts_its_numbers_on_the_card_of_an_export(
     assert "Not measured yet." in card.read_text("utf-8")
     card.write_text(card.read_text("utf-8").replace("<!-- notes -->", "<!-- notes -->\nMine.\n"), "utf-8")
     words = ["evaluate", "--drafter", str(out), "--target", target_folder, "--dataset", rows_file]
-    words += ["--max-new-tokens", "12"]
+    words += ["--max-completion-length", "12"]
     assert main(words) == 0
     assert "With `--record NAME`" in capsys.readouterr().out and not (out / "training_record.json").exists()
     for batch_size in ("2", "3"):
@@ -399,7 +409,7 @@ def test_what_evaluate_recorded_of_a_saved_drafter_is_on_the_card_of_its_export(
 ):
     saved, out = shutil.copytree(drafter_folder, tmp_path / "saved"), tmp_path / "out"
     words = ["--target", target_folder, "--drafter", str(saved)]
-    flags = ["--dataset", rows_file, "--max-new-tokens", "12", "--record", "org/prompts:test"]
+    flags = ["--dataset", rows_file, "--max-completion-length", "12", "--record", "org/prompts:test"]
     assert main(["evaluate", *words, *flags]) == 0
     assert "the card of its next export will have it" in capsys.readouterr().out
     assert main(["export", *words, "--output", str(out)]) == 0
@@ -428,7 +438,7 @@ def test_evaluate_says_why_outputs_can_differ_and_what_to_do(
 
     monkeypatch.setattr("trl_draft_opd.cli.decoding.evaluate_drafter", evaluate)
     words = ["--target", target_folder, "--target-dtype", dtype, "--drafter", drafter_folder, "--dataset", rows_file]
-    assert main(["evaluate", *words, "--num-prompts", "2", "--max-new-tokens", "8"]) == code
+    assert main(["evaluate", *words, "--num-prompts", "2", "--max-completion-length", "8"]) == code
     said = capsys.readouterr().out
     assert f"The target computes in {dtype}." in said and advice in said
 

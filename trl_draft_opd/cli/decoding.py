@@ -30,6 +30,7 @@ from ..target.lengths import TRAINING_LENGTHS
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_folder
+from ..utils.settings import check_at_least
 from .arguments import (
     RowsArguments,
     SamplingArguments,
@@ -117,6 +118,10 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         after = "" if CARD_FILE in names else "; the card of its next export will have it"
         print(f"Recorded in {', '.join(str(folder / name) for name in names)}{after}.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
+
 
 def run_evaluate(argv: Sequence[str]) -> int:
     """Measure a drafter; see [`evaluate_drafter`]."""
@@ -197,6 +202,11 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
     concurrency: int = flag("Requests at a time.", default=ServerSettings.concurrency)
     json: str | None = flag("File to write the numbers to.", default=None)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "max_completion_length", "batch_size", "shard_size", "num_proc")
+        check_at_least(self, 0, "check_rows")
+
     def server(self) -> ServerSettings | None:
         """Return the server that the flags name, if they do; refuse flags that contradict each other."""
         names = ("base_url", "served_model_name", "api_key_file", "timeout", "concurrency")
@@ -254,7 +264,7 @@ def run_generate(argv: Sequence[str]) -> int:
         dataset=args.dataset,
         regenerate=True,
         responses=args.output,
-        max_completion_length=unless_default(args, "max_new_tokens"),
+        max_completion_length=unless_default(args, "max_completion_length"),
     )
     write_json(args.json, summary)
     return 0

@@ -18,6 +18,7 @@ from ..parity.consumers import CONSUMERS
 from ..parity.gate import VERIFICATION_LENGTHS
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import length_help
+from ..utils.settings import check_at_least
 from .arguments import HELD_OUT, RowsArguments, default_of, flag, parse, print_next, write_json
 
 
@@ -58,7 +59,7 @@ def run_export(argv: Sequence[str]) -> int:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     check_export_folder(Path(args.output))
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
-    name = args.target or drafter.config.target_model_name_or_path
+    name = drafter.config.target_model_name_or_path if args.target is None else args.target
     target = TargetOfExport(args.target_id)
     if name is not None:
         target = read_target(name, target_id=args.target_id, revision=args.target_revision)
@@ -96,6 +97,11 @@ class VerifyArguments(RowsArguments):
     max_completion_length: int | None = flag(length_help(VERIFICATION_LENGTHS), default=None)
     trust_remote_code: bool = flag("Also run the export's own custom_generate.", default=False)
     json: str | None = flag("File to write the numbers to.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts")
+        check_at_least(self, 2, "max_completion_length")
 
 
 def run_verify(argv: Sequence[str]) -> int:

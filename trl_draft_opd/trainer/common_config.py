@@ -13,19 +13,22 @@ from typing import Any, Self
 import torch
 from accelerate import PartialState
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import SchedulerType
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
-from ..rollout.drafting import check_draft_sampling
+from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
 from ..runs.distributed.launch import check_processes, is_launched_on_cpus
 from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
 from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
+from ..utils.settings import check_at_least, check_settings
+from .metrics import is_loss
+from .unusable_options import check_options
 
 
 SLOT_WEIGHTINGS = ("decay", "d_pace")
 ON_NONFINITE = ("stop", "skip")
-
 
 PROMPT_LENGTH_HELP = (
     f"Prompts with more tokens are skipped; {TRAINING_LENGTHS.prompt} if unset, or what the response leaves of the "
@@ -157,7 +160,9 @@ class DraftTrainingConfig(_BaseConfig):
     )
     gradient_checkpointing: bool | None = setting(None, "Older name of the same.", nargs="?", const=True)
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")
-    lr_scheduler_type: str = setting("cosine", "Learning rate schedule.")
+    lr_scheduler_type: str = setting(
+        "cosine", "Learning rate schedule.", choices=tuple(each.value for each in SchedulerType)
+    )
     warmup_steps: float = setting(0.05, "Warm-up: number of steps, or share of all steps when below 1.")
     remove_unused_columns: bool = setting(False, "Must stay off: the drafter's forward does not name the columns.")
     ddp_find_unused_parameters: bool | None = setting(False, "Let DDP look for unused parameters; drafters have none.")
@@ -174,17 +179,23 @@ class DraftTrainingConfig(_BaseConfig):
     dataset_num_proc: int | None = setting(None, "Processes used to tokenize.")
     responses: str | None = setting(None, "Folder that keeps the target's responses.")
     generation_batch_size: int = setting(32, "Prompts the target responds to together.")
-    accepted_loss: str = setting("forward_kl", f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}.")
-    slot_weighting: str = setting("decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.")
+    accepted_loss: str = setting("forward_kl", "Divergence on accepted slots.", choices=LOSS_TYPES)
+    slot_weighting: str = setting(
+        "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
+    )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
     loss_chunk_bytes: int = setting(64 * 2**20, "Bytes of logits alive at a time in the loss, all buffers together.")
     num_drafts: int | None = setting(None, "Drafts per block in rollouts and evaluation; the drafter's own if unset.")
     temperature: float = setting(0.0, "Temperature of the target; 0 decodes greedily.")
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.")
     top_p: float = setting(1.0, "Keep the smallest set of tokens with this mass; 1.0 keeps all.")
-    draft_sampling: str = setting("greedy", "`greedy`: drafts are argmax; `sample`: drawn from the drafter.")
+    draft_sampling: str = setting(
+        "greedy", "`greedy`: drafts are argmax; `sample`: drawn from the drafter.", choices=DRAFT_SAMPLING
+    )
     eval_rollouts: bool = setting(True, "Decode the evaluation prompts and report tau and acceptance per slot.")
-    on_nonfinite: str = setting("stop", "`stop` before an update that is not finite, or `skip` and count it.")
+    on_nonfinite: str = setting(
+        "stop", "`stop` before an update that is not finite, or `skip` and count it.", choices=ON_NONFINITE
+    )
     max_skipped_updates: int = setting(10, "Updates skipped in a row after which training stops all the same.")
     hub_target_id: str | None = setting(None, "The target's Hub id, by which a published drafter names it.")
     dataset_id: str | None = setting(None, "Hub id of the training data, for the card.")
@@ -203,6 +214,14 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        check_options(self)
+        if self.bf16 and not torch.accelerator.is_available():
+            # transformers trains in bfloat16 on a CPU, but only where it is told to use the CPU.
+            self.use_cpu = True
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers knows losses by their last word.
+            self.greater_is_better = not is_loss(self.metric_for_best_model)
         if self.deepspeed is None and is_launched_on_cpus():
             # accelerate's launcher keeps `use_cpu: true` to itself, and without it each process would train alone.
             self.use_cpu = True
@@ -219,6 +238,8 @@ class DraftTrainingConfig(_BaseConfig):
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
         check_processes(PartialState())
+        # Again, because dictionaries are JSON until here.
+        check_settings(self)
         options = parsed(self.gradient_checkpointing_kwargs)
         if options:
             check_checkpointing_kwargs(options)
@@ -231,14 +252,9 @@ class DraftTrainingConfig(_BaseConfig):
         self.sampling_settings()
         check_at_least(self, 0, "max_skipped_updates")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
-        check_at_least(self, 1, "loss_chunk_bytes", "num_drafts")
+        check_at_least(self, 1, "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
-        if self.save_on_each_node:
-            raise ValueError(
-                "`save_on_each_node=True` is not supported: the first process writes checkpoints for all. Put "
-                "`output_dir` on storage that all machines share."
-            )
         for name in ("hub_target_id", "dataset_id"):
             try:
                 validate_repo_id(getattr(self, name))
@@ -272,6 +288,11 @@ class DraftTrainingConfig(_BaseConfig):
         """`max_completion_length`, of the settings that a trainer works with."""
         assert self.max_completion_length is not None, "`fit_to` fills it in"
         return self.max_completion_length
+
+    @property
+    def trained_streams(self) -> tuple[str, ...]:
+        """The streams of slots that have a share of the loss."""
+        return ("accepted",)
 
     @property
     def completions_are_given(self) -> bool:
@@ -331,14 +352,6 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise `ValueError` unless `value`, given for the setting `name`, is one of `known`."""
     if value not in known:
         raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
-
-
-def check_at_least(args: Any, least: int, *names: str) -> None:
-    """Raise `ValueError` unless each of these settings is unset or at least `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def check_position_decay(position_decay: float) -> None:

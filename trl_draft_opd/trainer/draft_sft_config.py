@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..target.lengths import fit_text_length
-from .common_config import DraftTrainingConfig, check_at_least, check_choice, check_position_decay, setting
+from ..utils.settings import check_at_least
+from .common_config import DraftTrainingConfig, check_choice, check_position_decay, setting
 
 
 SLOT_SCOPES = ("block", "until_fail")
@@ -65,7 +66,9 @@ class DraftSFTConfig(DraftTrainingConfig):
     )
     num_anchors: int | None = setting(None, "Anchors per row and epoch; 0 takes all positions; the family's if unset.")
     position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; the family's if unset.")
-    slot_scope: str = setting("block", "`block`: train every slot; `until_fail`: up to the drafter's first mismatch.")
+    slot_scope: str = setting(
+        "block", "`block`: train every slot; `until_fail`: up to the drafter's first mismatch.", choices=SLOT_SCOPES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
