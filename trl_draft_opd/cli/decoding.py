@@ -166,7 +166,7 @@ def run_generate(argv: Sequence[str]) -> int:
         dataset=args.dataset,
         regenerate=True,
         responses=args.output,
-        max_completion_length=unless_default(args, "max_new_tokens"),
+        max_completion_length=unless_default(args, "max_completion_length"),
     )
     write_json(args.json, summary)
     return 0
