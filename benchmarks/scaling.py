@@ -42,6 +42,7 @@ from trl_draft_opd.rollout.live import rollout_live
 from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.target.frozen import TargetReading
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
+from trl_draft_opd.utils.versions import switch_checkpointing
 
 
 GIB = 2**30
@@ -72,9 +73,7 @@ class Scene:
         device = target.device
         drafter = make_drafter(family, target.causal_lm, device).train()
         if work.checkpointing:
-            # Its name before transformers 5.23 was the other one.
-            is_new = hasattr(drafter, "activation_checkpointing_enable")
-            (drafter.activation_checkpointing_enable if is_new else drafter.gradient_checkpointing_enable)()
+            switch_checkpointing(drafter, "enable")
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, target.vocab_size - 1, (work.rows, work.length), generator=generator).to(device)
         is_response = (torch.arange(work.length, device=device) >= work.length // 4).expand_as(ids)

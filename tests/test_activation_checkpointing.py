@@ -14,6 +14,7 @@ from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_targe
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.trainer.pair import compile_drafter
+from trl_draft_opd.utils.versions import switch_checkpointing
 
 
 CONFIGS = {"sft": DraftSFTConfig, "opd": DraftOPDConfig}
@@ -39,14 +40,6 @@ def make_args(kind, output_dir, **changes):
         "max_completion_length": 12,
     }
     return CONFIGS[kind](**options | changes)
-
-
-def switch(drafter, state):
-    """Call transformers' switch under its name in this version; `state` is `enable` or `disable`."""
-    name = (
-        "activation_checkpointing" if hasattr(drafter, "activation_checkpointing_enable") else "gradient_checkpointing"
-    )
-    getattr(drafter, f"{name}_{state}")()
 
 
 def run_some_blocks(drafter, target):
@@ -87,7 +80,7 @@ def test_gradients_are_the_same_bits_from_less_memory(target, tmp_path, family, 
         drafter = make_drafter(family, target, **OPTIONS[family]).train()
         compile_drafter(drafter, make_args("sft", tmp_path, torch_compile=compiled, torch_compile_backend="aot_eager"))
         if is_on:
-            switch(drafter, "enable")
+            switch_checkpointing(drafter, "enable")
         results.append(gradients(drafter, target, bf16))
     (plain, plain_grads, plain_peak), (again, grads, peak) = results
     assert torch.equal(plain, again)
@@ -100,7 +93,7 @@ def test_gradients_are_the_same_bits_from_less_memory(target, tmp_path, family, 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
 def test_layers_are_run_again_for_a_gradient_alone(monkeypatch, target, family):
     drafter = make_drafter(family, target)
-    switch(drafter, "enable")
+    switch_checkpointing(drafter, "enable")
     calls = count_steps(monkeypatch, drafter, family)
     num_steps = 4 if family == "eagle3" else 2
     run_some_blocks(drafter.eval(), target).sum().backward()
@@ -110,7 +103,7 @@ def test_layers_are_run_again_for_a_gradient_alone(monkeypatch, target, family):
     assert len(calls) == 2 * num_steps
     run_some_blocks(drafter, target).sum().backward()
     assert len(calls) == 4 * num_steps
-    switch(drafter, "disable")
+    switch_checkpointing(drafter, "disable")
     run_some_blocks(drafter, target).sum().backward()
     assert len(calls) == 5 * num_steps
 
@@ -125,7 +118,7 @@ def test_dropout_of_an_adapter_is_drawn_once(target, family):
         config = LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_dropout=0.5, init_lora_weights=False)
         get_peft_model(drafter, config)
         if is_on:
-            switch(drafter, "enable")
+            switch_checkpointing(drafter, "enable")
         torch.manual_seed(3)
         results.append(gradients(drafter.train(), target)[1])
     assert results[0].keys() == results[1].keys() and any("lora_A" in name for name in results[0])

@@ -3,9 +3,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from trl_draft_opd.cli.arguments import parse
 from trl_draft_opd.cli.decoding import EvaluateArguments
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.cli.training import make_drafter
+from trl_draft_opd.export.record import read_record
 from trl_draft_opd.parity.consumers import CONSUMERS
 from trl_draft_opd.parity.report import VerificationReport
 
@@ -125,18 +128,28 @@ def test_a_missing_config_file_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "needs the path" in _error(["sft", "--config"], capsys)
 
 
-def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path):
-    with pytest.raises(OSError, match="missing.yaml"):
-        main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")])
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "missing.yaml" in error
 
 
-def test_other_exceptions_are_not_turned_into_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_traceback_never_ends_with_the_code_of_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     def broken(argv):
         raise RuntimeError("a fault of the program")
 
     monkeypatch.setattr("trl_draft_opd.cli.demo.run_demo", broken)
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        main(["demo"])
+    assert main(["demo"]) == 3
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "RuntimeError: a fault of the program" in error
+
+
+def test_a_config_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = tmp_path / "run.yaml"
+    config.write_text("target: [t\n")
+    assert "is no YAML" in _error(["sft", "--config", str(config)], capsys)
 
 
 def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
@@ -365,6 +378,71 @@ def test_evaluate_fails_when_a_float32_output_is_not_the_target_own(
     assert _evaluate(target_folder, drafter_folder, rows_file, "--num-prompts", "1", "--target-dtype", "bfloat16") == 0
 
 
+def test_evaluate_puts_its_numbers_on_the_card_of_an_export(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    main(["export", "--drafter", drafter_folder, "--target", target_folder, "--output", str(out), "--license", "mit"])
+    before = {name: (out / name).read_bytes() for name in ("config.json", "custom_generate/generate.py")}
+    card = out / "README.md"
+    assert "Not measured yet." in card.read_text("utf-8")
+    card.write_text(card.read_text("utf-8").replace("<!-- notes -->", "<!-- notes -->\nMine.\n"), "utf-8")
+    words = ["evaluate", "--drafter", str(out), "--target", target_folder, "--dataset", rows_file]
+    words += ["--max-completion-length", "12"]
+    assert main(words) == 0
+    assert "With `--record NAME`" in capsys.readouterr().out and not (out / "training_record.json").exists()
+    for batch_size in ("2", "3"):
+        assert main([*words, "--record", "gsm8k-test", "--batch-size", batch_size]) == 0
+    (measured,) = read_record(out).measurements
+    assert (measured.prompt_set, measured.num_prompts, measured.batch_size) == ("gsm8k-test", 6, 3)
+    text = card.read_text("utf-8")
+    assert "Not measured yet." not in text and "Mine." in text and "license: mit" in text
+    assert f"| gsm8k-test (6) | 0 | 3 | {measured.tau:.3f} [" in text and "6 of 6 greedy outputs on gsm8k-test" in text
+    assert {name: (out / name).read_bytes() for name in before} == before
+    # Under other conditions it is another measurement.
+    main([*words, "--record", "gsm8k-test", "--num-drafts", "2"])
+    assert [m.num_drafts for m in read_record(out).measurements] == [3, 2]
+
+
+def test_what_evaluate_recorded_of_a_saved_drafter_is_on_the_card_of_its_export(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    saved, out = shutil.copytree(drafter_folder, tmp_path / "saved"), tmp_path / "out"
+    words = ["--target", target_folder, "--drafter", str(saved)]
+    flags = ["--dataset", rows_file, "--max-completion-length", "12", "--record", "org/prompts:test"]
+    assert main(["evaluate", *words, *flags]) == 0
+    assert "the card of its next export will have it" in capsys.readouterr().out
+    assert main(["export", *words, "--output", str(out)]) == 0
+    assert "org/prompts:test (6)" in (out / "README.md").read_text("utf-8")
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
+    drafter_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    words = ["evaluate", "--target", "no/target", "--dataset", "none", "--drafter"]
+    assert "no file, got 'held_out.jsonl'" in _error([*words, drafter_folder, "--record", "held_out.jsonl"], capsys)
+    assert "'org/drafter' is none" in _error([*words, "org/drafter", "--record", "x"], capsys)
+    checkpoint = shutil.copytree(drafter_folder, tmp_path / "checkpoint-3")
+    (checkpoint / "manifest.json").write_text("{}")
+    assert "proven by their hashes" in _error([*words, str(checkpoint), "--record", "x"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code", "advice"), [("bfloat16", 0, "--target-dtype float32"), ("float32", 1, "verify")]
+)
+def test_evaluate_says_why_outputs_can_differ_and_what_to_do(
+    target_folder, drafter_folder, rows_file, monkeypatch, capsys, dtype, code, advice
+):
+    def evaluate(*args, **kwargs):
+        return replace(evaluate_drafter(*args, **kwargs), num_different=1, different_prompts=[0])
+
+    monkeypatch.setattr("trl_draft_opd.cli.decoding.evaluate_drafter", evaluate)
+    words = ["--target", target_folder, "--target-dtype", dtype, "--drafter", drafter_folder, "--dataset", rows_file]
+    assert main(["evaluate", *words, "--num-prompts", "2", "--max-completion-length", "8"]) == code
+    said = capsys.readouterr().out
+    assert f"The target computes in {dtype}." in said and advice in said
+
+
 def test_a_drafter_of_another_target_is_refused(target_folder: str, rows_file: str, tmp_path: Path, capsys):
     other = make_target()
     other.config.vocab_size = 128
@@ -434,7 +512,8 @@ def test_an_export_refuses_what_nobody_could_read(target_folder, drafter_folder,
 
 
 def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder: str, tmp_path, capsys):
-    assert "holds no export" in _error(["push", "--drafter", str(tmp_path), "--repo-id", "org/tiny-dflash"], capsys)
+    for folder in (str(tmp_path), drafter_folder):
+        assert "holds no export" in _error(["push", "--drafter", folder, "--repo-id", "org/tiny-dflash"], capsys)
     assert "cannot be the name" in _error(["push", "--drafter", drafter_folder, "--repo-id", "org/../x"], capsys)
 
 

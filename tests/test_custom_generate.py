@@ -6,6 +6,7 @@ our own decoding, and a file that stands alone.
 
 import ast
 import copy
+import importlib.util
 import json
 import shutil
 import string
@@ -14,6 +15,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate
 from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.utils.versions import CACHE_NAME
 
 
 class Collected:
@@ -266,7 +269,7 @@ def test_stopping_criteria_cut_a_block_where_plain_decoding_stops(target, folder
         ours = speculate(model, ids, folders["trained"], **options, return_dict_in_generate=True)
         assert torch.equal(ours.sequences, own)
         # All but the last token, which no pass has read, and no draft behind the end.
-        assert ours.past_key_values.get_seq_length() == own.shape[1] - 1
+        assert ours[CACHE_NAME].get_seq_length() == own.shape[1] - 1
         lengths.add(own.shape[1])
     assert len(lengths) > 1
 
@@ -471,10 +474,29 @@ def test_a_drafter_is_loaded_once_and_again_when_its_folder_is_replaced(tmp_path
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in bare.tensors.items())
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "dflash"])
-def test_a_file_that_names_no_drafter_says_how_to_name_it(target, folders, variant):
+@pytest.mark.parametrize("module", [eagle3, dflash])
+def test_a_file_that_names_no_drafter_says_how_to_name_it(target, module):
     with pytest.raises(ValueError, match='Pass `drafter="ORG/NAME"`'):
-        target.causal_lm.generate(as_ids([9]), custom_generate=folders[variant], trust_remote_code=True)
+        module.generate(target.causal_lm, inputs=as_ids([9]))
+
+
+@pytest.mark.parametrize("variant", ["eagle3", "dflash"])
+def test_a_local_folder_decodes_with_its_own_drafter_whatever_name_it_was_published_under(
+    tmp_path, target, folders, variant, monkeypatch
+):
+    place = shutil.copytree(folders[variant], tmp_path / f"local-{variant}")
+    write_custom_generate(place, variant, "no-such-org/renamed-since")
+    ids, limits = as_ids([9, 10, 11]), {"max_new_tokens": 8, "do_sample": False}
+    own = target.causal_lm.generate(ids, **limits)
+    options = limits | {"trust_remote_code": True}
+    assert torch.equal(target.causal_lm.generate(ids, custom_generate=str(place), **options), own)
+    # By a path that is relative, too.
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(target.causal_lm.generate(ids, custom_generate=place.name, **options), own)
+    # And nothing but that drafter: without its weights there is none.
+    (place / ("transformers/model.safetensors" if variant == "dflash" else "model.safetensors")).unlink()
+    with pytest.raises(OSError):
+        target.causal_lm.generate(ids, custom_generate=str(place), **options)
 
 
 def test_code_of_an_export_runs_only_when_trusted(target, folders):
@@ -512,10 +534,50 @@ target = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = torch.tensor([[9, 10, 11]])
 own = target.generate(ids, max_new_tokens=12, do_sample=False)
 for folder in sys.argv[2:]:
-    options = dict(custom_generate=folder, trust_remote_code=True, drafter=folder, max_new_tokens=12, do_sample=False)
+    options = dict(custom_generate=folder, trust_remote_code=True, max_new_tokens=12, do_sample=False)
     assert torch.equal(target.generate(ids, **options), own)
 print("alone")
 """
+
+
+class Renamed:
+    """A target in a transformers that calls keys and values by `name`, whatever the installed one does."""
+
+    def __init__(self, model, name):
+        self.model, self.name = model, name
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, **options):
+        cache = options.pop(self.name)
+        return self.model(**options, **{CACHE_NAME: cache})
+
+    def generate(self, *arguments, custom_generate, **options):
+        def renamed(model, ids, **rest):
+            cache = rest.pop(CACHE_NAME)
+            return custom_generate(self, ids, **rest, **{self.name: cache})
+
+        return self.model.generate(*arguments, custom_generate=renamed, **options)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_an_export_decodes_whatever_transformers_calls_the_cache(monkeypatch, target, folders, name):
+    spec = importlib.util.spec_from_file_location("generate", Path(folders["trained"]) / "custom_generate/generate.py")
+    exported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(exported)
+    monkeypatch.setattr(exported, "GenerateDecoderOnlyOutput", SimpleNamespace)
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    own = target.causal_lm.generate(as_ids(TRAINED_ON[0]), **options)
+    with blocks_of(target.causal_lm) as blocks:
+        ours = exported.generate(
+            Renamed(target.causal_lm, name), inputs=as_ids(TRAINED_ON[0]), drafter=folders["trained"], **options
+        )
+    assert torch.equal(ours.sequences, own.sequences) and len(blocks) < 20
+    assert getattr(ours, name).get_seq_length() == own.sequences.shape[1] - 1
+    # DFlash's file hands everything on, so it knows no such name.
+    text = (Path(folders["dflash"]) / "custom_generate" / "generate.py").read_text("utf-8")
+    assert "past_key_values" not in text
 
 
 def test_an_export_decodes_where_the_package_is_not_installed(tmp_path, target, folders):

@@ -14,6 +14,7 @@ from helpers.tiny import EOS, MASK, PAD, VOCAB, make_causal_lm, make_drafter, ma
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
+from trl_draft_opd.utils.versions import CACHE_NAME
 
 
 TARGET = make_target("llama")
@@ -101,7 +102,7 @@ def native_chain(model, features, input_ids, anchors, embeds_of):
                 context_hidden_states=features[None, seen:anchor],
                 position_ids=torch.arange(seen, anchor + BLOCK)[None],
                 attention_mask=torch.ones(1, anchor + BLOCK, dtype=torch.long),
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             ).last_hidden_state[0, 1:]
         )
         seen = anchor
@@ -141,12 +142,24 @@ def test_positions_left_out_count_on_from_the_cache():
         explicit = drafter(
             embed_block(input_ids[0, 6]), features[:1, :6], position_ids=torch.arange(6 + BLOCK)[None]
         ).last_hidden_state
-        implicit = drafter(embed_block(input_ids[0, 6]), features[:1, :6], past_key_values=cache).last_hidden_state
+        implicit = drafter(embed_block(input_ids[0, 6]), features[:1, :6], cache=cache).last_hidden_state
         cache.crop(-BLOCK)
-        later = drafter(embed_block(input_ids[0, 9]), features[:1, 6:9], past_key_values=cache).last_hidden_state
+        later = drafter(embed_block(input_ids[0, 9]), features[:1, 6:9], cache=cache).last_hidden_state
         whole = drafter(embed_block(input_ids[0, 9]), features[:1, :9]).last_hidden_state
     assert torch.equal(implicit, explicit)
     torch.testing.assert_close(later, whole, **TOLERANCE)
+
+
+def test_the_cache_is_taken_under_both_of_its_names():
+    drafter, caches = make_dflash(), []
+    input_ids, features = make_text()
+    for name in ("past_key_values", "cache"):
+        cache = DFlashCache(config=drafter.config)
+        with torch.no_grad():
+            output = drafter(embed_block(input_ids[0, 6]), features[:1, :6], **{name: cache})
+        assert output[CACHE_NAME] is cache
+        caches.append(cache)
+    assert [cache.get_seq_length() for cache in caches] == [6 + BLOCK] * 2
 
 
 # -- equal to transformers' own model ---------------------------------------------------------------------------------

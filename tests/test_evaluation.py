@@ -17,6 +17,7 @@ from trl_draft_opd import (
     EvaluationReport,
     SamplingSettings,
     evaluate_drafter,
+    evaluation,
     generate_responses,
 )
 from trl_draft_opd.evaluation import paired_gain
@@ -120,6 +121,29 @@ def test_a_lossy_loop_is_caught(monkeypatch, target):
     monkeypatch.setattr(live, "verify_greedy", accept_one_wrong_draft)
     report = evaluate(target, make_drafter("dflash", target), make_prompts(3))
     assert report.num_different == 1 and report.different_prompts == [0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: [text[0] ^ 1, *text[1:]],
+        lambda text: [*text[:-1], text[-1] ^ 1],
+        lambda text: text[:-1],
+        lambda text: [*text, 9],
+    ],
+    ids=["first token", "last token", "shorter", "longer"],
+)
+def test_outputs_are_equal_only_if_every_token_is(monkeypatch, target, change, batch_size):
+    prompts = make_prompts(3)
+
+    def write(target, batch, **options):
+        own = generate_responses(target, batch, **options)
+        return [change(text) if prompt == prompts[2] else text for prompt, text in zip(batch, own, strict=True)]
+
+    monkeypatch.setattr(evaluation, "generate_responses", write)
+    report = evaluate(target, make_drafter("dflash", target), prompts, batch_size=batch_size)
+    assert (report.num_different, report.different_prompts) == (1, [2])
 
 
 def test_without_a_comparison_nothing_is_claimed(target):

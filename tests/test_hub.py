@@ -28,7 +28,7 @@ FILES = {
     "README.md": b"---\nlicense: mit\n---\n# Card\n",
     "config.json": b"{}",
     "custom_generate/generate.py": b"def generate(model, **kwargs): ...\n",
-    "speculative_config.json": b"{}",
+    "speculative_config.json": json.dumps({"repository": REPO}).encode(),
     "speculators/config.json": b"{}",
     "training_record.json": b"{}",
 }
@@ -310,6 +310,14 @@ def test_a_token_that_the_server_echoes_is_in_no_message_and_no_traceback(hub, f
     assert TOKEN not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
+def test_the_password_of_a_mirror_is_in_no_message_and_no_traceback(hub, folder, caplog, monkeypatch):
+    # The library sends it in place of the token, so nothing comes of it; the address is in its errors.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("://", "://me:canary@"))
+    with pytest.raises(PermissionError, match="The Hub refused the token") as caught:
+        push(folder)
+    assert "canary" not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
 def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE=1.*is complete"):
@@ -318,7 +326,13 @@ def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, m
 
 def test_a_folder_without_an_export_is_refused(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "speculative_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds no export: \['model.safetensors'\] missing.*trl-draft-opd export"):
+        push(tmp_path)
+    # A checkpoint has weights, but not in the form that engines read.
+    (tmp_path / "model.safetensors").write_bytes(weights_file({}))
+    (tmp_path / "speculative_config.json").unlink()
+    with pytest.raises(ValueError, match=r"\['speculative_config.json'\] missing"):
         push(tmp_path)
     assert hub.requests == []
 

@@ -400,6 +400,9 @@ def test_the_recorded_tau_is_measured_again_and_must_be_met(copy, target):
     assert report.ok and report.rows[-1].name == "recorded"
     write_record(record_of(target, folder, tau=4.5, tau_low=4.4, tau_high=4.6), folder)
     report = verify(folder, target, consumers=[])
+    assert report.ok and "the interval of 2 prompts is too narrow to judge by" in report.notes[0]
+    write_record(record_of(target, folder, tau=4.5, tau_low=4.4, tau_high=4.6, num_prompts=10), folder)
+    report = verify(folder, target, consumers=[])
     assert (
         "was recorded in training" in report.problems[0] and "outside of the recorded interval" in report.problems[0]
     )
@@ -549,6 +552,10 @@ def test_rounds_are_read_off_the_targets_forward_passes():
     assert rounds_of([(0, 7), (7, 4), (10, 4), (11, 4)], 7, 100) == [2, 0]
     with pytest.raises(ValueError, match="not one over the prompt of 7"):
         rounds_of([(0, 5), (5, 2)], 7, 100)
+    # As read where the target's cache is handed over under a name that is not known.
+    for unseen in ([(0, 7), (0, 4), (0, 4)], [(0, 7), (7, 4), (7, 4)], [(0, 7), (6, 4)]):
+        with pytest.raises(ValueError, match="must rise from there, so its rounds cannot be counted"):
+            rounds_of(unseen, 7, 100)
 
 
 def test_the_estimate_of_training_takes_the_rounds_of_decoding(published, target):
@@ -572,6 +579,37 @@ def test_a_difference_without_a_near_tie_is_no_small_matter(published, target):
     assert len(verdict.problems) == 1 and "No near tie explains it" in verdict.problems[0]
     assert compare(scene, Reference(texts, chains, is_exact=False), outcome, tolerance=10.0).problems == []
     assert compare(scene, reference, Outcome("same", None, chains, None, ""), tolerance=0.0).problems == []
+
+
+@pytest.mark.parametrize("place", [0, 1, NUM_TOKENS - 2, NUM_TOKENS - 1])
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_difference_is_found_as_late_as_in_the_last_token_and_named_with_its_place(published, target, place, row):
+    scene = make_scene(target, published["eagle3"][1])
+    texts, chains = decode_with_us(scene)
+    changed = [list(text) for text in texts]
+    changed[row][place] ^= 1
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", changed, None, None, ""), tolerance=0.0)
+    assert f"1 of 2 outputs are not the target's own: response {row} from token {place} on" in verdict.problems[0]
+    # A text that ends early is another one too, and what is decoded past the limit is not compared.
+    changed = [
+        text[: place if number == row else NUM_TOKENS] + [1] * (number != row) for number, text in enumerate(texts)
+    ]
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", changed, None, None, ""), tolerance=0.0)
+    assert f"1 of 2 outputs are not the target's own: response {row} from token {place} on" in verdict.problems[0]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_difference_in_the_last_round_is_found(published, target, row):
+    scene = make_scene(target, published["eagle3"][1])
+    texts, chains = decode_with_us(scene)
+    changed = [list(chain) for chain in chains]
+    changed[row][-1] += 1 if changed[row][-1] == 0 else -1
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", None, changed, None, ""), tolerance=0.0)
+    assert len(verdict.problems) == 1 and f"prompt {row}, block at token" in verdict.problems[0]
+    assert verdict.row.num_other_chains == 1
+    changed[row] = chains[row][:-1]
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", None, changed, None, ""), tolerance=10.0)
+    assert f"prompt {row}: {len(changed[row])} rounds instead of {len(chains[row])}" in verdict.problems[0]
 
 
 def test_fingerprints_of_one_drafter_agree_and_of_two_differ(published, target):

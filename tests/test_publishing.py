@@ -23,7 +23,7 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
-from trl_draft_opd.export import TargetOfExport
+from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
@@ -246,6 +246,30 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
     repository = hub.repositories["someone/tiny-dflash"]
     assert repository.private is True
     assert repository.branches["main"] == {} and "config.json" in repository.branches["dev"]
+
+
+@pytest.mark.parametrize("exported_as", [None, "elsewhere/older"])
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_a_push_fills_its_repositorys_name_in_wherever_the_export_has_another(
+    tmp_path, hub, caplog, family, exported_as
+):
+    target, repo_id = make_target(), f"someone/tiny-{family}"
+    record = make_trainer(tmp_path, family=family).training_record()
+    embedding = target.causal_lm.get_input_embeddings().weight
+    # A target of which `readers` has something to say.
+    target.causal_lm.config.architectures = ["Qwen2ForCausalLM"]
+    options = {"target": TargetOfExport("org/target", target.causal_lm.config, embedding), "record": record}
+    options |= {"license": "my-own-1.0"}
+    drafter = make_drafter(family, target)
+    for name in (exported_as, repo_id):
+        export_drafter(drafter, tmp_path / str(name), repo_id=name, **options)
+    before = {path: path.read_bytes() for path in (tmp_path / str(exported_as)).rglob("*") if path.is_file()}
+    push_folder(tmp_path / str(exported_as), repo_id, token=CANARY)
+    uploaded, right = hub.repositories[repo_id].branches["main"], tmp_path / repo_id
+    assert {name: right.joinpath(name).read_bytes() for name in files_of(right)} == uploaded
+    assert f"DRAFTER = {repo_id!r}" in uploaded["custom_generate/generate.py"].decode()
+    assert "is uploaded with that name (README.md, custom_generate/generate.py, speculative" in caplog.text
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(

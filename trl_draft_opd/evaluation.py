@@ -21,6 +21,11 @@ from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
 from .rollout.live import rollout_live
 from .target.frozen import FrozenTarget
+from .target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+
+
+# A sample of each response, in minutes rather than hours.
+EVALUATION_LENGTHS = Lengths(TRAINING_LENGTHS.prompt, 256)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def evaluate_drafter(
     prompts: Sequence[Sequence[int]],
     *,
     num_drafts: int | None = None,
-    max_completion_length: int = 256,
+    max_completion_length: int | None = None,
     sampling: SamplingSettings | None = None,
     draft_sampling: str = "greedy",
     batch_size: int = 1,
@@ -122,7 +127,8 @@ def evaluate_drafter(
         drafter ([`Drafter`]): The drafter.
         prompts (`Sequence[Sequence[int]]`): Token ids, chat template applied.
         num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
-        max_completion_length (`int`, *optional*, defaults to 256): Longest response.
+        max_completion_length (`int`, *optional*):
+            Longest response; 256 by default, or half of what the prompts leave of the target's positions.
         sampling ([`SamplingSettings`], *optional*): Greedy by default.
         draft_sampling (`str`, *optional*, defaults to `"greedy"`): See [`DraftOPDConfig`].
         batch_size (`int`, *optional*, defaults to 1): Prompts decoded together.
@@ -140,11 +146,19 @@ def evaluate_drafter(
         [`EvaluationReport`]
 
     Raises:
-        ValueError: If there is no prompt, or none is long enough to hold a whole block.
+        ValueError: If there is no prompt, the longest one leaves no room in the target's positions, or no response is
+            long enough to hold a whole block.
     """
     sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     compare = compare_with_target and not ignore_eos
-    num_drafts = num_drafts or drafter.default_num_drafts
+    num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
+    max_completion_length = fit_lengths(
+        target.num_positions,
+        prompt=max(map(len, prompts), default=0),
+        completion=max_completion_length,
+        num_drafts=num_drafts,
+        defaults=EVALUATION_LENGTHS,
+    ).completion
     settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
     eos_token_ids = [] if ignore_eos else target.eos_token_ids
     done = _Decoded()

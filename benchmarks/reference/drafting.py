@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from trl_draft_opd.utils.versions import cache_name_of
+
 from .attention import dense_attention
 
 
@@ -40,9 +42,8 @@ def read_text(
 ) -> Reading:
     """Run the target over one text, or over its continuation behind a cache."""
     ids = torch.tensor([list(token_ids)], device=target.device)
-    output = target.base_model(
-        input_ids=ids, past_key_values=cache, use_cache=cache is not None, output_hidden_states=True
-    )
+    cached = {cache_name_of(target.base_model.forward): cache}
+    output = target.base_model(input_ids=ids, **cached, use_cache=cache is not None, output_hidden_states=True)
     # The first entry is the embedding, so entry `i + 1` is what layer `i` returned.
     features = [output.hidden_states[layer_id + 1][0] for layer_id in layer_ids]
     return Reading(torch.cat(features, dim=-1), output.last_hidden_state[0])

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.lab import code_target
 from benchmarks.lab.code_target import CodeTargetConfig, train_code_target
 from trl_draft_opd import Eagle3DraftModel, FrozenTarget
+from trl_draft_opd.utils.versions import CACHE_NAME
 
 
 pytestmark = pytest.mark.lab
@@ -151,7 +152,7 @@ def test_training_keeps_no_cache_that_would_unmask_packed_chats(tmp_path, monkey
 
     def records_its_cache(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        caches.append((self.training, output.past_key_values))
+        caches.append((self.training, getattr(output, CACHE_NAME)))
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", records_its_cache)

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words after the program's name; by default those of this process.
 
     Returns:
-        `int`: 0, or 1 if `evaluate` or `verify` finds a difference, or 2 after a user's error.
+        `int`: 0; 1 if `evaluate` or `verify` finds a difference; 2 after a user's error; 3 after any other error, with
+        its traceback, for which Python's own code would be 1.
     """
     lines = [f"  {name:10} {description}" for name, (_, description) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
@@ -82,13 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"trl-draft-opd {options.command}: stopped by Ctrl-C.", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  nothing is hidden
         # An import error of Python's own names the module: that is a broken installation.
         is_users = isinstance(error, (ValueError, OSError, FloatingPointError))
         is_users |= isinstance(error, ImportError) and error.name is None
         if not is_users:
+            # Printed whole, under a code that no verdict has; Python's own would be 1.
             error.add_note(_REPORT)
-        if options.debug or not is_users:
-            raise
+            traceback.print_exc()
+            return 3
+        if options.debug:
+            traceback.print_exc()
         print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)
         return 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,6 +27,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
+from ..utils.atomic_files import check_folder, explaining_failure
 from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
@@ -139,6 +142,7 @@ def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
     args.check_vocabulary()
+    check_folder(Path(args.output), "`--output`")
     rows = args.load_responses()
     target = args.load_target()
     options = args.given()
@@ -155,7 +159,8 @@ def run_init(argv: Sequence[str]) -> int:
     if args.seed is not None:
         set_seed(args.seed)
     drafter = make_drafter(target, args.family, options)
-    drafter.save_pretrained(args.output)
+    with explaining_failure("The drafter", "Make room, or name another folder, and run the command again"):
+        drafter.save_pretrained(args.output)
     print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
     if args.draft_vocab_size is None and args.family == "eagle3" and target.vocab_size > LARGE_VOCABULARY:
         print(
@@ -210,7 +215,18 @@ class TrainArguments(LoraArguments):
     dataset: str = flag("Training rows: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     train_split: str = flag("Split to train on.", default="train")
-    eval_split: str | None = flag("Split to evaluate on; no evaluation if unset.", default=None)
+    eval_dataset: str | None = flag(
+        "Rows to measure tau on, as --dataset; without --eval-strategy once, after training.", default=None
+    )
+    eval_split: str | None = flag(
+        "Split of --eval-dataset (`train` if unset), or of --dataset, to measure tau on.", default=None
+    )
+
+    def load_eval_rows(self) -> Dataset | None:
+        """Return the rows to evaluate on, if any were named."""
+        if self.eval_dataset is not None:
+            return load_rows(self.eval_dataset, None, "train" if self.eval_split is None else self.eval_split)
+        return None if self.eval_split is None else load_rows(self.dataset, self.dataset_config, self.eval_split)
 
 
 @dataclass(kw_only=True)
@@ -235,7 +251,7 @@ class OPDArguments(TrainArguments):
 def run_sft(argv: Sequence[str]) -> int:
     """Train a drafter on its target's responses; see [`DraftSFTTrainer`]."""
     args, config = parse("sft", [SFTArguments, DraftSFTConfig], argv)
-    if (args.drafter is None) == (args.family is None) or (args.drafter and args.given()):
+    if (args.drafter is None) == (args.family is None) or (args.drafter is not None and args.given()):
         flags = ", ".join(f"`--{setting.name.replace('_', '-')}`" for setting in fields(FreshDrafterArguments))
         raise ValueError(
             "Give either `--drafter`, to train one further, or `--family`, to make a fresh one. Only a fresh drafter "
@@ -251,7 +267,7 @@ def run_sft(argv: Sequence[str]) -> int:
         set_seed(config.seed)
         return make_drafter(target, args.family, args.given())
 
-    if _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter):
+    if _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter):
         print_next(
             "opd",
             drafter=config.output_dir,
@@ -271,6 +287,14 @@ def run_opd(argv: Sequence[str]) -> int:
     return 0
 
 
+def describe_evaluation(metrics: dict[str, float]) -> str:
+    """Return what an evaluation found, in a line."""
+    if "eval_tau" not in metrics:
+        return f"On the evaluation rows the loss is {metrics['eval_loss']:.4f}; tau was not measured."
+    low, high = metrics["eval_tau_low"], metrics["eval_tau_high"]
+    return f"On the evaluation rows tau is {metrics['eval_tau']:.3f} [{low:.3f}, {high:.3f}]."
+
+
 def _train(
     trainer_class: Callable[..., DraftSFTTrainer | DraftOPDTrainer],
     args: TrainArguments,
@@ -279,8 +303,9 @@ def _train(
 ) -> bool:
     """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
+    check_folder(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
-    held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
+    held_out = args.load_eval_rows()
     if config.dataset_id is None:
         # For the card; `None` for a local file or folder.
         config.dataset_id = hub_id_of(args.dataset)
@@ -288,14 +313,29 @@ def _train(
     model = drafter if isinstance(drafter, str) else drafter(target)
     trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
     trainer.train()
-    if config.push_to_hub:
-        # It saves first: a failed push loses nothing.
-        commit = trainer.push_to_hub()
-    else:
-        trainer.save_model(config.output_dir)
+    measured = None
+    if held_out is not None and config.eval_strategy == "no":
+        # Before it is saved, so that the card has it.
+        measured = trainer.evaluate()
+    _save(trainer, config.output_folder)
+    commit = trainer.push_to_hub() if config.push_to_hub else None
     speaks = trainer.is_world_process_zero()
     if speaks:
+        if measured is not None:
+            print(describe_evaluation(measured))
         print(f"The drafter is in {config.output_dir}")
-        if config.push_to_hub:
+        if commit is not None:
             print(f"and published as {commit}")
     return speaks
+
+
+def _save(trainer: DraftSFTTrainer | DraftOPDTrainer, folder: Path) -> None:
+    """Save the drafter; where that fails, in a temporary folder, because this process ends and its memory with it."""
+    try:
+        # A call of transformers' own, which pushes nothing yet.
+        trainer.save_model(str(folder), _internal_call=True)
+    except OSError as error:
+        # Ranks besides the first write nothing and leave an empty folder.
+        rescue = mkdtemp(prefix="drafter-")
+        trainer.save_model(rescue, _internal_call=True)
+        raise OSError(f"{error}. It was saved in {rescue!r} instead: move it from there") from error

@@ -26,6 +26,7 @@ from ..evaluation import EvaluationReport, evaluate_drafter, paired_gain
 from ..responses import generate_responses
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
+from ..target.lengths import TRAINING_LENGTHS, fit_lengths
 from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
@@ -185,8 +186,16 @@ def _write_responses(
             "Give more rows."
         )
 
+    lengths = fit_lengths(
+        target.num_positions,
+        prompt=None,
+        completion=settings.max_completion_length,
+        num_drafts=settings.num_drafts,
+        defaults=TRAINING_LENGTHS,
+    )
+
     def make(folder: Path) -> None:
-        reader = target.text_reader(max_prompt_length=DraftOPDConfig.max_prompt_length)
+        reader = target.text_reader(max_prompt_length=lengths.prompt)
         picked = range(min(settings.num_prompts, num_others)), range(num_others, len(rows))
         train, test = (list(reader.read_prompts(rows.select(indices))["prompt_ids"]) for indices in picked)
         responses = generate_responses(

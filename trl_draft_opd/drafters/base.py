@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 
 from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
-from .target_model import is_adapted_target, load_target_model, merged_target, target_chain
+from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
 
 Result = TypeVar("Result")
@@ -131,7 +131,7 @@ class Drafter(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
-    #: Set by transformers' `activation_checkpointing_enable`, until 5.22 `gradient_checkpointing_enable`.
+    #: Set by transformers' switch of activation checkpointing.
     gradient_checkpointing: bool = False
     #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
     owns_head: bool = False
@@ -332,9 +332,9 @@ class Drafter(PreTrainedModel):
         """Return the causal language model of an id, a path, a model, a [`~peft.PeftModel`] or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
             return load_target_model(target_chain(str(target)))
-        if is_adapted_target(target):
-            return merged_target(target)
-        return target if isinstance(target, PreTrainedModel) else target.causal_lm
+        if isinstance(target, PreTrainedModel) or is_adapted_target(target):
+            return whole_model(target)
+        return target.causal_lm
 
 
 def run_blocks(

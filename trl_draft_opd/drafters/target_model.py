@@ -7,7 +7,8 @@ saved. Knows no drafter.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -25,7 +26,11 @@ from .published.adapter import (
     refuse_tied,
     require_peft,
 )
-from .published.checkpoint import CheckpointSource
+from .published.checkpoint import CONFIG_FILE, CheckpointSource
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -114,6 +119,8 @@ def _places(source: CheckpointSource) -> dict[str, Any]:
 
 
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
+    if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
+        raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
     with loading_whole():
         return create_model_from_path(source.name_or_path, **options | _places(source))
 
@@ -161,36 +168,39 @@ def _cast(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
     return model
 
 
-def is_adapted_target(target: Any) -> bool:
+def is_adapted_target(target: Any) -> "TypeGuard[PeftModel]":
     """Whether an instance is a [`~peft.PeftModel`], which is no transformers model itself."""
     return not isinstance(target, PreTrainedModel) and isinstance(getattr(target, "peft_config", None), dict)
 
 
-def merged_target(adapted: Any) -> PreTrainedModel:
+def whole_model(target: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """
-    Return the model inside a [`~peft.PeftModel`] with its adapter merged into a copy; what is given stays as it is.
+    Return a model as it is, and that of a [`~peft.PeftModel`] with its adapter merged into a copy.
 
-    Its `config.name_or_path` is empty: it is no model that could be found by a name.
+    The `config.name_or_path` of the copy is empty: it is no model that could be found by a name.
 
     Raises:
-        ValueError: If the adapter cannot be merged, or the model is none of transformers.
+        ValueError: If the adapter cannot be merged, or lies in the layers of what looks like a plain model.
     """
-    kind = f"The target, a {type(adapted).__name__},"
-    if not hasattr(adapted, "merge_and_unload") or not isinstance(adapted.get_base_model(), PreTrainedModel):
-        raise ValueError(
-            f"{kind} cannot be merged into one transformers model (adapters: "
-            f"{sorted(str(config.peft_type) for config in adapted.peft_config.values())}). Give a whole model."
-        )
-    _refuse_quantized(adapted.get_base_model(), "of the target")
-    refuse_tied(adapted, "of the target")
-    return _settled(copy.deepcopy(adapted).merge_and_unload(), "")
-
-
-def refuse_adapter_layers(model: PreTrainedModel) -> None:
-    """Refuse a transformers model with an adapter's layers inside: its weights alone are not what it computes."""
-    for name, module in model.named_modules():
+    if is_adapted_target(target):
+        return _merged(target)
+    for name, module in target.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             raise ValueError(
                 f"The target has an adapter in its layers ({name!r}). Give the `PeftModel` itself, or the adapter's "
                 "folder: it is merged then."
             )
+    assert isinstance(target, PreTrainedModel)
+    return target
+
+
+def _merged(adapted: Any) -> PreTrainedModel:
+    if not hasattr(adapted, "merge_and_unload") or not isinstance(adapted.get_base_model(), PreTrainedModel):
+        kinds = sorted({str(config.peft_type) for config in adapted.peft_config.values()})
+        raise ValueError(
+            f"The target, a {type(adapted).__name__} of kind {kinds}, cannot be merged into one transformers model. "
+            "Give a whole model."
+        )
+    _refuse_quantized(adapted.get_base_model(), "of the target")
+    refuse_tied(adapted, "of the target")
+    return _settled(copy.deepcopy(adapted).merge_and_unload(), "")

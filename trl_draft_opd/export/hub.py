@@ -22,17 +22,13 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
-from ..utils.secrets import without_secret
+from ..utils.secrets import without_secret, without_users
+from ..utils.versions import TRANSPORT_ERRORS
 from .rules import check_repo_name
+from .serving import SERVING_FILE
 from .source import hub_id_of
+from .texts import renamed_texts
 from .write import PUBLISHED_FILES, PUBLISHED_NAMES
-
-
-try:
-    # huggingface_hub 2 uses this package, 1 its predecessor.
-    from httpx2 import TransportError
-except ImportError:
-    from httpx import TransportError  # pyright: ignore[reportMissingImports]  one of the two is installed
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +72,7 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
 def published_files(folder: str | Path) -> list[str]:
     """Return the files of an export, relative to it and sorted; nothing that a link leads to."""
     folder = Path(folder)
-    missing = [name for name in (CONFIG_FILE, SAFETENSORS_FILE) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, SERVING_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{str(folder)!r} holds no export: {missing} missing. Make one with `trl-draft-opd export`.")
     root = folder.resolve()
@@ -103,7 +99,9 @@ def push_folder(
     Upload an export as one commit, which also deletes files of an earlier export; other files are left alone.
 
     Args:
-        folder (`str` or `Path`): The export.
+        folder (`str` or `Path`):
+            The export. What in it names a repository (card, settings, `custom_generate`) is uploaded with the name of
+            this one; the folder stays as it is.
         repo_id (`str`): Where to; made if it does not exist.
         token (`str`, *optional*): The one stored by `hf auth login` by default.
         private (`bool`, *optional*): Whether a new repository is private; the account's own rule by default.
@@ -137,13 +135,17 @@ def push_folder(
         made = _ready_repository(api, repo_id, private)
         if revision is not None and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(made, branch=revision, exist_ok=True)
+        renamed = _named(folder, made)
         info = api.model_info(made, revision=revision)
         there = [sibling.rfilename for sibling in info.siblings or []]
         stale = {name for name in there if _is_replaced(name) or name.split("/")[0] in extra_folders} - files.keys()
         commit = api.create_commit(
             made,
             [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+                *(
+                    CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+                    for name, content in (files | renamed).items()
+                ),
                 *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
             ],
             commit_message=commit_message,
@@ -151,9 +153,24 @@ def push_folder(
             # What is stale was read from this commit.
             parent_commit=info.sha,
         )
-        return str(commit.commit_url)
+        return without_users(str(commit.commit_url))
 
     return _with_retries(upload, fix, held)
+
+
+def _named(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """Return what of an export has to name its repository and names another one, or none, as it is for `repo_id`."""
+    renamed = renamed_texts(folder, repo_id)
+    if renamed:
+        logger.warning(
+            "The export was not made for %s: what names its repository is uploaded with that name (%s). To have the "
+            "same in %s, export again with `--repo-id %s`.",
+            repo_id,
+            ", ".join(sorted(renamed)),
+            folder,
+            repo_id,
+        )
+    return dict(renamed)
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -243,11 +260,11 @@ def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str
             reason, failure = f"status {error.response.status_code}", error
             asked = error.response.headers.get("Retry-After", "")
             pause = max(pause, float(asked)) if asked.isdigit() else pause
-        except (TransportError, ConnectionError, TimeoutError) as error:
+        except (*TRANSPORT_ERRORS, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
             # The library reports a weights file that did not go through this way, after attempts of its own.
-            reason, failure = without_secret(str(error).rstrip("."), token), error
+            reason, failure = _printable(str(error).rstrip("."), token), error
         if attempt == NUM_RETRIES:
             raise ConnectionError(
                 f"The upload failed {attempt + 1} times, the last time with: {reason}. {fix}."
@@ -257,10 +274,15 @@ def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str
     raise AssertionError("unreachable")
 
 
+def _printable(text: str, token: str | None) -> str:
+    """Return what library or server said without the token, and without a password in the address of a mirror."""
+    return without_users(without_secret(text, token))
+
+
 def _shown(error: Exception, token: str | None) -> Exception | None:
-    """Return an error as the cause of another, unless a traceback would show the token in it."""
+    """Return an error as the cause of another, unless a traceback would show a secret in it."""
     text = "".join(traceback.format_exception(error))
-    return error if without_secret(text, token) == text else None
+    return error if _printable(text, token) == text else None
 
 
 def _refusal(error: HfHubHTTPError, fix: str, token: str | None) -> OSError | None:
@@ -274,5 +296,5 @@ def _refusal(error: HfHubHTTPError, fix: str, token: str | None) -> OSError | No
             f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf "
             f"auth login`. {fix}."
         )
-    reason = without_secret(error.server_message or "no reason given", token)
+    reason = _printable(error.server_message or "no reason given", token)
     return OSError(f"The Hub refused (status {status}): {reason}. {fix}.")

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModel
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from ..utils.versions import cache_in
 from .compare import Outcome, Reference
 from .counting import anchors_of, first_difference, started_within
 from .engines import find_reason_to_skip, run_engine
@@ -41,7 +42,7 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
 
     def note(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
         input_ids = options["input_ids"] if "input_ids" in options else arguments[0]
-        cache = options.get("past_key_values")
+        cache = cache_in(options)
         passes.append((0 if cache is None else cache.get_seq_length(), input_ids.shape[1]))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
@@ -59,11 +60,18 @@ def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_completion_
     anchor's position, and the next pass tells how many drafts were kept.
 
     Raises:
-        ValueError: If the first pass does not read the prompt as a whole, so that the passes mean something else.
+        ValueError: If the first pass does not read the prompt as a whole, or the passes behind it do not go on from
+            there, so that they mean something else.
     """
     if not passes or passes[0] != (0, prompt_length):
         raise ValueError(f"The first pass of the target was {passes[:1]}, not one over the prompt of {prompt_length}.")
     anchors = [cached for cached, _ in passes[1:]]
+    # A cache that is not seen reads as empty: a chain of rounds that never were.
+    if any(after <= before for before, after in zip([prompt_length - 1, *anchors], anchors, strict=False)):
+        raise ValueError(
+            f"The target's passes behind the prompt of {prompt_length} began at {anchors[:5]}, which must rise from "
+            "there, so its rounds cannot be counted. Install a version of transformers that this package names."
+        )
     chain = [after - before - 1 for before, after in zip(anchors, anchors[1:], strict=False)]
     return started_within(chain, max_completion_length)
 
@@ -94,7 +102,7 @@ def _run_custom_generate(scene: Scene, reference: Reference) -> Outcome:
         # afresh.
         folder = Path(scratch).resolve() / Path(scratch).name
         folder.symlink_to(scene.folder.resolve(), target_is_directory=True)
-        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True, "drafter": str(folder)}
+        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True}
         if scene.drafter.config.family == "eagle3":
             options["num_drafts"] = scene.num_drafts
         return _decode(scene, "custom_generate", options)

@@ -20,6 +20,7 @@ from ..export import LAYOUTS, PUBLISHED_NAMES, TargetOfExport, read_target
 from ..export.rules import check_folder
 from ..export.serving import SERVING_FILE
 from ..target.frozen import FrozenTarget
+from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
 from ..utils.loading import require_model
 from .compare import Outcome, Reference, compare
 from .consumers import CONSUMERS
@@ -29,6 +30,8 @@ from .scene import EngineSettings, Scene, decode_plainly, decode_with_us, load_d
 from .training import compare_with_training
 
 
+# The rounds of a response, without the hours that whole ones take in every engine.
+VERIFICATION_LENGTHS = Lengths(TRAINING_LENGTHS.prompt, 128)
 # What a consumer raises on files it cannot use; anything else is a fault of ours and comes through.
 _REFUSALS = (EngineFailure, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 
@@ -42,7 +45,7 @@ def verify_drafter(
     checkpoint: str | Path | None = None,
     consumers: Sequence[str] | None = None,
     num_drafts: int | None = None,
-    max_completion_length: int = 128,
+    max_completion_length: int | None = None,
     trust_remote_code: bool = False,
     tolerance: float = 0.01,
     engines: EngineSettings | None = None,
@@ -67,7 +70,9 @@ def verify_drafter(
             Any of `"transformers"`, `"custom_generate"`, `"speculators"`, `"vllm"`, `"sglang"`; all that are installed
             by default.
         num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
-        max_completion_length (`int`, *optional*, defaults to 128): Tokens whose rounds are counted.
+        max_completion_length (`int`, *optional*):
+            Tokens whose rounds are counted; 128 by default, or half of what the prompts leave of the target's
+            positions.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code in the folder's `custom_generate/`.
         tolerance (`float`, *optional*, defaults to 0.01): Relative gap in tau that passes, with a note.
         engines ([`EngineSettings`], *optional*): How engines are started.
@@ -83,7 +88,7 @@ def verify_drafter(
     names = _check_request(target, prompts, consumers, max_completion_length)
     folder = _find_folder(path, revision)
     layouts = _find_layouts(folder, target)
-    report = VerificationReport(str(path), "", len(prompts), num_drafts or 0, max_completion_length)
+    report = VerificationReport(str(path), "", len(prompts), num_drafts=0, max_completion_length=0)
     # An adapter's name is none that engines could load.
     target_name = None if target.is_merged else target_name or target.causal_lm.config.name_or_path or None
     _check_rules(report, folder, layouts, target, target_name)
@@ -92,19 +97,29 @@ def verify_drafter(
     except ValueError as error:
         report.problems.append(f"The drafter cannot be loaded, so nothing was decoded: {error}")
         return report
+    num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
+    lengths = fit_lengths(
+        target.num_positions,
+        prompt=max(map(len, prompts)),
+        completion=max_completion_length,
+        # A block behind the last counted round, and the drafts that decoding it takes.
+        num_drafts=2 * num_drafts + 1,
+        defaults=VERIFICATION_LENGTHS,
+    )
     scene = Scene(
         target=target,
         target_name=target_name,
         folder=folder,
         drafter=drafter,
         prompts=[list(prompt) for prompt in prompts],
-        num_drafts=num_drafts or drafter.default_num_drafts,
-        max_completion_length=max_completion_length,
+        num_drafts=num_drafts,
+        max_completion_length=lengths.completion,
         layouts=layouts,
         engines=engines or EngineSettings(),
         trust_remote_code=trust_remote_code,
     )
-    report.family, report.num_drafts = drafter.config.family, scene.num_drafts
+    report.family, report.num_drafts = drafter.config.family, num_drafts
+    report.max_completion_length = lengths.completion
     texts, chains = decode_with_us(scene)
     reference = Reference(decode_plainly(scene), chains)
     report.add(compare(scene, reference, Outcome("reference", texts, chains, None, "our own loop"), tolerance))
@@ -119,7 +134,7 @@ def verify_drafter(
 
 
 def _check_request(
-    target: FrozenTarget, prompts: Sequence, consumers: Sequence[str] | None, max_completion_length: int
+    target: FrozenTarget, prompts: Sequence, consumers: Sequence[str] | None, max_completion_length: int | None
 ) -> tuple[str, ...]:
     unknown = sorted(set(consumers or ()) - set(CONSUMERS))
     if unknown:
@@ -129,7 +144,7 @@ def _check_request(
             f"The target is in {target.causal_lm.dtype}. Outputs are compared to the last token, so load it with "
             "`dtype=torch.float32`."
         )
-    if not len(prompts) or max_completion_length < 2:
+    if not len(prompts) or (max_completion_length is not None and max_completion_length < 2):
         raise ValueError(
             f"Needs a prompt and at least 2 tokens, got {len(prompts)} prompts and {max_completion_length=}."
         )
@@ -137,7 +152,7 @@ def _check_request(
 
 
 def _find_folder(path: str | Path, revision: str | None) -> Path:
-    if Path(path).is_dir():
+    if str(path) and Path(path).is_dir():
         return Path(path)
     require_model(str(path))
     patterns = [pattern for name in sorted(PUBLISHED_NAMES) for pattern in (name, f"{name}/*")]

@@ -99,7 +99,7 @@ class Origin:
             config_hash=hash_config(config),
             weights_fingerprint=target.weights_fingerprint,
             vocab_size=target.vocab_size,
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=target.num_positions,
             tokenizer_hash=None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
             chat_template_hash=None if template is None else hash_json(template),
             # Through JSON and back, so that what is compared later is what a file gives back.

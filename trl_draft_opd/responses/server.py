@@ -9,6 +9,7 @@ The key goes to the address that was named and nowhere else; what the server say
 """
 
 import json
+import multiprocessing
 import random
 import re
 import threading
@@ -21,10 +22,10 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.secrets import without_secret, without_users
+from .progress import keeping_responses, showing_progress
 from .protocols import ENGINES, WrongReply, build_request, prompt_seed, read_reply
 from .shards import StoredResponse
 from .store import ResponseStore
@@ -32,6 +33,7 @@ from .store import ResponseStore
 
 _RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 60.0
+_QUIET_SECONDS = 10.0
 # More than any response with its log-probabilities; a server that streams without end must not fill the memory.
 _MAX_REPLY_BYTES = 256 * 2**20
 # Of an error's page: read whole before the key is taken out, so that no half of it is left at the end of the quote.
@@ -163,17 +165,22 @@ def ask_server(
 
     failures: dict[int, Exception] = {}
 
-    def responses() -> Iterator[StoredResponse]:
-        results = ask_all(ask, missing, settings.concurrency, client.is_stopped)
-        for number, result in track(results, "Target responses", total=len(missing), disable=not show_progress):
-            if isinstance(result, StoredResponse):
-                yield result
-            else:
-                failures[number] = result
+    def responses() -> Iterator[StoredResponse | None]:
+        with showing_progress(len(missing), is_shown=show_progress) as progress:
+            for found in ask_all(ask, missing, settings.concurrency, client.is_stopped):
+                if found is None:
+                    progress.tick()
+                    yield None
+                elif isinstance(found[1], StoredResponse):
+                    progress.add(1, len(found[1].completion_ids))
+                    yield found[1]
+                else:
+                    failures[found[0]] = found[1]
 
     provenance = {"engine": settings.engine, "engine_version": version, "seed": seed, "logprobs": "as reported"}
     try:
-        num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
+        with keeping_responses(store, len(missing)):
+            num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
     finally:
         client.is_stopped.set()
     if failures:
@@ -183,9 +190,10 @@ def ask_server(
 
 def ask_all(
     ask: Callable[[list[int]], StoredResponse], prompts: list[list[int]], concurrency: int, is_stopped: threading.Event
-) -> Iterator[tuple[int, StoredResponse | Exception]]:
+) -> Iterator[tuple[int, StoredResponse | Exception] | None]:
     """
-    Ask for several prompts at a time; yield each one's number and its response or its error, as they come in.
+    Ask for several prompts at a time; yield each one's number and its response or its error, as they come in, and
+    `None` after seconds without any.
 
     After an error, or once `is_stopped` is set, no further prompt is sent; what is under way still comes in.
     """
@@ -202,7 +210,17 @@ def ask_all(
 
     # Its threads are daemons: Ctrl-C ends the program without waiting for replies that are under way.
     with ThreadPool(min(concurrency, len(prompts))) as pool:
-        yield from filter(None, pool.imap_unordered(work, enumerate(prompts)))
+        results = pool.imap_unordered(work, enumerate(prompts))
+        while True:
+            try:
+                found = results.next(timeout=_QUIET_SECONDS)
+            except StopIteration:
+                return
+            except multiprocessing.TimeoutError:
+                yield None
+                continue
+            if found is not None:
+                yield found
 
 
 def _report(failures: dict[int, Exception], num_written: int, total: int, store: ResponseStore) -> None:

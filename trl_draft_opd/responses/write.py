@@ -64,11 +64,11 @@ def write_responses(
         batch_size (`int`, *optional*, defaults to `8`):
             Prompts that transformers decodes together.
         shard_size (`int`, *optional*, defaults to `64`):
-            Responses per file: as many a killed process loses at most.
+            Responses per file. Fewer are written after a minute, and when the process is told to stop.
         seed (`int`, *optional*, defaults to `42`):
             Seeds draws at a temperature above 0.
         show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to draw a progress bar.
+            Whether to show on stderr how far it has come: a bar on a terminal, else a line every half minute.
 
     Returns:
         [`ResponseStore`].

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from ..drafters.base import DraftContext, Drafter
 from ..target.frozen import FrozenTarget
+from ..target.lengths import Lengths, check_lengths
 from ..target.reading import TargetReading
 from .acceptance import choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
 from .drafting import DraftingSettings, draft_blocks
@@ -92,13 +93,8 @@ def _check(
             f"`num_drafts` {num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, "
             "or train a drafter with a larger `block_size`."
         )
-    limit = target.config.max_position_embeddings
-    needed = max(len(prompt) for prompt in prompts) + max_completion_length + num_drafts
-    if needed > limit:
-        raise ValueError(
-            f"Prompt, response and one block may take {needed} positions but the target has {limit}. Lower "
-            "`max_prompt_length` or `max_completion_length`."
-        )
+    longest = Lengths(max(len(prompt) for prompt in prompts), max_completion_length)
+    check_lengths(target.num_positions, longest, num_drafts)
 
 
 class _LiveBatch:

@@ -6,6 +6,7 @@ Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens
                 F = feature width (tapped layers times H), V = vocabulary
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -21,19 +22,23 @@ from ..drafters.target_model import (
     is_adapted_target,
     load_target_model,
     load_target_tokenizer,
-    merged_target,
-    refuse_adapter_layers,
     target_chain,
+    whole_model,
 )
 from ..drafters.target_shape import text_config
-from .checks import find_layers, refuse_not_finite, require_weights
+from ..utils.versions import cache_name_of
+from .checks import describe_text_settings, find_layers, refuse_not_finite, require_weights
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
+from .vocabulary import describe_beyond, find_unused_id
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+_SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start")
 
 
 class FrozenTarget:
@@ -63,19 +68,20 @@ class FrozenTarget:
     def __init__(self, causal_lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase | None = None):
         # Whether an adapter was merged into these weights: no server loads them by `config.name_or_path`.
         self.is_merged = is_adapted_target(causal_lm)
-        if self.is_merged:
-            causal_lm = merged_target(causal_lm)
-        refuse_adapter_layers(causal_lm)
-        self.causal_lm: PreTrainedModel = causal_lm.requires_grad_(False).eval()
+        model = whole_model(causal_lm)
+        self.causal_lm: PreTrainedModel = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.config = text_config(causal_lm.config)
-        self.backbone = causal_lm.base_model
+        self.config = text_config(model.config)
+        self.backbone = model.base_model
         self.layers = find_layers(self.backbone, self.config)
+        self._cache_name = cache_name_of(self.backbone.forward)
         # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
-        require_weights(causal_lm)
+        require_weights(model)
         self._check_head()
+        if (settings := describe_text_settings(model)) is not None:
+            warnings.warn(settings)
 
     @classmethod
     def load(
@@ -144,52 +150,54 @@ class FrozenTarget:
         return fingerprint_weights(self.causal_lm)
 
     @property
+    def num_positions(self) -> int | None:
+        """Tokens that a text can have, prompt and response together; `None` where the config names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layers)
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every id that ends a response: the generation config's, and the tokenizer's."""
+        """Every id that ends a response: the generation config's, and the tokenizer's where the target has it."""
         configured = self.causal_lm.generation_config.eos_token_id if self.causal_lm.generation_config else None
         configured = configured if configured is not None else self.config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
         if self.tokenizer is not None:
             ids = [*ids, self.tokenizer.eos_token_id]
-        return sorted({i for i in ids if i is not None})
+        return sorted({i for i in ids if i is not None and i < self.vocab_size})
 
     @property
     def pad_token_id(self) -> int:
         """Id used to fill rows; always masked, so any valid id serves."""
         own: Any = self.tokenizer.pad_token_id if self.tokenizer else None
         for candidate in (own, self.config.pad_token_id):
-            if candidate is not None:
+            # A pad token that was added to the tokenizer alone has no row of the embedding.
+            if candidate is not None and 0 <= candidate < self.vocab_size:
                 return candidate
         return self.eos_token_ids[0] if self.eos_token_ids else 0
+
+    @property
+    def special_token_ids(self) -> set[int]:
+        """Ids with a meaning of their own: what begins, ends, fills and separates text, or stands for the unknown."""
+        ids: list[Any] = [*self.eos_token_ids, self.pad_token_id]
+        for names in (self.config, self.causal_lm.generation_config, self.tokenizer):
+            ids += [getattr(names, f"{name}_token_id", None) for name in _SPECIAL_NAMES]
+        return {token_id for token_id in ids if isinstance(token_id, int)}
 
     def find_mask_token_id(self) -> int:
         """
         Find an id that text never uses, for DFlash's masks: the tokenizer's mask token, then `<|mask|>` or
-        `<|MASK|>`, then a row of the embedding beyond the tokenizer.
+        `<|MASK|>`, then a row of the embedding that the tokenizer has no token for.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none; the error lists reserved tokens that the chat template does not use.
         """
         if self.tokenizer is None:
             raise ValueError("The target has no tokenizer to find a mask token in. Pass `mask_token_id=`.")
-        mask_token_id: Any = self.tokenizer.mask_token_id
-        if mask_token_id is not None:
-            return mask_token_id
-        vocabulary = self.tokenizer.get_vocab()
-        for name in ("<|mask|>", "<|MASK|>"):
-            if name in vocabulary:
-                return vocabulary[name]
-        if len(self.tokenizer) < self.vocab_size:
-            return len(self.tokenizer)
-        raise ValueError(
-            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of "
-            "a reserved token that your text never contains."
-        )
+        return find_unused_id(self.tokenizer, self.vocab_size, self.special_token_ids)
 
     def text_reader(self, **settings: Any) -> TextReader:
         """
@@ -200,19 +208,16 @@ class FrozenTarget:
                 [`TextReader`].
 
         Raises:
-            ValueError: If there is no tokenizer, or it has ids beyond the vocabulary.
+            ValueError: If there is no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError(
                 "No tokenizer: the target was given as an instance. Pass `processing_class`, or give `FrozenTarget` "
                 "one."
             )
-        largest = max(self.tokenizer.get_vocab().values())
-        if largest >= self.vocab_size:
-            raise ValueError(
-                f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {self.vocab_size - 1}. "
-                "Use the target's own tokenizer."
-            )
+        beyond = describe_beyond(self.tokenizer, self.vocab_size)
+        if beyond is not None:
+            warnings.warn(beyond)
         return TextReader(self.tokenizer, tuple(self.eos_token_ids), self.vocab_size, **settings)
 
     def require_rollback(self) -> None:
@@ -381,8 +386,8 @@ class FrozenTarget:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
             )
         # A target spread over devices leaves each layer's output on the layer's own.
         last_hidden = output.last_hidden_state.to(self.device)

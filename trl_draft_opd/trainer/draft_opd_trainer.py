@@ -85,15 +85,19 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         return args.rollout == "live" or args.trains_suffix or is_evaluated
 
     @staticmethod
+    def _decodes_prompts(args: DraftOPDConfig) -> bool:
+        return True
+
+    @staticmethod
     def _read_rows(pair: Pair, args: DraftOPDConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
         if is_training:
             note_whole_vocabulary(pair.drafter)
-        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.max_completion_length)
+        assert args.max_prompt_length is not None, "`fit_to` fills it in"
+        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.longest_response)
         has_responses = is_training and args.completions_from_target
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
-        check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
-        return rows
+        return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
 
     def _set_up(self, args: DraftOPDConfig, family: str) -> None:
         self.segment_length = args.segment_length(family)

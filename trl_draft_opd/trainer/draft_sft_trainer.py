@@ -70,6 +70,10 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         return is_evaluated and args.eval_rollouts
 
     @staticmethod
+    def _decodes_prompts(args: DraftSFTConfig) -> bool:
+        return args.eval_rollouts
+
+    @staticmethod
     def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset, its completions rewritten by the target first if asked for."""
         drafter, eos_token_ids = pair.drafter, pair.target.eos_token_ids
@@ -81,8 +85,7 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         rows = reader.read_texts(dataset)
         if is_training:
             settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
-        check_mask_token(drafter, pair.target, rows, "input_ids")
-        return rows
+        return check_mask_token(drafter, pair.target, rows, "input_ids")
 
     def _set_up(self, args: DraftSFTConfig, family: str) -> None:
         self.num_anchors = args.anchors_per_row(family)

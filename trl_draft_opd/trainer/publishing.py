@@ -45,7 +45,7 @@ from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
-from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
+from ..utils.atomic_files import check_folder, clear_leftovers, explaining_failure, move_files, staging_folder
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
@@ -143,7 +143,7 @@ class PublishingTrainer(ResumingTrainer):
             temperature=args.temperature,
             draft_sampling=args.draft_sampling,
             num_drafts=self.num_drafts,
-            max_completion_length=args.max_completion_length,
+            max_completion_length=args.longest_response,
             batch_size=args.per_device_eval_batch_size,
             ignore_eos=False,
             tau=counts.tau,
@@ -251,19 +251,27 @@ class PublishingTrainer(ResumingTrainer):
 
         Raises:
             FloatingPointError: If a weight is not finite; nothing is written then.
+            ValueError: If a file lies where the folder should be.
+            OSError: If it cannot be written; what was in the folder is whole, and the drafter still in memory.
         """
         folder = Path(output_dir) if output_dir else self.args.output_folder
         weights = full_weights(self.accelerator, self.model_wrapped)
+        fix = (
+            f"What was in {str(folder)!r} is whole, and the drafter is still in memory: make room, or name another "
+            "folder, and save again"
+        )
 
         def write() -> None:
             check_weights(weights)
-            folder.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(folder, re.compile(SAVED))
-            with staging_folder(folder, SAVED) as staged:
-                self._save(str(staged), state_dict=weights, notes_of=folder)
-                move_files(staged, folder)
-            # Of transformers' own saves; pickled arguments can hold a token.
-            (folder / ARGS_FILE).unlink(missing_ok=True)
+            check_folder(folder, "The drafter's folder")
+            with explaining_failure("The drafter", fix):
+                folder.mkdir(parents=True, exist_ok=True)
+                clear_leftovers(folder, re.compile(SAVED))
+                with staging_folder(folder, SAVED) as staged:
+                    self._save(str(staged), state_dict=weights, notes_of=folder)
+                    move_files(staged, folder)
+                # Of transformers' own saves; pickled arguments can hold a token.
+                (folder / ARGS_FILE).unlink(missing_ok=True)
 
         first_rank_decides(self.accelerator, write)
         if self.args.push_to_hub and not _internal_call:

@@ -132,7 +132,8 @@ class ResumingTrainer(_BaseTrainer):
             ValueError: If there is no such checkpoint, it is damaged or belongs to another run, a new run would write
                 its checkpoints among those of another, or another process trains into `output_dir`. Nothing was
                 touched.
-            FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`; nothing was updated.
+            FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`, and nothing was
+                updated; or if an update left weights that are not finite, and nothing of it was written.
             SystemExit: After SIGTERM.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint

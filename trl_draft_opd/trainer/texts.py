@@ -6,6 +6,7 @@ asked once per prompt; rows regrouped by length.
 Shape letters:  B = sequences, L = text length
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -130,9 +131,7 @@ def _pad_rows(
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
     """Open the response store of a run; raises `ValueError` if it is another target's, or damaged."""
     reader = text_reader(target, args, max_length=None)
-    origin = Origin.of(
-        target, reader, sampling=args.sampling_settings(), max_completion_length=args.max_completion_length
-    )
+    origin = Origin.of(target, reader, sampling=args.sampling_settings(), max_completion_length=args.longest_response)
     return ResponseStore.open(args.responses or args.output_folder / PRIVATE_FOLDER, origin)
 
 
@@ -178,7 +177,8 @@ def _write_responses(
             batch_size=args.generation_batch_size,
             seed=args.seed,
             shard_size=args.generation_batch_size,
-            show_progress=not args.disable_tqdm and PartialState().is_local_main_process,
+            # Without a terminal there are lines and no bar to disable.
+            show_progress=PartialState().is_local_main_process and not (args.disable_tqdm and sys.stderr.isatty()),
         )
 
 

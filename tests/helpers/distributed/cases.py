@@ -71,6 +71,8 @@ CASES = {
 }
 SKIP = {"optim": "adamw_torch", "on_nonfinite": "skip", "max_steps": 1}
 STOPPED = {"stopped": Case("sft", "eagle3", {"max_steps": 4, "save_strategy": "steps", "save_steps": 100})}
+# Finite gradients, and a step that takes the weights out of range.
+TOO_LARGE = {"too_large": Case("sft", "eagle3", SKIP | {"learning_rate": 1e30, "weight_decay": 1e20})}
 POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("loss", "gradient")}
 
 
@@ -131,7 +133,7 @@ def run_case(
     Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses,
     tau, optimizer state, and idle forward passes of the target.
     """
-    case = (CASES | POISONED | STOPPED)[name]
+    case = (CASES | POISONED | STOPPED | TOO_LARGE)[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
     trainer_class, config_class = (
@@ -173,6 +175,8 @@ def run_case(
         trainer.train(resume_from_checkpoint=resume)
     except SystemExit as end:
         results["exit_code"] = end.code
+    except FloatingPointError as error:
+        results["refused"] = str(error)
     results["step"] = trainer.state.global_step
     results["weights"] = full_weights(trainer.accelerator, trainer.model)
     results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
+from ...utils.versions import CACHE_NAME
 from ..attention import anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
@@ -189,8 +190,9 @@ class DFlashDraftModel(Drafter):
         context_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
+        cache: Any | None = None,
         use_cache: bool | None = None,
+        past_key_values: Any | None = None,
     ) -> BaseModelOutputWithPast:
         """
         Run one block per sequence over the injected context, as transformers' generation does.
@@ -198,20 +200,22 @@ class DFlashDraftModel(Drafter):
         Args:
             noise_embeds (`torch.Tensor` of shape `(B, S, H)`): Embeddings of the anchor and the masks of each block.
             context_hidden_states (`torch.Tensor` of shape `(B, n, F)`):
-                The target's features that are not yet in `past_key_values`.
+                The target's features that are not yet in `cache`.
             attention_mask (`torch.Tensor` of shape `(B, cached + n + S)`, *optional*): 0 hides a key from all queries.
             position_ids (`torch.LongTensor` of shape `(B, n + S)`, *optional*): Of the new context and the block.
-            past_key_values (`DFlashCache`, *optional*): Keys and values of earlier context, used iff it is given.
+            cache (`DFlashCache`, *optional*): Keys and values of earlier context, used iff it is given.
             use_cache (`bool`, *optional*): Not read; part of the native signature.
+            past_key_values (`DFlashCache`, *optional*): The same as `cache`, for versions that call it so.
 
         Returns:
             `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
             is the anchor's and proposes nothing.
         """
+        cache = past_key_values if cache is None else cache
         injected = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
         num_context, block = injected.shape[1], noise_embeds.shape[1]
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + num_context + block, device=noise_embeds.device)[None]
         hidden = noise_embeds.to(injected.dtype)
         cos, sin = self.rotary_emb(hidden, position_ids)
@@ -220,11 +224,11 @@ class DFlashDraftModel(Drafter):
             normed = layer.input_layernorm(hidden)
             query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
             key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, index)
+            if cache is not None:
+                key, value = cache.update(key, value, index)
             mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
             hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE_NAME: cache})
 
     def begin(
         self,

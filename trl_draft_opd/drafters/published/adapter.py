@@ -196,12 +196,9 @@ def _checked_settings(adapter: Adapter, model: nn.Module, peft: ModuleType) -> d
     """Return arguments of a `LoraConfig`, no expression among them; raise `ValueError` at what is not respected."""
     where, raw = f"{ADAPTER_CONFIG_FILE} of {adapter.name!r}", adapter.settings
     defaults = {field.name: getattr(peft.LoraConfig(), field.name) for field in fields(peft.LoraConfig)}
-    given = {name: value for name, value in raw.items() if value or value == 0}
-    unknown = sorted(
-        name
-        for name, value in given.items()
-        if name not in _MERGED_FIELDS | _IDLE_FIELDS and value is not False and value != defaults.get(name)
-    )
+    read = _MERGED_FIELDS | _IDLE_FIELDS
+    # Newer versions write settings that older ones lack, switched off.
+    unknown = sorted(name for name, value in raw.items() if name not in read and value and value != defaults.get(name))
     if unknown:
         raise ValueError(
             f"{where} sets {unknown}, which is not respected here. Merge it with PEFT and save the model."
@@ -213,7 +210,10 @@ def _checked_settings(adapter: Adapter, model: nn.Module, peft: ModuleType) -> d
         )
     _check_numbers(adapter, where)
     for name in _PLAIN_NAMES:
-        names = [given[name]] if isinstance(given.get(name), str) else list(given.get(name) or ())
+        stated: Any = raw.get(name) or []
+        names = [stated] if isinstance(stated, str) else stated
+        if not isinstance(names, list | dict):
+            raise ValueError(f"{where} has {name}={stated!r}; it must name layers.")
         wrong = [each for each in names if not _PLAIN_NAME.fullmatch(str(each))]
         if wrong:
             raise ValueError(f"{where} has {name}={wrong[0]!r}, which is no name of a layer. Write names in full.")
@@ -223,7 +223,10 @@ def _checked_settings(adapter: Adapter, model: nn.Module, peft: ModuleType) -> d
     names = [name for name, _ in model.named_modules() if name]
     for name in ("target_modules", "exclude_modules"):
         if isinstance(settings.get(name), str) and settings[name].lower() != "all-linear":
-            settings[name] = _match(settings[name], names, f"{where} has {name}={settings[name]!r}")
+            stated = f"{where} has {name}={settings[name]!r}"
+            settings[name] = _match(settings[name], names, stated)
+            if name == "target_modules" and not settings[name]:
+                raise ValueError(f"{stated}, which no layer of a {type(model).__name__} matches.")
     return settings
 
 

@@ -2,14 +2,16 @@
 """
 Decode with an EAGLE-3 drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
-Takes every argument of `generate`, and `drafter` (folder or Hub id, in place of the one named below) and `num_drafts`.
-One sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in the same order and
-with the same random numbers, so the text is that of plain decoding; drafts only decide how many tokens one pass of the
-target yields. What remains is rounding: a pass over several tokens adds up in another order than one over a single
-token, which float32 hardly ever shows and bfloat16 may, where two tokens are all but equally likely.
+Takes every argument of `generate`, and `drafter` (folder or Hub id of another drafter than the one beside this file)
+and `num_drafts`. One sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in
+the same order and with the same random numbers, so the text is that of plain decoding; drafts only decide how many
+tokens one pass of the target yields. What remains is rounding: a pass over several tokens adds up in another order
+than one over a single token, which float32 hardly ever shows and bfloat16 may, where two tokens are all but equally
+likely.
 """
 
 import copy
+import inspect
 import json
 import threading
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 
-# Where the drafter lies; filled in when it is published.
+# Where the drafter lies if the call does not tell; filled in when it is published.
 DRAFTER = None
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
@@ -35,7 +37,9 @@ _LAYER = (
     "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 ).split()
 # What `generate` prepares for a target that reads text alone.
-_PREPARED = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+_PREPARED = {"attention_mask", "cache_position", "logits_to_keep", "position_ids", "use_cache"}
+# What transformers calls keys and values: until 5.23, and since. Whichever name `generate` uses, the target takes.
+_CACHE_NAMES = ("past_key_values", "cache")
 # (source, device, dtype) to (which files, drafter).
 _LOADED: dict[tuple, tuple] = {}
 
@@ -182,6 +186,18 @@ def _read(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, tensors
 
 
+def _own_place() -> str | None:
+    """
+    Return the folder or repository that `generate` was loaded from, which holds its drafter: transformers hands a
+    function everything but that, so it is looked up in the call. `None` where it was not called by that name.
+    """
+    call = inspect.currentframe()
+    for _ in range(2):
+        call = call and call.f_back
+    place = call.f_locals.get("custom_generate") if call else None
+    return place if isinstance(place, str) else None
+
+
 def load_drafter(source: str | None, model: Any) -> Drafter:
     """Load the drafter in the target's precision, once per place, device and precision, and again once replaced."""
     source = source or DRAFTER
@@ -253,7 +269,7 @@ def generate(model: Any, drafter: str | None = None, num_drafts: int | None = No
 
     Returns:
         `torch.LongTensor` of shape `(1, length)`: prompt and response; or, with `return_dict_in_generate`, an output
-        with `sequences`, `past_key_values` and, where asked for, `scores` and `logits`.
+        with `sequences`, the cache and, where asked for, `scores` and `logits`.
 
     Raises:
         ValueError: If the drafter is unknown or of another target, or an argument asks for what blocks cannot do: more
@@ -271,7 +287,7 @@ def generate(model: Any, drafter: str | None = None, num_drafts: int | None = No
         )
     if drafter is None:
         drafter = kwargs.pop("draft_model", None)
-    loaded = load_drafter(drafter, model)
+    loaded = load_drafter(drafter or _own_place(), model)
     count = loaded.config.get("ttt_steps", 3) if num_drafts is None else num_drafts
     if count < 1:
         raise ValueError(f"`num_drafts` must be at least 1, got {count}.")
@@ -290,7 +306,8 @@ def generate(model: Any, drafter: str | None = None, num_drafts: int | None = No
         _check_decoding(model, input_ids, generation_config, rest)
         taps = Taps(model, loaded.layer_ids)
         try:
-            decoding = _Decoding(model, loaded.for_new_text(), taps, count, generation_config, rest["past_key_values"])
+            name, cache = _find_cache(rest)
+            decoding = _Decoding(model, loaded.for_new_text(), taps, count, generation_config, name, cache)
             return decoding.run(input_ids, rest.get("attention_mask"), logits_processor, stopping_criteria, streamer)
         finally:
             taps.remove()
@@ -315,27 +332,33 @@ def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def _find_cache(prepared: dict[str, Any]) -> tuple[str, Any]:
+    """Return keys and values among what `generate` prepared, `None` where it keeps none, and what they are called."""
+    return next(((name, prepared[name]) for name in _CACHE_NAMES if name in prepared), (_CACHE_NAMES[0], None))
+
+
 def _check_decoding(model: Any, input_ids: torch.Tensor, generation_config: Any, rest: dict[str, Any]) -> None:
     if input_ids.shape[0] != 1 or generation_config.num_beams != 1:
         raise ValueError(
             f"One sequence at a time, got {input_ids.shape[0]} with num_beams={generation_config.num_beams}. Call "
             "`generate` once per prompt."
         )
+    known = {*_PREPARED, *_CACHE_NAMES}
     unread = sorted(
-        name for name, value in rest.items() if name not in _PREPARED and value is not None and value is not False
+        name for name, value in rest.items() if name not in known and value is not None and value is not False
     )
     if unread:
         raise ValueError(
             f"Blocks are decoded from `input_ids` and `attention_mask` alone, not with {unread}. Leave them out."
         )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
-    cache = rest.get("past_key_values")
+    name, cache = _find_cache(rest)
     is_fresh = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not any(cache.is_sliding)
     if kinds or model._is_stateful or not is_fresh:
         raise ValueError(
             "Rejected drafts must be cut off the cache, which needs full attention in every layer and a fresh "
             f"DynamicCache; got layers {sorted(kinds)} and {type(cache).__name__}. Leave `cache_implementation`, "
-            "`past_key_values` and `use_cache` at their defaults."
+            f"`{name}` and `use_cache` at their defaults."
         )
     positions, mask = rest.get("position_ids"), rest.get("attention_mask")
     if positions is not None:
@@ -348,10 +371,18 @@ class _Decoding:
     """One call of `generate`: the target and the drafter go in turns until the stopping criteria say so."""
 
     def __init__(
-        self, model: Any, drafter: Drafter, taps: Taps, count: int, generation_config: Any, cache: DynamicCache
+        self,
+        model: Any,
+        drafter: Drafter,
+        taps: Taps,
+        count: int,
+        generation_config: Any,
+        cache_name: str,
+        cache: DynamicCache,
     ):
         self.model, self.drafter, self.taps, self.count = model, drafter, taps, count
-        self.config, self.cache, self.embed = generation_config, cache, model.get_input_embeddings()
+        self.config, self.embed = generation_config, model.get_input_embeddings()
+        self.cache_name, self.cache = cache_name, cache
         self.keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         self.keeps_logits = generation_config.return_dict_in_generate and generation_config.output_logits
         self.scores: Any = ()
@@ -398,9 +429,8 @@ class _Decoding:
         start = self.cache.get_seq_length()
         positions = torch.arange(start, start + pending.shape[1], device=pending.device)[None]
         keep = {"logits_to_keep": num_candidates} if self.model._supports_logits_to_keep() else {}
-        output = self.model(
-            input_ids=pending, position_ids=positions, past_key_values=self.cache, use_cache=True, **keep
-        )
+        cached = {self.cache_name: self.cache}
+        output = self.model(input_ids=pending, position_ids=positions, use_cache=True, **cached, **keep)
         # At once: a processor may run the target itself, as guidance does.
         features = self.taps.features(self.embed.weight.device)
         return output.logits[:, -num_candidates:].to(pending.device), features
@@ -433,7 +463,7 @@ class _Decoding:
             sequences=ids,
             scores=self.scores if self.keeps_scores else None,
             logits=self.logits if self.keeps_logits else None,
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
         )
 
 
