@@ -50,11 +50,6 @@ if __name__ == "__main__":
     rows = load_dataset("json", data_files=args.dataset, split="train") if args.dataset else made_up_rows()
     if len(rows) < 8:
         raise SystemExit(f"{args.dataset} has {len(rows)} rows. Give at least 8: an eighth, at most 64, are held out.")
-    if "question" in rows.column_names:
-        # The target writes the responses, so the answers are not used.
-        rows = rows.map(
-            lambda row: {"prompt": [{"role": "user", "content": row["question"]}]}, remove_columns=rows.column_names
-        )
     rows = rows.train_test_split(min(64, len(rows) // 8), seed=0)
     target = FrozenTarget.load(args.target)
     drafter = Eagle3DraftModel.from_target(target)
