@@ -6,6 +6,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= lint,test,plots
 # More arguments for `pip install torch`. The CPU build alone, where there is no GPU (Linux):
 #   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
@@ -13,10 +14,20 @@ TORCH_ARGS ?=
 WORKERS ?= 2
 TESTS ?= tests
 ARGS ?=
+# What touches foreign code, for `make test-oldest` and `make test-newest`: what breaks when a dependency renames a thing.
+FOREIGN_TESTS := $(patsubst %,tests/test_%.py,\
+	versions \
+	target quantized_target text_reader \
+	dflash eagle3 auto_drafter \
+	rollout_live native_generate custom_generate parity \
+	trainers adapters activation_checkpointing resume \
+	published_checkpoints published_configs published_readers \
+	responses response_store hub cli)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
+FOREIGN = $(MAKE) --no-print-directory test EXTRAS=test,plots TESTS="$(FOREIGN_TESTS)"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONFORMANCE ?= .venv-conformance
 CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check --no-input
@@ -26,7 +37,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-lab crash guard test-oldest conformance lint format check build clean
+.PHONY: help install demo test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,7 +53,7 @@ $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@echo "  1/2 $(TORCH)"
 	@$(PIP) install -qq $(TORCH_ARGS) $(TORCH)
 	@echo "  2/2 trl-draft-opd and its requirements, at the versions in $(CONSTRAINTS)"
-	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[test,plots]'
+	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 install: $(STAMP)  ## Make the environment and do nothing else
@@ -60,14 +71,20 @@ test-lab: TESTS = tests/lab
 test-lab: $(STAMP)  ## Run the tests of the laboratory (benchmarks/lab)
 	$(PYTEST) -m lab $(ARGS)
 
-crash: $(STAMP)  ## Run the crash matrix: a stop at every file operation, thirty kills at random times
+crash: $(STAMP)  ## Run the crash matrix: stops at every file operation, lost renames, full disks, kills
 	$(PYTEST) --dist load -m crash $(ARGS)
 
 guard: $(STAMP)  ## Compare losses, weights, rollouts, exports and refusals of tiny models with their record, bit for bit
 	$(BIN)/python tests/guard/record.py --check $(ARGS)
 
-test-oldest:  ## Run the tests with the oldest supported transformers, in an environment of its own
-	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
+test-oldest:  ## Run the tests that touch foreign code, with the oldest versions that setup.cfg allows
+	@$(FOREIGN) VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-newest:  ## Run the same tests with the newest versions that are known to pass
+	@$(FOREIGN) VENV=$(VENV)-newest CONSTRAINTS=constraints-newest.txt
+
+test-unpinned:  ## Run the same tests with the newest versions there are, as a user gets them
+	@$(FOREIGN) VENV=$(VENV)-unpinned CONSTRAINTS=/dev/null TORCH=torch
 
 # --no-deps, because vLLM and speculators ask for companions of torch that pull CUDA and that nothing here uses. The list is whole.
 $(CONFORMANCE)/.installed: setup.cfg pyproject.toml constraints-conformance.txt

@@ -310,6 +310,14 @@ def test_a_token_that_the_server_echoes_is_in_no_message_and_no_traceback(hub, f
     assert TOKEN not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
+def test_the_password_of_a_mirror_is_in_no_message_and_no_traceback(hub, folder, caplog, monkeypatch):
+    # The library sends it in place of the token, so nothing comes of it; the address is in its errors.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("://", "://me:canary@"))
+    with pytest.raises(PermissionError, match="The Hub refused the token") as caught:
+        push(folder)
+    assert "canary" not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
 def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE=1.*is complete"):

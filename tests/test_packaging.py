@@ -19,6 +19,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import trl_draft_opd
 
@@ -26,6 +29,7 @@ import trl_draft_opd
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = (ROOT / "trl_draft_opd" / "VERSION").read_text("utf-8").strip()
 ACCELERATE_CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
+CONSTRAINTS = ("constraints.txt", "constraints-newest.txt", "constraints-oldest.txt")
 LEFT_OUT = (".*", "build", "dist", "site", "outputs", "__pycache__", "*.egg-info", "*.log")
 
 
@@ -53,6 +57,16 @@ def _normalized(name: str) -> str:
 def _required_names(requirements: str) -> set[str]:
     lines = [line.strip() for line in requirements.splitlines()]
     return {_normalized(re.match(r"[\w.-]+", line).group()) for line in lines if line and not line.startswith("#")}
+
+
+def _requirements(*extras: str, base: tuple[str, ...] = ("test", "plots")) -> dict[str, str]:
+    """Return the allowed versions of everything that the package, or one of the extras, asks for."""
+    config = _setup_cfg()
+    groups = [config["options"]["install_requires"]]
+    groups += [config["options.extras_require"][extra] for extra in (*base, *extras)]
+    lines = [line.strip() for group in groups for line in group.splitlines()]
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {_normalized(requirement.name): str(requirement.specifier) for requirement in parsed}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +132,7 @@ def test_the_sdist_builds_the_same_wheel_as_the_tree(dists: dict[str, Path]):
 def test_the_sdist_can_run_its_own_tests(dists: dict[str, Path]):
     top = f"trl_draft_opd-{VERSION}"
     names = set(tarfile.open(dists["sdist"]).getnames())
-    needed = {"Makefile", "constraints.txt", "constraints-oldest.txt", "LICENSE", "tests/conftest.py"}
+    needed = {"Makefile", "LICENSE", "tests/conftest.py", *CONSTRAINTS}
     assert {f"{top}/{name}" for name in needed} <= names
     assert not [name for name in names if name.endswith(".pyc")]
 
@@ -158,21 +172,39 @@ def test_every_imported_package_is_declared_in_setup_cfg():
     assert {_normalized(name) for name in imported - sys.stdlib_module_names - {"trl_draft_opd"}} <= declared
 
 
-def test_every_requirement_has_a_tested_version():
-    config = _setup_cfg()
-    required = _required_names(config["options"]["install_requires"])
-    for extra in ("test", "plots"):
-        required |= _required_names(config["options.extras_require"][extra])
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_every_requirement_has_a_tested_version_in_its_range(name: str):
+    pins = {_normalized(pinned): version for pinned, version in _pins(name).items()}
+    requirements = _requirements(*(("lint",) if name == "constraints.txt" else ()))
+    assert requirements["torch"] and requirements["rich"]
+    for required, versions in requirements.items():
+        assert SpecifierSet(versions).contains(pins[required]), required
+
+
+def test_every_lower_bound_is_the_version_that_the_oldest_constraints_install():
+    oldest = {_normalized(pinned): version for pinned, version in _pins("constraints-oldest.txt").items()}
+    bounds = {
+        name: bound.version
+        for name, versions in _requirements().items()
+        for bound in SpecifierSet(versions)
+        if bound.operator == ">="
+    }
+    assert bounds == {name: oldest[name] for name in bounds}
+    # What users install has a lower bound.
+    assert _requirements(base=("peft", "deepspeed", "plots")).keys() <= bounds.keys()
+
+
+def test_the_newest_constraints_are_nowhere_older_than_the_others():
+    newest = _pins("constraints-newest.txt")
     for name in ("constraints.txt", "constraints-oldest.txt"):
-        assert required <= {_normalized(pinned) for pinned in _pins(name)}
+        others = _pins(name)
+        assert [n for n in newest.keys() & others.keys() if Version(newest[n]) < Version(others[n])] == []
 
 
-def test_the_oldest_constraints_are_the_floor_of_transformers():
-    tested, oldest = _pins("constraints.txt"), _pins("constraints-oldest.txt")
-    (floor,) = re.findall(r"^transformers>=([\d.]+)", _setup_cfg()["options"]["install_requires"], re.MULTILINE)
-    assert re.fullmatch(rf"{re.escape(floor)}(\.0)*", oldest["transformers"])
-    assert tested.keys() == oldest.keys()
-    assert {name for name in tested if tested[name] != oldest[name]} == {"transformers"}
+def test_the_tests_of_foreign_code_are_there():
+    listed = _run("make", "-s", "--eval", "list: ; @echo $(FOREIGN_TESTS)", "list", cwd=ROOT).split()
+    assert "tests/test_versions.py" in listed
+    assert [name for name in listed if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)

@@ -228,14 +228,14 @@ def test_a_base_without_weights_is_said_with_whose_base_it_is(adapter, kind, tmp
 # -- whole drafters ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["eagle3", "dflash"])
-def drafter(request, tmp_path):
-    make_drafter(request.param, make_target()).save_pretrained(tmp_path)
+@pytest.fixture
+def drafter(tmp_path):
+    make_drafter("eagle3", make_target()).save_pretrained(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta", "initializer_range", "hidden_size", "an_unread_key"])
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["rms_norm_eps", "hidden_size", "an_unread_key"])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
 def test_a_number_of_a_drafters_config_that_is_not_finite_is_named(drafter, name, value):
     config = json.loads((drafter / "config.json").read_text("utf-8")) | {name: "HERE"}
     (drafter / "config.json").write_text(json.dumps(config).replace('"HERE"', value))

@@ -7,7 +7,7 @@ written; the samples are named, the update stopped or skipped.
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target
@@ -18,6 +18,7 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
+from trl_draft_opd.runs.checkpoints import read_checkpoint
 from trl_draft_opd.runs.guard import NonFiniteGuard
 
 
@@ -259,6 +260,26 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, target, rows):
     with pytest.raises(FloatingPointError, match="1 of the drafter's .* not finite, 'norm.weight' first"):
         trainer.save_model()
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written_and_the_one_before_stays(
+    tmp_path, target, rows, kind
+):
+    drafter = make_drafter("dflash", target)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    drafter.norm.weight[0] = float("inf")
+
+    trainer = make_trainer(kind, tmp_path, drafter, target, rows)
+    trainer.add_callback(Spoil())
+    with pytest.raises(FloatingPointError, match="1 of the drafter's .* not finite, 'norm.weight' first"):
+        trainer.train()
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {"_responses"} == {"checkpoint-1"}
+    assert read_checkpoint(tmp_path / "out" / "checkpoint-1").is_resumable
 
 
 def test_settings_of_the_guard_out_of_range_are_named(tmp_path):

@@ -172,3 +172,26 @@ def test_a_file_that_came_into_the_way_while_training_costs_no_drafter(tmp_path,
         trainer.save_model()
     trainer.save_model(tmp_path / "elsewhere")
     assert (tmp_path / "out").read_text() == "mine" and AutoDrafter.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_a_command_whose_last_save_fails_keeps_the_drafter_elsewhere(tmp_path, target, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    target.causal_lm.save_pretrained(tmp_path / "target")
+    target.tokenizer.save_pretrained(tmp_path / "target")
+    make_drafter("dflash", target).save_pretrained(tmp_path / "drafter")
+    ROWS.to_json(tmp_path / "rows.jsonl")
+    save = DraftSFTTrainer.save_model
+
+    def save_on_full_disk(trainer, place, **options):
+        with files_of_at_most(10_000 if place.endswith("run") else resource.RLIM_INFINITY):
+            save(trainer, place, **options)
+
+    monkeypatch.setattr(DraftSFTTrainer, "save_model", save_on_full_disk)
+    words = "--max-steps 1 --warmup-steps 0 --use-cpu --report-to none --save-strategy no --disable-tqdm true".split()
+    pairs = {"target": "target", "drafter": "drafter", "dataset": "rows.jsonl", "output-dir": "run"}
+    words += [word for flag, name in pairs.items() for word in (f"--{flag}", str(tmp_path / name))]
+    assert main(["sft", *words]) == 2
+    said = capsys.readouterr().err
+    (rescued,) = tmp_path.glob("drafter-*")
+    assert f"It was saved in {str(rescued)!r} instead" in said and AutoDrafter.from_pretrained(rescued)
+    assert not list((tmp_path / "run").glob("*.safetensors"))

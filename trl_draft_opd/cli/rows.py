@@ -4,7 +4,7 @@
 import difflib
 import json
 from collections.abc import Sequence
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def _load_files(name: str, files: Sequence[Path], split: str) -> Dataset:
     readers = {str(file): _find_reader(file) for file in files}
     kinds = {None if reader is None else reader[0] for reader in readers.values()}
     if len(kinds) > 1:
-        raise ValueError(f"{name!r} matches files of several kinds: {sorted(readers)}. Name one kind, like '*.jsonl'.")
+        raise ValueError(f"{name!r} holds files of several kinds: {sorted(readers)}. Name one kind, like '*.jsonl'.")
     reader = readers[str(files[0])]
     if reader is None:
         endings = " or ".join(_READERS)
@@ -82,11 +82,15 @@ def _load_files(name: str, files: Sequence[Path], split: str) -> Dataset:
             f"{', '.join(_COMPRESSIONS)} if compressed. Rename it."
         )
     kind, options = reader
-    return _load(name, files, kind, split, data_files=[str(file) for file in files], **options)
+    return _load(name, files, kind, split, data_files=[escape(str(file)) for file in files], **options)
 
 
 def _load_folder(name: str, path: Path, config: str | None, split: str) -> Dataset:
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _find_reader(file) is not None)
+        if any(ending != ending.lower() for file in files for ending in file.suffixes):
+            # `datasets` passes over endings in capitals when it looks for the files of a folder.
+            return _load_files(name, files, split)
         return _load(name, [], str(path), split, name=config)
     saved = load_from_disk(path)
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -316,16 +317,25 @@ def _train(
     if held_out is not None and config.eval_strategy == "no":
         # Before it is saved, so that the card has it.
         measured = trainer.evaluate()
-    if config.push_to_hub:
-        # It saves first: a failed push loses nothing.
-        commit = trainer.push_to_hub()
-    else:
-        trainer.save_model(config.output_dir)
+    _save(trainer, config.output_folder)
+    commit = trainer.push_to_hub() if config.push_to_hub else None
     speaks = trainer.is_world_process_zero()
     if speaks:
         if measured is not None:
             print(describe_evaluation(measured))
         print(f"The drafter is in {config.output_dir}")
-        if config.push_to_hub:
+        if commit is not None:
             print(f"and published as {commit}")
     return speaks
+
+
+def _save(trainer: DraftSFTTrainer | DraftOPDTrainer, folder: Path) -> None:
+    """Save the drafter; where that fails, in a temporary folder, because this process ends and its memory with it."""
+    try:
+        # A call of transformers' own, which pushes nothing yet.
+        trainer.save_model(str(folder), _internal_call=True)
+    except OSError as error:
+        # Ranks besides the first write nothing and leave an empty folder.
+        rescue = mkdtemp(prefix="drafter-")
+        trainer.save_model(rescue, _internal_call=True)
+        raise OSError(f"{error}. It was saved in {rescue!r} instead: move it from there") from error

@@ -53,14 +53,15 @@ def find_format(columns: Iterable[str], forms: tuple[Form, ...]) -> RowFormat:
     if "conversations" in names and not _extra(names, _SYSTEMS):
         return RowFormat(("conversations",))
     wants_response = forms is not PROMPT_FORMS
+    form = ("prompt", "completion") if wants_response else ("prompt",)
     if not _extra(names, (*_SYSTEMS, *_CONTEXTS[1:])):
         if "question" in names and "input" not in names and ("answer" in names or not wants_response):
-            form = ("prompt", "completion") if wants_response else ("prompt",)
-            return RowFormat(form, _read_question, "`question` as the user's turn, `answer` as the assistant's")
+            ending = ", `answer` as the assistant's" if wants_response else ""
+            return RowFormat(form, _read_question, f"`question` as the user's turn{ending}")
         if "instruction" in names and "question" not in names and ("output" in names or not wants_response):
-            form = ("prompt", "completion") if wants_response else ("prompt",)
-            note = "`instruction` and, after an empty line, `input` as the user's turn, `output` as the assistant's"
-            return RowFormat(form, _read_instruction, note)
+            question = "`instruction` and, under an empty line, `input`" if "input" in names else "`instruction`"
+            ending = ", `output` as the assistant's" if wants_response else ""
+            return RowFormat(form, _read_instruction, f"{question} as the user's turn{ending}")
     raise ValueError(_explain(names, forms))
 
 
@@ -93,10 +94,10 @@ def _pair(question: Any, answer: Any, names: tuple[str, str]) -> dict[str, Any]:
 def _explain(names: list[str], forms: tuple[Form, ...]) -> str:
     """Return what to do about columns of no form."""
     line = find_line(names, wants_response=forms is not PROMPT_FORMS)
-    if forms is TEXT_FORMS and ("prompt" in names or "prompt_ids" in names) and line is None:
+    if forms is TEXT_FORMS and line is None and not set(names).isdisjoint({"prompt_ids", *_QUESTIONS}):
         return (
-            "The rows have prompts but no responses. Set `regenerate=True` (`--regenerate`) to have the target write "
-            "them; in Draft-OPD, leave out `completions_from_target`."
+            f"The rows have prompts but no responses: their columns are {names}. Set `regenerate=True` "
+            "(`--regenerate`) to have the target write them; in Draft-OPD, leave out `completions_from_target`."
         )
     # The simple forms stand last in `forms`, because token ids are read first where both are given.
     accepted = ", or ".join(" with ".join(f"`{column}`" for column in form) for form in reversed(forms))
@@ -198,6 +199,9 @@ def decode_contents(row: dict[str, Any], mixed: dict[str, str]) -> dict[str, Any
 
 def _decode_message(message: dict[str, Any], key: str) -> dict[str, Any]:
     stored = message[key]
-    value = None if stored is None else json.loads(stored)
+    try:
+        value = json.loads(stored or "null")
+    except json.JSONDecodeError:  # The reader of `datasets` takes more for JSON, like 007.
+        return message
     is_parts = isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
     return message | {key: value if isinstance(value, str) or is_parts else stored}

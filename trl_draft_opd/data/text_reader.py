@@ -94,6 +94,12 @@ class _Text(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def is_tokenized(dataset: Any) -> bool:
+    """Whether a dataset is one that [`TextReader`] returned."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    return columns in ({"prompt_ids", "sample_id"}, {"input_ids", "completion_mask", "sample_id"})
+
+
 @dataclass(frozen=True)
 class TextReader:
     """

@@ -119,7 +119,7 @@ def _places(source: CheckpointSource) -> dict[str, Any]:
 
 
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
-    if Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
+    if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
         raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
     with loading_whole():
         return create_model_from_path(source.name_or_path, **options | _places(source))

@@ -22,7 +22,7 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
-from ..utils.secrets import without_secret
+from ..utils.secrets import without_secret, without_users
 from ..utils.versions import TRANSPORT_ERRORS
 from .rules import check_repo_name
 from .serving import SERVING_FILE
@@ -153,7 +153,7 @@ def push_folder(
             # What is stale was read from this commit.
             parent_commit=info.sha,
         )
-        return str(commit.commit_url)
+        return without_users(str(commit.commit_url))
 
     return _with_retries(upload, fix, held)
 
@@ -264,7 +264,7 @@ def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
             # The library reports a weights file that did not go through this way, after attempts of its own.
-            reason, failure = without_secret(str(error).rstrip("."), token), error
+            reason, failure = _printable(str(error).rstrip("."), token), error
         if attempt == NUM_RETRIES:
             raise ConnectionError(
                 f"The upload failed {attempt + 1} times, the last time with: {reason}. {fix}."
@@ -274,10 +274,15 @@ def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str
     raise AssertionError("unreachable")
 
 
+def _printable(text: str, token: str | None) -> str:
+    """Return what library or server said without the token, and without a password in the address of a mirror."""
+    return without_users(without_secret(text, token))
+
+
 def _shown(error: Exception, token: str | None) -> Exception | None:
-    """Return an error as the cause of another, unless a traceback would show the token in it."""
+    """Return an error as the cause of another, unless a traceback would show a secret in it."""
     text = "".join(traceback.format_exception(error))
-    return error if without_secret(text, token) == text else None
+    return error if _printable(text, token) == text else None
 
 
 def _refusal(error: HfHubHTTPError, fix: str, token: str | None) -> OSError | None:
@@ -291,5 +296,5 @@ def _refusal(error: HfHubHTTPError, fix: str, token: str | None) -> OSError | No
             f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf "
             f"auth login`. {fix}."
         )
-    reason = without_secret(error.server_message or "no reason given", token)
+    reason = _printable(error.server_message or "no reason given", token)
     return OSError(f"The Hub refused (status {status}): {reason}. {fix}.")

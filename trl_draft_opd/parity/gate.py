@@ -158,7 +158,7 @@ def _check_request(
 
 
 def _find_folder(path: str | Path, revision: str | None) -> Path:
-    if Path(path).is_dir():
+    if str(path) and Path(path).is_dir():
         return Path(path)
     require_model(str(path))
     patterns = [pattern for name in sorted(PUBLISHED_NAMES) for pattern in (name, f"{name}/*")]

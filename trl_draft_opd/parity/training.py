@@ -31,6 +31,8 @@ from .scene import Scene, replay
 _GAIN, _LEAST_GAIN = 0.1, 0.02
 # Prompts that are replayed with other layers, and how often a good export may be suspected by chance.
 _NUM_PROMPTS, _FALSE_ALARMS = 32, 0.01
+# Resampling fewer prompts than this gives an interval that is far too narrow: of one prompt, a point.
+_INTERVAL_PROMPTS = 10
 # Rows of the head compared with all of the target's.
 _NUM_ROWS, _CHUNK = 256, 16384
 
@@ -250,6 +252,11 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
         report.notes.append(
             f"{text}; it lies in the recorded interval. Weights were in float32 then, and the target in "
             f"{recorded.target_dtype}."
+        )
+    elif recorded.num_prompts < _INTERVAL_PROMPTS:
+        report.notes.append(
+            f"{text}; the interval of {recorded.num_prompts} prompts is too narrow to judge by. Record "
+            f"{_INTERVAL_PROMPTS} or more."
         )
     else:
         report.problems.append(f"{text}, outside of the recorded interval: the export is not what was measured.")

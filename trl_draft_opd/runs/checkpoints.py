@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import clear_leftovers, hash_file, making_folder, remove_folder, staging_folder, write_file
+from ..utils.hashing import hash_json
 
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ def _read_manifest(path: Path | bytes) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8") if isinstance(path, Path) else path)
         written = content.pop("sha256")
-        is_whole = written == _digest(content) and content["format"] == FORMAT
+        is_whole = written == hash_json(content) and content["format"] == FORMAT
         version, files = content["version"], content["files"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error})") from error
@@ -245,8 +246,4 @@ def _read_manifest(path: Path | bytes) -> dict[str, Any]:
 
 
 def _sign(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content | {"sha256": _digest(content)}, indent=2) + "\n").encode()
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(content | {"sha256": hash_json(content)}, indent=2) + "\n").encode()

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import RowCollator
+from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
@@ -90,15 +92,14 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 repo_id,
                 args,
                 data_collator=RowCollator(pair.target.pad_token_id),
-                train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),
+                train_dataset=None if train_dataset is None else self._read_rows(pair, args, train_dataset, True),
                 eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
         print_logs_readably(self)
+        self._pair = pair
         self._set_up(args, pair.drafter.config.family)
-        # For rows that `evaluate` is given later.
-        self._read_evaluation = partial(self._read_rows, pair, args, is_training=False)
 
     @classmethod
     def _check_request(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset] | None) -> None:
@@ -212,28 +213,14 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Evaluate and return the metrics; see [`~transformers.Trainer.evaluate`].
-
-        Args:
-            eval_dataset (`Dataset`, `IterableDataset`, `dict` or `str`, *optional*):
-                Rows as the trainer takes them, in place of its own `eval_dataset`, or the name of one of those.
-            ignore_keys, metric_key_prefix (*optional*): As in [`~transformers.Trainer.evaluate`].
-        """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = read_each(self._read_if_raw, eval_dataset)
-        rows: Any = eval_dataset
-        return super().evaluate(rows, ignore_keys, metric_key_prefix)
-
-    def _read_if_raw(self, dataset: AnyDataset) -> AnyDataset:
-        """Tokenize rows, unless they are the trainer's own, which are tokenized already."""
-        return dataset if "sample_id" in (dataset.column_names or ()) else self._read_evaluation(dataset)
+    def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
+        """Return batches of an evaluation dataset; rows that were not read yet are read as the constructor does."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or is_tokenized(eval_dataset)):
+            if self._needs_rollback(self.args, is_evaluated=True):
+                self.target.require_rollback()
+            eval_dataset = self._read_rows(self._pair, self.args, eval_dataset, is_training=False)
+        given: Any = eval_dataset
+        return super().get_eval_dataloader(given)
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""

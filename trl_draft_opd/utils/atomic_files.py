@@ -149,6 +149,8 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder; it is renamed first, so that nobody reads half of it."""
     doomed = _sibling(folder, "deleting")
     os.rename(folder, doomed)
+    # Or a loss of power could leave half of it under its old name.
+    sync_entry(folder.parent)
     shutil.rmtree(doomed)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from huggingface_hub import HfApi, constants, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.integrations import deepspeed
@@ -74,20 +74,20 @@ def _require_repository(name: str, token: str | bool | None) -> None:
     missing = f"There is no folder {name!r} here"
     try:
         HfApi(token=token).model_info(name, timeout=_TIMEOUT)
-    except RepositoryNotFoundError as error:
+    except HfHubHTTPError as error:
+        # To who may not read it, a private one looks like one that is not there.
+        if error.response.status_code in (401, 404):
+            raise FileNotFoundError(
+                f"{missing}, and no model of that name on the Hub that you may read. Check the path or the id; for a "
+                "private one, `hf auth login`."
+            ) from error
+        # Otherwise a download tells what is wrong, and tries again where that may pass.
+    except TransportError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FileNotFoundError(
-            f"{missing}, and no model of that name on the Hub that you may read. Check the path or the id; for a "
-            "private one, `hf auth login`."
+            f"{missing}, and the Hub could not be asked for a model of that name ({reason}). Check the path, or your "
+            "connection."
         ) from error
-    except (HfHubHTTPError, TransportError) as error:
-        raise FileNotFoundError(
-            f"{missing}, and the Hub could not be asked for a model of that name ({_first_line(error)}). Check the "
-            "path, or your connection."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 Names that differ between the supported versions of a dependency. Each is decided by what is installed, never by a
 version's number, and nowhere else in the package:
 
-- Keys and values, in a model's `forward`, its output and `generate`: `past_key_values` until transformers 5.23, `cache`
-  since 5.24.
+- Keys and values, in a model's `forward`, its output and `generate`: `past_key_values` until transformers 5.23,
+  `cache` since 5.24.
 - A model's switch for activation checkpointing: `gradient_checkpointing_enable` until transformers 5.22,
   `activation_checkpointing_enable` since 5.23.
 - The package that sends the Hub's requests: `httpx` until huggingface_hub 1, `httpx2` since 2.
 
-transformers' own `add_adapter` asks for a newer PEFT in every few versions; a [`~peft.PeftModel`] is what is used here.
+Not used, because transformers may ask for a PEFT that is not out (5.24 for 0.22): its own `add_adapter`. Adapters here
+are those of [`~peft.PeftModel`], which asks for none.
+
 Published files cannot import this package: `export/custom_generate/` decides by what `generate` hands it.
 """
 
@@ -39,7 +41,7 @@ CACHE_NAME = next(name for name in _CACHE_NAMES if name in BaseModelOutputWithPa
 
 
 def cache_name_of(forward: Callable[..., Any]) -> str:
-    """Return the argument of a model's `forward` that takes keys and values: its code may be older than the library."""
+    """Return the argument of a model's `forward` for keys and values; a model's own code may be older."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), CACHE_NAME)
 

@@ -72,7 +72,7 @@ class CheckpointSource:
     def find(self, filename: str) -> Path | None:
         """Return the path of a file, downloading it if need be, or `None` if folder or repository exist without it."""
         folder = Path(self.name_or_path)
-        if folder.is_dir():
+        if self.name_or_path and folder.is_dir():
             path = folder / self.subfolder / filename
             return _inside(folder, path) if path.is_file() else None
         require_model(

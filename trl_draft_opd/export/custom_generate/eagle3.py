@@ -429,7 +429,7 @@ class _Decoding:
         start = self.cache.get_seq_length()
         positions = torch.arange(start, start + pending.shape[1], device=pending.device)[None]
         keep = {"logits_to_keep": num_candidates} if self.model._supports_logits_to_keep() else {}
-        cached = {self.cache_name: self.cache}
+        cached: dict[str, Any] = {self.cache_name: self.cache}
         output = self.model(input_ids=pending, position_ids=positions, use_cache=True, **cached, **keep)
         # At once: a processor may run the target itself, as guidance does.
         features = self.taps.features(self.embed.weight.device)
@@ -459,11 +459,12 @@ class _Decoding:
     def _result(self, ids: Any) -> Any:
         if not self.config.return_dict_in_generate:
             return ids
+        cached: dict[str, Any] = {self.cache_name: self.cache}
         return GenerateDecoderOnlyOutput(
             sequences=ids,
             scores=self.scores if self.keeps_scores else None,
             logits=self.logits if self.keeps_logits else None,
-            **{self.cache_name: self.cache},
+            **cached,
         )
 
 
