@@ -4,8 +4,8 @@ Whenever a run is stopped, and by whatever, it resumes from its newest whole che
 
 A few points of the matrix run by default; the rest with `make crash`:
 
-- a kill at every file operation of SFT with DFlash, and of Draft-OPD with EAGLE-3, whose target writes its responses into
-  the same folder; at every fourth of the two other pairs of a method and a family;
+- a kill at every file operation of SFT with DFlash, and of Draft-OPD with EAGLE-3, whose target writes its responses
+  into the same folder; at every fourth of the two other pairs of a method and a family;
 - every rename that a loss of power can undo, of all four;
 - a full disk at every operation of Draft-OPD with EAGLE-3, and at every third of SFT with DFlash;
 - twelve kills at random times.

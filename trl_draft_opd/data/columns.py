@@ -170,7 +170,7 @@ def find_mixed(dataset: Dataset | IterableDataset) -> dict[str, str]:
     """Return columns of messages whose contents are of mixed types, with the key of the content."""
     mixed = {}
     for column, feature in (dataset.features or {}).items():
-        message = getattr(feature, "feature", None)
+        message: Any = getattr(feature, "feature", None)
         for key in ("content", "value") if isinstance(message, dict) else ():
             if isinstance(message.get(key), Json):
                 mixed[column] = key
