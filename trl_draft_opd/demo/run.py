@@ -33,6 +33,7 @@ from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.log_printer import LogPrinter
 from ..utils.bars import library_bars
+from ..utils.settings import check_settings
 from .corpus import write_chats
 from .results import draw_plot, require_matplotlib, results_table
 from .tiny_target import TinyTargetSettings, train_target
@@ -73,6 +74,7 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.family not in FAMILIES:
             raise ValueError(f"`family` must be one of {FAMILIES}, got {self.family!r}.")
         for name, value in vars(self).items():

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from ..utils.settings import check_settings
 from .corpus import Chat
 
 
@@ -34,6 +35,9 @@ class TinyTargetSettings:
     num_steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-3
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokenizerFast:

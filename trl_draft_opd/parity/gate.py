@@ -84,7 +84,7 @@ def verify_drafter(
         ValueError: If the target is not in float32, a consumer is unknown, or there is no prompt.
         OSError: If there is no such folder or repository.
     """
-    names = _check_request(target, prompts, consumers, max_completion_length)
+    names = _check_request(target, prompts, consumers, max_completion_length, tolerance)
     folder = _find_folder(path, revision)
     layouts = _find_layouts(folder, target)
     report = VerificationReport(str(path), "", len(prompts), num_drafts=0, max_completion_length=0)
@@ -133,8 +133,14 @@ def verify_drafter(
 
 
 def _check_request(
-    target: FrozenTarget, prompts: Sequence, consumers: Sequence[str] | None, max_completion_length: int | None
+    target: FrozenTarget,
+    prompts: Sequence,
+    consumers: Sequence[str] | None,
+    max_completion_length: int | None,
+    tolerance: float,
 ) -> tuple[str, ...]:
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` is a share of tau in [0, 1), got {tolerance}.")
     unknown = sorted(set(consumers or ()) - set(CONSUMERS))
     if unknown:
         raise ValueError(f"Unknown consumers {unknown}; there are {list(CONSUMERS)}.")
