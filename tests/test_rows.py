@@ -118,6 +118,12 @@ def test_nulls_are_dropped_at_every_depth_as_trl_drops_them_and_those_of_json_te
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
+# Old versions of Arrow sort the keys of what they hold.
+KEEPS_ORDER = pytest.mark.skipif(
+    list(Dataset.from_list([{"a": {"z": 1, "b": 2}}])[0]["a"]) != ["z", "b"], reason="this pyarrow sorts keys"
+)
+
+
 def tool(name, **properties):
     parameters = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
     return {"type": "function", "function": {"name": name, "description": f"Do {name}.", "parameters": parameters}}
@@ -143,6 +149,7 @@ def tool_rows(as_text=False):
     ]
 
 
+@KEEPS_ORDER
 @pytest.mark.parametrize("template", [ENCODES, JOINS, TAKES_BOTH])
 def test_the_same_calls_give_the_same_text_however_rows_hold_them(tmp_path, template):
     file = write_lines(tmp_path / "rows.jsonl", tool_rows())
@@ -177,6 +184,7 @@ def test_a_call_without_content_reads_like_one_with_an_empty_one(content):
     assert texts_of([row], ENCODES) == texts_of(tool_rows()[:1], ENCODES)
 
 
+@KEEPS_ORDER
 def test_columns_of_tools_and_of_template_arguments_are_read_as_trl_reads_them():
     template = "{% if mood is defined %}{{ mood }}{% endif %}|" + ENCODES
     row = tool_rows()[0]

@@ -114,10 +114,15 @@ def _load(shown: str, files: Sequence[Path], path: str, split: str, **options: A
             # Arrow does not check that text is UTF-8: reading the row would fail later, without its number.
             rows.data.validate(full=True)
         return rows
-    except (DatasetGenerationError, UnicodeDecodeError, ArrowInvalid, StopIteration, EOFError, ImportError) as error:
-        reason = str(error.__cause__ or error) or "it has no rows"
-        if path == "json":
-            reason = _find_fault(files) or reason
+    except (DatasetGenerationError, ValueError, StopIteration, EOFError, ImportError) as error:
+        fault = _find_fault(files) if path == "json" else None
+        if (
+            fault is None
+            and isinstance(error, ValueError)
+            and not isinstance(error, UnicodeDecodeError | ArrowInvalid)
+        ):
+            raise  # `datasets` says what is wrong, such as a split that is not there.
+        reason = fault or str(error.__cause__ or error) or "it has no rows"
         raise ValueError(f"The dataset {shown!r} cannot be read: {reason.rstrip('.')}. Fix or replace it.") from error
 
 
