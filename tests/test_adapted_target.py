@@ -255,7 +255,7 @@ def test_a_published_drafter_never_names_an_adapter_as_its_target(place, tmp_pat
     trainer = DraftSFTTrainer(make_drafter("dflash", target), target, args, ROWS)
     with pytest.raises(ValueError, match=r"this one is an adapter.*Merge it.*'org/adapter'.*`hub_target_id`"):
         trainer.export(tmp_path / "export")
-    args.hub_target_id = "org/merged"
+    trainer.args.hub_target_id = "org/merged"
     folder = trainer.export(tmp_path / "export")
     assert json.loads((folder / "speculative_config.json").read_text("utf-8"))["target"] == "org/merged"
     assert "org/adapter" not in "".join(path.read_text("utf-8") for path in folder.glob("*.[jm][sd]*"))

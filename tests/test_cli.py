@@ -326,6 +326,27 @@ def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, r
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("command", ["sft", "opd"])
+@pytest.mark.parametrize("held_out", ["--eval-dataset", "--eval-split"])
+def test_rows_to_evaluate_on_give_tau_once_after_training_and_on_the_card(
+    command: str,
+    held_out: str,
+    target_folder: str,
+    drafter_folder: str,
+    rows_file: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    rows = {"--eval-dataset": rows_file, "--eval-split": "train[:2]"}[held_out]
+    words = ["--drafter", drafter_folder, "--target", target_folder, "--dataset", rows_file, held_out, rows]
+    words += ["--max_completion_length", "12", "--output_dir", str(tmp_path), *TRAINING]
+    assert main([command, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "On the evaluation rows tau is" in printed
+    assert "tau" in (tmp_path / "README.md").read_text("utf-8")
+    assert [m.num_prompts for m in read_record(tmp_path).measurements] == [6 if held_out == "--eval-dataset" else 2]
+
+
 def _evaluate(target: str, drafter: str, rows: str, *more: str) -> int:
     return main(
         [

@@ -1,5 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""What tells two runs, targets and datasets apart: every row and every weight, and nothing about how they are kept."""
+"""
+What tells two runs, targets and datasets apart: every row and every weight, and nothing about how they are kept. And
+what each process of a resumed run goes on with.
+"""
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from helpers.tiny import TINY_RUN, make_causal_lm, make_drafter, make_target
 from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer, FrozenTarget
 from trl_draft_opd.runs import identity
 from trl_draft_opd.runs.identity import _digest_rows
+from trl_draft_opd.runs.run_state import RankState, RunState
 from trl_draft_opd.target import fingerprint
 from trl_draft_opd.target.fingerprint import fingerprint_weights
 
@@ -137,3 +141,22 @@ def test_a_run_on_a_stream_does_not_go_on_with_another_stream(tmp_path):
     make_trainer(tmp_path, rows.to_list(), max_steps=2).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="these differ: the training data"):
         make_trainer(tmp_path, rows.to_list()[::-1], max_steps=3).train(resume_from_checkpoint=True)
+
+
+# ---- what each process goes on with ---------------------------------------------------------------------------------
+
+
+def test_other_processes_than_before_share_out_the_sums_once_and_the_mean_loss_stays():
+    ranks = [
+        RankState({"torch": "a"}, {"loss": [1.0, 2.0]}, 3.0),
+        RankState({"torch": "b"}, {"loss": [4.0, 8.0], "tau": [1.0, 1.0]}, 5.0),
+    ]
+    state = RunState(None, {}, {}, None, 0, ranks, {})
+    assert [state.rank(index, 2) for index in (0, 1)] == ranks
+    sums = {"loss": [5.0, 10.0], "tau": [1.0, 1.0]}
+    assert state.rank(0, 1) == RankState({"torch": "a"}, sums, 4.0)
+    # A logged loss is the mean over processes: four of them, of which one holds four times as much.
+    four = [state.rank(index, 4) for index in range(4)]
+    assert four[0] == RankState({"torch": "a"}, sums, 16.0)
+    assert four[1:] == [RankState({"torch": name}, {}, 0.0) for name in ("b", "a", "b")]
+    assert ranks[0].sums == {"loss": [1.0, 2.0]}

@@ -362,6 +362,12 @@ def test_a_store_of_another_origin_is_refused_naming_both_values(store: Response
     assert message.count(" there, ") == 1, "only what differs is listed"
 
 
+def test_a_store_without_a_response_says_that_it_can_be_deleted(tmp_path):
+    ResponseStore.open(tmp_path, ORIGIN)
+    with pytest.raises(ValueError, match="which are none yet .delete the folder to begin anew., were written under"):
+        ResponseStore.open(tmp_path, replace(ORIGIN, max_completion_length=9))
+
+
 def test_the_same_target_under_another_name_is_the_same(store: ResponseStore):
     store.add(make_rows(1))
     moved = ResponseStore.open(store.path, replace(ORIGIN, target="/elsewhere", revision="abc"))

@@ -27,6 +27,8 @@ from helpers.chats import (
     responses_of,
     texts_of,
 )
+from helpers.tiny import TINY_RUN, make_drafter, make_target
+from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.data.chats import drop_nulls
 
@@ -68,7 +70,13 @@ def test_a_text_that_is_json_stays_that_text_next_to_contents_in_parts(tmp_path,
     file = write_lines(tmp_path / "rows.jsonl", rows)
     assert responses_of(load_rows(file, None, "train"))[1] == [answer + "<|im_end|>"]
     if answer != '"quoted"':  # `datasets` itself stores it as it stores the text without quotes.
-        assert responses_of(load_dataset("json", data_files=file, split="train"))[1] == [answer + "<|im_end|>"]
+        mixed = load_dataset("json", data_files=file, split="train")
+        assert responses_of(mixed)[1] == [answer + "<|im_end|>"]
+        mixed.to_parquet(tmp_path / "rows.parquet")
+        assert responses_of(load_rows(str(tmp_path / "rows.parquet"), None, "train"))[1] == [answer + "<|im_end|>"]
+    (tmp_path / "folder").mkdir()
+    write_lines(tmp_path / "folder" / "rows.jsonl", rows)
+    assert responses_of(load_rows(str(tmp_path / "folder"), None, "train"))[1] == [answer + "<|im_end|>"]
 
 
 GOOD = chat(("user", "Hi."), ("assistant", "Hello."))
@@ -430,3 +438,33 @@ def test_a_transform_that_would_not_be_applied_is_refused():
     rows = Dataset.from_list([GOOD])
     with pytest.raises(ValueError, match="has a transform .* Apply it with `dataset.map"):
         prompts_of(rows.with_transform(lambda batch: batch))
+
+
+# -- the trainers -----------------------------------------------------------------------------------------------------
+
+
+RAW = [{"question": f"w{30 + i} w9", "answer": "w9 w10 w11"} for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["sft", "regenerate", "opd"])
+def test_raw_questions_train_and_are_evaluated_on_when_they_are_given_and_later(tmp_path, kind):
+    target, rows = make_target(), Dataset.from_list(RAW)
+    settings = {**TINY_RUN, "max_completion_length": 8, "max_steps": 1}
+    trainer_class, config_class = (
+        (DraftOPDTrainer, DraftOPDConfig) if kind == "opd" else (DraftSFTTrainer, DraftSFTConfig)
+    )
+    if kind == "regenerate":
+        settings["regenerate"] = True
+    config, drafter = config_class(str(tmp_path), **settings), make_drafter("eagle3", target)
+    trainer = trainer_class(drafter, target, config, rows, eval_dataset=rows)
+    trainer.train()
+    expected = trainer.evaluate()["eval_loss"]
+    later = trainer_class(drafter, target, config, rows)
+    streams = [] if kind == "regenerate" else [rows.to_iterable_dataset()]
+    for given in (rows, *streams, trainer.eval_dataset):
+        assert later.evaluate(given)["eval_loss"] == expected
+    assert later.evaluate({"held_out": rows})["eval_held_out_loss"] == expected
+    with pytest.raises(ValueError, match=r"The dataset has columns \['x'\], but needs"):
+        later.evaluate(Dataset.from_list([{"x": "w9"}]))
+    with pytest.raises(ValueError, match="Take `dataset"):
+        trainer_class(drafter, target, config, DatasetDict({"train": rows}))

@@ -252,6 +252,8 @@ def test_the_name_of_the_target_is_asked_for_where_there_is_one(serve, store: Re
         ({"base_url": "http://a:port"}, "must be an address like"),
         ({"base_url": "http://[::1"}, "must be an address like"),
         ({"base_url": "ftp://a"}, "must be an address like"),
+        ({"base_url": "http://a b"}, "must be an address like"),
+        ({"base_url": "http://a:0"}, "must be an address like"),
         ({"engine": "tgi"}, "`engine` must be one of"),
         ({"concurrency": 0}, "`concurrency` must be at least 1"),
         ({"timeout": 0.0}, "`timeout` must be above 0"),

@@ -29,8 +29,8 @@ COUNTED_UPDATES = 4
 def common_settings(bench: Workbench, folder: Path, seed: int) -> dict[str, Any]:
     """Return the settings every trainer of the laboratory shares."""
     machine, per_update = bench.machine, bench.pair.prompts_per_update
-    micro = machine.micro_batch_size or per_update
-    if per_update % micro:
+    micro = per_update if machine.micro_batch_size is None else machine.micro_batch_size
+    if micro < 1 or per_update % micro:
         raise SystemExit(f"--micro-batch-size {micro} does not divide the {per_update} prompts of an update.")
     return {
         "output_dir": str(folder),

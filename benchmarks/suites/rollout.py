@@ -59,7 +59,7 @@ class Pair:
             self.target,
             self.drafter,
             prompts,
-            DraftingSettings(num_drafts or self.num_drafts, GREEDY, "greedy", keeps_branches),
+            DraftingSettings(self.num_drafts if num_drafts is None else num_drafts, GREEDY, "greedy", keeps_branches),
             DrawKeys(0, 0, range(len(prompts))),
             max_completion_length=self.max_completion_length,
             eos_token_ids=[] if ignores_eos else self.target.eos_token_ids,

@@ -242,9 +242,11 @@ def test_long_prompts_are_skipped_and_counted(tmp_path, target, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_missing_columns_name_the_accepted_forms(tmp_path, target, kind):
-    message = r"The dataset has columns \['question'\], but needs .*`prompt`.*`messages`.*`prompt_ids`.*\.map\(lambda"
+    message = (
+        r"The dataset has columns \['query', 'output'\], but needs .*`prompt`.*`messages`.*`prompt_ids`.*map\(lambda"
+    )
     with refuses(message):
-        make_trainer(kind, tmp_path, make_drafter("dflash", target), target, {"question": ["w9"]})
+        make_trainer(kind, tmp_path, make_drafter("dflash", target), target, {"query": ["w9"], "output": ["w8"]})
 
 
 def test_replay_without_stored_completions(tmp_path, target):

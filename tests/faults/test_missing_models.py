@@ -42,18 +42,25 @@ def load(request):
     return LOADERS[request.param]
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def server():
     with serve_hub(TOKEN) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        loading._require_repository.cache_clear()
         yield hub
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    loading._require_repository.cache_clear()
+    server.requests.clear()
+    server.repositories.clear()
+    return server
 
 
 def test_what_only_a_path_can_be_is_never_asked_for_on_the_hub(load, hub):
@@ -146,6 +153,25 @@ def test_a_mistyped_path_is_one_line_of_every_command(tmp_path, capsys):
         assert main(command) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith(f"trl-draft-opd {command[0]}: There is no folder {gone!r}. Give the one that holds")
+
+
+def test_an_export_says_that_the_target_its_drafter_names_is_gone(tmp_path, capsys):
+    drafter = make_drafter("eagle3", make_target())
+    drafter.config.target_model_name_or_path = str(tmp_path / "gone")
+    drafter.save_pretrained(tmp_path / "drafter")
+    flags = ["--drafter", str(tmp_path / "drafter"), "--output", str(tmp_path / "export")]
+    assert main(["export", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"was trained for {str(tmp_path / 'gone')!r}, which cannot be read" in error and "as `--target`" in error
+
+
+@pytest.mark.parametrize("content", ["{", '{"rms_norm_eps": NaN}', "[]"])
+def test_an_export_whose_config_is_damaged_is_named_by_verify(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"config.json of .* (is not valid JSON|holds no JSON object|has rms_norm_eps)"
+    ):
+        verify(tmp_path)
 
 
 def test_a_trainer_says_which_of_the_two_is_gone(tmp_path):

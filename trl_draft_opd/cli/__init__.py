@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..utils.console import lasting_output, own_warnings_as_sentences
+from ..utils.console import lasting_output
 from ..utils.secrets import without_users
 
 
@@ -44,7 +44,6 @@ _REPORT = (
 
 
 @lasting_output()
-@own_warnings_as_sentences()
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run one command.

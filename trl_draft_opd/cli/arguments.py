@@ -161,7 +161,7 @@ class RowsArguments:
 
     _argument_group_name = "prompts"
 
-    dataset: str = flag("Prompts: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
+    dataset: str = flag("Prompts: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
     num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)

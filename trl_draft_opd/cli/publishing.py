@@ -62,7 +62,14 @@ def run_export(argv: Sequence[str]) -> int:
     name = drafter.config.target_model_name_or_path if args.target is None else args.target
     target = TargetOfExport(args.target_id)
     if name is not None:
-        target = read_target(name, target_id=args.target_id, revision=args.target_revision)
+        try:
+            target = read_target(name, target_id=args.target_id, revision=args.target_revision)
+        except FileNotFoundError as error:
+            if args.target is not None:
+                raise
+            raise FileNotFoundError(
+                f"The drafter was trained for {name!r}, which cannot be read: {error} Give the target as `--target`."
+            ) from error
     result = export_drafter(
         drafter,
         args.output,

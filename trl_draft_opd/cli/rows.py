@@ -1,14 +1,16 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Loads rows from files, a folder or the Hub. Of a damaged file, the error names the line."""
 
+import bz2
 import difflib
+import gzip
 import json
+import lzma
 from collections.abc import Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from datasets import Dataset, DatasetDict, Features, Json, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowInvalid
@@ -27,6 +29,8 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+# Those that the standard library opens, to look for a damaged line.
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def load_rows(name: str, config: str | None, split: str) -> Dataset:
@@ -103,7 +107,8 @@ def _load(shown: str, files: Sequence[Path], path: str, split: str, **options: A
     """Call `load_dataset`, whose own errors about damaged files name neither file nor line."""
     try:
         rows = load_dataset(path, split=split, **options)
-        if lifted := _lift_json(rows.features):
+        lifted = _lift_json(rows.features) if rows.builder_name == "json" else None
+        if lifted is not None:
             rows = load_dataset(path, split=split, features=lifted, **options)
         if files:
             # Arrow does not check that text is UTF-8: reading the row would fail later, without its number.
@@ -149,10 +154,9 @@ def _find_fault(files: Sequence[Path]) -> str | None:
 def find_json_fault(path: Path) -> str | None:
     """Return which line of a file of JSON rows is damaged and how, or `None`."""
     try:
-        opened: Any = fsspec.open(str(path), "rb", compression="infer")
-        with opened as file:
+        with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
             lines = file.read().splitlines(keepends=True)
-    except (OSError, EOFError, ValueError, ImportError):
+    except (OSError, EOFError, lzma.LZMAError):
         return None  # It is compressed, and the damage is there.
     if ".json" in (ending.lower() for ending in path.suffixes) and lines and not lines[0].strip().endswith(b"}"):
         lines = [b"".join(lines)]  # one value over many lines, not one row per line

@@ -212,7 +212,7 @@ class TrainArguments(LoraArguments):
     _argument_group_name = "target and data"
 
     target: str = flag("Hub id or path of the target.")
-    dataset: str = flag("Training rows: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
+    dataset: str = flag("Training rows: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     train_split: str = flag("Split to train on.", default="train")
     eval_dataset: str | None = flag(

@@ -166,13 +166,14 @@ def first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     return row
 
 
-def find_mixed(dataset: Dataset | IterableDataset) -> dict[str, str]:
-    """Return columns of messages whose contents are of mixed types, with the key of the content."""
+def find_mixed(dataset: Dataset | IterableDataset, form: Form) -> dict[str, str]:
+    """Return those columns of messages whose contents are of mixed types, with the key of the content."""
     mixed = {}
-    for column, feature in (dataset.features or {}).items():
-        message: Any = getattr(feature, "feature", None)
-        for key in ("content", "value") if isinstance(message, dict) else ():
-            if isinstance(message.get(key), Json):
+    for column in form:
+        message = getattr((dataset.features or {}).get(column), "feature", None)
+        entries = message if isinstance(message, dict) else {}
+        for key in ("content", "value"):
+            if isinstance(entries.get(key), Json):
                 mixed[column] = key
     return mixed
 

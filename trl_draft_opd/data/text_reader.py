@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -199,7 +199,8 @@ class TextReader:
         """Map `encode` over the rows, drop those it skips, and warn how many and why."""
         row = first_row(dataset)
         row_format = find_format(row, forms)
-        if mixed := find_mixed(dataset):
+        mixed = find_mixed(dataset, row_format.form)
+        if mixed:
             dataset, convert = keep_texts(dataset, mixed), partial(decode_contents, mixed=mixed)
             row_format = row_format._replace(convert=convert)
         self._check_chats(next(iter(dataset.with_format(None))) if mixed else row, row_format)
@@ -321,9 +322,14 @@ class TextReader:
     def _control_tokens(self) -> re.Pattern[str]:
         """The special tokens of the tokenizer, as text."""
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        names = {name for name in [*added, *self.tokenizer.all_special_tokens] if name}
+        names = sorted({name for name in [*added, *self.tokenizer.all_special_tokens] if name})
+        # By their first characters, or a search would try a thousand names at every bracket of a program.
+        groups = [
+            re.escape(head) + "(?:" + "|".join(re.escape(name[2:]) for name in group) + ")"
+            for head, group in groupby(names, key=lambda name: name[:2])
+        ]
         # Nothing matches where there is none.
-        return re.compile("|".join(map(re.escape, sorted(names))) or r"(?!)")
+        return re.compile("|".join(groups) or r"(?!)")
 
     def _render(
         self, messages: list[dict], settings: ChatSettings, *, add_generation_prompt: bool

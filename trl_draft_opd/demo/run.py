@@ -33,12 +33,15 @@ from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.log_printer import LogPrinter
 from ..utils.bars import library_bars
+from ..utils.settings import check_settings
 from .corpus import write_chats
 from .results import draw_plot, require_matplotlib, results_table
 from .tiny_target import TinyTargetSettings, train_target
 
 
 FAMILIES = ("dflash", "eagle3")
+# Leaves room for a response in the tiny target's 1,024 positions; its own prompts are far shorter.
+MAX_PROMPT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.family not in FAMILIES:
             raise ValueError(f"`family` must be one of {FAMILIES}, got {self.family!r}.")
         for name, value in vars(self).items():
@@ -188,7 +192,7 @@ def _write_responses(
 
     lengths = fit_lengths(
         target.num_positions,
-        prompt=None,
+        prompt=MAX_PROMPT_LENGTH,
         completion=settings.max_completion_length,
         num_drafts=settings.num_drafts,
         defaults=TRAINING_LENGTHS,
@@ -221,6 +225,8 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
     has_accelerator = torch.accelerator.is_available()
     shared = {
         "per_device_train_batch_size": settings.batch_size,
+        "max_prompt_length": MAX_PROMPT_LENGTH,
+        "max_completion_length": settings.max_completion_length,
         "save_strategy": "no",
         "logging_steps": 5,
         "report_to": "none",
@@ -278,7 +284,7 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
 def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:
     """Train with one progress bar and no other output."""
     trainer.remove_callback(LogPrinter)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         trainer.add_callback(_ShowSteps(progress))
         trainer.train()
 

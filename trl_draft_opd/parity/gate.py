@@ -6,7 +6,6 @@ Reads the published files afresh. An error in them leaves every text right, beca
 the speed that the drafter is for; so rounds are compared one by one, and not only texts.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from ..drafters.published.checkpoint import CONFIG_FILE
+from ..drafters.published.checkpoint import CONFIG_FILE, CheckpointSource
 from ..drafters.published.configs import parse_drafter_config
 from ..export import LAYOUTS, PUBLISHED_NAMES, TargetOfExport, read_target
 from ..export.rules import check_folder
@@ -85,7 +84,7 @@ def verify_drafter(
         ValueError: If the target is not in float32, a consumer is unknown, or there is no prompt.
         OSError: If there is no such folder or repository.
     """
-    names = _check_request(target, prompts, consumers, max_completion_length)
+    names = _check_request(target, prompts, consumers, max_completion_length, tolerance)
     folder = _find_folder(path, revision)
     layouts = _find_layouts(folder, target)
     report = VerificationReport(str(path), "", len(prompts), num_drafts=0, max_completion_length=0)
@@ -134,8 +133,14 @@ def verify_drafter(
 
 
 def _check_request(
-    target: FrozenTarget, prompts: Sequence, consumers: Sequence[str] | None, max_completion_length: int | None
+    target: FrozenTarget,
+    prompts: Sequence,
+    consumers: Sequence[str] | None,
+    max_completion_length: int | None,
+    tolerance: float,
 ) -> tuple[str, ...]:
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` is a share of tau in [0, 1), got {tolerance}.")
     unknown = sorted(set(consumers or ()) - set(CONSUMERS))
     if unknown:
         raise ValueError(f"Unknown consumers {unknown}; there are {list(CONSUMERS)}.")
@@ -161,10 +166,9 @@ def _find_folder(path: str | Path, revision: str | None) -> Path:
 
 def _find_layouts(folder: Path, target: FrozenTarget) -> dict[str, Path]:
     """Return the folder of each layout; the one at the root first."""
-    config = folder / CONFIG_FILE
-    if not config.is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG_FILE}. Give the folder of a published drafter.")
-    raw = json.loads(config.read_text("utf-8"))
+    raw = CheckpointSource(str(folder), None, "", None, None).read_json(CONFIG_FILE)
     stated = None if raw.get("num_target_layers") else target.num_layers
     layouts = {parse_drafter_config(raw, num_target_layers=stated).layout: folder}
     for name in LAYOUTS[1:]:

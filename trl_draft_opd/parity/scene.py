@@ -25,6 +25,7 @@ from ..rollout.live import rollout_live
 from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget
+from ..utils.settings import check_settings
 from .counting import started_within
 
 
@@ -49,6 +50,9 @@ class EngineSettings:
     dtype: str = "float32"
     batch_size: int = 1
     timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def _check_address(base_url: str) -> None:
     try:
         parts = urlsplit(base_url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_address = is_address and not re.search(r"\s", base_url)
     except ValueError:  # a port or an IPv6 address that is none
         is_address = False
     if not is_address:

@@ -27,6 +27,8 @@ _COLUMNS = ["prompt_ids", "completion_ids"]
 # Seconds that a response waits for its shard to fill up.
 _WRITE_EVERY = 60.0
 
+_SHARDS = "shard-*.parquet"
+
 
 class ResponseStore:
     """
@@ -89,7 +91,10 @@ class ResponseStore:
                 write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
         # Read back even after writing it: of two writers that make the same folder, the later one's manifest counts.
         stored = _read_manifest(folder)
-        origin.check_same(stored, f"The responses in {folder}")
+        # A first try that was refused or stopped leaves the manifest alone.
+        is_empty = not any(folder.glob(_SHARDS))
+        note = ", which are none yet (delete the folder to begin anew)," if is_empty else ""
+        origin.check_same(stored, f"The responses in {folder}{note}")
         return cls(folder, stored, is_read_only=False)
 
     @classmethod
@@ -198,7 +203,7 @@ class ResponseStore:
             ValueError: If one of them is truncated, changed or foreign, naming it.
         """
         before = len(self)
-        for path in sorted(self.path.glob("shard-*.parquet")):
+        for path in sorted(self.path.glob(_SHARDS)):
             if path.name not in self._tables:
                 self._take_in(path.name, read_shard(path, self.origin))
         return len(self) - before

@@ -58,7 +58,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
     Args:
         model (`str`, `Path` or [`Drafter`]):
             The drafter, or the id or path of one in any published layout.
-        target (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+        target (`str`, `Path`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`FrozenTarget`]):
             The target to draft for; frozen.
         args ([`DraftOPDConfig`], *optional*):
             Settings.

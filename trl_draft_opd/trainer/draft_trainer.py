@@ -41,7 +41,7 @@ from .texts import AnyDataset, read_each
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 Settings = TypeVar("Settings", bound=DraftTrainingConfig)
@@ -64,7 +64,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def __init__(
         self,
         model: str | Path | Drafter,
-        target: str | Path | PreTrainedModel | FrozenTarget,
+        target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
         args: Settings | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,

@@ -21,7 +21,7 @@ _COLUMNS = {
     "loss/supervised": ("supervised", "7.4f"),
     "tau": ("tau", "5.3f"),
     "acceptance": ("kept per slot, %", ""),
-    "grad_norm": ("grad norm", "6.3g"),
+    "grad_norm": ("grad norm", "#6.3g"),
     "learning_rate": ("rate", "7.1e"),
 }
 # Amounts, of interest over time, in a plot.

@@ -35,7 +35,7 @@ from .common_config import DraftTrainingConfig, parsed
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Pair:
 
 def load_pair(
     model: str | Path | Drafter,
-    target: str | Path | PreTrainedModel | FrozenTarget,
+    target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
     args: DraftTrainingConfig,
     processing_class: PreTrainedTokenizerBase | None,
     peft_config: "PeftConfig | None",
@@ -96,7 +96,7 @@ def _earlier_record(drafter: Drafter) -> TrainingRecord | None:
 
 
 def load_target(
-    target: str | Path | PreTrainedModel | FrozenTarget,
+    target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
     args: DraftTrainingConfig,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> FrozenTarget:

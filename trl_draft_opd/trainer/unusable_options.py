@@ -55,6 +55,7 @@ _AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "save_total_limit",
+    "eval_accumulation_steps",
     "torch_empty_cache_steps",
 )
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")

@@ -71,8 +71,11 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Run the body, or the decorated function, with a standard output and error that it cannot fail at."""
-    with redirect_stdout(_lasting(sys.stdout)), redirect_stderr(_lasting(sys.stderr)):
+    """
+    Run the body, or the decorated function, with a standard output and error that it cannot fail at, and with this
+    package's warnings as sentences.
+    """
+    with redirect_stdout(_lasting(sys.stdout)), redirect_stderr(_lasting(sys.stderr)), own_warnings_as_sentences():
         yield
 
 

@@ -17,12 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.integrations import deepspeed
 from transformers.modeling_utils import is_fsdp_enabled  # pyright: ignore[reportPrivateImportUsage]
 
-
-try:
-    # huggingface_hub 2 uses this package, 1 its predecessor.
-    from httpx2 import TransportError
-except ImportError:
-    from httpx import TransportError  # pyright: ignore[reportMissingImports]  one of the two is installed
+from .versions import TRANSPORT_ERRORS
 
 
 # Seconds for the one question whether a repository exists.
@@ -82,7 +77,7 @@ def _require_repository(name: str, token: str | bool | None) -> None:
                 "private one, `hf auth login`."
             ) from error
         # Otherwise a download tells what is wrong, and tries again where that may pass.
-    except TransportError as error:
+    except TRANSPORT_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FileNotFoundError(
             f"{missing}, and the Hub could not be asked for a model of that name ({reason}). Check the path, or your "

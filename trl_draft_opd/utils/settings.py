@@ -16,7 +16,8 @@ def check_settings(settings: Any) -> None:
     """
     for each in fields(settings):
         value = getattr(settings, each.name)
-        if value == "" and _default_of(each) != "":
+        is_empty = value == "" or (isinstance(value, list) and "" in value)
+        if is_empty and _default_of(each) != "":
             raise ValueError(f"`{each.name}` is empty. Give it a value, or leave it out.")
         place, number = _find_not_finite(each.name, value) or (None, None)
         if place is not None:

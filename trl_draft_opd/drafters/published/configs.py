@@ -302,7 +302,8 @@ def _shared_kwargs(
 def _check_kinds(raw: dict[str, Any], shape: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Refuse values that are no number, name or id where one must stand."""
     _number("rms_norm_eps", kwargs["rms_norm_eps"])
-    if kwargs["initializer_range"] != 0:
+    # transformers' own layout has none.
+    if kwargs["initializer_range"] not in (None, 0):
         _number("initializer_range", kwargs["initializer_range"])
     if not isinstance(kwargs["hidden_act"], str) or kwargs["hidden_act"] not in ACT2FN:
         raise ValueError(f"config.json has hidden_act={kwargs['hidden_act']!r}, which transformers does not know.")
