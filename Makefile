@@ -71,7 +71,7 @@ test-lab: TESTS = tests/lab
 test-lab: $(STAMP)  ## Run the tests of the laboratory (benchmarks/lab)
 	$(PYTEST) -m lab $(ARGS)
 
-crash: $(STAMP)  ## Run the crash matrix: a stop at every file operation, thirty kills at random times
+crash: $(STAMP)  ## Run the crash matrix: stops at every file operation, lost renames, full disks, kills
 	$(PYTEST) --dist load -m crash $(ARGS)
 
 guard: $(STAMP)  ## Compare losses, weights, rollouts, exports and refusals of tiny models with their record, bit for bit

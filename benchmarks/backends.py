@@ -76,7 +76,7 @@ def run_worker(options: argparse.Namespace) -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            max_completion_length=options.max_new_tokens,
+            max_completion_length=options.max_completion_length,
             bf16=options.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             target_dtype=options.dtype,
@@ -127,7 +127,7 @@ def write_answers(options: argparse.Namespace) -> None:
     answers = generate_responses(
         target,
         prompts,
-        max_new_tokens=options.max_new_tokens,
+        max_completion_length=options.max_completion_length,
         sampling=SamplingSettings(0.0, 0, 1.0),
         batch_size=64,
         seed=0,
@@ -172,7 +172,7 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--max-completion-length", type=int, default=96)
     options = parser.parse_args()
     if options.worker:
         run_worker(options)

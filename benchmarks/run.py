@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drafter-eagle3", type=Path, help="folder of a trained drafter; a random one without it")
     parser.add_argument("--drafter-dflash", type=Path, help="folder of a trained drafter; a random one without it")
     parser.add_argument("--prompts", type=int, default=200, help="prompts on which replay must equal live decoding")
-    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--max-completion-length", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -128,7 +128,7 @@ class Scene:
         """Update the drafter; the first call makes AdamW's moments."""
         self.optimizer.step()
 
-    def live(self, max_new_tokens: int) -> None:
+    def live(self, max_completion_length: int) -> None:
         """Decode a few tokens behind the whole text: caches are as long as training makes them."""
         greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
         settings = DraftingSettings(self.drafter.default_num_drafts, greedy, "greedy", keep_branch_hidden=False)
@@ -139,7 +139,7 @@ class Scene:
                 self.input_ids.tolist(),
                 settings,
                 DrawKeys(0, 0, range(self.work.rows)),
-                max_new_tokens=max_new_tokens,
+                max_completion_length=max_completion_length,
                 eos_token_ids=(),
             )
 

@@ -2,7 +2,7 @@
 """
 Adapt a drafter to a fine-tune of its target by a short SFT on the fine-tune's responses, whole or as LoRA.
 
-    accelerate launch examples/adapt_drafter.py --target my/fine-tune --drafter z-lab/Qwen3-4B-DFlash-b16 \
+    python examples/adapt_drafter.py --target my/fine-tune --drafter z-lab/Qwen3-4B-DFlash-b16 \
         --dataset prompts.jsonl --output-dir adapted --learning-rate 1e-3
 
 Use prompts of the kind that the fine-tune will serve. Expect tau on the held-out prompts before and after;

@@ -24,7 +24,7 @@ from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import rollout_live
 
 
-POSITION_DECAY, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 0.8, 8, 128
+POSITION_DECAY, PROMPTS_PER_STEP, MAX_COMPLETION_LENGTH = 0.8, 8, 128
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main(args: ExampleArguments) -> list[float]:
             prompts,
             settings,
             DrawKeys(seed=0, epoch=step, sample_ids=range(len(prompts))),
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_completion_length=MAX_COMPLETION_LENGTH,
             eos_token_ids=target.eos_token_ids,
         )
 

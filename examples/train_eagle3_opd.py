@@ -2,7 +2,7 @@
 """
 Improve a trained drafter by Draft-OPD. The script is named for EAGLE-3 but takes a drafter of any family.
 
-    accelerate launch examples/train_eagle3_opd.py --target Qwen/Qwen3-4B --drafter drafter-sft \
+    python examples/train_eagle3_opd.py --target Qwen/Qwen3-4B --drafter drafter-sft \
         --dataset prompts.jsonl --responses responses --output-dir drafter-opd
 
 The drafter drafts along the target's responses and learns from what the target rejects. Expect tau on the held-out

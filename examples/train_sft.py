@@ -2,7 +2,7 @@
 """
 Train a drafter by SFT on its target's responses: a fresh one of either family, or with `--drafter` an earlier one.
 
-    accelerate launch examples/train_sft.py --target Qwen/Qwen3-4B --family eagle3 \
+    python examples/train_sft.py --target Qwen/Qwen3-4B --family eagle3 \
         --dataset prompts.jsonl --responses responses --output-dir drafter-sft
 
 The target first responds to every prompt, which takes most of the time; `--responses` keeps the text for later runs.

@@ -51,6 +51,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Folder with trained drafters, eagle3/ and dflash/, for the tests against real engines. Without it they "
         "train short ones.",
     )
+    group.addoption(
+        "--readme-target",
+        metavar="PATH",
+        default=None,
+        help="Target for the walk through the README, in place of the small one of --shared: a folder, as "
+        "`save_pretrained` writes it.",
+    )
+    group.addoption(
+        "--readme-env",
+        metavar="PATH",
+        default=None,
+        help="Virtual environment in which the README's own commands run. The default is that of the tests, which "
+        "serves with vLLM in any case.",
+    )
     group.addoption("--run-slow", action="store_true", default=False, help="Run the tests marked slow too.")
 
 

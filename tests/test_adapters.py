@@ -420,14 +420,14 @@ def test_an_adapter_whose_drafter_is_gone_says_how_to_give_it(tmp_path, bases):
     adapted = adapt(bases / "dflash")
     adapted.peft_config["default"].base_model_name_or_path = "../not-here"
     save_drafter(adapted, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"trained on the drafter '\.\./not-here'.*Give it as `base`"):
+    with pytest.raises(FileNotFoundError, match=r"trained on '\.\./not-here'.*Give its drafter as `base`"):
         AutoDrafter.from_pretrained(tmp_path)
     own, wanted = clones(AutoDrafter.from_pretrained(tmp_path, base=bases / "dflash")), hand_merged(adapted)
     assert all(torch.equal(own[name], wanted[name]) for name in own)
     with pytest.raises(ValueError, match="is a whole drafter, so `base` means nothing"):
         AutoDrafter.from_pretrained(bases / "dflash", base=tmp_path)
     AutoDrafter.from_pretrained(bases / "dflash").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds an adapter .* and a whole drafter"):
+    with pytest.raises(ValueError, match="holds an adapter .* and a whole model"):
         AutoDrafter.from_pretrained(tmp_path, base=bases / "dflash")
 
 

@@ -19,7 +19,7 @@ from helpers.tiny import make_drafter, make_prompts, make_target
 
 def settings(**options) -> argparse.Namespace:
     defaults = {"pairs": 1, "device": "cpu", "dtype": "float32", "quick": True, "only": [], "seed": 0, "shared": None}
-    defaults |= {"drafter_eagle3": None, "drafter_dflash": None, "prompts": 4, "max_new_tokens": 8}
+    defaults |= {"drafter_eagle3": None, "drafter_dflash": None, "prompts": 4, "max_completion_length": 8}
     return argparse.Namespace(**defaults | options)
 
 
@@ -198,7 +198,7 @@ def test_rollouts_of_every_kind_agree_on_a_tiny_pair(family, monkeypatch):
     monkeypatch.setattr(rollout, "REACH_STEP", {1: None, 2: None})
     report = arms.Report("rollout", {})
     pair = rollout.Pair(settings(), report, family, make_target())
-    pair.max_new_tokens = 6
+    pair.max_completion_length = 6
     for part in (rollout.equality, rollout.batches, rollout.opd_steps):
         part(settings(), report, pair, make_prompts(2))
     measured = {figure.name.split(",")[0]: figure.measured for figure in report.figures}

@@ -3,21 +3,26 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from helpers.tiny import make_causal_lm, make_target, make_tokenizer
-from trl_draft_opd import AutoDrafter, __version__, evaluate_drafter
+from helpers.tiny import EOS, VOCAB, make_causal_lm, make_target, make_tokenizer
+from trl_draft_opd import AutoDrafter, ResponseStore, __version__, evaluate_drafter
 from trl_draft_opd.cli import COMMANDS, main
 from trl_draft_opd.cli.arguments import parse
 from trl_draft_opd.cli.decoding import EvaluateArguments
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.cli.training import make_drafter
+from trl_draft_opd.export.record import read_record
 from trl_draft_opd.parity.consumers import CONSUMERS
 from trl_draft_opd.parity.report import VerificationReport
 
@@ -123,18 +128,28 @@ def test_a_missing_config_file_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "needs the path" in _error(["sft", "--config"], capsys)
 
 
-def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path):
-    with pytest.raises(OSError, match="missing.yaml"):
-        main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")])
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["--debug", "sft", "--config", str(tmp_path / "missing.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "missing.yaml" in error
 
 
-def test_other_exceptions_are_not_turned_into_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_traceback_never_ends_with_the_code_of_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     def broken(argv):
         raise RuntimeError("a fault of the program")
 
     monkeypatch.setattr("trl_draft_opd.cli.demo.run_demo", broken)
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        main(["demo"])
+    assert main(["demo"]) == 3
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "RuntimeError: a fault of the program" in error
+
+
+def test_a_config_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = tmp_path / "run.yaml"
+    config.write_text("target: [t\n")
+    assert "is no YAML" in _error(["sft", "--config", str(config)], capsys)
 
 
 def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
@@ -152,12 +167,18 @@ def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytes
         ["sft", "--drafter", "m", "--block_size", "4"],
     ):
         assert "either `--drafter`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
-    regenerated = ["--family", "eagle3", "--draft_vocab_size", "9", "--regenerate"]
-    assert "which `regenerate` replaces" in _error(["sft", *needed, *regenerated], capsys)
+    assert "for `--family eagle3`" in _error(["sft", *needed, "--family", "dflash", "--draft_vocab_size", "9"], capsys)
     assert "--family" in _error(["opd", *needed, "--drafter", "m", "--family", "dflash"], capsys)
     assert "go together" in _error(["demo", "--target", "t"], capsys)
     init = ["init", "--family", "eagle3", "--target", "t", "--output", "o"]
-    assert "go together" in _error([*init, "--draft-vocab-size", "9"], capsys)
+    for wrong in (
+        ["--draft-vocab-size", "9"],
+        ["--responses", "r"],
+        ["--dataset", "d", "--responses", "r", "--draft-vocab-size", "9"],
+    ):
+        assert "goes together with one of `--responses`" in _error([*init, *wrong], capsys)
+    wrong = ["init", "--family", "dflash", *init[3:], "--dataset", "d", "--draft-vocab-size", "9"]
+    assert "are for `--family eagle3`" in _error(wrong, capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -195,10 +216,10 @@ def test_a_flag_is_accepted_with_hyphens_and_with_underscores():
     words = ["--target", "t", "--drafter", "d", "--dataset", "r"]
     hyphens, underscores = (
         parse("evaluate", [EvaluateArguments], [*words, name, "7"])
-        for name in ("--max-new-tokens", "--max_new_tokens")
+        for name in ("--max-completion-length", "--max_completion_length")
     )
     assert hyphens == underscores
-    assert hyphens[0].max_new_tokens == 7
+    assert hyphens[0].max_completion_length == 7
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -225,17 +246,17 @@ def test_rows_come_from_files_and_saved_folders_alike(tmp_path: Path, rows_file:
 
 
 def test_unset_options_of_a_fresh_drafter_are_the_library_own():
-    config = make_drafter(make_target(), "eagle3", {}, None).config
+    config = make_drafter(make_target(), "eagle3", {}).config
     assert (config.ttt_steps, config.draft_vocab_size, config.target_layer_ids) == (7, 64, [1, 3, 4])
-    config = make_drafter(make_target(), "dflash", {}, None).config
+    config = make_drafter(make_target(), "dflash", {}).config
     assert (config.num_hidden_layers, config.block_size, config.mask_token_id) == (5, 16, 3)
 
 
 def test_an_option_of_the_other_family_is_refused():
     with pytest.raises(ValueError, match=r"\['ttt_steps'\] are not options of a 'dflash' drafter"):
-        make_drafter(make_target(), "dflash", {"ttt_steps": 3, "target_layer_ids": [1]}, None)
+        make_drafter(make_target(), "dflash", {"ttt_steps": 3, "target_layer_ids": [1]})
     with pytest.raises(ValueError, match="got 'medusa'"):
-        make_drafter(make_target(), "medusa", {}, None)
+        make_drafter(make_target(), "medusa", {})
 
 
 def test_init_saves_what_was_asked_for(drafter_folder: str):
@@ -251,7 +272,7 @@ def test_init_with_the_same_seed_makes_the_same_drafter(drafter_folder: str, tar
 
 
 def test_sft_makes_an_eagle3_drafter_with_the_most_frequent_tokens(
-    target_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    target_folder: str, rows_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     config = tmp_path / "sft.yaml"
     config.write_text(f"target: {target_folder}\ndataset: {rows_file}\nfamily: eagle3\nttt_steps: 2\n")
@@ -262,7 +283,38 @@ def test_sft_makes_an_eagle3_drafter_with_the_most_frequent_tokens(
     assert (drafter.config.ttt_steps, drafter.config.draft_vocab_size) == (2, 12)
     # Counted by hand: w15..w21 occur six times each, the next ones on either side five times; EOS is kept always.
     assert {15, 16, 17, 18, 19, 20, 21, 2} <= set(drafter.draft_token_ids.tolist())
-    assert "Draft vocabulary of 12 tokens covers" in capsys.readouterr().out
+    assert "proposes 12 of the target's 64 tokens" in caplog.text
+
+
+def test_init_counts_the_responses_that_generate_wrote(
+    target_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base = ["--target", target_folder]
+    store, out = str(tmp_path / "store"), str(tmp_path / "out")
+    words = ["generate", *base, "--dataset", rows_file, "--output", store, "--max-completion-length", "9"]
+    assert main(words) == 0
+    init = ["init", *base, "--family", "eagle3", "--output", out, "--draft-vocab-size", "12"]
+    assert main([*init, "--responses", store]) == 0
+    counts = Counter(chain.from_iterable(ResponseStore.read_only(store).to_dataset()["completion_ids"][:]))
+    # Of equally frequent tokens the lowest are kept, EOS (2) in any case.
+    frequent = sorted(range(VOCAB), key=lambda token: (token != EOS, -counts[token], token))[:12]
+    assert AutoDrafter.from_pretrained(out).draft_token_ids.tolist() == sorted(frequent)
+    assert "covers" in capsys.readouterr().out
+    other = tmp_path / "other"
+    make_causal_lm(seed=5).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    words = [*init, "--responses", store, "--target", str(other)]
+    assert "written under other conditions" in _error(words, capsys)
+
+
+def test_init_on_rows_without_responses_names_the_command_that_writes_them(
+    target_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "w8 w9"}\n', "utf-8")
+    words = ["init", "--family", "eagle3", "--target", "no/target", "--output", "o", "--draft-vocab-size", "9"]
+    error = _error([*words, "--dataset", str(rows)], capsys)
+    assert "trl-draft-opd generate" in error and "--responses" in error
 
 
 def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
@@ -274,9 +326,41 @@ def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, r
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("command", ["sft", "opd"])
+@pytest.mark.parametrize("held_out", ["--eval-dataset", "--eval-split"])
+def test_rows_to_evaluate_on_give_tau_once_after_training_and_on_the_card(
+    command: str,
+    held_out: str,
+    target_folder: str,
+    drafter_folder: str,
+    rows_file: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    rows = {"--eval-dataset": rows_file, "--eval-split": "train[:2]"}[held_out]
+    words = ["--drafter", drafter_folder, "--target", target_folder, "--dataset", rows_file, held_out, rows]
+    words += ["--max_completion_length", "12", "--output_dir", str(tmp_path), *TRAINING]
+    assert main([command, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "On the evaluation rows tau is" in printed
+    assert "tau" in (tmp_path / "README.md").read_text("utf-8")
+    assert [m.num_prompts for m in read_record(tmp_path).measurements] == [6 if held_out == "--eval-dataset" else 2]
+
+
 def _evaluate(target: str, drafter: str, rows: str, *more: str) -> int:
     return main(
-        ["evaluate", "--target", target, "--drafter", drafter, "--dataset", rows, "--max-new-tokens", "12", *more]
+        [
+            "evaluate",
+            "--target",
+            target,
+            "--drafter",
+            drafter,
+            "--dataset",
+            rows,
+            "--max-completion-length",
+            "12",
+            *more,
+        ]
     )
 
 
@@ -315,10 +399,75 @@ def test_evaluate_fails_when_a_float32_output_is_not_the_target_own(
     assert _evaluate(target_folder, drafter_folder, rows_file, "--num-prompts", "1", "--target-dtype", "bfloat16") == 0
 
 
+def test_evaluate_puts_its_numbers_on_the_card_of_an_export(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    main(["export", "--drafter", drafter_folder, "--target", target_folder, "--output", str(out), "--license", "mit"])
+    before = {name: (out / name).read_bytes() for name in ("config.json", "custom_generate/generate.py")}
+    card = out / "README.md"
+    assert "Not measured yet." in card.read_text("utf-8")
+    card.write_text(card.read_text("utf-8").replace("<!-- notes -->", "<!-- notes -->\nMine.\n"), "utf-8")
+    words = ["evaluate", "--drafter", str(out), "--target", target_folder, "--dataset", rows_file]
+    words += ["--max-completion-length", "12"]
+    assert main(words) == 0
+    assert "With `--record NAME`" in capsys.readouterr().out and not (out / "training_record.json").exists()
+    for batch_size in ("2", "3"):
+        assert main([*words, "--record", "gsm8k-test", "--batch-size", batch_size]) == 0
+    (measured,) = read_record(out).measurements
+    assert (measured.prompt_set, measured.num_prompts, measured.batch_size) == ("gsm8k-test", 6, 3)
+    text = card.read_text("utf-8")
+    assert "Not measured yet." not in text and "Mine." in text and "license: mit" in text
+    assert f"| gsm8k-test (6) | 0 | 3 | {measured.tau:.3f} [" in text and "6 of 6 greedy outputs on gsm8k-test" in text
+    assert {name: (out / name).read_bytes() for name in before} == before
+    # Under other conditions it is another measurement.
+    main([*words, "--record", "gsm8k-test", "--num-drafts", "2"])
+    assert [m.num_drafts for m in read_record(out).measurements] == [3, 2]
+
+
+def test_what_evaluate_recorded_of_a_saved_drafter_is_on_the_card_of_its_export(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    saved, out = shutil.copytree(drafter_folder, tmp_path / "saved"), tmp_path / "out"
+    words = ["--target", target_folder, "--drafter", str(saved)]
+    flags = ["--dataset", rows_file, "--max-completion-length", "12", "--record", "org/prompts:test"]
+    assert main(["evaluate", *words, *flags]) == 0
+    assert "the card of its next export will have it" in capsys.readouterr().out
+    assert main(["export", *words, "--output", str(out)]) == 0
+    assert "org/prompts:test (6)" in (out / "README.md").read_text("utf-8")
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
+    drafter_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    words = ["evaluate", "--target", "no/target", "--dataset", "none", "--drafter"]
+    assert "no file, got 'held_out.jsonl'" in _error([*words, drafter_folder, "--record", "held_out.jsonl"], capsys)
+    assert "'org/drafter' is none" in _error([*words, "org/drafter", "--record", "x"], capsys)
+    checkpoint = shutil.copytree(drafter_folder, tmp_path / "checkpoint-3")
+    (checkpoint / "manifest.json").write_text("{}")
+    assert "proven by their hashes" in _error([*words, str(checkpoint), "--record", "x"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code", "advice"), [("bfloat16", 0, "--target-dtype float32"), ("float32", 1, "verify")]
+)
+def test_evaluate_says_why_outputs_can_differ_and_what_to_do(
+    target_folder, drafter_folder, rows_file, monkeypatch, capsys, dtype, code, advice
+):
+    def evaluate(*args, **kwargs):
+        return replace(evaluate_drafter(*args, **kwargs), num_different=1, different_prompts=[0])
+
+    monkeypatch.setattr("trl_draft_opd.cli.decoding.evaluate_drafter", evaluate)
+    words = ["--target", target_folder, "--target-dtype", dtype, "--drafter", drafter_folder, "--dataset", rows_file]
+    assert main(["evaluate", *words, "--num-prompts", "2", "--max-completion-length", "8"]) == code
+    said = capsys.readouterr().out
+    assert f"The target computes in {dtype}." in said and advice in said
+
+
 def test_a_drafter_of_another_target_is_refused(target_folder: str, rows_file: str, tmp_path: Path, capsys):
     other = make_target()
     other.config.vocab_size = 128
-    make_drafter(other, "dflash", {"block_size": 4}, None).save_pretrained(tmp_path)
+    make_drafter(other, "dflash", {"block_size": 4}).save_pretrained(tmp_path)
     error = _error(["evaluate", "--target", target_folder, "--drafter", str(tmp_path), "--dataset", rows_file], capsys)
     assert "vocab_size 128 but the target has 64" in error
 
@@ -326,6 +475,18 @@ def test_a_drafter_of_another_target_is_refused(target_folder: str, rows_file: s
 def test_a_file_that_does_not_exist_is_one_line(target_folder: str, drafter_folder: str, capsys):
     words = ["--target", target_folder, "--drafter", drafter_folder, "--dataset", "nowhere.jsonl"]
     assert "There is no dataset file 'nowhere.jsonl'" in _error(["evaluate", *words], capsys)
+
+
+def test_a_password_in_an_address_is_in_no_error(tmp_path: Path, capsys: pytest.CaptureFixture):
+    address = "https://me:canary@host.org/rows.jsonl"
+    assert main(["generate", "--target", "org/t", "--dataset", address, "--output", str(tmp_path / "o")]) == 2
+    key = tmp_path / "key"
+    key.write_text("canary twice\n")
+    server = ["--engine", "vllm", "--base-url", "http://me:canary@host.org", "--api-key-file", str(key)]
+    for flags in (server, [*server[:3], "http://host.org", *server[4:]]):
+        assert main(["generate", "--target", "org/t", "--dataset", "d", "--output", "o", *flags]) == 2
+    said = capsys.readouterr()
+    assert "https://***@host.org/rows.jsonl" in said.err and "canary" not in said.out + said.err
 
 
 def test_a_dataset_of_the_library_is_read_like_any_other(tmp_path: Path):
@@ -372,7 +533,8 @@ def test_an_export_refuses_what_nobody_could_read(target_folder, drafter_folder,
 
 
 def test_a_push_of_a_checkpoint_is_refused_with_the_way_to_export(drafter_folder: str, tmp_path, capsys):
-    assert "holds no export" in _error(["push", "--drafter", str(tmp_path), "--repo-id", "org/tiny-dflash"], capsys)
+    for folder in (str(tmp_path), drafter_folder):
+        assert "holds no export" in _error(["push", "--drafter", folder, "--repo-id", "org/tiny-dflash"], capsys)
     assert "cannot be the name" in _error(["push", "--drafter", drafter_folder, "--repo-id", "org/../x"], capsys)
 
 

@@ -3,9 +3,10 @@
 
 import math
 
+import torch
 from test_blocks import ROUNDS, make_rollout
 
-from trl_draft_opd.rollout.counts import Counts
+from trl_draft_opd.rollout.counts import Counts, interval
 
 
 def test_a_rollouts_counts_leave_out_blocks_that_may_reach_past_its_text():
@@ -34,3 +35,8 @@ def test_the_interval_resamples_prompts():
     assert Counts.of_chains([[2, 2], [2, 2]], 2).interval(num_resamples=50, seed=0) == (3.0, 3.0)
     low, high = Counts.of_chains([[0] * 4, [2] * 4] * 10, 2).interval(num_resamples=500, seed=0)
     assert 1 <= low < 2 < high <= 3
+
+
+def test_the_interval_leaves_out_as_much_at_each_end_as_makes_95_percent():
+    values = torch.arange(1001, dtype=torch.float64).flip(0)
+    assert interval(values) == (25.0, 975.0)

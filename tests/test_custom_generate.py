@@ -474,10 +474,29 @@ def test_a_drafter_is_loaded_once_and_again_when_its_folder_is_replaced(tmp_path
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in bare.tensors.items())
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "dflash"])
-def test_a_file_that_names_no_drafter_says_how_to_name_it(target, folders, variant):
+@pytest.mark.parametrize("module", [eagle3, dflash])
+def test_a_file_that_names_no_drafter_says_how_to_name_it(target, module):
     with pytest.raises(ValueError, match='Pass `drafter="ORG/NAME"`'):
-        target.causal_lm.generate(as_ids([9]), custom_generate=folders[variant], trust_remote_code=True)
+        module.generate(target.causal_lm, inputs=as_ids([9]))
+
+
+@pytest.mark.parametrize("variant", ["eagle3", "dflash"])
+def test_a_local_folder_decodes_with_its_own_drafter_whatever_name_it_was_published_under(
+    tmp_path, target, folders, variant, monkeypatch
+):
+    place = shutil.copytree(folders[variant], tmp_path / f"local-{variant}")
+    write_custom_generate(place, variant, "no-such-org/renamed-since")
+    ids, limits = as_ids([9, 10, 11]), {"max_new_tokens": 8, "do_sample": False}
+    own = target.causal_lm.generate(ids, **limits)
+    options = limits | {"trust_remote_code": True}
+    assert torch.equal(target.causal_lm.generate(ids, custom_generate=str(place), **options), own)
+    # By a path that is relative, too.
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(target.causal_lm.generate(ids, custom_generate=place.name, **options), own)
+    # And nothing but that drafter: without its weights there is none.
+    (place / ("transformers/model.safetensors" if variant == "dflash" else "model.safetensors")).unlink()
+    with pytest.raises(OSError):
+        target.causal_lm.generate(ids, custom_generate=str(place), **options)
 
 
 def test_code_of_an_export_runs_only_when_trusted(target, folders):
@@ -515,7 +534,7 @@ target = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = torch.tensor([[9, 10, 11]])
 own = target.generate(ids, max_new_tokens=12, do_sample=False)
 for folder in sys.argv[2:]:
-    options = dict(custom_generate=folder, trust_remote_code=True, drafter=folder, max_new_tokens=12, do_sample=False)
+    options = dict(custom_generate=folder, trust_remote_code=True, max_new_tokens=12, do_sample=False)
     assert torch.equal(target.generate(ids, **options), own)
 print("alone")
 """

@@ -22,7 +22,7 @@ from trl_draft_opd.demo.tiny_target import TinyTargetSettings, train_target, tra
 MINIATURE = {
     "num_prompts": 16,
     "num_test_prompts": 4,
-    "max_new_tokens": 16,
+    "max_completion_length": 16,
     "num_drafts": 3,
     "sft_epochs": 2,
     "opd_epochs": 2,

@@ -17,6 +17,7 @@ from trl_draft_opd import (
     EvaluationReport,
     SamplingSettings,
     evaluate_drafter,
+    evaluation,
     generate_responses,
 )
 from trl_draft_opd.evaluation import paired_gain
@@ -35,7 +36,7 @@ def target():
 
 
 def evaluate(target, drafter, prompts, **changes):
-    options = {"max_new_tokens": 16, "num_resamples": 200, "show_progress": False} | changes
+    options = {"max_completion_length": 16, "num_resamples": 200, "show_progress": False} | changes
     return evaluate_drafter(target, drafter, prompts, **options)
 
 
@@ -90,11 +91,11 @@ def test_blocks_are_counted_by_geometry_and_not_by_their_fate(monkeypatch, targe
     prompt = [9, 10, 11]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, [greedy_text(target, prompt, 30)], lambda row: set())
-    report = evaluate(target, drafter, [prompt], max_new_tokens=8)
+    report = evaluate(target, drafter, [prompt], max_completion_length=8)
     assert report.block_counts == [1] and report.tau == 5.0
     # A drafter wrong at 9 has its block at 8 refused at once; it is left out all the same.
     plant(monkeypatch, drafter, [greedy_text(target, prompt, 30)], lambda row: {9})
-    assert evaluate(target, drafter, [prompt], max_new_tokens=8).block_counts == [1]
+    assert evaluate(target, drafter, [prompt], max_completion_length=8).block_counts == [1]
 
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
@@ -122,6 +123,29 @@ def test_a_lossy_loop_is_caught(monkeypatch, target):
     assert report.num_different == 1 and report.different_prompts == [0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: [text[0] ^ 1, *text[1:]],
+        lambda text: [*text[:-1], text[-1] ^ 1],
+        lambda text: text[:-1],
+        lambda text: [*text, 9],
+    ],
+    ids=["first token", "last token", "shorter", "longer"],
+)
+def test_outputs_are_equal_only_if_every_token_is(monkeypatch, target, change, batch_size):
+    prompts = make_prompts(3)
+
+    def write(target, batch, **options):
+        own = generate_responses(target, batch, **options)
+        return [change(text) if prompt == prompts[2] else text for prompt, text in zip(batch, own, strict=True)]
+
+    monkeypatch.setattr(evaluation, "generate_responses", write)
+    report = evaluate(target, make_drafter("dflash", target), prompts, batch_size=batch_size)
+    assert (report.num_different, report.different_prompts) == (1, [2])
+
+
 def test_without_a_comparison_nothing_is_claimed(target):
     drafter = make_drafter("dflash", target)
     for changes in ({"compare_with_target": False}, {"ignore_eos": True}):
@@ -134,8 +158,10 @@ def test_without_a_comparison_nothing_is_claimed(target):
 
 
 def test_no_block_inside_any_text_is_an_error(target):
-    with pytest.raises(ValueError, match="among 2 prompts is longer than a block of 4 drafts.*Raise `max_new_tokens`"):
-        evaluate(target, make_drafter("dflash", target), make_prompts(2), max_new_tokens=3)
+    with pytest.raises(
+        ValueError, match="among 2 prompts is longer than a block of 4 drafts.*Raise `max_completion_length`"
+    ):
+        evaluate(target, make_drafter("dflash", target), make_prompts(2), max_completion_length=3)
 
 
 def test_a_repetition_penalty_in_the_targets_files_does_not_reach_the_comparison():
@@ -147,7 +173,7 @@ def test_a_repetition_penalty_in_the_targets_files_does_not_reach_the_comparison
     responses = generate_responses(
         target,
         prompts,
-        max_new_tokens=12,
+        max_completion_length=12,
         sampling=SamplingSettings(0.0, 0, 1.0),
         batch_size=2,
         seed=0,

@@ -53,6 +53,18 @@ def test_every_script_shows_its_own_command():
         )
 
 
+def test_the_quickstart_runs_on_its_own_raw_rows_and_again_on_others(monkeypatch, folder, tmp_path, capsys):
+    few = tmp_path / "raw.jsonl"
+    few.write_text("".join(json.dumps({"question": f"w{i} w9", "answer": "w8"}) + "\n" for i in range(8)), "utf-8")
+    for rows in ([], ["--dataset", str(few)]):
+        words = ["--target", folder / "target", "--output", tmp_path / "out", "--max_completion_length", 12, *rows]
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, words)])
+        runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
+        shown = capsys.readouterr().out
+        assert "after Draft-OPD" in shown and "The drafter is in" in shown
+    assert AutoDrafter.from_pretrained(tmp_path / "out" / "drafter-opd").config.family == "eagle3"
+
+
 def test_the_quickstart_refuses_too_few_rows_before_it_loads_the_target(monkeypatch, folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w9"}\n' * 7, encoding="utf-8")
     with pytest.raises(SystemExit, match="has 7 rows. Give at least 8"):

@@ -6,13 +6,20 @@ says, and that nothing local changes.
 
 import json
 import struct
+import traceback
 
 import pytest
 from huggingface_hub import HfApi, constants
 
 from helpers.fake_hub import serve_hub
 from trl_draft_opd.export import hub as hub_module
-from trl_draft_opd.export.hub import create_repository, published_files, push_folder, validate_repo_id
+from trl_draft_opd.export.hub import (
+    create_repository,
+    published_files,
+    push_folder,
+    resumable_files,
+    validate_repo_id,
+)
 
 
 TOKEN = "hf_CanaryCanaryCanaryCanaryCanary0042"
@@ -21,7 +28,7 @@ FILES = {
     "README.md": b"---\nlicense: mit\n---\n# Card\n",
     "config.json": b"{}",
     "custom_generate/generate.py": b"def generate(model, **kwargs): ...\n",
-    "speculative_config.json": b"{}",
+    "speculative_config.json": json.dumps({"repository": REPO}).encode(),
     "speculators/config.json": b"{}",
     "training_record.json": b"{}",
 }
@@ -167,7 +174,7 @@ def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_
     (checkpoint / "optimizer.pt").write_bytes(b"moments")
     (checkpoint / "training_args.bin").write_text(home)
     (checkpoint / "completions" / "1.parquet").write_text(home)
-    push(folder, extra_folders={"last-checkpoint": checkpoint})
+    push(folder, extra_folders={"last-checkpoint": resumable_files(checkpoint)})
     repository = hub.repositories[REPO]
     sent = {name: data for name, data in repository.commits[0]["files"].items() if name.startswith("last-")}
     assert set(sent) == {f"last-checkpoint/{n}" for n in ("config.json", "trainer_state.json", "optimizer.pt")}
@@ -176,7 +183,7 @@ def test_a_checkpoint_goes_up_without_arguments_texts_or_paths(hub, folder, tmp_
     assert home in (checkpoint / "config.json").read_text()
     # The next one takes its place.
     (checkpoint / "optimizer.pt").rename(checkpoint / "scheduler.pt")
-    push(folder, extra_folders={"last-checkpoint": checkpoint})
+    push(folder, extra_folders={"last-checkpoint": resumable_files(checkpoint)})
     assert repository.commits[1]["deleted"] == ["last-checkpoint/optimizer.pt"]
 
 
@@ -184,7 +191,7 @@ def test_a_hub_id_in_a_checkpoint_is_no_path(hub, folder, tmp_path):
     (tmp_path / "c").mkdir()
     text = json.dumps({"target_model_name_or_path": "org/target"})
     (tmp_path / "c" / "config.json").write_text(text)
-    push(folder, extra_folders={"checkpoint-1": tmp_path / "c"})
+    push(folder, extra_folders={"checkpoint-1": resumable_files(tmp_path / "c")})
     assert hub.repositories[REPO].commits[0]["files"]["checkpoint-1/config.json"] == text.encode()
 
 
@@ -274,6 +281,14 @@ def test_a_refused_token_is_explained_and_not_tried_again(hub, forbid_pauses, fo
     assert TOKEN not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["push", "the repository"])
+def test_a_push_without_a_token_says_so_before_the_network(hub, folder, monkeypatch, part):
+    monkeypatch.setattr(hub_module, "get_token", lambda: None)
+    with pytest.raises(PermissionError, match=r"no Hub token on this machine.*`hf auth login`"):
+        push(folder, token=None) if part == "push" else create_repository(REPO)
+    assert hub.requests == []
+
+
 def test_a_wrong_token_is_explained(hub, folder):
     with pytest.raises(PermissionError, match="missing, expired or may not write there") as caught:
         push(folder, token="hf_wrong")
@@ -286,6 +301,23 @@ def test_another_refusal_is_told_once_in_the_hubs_words(hub, forbid_pauses, fold
         push(folder)
 
 
+@pytest.mark.parametrize("status", [403, 413, 500])
+def test_a_token_that_the_server_echoes_is_in_no_message_and_no_traceback(hub, folder, caplog, status):
+    hub.reason = f"headers: {{'authorization': 'Bearer {TOKEN}'}}"
+    hub.fail("/commit/", status, times=10_000)
+    with pytest.raises(OSError, match="refused|failed") as caught:
+        push(folder)
+    assert TOKEN not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+def test_the_password_of_a_mirror_is_in_no_message_and_no_traceback(hub, folder, caplog, monkeypatch):
+    # The library sends it in place of the token, so nothing comes of it; the address is in its errors.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("://", "://me:canary@"))
+    with pytest.raises(PermissionError, match="The Hub refused the token") as caught:
+        push(folder)
+    assert "canary" not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
 def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE=1.*is complete"):
@@ -294,7 +326,13 @@ def test_a_process_that_is_offline_says_so_at_once(hub, forbid_pauses, folder, m
 
 def test_a_folder_without_an_export_is_refused(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "speculative_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds no export: \['model.safetensors'\] missing.*trl-draft-opd export"):
+        push(tmp_path)
+    # A checkpoint has weights, but not in the form that engines read.
+    (tmp_path / "model.safetensors").write_bytes(weights_file({}))
+    (tmp_path / "speculative_config.json").unlink()
+    with pytest.raises(ValueError, match=r"\['speculative_config.json'\] missing"):
         push(tmp_path)
     assert hub.requests == []
 

@@ -3,7 +3,11 @@
 Launches that are refused, and where a target's weights may lie.
 """
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +16,11 @@ from accelerate import DistributedType
 from accelerate.big_modeling import dispatch_model
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
+from helpers.distributed.backends import CONFIGS
 from helpers.rollouts import Options, decode
 from helpers.tiny import make_causal_lm, make_drafter, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import DraftSFTConfig, FrozenTarget
-from trl_draft_opd.runs.distributed.launch import check_launch
+from trl_draft_opd.runs.distributed.launch import check_launch, check_processes
 from trl_draft_opd.target.placement import check_placement
 from trl_draft_opd.trainer.pair import load_target
 from trl_draft_opd.utils.loading import loading_whole
@@ -60,6 +65,42 @@ def test_a_launch_that_would_compute_something_else_is_refused(launch, num_visib
         check_launch(launch, num_visible_gpus)
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_that_would_train_for_themselves_are_refused_before_anything_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="states 2 processes .* Start them with `accelerate launch` or `torchrun`"):
+        DraftSFTConfig(str(tmp_path), report_to="none")
+    monkeypatch.setenv(name, "1")
+    DraftSFTConfig(str(tmp_path), report_to="none")
+
+
+def test_processes_that_are_joined_but_would_not_share_gradients_are_refused():
+    joined = SimpleNamespace(num_processes=2, distributed_type=DistributedType.NO, backend="gloo")
+    with pytest.raises(ValueError, match="joined by gloo, but would not share gradients.*Set `use_cpu=True`"):
+        check_processes(joined)
+
+
+@pytest.mark.slow
+def test_the_command_under_the_shipped_config_for_two_cpus_is_one_training_of_two(tmp_path):
+    make_causal_lm().save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    rows = [{"prompt": f"w{i} w9", "completion": "w20 w21 w22"} for i in range(8, 16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "multi_cpu.yaml")]
+    command += ["--main_process_port", "0", "-m", "trl_draft_opd", "sft", "--family", "dflash"]
+    command += ["--target", str(tmp_path / "target"), "--dataset", str(tmp_path / "rows.jsonl"), "--block_size", "4"]
+    command += ["--mask_token_id", "5", "--report_to", "none", "--per_device_train_batch_size", "2", "--regenerate"]
+    command += ["--num_train_epochs", "1", "--max_completion_length", "8", "--output_dir", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    # Eight rows, two on each of two processes: two steps. One process alone makes four.
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "state.json").read_text())
+    assert len(state["ranks"]) == 2
+    assert done.stdout.count("The drafter is in") == 1
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_of_zero_is_accepted_with_states_on_the_cpu(stage):
     check_launch(_launch(DistributedType.DEEPSPEED, stage=stage, offload="cpu"), 1)
@@ -102,7 +143,7 @@ def test_a_target_with_offloaded_layers_decodes_as_a_whole_one(tmp_path):
     spread = FrozenTarget(causal_lm, make_tokenizer())
     spread.place(torch.device("cpu"))
     drafter, prompts = make_drafter("dflash", whole), make_prompts(3)
-    options = Options(max_new_tokens=8, eos_token_ids=[2])
+    options = Options(max_completion_length=8, eos_token_ids=[2])
     texts = [decode(target, drafter, prompts, options).input_ids for target in (whole, spread)]
     assert torch.equal(*texts)
 

@@ -38,7 +38,7 @@ def native(target, drafter, prompt, max_new_tokens, **options):
 
 
 def live(target, drafter, prompt, max_new_tokens, eos_token_ids=(EOS,)):
-    options = Options(NUM_DRAFTS, max_new_tokens=max_new_tokens, eos_token_ids=list(eos_token_ids))
+    options = Options(NUM_DRAFTS, max_completion_length=max_new_tokens, eos_token_ids=list(eos_token_ids))
     return decode(target, drafter, [prompt], options)
 
 

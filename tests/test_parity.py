@@ -8,6 +8,9 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +28,13 @@ from trl_draft_opd.export.record import (
     prompts_digest,
     write_record,
 )
-from trl_draft_opd.parity import EngineSettings, verify_drafter
+from trl_draft_opd.parity import EngineSettings, training, verify_drafter
+from trl_draft_opd.parity import compare as parity_compare
 from trl_draft_opd.parity.compare import Outcome, Reference, compare
 from trl_draft_opd.parity.consumers import rounds_of
 from trl_draft_opd.parity.counting import anchors_of, started_within
 from trl_draft_opd.parity.fingerprint import describe_gap, take_fingerprint
+from trl_draft_opd.parity.report import VerificationReport
 from trl_draft_opd.parity.scene import Scene, decode_plainly, decode_with_us, replay
 from trl_draft_opd.rollout.blocks import sample_anchors
 from trl_draft_opd.rollout.counts import Counts
@@ -131,7 +136,7 @@ def verify(folder, target, **options):
     """Verify an export, as its own checkpoint unless told otherwise: the search for suspects is slow."""
     defaults = {"consumers": ["transformers", "custom_generate"], "trust_remote_code": True, "checkpoint": folder}
     options = defaults | options
-    return verify_drafter(folder, target, PROMPTS, max_new_tokens=NUM_TOKENS, **options)
+    return verify_drafter(folder, target, PROMPTS, max_completion_length=NUM_TOKENS, **options)
 
 
 def edit_config(folder, change):
@@ -147,12 +152,12 @@ def edit_tensors(folder, change):
         save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def read_other_layer(config):
-    """Shift the first layer id by one in all the places a layout writes it, so that no rule sees it."""
+def read_other_layer(config, places=slice(1)):
+    """Shift layer ids, the first one, by one in all the places a layout writes them, so that no rule sees it."""
     for key in (IDS, "aux_hidden_state_layer_ids", "target_layer_ids"):
         for section in (config, config.get("eagle_config"), config.get("dflash_config")):
             if section and key in section:
-                section[key][0] -= 1
+                section[key][places] = [i - 1 for i in section[key][places]]
 
 
 # ---- good exports ---------------------------------------------------------------------------------------------------
@@ -231,10 +236,63 @@ def test_a_wrong_layer_id_is_named_beside_the_right_one(copy, published, target,
 
 def test_a_wrong_layer_id_is_suspected_without_any_checkpoint(copy, target):
     folder = copy("eagle3")
-    edit_config(folder, read_other_layer)
-    report = verify_drafter(folder, target, TRAINED_ON, max_new_tokens=36, consumers=[])
+    # As a writer does who counts layers from one.
+    edit_config(folder, partial(read_other_layer, places=slice(None)))
+    # Prompts that all lead into a text that the drafter knows.
+    text = TRAINED_ON[0] + greedy(target, TRAINED_ON[0], 10)
+    prompts = [text[:length] for length in range(len(TRAINED_ON[0]), len(text))]
+    report = verify_drafter(folder, target, prompts, max_completion_length=24, consumers=[])
     assert not report.ok
-    assert "The layer ids [0, 3, 4] look wrong: with [1, 3, 4] tau is" in report.problems[0]
+    assert "The layer ids [0, 2, 3] look wrong: with [1, 3, 4] tau is" in report.problems[0]
+    assert "layer ids" not in report.skipped
+    # Too few to tell, and the same ones again are no more.
+    report = verify_drafter(folder, target, prompts[:4] * 3, max_completion_length=12, consumers=[])
+    assert report.ok
+    assert report.skipped["layer ids"].startswith("4 different prompts cannot tell a wrong one from chance; give 9 ")
+
+
+def test_a_good_export_is_not_suspected_by_chance_however_few_the_prompts(monkeypatch, published, target):
+    # Each prompt has taus by chance for every choice of layers, the named ones included: a good export of a drafter
+    # that does not care which layers it reads.
+    scene = make_scene(target, published["eagle3"][1])
+    named = list(scene.drafter.config.target_layer_ids)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(scene, drafter, responses):
+        return [torch.randint(0, NUM_DRAFTS + 1, (6,), generator=generator).tolist() for _ in responses]
+
+    monkeypatch.setattr(training, "replay", draw)
+    alarms = dict.fromkeys((1, 4, 12, 32), 0)
+    for num_prompts in alarms:
+        few = replace(scene, prompts=[[number, 9] for number in range(num_prompts)])
+        for _ in range(100):
+            report = VerificationReport("", "", num_prompts, NUM_DRAFTS, NUM_TOKENS)
+            alarms[num_prompts] += training._suspect_layer_ids(few, [[]] * num_prompts, report) is not None
+    assert list(scene.drafter.config.target_layer_ids) == named
+    # By the largest tau alone, most of these would be suspected.
+    assert max(alarms.values()) <= 2
+
+
+def test_the_number_of_wins_that_chance_does_not_explain_is_that_of_a_fair_coin():
+    assert training._least_wins(3, 0.01) == 4  # three of three are 1 in 8
+    assert training._least_wins(7, 0.01) == 7  # seven of seven are 1 in 128
+    assert training._least_wins(10, 0.06) == 8  # (1 + 10 + 45) / 1024 is 5.5 %
+    assert training._least_wins(10, 0.05) == 9
+
+
+def test_a_near_tie_is_no_gap_however_few_the_rounds(published, target, monkeypatch):
+    scene = make_scene(target, published["eagle3"][1])
+    texts, chains = decode_with_us(scene)
+    other = [list(chain) for chain in chains]
+    place = next(index for index, kept in enumerate(other[0]) if kept > 0)
+    other[0][place] -= 1
+    outcome = Outcome("engine", None, other, None, "")
+    reference = Reference(decode_plainly(scene), chains)
+    monkeypatch.setattr(parity_compare, "_draft_gap", lambda *_: 1e-4)
+    verdict = compare(scene, reference, outcome, 0.001)
+    assert verdict.problems == [] and "near ties of two drafts" in verdict.notes[0]
+    monkeypatch.setattr(parity_compare, "_draft_gap", lambda *_: 1.0)
+    assert compare(scene, reference, outcome, 0.001).problems
 
 
 def test_a_wrong_layer_id_in_one_layout_names_that_layout(copy, target):
@@ -320,14 +378,14 @@ def test_a_consumer_that_drafts_otherwise_is_caught_though_its_text_is_right(cop
 def record_of(target, folder, **changes):
     drafter = AutoDrafter.from_pretrained(folder)
     found = evaluate_drafter(
-        target, drafter, PROMPTS, max_new_tokens=16, compare_with_target=False, show_progress=False
+        target, drafter, PROMPTS, max_completion_length=16, compare_with_target=False, show_progress=False
     )
     shared = "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks"
     values = {name: getattr(found, name) for name in [*shared.split(), "num_different"]} | {
         "prompt_set": "some",
         "prompts_sha256": prompts_digest(PROMPTS),
         "draft_sampling": "greedy",
-        "max_new_tokens": 16,
+        "max_completion_length": 16,
         "ignore_eos": False,
         "target_dtype": "float32",
     }
@@ -341,6 +399,9 @@ def test_the_recorded_tau_is_measured_again_and_must_be_met(copy, target):
     report = verify(folder, target, consumers=[])
     assert report.ok and report.rows[-1].name == "recorded"
     write_record(record_of(target, folder, tau=4.5, tau_low=4.4, tau_high=4.6), folder)
+    report = verify(folder, target, consumers=[])
+    assert report.ok and "the interval of 2 prompts is too narrow to judge by" in report.notes[0]
+    write_record(record_of(target, folder, tau=4.5, tau_low=4.4, tau_high=4.6, num_prompts=10), folder)
     report = verify(folder, target, consumers=[])
     assert (
         "was recorded in training" in report.problems[0] and "outside of the recorded interval" in report.problems[0]
@@ -432,9 +493,37 @@ def test_an_engine_that_writes_other_text_is_a_problem(tmp_path, published, targ
         (["time.sleep(60)"], "vllm took more than 1 s"),
     ],
 )
-def test_an_engine_that_fails_is_a_problem_with_its_last_words(tmp_path, published, target, lines, expected):
+def test_an_engine_that_fails_is_a_problem_with_its_last_words(
+    tmp_path, published, target, monkeypatch, lines, expected
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     report = verify(published["eagle3"][1], target, consumers=["vllm"], engines=play_engine(tmp_path, lines))
     assert expected in report.problems[0]
+
+
+def test_an_engine_that_fails_names_the_first_error_and_where_its_whole_log_lies(
+    tmp_path, published, target, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    log = [
+        "INFO starting",
+        *(f"INFO step {i}" for i in range(50)),
+        "(EngineCore pid=7) Traceback (most recent call last):",
+    ]
+    log += [
+        "(EngineCore pid=7) ERROR [core.py:700] ValueError: No room for the KV cache; raise gpu_memory_utilization"
+    ]
+    log += ["(EngineCore pid=7) ValueError: No room for the KV cache; raise gpu_memory_utilization"]
+    log += [f'  File "engine.py", line {i}' for i in range(60)]
+    log += ["RuntimeError: Engine core initialization failed. See root cause above.", "[rank0] destroyed", "bye"]
+    lines = [f"print({line!r})" for line in log] + ["sys.exit(1)"]
+    report = verify(published["eagle3"][1], target, consumers=["vllm"], engines=play_engine(tmp_path, lines))
+    told = report.problems[0].splitlines()
+    assert told[1] == "  ValueError: No room for the KV cache; raise gpu_memory_utilization"
+    assert told[2].startswith("  RuntimeError: Engine core initialization failed")
+    assert "step 3" not in report.problems[0] and len(told) < 12
+    place = Path(told[-1].removeprefix("Its whole log: "))
+    assert place.read_text() == "\n".join(log) + "\n"
 
 
 def test_counters_that_contradict_the_requests_are_a_problem(tmp_path, published, target):
@@ -475,7 +564,6 @@ def test_the_estimate_of_training_takes_the_rounds_of_decoding(published, target
     responses = decode_plainly(scene)
     assert texts == responses == [greedy(target, prompt, scene.num_decoded) for prompt in PROMPTS]
     assert replay(scene, scene.drafter, responses) == chains
-    assert replay(scene, scene.drafter, responses, num_prompts=1) == chains[:1]
 
 
 def test_a_difference_without_a_near_tie_is_no_small_matter(published, target):
@@ -491,6 +579,37 @@ def test_a_difference_without_a_near_tie_is_no_small_matter(published, target):
     assert len(verdict.problems) == 1 and "No near tie explains it" in verdict.problems[0]
     assert compare(scene, Reference(texts, chains, is_exact=False), outcome, tolerance=10.0).problems == []
     assert compare(scene, reference, Outcome("same", None, chains, None, ""), tolerance=0.0).problems == []
+
+
+@pytest.mark.parametrize("place", [0, 1, NUM_TOKENS - 2, NUM_TOKENS - 1])
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_difference_is_found_as_late_as_in_the_last_token_and_named_with_its_place(published, target, place, row):
+    scene = make_scene(target, published["eagle3"][1])
+    texts, chains = decode_with_us(scene)
+    changed = [list(text) for text in texts]
+    changed[row][place] ^= 1
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", changed, None, None, ""), tolerance=0.0)
+    assert f"1 of 2 outputs are not the target's own: response {row} from token {place} on" in verdict.problems[0]
+    # A text that ends early is another one too, and what is decoded past the limit is not compared.
+    changed = [
+        text[: place if number == row else NUM_TOKENS] + [1] * (number != row) for number, text in enumerate(texts)
+    ]
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", changed, None, None, ""), tolerance=0.0)
+    assert f"1 of 2 outputs are not the target's own: response {row} from token {place} on" in verdict.problems[0]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_difference_in_the_last_round_is_found(published, target, row):
+    scene = make_scene(target, published["eagle3"][1])
+    texts, chains = decode_with_us(scene)
+    changed = [list(chain) for chain in chains]
+    changed[row][-1] += 1 if changed[row][-1] == 0 else -1
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", None, changed, None, ""), tolerance=0.0)
+    assert len(verdict.problems) == 1 and f"prompt {row}, block at token" in verdict.problems[0]
+    assert verdict.row.num_other_chains == 1
+    changed[row] = chains[row][:-1]
+    verdict = compare(scene, Reference(texts, chains), Outcome("other", None, changed, None, ""), tolerance=10.0)
+    assert f"prompt {row}: {len(changed[row])} rounds instead of {len(chains[row])}" in verdict.problems[0]
 
 
 def test_fingerprints_of_one_drafter_agree_and_of_two_differ(published, target):

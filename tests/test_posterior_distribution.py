@@ -165,7 +165,7 @@ class Case:
     has_suffix: bool = True
     segment_length: int = 100
     num_drafts: int = 2
-    max_new_tokens: int = 3
+    max_completion_length: int = 3
     eos: int = 1
 
 
@@ -188,7 +188,7 @@ def live_distribution(name: str) -> dict[tuple, float]:
         case.num_drafts,
         case.sampling,
         case.draft_sampling,
-        max_new_tokens=case.max_new_tokens,
+        max_completion_length=case.max_completion_length,
         eos_token_ids=[case.eos],
     )
 
@@ -244,7 +244,7 @@ def replay_distributions(case: Case, texts: list[tuple[int, ...]]) -> list[dict[
 def text_distribution(case: Case) -> dict[tuple[int, ...], float]:
     """Return the probability of every response, each token from a forward over its whole prefix."""
     distribution, open_texts = {}, {(): 1.0}
-    for length in range(1, case.max_new_tokens + 1):
+    for length in range(1, case.max_completion_length + 1):
         ids = torch.tensor([[*PROMPT, *text] for text in open_texts])
         logits = case.target.causal_lm(input_ids=ids, use_cache=False).logits[:, -1]
         longer = {
@@ -256,7 +256,7 @@ def text_distribution(case: Case) -> dict[tuple[int, ...], float]:
             if share > 0
         }
         distribution |= {
-            text: mass for text, mass in longer.items() if text[-1] == case.eos or length == case.max_new_tokens
+            text: mass for text, mass in longer.items() if text[-1] == case.eos or length == case.max_completion_length
         }
         open_texts = {text: mass for text, mass in longer.items() if text[-1] != case.eos}
     return distribution
@@ -341,8 +341,10 @@ CASES = {
     "eagle3-no-suffix": lambda: Case(*make_pair("eagle3", 3), WARM, has_suffix=False),
     "dflash-argmax": lambda: Case(*make_pair("dflash", 4), WARM, draft_sampling="greedy"),
     "eagle3-argmax": lambda: Case(*make_pair("eagle3", 4, seed=5), WARM, draft_sampling="greedy", eos=3),
-    "dflash-longer": lambda: Case(*make_pair("dflash", 4), FILTERED, max_new_tokens=4, eos=2),
-    "eagle3-longer": lambda: Case(*make_pair("eagle3", 4, seed=17), FILTERED, num_drafts=3, max_new_tokens=4, eos=0),
+    "dflash-longer": lambda: Case(*make_pair("dflash", 4), FILTERED, max_completion_length=4, eos=2),
+    "eagle3-longer": lambda: Case(
+        *make_pair("eagle3", 4, seed=17), FILTERED, num_drafts=3, max_completion_length=4, eos=0
+    ),
 }
 
 

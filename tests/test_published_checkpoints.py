@@ -434,7 +434,7 @@ def test_an_unreachable_hub_is_not_taken_for_a_missing_file(tmp_path, monkeypatc
     cached_repository(tmp_path, *zlab(dflash()), "")
     offline = CheckpointSource("user/drafter", None, "", None, tmp_path, True)
     online = CheckpointSource("user/drafter", None, "", None, tmp_path, False)
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no folder 'user/other' here, and no model of that name in the cache"):
         CheckpointSource("user/other", None, "", None, tmp_path, True).find("model.safetensors")
     monkeypatch.setattr(importing, "is_offline_mode", lambda: False)
     for error, source, found in (

@@ -169,7 +169,7 @@ def rounds_of(target, prompt, draft):
 
 
 def ours(target, drafter, prompt):
-    rollout = decode(target, drafter, [prompt], Options(max_new_tokens=NUM_TOKENS))
+    rollout = decode(target, drafter, [prompt], Options(max_completion_length=NUM_TOKENS))
     return rollout.input_ids[0].tolist(), rollout.accepted[0][rollout.is_block[0]].tolist()
 
 

@@ -7,7 +7,6 @@ any byte, and a local folder that no failure touches.
 import json
 import threading
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +23,11 @@ from trl_draft_opd import (
     DraftSFTConfig,
     DraftSFTTrainer,
 )
-from trl_draft_opd.export import TargetOfExport
+from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.export.hub import push_folder
 from trl_draft_opd.export.record import prompts_digest, read_record
 from trl_draft_opd.export.rules import check_folder
+from trl_draft_opd.runs.checkpoints import read_checkpoint
 from trl_draft_opd.trainer import publishing
 from trl_draft_opd.trainer.texts import PRIVATE_FOLDER
 
@@ -80,7 +80,15 @@ EVERY_SAVE = {
 
 
 def make_trainer(
-    tmp_path, method="sft", family="dflash", drafter=None, target=None, eval_rows=None, callbacks=None, **settings
+    tmp_path,
+    method="sft",
+    family="dflash",
+    drafter=None,
+    target=None,
+    eval_rows=None,
+    callbacks=None,
+    peft_config=None,
+    **settings,
 ):
     trainer_class, config_class = TRAINERS[method]
     target = target or make_target()
@@ -100,7 +108,12 @@ def make_trainer(
     } | settings
     args = config_class(str(tmp_path / "out"), **settings)
     drafter = drafter or make_drafter(family, make_target())
-    return trainer_class(drafter, target, args, rows(), eval_dataset=eval_rows or rows(2), callbacks=callbacks)
+    return trainer_class(
+        *(drafter, target, args, rows()),
+        eval_dataset=eval_rows or rows(2),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
 
 
 def files_of(folder):
@@ -235,6 +248,30 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
     assert repository.branches["main"] == {} and "config.json" in repository.branches["dev"]
 
 
+@pytest.mark.parametrize("exported_as", [None, "elsewhere/older"])
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_a_push_fills_its_repositorys_name_in_wherever_the_export_has_another(
+    tmp_path, hub, caplog, family, exported_as
+):
+    target, repo_id = make_target(), f"someone/tiny-{family}"
+    record = make_trainer(tmp_path, family=family).training_record()
+    embedding = target.causal_lm.get_input_embeddings().weight
+    # A target of which `readers` has something to say.
+    target.causal_lm.config.architectures = ["Qwen2ForCausalLM"]
+    options = {"target": TargetOfExport("org/target", target.causal_lm.config, embedding), "record": record}
+    options |= {"license": "my-own-1.0"}
+    drafter = make_drafter(family, target)
+    for name in (exported_as, repo_id):
+        export_drafter(drafter, tmp_path / str(name), repo_id=name, **options)
+    before = {path: path.read_bytes() for path in (tmp_path / str(exported_as)).rglob("*") if path.is_file()}
+    push_folder(tmp_path / str(exported_as), repo_id, token=CANARY)
+    uploaded, right = hub.repositories[repo_id].branches["main"], tmp_path / repo_id
+    assert {name: right.joinpath(name).read_bytes() for name in files_of(right)} == uploaded
+    assert f"DRAFTER = {repo_id!r}" in uploaded["custom_generate/generate.py"].decode()
+    assert "is uploaded with that name (README.md, custom_generate/generate.py, speculative" in caplog.text
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize(
     "settings, error, message",
     [
@@ -242,7 +279,7 @@ def test_a_refused_token_leaves_drafter_and_export_and_a_good_one_pushes_them(tm
         ({"hub_model_id": "org/my drafter-dflash"}, ValueError, "cannot be the name"),
         ({"hub_model_id": "org/Qwen3-4B-EAGLE-3"}, ValueError, "by which vLLM takes a drafter for EAGLE-1"),
         ({"hub_target_id": None}, ValueError, "names its target by its Hub id.*hub_target_id='ORG/NAME'"),
-        ({"hub_token": None}, PermissionError, "missing, expired or may not write there.*hf auth login"),
+        ({"hub_token": None}, PermissionError, "no Hub token on this machine.*hf auth login"),
         ({"hub_token": "hf_expired"}, PermissionError, "missing, expired or may not write there.*hf auth login"),
     ],
 )
@@ -290,6 +327,48 @@ def test_hub_strategies_push_when_and_what_they_say(tmp_path, hub, strategy, com
             f"{folder}/trainer_state.json",
             f"{folder}/model.safetensors",
         } <= set(held)
+
+
+@pytest.mark.parametrize(
+    "strategy, place, is_adapted",
+    [("checkpoint", "last-checkpoint", False), ("all_checkpoints", "checkpoint-2", True)],
+)
+def test_a_checkpoint_that_was_pushed_resumes_after_a_download(tmp_path, hub, caplog, strategy, place, is_adapted):
+    from peft import LoraConfig
+
+    home = tmp_path / "home"
+    make_causal_lm().save_pretrained(home / "target")
+    make_tokenizer().save_pretrained(home / "target")
+    make_drafter("dflash", make_target()).save_pretrained(home / "drafter")
+
+    def run(side, **settings):
+        drafter, peft = AutoDrafter.from_pretrained(home / "drafter"), LoraConfig(r=2) if is_adapted else None
+        target = str(home / "target")
+        return make_trainer(tmp_path / side, drafter=drafter, target=target, peft_config=peft, **best | settings)
+
+    # Paths of this machine in every file that may hold one, the best checkpoint's among them.
+    best = {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True}
+    best |= {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "eval_rollouts": False}
+    run("a", **EVERY_SAVE | {"hub_strategy": strategy}).train()
+    files = hub.repositories["someone/tiny-dflash"].branches["main"]
+    if strategy == "checkpoint":
+        # As it was before the last push.
+        files = hub.repositories["someone/tiny-dflash"].commits[1]["files"]
+    downloaded = tmp_path / "b" / "downloaded"
+    for name, content in files.items():
+        if name.startswith(f"{place}/"):
+            downloaded.mkdir(parents=True, exist_ok=True)
+            (downloaded / name.split("/")[1]).write_bytes(content)
+    held = b"".join(path.read_bytes() for path in downloaded.iterdir() if path.suffix in (".json", ".md"))
+    assert str(tmp_path).encode() not in held
+    assert read_checkpoint(downloaded).step == 2
+    resumed = run("b", save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=downloaded)
+    assert resumed.state.global_step == 3
+    weights = "adapter_model.safetensors" if is_adapted else "model.safetensors"
+    ends = [tmp_path / side / "out" / "checkpoint-3" for side in ("a", "b")]
+    for name in (weights, "optimizer.safetensors"):
+        assert ends[0].joinpath(name).read_bytes() == ends[1].joinpath(name).read_bytes()
 
 
 def test_a_failing_push_between_saves_does_not_stop_training(tmp_path, hub, caplog):
@@ -347,7 +426,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, hub, monkeyp
     def push(*arguments, extra_folders, **options):
         # As long as an upload may take; training waits for it.
         is_deleted.wait(0.3)
-        was_there.append((Path(extra_folders["last-checkpoint"]) / "optimizer.safetensors").is_file())
+        was_there.append(extra_folders["last-checkpoint"]["optimizer.safetensors"].is_file())
 
     monkeypatch.setattr(publishing, "push_folder", push)
     settings = EVERY_SAVE | {"hub_strategy": "checkpoint", "hub_always_push": False, "save_total_limit": 1}

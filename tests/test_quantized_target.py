@@ -129,7 +129,7 @@ def test_live_decoding_is_lossless_for_the_quantised_target_itself(folder):
         target,
         make_drafter("eagle3", target),
         make_prompts(3),
-        max_new_tokens=16,
+        max_completion_length=16,
         sampling=SamplingSettings(0.0, 0, 1.0),
         num_resamples=10,
         show_progress=False,

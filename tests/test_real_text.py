@@ -58,9 +58,11 @@ def briefly_trained(family: str, target: FrozenTarget, folder: Path, rows: Datas
 
 
 def decode(
-    target: FrozenTarget, drafter: Drafter, prompts: list, batch_size: int, max_new_tokens: int
+    target: FrozenTarget, drafter: Drafter, prompts: list, batch_size: int, max_completion_length: int
 ) -> list[list[int]]:
-    options = Options(drafter.default_num_drafts, max_new_tokens=max_new_tokens, eos_token_ids=target.eos_token_ids)
+    options = Options(
+        drafter.default_num_drafts, max_completion_length=max_completion_length, eos_token_ids=target.eos_token_ids
+    )
     texts = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -68,11 +70,11 @@ def decode(
     return texts
 
 
-def own_texts(target: FrozenTarget, prompts: list, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+def own_texts(target: FrozenTarget, prompts: list, max_completion_length: int, batch_size: int) -> list[list[int]]:
     return generate_responses(
         target,
         prompts,
-        max_new_tokens=max_new_tokens,
+        max_completion_length=max_completion_length,
         sampling=GREEDY,
         batch_size=batch_size,
         seed=0,
@@ -89,7 +91,7 @@ def test_a_briefly_trained_drafter_keeps_the_text_of_real_prompts(family, num_st
     # Four texts learnt by heart, every step reads all of them; four others are new to the drafter.
     settings = {"per_device_train_batch_size": 4, "num_anchors": 16, "learning_rate": 3e-3, "max_steps": num_steps}
     drafter = briefly_trained(family, target, tmp_path, rows, lr_scheduler_type="constant", **settings)
-    report = evaluate_drafter(target, drafter, prompts, max_new_tokens=48, batch_size=8, show_progress=False)
+    report = evaluate_drafter(target, drafter, prompts, max_completion_length=48, batch_size=8, show_progress=False)
     assert report.num_different == 0
     # Nothing is proved by a drafter whose drafts are never kept.
     assert report.tau > 1.2

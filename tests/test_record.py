@@ -57,7 +57,7 @@ def make_record(**changes) -> TrainingRecord:
         temperature=0.0,
         draft_sampling="greedy",
         num_drafts=4,
-        max_new_tokens=64,
+        max_completion_length=64,
         batch_size=1,
         ignore_eos=False,
         tau=2.5,

@@ -58,7 +58,7 @@ def drafter(request, target):
 def decoded(target, drafter):
     """Texts and blocks of plain speculative decoding, one prompt at a time, and where the responses begin."""
     prompts = make_prompts(5)
-    options = {"num_drafts": NUM_DRAFTS, "max_new_tokens": 17, "eos_token_ids": [EOS]}
+    options = {"num_drafts": NUM_DRAFTS, "max_completion_length": 17, "eos_token_ids": [EOS]}
     pairs = [rollout.decode(target.causal_lm, drafter, prompt, **options) for prompt in prompts]
     texts, chains = zip(*pairs, strict=True)
     return prompts, list(texts), list(chains)
@@ -142,7 +142,7 @@ def assert_same_blocks(result, chains: list[list[rollout.Block]]) -> None:
 
 def test_batched_decoding_equals_one_prompt_at_a_time(target, drafter, decoded):
     prompts, texts, chains = decoded
-    result = decode(target, drafter, prompts, Options(NUM_DRAFTS, max_new_tokens=17, eos_token_ids=[EOS]))
+    result = decode(target, drafter, prompts, Options(NUM_DRAFTS, max_completion_length=17, eos_token_ids=[EOS]))
     responses = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
     assert result.responses() == responses
     assert_same_blocks(result, chains)
@@ -253,7 +253,7 @@ def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_t
 def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
     drafter = make_variant(family, target, variant)
     prompts = make_prompts(4, seed=2)
-    texts = decode(target, drafter, prompts, Options(NUM_DRAFTS, max_new_tokens=15, eos_token_ids=[EOS]))
+    texts = decode(target, drafter, prompts, Options(NUM_DRAFTS, max_completion_length=15, eos_token_ids=[EOS]))
     responses = texts.responses()
     joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     lengths = [len(prompt) for prompt in prompts]

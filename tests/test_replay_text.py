@@ -326,7 +326,7 @@ def test_every_answer_of_a_greedy_chat_has_the_chain_of_live_decoding(family, ta
     rollout = replay(target, drafters[family], make_text([(ids, mask)]), ARGMAX)
     expected = []
     for start, end in runs_of(mask):
-        options = Options(K, keep_branch_hidden=True, max_new_tokens=end + 1 - start)
+        options = Options(K, keep_branch_hidden=True, max_completion_length=end + 1 - start)
         alone = decode(target, drafters[family], [ids[:start]], options)
         assert alone.responses()[0] == ids[start : end + 1]
         expected += blocks_of(alone, 0)
@@ -360,7 +360,9 @@ def test_a_row_with_an_impossible_token_is_refused_and_leaves_the_others_alone(
     narrow = SamplingSettings(1.0, 2, 1.0)
     settings = replace(DRAWN, sampling=narrow, segment_length=segment_length)
     prompts = make_prompts(3, seed=1)
-    written = decode(target, drafters[family], prompts, Options(K, narrow, "sample", max_new_tokens=16)).responses()
+    written = decode(
+        target, drafters[family], prompts, Options(K, narrow, "sample", max_completion_length=16)
+    ).responses()
     rows = [one_turn(prompt + response, len(prompt)) for prompt, response in zip(prompts, written, strict=True)]
     clean = replay(target, drafters[family], make_text(rows), settings)
     assert clean.num_refused == 0 and clean.is_block[:, 0].all()

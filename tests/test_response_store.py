@@ -230,7 +230,7 @@ BAD_ROWS = {
     "row 1 holds the token id -1": ([7], [8, -1], None, "length"),
     "row 1 holds the token id 8.5": ([7], [8.5], None, "length"),
     "row 1 holds the token id None": ([7], [None], None, "length"),
-    "row 1 has a response of 9 tokens, more than `max_new_tokens` 8": ([7], [8] * 9, None, "length"),
+    "row 1 has a response of 9 tokens, more than `max_completion_length` 8": ([7], [8] * 9, None, "length"),
     "row 1 has 34 tokens, but the target has 32 positions": ([7] * 30, [8] * 4, None, "length"),
     "row 1 continues after an end-of-sequence id": ([7], [EOS, 8], None, "length"),
     "row 1 has the finish_reason 'stop', but its last token 8 means 'length'": ([7], [8], None, "stop"),
@@ -270,7 +270,8 @@ def test_rows_a_foreign_program_wrote_are_held_to_the_same_rules(store: Response
 
 def test_a_prompt_without_room_for_a_response_is_refused_before_generating(store: ResponseStore):
     with pytest.raises(
-        ValueError, match=r"Prompt 1 has 25 tokens; with `max_new_tokens` 8 that exceeds .*`max_completion_length`"
+        ValueError,
+        match=r"Prompt 1 has 25 tokens; with `max_completion_length` 8 that exceeds .*`max_completion_length`",
     ):
         store.missing([[7], [7] * 25])
     with pytest.raises(ValueError, match="Prompt 0 is empty"):
@@ -347,7 +348,7 @@ def test_a_file_that_is_no_parquet_is_refused_and_runs_no_code(store: ResponseSt
         ("chat_template_hash", "other"),
         ("chat_template_kwargs", {"enable_thinking": False}),
         ("temperature", 1.0),
-        ("max_new_tokens", 9),
+        ("max_completion_length", 9),
         ("eos_token_ids", (EOS, 3)),
         ("vocab_size", 65),
     ],
@@ -359,6 +360,12 @@ def test_a_store_of_another_origin_is_refused_naming_both_values(store: Response
     assert f"{field}: {getattr(ORIGIN, field)!r} there, {value!r} here" in message
     assert "write them anew" in message
     assert message.count(" there, ") == 1, "only what differs is listed"
+
+
+def test_a_store_without_a_response_says_that_it_can_be_deleted(tmp_path):
+    ResponseStore.open(tmp_path, ORIGIN)
+    with pytest.raises(ValueError, match="which are none yet .delete the folder to begin anew., were written under"):
+        ResponseStore.open(tmp_path, replace(ORIGIN, max_completion_length=9))
 
 
 def test_the_same_target_under_another_name_is_the_same(store: ResponseStore):

@@ -32,8 +32,9 @@ from trl_draft_opd.responses import (
     write_responses,
 )
 from trl_draft_opd.responses.audit import score_responses
-from trl_draft_opd.responses.origin import fingerprint_weights, hash_config, hash_tokenizer
+from trl_draft_opd.responses.origin import hash_config, hash_tokenizer
 from trl_draft_opd.rollout.acceptance import token_probs
+from trl_draft_opd.target.fingerprint import fingerprint_weights
 
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
@@ -68,7 +69,7 @@ def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 def _origin(target: FrozenTarget, sampling: SamplingSettings = GREEDY, **changes) -> Origin:
     settings = {name: changes.pop(name) for name in ("chat_template", "chat_template_kwargs") if name in changes}
     reader = target.text_reader(**settings) if settings else None
-    return Origin.of(target, reader, sampling=sampling, **{"max_new_tokens": 12} | changes)
+    return Origin.of(target, reader, sampling=sampling, **{"max_completion_length": 12} | changes)
 
 
 def _generate(store: ResponseStore, target: FrozenTarget, prompts: list, **changes) -> int:
@@ -177,8 +178,8 @@ def test_another_template_or_its_arguments_make_another_origin():
 
 def test_another_length_of_responses_is_refused_with_the_settings_to_change():
     target = make_target()
-    with pytest.raises(ValueError, match="here `max_completion_length=9`; in `generate`: `--max-new-tokens 9`"):
-        _origin(target).check_same(_origin(target, max_new_tokens=9))
+    with pytest.raises(ValueError, match="here `max_completion_length=9`"):
+        _origin(target).check_same(_origin(target, max_completion_length=9))
 
 
 def test_filters_of_a_greedy_distribution_are_not_part_of_it():
@@ -188,8 +189,8 @@ def test_filters_of_a_greedy_distribution_are_not_part_of_it():
 
 
 def test_the_longest_response_must_be_positive():
-    with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1, got 0"):
-        _origin(make_target(), max_new_tokens=0)
+    with pytest.raises(ValueError, match="`max_completion_length` must be at least 1, got 0"):
+        _origin(make_target(), max_completion_length=0)
 
 
 # ---- transformers as the engine -------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_stored_responses_are_those_of_plain_decoding(tmp_path: Path):
     store = ResponseStore.open(tmp_path, _origin(target))
     assert _generate(store, target, prompts) == len(store) == 7
     plain = generate_responses(
-        target, prompts, max_new_tokens=12, sampling=GREEDY, batch_size=3, seed=0, show_progress=False
+        target, prompts, max_completion_length=12, sampling=GREEDY, batch_size=3, seed=0, show_progress=False
     )
     assert [store.find(prompt) for prompt in prompts] == plain
     assert audit_responses(target, store.texts(max_rows=None), GREEDY).share == 0.0
@@ -248,7 +249,7 @@ def test_drawn_responses_depend_on_no_batch(tmp_path: Path):
 
 def test_plain_draws_have_the_targets_distribution():
     target, prompt, count = make_target(), [9, 10], 4000
-    options = {"max_new_tokens": 1, "sampling": SAMPLED, "batch_size": 1000, "show_progress": False}
+    options = {"max_completion_length": 1, "sampling": SAMPLED, "batch_size": 1000, "show_progress": False}
     drawn = torch.tensor(generate_responses(target, [prompt] * count, seed=3, **options))[:, 0]
     with torch.no_grad():
         distribution = token_probs(target.causal_lm(torch.tensor([prompt])).logits[0, -1], SAMPLED)
@@ -302,7 +303,7 @@ def test_responses_of_every_form_are_imported_as_ids(tmp_path: Path):
 def test_imported_responses_end_where_the_target_would_have_been_cut(tmp_path: Path):
     store = ResponseStore.open(tmp_path, _origin(make_target()))
     rows = Dataset.from_dict({"prompt_ids": [[7], [8]], "completion_ids": [[9] * 20, [9, EOS]]})
-    with pytest.warns(UserWarning, match="1 of 2 responses are longer than `max_new_tokens` 12"):
+    with pytest.warns(UserWarning, match="1 of 2 responses are longer than `max_completion_length` 12"):
         import_responses(store, rows, make_target().text_reader(), shard_size=2)
     assert store.find([7]) == [9] * 12
     assert store.read([7]).finish_reason == "length"
@@ -321,7 +322,7 @@ def test_an_imported_response_that_goes_on_behind_its_end_is_refused(tmp_path: P
 def _texts(target: FrozenTarget, sampling: SamplingSettings, count: int = 6) -> list[tuple[list[int], list[int]]]:
     prompts = make_prompts(count)
     responses = generate_responses(
-        target, prompts, max_new_tokens=12, sampling=sampling, batch_size=6, seed=1, show_progress=False
+        target, prompts, max_completion_length=12, sampling=sampling, batch_size=6, seed=1, show_progress=False
     )
     return list(zip(prompts, responses, strict=True))
 
@@ -418,7 +419,7 @@ def test_texts_without_a_response_cannot_be_checked():
 def test_one_call_reads_prompts_writes_responses_and_goes_on(tmp_path: Path):
     target = make_target()
     rows = Dataset.from_dict({"prompt": ["w7 w8", "w9", "w7 w8"]})
-    common = {"sampling": GREEDY, "max_new_tokens": 5, "show_progress": False}
+    common = {"sampling": GREEDY, "max_completion_length": 5, "show_progress": False}
     store = write_responses(target, rows.select([0]), tmp_path, **common)
     assert len(store) == 1
     store = write_responses(target, rows, tmp_path, **common)
@@ -430,7 +431,7 @@ def test_one_call_reads_prompts_writes_responses_and_goes_on(tmp_path: Path):
 
 def test_engines_and_servers_that_do_not_go_together_are_refused(tmp_path: Path):
     target, rows = make_target(), Dataset.from_dict({"prompt": ["w7"]})
-    common = {"sampling": GREEDY, "max_new_tokens": 5, "show_progress": False}
+    common = {"sampling": GREEDY, "max_completion_length": 5, "show_progress": False}
     server = ServerSettings(base_url="http://127.0.0.1:1", engine="sglang")
     for settings in ({"engine": "vllm"}, {"server": server}, {"engine": "vllm", "server": server}):
         with pytest.raises(ValueError, match="do not go together"):
@@ -443,7 +444,7 @@ def test_engines_and_servers_that_do_not_go_together_are_refused(tmp_path: Path)
 
 def test_the_command_writes_resumes_and_reports(target_folder: str, rows_file: str, tmp_path: Path, capsys):
     words = ["generate", "--target", target_folder, "--dataset", rows_file, "--output", str(tmp_path / "store")]
-    words += ["--max-new-tokens", "6", "--batch-size", "2"]
+    words += ["--max-completion-length", "6", "--batch-size", "2"]
     assert main([*words, "--num-prompts", "2"]) == 0
     assert "holds 2 responses" in capsys.readouterr().out
     report = tmp_path / "report.json"
@@ -458,7 +459,7 @@ def test_the_command_imports_and_checks_responses_that_are_there(
     target_folder: str, rows_file: str, tmp_path: Path, capsys
 ):
     words = ["generate", "--target", target_folder, "--dataset", rows_file, "--output", str(tmp_path / "store")]
-    assert main([*words, "--engine", "dataset", "--max-new-tokens", "20"]) == 0
+    assert main([*words, "--engine", "dataset", "--max-completion-length", "20"]) == 0
     told = capsys.readouterr().out
     assert "holds 6 responses of 78 tokens; 6 end" in told
     assert "are not the target's argmax" in told

@@ -14,6 +14,7 @@ import torch
 from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.runs.checkpoints import list_checkpoints
 from trl_draft_opd.trainer import publishing, resuming
 from trl_draft_opd.trainer.metrics import MetricSums
 
@@ -43,12 +44,12 @@ def target():
 
 @pytest.fixture(scope="module")
 def rows(target):
-    """Prompts with the target's own responses: two updates of four rows an epoch."""
-    return greedy_rows(target, 8, 10)
+    """Prompts with the target's own responses: three updates of four rows an epoch, so that no run ends with one."""
+    return greedy_rows(target, 12, 10)
 
 
 def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, drafter=None, peft=None, **changes):
-    """Train for four updates, two an epoch, with a checkpoint after each; return the last one."""
+    """Train for four updates, three an epoch, with a checkpoint after each; return the last one."""
     options = {
         "output_dir": str(output_dir),
         **TINY_RUN,
@@ -69,6 +70,7 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, d
     trainer = trainer_class(drafter, target, args, rows, eval_rows, peft_config=peft)
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.state.global_step == STEPS
+    assert max(step for step, _ in list_checkpoints(Path(output_dir))) == STEPS
     return Path(output_dir) / f"checkpoint-{STEPS}"
 
 
@@ -134,7 +136,7 @@ def test_leaving_any_one_item_out_of_a_restore_shows(monkeypatch, tmp_path, targ
 
 def test_a_lost_position_in_the_data_shows(tmp_path, target, rows, measured):
     folder, whole, options = measured
-    options = options | {"resume": folder / "whole" / "checkpoint-3", "seed": 9, "ignore_data_skip": True}
+    options = options | {"resume": folder / "whole" / "checkpoint-2", "seed": 9, "ignore_data_skip": True}
     assert "model.safetensors" in differing(whole, train(tmp_path / "resumed", "sft", target, rows, **options))
 
 
@@ -185,8 +187,8 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path, target, rows):
     options = {"resume_from_checkpoint": "auto"}
     whole = train(tmp_path / "whole", "sft", target, rows, **options)
     before = read(whole)
-    (whole / "state.json").unlink()
     for way in ("auto", "true"):
+        (whole / "state.json").unlink()
         again = train(tmp_path / "whole", "sft", target, rows, seed=9, resume_from_checkpoint=way)
         assert read(again) == before
     # What is damaged all over is an error, and not a reason to begin anew.

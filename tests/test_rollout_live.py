@@ -29,14 +29,14 @@ def roll_out(target, drafter, prompts, sample_ids=None, **options):
     return decode(target, drafter, prompts, Options(**options), sample_ids)
 
 
-def generate(target, prompts, max_new_tokens, eos_token_ids=()):
+def generate(target, prompts, max_completion_length, eos_token_ids=()):
     """Greedy continuations by `generate` on one left-padded batch, cut behind the first EOS."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     target.causal_lm.generation_config.eos_token_id = list(eos_token_ids) or None
     output = target.causal_lm.generate(
-        input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+        input_ids=input_ids, attention_mask=mask, max_new_tokens=max_completion_length, do_sample=False, pad_token_id=0
     )
     return [cut(row, eos_token_ids) for row in output[:, width:].tolist()]
 
@@ -86,7 +86,7 @@ def test_accepted_and_wrong_drafts_in_one_batch_leave_the_text_alone(monkeypatch
     ]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, truths, lambda row: wrong[row])
-    rollout = roll_out(target, drafter, prompts, max_new_tokens=30)
+    rollout = roll_out(target, drafter, prompts, max_completion_length=30)
     expected = [truth[len(prompt) : len(prompt) + 30] for truth, prompt in zip(truths, prompts, strict=True)]
     assert rollout.responses() == expected
     assert rollout.accepted.max() == 4 and len(set(rollout.num_rounds.tolist())) > 3
@@ -101,7 +101,7 @@ def test_an_eos_inside_a_block_ends_the_row_there(monkeypatch, target):
     # Anchors of a perfect drafter stand at 0, 5, 10 of the response: index 7 is the second draft of a block.
     response = truths[0][len(prompts[0]) :]
     eos = next(token for token in response[6:9] if token not in response[:6])
-    rollout = roll_out(target, drafter, prompts, max_new_tokens=30, eos_token_ids=[eos])
+    rollout = roll_out(target, drafter, prompts, max_completion_length=30, eos_token_ids=[eos])
     assert rollout.responses() == generate(target, prompts, 30, [eos])
     end = response.index(eos)
     assert end % 5 not in (0, 4) and rollout.responses()[0] == response[: end + 1]
@@ -115,7 +115,7 @@ def test_any_of_several_eos_ids_ends_a_row(family, target):
     prompts = make_prompts(5, seed=3)
     free = generate(target, prompts, 30)
     eos = sorted({free[0][5], free[1][9], free[2][2]})
-    rollout = roll_out(target, make_drafter(family, target), prompts, max_new_tokens=30, eos_token_ids=eos)
+    rollout = roll_out(target, make_drafter(family, target), prompts, max_completion_length=30, eos_token_ids=eos)
     assert rollout.responses() == [cut(text, eos) for text in free] == generate(target, prompts, 30, eos)
     assert len(set(rollout.lengths.tolist())) > 2
 
@@ -126,7 +126,7 @@ def test_the_length_limit_cuts_a_block_in_the_middle(monkeypatch, target, limit)
     truths = [greedy_text(target, prompt, 20) for prompt in prompts]
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, truths, lambda row: set())
-    rollout = roll_out(target, drafter, prompts, max_new_tokens=limit)
+    rollout = roll_out(target, drafter, prompts, max_completion_length=limit)
     assert rollout.responses() == [t[len(p) : len(p) + limit] for t, p in zip(truths, prompts, strict=True)]
     # Response index 0 is the prefill's; blocks at 0 and 5 commit five tokens each, a block at the last token is not
     # drafted.
@@ -140,7 +140,7 @@ def test_a_first_token_that_is_eos_leaves_no_block(target):
     eos = [next(text[0] for text in free if sum(text[0] in other for other in free) == 1)]
     row = next(index for index, text in enumerate(free) if text[0] in eos)
     drafter = make_drafter("eagle3", target)
-    rollout = roll_out(target, drafter, prompts, max_new_tokens=8, eos_token_ids=eos, keep_branch_hidden=True)
+    rollout = roll_out(target, drafter, prompts, max_completion_length=8, eos_token_ids=eos, keep_branch_hidden=True)
     assert rollout.responses() == [cut(text, eos) for text in free] and rollout.responses()[row] == eos
     assert (
         int(rollout.num_rounds[row]) == 0 and not rollout.is_counted[row].any() and not rollout.is_censored[row].any()
@@ -158,7 +158,7 @@ def test_a_prompt_of_one_token_is_enough(family, target):
 def test_without_eos_ids_rows_run_to_the_limit(target):
     prompts = make_prompts(3)
     eos = generate(target, prompts, 6)[0][3]
-    rollout = roll_out(target, make_drafter("dflash", target), prompts, max_new_tokens=17)
+    rollout = roll_out(target, make_drafter("dflash", target), prompts, max_completion_length=17)
     assert (rollout.lengths - rollout.prompt_lengths).tolist() == [17] * 3 and eos in rollout.responses()[0][:-1]
 
 
@@ -183,10 +183,10 @@ def test_compaction_happens_and_changes_nothing(monkeypatch, family, target):
         widths.append((self.cache_mask.shape[1], kept, self.cache.layers[0].keys.shape[2]))
 
     monkeypatch.setattr(live._LiveBatch, "_compact", counted)
-    compacted = roll_out(target, drafter, prompts, max_new_tokens=40, keep_branch_hidden=True)
+    compacted = roll_out(target, drafter, prompts, max_completion_length=40, keep_branch_hidden=True)
     assert len(widths) >= 2 and all(mask == kept == keys for mask, kept, keys in widths)
     monkeypatch.setattr(live._LiveBatch, "_compact", lambda self, kept: None)
-    plain = roll_out(target, drafter, prompts, max_new_tokens=40, keep_branch_hidden=True)
+    plain = roll_out(target, drafter, prompts, max_completion_length=40, keep_branch_hidden=True)
     assert_equal(compacted, plain)
     torch.testing.assert_close(compacted.branch_hidden, plain.branch_hidden, rtol=1e-4, atol=1e-4)
 
@@ -201,7 +201,7 @@ def test_planted_errors_give_exactly_the_expected_chain(monkeypatch, target):
     # Anchors start at index 3. Wrong at 6: two accepted. Wrong at 7: none. Then a full accept. Wrong at 15: two
     # accepted.
     plant(monkeypatch, drafter, [truth], lambda row: {6, 7, 15, 17})
-    rollout = roll_out(target, drafter, [prompt], max_new_tokens=16)
+    rollout = roll_out(target, drafter, [prompt], max_completion_length=16)
     assert rollout.anchors.tolist() == [[3, 6, 7, 12, 15, 17]]
     assert rollout.accepted.tolist() == [[2, 0, 4, 2, 1, 1]]
     # The last token stands at 18. From 17, one draft fits and matches: what follows is unknown.
@@ -216,7 +216,7 @@ def test_a_full_accept_that_ends_with_the_text_is_counted_and_not_censored(monke
     truth = greedy_text(target, prompt, 30)
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, [truth], lambda row: set())
-    rollout = roll_out(target, drafter, [prompt], max_new_tokens=10)
+    rollout = roll_out(target, drafter, [prompt], max_completion_length=10)
     # Blocks at 3 and 8; the second ends at 12, the last token: no room for a bonus.
     assert rollout.anchors.tolist() == [[3, 8]] and rollout.accepted.tolist() == [[4, 4]]
     assert not rollout.is_censored.any() and rollout.is_counted.all() and int(rollout.lengths) == 13
@@ -227,7 +227,7 @@ def test_a_mismatch_at_the_last_token_is_an_ordinary_rejection(monkeypatch, targ
     truth = greedy_text(target, prompt, 30)
     drafter = make_drafter("dflash", target)
     plant(monkeypatch, drafter, [truth], lambda row: {10})
-    rollout = roll_out(target, drafter, [prompt], max_new_tokens=8)
+    rollout = roll_out(target, drafter, [prompt], max_completion_length=8)
     assert rollout.anchors.tolist() == [[3, 8]] and rollout.accepted.tolist() == [[4, 1]]
     assert not rollout.is_censored.any() and rollout.is_counted.tolist() == [[True, False]]
 
@@ -247,7 +247,9 @@ def test_branch_states_are_those_of_a_packed_forward(family, kind):
 
 def test_branch_states_are_those_of_the_target_on_prompt_text_and_drafts(target):
     prompts = make_prompts(2)
-    rollout = roll_out(target, make_drafter("dflash", target), prompts, keep_branch_hidden=True, max_new_tokens=9)
+    rollout = roll_out(
+        target, make_drafter("dflash", target), prompts, keep_branch_hidden=True, max_completion_length=9
+    )
     for row, block in itertools.product(range(2), (0, 3)):
         anchor = int(rollout.anchors[row, block])
         ids = torch.cat([rollout.input_ids[row, : anchor + 1], rollout.drafts[row, block, :-1]])[None]
@@ -258,7 +260,9 @@ def test_branch_states_are_those_of_the_target_on_prompt_text_and_drafts(target)
 def test_rows_of_a_rollout_are_the_rollout_of_those_rows(target):
     prompts = make_prompts(4)
     drafter = make_drafter("dflash", target)
-    whole = roll_out(target, drafter, prompts, max_new_tokens=12, eos_token_ids=[generate(target, prompts, 12)[0][4]])
+    whole = roll_out(
+        target, drafter, prompts, max_completion_length=12, eos_token_ids=[generate(target, prompts, 12)[0][4]]
+    )
     part = whole.rows(1, 3)
     assert part.responses() == whole.responses()[1:3]
     assert torch.equal(part.anchors, whole.anchors[1:3, : part.anchors.shape[1]])
@@ -319,7 +323,7 @@ def test_sampled_text_has_the_targets_distribution(family, draft_sampling, sampl
             [prompt] * num_rows,
             seed=seed,
             num_drafts=2,
-            max_new_tokens=3,
+            max_completion_length=3,
             sampling=sampling,
             draft_sampling=draft_sampling,
         )
@@ -345,7 +349,11 @@ def test_a_seed_reproduces_a_sampled_rollout(draft_sampling, target):
 def test_a_rows_draws_depend_on_no_other_row(family, draft_sampling, target):
     drafter = make_drafter(family, target)
     prompts, sample_ids = make_prompts(5), [31, 4, 4 + 2**40, 0, 7]
-    options = {"sampling": SamplingSettings(1.0, 0, 1.0), "draft_sampling": draft_sampling, "max_new_tokens": 12}
+    options = {
+        "sampling": SamplingSettings(1.0, 0, 1.0),
+        "draft_sampling": draft_sampling,
+        "max_completion_length": 12,
+    }
 
     def rows(order):
         picked = {"prompts": [prompts[i] for i in order], "sample_ids": [sample_ids[i] for i in order]}
@@ -407,7 +415,7 @@ def test_the_drafters_mode_is_restored(is_training, target):
     drafter = make_drafter("dflash", target).train(is_training)
     seen, begin = [], drafter.begin
     drafter.begin = lambda *args: (seen.append(drafter.training), begin(*args))[1]
-    roll_out(target, drafter, make_prompts(1), max_new_tokens=4)
+    roll_out(target, drafter, make_prompts(1), max_completion_length=4)
     assert drafter.training is is_training and seen and not any(seen)
 
 
@@ -423,7 +431,7 @@ def test_finished_rows_are_reported_once_each(target):
     prompts = make_prompts(4)
     eos = [generate(target, prompts, 10)[1][3]]
     ended = []
-    options = Options(max_new_tokens=10, eos_token_ids=eos)
+    options = Options(max_completion_length=10, eos_token_ids=eos)
     decode(target, make_drafter("dflash", target), prompts, options, on_finished=ended.append)
     assert sum(ended) == 4 and len(ended) > 1
 
@@ -438,9 +446,9 @@ def test_empty_prompts_are_refused_by_row(target):
 
 def test_text_beyond_the_targets_positions_is_refused(target):
     drafter = make_drafter("dflash", target)
-    with pytest.raises(ValueError, match=r"257 positions but the target has 256. Lower `max_prompt_length`"):
-        roll_out(target, drafter, [[9] * 5], max_new_tokens=248)
-    assert roll_out(target, drafter, [[9] * 5, [9]], max_new_tokens=4).lengths.tolist() == [9, 5]
+    with pytest.raises(ValueError, match="take 257 positions, but the target has 256"):
+        roll_out(target, drafter, [[9] * 5], max_completion_length=248)
+    assert roll_out(target, drafter, [[9] * 5, [9]], max_completion_length=4).lengths.tolist() == [9, 5]
 
 
 def test_more_drafts_than_a_block_holds_are_refused(target):
@@ -449,7 +457,7 @@ def test_more_drafts_than_a_block_holds_are_refused(target):
     assert roll_out(target, make_drafter("eagle3", target), [[9]], num_drafts=6).drafts.shape[-1] == 6
 
 
-@pytest.mark.parametrize("changes", [{"num_drafts": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize("changes", [{"num_drafts": 0}, {"max_completion_length": 0}])
 def test_counts_below_one_are_refused(changes, target):
     with pytest.raises(ValueError, match="must be at least 1"):
         roll_out(target, make_drafter("dflash", target), [[9]], **changes)

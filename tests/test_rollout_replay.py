@@ -27,8 +27,10 @@ FIELDS = (
 )
 
 
-def roll_out(target, drafter, prompts, eos_token_ids=(), max_new_tokens=20):
-    options = Options(keep_branch_hidden=True, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
+def roll_out(target, drafter, prompts, eos_token_ids=(), max_completion_length=20):
+    options = Options(
+        keep_branch_hidden=True, max_completion_length=max_completion_length, eos_token_ids=eos_token_ids
+    )
     return decode(target, drafter, prompts, options)
 
 

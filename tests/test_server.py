@@ -5,13 +5,17 @@ Responses from a server: what is asked, what is believed, and a server that repl
 The server here is a thread on 127.0.0.1 that speaks as much of the two protocols as is asked for.
 """
 
+import html
 import json
 import threading
 import time
+import traceback
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -58,8 +62,16 @@ def sglang_reply(body: dict, **changes: Any) -> dict:
     return {"text": "...", "output_ids": ids, "meta_info": meta | changes}
 
 
+class Raw(bytes):
+    """A whole reply, status line and headers included."""
+
+
 class FakeServer(ThreadingHTTPServer):
-    """Replies with `script(number of the request, path, body)`: JSON, a status, bytes, or `None` to hang up."""
+    """
+    Replies with `script(number of the request, path, body)`: JSON, a status, bytes, `None` to hang up, or a [`Raw`].
+
+    `pages` are what it replies to a GET, by path.
+    """
 
     daemon_threads = True
 
@@ -70,6 +82,8 @@ class FakeServer(ThreadingHTTPServer):
         self.seen: list[tuple[str, dict | None, dict]] = []
         self.at_once = self.most_at_once = 0
         self.models = ["tiny"]
+        self.pages: dict[str, Any] = {"/version": {"version": "0.0"}}
+        self.seen_gets: list[str] = []
 
     @property
     def url(self) -> str:
@@ -86,10 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            self._send({"data": [{"id": name} for name in self.server.models]})
-        else:
-            self._send({"version": "0.0"} if self.path == "/version" else 404)
+        self.server.seen_gets.append(self.path)
+        models = {"data": [{"id": name} for name in self.server.models]}
+        self._send(({"/v1/models": models} | self.server.pages).get(self.path, 404))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -108,6 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, reply: Any) -> None:
         if reply is None:
+            self.close_connection = True
+            return
+        if isinstance(reply, Raw):
+            self.wfile.write(reply)
             self.close_connection = True
             return
         status, content = (reply, b"no") if isinstance(reply, int) else (200, reply)
@@ -232,15 +249,133 @@ def test_the_name_of_the_target_is_asked_for_where_there_is_one(serve, store: Re
     [
         ({"base_url": "file:///etc/passwd"}, "must be an address like"),
         ({"base_url": "localhost:8000"}, "must be an address like"),
+        ({"base_url": "http://a:port"}, "must be an address like"),
+        ({"base_url": "http://[::1"}, "must be an address like"),
+        ({"base_url": "ftp://a"}, "must be an address like"),
+        ({"base_url": "http://a b"}, "must be an address like"),
+        ({"base_url": "http://a:0"}, "must be an address like"),
         ({"engine": "tgi"}, "`engine` must be one of"),
         ({"concurrency": 0}, "`concurrency` must be at least 1"),
         ({"timeout": 0.0}, "`timeout` must be above 0"),
+        ({"timeout": float("inf")}, "`timeout` must be above 0"),
+        ({"retry_wait": float("nan")}, "`retry_wait` and"),
         ({"max_retries": -1}, "`max_retries` not below"),
     ],
 )
 def test_settings_of_a_server_out_of_range_are_refused(settings: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
         ServerSettings(**{"base_url": "http://127.0.0.1:1"} | settings)
+
+
+# ---- the key --------------------------------------------------------------------------------------------------------
+
+KEY = 'canary-"/+<&\\-0123'
+
+
+def _everything_said(error: BaseException, caplog: pytest.LogCaptureFixture, store: ResponseStore) -> str:
+    files = "".join(path.read_text("latin-1") for path in sorted(store.path.iterdir()))
+    return "".join(traceback.format_exception(error)) + repr(error) + caplog.text + files
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("where", ["/v1/models", "/version", "/v1/completions"])
+def test_no_redirect_is_followed_so_the_key_stays_with_the_server_that_was_named(
+    serve, store: ResponseStore, status: int, where: str
+):
+    elsewhere = serve(lambda number, path, body: vllm_reply(body))
+    page = Raw(f"HTTP/1.1 {status} Go\r\nLocation: {elsewhere.url}{where}\r\nContent-Length: 0\r\n\r\n".encode())
+    server = serve(lambda number, path, body: page if where == path else vllm_reply(body))
+    server.pages[where] = page
+    if where == "/version":
+        assert _ask(store, server, api_key=KEY) == 12
+    else:
+        with pytest.raises(ValueError, match=rf"redirects \(status {status}\) to '{elsewhere.url}.*give its address"):
+            _ask(store, server, api_key=KEY)
+    assert elsewhere.seen == [] and elsewhere.seen_gets == []
+
+
+def test_a_redirect_is_told_without_the_user_and_the_key_in_it(serve, store: ResponseStore, caplog):
+    server = serve(
+        lambda number, path, body: Raw(
+            f"HTTP/1.1 302 Go\r\nLocation: http://me:secret@there/{quote(KEY)}\r\n\r\n".encode()
+        )
+    )
+    with pytest.raises(ValueError, match=r"to 'http://\*\*\*@there/\*\*\*'") as refusal:
+        _ask(store, server, api_key=KEY)
+    assert "secret" not in _everything_said(refusal.value, caplog, store)
+
+
+def _echoes(number: int, path: str, body: dict | None) -> dict[str, Any]:
+    """Ways in which a server can say the key that it was sent."""
+    page = b"HTTP/1.1 %d %s\r\nContent-Length: %d\r\n\r\n%s"
+    texts = [KEY, json.dumps({"Authorization": f"Bearer {KEY}"}), json.dumps(KEY).replace("/", "\\/"), repr(KEY)]
+    texts += [html.escape(KEY), quote(KEY), quote(KEY, safe=""), b64encode(KEY.encode()).decode()]
+    said = " ".join(texts).encode()
+    # So that a quote of some length would end within the key.
+    long = b"x" * 490 + KEY.encode()
+    echoes = {f"body of {status}": Raw(page % (status, b"no", len(said), said)) for status in (400, 500)}
+    echoes |= {f"end of {status}": Raw(page % (status, b"no", len(long), long)) for status in (400, 500)}
+    echoes |= {f"reason of {status}": Raw(page % (status, KEY.encode(), 0, b"")) for status in (401, 503)}
+    echoes |= {"status line": Raw(b"HTTP/1.1 " + KEY.encode() + b" no\r\n\r\n"), "no HTTP": Raw(said)}
+    wrong = vllm_reply(body, finish_reason=f"Bearer {KEY}") if body else {}
+    return echoes | {"reply": wrong, "form": {"choices": [{"finish_reason": f"Bearer {KEY}"}]}}
+
+
+@pytest.mark.parametrize("way", _echoes(0, "", None))
+def test_a_key_that_the_server_echoes_is_in_no_message_traceback_or_file(
+    serve, store: ResponseStore, caplog, way: str
+):
+    caplog.set_level("DEBUG")
+    server = serve(lambda *request: _echoes(*request)[way])
+    with pytest.raises((ServerError, ValueError)) as refusal:
+        _ask(store, server, PROMPTS[:2], api_key=KEY, max_retries=1)
+    said = _everything_said(refusal.value, caplog, store)
+    assert not any(part in said for part in ("canary", html.escape(KEY), b64encode(KEY.encode()).decode()[:16]))
+    assert server.seen[0][2]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_a_key_among_the_names_and_versions_of_a_server_is_neither_printed_nor_stored(serve, store, caplog):
+    server = serve(lambda number, path, body: vllm_reply(body))
+    server.pages["/version"] = {"version": f"0.1 for {KEY}"}
+    assert _ask(store, server, api_key=KEY) == 12
+    assert "canary" not in "".join(path.read_text("latin-1") for path in store.path.iterdir())
+    server.models = ["a", f"b of {KEY}"]
+    with pytest.raises(ValueError, match=r"serves \['a', ") as refusal:
+        _ask(ResponseStore.open(store.path.with_name("other"), make_origin()), server, api_key=KEY)
+    assert "canary" not in _everything_said(refusal.value, caplog, store)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "canary\nX-More: 1", "canary\u2026", "canary\x7f"])
+def test_a_key_that_cannot_be_sent_is_refused_without_printing_it(key: str):
+    with pytest.raises(ValueError, match="`api_key` must be one word of printable ASCII") as refusal:
+        ServerSettings(base_url="http://a", api_key=key)
+    assert "canary" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:canary@a",
+        "http://canary@a/v1",
+        "me:canary@a",
+        "http://me:can/ary#@a",
+        "http://a/?key=canary",
+        "http://a#canary",
+        "ftp://me:canary@a",
+    ],
+)
+def test_an_address_with_a_secret_in_it_is_refused_without_printing_it(address: str):
+    with pytest.raises(ValueError, match="without a user, password, query or fragment") as refusal:
+        ServerSettings(base_url=address)
+    assert "can" not in str(refusal.value).replace("because", "")
+
+
+def test_a_list_of_models_that_is_none_is_said(serve, store: ResponseStore):
+    server = serve(lambda number, path, body: vllm_reply(body))
+    for page in ([], {"data": None}, {"data": [3, {"name": "x"}]}):
+        server.pages["/v1/models"] = page
+        with pytest.raises(ValueError, match="serves no named model. Name the one"):
+            _ask(store, server)
 
 
 # ---- a server in trouble --------------------------------------------------------------------------------------------
@@ -339,7 +474,7 @@ def _read(origin: Origin | None = None, engine: str = "vllm", tokenizer: Any = N
 WRONG_CHOICES = {
     "outside the target's vocabulary of 64": {"token_ids": [7, -1, EOS]},
     "holds the token id 7.0, outside": {"token_ids": [7.0, EOS]},
-    "has a response of 9 tokens, more than `max_new_tokens` 8": {"token_ids": [7] * 9},
+    "has a response of 9 tokens, more than `max_completion_length` 8": {"token_ids": [7] * 9},
     "read another prompt, of 2 ids in place of 3": {"prompt_token_ids": [7, 8]},
     "continues after an end-of-sequence id": {"token_ids": [7, EOS, 8]},
     "was cut at 2 of 8 tokens": {"token_ids": [7, 8], "finish_reason": "length"},

@@ -72,7 +72,7 @@ def roll_out(monkeypatch, target, drafter, num_drafts=NUM_DRAFTS):
     prompts = make_prompts(3, seed=2)
     truths = [greedy_text(target, prompt, 20) for prompt in prompts]
     wrong = {0: {len(prompts[0]) + i for i in (3, 9)}, 1: set(range(40)), 2: {len(prompts[2]) + 2}}
-    options = Options(num_drafts, keep_branch_hidden=True, max_new_tokens=12)
+    options = Options(num_drafts, keep_branch_hidden=True, max_completion_length=12)
     with monkeypatch.context() as patch:
         plant(patch, drafter, truths, wrong.get)
         return decode(target, drafter, prompts, options)
@@ -186,7 +186,7 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
 @pytest.mark.parametrize("num_drafts", [2, 4])
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)
-    rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_new_tokens=16))
+    rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_completion_length=16))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
     hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
     logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)
@@ -299,6 +299,31 @@ def test_cross_entropy_leaves_out_tokens_the_draft_vocabulary_lacks(monkeypatch,
     assert 0 < len(losses) < int(anchors.is_accepted.sum())
     loss, _ = run(target, drafter, rollout, anchors, settings)
     assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-10)
+
+
+def test_cross_entropy_behind_a_rejection_learns_what_the_target_would_say_there(monkeypatch, exact_norms):
+    target, drafter = make_pair("reduced", torch.float64)
+    rollout = roll_out(monkeypatch, target, drafter)
+    anchors = replay(rollout, "suffix")
+    settings = streams(rejected="ce", weights=(0.0, 1.0), decay=0.5)
+    known = drafter.draft_token_ids.tolist()
+    total, weight_sum, kinds = torch.zeros((), dtype=torch.float64), 0.0, set()
+    for row, block, slot in anchors.is_rejected.nonzero().tolist():
+        ids, label = rollout.input_ids[row].tolist(), int(anchors.labels[row, block, slot])
+        anchor, drafts = int(anchors.anchors[row, block]), anchors.drafts[row, block]
+        kinds.add("a branch" if label < 0 else "a known token" if label in known else "a lost token")
+        if label < 0:
+            # No text stands there: what the target would choose of what the drafter can say.
+            label = known[int(target_logits(target, ids, anchor, drafts, slot + 1)[known].argmax())]
+        if label in known:
+            own = slot_logits(target, drafter, ids, anchor, drafts)[slot]
+            total = total - 0.5**slot * own.log_softmax(-1)[known.index(label)]
+            weight_sum += 0.5**slot
+    assert kinds == {"a branch", "a known token", "a lost token"}
+    drafter.zero_grad()
+    (total / weight_sum).backward()
+    expected = float(total.detach() / weight_sum), {name: p.grad.clone() for name, p in drafter.named_parameters()}
+    assert_close(run(target, drafter, rollout, anchors, settings), expected, 1e-9)
 
 
 def test_the_rejected_stream_decays_from_the_anchor():

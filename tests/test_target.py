@@ -335,33 +335,6 @@ def test_the_mask_token_is_the_tokenizers_own_before_any_other():
     assert target.find_mask_token_id() == 9
 
 
-def test_without_a_mask_token_a_row_behind_the_tokenizer_serves():
-    target = make_target("llama")
-
-    class Words:
-        mask_token_id = None
-
-        def __init__(self, size, **named):
-            self.words = {f"w{i}": i for i in range(size)} | named
-
-        def get_vocab(self):
-            return self.words
-
-        def __len__(self):
-            return len(self.words)
-
-    target.tokenizer = Words(60)
-    assert target.find_mask_token_id() == 60
-    target.tokenizer = Words(60, **{"<|MASK|>": 61})
-    assert target.find_mask_token_id() == 61
-    target.tokenizer = Words(VOCAB)
-    with pytest.raises(ValueError, match="64 embedding rows are all in use"):
-        target.find_mask_token_id()
-    target.tokenizer = None
-    with pytest.raises(ValueError, match="no tokenizer"):
-        target.find_mask_token_id()
-
-
 def test_every_id_that_ends_a_response_counts():
     target = make_target("llama")
     assert target.eos_token_ids == [EOS]

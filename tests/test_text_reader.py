@@ -299,7 +299,7 @@ def test_a_text_is_cut_at_the_right():
     )
 
 
-def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning():
+def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_and_so_are_those_that_are_cut():
     rows = [
         {"prompt": "add two", "completion": " four"},
         {"prompt": "hi there add two", "completion": " four"},  # prompt of 4
@@ -310,10 +310,12 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted_in_one_warning()
         dataset = read_texts(rows, max_length=3, max_prompt_length=3)
     assert dataset["sample_id"][:] == [0, 3]
     assert [tokens(i) for i in dataset["input_ids"]] == ["add two four", "hi there <|im_end|>"]
-    (message,) = [str(w.message) for w in caught]
-    assert message.startswith(
-        "Skipped 2 of 4 rows: 1 have a prompt longer than `max_prompt_length`; 1 have no supervised"
+    skipped, *noted = [str(w.message) for w in caught]
+    assert skipped.startswith(
+        "Skipped 2 of 4 rows: 1 have a prompt longer than `max_prompt_length` 3; 1 have no supervised"
     )
+    assert sorted(noted)[0].startswith("1 of 4 rows are longer than `max_length` 3 and were cut there.")
+    assert sorted(noted)[1].startswith("1 of 4 rows have no two supervised tokens in a row")
 
 
 def test_a_prompt_at_the_limit_is_kept():
@@ -341,8 +343,8 @@ def test_an_empty_dataset_is_an_error(read):
 
 @pytest.mark.parametrize("read", [read_texts, read_prompts])
 def test_a_dataset_without_the_columns_is_told_what_is_there_and_what_is_read(read):
-    with pytest.raises(ValueError, match=r"\['question', 'answer'\].*`prompt`.*`messages`"):
-        read([{"question": "hi", "answer": "there"}])
+    with pytest.raises(ValueError, match=r"\['left', 'right'\].*`prompt`.*`messages`"):
+        read([{"left": "hi", "right": "there"}])
 
 
 def test_what_is_not_one_split_is_an_error():
@@ -401,7 +403,7 @@ def test_a_mask_that_does_not_fit_its_ids_is_an_error(mask):
         ({"prompt": "hi", "completion": chat("hi")}, "`completion` must be a string"),
         ({"prompt": chat("hi"), "completion": "hi"}, "`completion` must be a list of messages"),
         ({"prompt": chat("hi", "there"), "completion": chat("hi")}, "`prompt` ends with an assistant turn"),
-        ({"messages": [{"from": "human", "value": "hi"}]}, "`messages` must be a list of messages"),
+        ({"messages": [{"who": "human", "value": "hi"}]}, "`messages` must be a list of messages, each with a `role`"),
         ({"messages": "hi"}, "`messages` must be a list of messages"),
         ({"text": 3}, "`text` must be a string"),
         ({"prompt_ids": 3, "completion_ids": [7]}, "`prompt_ids` must be a list of token ids"),

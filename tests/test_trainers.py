@@ -91,6 +91,56 @@ def assert_every_tensor_moved(before, after):
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
 
 
+# -- what an epoch is shown -------------------------------------------------------------------------------------------
+
+DRAWN = {"temperature": 1.0, "draft_sampling": "sample"}
+SHOWN = {
+    "anchors of supervised text": ("sft", {"num_anchors": 2}),
+    "drafts along a text": ("opd", DRAWN | {"rejected_scope": "first"}),
+    "drafts along a text, suffixes too": ("opd", DRAWN),
+    "drafts of live decoding": ("opd", DRAWN | {"rollout": "live"}),
+    "supervised anchors": (
+        "opd",
+        {"supervised_weight": 0.5, "supervised_anchors": "random", "num_supervised_anchors": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SHOWN)
+def test_an_epoch_is_shown_other_blocks_than_the_one_before_and_a_second_run_the_same(
+    monkeypatch, tmp_path, target, rows, what
+):
+    kind, settings = SHOWN[what]
+
+    def blocks_of_two_epochs(output_dir):
+        # Nothing is learnt, and an epoch is one step: what is left to differ is what was drawn.
+        settings_of_run = {"learning_rate": 0.0, "per_device_train_batch_size": len(rows), "max_steps": 2}
+        responses = {} if kind == "sft" else {"responses": str(tmp_path / "responses")}
+        drafter = make_drafter("dflash", target)
+        with torch.no_grad():
+            # A random drafter is nearly certain; one with flat distributions has something to draw.
+            drafter.norm.weight.mul_(0.05)
+        trainer = make_trainer(kind, output_dir, drafter, target, rows, **settings_of_run | responses | settings)
+        prepare, shown = trainer._prepare, []
+
+        def noted(batches, epoch):
+            prepared = prepare(batches, epoch)
+            (batch,) = prepared
+            order = torch.tensor(batch.text.sample_ids).argsort()
+            held = [batch.blocks.anchors, batch.blocks.drafts]
+            shown.append((epoch, [tensor[order].tolist() for tensor in held]))
+            return prepared
+
+        monkeypatch.setattr(trainer, "_prepare", noted)
+        trainer.train()
+        assert [epoch for epoch, _ in shown] == [0, 1]
+        return [blocks for _, blocks in shown]
+
+    first, second = blocks_of_two_epochs(tmp_path / "a")
+    assert first != second
+    assert blocks_of_two_epochs(tmp_path / "b") == [first, second]
+
+
 # -- training moves everything ----------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,11 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from .utils.console import hide_useless_notes
+
+
+# Before the libraries are imported: some of the notes come from there.
+hide_useless_notes()
 
 _HERE = Path(__file__).parent
 __version__ = (_HERE / "VERSION").read_text(encoding="utf-8").strip()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -20,6 +21,11 @@ from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
 from .rollout.live import rollout_live
 from .target.frozen import FrozenTarget
+from .target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+
+
+# A sample of each response, in minutes rather than hours.
+EVALUATION_LENGTHS = Lengths(TRAINING_LENGTHS.prompt, 256)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def evaluate_drafter(
     prompts: Sequence[Sequence[int]],
     *,
     num_drafts: int | None = None,
-    max_new_tokens: int = 256,
+    max_completion_length: int | None = None,
     sampling: SamplingSettings | None = None,
     draft_sampling: str = "greedy",
     batch_size: int = 1,
@@ -121,12 +127,14 @@ def evaluate_drafter(
         drafter ([`Drafter`]): The drafter.
         prompts (`Sequence[Sequence[int]]`): Token ids, chat template applied.
         num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
-        max_new_tokens (`int`, *optional*, defaults to 256): Longest response.
+        max_completion_length (`int`, *optional*):
+            Longest response; 256 by default, or half of what the prompts leave of the target's positions.
         sampling ([`SamplingSettings`], *optional*): Greedy by default.
         draft_sampling (`str`, *optional*, defaults to `"greedy"`): See [`DraftOPDConfig`].
         batch_size (`int`, *optional*, defaults to 1): Prompts decoded together.
         ignore_eos (`bool`, *optional*, defaults to `False`):
-            Decode exactly `max_new_tokens` tokens, to compare with an engine that counts past the end of sequence.
+            Decode exactly `max_completion_length` tokens, to compare with an engine that counts past the end of a
+            response.
         compare_with_target (`bool`, *optional*, defaults to `True`):
             Also decode plainly, batch by batch in turns, for speed and, at temperature 0, equality. Not with
             `ignore_eos`.
@@ -138,15 +146,25 @@ def evaluate_drafter(
         [`EvaluationReport`]
 
     Raises:
-        ValueError: If there is no prompt, or none is long enough to hold a whole block.
+        ValueError: If there is no prompt, the longest one leaves no room in the target's positions, or no response is
+            long enough to hold a whole block.
     """
     sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     compare = compare_with_target and not ignore_eos
-    num_drafts = num_drafts or drafter.default_num_drafts
+    num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
+    max_completion_length = fit_lengths(
+        target.num_positions,
+        prompt=max(map(len, prompts), default=0),
+        completion=max_completion_length,
+        num_drafts=num_drafts,
+        defaults=EVALUATION_LENGTHS,
+    ).completion
     settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
     eos_token_ids = [] if ignore_eos else target.eos_token_ids
     done = _Decoded()
-    with Progress(disable=not show_progress, transient=True) as progress:
+    # Without a terminal it would leave an empty line.
+    console = Console()
+    with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
         task = progress.add_task("Evaluating", total=len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -154,7 +172,13 @@ def evaluate_drafter(
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             begun = time.perf_counter()
             rollout = rollout_live(
-                target, drafter, batch, settings, keys, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids
+                target,
+                drafter,
+                batch,
+                settings,
+                keys,
+                max_completion_length=max_completion_length,
+                eos_token_ids=eos_token_ids,
             )
             done.speculative_seconds += time.perf_counter() - begun
             done.counts += Counts.of_rollout(rollout)
@@ -165,7 +189,7 @@ def evaluate_drafter(
                 own = generate_responses(
                     target,
                     batch,
-                    max_new_tokens=max_new_tokens,
+                    max_completion_length=max_completion_length,
                     sampling=sampling,
                     batch_size=batch_size,
                     seed=seed,
@@ -197,7 +221,7 @@ def _report(
     if counts.num_blocks == 0:
         raise ValueError(
             f"No response among {num_prompts} prompts is longer than a block of {settings.num_drafts} drafts, so tau "
-            "cannot be measured. Raise `max_new_tokens`, lower `num_drafts`, or give other prompts."
+            "cannot be measured. Raise `max_completion_length`, lower `num_drafts`, or give other prompts."
         )
     low, high = counts.interval(num_resamples=num_resamples, seed=seed)
     can_compare_text = compare and settings.sampling.is_greedy

@@ -83,7 +83,7 @@ class Row:
     dtype: str
     chat_template_kwargs: dict[str, Any]
     temperature: float
-    max_new_tokens: int
+    max_completion_length: int
     batch_size: int
     compare_with_target: bool
     paper_tau: list[float]
@@ -97,7 +97,7 @@ class Row:
     def prompt_settings(self, task: Task) -> dict[str, Any]:
         """Return what the prompts of a task depend on: a later turn holds the target's own answers."""
         names = ("target", "dtype", "chat_template_kwargs")
-        of_answers = ("temperature", "max_new_tokens", "batch_size") if task.turns is not None else ()
+        of_answers = ("temperature", "max_completion_length", "batch_size") if task.turns is not None else ()
         source = {
             name: getattr(task, name) for name in ("dataset", "config", "split", "num_prompts", "prompt", "turns")
         }
@@ -105,7 +105,7 @@ class Row:
 
     def settings(self, side: str, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return what a measurement depends on."""
-        names = ("target", "dtype", "temperature", "max_new_tokens", "batch_size", "compare_with_target")
+        names = ("target", "dtype", "temperature", "max_completion_length", "batch_size", "compare_with_target")
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         return {name: getattr(self, name) for name in names} | {"drafter": getattr(self, side), "prompts": digest}
 
@@ -179,7 +179,7 @@ def _write_prompts(models: Models, task: Task) -> list[list[int]]:
         answers = generate_responses(
             target,
             [ids[place] for place in going_on],
-            max_new_tokens=row.max_new_tokens,
+            max_completion_length=row.max_completion_length,
             sampling=row.sampling,
             batch_size=row.batch_size,
             seed=0,
@@ -210,7 +210,7 @@ def measure(models: Models, side: str, prompts: list[list[int]], path: Path) -> 
             models.target(),
             models.drafter(side),
             prompts,
-            max_new_tokens=models.row.max_new_tokens,
+            max_completion_length=models.row.max_completion_length,
             sampling=models.row.sampling,
             batch_size=models.row.batch_size,
             compare_with_target=models.row.compare_with_target,
@@ -279,8 +279,8 @@ def render(row: Row, reports: dict[str, dict[str, dict[str, Any]]], is_dry_run: 
         is_dry_run (`bool`): Whether to say that the numbers mean nothing.
     """
     lines = [
-        f"## {row.target}, temperature {row.temperature:g}, {row.chat_template_kwargs}, at most {row.max_new_tokens} "
-        "tokens",
+        f"## {row.target}, temperature {row.temperature:g}, {row.chat_template_kwargs}, at most "
+        f"{row.max_completion_length} tokens",
         *([f"**{DRY_RUN}**"] if is_dry_run else []),
         f"before: `{row.before}`, after: `{row.after}`. tau is pooled, [..] a 95 % interval over prompts, gains are "
         "paired; in brackets tau averaged over prompts, as the paper's script has it.",
@@ -359,7 +359,7 @@ def dry_run_row(row: Row, folder: Path) -> Row:
             )
             drafter.save_pretrained(drafters[side])
     places = {"target": str(target)} | {side: str(path) for side, path in drafters.items()}
-    return replace(row, **places, tasks=tasks, max_new_tokens=12)
+    return replace(row, **places, tasks=tasks, max_completion_length=12)
 
 
 def _synthetic_rows(task: Task, questions: Sequence[str]) -> list[dict[str, Any]]:

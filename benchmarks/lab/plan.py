@@ -81,7 +81,7 @@ class Pair:
         drafter (`dict`):
             Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to continue from: an id on the
             Hub, or a folder, also under `--out`.
-        max_new_tokens (`int`): Longest response.
+        max_completion_length (`int`): Longest response.
         train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`):
             Prompts; no test prompt is trained on.
         prompts_per_update (`int`): Prompts of one optimiser step.
@@ -97,7 +97,7 @@ class Pair:
     family: str
     target: str
     drafter: dict[str, Any]
-    max_new_tokens: int
+    max_completion_length: int
     train: list[PromptSet]
     dev: PromptSet
     tests: dict[str, PromptSet]

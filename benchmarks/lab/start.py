@@ -29,8 +29,8 @@ COUNTED_UPDATES = 4
 def common_settings(bench: Workbench, folder: Path, seed: int) -> dict[str, Any]:
     """Return the settings every trainer of the laboratory shares."""
     machine, per_update = bench.machine, bench.pair.prompts_per_update
-    micro = machine.micro_batch_size or per_update
-    if per_update % micro:
+    micro = per_update if machine.micro_batch_size is None else machine.micro_batch_size
+    if micro < 1 or per_update % micro:
         raise SystemExit(f"--micro-batch-size {micro} does not divide the {per_update} prompts of an update.")
     return {
         "output_dir": str(folder),
@@ -43,7 +43,7 @@ def common_settings(bench: Workbench, folder: Path, seed: int) -> dict[str, Any]
         "seed": seed,
         "disable_tqdm": True,
         "save_total_limit": 1,
-        "max_completion_length": bench.pair.max_new_tokens,
+        "max_completion_length": bench.pair.max_completion_length,
     }
 
 
@@ -92,7 +92,7 @@ def make_start(bench: Workbench) -> Path:
     """
     folder = bench.folder / "sft"
     pair = dataclasses.asdict(bench.pair)
-    made_of = ("family", "target", "drafter", "max_new_tokens", "train", "dev", "prompts_per_update", "sft")
+    made_of = ("family", "target", "drafter", "max_completion_length", "train", "dev", "prompts_per_update", "sft")
     require_unchanged(folder / "plan.json", {key: pair[key] for key in made_of})
     if (folder / "start" / "config.json").exists():
         return folder / "start"

@@ -95,7 +95,7 @@ def greedy_answers(folder: str | Path, questions: Sequence[str]) -> list[list[in
     return generate_responses(
         target,
         prompts,
-        max_new_tokens=COMPARED_TOKENS,
+        max_completion_length=COMPARED_TOKENS,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         batch_size=32,
         seed=0,

@@ -120,7 +120,7 @@ class Workbench:
         Prompts that occur twice share their response.
         """
         sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
-        origin = Origin.of(self.target, sampling=sampling, max_new_tokens=self.pair.max_new_tokens)
+        origin = Origin.of(self.target, sampling=sampling, max_completion_length=self.pair.max_completion_length)
         store = ResponseStore.open(self.folder / f"responses-t{temperature:g}", origin)
         size = self.machine.generation_batch_size
         generate_missing(
@@ -159,7 +159,7 @@ class Workbench:
                 generate_responses(
                     self.target,
                     few["prompt_ids"],
-                    max_new_tokens=self.pair.max_new_tokens,
+                    max_completion_length=self.pair.max_completion_length,
                     sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
                     batch_size=len(few),
                     seed=0,

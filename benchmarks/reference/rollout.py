@@ -55,7 +55,7 @@ def decode(
     prompt: Sequence[int],
     *,
     num_drafts: int,
-    max_new_tokens: int,
+    max_completion_length: int,
     eos_token_ids: Collection[int],
 ) -> tuple[list[int], list[Block]]:
     """
@@ -69,7 +69,7 @@ def decode(
     reading = read_text(target, prompt, layer_ids, cache)
     features = reading.features
     text, chain = [*prompt, int(head(reading.hidden[-1]).argmax())], []
-    limit = len(prompt) + max_new_tokens
+    limit = len(prompt) + max_completion_length
     while text[-1] not in eos_token_ids and len(text) < limit:
         anchor = len(text) - 1
         drafts = draft_block(drafter, target, features, text, anchor, num_drafts)

@@ -50,7 +50,7 @@ class Pair:
         folder = getattr(args, f"drafter_{family}")
         self.drafter: Drafter = texts.make_drafter(args, report, family, target, folder)
         self.num_drafts = self.drafter.default_num_drafts
-        self.max_new_tokens = 32 if args.quick else args.max_new_tokens
+        self.max_completion_length = 32 if args.quick else args.max_completion_length
         self.segment_length = DraftOPDConfig("unused", use_cpu=args.device == "cpu").segment_length(family)
 
     def live(self, prompts, *, num_drafts=None, ignores_eos=False, keeps_branches=False) -> Rollout:
@@ -59,9 +59,9 @@ class Pair:
             self.target,
             self.drafter,
             prompts,
-            DraftingSettings(num_drafts or self.num_drafts, GREEDY, "greedy", keeps_branches),
+            DraftingSettings(self.num_drafts if num_drafts is None else num_drafts, GREEDY, "greedy", keeps_branches),
             DrawKeys(0, 0, range(len(prompts))),
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
             eos_token_ids=[] if ignores_eos else self.target.eos_token_ids,
         )
 
@@ -96,7 +96,7 @@ class Pair:
         return generate_responses(
             self.target,
             prompts,
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
             sampling=GREEDY,
             batch_size=len(prompts),
             seed=0,
@@ -133,7 +133,7 @@ def equality(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> N
     report.figure(f"prompts on which replay differs from live, {label}", different, 0)
     few = prompts[: 2 if args.quick else 8]
     decoded = pair.live(few)
-    options = {"max_new_tokens": pair.max_new_tokens, "eos_token_ids": pair.target.eos_token_ids}
+    options = {"max_completion_length": pair.max_completion_length, "eos_token_ids": pair.target.eos_token_ids}
     missed = 0
     for row, prompt in enumerate(few):
         text, blocks = reference_rollout.decode(
@@ -230,7 +230,7 @@ def native_dflash(pair: Pair, prompt: Sequence[int]) -> list[int]:
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=pair.max_new_tokens,
+        max_new_tokens=pair.max_completion_length,
         assistant_model=pair.drafter,
         speculation_type="dflash",
     )

@@ -7,7 +7,7 @@ import argparse
 import tempfile
 
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from benchmarks import texts
 from benchmarks.arms import Report
@@ -22,6 +22,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.rollout import replay
 from trl_draft_opd.trainer import draft_opd_trainer, step
+from trl_draft_opd.trainer.log_printer import LogPrinter
 
 
 # Asked: the share of a step that is in no stage.
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     responses = generate_responses(
         target,
         prompts,
-        max_new_tokens=32 if args.quick else args.max_new_tokens,
+        max_completion_length=32 if args.quick else args.max_completion_length,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         batch_size=32,
         seed=args.seed,
@@ -75,7 +76,7 @@ def stage_shares(args: argparse.Namespace, name: str, target, drafter, data: Dat
     clock = StageClock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, name, target, drafter, data, folder, num_steps)
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(LogPrinter)
         trainer.add_callback(ClockCallback(clock, num_warmup, num_steps))
         optimizer = trainer.create_optimizer()
         places = [

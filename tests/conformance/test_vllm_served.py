@@ -75,7 +75,9 @@ def texts(shared_dir: Path, target: FrozenTarget) -> list[tuple[list[int], list[
     """Prompts to train on, with the target's responses."""
     asked = read_prompts(shared_dir, target, "gsm8k_train.jsonl", NUM_TRAINED_ON)
     options = {"sampling": GREEDY, "batch_size": 32, "seed": 0, "show_progress": False}
-    return list(zip(asked, generate_responses(target, asked, max_new_tokens=TRAINED_LENGTH, **options), strict=True))
+    return list(
+        zip(asked, generate_responses(target, asked, max_completion_length=TRAINED_LENGTH, **options), strict=True)
+    )
 
 
 def make_fresh(family: str, target: FrozenTarget, texts: list) -> Eagle3DraftModel | DFlashDraftModel:
@@ -164,7 +166,7 @@ def cache_as(name: str, folder: Path) -> None:
 
 def test_an_export_served_by_vllm_keeps_the_drafts_it_was_trained_to(published, target, prompts):
     checkpoint, folder = published
-    options = {"checkpoint": checkpoint, "consumers": ["vllm"], "max_new_tokens": NUM_TOKENS, "engines": ENGINE}
+    options = {"checkpoint": checkpoint, "consumers": ["vllm"], "max_completion_length": NUM_TOKENS, "engines": ENGINE}
     report = verify_drafter(folder, target, prompts, **options)
     # On the CPU, vLLM 0.32 norms the context's keys of every DFlash layer with the first layer's weights (vLLM PR
     # 56431 mends the same fault on XPU): rounds differ then, and nothing else may.
@@ -207,7 +209,12 @@ def compare_tau(chains: list[list[int]]) -> float:
 def test_every_other_consumer_of_this_environment_agrees(published, target, prompts):
     _, folder = published
     consumers = ["transformers", "custom_generate", "speculators"]
-    options = {"checkpoint": folder, "consumers": consumers, "max_new_tokens": NUM_TOKENS, "trust_remote_code": True}
+    options = {
+        "checkpoint": folder,
+        "consumers": consumers,
+        "max_completion_length": NUM_TOKENS,
+        "trust_remote_code": True,
+    }
     report = verify_drafter(folder, target, prompts[:NUM_FEW], **options)
     assert report.ok, report.problems
     ran = [row.name for row in report.rows]

@@ -30,7 +30,7 @@ from trl_draft_opd.responses.audit import score_responses
 
 pytestmark = pytest.mark.conformance
 
-NUM_PROMPTS, MAX_NEW_TOKENS = 8, 96
+NUM_PROMPTS, MAX_COMPLETION_LENGTH = 8, 96
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 SAMPLED = SamplingSettings(temperature=0.8, top_k=20, top_p=0.9)
 
@@ -74,10 +74,12 @@ def _ask(
     prompts: list[list[int]],
     *,
     sampling: SamplingSettings = GREEDY,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
     seed: int = 0,
 ) -> ResponseStore:
-    store = ResponseStore.open(folder, Origin.of(target, sampling=sampling, max_new_tokens=max_new_tokens))
+    store = ResponseStore.open(
+        folder, Origin.of(target, sampling=sampling, max_completion_length=max_completion_length)
+    )
     server = ServerSettings(base_url=url, concurrency=4)
     ask_server(store, server, prompts, tokenizer=target.tokenizer, seed=seed, shard_size=4, show_progress=False)
     return store
@@ -92,7 +94,7 @@ def test_greedy_responses_of_vllm_are_those_of_transformers(greedy_store: Respon
     own = generate_responses(
         target,
         prompts,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_completion_length=MAX_COMPLETION_LENGTH,
         sampling=GREEDY,
         batch_size=NUM_PROMPTS,
         seed=0,
@@ -117,14 +119,14 @@ def test_log_probabilities_of_vllm_are_those_of_the_target(greedy_store: Respons
 def test_whole_and_cut_responses_are_told_apart(
     server_url: str, greedy_store: ResponseStore, target, prompts, tmp_path
 ):
-    short = _ask(tmp_path, server_url, target, prompts, max_new_tokens=5)
+    short = _ask(tmp_path, server_url, target, prompts, max_completion_length=5)
     for prompt in prompts:
         assert short.find(prompt) == greedy_store.find(prompt)[:5]
         assert short.read(prompt).finish_reason == "length"
         whole = greedy_store.read(prompt)
         is_ended = whole.completion_ids[-1] in target.eos_token_ids
         assert (whole.finish_reason == "stop") == is_ended
-        assert is_ended or len(whole.completion_ids) == MAX_NEW_TOKENS
+        assert is_ended or len(whole.completion_ids) == MAX_COMPLETION_LENGTH
 
 
 def test_drawn_responses_follow_the_distribution_and_the_seed(server_url: str, target, prompts, tmp_path: Path):

@@ -2,7 +2,13 @@
 """
 Whenever a run is stopped, and by whatever, it resumes from its newest whole checkpoint and ends with the same bytes.
 
-A few points of the matrix run by default; all of them, and thirty kills at random times, with `make crash`.
+A few points of the matrix run by default; the rest with `make crash`:
+
+- a kill at every file operation of SFT with DFlash, and of Draft-OPD with EAGLE-3, whose target writes its responses
+  into the same folder; at every fourth of the two other pairs of a method and a family;
+- every rename that a loss of power can undo, of all four;
+- a full disk at every operation of Draft-OPD with EAGLE-3, and at every third of SFT with DFlash;
+- twelve kills at random times.
 """
 
 import os
@@ -22,14 +28,23 @@ from trl_draft_opd.runs.checkpoints import DamagedCheckpoint, list_checkpoints, 
 
 
 COMPARED = ("model.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json")
-KINDS = ("sft", "opd")
+RUNS = [("sft", "dflash"), ("opd", "eagle3"), ("sft", "eagle3"), ("opd", "dflash")]
+# Where every operation has its turn: for each of so many shares of them.
+KILLS = [(run, share) for run in RUNS for share in range(4) if run in RUNS[:2] or share == 0]
+FULL_DISKS = [(run, share) for run in RUNS[:2] for share in range(3) if run == RUNS[1] or share == 0]
+RANDOM = [(RUNS[number % 4], number) for number in range(12)]
+
+
+def names(value):
+    """Name a case by its run, or its number."""
+    return "-".join(value) if isinstance(value, tuple) else str(value)
 
 
 class Scene:
     """A pair, its data, and the run that nothing happens to."""
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind, self.target = folder, kind, make_target()
+    def __init__(self, folder: Path, kind: str, family: str):
+        self.folder, self.kind, self.family, self.target = folder, kind, family, make_target()
         self.rows = greedy_rows(self.target, 4, 10)
         began = time.time()
         # All of its checkpoints are kept: the survivors are compared with them.
@@ -45,18 +60,18 @@ class Scene:
             torch.manual_seed(0)
             if resume is None:
                 Events(output_dir, at, end, events)
-            drafter = make_drafter("dflash", self.target, seed=1 if resume is None else 9)
+            drafter = make_drafter(self.family, self.target, seed=1 if resume is None else 9)
             progress = Progress(output_dir.with_suffix(".progress"), sigterm_after)
-            responses = str(self.folder / "responses")
-            train(
-                *(self.kind, output_dir, drafter, self.target, self.rows, progress, resume),
-                **{"responses": responses} | changes,
-            )
+            train(self.kind, output_dir, drafter, self.target, self.rows, progress, resume, **changes)
 
         return in_child(work, output_dir.with_suffix(".log"), wait)
 
     def num_events(self):
-        return int(self.whole.with_suffix(".events").read_text())
+        return int(self.whole.with_suffix(".events").read_text().split()[0])
+
+    def renames_to_lose(self):
+        """Numbers of the events before which a loss of power can undo a rename."""
+        return [int(number) for number in self.whole.with_suffix(".events").read_text().split()[1:]]
 
     def check_survival(self, output_dir):
         """Check what is left against the undisturbed run, resume from it, and check the end too."""
@@ -76,6 +91,7 @@ class Scene:
             assert self.run(output_dir) == 0, output_dir.with_suffix(".log").read_text()
         assert began >= max(done, default=0) - 1, "more than one save interval is lost"
         self.check_same(output_dir / f"checkpoint-{STEPS}")
+        assert list_checkpoints(output_dir)[-1][0] == STEPS, "the run went on beyond its end"
         assert [path.name for path in output_dir.iterdir() if path.name.startswith(".")] == []
 
     def check_same(self, folder):
@@ -90,14 +106,14 @@ def is_whole(folder):
         return False
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def scene(request, tmp_path_factory):
-    return Scene(tmp_path_factory.mktemp(request.param), request.param)
+    return Scene(tmp_path_factory.mktemp("scene"), *request.param)
 
 
 @pytest.fixture(scope="module")
 def one_scene(tmp_path_factory):
-    return Scene(tmp_path_factory.mktemp("one"), "sft")
+    return Scene(tmp_path_factory.mktemp("one"), "sft", "dflash")
 
 
 def spread(count, points):
@@ -165,13 +181,20 @@ def test_a_write_without_sync_would_be_caught(monkeypatch, one_scene, tmp_path):
     assert torn > 0
 
 
+def test_a_rename_that_the_disk_did_not_keep_costs_nothing_that_was_saved(one_scene, tmp_path):
+    for at in one_scene.renames_to_lose()[-3:]:
+        output_dir = tmp_path / str(at)
+        assert one_scene.run(output_dir, at=at, end="lost") == 128 + signal.SIGKILL
+        one_scene.check_survival(output_dir)
+
+
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("part", range(6))
-def test_a_kill_at_every_single_file_operation_is_survived(scene, tmp_path, part):
-    for at in range(1 + part, scene.num_events() + 1, 6):
+@pytest.mark.parametrize(("scene", "share"), KILLS, ids=names, indirect=["scene"])
+def test_a_kill_at_every_single_file_operation_is_survived(scene, tmp_path, share):
+    for at in range(1 + share, scene.num_events() + 1, 4):
         output_dir = tmp_path / str(at)
         assert scene.run(output_dir, at=at) == 128 + signal.SIGKILL
         scene.check_survival(output_dir)
@@ -179,21 +202,32 @@ def test_a_kill_at_every_single_file_operation_is_survived(scene, tmp_path, part
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("part", range(3))
-def test_a_full_disk_at_every_single_file_operation_is_survived(one_scene, tmp_path, part):
-    for at in range(1 + part, one_scene.num_events() + 1, 3):
+@pytest.mark.parametrize("scene", RUNS, ids=names, indirect=True)
+def test_every_rename_that_can_be_lost_costs_nothing_that_was_saved(scene, tmp_path):
+    assert len(scene.renames_to_lose()) >= STEPS
+    for at in scene.renames_to_lose():
         output_dir = tmp_path / str(at)
-        code = one_scene.run(output_dir, at=at, end="full")
-        check_full(one_scene, output_dir, code)
+        assert scene.run(output_dir, at=at, end="lost") == 128 + signal.SIGKILL
+        scene.check_survival(output_dir)
         shutil.rmtree(output_dir)
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("number", range(30))
-def test_thirty_kills_at_random_times_are_survived(one_scene, tmp_path, number):
+@pytest.mark.parametrize(("scene", "share"), FULL_DISKS, ids=names, indirect=["scene"])
+def test_a_full_disk_at_every_single_file_operation_is_survived(scene, tmp_path, share):
+    for at in range(1 + share, scene.num_events() + 1, 3):
+        output_dir = tmp_path / str(at)
+        code = scene.run(output_dir, at=at, end="full")
+        check_full(scene, output_dir, code)
+        shutil.rmtree(output_dir)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("scene", "number"), RANDOM, ids=names, indirect=["scene"])
+def test_twelve_kills_at_random_times_are_survived(scene, tmp_path, number):
     output_dir = tmp_path / "out"
-    child = one_scene.run(output_dir, wait=False)
-    time.sleep(random.Random(number).uniform(0.05, one_scene.seconds))
+    child = scene.run(output_dir, wait=False)
+    time.sleep(random.Random(number).uniform(0.05, scene.seconds))
     os.kill(child, signal.SIGKILL)
     wait_for(child)
-    one_scene.check_survival(output_dir)
+    scene.check_survival(output_dir)

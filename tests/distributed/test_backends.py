@@ -130,6 +130,14 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(ru
 
 
 @backends
+def test_weights_that_leave_the_range_end_the_run_on_every_rank(runs, backend):
+    ranks = [results["too_large"] for results in _found(runs, backend)]
+    assert all("The update of step 0 left weights that are not finite" in rank["refused"] for rank in ranks)
+    # The first rank alone has all weights.
+    assert not all(tensor.isfinite().all() for tensor in ranks[0]["weights"].values())
+
+
+@backends
 def test_sigterm_to_one_rank_stops_all_at_one_step_with_one_checkpoint(runs, backend):
     ranks = [results["stopped"] for results in _found(runs, backend)]
     assert [(rank["exit_code"], rank["step"]) for rank in ranks] == [(143, 2), (143, 2)]

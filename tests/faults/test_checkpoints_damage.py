@@ -24,6 +24,7 @@ from trl_draft_opd.runs.checkpoints import (
     read_checkpoint,
     writing_checkpoint,
 )
+from trl_draft_opd.utils.hashing import hash_json
 
 
 FILES = ["config.json", "model.safetensors", "state.json", "optimizer.safetensors", "trainer_state.json", "README.md"]
@@ -76,27 +77,23 @@ def test_a_damaged_file_sends_the_run_back_to_the_checkpoint_before(tmp_path, ca
 
 
 def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path):
-    from trl_draft_opd.runs.checkpoints import _digest
-
     folder = write(tmp_path, 1)
     (tmp_path / "secret").write_text("x")
     for name in ("../secret", str(tmp_path / "secret")):
         content = json.loads((folder / "manifest.json").read_text())
         content.pop("sha256")
         content["files"][name] = {"bytes": 1, "sha256": "0"}
-        (folder / "manifest.json").write_text(json.dumps(content | {"sha256": _digest(content)}))
+        (folder / "manifest.json").write_text(json.dumps(content | {"sha256": hash_json(content)}))
         with pytest.raises(DamagedCheckpoint, match="lies outside of the folder"):
             read_checkpoint(folder)
         folder = write(tmp_path, 1)
 
 
 def test_a_checkpoint_of_a_later_layout_is_refused_by_its_version(tmp_path):
-    from trl_draft_opd.runs.checkpoints import _digest
-
     folder = write(tmp_path, 1)
     content = json.loads((folder / "manifest.json").read_text()) | {"version": 99}
     content.pop("sha256")
-    (folder / "manifest.json").write_text(json.dumps(content | {"sha256": _digest(content)}))
+    (folder / "manifest.json").write_text(json.dumps(content | {"sha256": hash_json(content)}))
     with pytest.raises(DamagedCheckpoint, match="version 99, this release reads version 1"):
         read_checkpoint(folder)
 

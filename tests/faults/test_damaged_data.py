@@ -159,7 +159,12 @@ def test_a_store_keeps_the_first_response_to_a_prompt_and_counts_the_others(tmp_
     distribution = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     store, notes = warnings_of(
         lambda: write_responses(
-            make_target(), Dataset.from_list(rows), tmp_path, sampling=distribution, max_new_tokens=8, engine="dataset"
+            make_target(),
+            Dataset.from_list(rows),
+            tmp_path,
+            sampling=distribution,
+            max_completion_length=8,
+            engine="dataset",
         )
     )
     assert (store.find([9]), store.find([8])) == ([10, EOS], [10, EOS])

@@ -134,7 +134,16 @@ def make_sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) 
 
 
 def roll_out_live(
-    target, drafter, prompts, sampling, draft_sampling, *, keeps_branches, num_drafts=4, max_new_tokens=20, seed=7
+    target,
+    drafter,
+    prompts,
+    sampling,
+    draft_sampling,
+    *,
+    keeps_branches,
+    num_drafts=4,
+    max_completion_length=20,
+    seed=7,
 ):
     return rollout_live(
         target,
@@ -142,7 +151,7 @@ def roll_out_live(
         prompts,
         DraftingSettings(num_drafts, sampling, draft_sampling, keeps_branches),
         DrawKeys(seed, 3, range(len(prompts))),
-        max_new_tokens=max_new_tokens,
+        max_completion_length=max_completion_length,
         eos_token_ids=target.eos_token_ids,
     )
 
@@ -198,7 +207,7 @@ def respond(target, prompts, sampling, *, batch_size: int, seed: int) -> list[li
     return generate_responses(
         target,
         prompts,
-        max_new_tokens=20,
+        max_completion_length=20,
         sampling=sampling,
         batch_size=batch_size,
         seed=seed,
@@ -208,7 +217,7 @@ def respond(target, prompts, sampling, *, batch_size: int, seed: int) -> list[li
 
 def evaluate(target, drafter, prompts, sampling, draft_sampling) -> dict[str, Any]:
     """Return the report of an evaluation, without what a clock says."""
-    options = {"max_new_tokens": 20, "batch_size": 3, "num_resamples": 200, "seed": 5, "show_progress": False}
+    options = {"max_completion_length": 20, "batch_size": 3, "num_resamples": 200, "seed": 5, "show_progress": False}
     report = evaluate_drafter(
         target, drafter, prompts, sampling=sampling, draft_sampling=draft_sampling, **options
     ).to_dict()
@@ -308,7 +317,7 @@ def export(drafter, target_model, folder, **options: Any):
 
 def verify(folder, target, prompts, **options: Any) -> dict[str, Any]:
     """Return what a verification counted, by recorded name."""
-    report = verify_drafter(folder, target, prompts, max_new_tokens=18, **options)
+    report = verify_drafter(folder, target, prompts, max_completion_length=18, **options)
     values: dict[str, Any] = {"ok": report.ok, "num_drafts": report.num_drafts}
     for row in report.rows:
         numbers = [row.tau, *row.acceptance_per_slot, row.num_rounds, row.num_different, row.num_other_chains]

@@ -496,7 +496,13 @@ def record_commands(family: str) -> dict[str, Any]:
             "opd", drafter=place / "sft", output_dir=place / "opd", **pair, **run, **held_out
         )
         report = place / "report.json"
-        case = {"temperature": 0.6, "draft_sampling": "sample", "max_new_tokens": 14, "num_prompts": 4, "json": report}
+        case = {
+            "temperature": 0.6,
+            "draft_sampling": "sample",
+            "max_completion_length": 14,
+            "num_prompts": 4,
+            "json": report,
+        }
         codes["evaluate"] = adapter.command("evaluate", drafter=place / "sft", **pair, **case)
         measured = json.loads(report.read_text("utf-8"))
         out = place / "out"
@@ -508,12 +514,12 @@ def record_commands(family: str) -> dict[str, Any]:
             drafter=out,
             checkpoint=place / "opd",
             num_prompts=2,
-            max_new_tokens=12,
+            max_completion_length=12,
             consumers=["transformers"],
             **pair,
         )
         codes["generate"] = adapter.command(
-            "generate", output=place / "store", max_new_tokens=12, num_prompts=4, **pair
+            "generate", output=place / "store", max_completion_length=12, num_prompts=4, **pair
         )
         values = {f"exit code of {name}": code for name, code in codes.items()}
         for name in ("init", "sft", "opd"):

@@ -255,8 +255,8 @@ def refused_rollouts() -> dict[str, Attempt]:
         "no prompt": lambda: live([], greedy, "greedy"),
         "an empty prompt": lambda: live([[9], []], greedy, "greedy"),
         "more drafts than a block holds": lambda: live([[9]], greedy, "greedy", num_drafts=5),
-        "more tokens than the target's positions": lambda: live([[9]], greedy, "greedy", max_new_tokens=256),
-        "no new tokens": lambda: live([[9]], greedy, "greedy", max_new_tokens=0),
+        "more tokens than the target's positions": lambda: live([[9]], greedy, "greedy", max_completion_length=256),
+        "no new tokens": lambda: live([[9]], greedy, "greedy", max_completion_length=0),
         "a response to an empty prompt": lambda: adapter.respond(target, [[]], greedy, batch_size=1, seed=0),
         "an evaluation without prompts": lambda: adapter.evaluate(target, drafter, [], greedy, "greedy"),
         "a loss of an unknown kind": lambda: adapter.loss_of_rows(
@@ -354,7 +354,7 @@ def refused_commands(place: Path) -> dict[str, Attempt]:
         options = {
             "checkpoint": place / "drafter",
             "consumers": ["transformers"],
-            "max_new_tokens": 12,
+            "max_completion_length": 12,
             "num_prompts": 2,
         }
         return command("verify", drafter=place / "spoilt", **there, **options)

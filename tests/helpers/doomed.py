@@ -4,7 +4,7 @@ A training run in a child process that meets its end at a chosen file operation,
 
 The child is forked, so it costs no import. Every operation on a file below its output folder is an event; the end
 comes right before the chosen one, and what was written but not forced to the disk by then is torn, as after a loss of
-power.
+power. So may be a new name: a rename whose folder was not forced to the disk is undone where that is asked for.
 """
 
 import errno
@@ -110,22 +110,28 @@ class Events:
     Args:
         folder (`Path`): The folder.
         at (`int` or `None`): Number of the event; `None` only counts.
-        end (`str`): `"kill"`, `"full"` (the operation fails as on a full disk) or `"interrupt"` (Ctrl-C).
-        counter (`Path`): Where the number of events is left.
+        end (`str`):
+            `"kill"`, `"lost"` (the same, and renames are lost with it), `"full"` (the operation fails as on a full
+            disk) or `"interrupt"` (Ctrl-C).
+        counter (`Path`): Where the number of events is left, and the numbers of those with a rename to lose.
     """
 
     def __init__(self, folder: Path, at: int | None, end: str, counter: Path):
         self.folder, self.at, self.end, self.counter = str(folder), at, end, counter
         self.count, self.synced, self.began = 0, set(), time.time()
+        # Renames that the disk may not know of: old and new name, and what stood under the new one.
+        self.renames, self.losable = [], []
         self.is_over = False
         self._fsync = os.fsync
         os.fsync = self._note_fsync
         sys.addaudithook(self._note)
 
     def _note_fsync(self, descriptor: int) -> None:
-        if self._is_inside(os.readlink(f"/proc/self/fd/{descriptor}")):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if self._is_inside(str(path)):
             self._happen(f"fsync {descriptor}")
             self.synced.add(os.fstat(descriptor).st_ino)
+            self.renames = [rename for rename in self.renames if rename[1].parent != path]
         self._fsync(descriptor)
 
     def _note(self, event: str, args: tuple) -> None:
@@ -137,6 +143,9 @@ class Events:
                 path = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), path)
             if self._is_inside(path):
                 self._happen(f"{event} {path}")
+                if event == "os.rename" and not self.is_over:
+                    new = Path(args[1])
+                    self.renames.append((Path(path), new, new.read_bytes() if new.is_file() else None))
 
     def _is_inside(self, path: str) -> bool:
         return path == self.folder or path.startswith(self.folder + "/")
@@ -145,7 +154,8 @@ class Events:
         if self.is_over:
             return
         self.count += 1
-        self.counter.write_text(str(self.count))
+        self.losable += [self.count] if self.renames else []
+        self.counter.write_text(f"{self.count} {' '.join(map(str, self.losable))}")
         if self.count != self.at:
             return
         self.is_over = True
@@ -154,9 +164,17 @@ class Events:
         if self.end == "interrupt":
             raise KeyboardInterrupt
         self._tear()
+        if self.end == "lost":
+            self._lose()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _tear(self) -> None:
         for path in Path(self.folder).rglob("*"):
             if path.is_file() and path.stat().st_mtime >= self.began and path.stat().st_ino not in self.synced:
                 os.truncate(path, path.stat().st_size // 2)
+
+    def _lose(self) -> None:
+        for old, new, replaced in reversed(self.renames):
+            os.rename(new, old)
+            if replaced is not None:
+                new.write_bytes(replaced)

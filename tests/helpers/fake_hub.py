@@ -50,6 +50,8 @@ class FakeHub:
     requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)
     #: `(part of "METHOD path", status or "drop", how often)`
     failures: list[list] = field(default_factory=list)
+    #: The reason it gives for failures with a status.
+    reason: str = "as asked"
 
     def add(self, name: str, files: dict[str, bytes]) -> None:
         """Make a repository that holds files already."""
@@ -123,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         if failure is not None:
-            self._answer({"error": "as asked"}, int(failure))
+            self._answer({"error": self.hub.reason}, int(failure))
             return
         if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self._answer({"error": "Invalid credentials"}, 401)

@@ -25,7 +25,7 @@ def make_origin(**changes) -> Origin:
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
-        "max_new_tokens": 8,
+        "max_completion_length": 8,
         "eos_token_ids": (EOS,),
     }
     return Origin(**values | changes)

@@ -26,7 +26,7 @@ class Options:
     keep_branch_hidden: bool = False
     seed: int = 0
     epoch: int = 0
-    max_new_tokens: int = 24
+    max_completion_length: int = 24
     eos_token_ids: Sequence[int] = ()
     segment_length: int = 1
     chunk_bytes: int = 2**20
@@ -44,7 +44,7 @@ def decode(target, drafter, prompts, options, sample_ids=None, on_finished=None)
         prompts,
         options.drafting,
         DrawKeys(options.seed, options.epoch, range(len(prompts)) if sample_ids is None else sample_ids),
-        max_new_tokens=options.max_new_tokens,
+        max_completion_length=options.max_completion_length,
         eos_token_ids=options.eos_token_ids,
         on_finished=on_finished,
     )

@@ -56,7 +56,7 @@ def make_pair(folder: Path, family: str = "eagle3", **changes) -> Path:
         "family": family,
         "target": "targets/tiny",
         "drafter": {"ttt_steps": 3} if family == "eagle3" else {"num_hidden_layers": 1, "block_size": 4},
-        "max_new_tokens": 20,
+        "max_completion_length": 20,
         "prompts_per_update": 2,
         "train": [words | {"count": 12}],
         "dev": words | {"count": 4, "start": -4},
@@ -182,7 +182,7 @@ def test_tau_along_stored_text_is_that_of_live_decoding(shared, tmp_path, family
     prompts = bench.prompt_ids(bench.pair.tests["words"])
     ours = measure_drafter(bench.target, drafter, bench.answered(prompts, 0.0))
     live = evaluate_drafter(
-        bench.target, drafter, prompts, max_new_tokens=20, compare_with_target=False, show_progress=False
+        bench.target, drafter, prompts, max_completion_length=20, compare_with_target=False, show_progress=False
     )
     assert ours["rounds"] == live.block_counts
     assert [r + a for r, a in zip(ours["rounds"], ours["accepted"], strict=True)] == live.accepted_sums
@@ -325,8 +325,8 @@ def test_a_result_never_goes_under_another_plans_name(bench):
 
 
 def test_a_start_never_goes_under_another_plans_name(bench, shared):
-    changed = make_bench(make_pair(bench.machine.out, max_new_tokens=19), shared, bench.machine.out)
-    with pytest.raises(SystemExit, match=r"max_new_tokens: 20 then, 19 now"):
+    changed = make_bench(make_pair(bench.machine.out, max_completion_length=19), shared, bench.machine.out)
+    with pytest.raises(SystemExit, match=r"max_completion_length: 20 then, 19 now"):
         make_start(changed)
 
 

@@ -32,7 +32,7 @@ def again(folder, *flags):
 
 def test_the_row_is_that_of_the_paper():
     row = paper_table.read_row(paper_table.FOLDER / "paper_table.yaml")
-    assert (row.target, row.temperature, row.max_new_tokens) == ("Qwen/Qwen3-4B", 0, 2048)
+    assert (row.target, row.temperature, row.max_completion_length) == ("Qwen/Qwen3-4B", 0, 2048)
     assert row.chat_template_kwargs == {"enable_thinking": False}
     assert {name: task.num_prompts for name, task in row.tasks.items()} == {
         "gsm8k": 128,
@@ -106,8 +106,8 @@ def test_reports_of_other_settings_are_not_mixed_in(dry_run):
         row = paper_table.read_row(paper_table.FOLDER / "paper_table.yaml")
         row = paper_table.dry_run_row(row, dry_run)
         paper_table.run(paper_table.replace(row, tasks={"gsm8k": changed(row.tasks["gsm8k"])}), dry_run, True)
-    row = paper_table.replace(row, max_new_tokens=13, tasks={"gsm8k": row.tasks["gsm8k"]})
-    with pytest.raises(ValueError, match="before/gsm8k.json was made with other .*max_new_tokens"):
+    row = paper_table.replace(row, max_completion_length=13, tasks={"gsm8k": row.tasks["gsm8k"]})
+    with pytest.raises(ValueError, match="before/gsm8k.json was made with other .*max_completion_length"):
         paper_table.run(row, dry_run, True)
 
 

@@ -47,7 +47,7 @@ def test_a_response_without_room_has_no_random_anchor():
 def test_redrafting_at_the_chains_own_anchors_gives_the_chain_and_restores_the_mode(family):
     target = make_target()
     drafter = make_drafter(family, target).train()
-    options = Options(keep_branch_hidden=True, max_new_tokens=20)
+    options = Options(keep_branch_hidden=True, max_completion_length=20)
     live = decode(target, drafter, make_prompts(3), options)
     text = text_of(live)
     again = redraft(

@@ -30,7 +30,7 @@ from trl_draft_opd import (
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.rows import load_rows
 from trl_draft_opd.export import TargetOfExport, export_drafter, hub_id_of, read_target
-from trl_draft_opd.export.hub import push_folder, validate_repo_id
+from trl_draft_opd.export.hub import push_folder, resumable_files, validate_repo_id
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.export.rules import check_folder
 from trl_draft_opd.parity import verify_drafter
@@ -141,7 +141,7 @@ def test_pickles_beside_an_export_are_neither_opened_nor_uploaded(copy, proof, t
     assert not {name.split("/")[-1] for name in hub.repositories["someone/tiny-eagle3"].branches["main"]} & set(
         PICKLES
     )
-    report = verify_drafter(folder, target, [[9, 10]], max_new_tokens=4, consumers=["transformers"])
+    report = verify_drafter(folder, target, [[9, 10]], max_completion_length=4, consumers=["transformers"])
     assert report.rows
 
 
@@ -156,7 +156,7 @@ def test_a_pickle_in_the_place_of_a_file_of_ours_is_refused_by_name(copy, proof,
         lambda: AutoDrafter.from_pretrained(folder),
         lambda: read_record(folder),
         lambda: check_folder(folder),
-        lambda: verify_drafter(folder, target, [[9, 10]], max_new_tokens=1, consumers=["transformers"]),
+        lambda: verify_drafter(folder, target, [[9, 10]], max_completion_length=1, consumers=["transformers"]),
         lambda: push_folder(folder, "someone/tiny-eagle3", token=None),
     ):
         attempt(action)
@@ -206,7 +206,7 @@ def test_a_targets_folder_with_pickles_runs_none(copy, proof, keeps_weights):
 
 def test_a_pickle_in_the_place_of_any_file_of_a_store_is_refused(target, tmp_path, proof):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
+    origin = Origin.of(target, sampling=sampling, max_completion_length=8)
     store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     set_traps(store.path, proof)
@@ -332,7 +332,7 @@ def test_a_drafters_own_code_stays_unused(copy, proof, modules_cache, target, fa
     drafter = AutoDrafter.from_pretrained(folder)
     assert type(drafter).__module__.startswith("trl_draft_opd.drafters")
     check_folder(folder)
-    verify_drafter(folder, target, [[9, 10]], max_new_tokens=4)
+    verify_drafter(folder, target, [[9, 10]], max_completion_length=4)
 
 
 def test_the_tokenizers_code_stays_unused_where_one_is_passed_in(copy, proof, modules_cache):
@@ -466,7 +466,7 @@ def test_links_of_the_hubs_cache_and_links_inside_a_folder_are_followed(copy, tm
 
 def test_a_link_out_of_a_store_is_refused(target, tmp_path):
     sampling = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    origin = Origin.of(target, sampling=sampling, max_new_tokens=8)
+    origin = Origin.of(target, sampling=sampling, max_completion_length=8)
     store = ResponseStore.open(tmp_path / "store", origin)
     store.add([([9, 10], [11, 12], None, "length")])
     for path in sorted(store.path.iterdir()):
@@ -487,7 +487,9 @@ def test_links_are_not_uploaded_with_an_export_or_a_checkpoint(copy, tmp_path, h
     (folder / "training_curve.png").symlink_to(secret / "diary.json")
     (checkpoint / "state.json").symlink_to(secret / "diary.json")
     (checkpoint / "more").symlink_to(secret, target_is_directory=True)
-    push_folder(folder, "someone/tiny-eagle3", token=CANARY, extra_folders={"last-checkpoint": checkpoint})
+    push_folder(
+        folder, "someone/tiny-eagle3", token=CANARY, extra_folders={"last-checkpoint": resumable_files(checkpoint)}
+    )
     assert b"diary" not in hub.received()
     assert "last-checkpoint/config.json" in hub.repositories["someone/tiny-eagle3"].branches["main"]
 

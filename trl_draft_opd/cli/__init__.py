@@ -7,11 +7,13 @@ The module of a command is imported when the command runs, so that `--help` and 
 import argparse
 import difflib
 import importlib
-import logging
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
+from ..utils.console import lasting_output
+from ..utils.secrets import without_users
 
 
 # Command -> the module of its `run_...` function, and what the command does.
@@ -34,6 +36,14 @@ COMMANDS = {
 }
 
 
+# What an error that is not the user's says below its traceback.
+_REPORT = (
+    f"\nThis looks like a fault of trl-draft-opd {__version__}, not of yours. Please report it where you got the "
+    "package, with the command and all of the above."
+)
+
+
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run one command.
@@ -42,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words after the program's name; by default those of this process.
 
     Returns:
-        `int`: 0, or 1 if `evaluate` or `verify` finds a difference, or 2 after a user's error.
+        `int`: 0; 1 if `evaluate` or `verify` finds a difference; 2 after a user's error; 3 after any other error, with
+        its traceback, for which Python's own code would be 1.
     """
     lines = [f"  {name:10} {description}" for name, (_, description) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
@@ -63,13 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(options.command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(COMMANDS)}."
         parser.error(f"Unknown command {options.command!r}. {hint}")
-    # PEFT imports it where it is installed; on a CPU it then asks for a package that only quantised targets need.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251
     try:
-        return getattr(module, f"run_{options.command}")(options.flags)
-    except (ValueError, OSError, FloatingPointError) as error:
+        module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251
+        from ..utils.bars import can_draw_bars, library_bars  # here, because it imports what is slow
+
+        with library_bars(can_draw_bars()):
+            return getattr(module, f"run_{options.command}")(options.flags)
+    except KeyboardInterrupt:
+        print(f"trl-draft-opd {options.command}: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001  nothing is hidden
+        # An import error of Python's own names the module: that is a broken installation.
+        is_users = isinstance(error, (ValueError, OSError, FloatingPointError))
+        is_users |= isinstance(error, ImportError) and error.name is None
+        if not is_users:
+            # Printed whole, under a code that no verdict has; Python's own would be 1.
+            error.add_note(_REPORT)
+            traceback.print_exc()
+            return 3
         if options.debug:
-            raise
-        print(f"trl-draft-opd {options.command}: {error}", file=sys.stderr)
+            traceback.print_exc()
+        print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)
         return 2

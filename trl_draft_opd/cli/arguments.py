@@ -9,21 +9,27 @@ import copy
 import difflib
 import inspect
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from datasets import Dataset
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
-from ..trainer.common_config import DraftTrainingConfig
+from ..target.lengths import Lengths, fit_lengths
+from ..trainer.common_config import PROMPT_LENGTH_HELP, DraftTrainingConfig
+from ..utils.settings import check_at_least, check_settings
 from . import COMMANDS
 from .rows import load_rows
 
 
+# Stands in a command to paste for prompts that were not trained on.
+HELD_OUT = "HELD_OUT.jsonl"
 # Help lists the choices of a flag up to this number.
 _MAX_LISTED_CHOICES = 6
 
@@ -37,6 +43,21 @@ def write_json(path: str | None, numbers: dict) -> None:
     """Write the numbers of a command to the file of `--json`, if it was given."""
     if path is not None:
         Path(path).write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+
+
+def print_next(command: str, **flags: str | int | bool | None) -> None:
+    """Print the command that comes next, to be pasted; a flag without a value (`None`) is left out."""
+    words = [command]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    print(f"Next: trl-draft-opd {shlex.join(words)}")
+
+
+def unless_default(settings: Any, name: str) -> Any:
+    """Return a setting for [`print_next`], `None` where it is the default."""
+    value = getattr(settings, name)
+    return None if value == getattr(type(settings), name) else value
 
 
 def default_of(function: Callable, name: str) -> Any:
@@ -92,9 +113,12 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    *parsed, config_rest, flags_rest = parser.parse_args_and_config(
-        words, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    try:
+        *parsed, config_rest, flags_rest = parser.parse_args_and_config(
+            words, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file of `--config` is no YAML: {error}") from error
     known = [option for option in parser._option_string_actions if "_" not in option]
     for words, where in ((config_rest[::2], "the config file"), (flags_rest, "the command line")):
         hints = []
@@ -103,6 +127,8 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
             hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
         if hints:
             raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists all flags.")
+    for settings in parsed:
+        check_settings(settings)
     return tuple(parsed)
 
 
@@ -135,30 +161,44 @@ class RowsArguments:
 
     _argument_group_name = "prompts"
 
-    dataset: str = flag("Prompts: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
+    dataset: str = flag("Prompts: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
     num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)
-    max_prompt_length: int = flag(
-        "Prompts with more tokens are skipped.", default=DraftTrainingConfig.max_prompt_length
-    )
+    max_prompt_length: int | None = flag(PROMPT_LENGTH_HELP, default=None)
     chat_template_kwargs: str | None = flag("Arguments for the chat template, as JSON.", default=None)
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_prompts", "max_prompt_length")
 
     def load_rows(self) -> Dataset:
         rows = load_rows(self.dataset, self.dataset_config, self.split)
         return rows if self.num_prompts is None else rows.select(range(min(self.num_prompts, len(rows))))
 
-    def reading(self) -> dict[str, Any]:
+    def reading(self, max_prompt_length: int) -> dict[str, Any]:
         """Return arguments of [`FrozenTarget.text_reader`]."""
         try:
-            arguments = json.loads(self.chat_template_kwargs or "null")
+            arguments = json.loads("null" if self.chat_template_kwargs is None else self.chat_template_kwargs)
         except json.JSONDecodeError as error:
             raise ValueError(f"`--chat-template-kwargs` is not JSON: {error}. Write '{{\"name\": value}}'.") from error
-        return {"max_prompt_length": self.max_prompt_length, "chat_template_kwargs": arguments}
+        return {"max_prompt_length": max_prompt_length, "chat_template_kwargs": arguments}
 
-    def read_prompts(self, target: FrozenTarget) -> list[list[int]]:
+    def fit_lengths(
+        self, target: FrozenTarget, completion: int | None, *, num_drafts: int, defaults: Lengths
+    ) -> Lengths:
+        """Return the longest prompt and response, see [`fit_lengths`]."""
+        return fit_lengths(
+            target.num_positions,
+            prompt=self.max_prompt_length,
+            completion=completion,
+            num_drafts=num_drafts,
+            defaults=defaults,
+        )
+
+    def read_prompts(self, target: FrozenTarget, max_prompt_length: int) -> list[list[int]]:
         """Return the prompts as token ids."""
-        return list(target.text_reader(**self.reading()).read_prompts(self.load_rows())["prompt_ids"])
+        reader = target.text_reader(**self.reading(max_prompt_length))
+        return list(reader.read_prompts(self.load_rows())["prompt_ids"])
 
 
 @dataclass(kw_only=True)

@@ -4,17 +4,44 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..evaluation import evaluate_drafter
+from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter
+from ..export import hub_id_of
+from ..export.card import CARD_FILE
+from ..export.record import (
+    TrainingRecord,
+    check_prompt_set,
+    describe_target,
+    describe_versions,
+    measurement_of,
+    prompts_digest,
+    read_record,
+)
+from ..export.texts import add_measurement
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
-from ..trainer.common_config import DraftTrainingConfig
+from ..runs.checkpoints import MANIFEST
+from ..target.frozen import FrozenTarget
+from ..target.lengths import TRAINING_LENGTHS
+from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
-from .arguments import RowsArguments, SamplingArguments, TargetArguments, default_of, flag, parse, write_json
+from ..utils.atomic_files import check_folder
+from ..utils.settings import check_at_least
+from .arguments import (
+    RowsArguments,
+    SamplingArguments,
+    TargetArguments,
+    default_of,
+    flag,
+    parse,
+    print_next,
+    unless_default,
+    write_json,
+)
 
 
 @dataclass(kw_only=True)
@@ -29,30 +56,91 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "`greedy`: drafts are the drafter's argmax; `sample`: they are drawn from its distribution.",
         default=default_of(evaluate_drafter, "draft_sampling"),
     )
-    max_new_tokens: int = flag("Longest response.", default=default_of(evaluate_drafter, "max_new_tokens"))
+    max_completion_length: int | None = flag(length_help(EVALUATION_LENGTHS), default=None)
     ignore_eos: bool = flag(
-        "Decode exactly --max-new-tokens, to compare with an engine that counts past the end of sequence.",
+        "Decode exactly --max-completion-length, to compare with an engine that counts past the end of sequence.",
         default=default_of(evaluate_drafter, "ignore_eos"),
     )
     batch_size: int = flag("Prompts decoded together.", default=default_of(evaluate_drafter, "batch_size"))
     seed: int = flag("Seed of draws and bootstrap.", default=default_of(evaluate_drafter, "seed"))
     json: str | None = flag("File to write the numbers to.", default=None)
+    record: str | None = flag(
+        "Put the numbers into the record of the drafter's folder, and of an export onto its card, under this name of "
+        "the prompts: a Hub id or one word.",
+        default=None,
+    )
+
+    def check_record(self) -> None:
+        """Raise `ValueError` where `--record` could not be kept to, before anything is measured."""
+        if self.record is None:
+            return
+        check_prompt_set(self.record)
+        folder = Path(self.drafter)
+        if not folder.is_dir():
+            raise ValueError(f"`--record` writes into the drafter's folder, and {self.drafter!r} is none.")
+        if (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"`--record` cannot write into the checkpoint {self.drafter!r}, whose files are proven by their "
+                "hashes. Evaluate the saved drafter in `output_dir`, or an export of the checkpoint."
+            )
+        read_record(folder)
+
+    def add_to_record(
+        self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any, max_completion_length: int
+    ) -> None:
+        """Put what was measured where `--record` says, or say how it gets there."""
+        folder = Path(self.drafter)
+        if self.record is None:
+            if folder.is_dir() and not (folder / MANIFEST).is_file():
+                print("With `--record NAME`, such numbers go into the drafter's record, from which cards are written.")
+            return
+        measurement = measurement_of(
+            report,
+            prompt_set=self.record,
+            prompts_sha256=prompts_digest(prompts),
+            draft_sampling=self.draft_sampling,
+            max_completion_length=max_completion_length,
+            ignore_eos=self.ignore_eos,
+            target_dtype=str(target.causal_lm.dtype).removeprefix("torch."),
+        )
+
+        def make_record() -> TrainingRecord:
+            facts = describe_target(
+                target.config,
+                name=hub_id_of(self.target),
+                revision=self.target_revision,
+                dtype=target.causal_lm.dtype,
+                num_parameters=target.causal_lm.num_parameters(),
+            )
+            return TrainingRecord(facts, family, stages=[], measurements=[], versions=describe_versions())
+
+        names = add_measurement(folder, measurement, make_record)
+        after = "" if CARD_FILE in names else "; the card of its next export will have it"
+        print(f"Recorded in {', '.join(str(folder / name) for name in names)}{after}.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
 
 
 def run_evaluate(argv: Sequence[str]) -> int:
     """Measure a drafter; see [`evaluate_drafter`]."""
     (args,) = parse("evaluate", [EvaluateArguments], argv)
     sampling = args.sampling_settings()
+    args.check_record()
     target = args.load_target()
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
     check_pair(drafter, target)
     target.place(torch.accelerator.current_accelerator(True) or torch.device("cpu"))
+    num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
+    lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=num_drafts, defaults=EVALUATION_LENGTHS)
+    prompts = args.read_prompts(target, lengths.prompt)
     report = evaluate_drafter(
         target,
         drafter.to(target.device),
-        args.read_prompts(target),
-        num_drafts=args.num_drafts,
-        max_new_tokens=args.max_new_tokens,
+        prompts,
+        num_drafts=num_drafts,
+        max_completion_length=lengths.completion,
         sampling=sampling,
         draft_sampling=args.draft_sampling,
         batch_size=args.batch_size,
@@ -60,8 +148,23 @@ def run_evaluate(argv: Sequence[str]) -> int:
         seed=args.seed,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))
+    if report.num_different:
+        print(explain_difference(target.causal_lm.dtype))
     write_json(args.json, report.to_dict())
+    args.add_to_record(report, target, drafter.config.family, prompts, lengths.completion)
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
+
+
+def explain_difference(dtype: torch.dtype) -> str:
+    """Return why outputs can differ from the target's own, and what to do about it."""
+    why = (
+        f"The target computes in {str(dtype).removeprefix('torch.')}. Reading several tokens at once, it adds up in "
+        "another order than one token at a time, and of two almost equally likely tokens the other may come out on "
+        "top; the text goes on from there."
+    )
+    if dtype == torch.float32:
+        return f"{why} In float32 that is rare: check with `trl-draft-opd verify`, which tells near ties from faults."
+    return f"{why} In this precision that is expected. To compare to the last token, add `--target-dtype float32`."
 
 
 @dataclass(kw_only=True)
@@ -75,12 +178,12 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "Source of the responses: the target in this process, a server, or the dataset itself, taken on trust.",
         default=default_of(write_responses, "engine"),
     )
-    max_new_tokens: int = flag("Longest response.", default=DraftTrainingConfig.max_completion_length)
+    max_completion_length: int | None = flag(length_help(TRAINING_LENGTHS), default=None)
     batch_size: int = flag(
         "Prompts that transformers decodes together.", default=default_of(write_responses, "batch_size")
     )
     shard_size: int = flag(
-        "Responses per file; a killed process loses this many at most.",
+        "Responses per file; what has come in after a minute is written all the same.",
         default=default_of(write_responses, "shard_size"),
     )
     seed: int = flag("Seed of draws at a temperature above 0.", default=default_of(write_responses, "seed"))
@@ -98,6 +201,11 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
     timeout: float = flag("Seconds without a reply before a request is sent again.", default=ServerSettings.timeout)
     concurrency: int = flag("Requests at a time.", default=ServerSettings.concurrency)
     json: str | None = flag("File to write the numbers to.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "max_completion_length", "batch_size", "shard_size", "num_proc")
+        check_at_least(self, 0, "check_rows")
 
     def server(self) -> ServerSettings | None:
         """Return the server that the flags name, if they do; refuse flags that contradict each other."""
@@ -124,8 +232,10 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
 def run_generate(argv: Sequence[str]) -> int:
     """Write the target's responses to prompts; see [`write_responses`]."""
     (args,) = parse("generate", [GenerateArguments], argv)
+    check_folder(Path(args.output), "`--output`")
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
+    lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=TRAINING_LENGTHS)
     # The accelerator belongs to the server, if there is one.
     accelerator = torch.accelerator.current_accelerator(True)
     if server is None and accelerator is not None:
@@ -135,10 +245,10 @@ def run_generate(argv: Sequence[str]) -> int:
         rows,
         args.output,
         sampling=args.sampling_settings(),
-        max_new_tokens=args.max_new_tokens,
+        max_completion_length=lengths.completion,
         engine=args.engine,
         server=server,
-        reader=target.text_reader(**args.reading(), num_proc=args.num_proc),
+        reader=target.text_reader(**args.reading(lengths.prompt), num_proc=args.num_proc),
         batch_size=args.batch_size,
         shard_size=args.shard_size,
         seed=args.seed,
@@ -147,5 +257,14 @@ def run_generate(argv: Sequence[str]) -> int:
     num_checked = 0 if args.engine == "transformers" else CHECKED_ROWS
     summary = summarize_store(store, target, num_checked if args.check_rows is None else args.check_rows)
     print("\n".join(summary["lines"]))
+    print_next(
+        "sft",
+        family="eagle3",
+        target=args.target,
+        dataset=args.dataset,
+        regenerate=True,
+        responses=args.output,
+        max_completion_length=unless_default(args, "max_completion_length"),
+    )
     write_json(args.json, summary)
     return 0

@@ -27,7 +27,7 @@ class DemoArguments:
     split: str = flag("Split of the dataset.", default="train")
     output: Path = flag("Folder; everything is written below it.", default=DemoSettings.output)
     num_prompts: int = flag("Prompts to train on.", default=DemoSettings.num_prompts)
-    max_new_tokens: int = flag("Longest response.", default=DemoSettings.max_new_tokens)
+    max_completion_length: int = flag("Longest response.", default=DemoSettings.max_completion_length)
     sft_epochs: int = flag("Epochs of supervised training.", default=DemoSettings.sft_epochs)
     opd_epochs: int = flag("Epochs of Draft-OPD.", default=DemoSettings.opd_epochs)
     seed: int = flag("Seed of everything.", default=DemoSettings.seed)

@@ -12,10 +12,18 @@ from ..drafters.auto import AutoDrafter
 from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
+from ..export.write import check_export_folder
 from ..parity import verify_drafter
 from ..parity.consumers import CONSUMERS
+from ..parity.gate import VERIFICATION_LENGTHS
 from ..target.frozen import FrozenTarget
-from .arguments import RowsArguments, default_of, flag, parse, write_json
+from ..trainer.common_config import length_help
+from ..utils.settings import check_at_least
+from .arguments import HELD_OUT, RowsArguments, default_of, flag, parse, print_next, write_json
+
+
+# Positions kept free behind responses: prompts are read before the drafter's blocks are known.
+_ROOM_TO_VERIFY = 32
 
 
 @dataclass(kw_only=True)
@@ -49,11 +57,19 @@ def run_export(argv: Sequence[str]) -> int:
         validate_repo_id(args.repo_id)
     if args.target_id is not None and hub_id_of(args.target_id) is None:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
+    check_export_folder(Path(args.output))
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
-    name = args.target or drafter.config.target_model_name_or_path
+    name = drafter.config.target_model_name_or_path if args.target is None else args.target
     target = TargetOfExport(args.target_id)
     if name is not None:
-        target = read_target(name, target_id=args.target_id, revision=args.target_revision)
+        try:
+            target = read_target(name, target_id=args.target_id, revision=args.target_revision)
+        except FileNotFoundError as error:
+            if args.target is not None:
+                raise
+            raise FileNotFoundError(
+                f"The drafter was trained for {name!r}, which cannot be read: {error} Give the target as `--target`."
+            ) from error
     result = export_drafter(
         drafter,
         args.output,
@@ -67,6 +83,8 @@ def run_export(argv: Sequence[str]) -> int:
         print(f"{layout:12} {folder}")
     for layout, reason in result.refused.items():
         print(f"{layout:12} not written: {reason}.")
+    checkpoint = args.drafter if Path(args.drafter).is_dir() else None
+    print_next("verify", drafter=args.output, target=name, dataset=HELD_OUT, checkpoint=checkpoint)
     return 0
 
 
@@ -83,26 +101,32 @@ class VerifyArguments(RowsArguments):
     checkpoint: str | None = flag("The checkpoint that the export was made from.", default=None)
     consumers: list[str] | None = flag("Engines to run; all that are installed if unset.", default=None)
     num_drafts: int | None = flag("Drafts per block; the drafter's own number if unset.", default=None)
-    max_new_tokens: int = flag(
-        "Tokens per prompt, whose rounds are counted.", default=default_of(verify_drafter, "max_new_tokens")
-    )
+    max_completion_length: int | None = flag(length_help(VERIFICATION_LENGTHS), default=None)
     trust_remote_code: bool = flag("Also run the export's own custom_generate.", default=False)
     json: str | None = flag("File to write the numbers to.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts")
+        check_at_least(self, 2, "max_completion_length")
 
 
 def run_verify(argv: Sequence[str]) -> int:
     """Compare an export with its training in every engine; see [`verify_drafter`]."""
     (args,) = parse("verify", [VerifyArguments], argv)
     target = FrozenTarget.load(args.target, dtype="float32")
+    lengths = args.fit_lengths(
+        target, args.max_completion_length, num_drafts=_ROOM_TO_VERIFY, defaults=VERIFICATION_LENGTHS
+    )
     report = verify_drafter(
         args.drafter,
         target,
-        args.read_prompts(target),
+        args.read_prompts(target, lengths.prompt),
         target_name=args.target,
         checkpoint=args.checkpoint,
         consumers=args.consumers,
         num_drafts=args.num_drafts,
-        max_new_tokens=args.max_new_tokens,
+        max_completion_length=lengths.completion,
         trust_remote_code=args.trust_remote_code,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))
@@ -113,6 +137,8 @@ def run_verify(argv: Sequence[str]) -> int:
     write_json(args.json, report.to_dict())
     if report.ok and set(CONSUMERS) <= set(report.skipped):
         print("Passed, but no other reader was run: only our own loop was compared.")
+    if report.ok and Path(args.drafter).is_dir():
+        print_next("push", drafter=args.drafter, repo_id="ORG/NAME")
     return int(not report.ok)
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,16 +16,19 @@ from transformers import set_seed
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
-from ..drafters.merging import require_peft
+from ..drafters.eagle3.draft_vocabulary import check_draft_vocab_size
+from ..drafters.published.adapter import require_peft
 from ..export import hub_id_of
+from ..responses import Origin, ResponseStore
 from ..target.frozen import FrozenTarget
 from ..trainer.common_config import DraftTrainingConfig
 from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
-from ..trainer.draft_sft_config import DraftSFTConfig
+from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
-from ..trainer.pair import load_target, text_reader
-from .arguments import TargetArguments, flag, parse
+from ..trainer.pair import load_target
+from ..utils.atomic_files import check_folder, explaining_failure
+from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 # What `from_target` takes, by family.
 _FAMILY_OPTIONS = {
     "dflash": ("block_size", "num_hidden_layers", "mask_token_id"),
-    "eagle3": ("ttt_steps", "draft_vocab_size"),
+    "eagle3": ("ttt_steps", "draft_vocabulary"),
 }
 
 
@@ -48,9 +53,6 @@ class FreshDrafterArguments:
     num_hidden_layers: int | None = flag("DFlash: number of layers.", default=None)
     mask_token_id: int | None = flag("DFlash: an id that text never uses; searched for if unset.", default=None)
     ttt_steps: int | None = flag("EAGLE-3: steps of training-time test.", default=None)
-    draft_vocab_size: int | None = flag(
-        "EAGLE-3: propose only this many tokens, the most frequent of the dataset; all if unset.", default=None
-    )
     target_layer_ids: list[int] | None = flag("Target layers to read, from 0 and ascending.", default=None)
 
     def given(self) -> dict[str, Any]:
@@ -59,27 +61,18 @@ class FreshDrafterArguments:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def make_drafter(
-    target: FrozenTarget, family: str, options: dict[str, Any], count: Callable[[], torch.Tensor] | None
-) -> Drafter:
-    """Return a fresh drafter by the options that were set; a reduced vocabulary `count`s the target's tokens."""
+def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any]) -> Drafter:
+    """Return a fresh drafter by the options that were set."""
     if family not in _FAMILY_OPTIONS:
         raise ValueError(f"`family` must be one of {sorted(_FAMILY_OPTIONS)}, got {family!r}.")
     foreign = sorted(set(options) - {"target_layer_ids", *_FAMILY_OPTIONS[family]})
     if foreign:
         raise ValueError(f"{foreign} are not options of a {family!r} drafter. Leave them out.")
-    if family == "dflash":
-        if "mask_token_id" not in options:
-            options = options | {"mask_token_id": target.find_mask_token_id()}
-        return DFlashDraftModel.from_target(target, **options)
-    options = dict(options)
-    size = options.pop("draft_vocab_size", None)
-    if size is None:
+    if family == "eagle3":
         return Eagle3DraftModel.from_target(target, **options)
-    assert count is not None, "a reduced vocabulary needs counts"
-    vocabulary = build_draft_vocabulary(count(), size, target.eos_token_ids)
-    print(f"Draft vocabulary of {size} tokens covers {vocabulary.coverage:.2%} of the supervised tokens.")
-    return Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary, **options)
+    if "mask_token_id" not in options:
+        options = options | {"mask_token_id": target.find_mask_token_id()}
+    return DFlashDraftModel.from_target(target, **options)
 
 
 @dataclass(kw_only=True)
@@ -90,30 +83,93 @@ class InitArguments(TargetArguments, FreshDrafterArguments):
 
     family: Literal["dflash", "eagle3"] = flag("Family of the drafter.")
     output: str = flag("Folder to save the drafter in.")
-    dataset: str | None = flag("Texts whose most frequent tokens --draft-vocab-size keeps.", default=None)
+    draft_vocab_size: int | None = flag(
+        "EAGLE-3: propose only this many tokens, the most frequent of the responses; all of them if unset.",
+        default=None,
+    )
+    responses: str | None = flag("Folder of responses whose tokens --draft-vocab-size counts.", default=None)
+    dataset: str | None = flag("Rows with responses, in place of --responses.", default=None)
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     split: str = flag("Split of the dataset.", default="train")
     seed: int | None = flag("Seed of the random weights.", default=None)
+
+    def check_vocabulary(self) -> None:
+        """Raise `ValueError` unless a reduced vocabulary was asked for with the text to choose it by, or none was."""
+        given = [name for name in ("responses", "dataset") if getattr(self, name) is not None]
+        if not given and not self.draft_vocab_size:
+            return
+        if self.family != "eagle3":
+            raise ValueError(
+                "`--draft-vocab-size`, and `--responses` or `--dataset` to count, are for `--family eagle3`: a DFlash "
+                "drafter drafts with its target's own head. Leave them out."
+            )
+        if len(given) != 1 or not self.draft_vocab_size:
+            raise ValueError(
+                "`--draft-vocab-size` goes together with one of `--responses` (a folder that `generate` wrote) and "
+                f"`--dataset` (rows with responses), whose most frequent tokens are kept; got {given or 'neither'}"
+                f"{'' if self.draft_vocab_size else ' and no size'}. Without all of them, `sft` chooses when it "
+                "trains."
+            )
+
+    def count_tokens(self, target: FrozenTarget, rows: Dataset | None) -> torch.Tensor:
+        """Count the tokens of the responses in a store or in a dataset's `rows`."""
+        if rows is None:
+            assert self.responses is not None, "`check_vocabulary`"
+            store = ResponseStore.read_only(self.responses)
+            stored, template = store.origin, ("chat_template_hash", "chat_template_kwargs")
+            own = Origin.of(target, sampling=stored.sampling, max_completion_length=stored.max_completion_length)
+            # Of the same target; how its prompts were written is of no account here.
+            own = replace(own, **{name: getattr(stored, name) for name in template})
+            own.check_same(stored, f"The responses in {self.responses}")
+            rows = store.to_dataset()
+        return count_tokens(target.text_reader().read_texts(rows), target.vocab_size)
+
+    def load_responses(self) -> Dataset | None:
+        """Return the dataset's rows, `None` without a dataset; raise `ValueError` if they hold prompts alone."""
+        if self.dataset is None:
+            return None
+        rows = load_rows(self.dataset, self.dataset_config, self.split)
+        if not {"messages", "completion", "completion_ids", "completion_mask", "text"} & set(rows.column_names):
+            raise ValueError(
+                f"The rows of {self.dataset!r} hold {rows.column_names} and no responses, whose tokens "
+                "`--draft-vocab-size` counts. Have the target write them with `trl-draft-opd generate` and give its "
+                "folder as `--responses`; or leave both out, and `sft --regenerate` chooses when it trains."
+            )
+        return rows
 
 
 def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
-    if (args.draft_vocab_size is None) != (args.dataset is None):
-        raise ValueError(
-            "`--draft-vocab-size` and `--dataset` go together: the dataset's most frequent tokens are kept."
-        )
+    args.check_vocabulary()
+    check_folder(Path(args.output), "`--output`")
+    rows = args.load_responses()
     target = args.load_target()
-
-    def count() -> torch.Tensor:
-        rows = load_rows(args.dataset, args.dataset_config, args.split)
-        return count_tokens(target.text_reader().read_texts(rows), target.vocab_size)
-
+    options = args.given()
+    if args.draft_vocab_size:
+        # Before the text is read.
+        check_draft_vocab_size(args.draft_vocab_size, target.vocab_size, target.eos_token_ids)
+        counts = args.count_tokens(target, rows)
+        vocabulary = build_draft_vocabulary(counts, args.draft_vocab_size, target.eos_token_ids)
+        options["draft_vocabulary"] = vocabulary
+        print(
+            f"Draft vocabulary of {args.draft_vocab_size} tokens covers {vocabulary.coverage:.2%} of the response "
+            "tokens."
+        )
     if args.seed is not None:
         set_seed(args.seed)
-    drafter = make_drafter(target, args.family, args.given(), count)
-    drafter.save_pretrained(args.output)
+    drafter = make_drafter(target, args.family, options)
+    with explaining_failure("The drafter", "Make room, or name another folder, and run the command again"):
+        drafter.save_pretrained(args.output)
     print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
+    if args.draft_vocab_size is None and args.family == "eagle3" and target.vocab_size > LARGE_VOCABULARY:
+        print(
+            f"It proposes all {target.vocab_size:,} tokens. `sft --draft-vocab-size {DRAFT_VOCAB_SIZE}` reduces it to "
+            "the most frequent ones of the responses, which makes it much smaller."
+        )
+    print_next(
+        "sft", drafter=args.output, target=args.target, dataset=args.dataset or "PROMPTS.jsonl", regenerate=True
+    )
     return 0
 
 
@@ -156,10 +212,21 @@ class TrainArguments(LoraArguments):
     _argument_group_name = "target and data"
 
     target: str = flag("Hub id or path of the target.")
-    dataset: str = flag("Training rows: Hub id, folder, or .json/.jsonl/.parquet/.csv file.")
+    dataset: str = flag("Training rows: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).")
     dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
     train_split: str = flag("Split to train on.", default="train")
-    eval_split: str | None = flag("Split to evaluate on; no evaluation if unset.", default=None)
+    eval_dataset: str | None = flag(
+        "Rows to measure tau on, as --dataset; without --eval-strategy once, after training.", default=None
+    )
+    eval_split: str | None = flag(
+        "Split of --eval-dataset (`train` if unset), or of --dataset, to measure tau on.", default=None
+    )
+
+    def load_eval_rows(self) -> Dataset | None:
+        """Return the rows to evaluate on, if any were named."""
+        if self.eval_dataset is not None:
+            return load_rows(self.eval_dataset, None, "train" if self.eval_split is None else self.eval_split)
+        return None if self.eval_split is None else load_rows(self.dataset, self.dataset_config, self.eval_split)
 
 
 @dataclass(kw_only=True)
@@ -184,58 +251,91 @@ class OPDArguments(TrainArguments):
 def run_sft(argv: Sequence[str]) -> int:
     """Train a drafter on its target's responses; see [`DraftSFTTrainer`]."""
     args, config = parse("sft", [SFTArguments, DraftSFTConfig], argv)
-    if (args.drafter is None) == (args.family is None) or (args.drafter and args.given()):
+    if (args.drafter is None) == (args.family is None) or (args.drafter is not None and args.given()):
         flags = ", ".join(f"`--{setting.name.replace('_', '-')}`" for setting in fields(FreshDrafterArguments))
         raise ValueError(
             "Give either `--drafter`, to train one further, or `--family`, to make a fresh one. Only a fresh drafter "
             f"takes {flags}."
         )
-    if config.regenerate and args.draft_vocab_size is not None:
+    if args.family == "dflash" and config.draft_vocab_size is not None:
         raise ValueError(
-            "`draft_vocab_size` counts the dataset's completions, which `regenerate` replaces. Leave out one of them."
+            f"`--draft-vocab-size {config.draft_vocab_size}` is for `--family eagle3`: a DFlash drafter drafts with "
+            "its target's own head. Leave it out."
         )
 
-    def fresh_drafter(target: FrozenTarget, rows: Dataset) -> Drafter:
-        def count() -> torch.Tensor:
-            reader = text_reader(target, config, max_length=config.max_length)
-            return count_tokens(reader.read_texts(rows), target.vocab_size)
-
+    def fresh_drafter(target: FrozenTarget) -> Drafter:
         set_seed(config.seed)
-        return make_drafter(target, args.family, args.given(), count)
+        return make_drafter(target, args.family, args.given())
 
-    return _train(DraftSFTTrainer, args, config, args.drafter or fresh_drafter)
+    if _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter):
+        print_next(
+            "opd",
+            drafter=config.output_dir,
+            target=args.target,
+            dataset=args.dataset,
+            responses=config.responses,
+            max_completion_length=unless_default(config, "max_completion_length"),
+        )
+    return 0
 
 
 def run_opd(argv: Sequence[str]) -> int:
     """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
     args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
-    return _train(DraftOPDTrainer, args, config, args.drafter)
+    if _train(DraftOPDTrainer, args, config, args.drafter):
+        print_next("evaluate", drafter=config.output_dir, target=args.target, dataset=HELD_OUT)
+    return 0
+
+
+def describe_evaluation(metrics: dict[str, float]) -> str:
+    """Return what an evaluation found, in a line."""
+    if "eval_tau" not in metrics:
+        return f"On the evaluation rows the loss is {metrics['eval_loss']:.4f}; tau was not measured."
+    low, high = metrics["eval_tau_low"], metrics["eval_tau_high"]
+    return f"On the evaluation rows tau is {metrics['eval_tau']:.3f} [{low:.3f}, {high:.3f}]."
 
 
 def _train(
     trainer_class: Callable[..., DraftSFTTrainer | DraftOPDTrainer],
     args: TrainArguments,
     config: DraftTrainingConfig,
-    drafter: str | Callable[[FrozenTarget, Dataset], Drafter],
-) -> int:
-    """Load the pair and the rows, train, save, and push if asked for."""
+    drafter: str | Callable[[FrozenTarget], Drafter],
+) -> bool:
+    """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
+    check_folder(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
-    held_out = None if args.eval_split is None else load_rows(args.dataset, args.dataset_config, args.eval_split)
+    held_out = args.load_eval_rows()
     if config.dataset_id is None:
         # For the card; `None` for a local file or folder.
         config.dataset_id = hub_id_of(args.dataset)
     target = load_target(args.target, config, None)
-    model = drafter if isinstance(drafter, str) else drafter(target, rows)
+    model = drafter if isinstance(drafter, str) else drafter(target)
     trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
     trainer.train()
-    if config.push_to_hub:
-        # It saves first: a failed push loses nothing.
-        commit = trainer.push_to_hub()
-    else:
-        trainer.save_model(config.output_dir)
-    if trainer.is_world_process_zero():
+    measured = None
+    if held_out is not None and config.eval_strategy == "no":
+        # Before it is saved, so that the card has it.
+        measured = trainer.evaluate()
+    _save(trainer, config.output_folder)
+    commit = trainer.push_to_hub() if config.push_to_hub else None
+    speaks = trainer.is_world_process_zero()
+    if speaks:
+        if measured is not None:
+            print(describe_evaluation(measured))
         print(f"The drafter is in {config.output_dir}")
-        if config.push_to_hub:
+        if commit is not None:
             print(f"and published as {commit}")
-    return 0
+    return speaks
+
+
+def _save(trainer: DraftSFTTrainer | DraftOPDTrainer, folder: Path) -> None:
+    """Save the drafter; where that fails, in a temporary folder, because this process ends and its memory with it."""
+    try:
+        # A call of transformers' own, which pushes nothing yet.
+        trainer.save_model(str(folder), _internal_call=True)
+    except OSError as error:
+        # Ranks besides the first write nothing and leave an empty folder.
+        rescue = mkdtemp(prefix="drafter-")
+        trainer.save_model(rescue, _internal_call=True)
+        raise OSError(f"{error}. It was saved in {rescue!r} instead: move it from there") from error

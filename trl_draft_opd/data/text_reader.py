@@ -7,25 +7,50 @@ the EOS ids and the size of the vocabulary.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .chats import check_generation_prompt, check_roles, check_text, is_out_of_order
+from .chats import (
+    ChatSettings,
+    check_roles,
+    check_text,
+    has_text,
+    is_out_of_order,
+    read_messages,
+    read_settings,
+)
+from .columns import (
+    PROMPT_FORMS,
+    RESPONSE_FORMS,
+    TEXT_FORMS,
+    Form,
+    RowFormat,
+    decode_contents,
+    find_format,
+    find_mixed,
+    first_row,
+    keep_texts,
+)
+from .templates import (
+    CLOCK,
+    STANDING_DAY,
+    ChatTemplate,
+    content_reaches,
+    find_reasoning,
+    names_reach,
+    reasoning_reaches,
+)
 
-
-# Columns that make a row; the first form whose columns are all present is read.
-_RESPONSE_FORMS = (("prompt_ids", "completion_ids"), ("messages",), ("prompt", "completion"))
-_TEXT_FORMS = (("input_ids", "completion_mask"), *_RESPONSE_FORMS, ("text",))
-_PROMPT_FORMS = (("prompt_ids",), ("messages",), ("prompt",))
 
 _EMPTY_PROMPT = "the prompt is empty: the target has nothing to respond to. Fill it or drop the row."
 # Ends of sentences that begin with a number of rows.
@@ -40,6 +65,20 @@ _ROLES_OUT_OF_ORDER = (
 )
 _REPEATED_PROMPT = "repeat an earlier row's prompt: the target responds once, and each row trains on that response."
 _REPEATED_ROW = "repeat an earlier row token by token, and are trained on again. Drop them if that is not meant."
+_NO_BLOCK = "have no two supervised tokens in a row, and train nothing: a block needs two."
+_EMPTY_RESPONSE = "have assistant turns that render to nothing but their end"
+_EMPTY_TURN = _EMPTY_RESPONSE + "; those are not supervised."
+_REASONING_LOST = (
+    "have reasoning in their last turn that the chat template does not write out: it is not trained on. Give a "
+    "template that reads it (`reasoning_content`, or `<think>` in `content`)."
+)
+_TOOLS_LOST = "have `tools` that the chat template does not write out: the target is not told of them."
+_TEXT_LOST = "have a message of role {!r} whose text the chat template does not write out: it is read without."
+_CONTROL_TOKENS = "have special tokens in a message's text, read as such: they can end a turn or open one."
+_CLOCK_STANDS = (
+    f"The chat template prints the date. It reads {STANDING_DAY} on every day, so that stored responses and resumed "
+    f'runs agree. To set another: `chat_template_kwargs={{"{CLOCK}": "{STANDING_DAY}"}}`.'
+)
 _EOS_MISSING = "have an assistant turn without an EOS, supervised to its end. Check `eos_token_ids` and the template."
 
 
@@ -55,13 +94,24 @@ class _Text(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def is_tokenized(dataset: Any) -> bool:
+    """Whether a dataset is one that [`TextReader`] returned."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    return columns in ({"prompt_ids", "sample_id"}, {"input_ids", "completion_mask", "sample_id"})
+
+
 @dataclass(frozen=True)
 class TextReader:
     """
     Reads dataset rows as one target reads text. Build it with [`FrozenTarget.text_reader`].
 
-    Warnings count skipped and repeated rows and chats that are read in part or out of order; not for an
-    `IterableDataset`, which is read lazily. Other columns than those named below are ignored.
+    Warnings count skipped and repeated rows and chats that are read in part or out of order; of an
+    `IterableDataset`, which is read lazily, they name the first such row. Other columns than those named below are
+    ignored, but for `tools` and `chat_template_kwargs` of chats, which are read as TRL's trainers read them.
+
+    Messages have a `role` and as `content` a string or a list of text parts; `from` and `value` (ShareGPT) are
+    renamed. Where none of the columns below is there, `conversations`, `question` (with `answer`) and `instruction`
+    (with `input` and `output`) are read as chats.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -69,7 +119,8 @@ class TextReader:
         eos_token_ids (`tuple[int, ...]`), vocab_size (`int`):
             All ids that end a response of the target, and the size of its vocabulary.
         chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*):
-            Jinja template in place of the tokenizer's own, and its variables.
+            Jinja template in place of the tokenizer's own, and its variables; those of a row come before them. A
+            template that prints the date reads 2026-01-01, or what the variable `strftime_now` says.
         max_prompt_length (`int`, *optional*):
             Rows with more tokens than this before the first one the target wrote are skipped.
         max_length (`int`, *optional*):
@@ -87,7 +138,7 @@ class TextReader:
     max_length: int | None = None
     num_proc: int | None = None
     # The cache of `datasets` knows this code by name only: raise it when the same row would give other ids or marks.
-    cache_version: int = 3
+    cache_version: int = 4
 
     def read_texts(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """
@@ -107,7 +158,7 @@ class TextReader:
             ValueError: If the dataset is empty or lacks the columns, a row is malformed or damaged (the message names
                 the row), the template does not end prompts where responses begin, or no row is left.
         """
-        return self._read(dataset, _TEXT_FORMS, TextReader._encode_text_row, ("input_ids", "completion_mask"))
+        return self._read(dataset, TEXT_FORMS, TextReader._encode_text_row, ("input_ids", "completion_mask"))
 
     def read_prompts(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """
@@ -122,7 +173,7 @@ class TextReader:
         Raises:
             ValueError: As [`read_texts`].
         """
-        return self._read(dataset, _PROMPT_FORMS, TextReader._encode_prompt_row, ("prompt_ids",))
+        return self._read(dataset, PROMPT_FORMS, TextReader._encode_prompt_row, ("prompt_ids",))
 
     def read_responses(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """
@@ -136,53 +187,63 @@ class TextReader:
         Raises:
             ValueError: As [`read_texts`].
         """
-        return self._read(dataset, _RESPONSE_FORMS, TextReader._encode_response_row, ("prompt_ids", "completion_ids"))
+        return self._read(dataset, RESPONSE_FORMS, TextReader._encode_response_row, ("prompt_ids", "completion_ids"))
 
     def _read(
         self,
         dataset: Dataset | IterableDataset,
-        forms: tuple[tuple[str, ...], ...],
+        forms: tuple[Form, ...],
         encode: Callable[..., dict[str, Any]],
         columns: tuple[str, ...],
     ) -> Dataset | IterableDataset:
         """Map `encode` over the rows, drop those it skips, and warn how many and why."""
-        row, form = _find_columns(dataset, forms)
-        if form[0] in ("messages", "prompt") and isinstance(row[form[0]], list):
-            self._check_template()
+        row = first_row(dataset)
+        row_format = find_format(row, forms)
+        mixed = find_mixed(dataset, row_format.form)
+        if mixed:
+            dataset, convert = keep_texts(dataset, mixed), partial(decode_contents, mixed=mixed)
+            row_format = row_format._replace(convert=convert)
+        self._check_chats(next(iter(dataset.with_format(None))) if mixed else row, row_format)
         types = {column: List(Value("int8" if column == "completion_mask" else "int32")) for column in columns}
         types |= {"sample_id": Value("int64"), "notes": List(Value("string"))}
         types |= {"skipped": Value("string"), "key": Value("string")}
         # The number of processes changes no row, so that it must not change the key of the cache.
-        encode_row = partial(encode, replace(self, num_proc=None), form=form)
+        encode_row = partial(encode, replace(self, num_proc=None), form=row_format.form)
         options: dict[str, Any] = {
             "with_indices": True,
             "remove_columns": list(row),
             "features": Features(types),
-            "fn_kwargs": {"encode": encode_row, "columns": columns},
+            "fn_kwargs": {"encode": encode_row, "columns": columns, "convert": row_format.convert},
         }
         rows = dataset.with_format(None)
         if isinstance(rows, Dataset):
             encoded = rows.map(_encode_row, num_proc=self.num_proc, desc="Tokenizing", **options)
             return _drop_skipped(encoded, columns)
-        encoded = rows.map(_encode_row, **options).filter(lambda row: not row["skipped"])
+        encoded = rows.map(_encode_row, **options).filter(_StreamNotes())
         return encoded.remove_columns(["skipped", "notes", "key"])
 
-    def _encode_text_row(self, row: dict, form: tuple[str, ...]) -> dict[str, Any]:
+    def _encode_text_row(self, row: dict, form: Form) -> dict[str, Any]:
         text = self._read_text(row, form, every_turn=True)
         input_ids = self._check_ids(text.input_ids, "input_ids")
         # The first token is predicted from nothing, whoever wrote it.
         completion_mask = [0, *text.completion_mask[1:]]
         if 1 in completion_mask:
             self._check_prompt_length(completion_mask.index(1))
-        if 1 not in completion_mask[: self.max_length]:
+        completion_mask = completion_mask[: self.max_length]
+        if 1 not in completion_mask:
             raise _Skip(_NO_SUPERVISION)
+        notes = set(text.notes)
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            notes.add(f"are longer than `max_length` {self.max_length} and were cut there.")
+        if not any(a and b for a, b in zip(completion_mask, completion_mask[1:], strict=False)):
+            notes.add(_NO_BLOCK)
         return {
             "input_ids": input_ids[: self.max_length],
-            "completion_mask": completion_mask[: self.max_length],
-            "notes": text.notes,
+            "completion_mask": completion_mask,
+            "notes": sorted(notes),
         }
 
-    def _encode_response_row(self, row: dict, form: tuple[str, ...]) -> dict[str, Any]:
+    def _encode_response_row(self, row: dict, form: Form) -> dict[str, Any]:
         text = self._read_text(row, form, every_turn=False)
         input_ids = self._check_ids(text.input_ids, "input_ids")
         if 1 not in text.completion_mask:
@@ -192,19 +253,20 @@ class TextReader:
         completion_ids = input_ids[start : start + length]
         return {"prompt_ids": input_ids[:start], "completion_ids": completion_ids, "notes": text.notes}
 
-    def _encode_prompt_row(self, row: dict, form: tuple[str, ...]) -> dict[str, Any]:
-        notes = ()
+    def _encode_prompt_row(self, row: dict, form: Form) -> dict[str, Any]:
+        notes: set[str] = set()
         if form == ("prompt_ids",):
             prompt_ids = row["prompt_ids"]
         elif isinstance(prompt := _read_turns(row, form)[0], str):
             prompt_ids = self._tokenize(prompt)
         else:
-            notes = self._check_chat(prompt)
-            prompt_ids = self._render(prompt, add_generation_prompt=True)
+            settings = read_settings(row)
+            prompt_text, prompt_ids = self._render(prompt, settings, add_generation_prompt=True)
+            notes = self._check_chat(prompt, settings, prompt_text, is_prompt=True)
         self._check_prompt_length(len(self._check_ids(prompt_ids, "prompt_ids")))
-        return {"prompt_ids": prompt_ids, "notes": notes}
+        return {"prompt_ids": prompt_ids, "notes": sorted(notes)}
 
-    def _read_text(self, row: dict, form: tuple[str, ...], every_turn: bool) -> _Text:
+    def _read_text(self, row: dict, form: Form, every_turn: bool) -> _Text:
         """Read a row with all that the target wrote in it, or with the first response to its prompt only."""
         if form == ("input_ids", "completion_mask"):
             input_ids, marks = self._check_ids(row["input_ids"], "input_ids"), row["completion_mask"] or []
@@ -226,17 +288,20 @@ class TextReader:
             assert not isinstance(completion, list)
             return self._encode_pair(prompt, completion)
         assert isinstance(completion, list)
-        first_turn = 0 if every_turn and form == ("messages",) else len(prompt)
-        return self._encode_chat(prompt + (completion if every_turn else completion[:1]), first_turn=first_turn)
+        first_turn = 0 if every_turn and len(form) == 1 else len(prompt)
+        messages = prompt + (completion if every_turn else completion[:1])
+        return self._encode_chat(messages, read_settings(row), first_turn=first_turn)
 
     def _check_ids(self, token_ids: Any, column: str) -> list[int]:
         if not isinstance(token_ids, list):
             raise ValueError(f"`{column}` must be a list of token ids, got {token_ids!r:.200}.")
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             outside = next(i for i in token_ids if not 0 <= i < self.vocab_size)
+            tokens = {index: token for token, index in self.tokenizer.get_vocab().items()}
+            known = f" ({tokens[outside]!r})" if outside in tokens else ""
             raise ValueError(
-                f"token id {outside} in `{column}` is outside the target's vocabulary of {self.vocab_size} tokens. "
-                "Tokenize with the target's own tokenizer."
+                f"token id {outside}{known} in `{column}` is outside the target's vocabulary of {self.vocab_size} "
+                "tokens: it has no embedding. Take the token out, or tokenize with the target's own tokenizer."
             )
         return token_ids
 
@@ -244,33 +309,89 @@ class TextReader:
         if not prompt_length:
             raise ValueError(_EMPTY_PROMPT)
         if self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
-            raise _Skip(_LONG_PROMPT)
+            raise _Skip(f"{_LONG_PROMPT} {self.max_prompt_length}")
 
     def _tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer(check_text(text), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
-    def _render(self, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
-        return self._apply_template(messages, add_generation_prompt, tokenize=True, return_dict=True)["input_ids"]
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.chat_template, self.chat_template_kwargs)
 
-    def _apply_template(self, messages: list[dict], add_generation_prompt: bool, **options: Any) -> Any:
-        options |= {"chat_template": self.chat_template, **(self.chat_template_kwargs or {})}
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """The special tokens of the tokenizer, as text."""
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        names = sorted({name for name in [*added, *self.tokenizer.all_special_tokens] if name})
+        # By their first characters, or a search would try a thousand names at every bracket of a program.
+        groups = [
+            re.escape(head) + "(?:" + "|".join(re.escape(name[2:]) for name in group) + ")"
+            for head, group in groupby(names, key=lambda name: name[:2])
+        ]
+        # Nothing matches where there is none.
+        return re.compile("|".join(groups) or r"(?!)")
 
-    def _check_template(self) -> None:
+    def _render(
+        self, messages: list[dict], settings: ChatSettings, *, add_generation_prompt: bool
+    ) -> tuple[str, list[int]]:
+        """Return a chat as text and as token ids."""
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt, settings=settings)
+        return text, self._tokenize(text, add_special_tokens=False)
+
+    def _check_chats(self, row: dict[str, Any], row_format: RowFormat) -> None:
+        """Check what all chats of a dataset have in common, by its first row, and say how they are read."""
+        try:
+            first = row_format.convert(row)[row_format.form[0]]
+        except ValueError as error:
+            raise ValueError(f"Row 0 of the dataset: {error}") from error
+        if row_format.form[0] not in ("messages", "conversations", "prompt") or not isinstance(first, list):
+            return
         if self.chat_template is None and self.tokenizer.chat_template is None:
             raise ValueError(
                 "The dataset holds chats, but the tokenizer has no chat template. Pass `chat_template=` with the one "
                 "the target is served with, or turn the chats into `prompt` and `completion` strings."
             )
-        check_generation_prompt(partial(self._apply_template, tokenize=False))
+        self._template.check_generation_prompt()
+        if row_format.note is not None:
+            warnings.warn(f"The rows are read as chats: {row_format.note}.")
+        if self._template.prints_date:
+            warnings.warn(_CLOCK_STANDS)
 
-    def _check_chat(self, messages: list[dict]) -> tuple[str, ...]:
-        """Refuse what the template would pass over, and return notes on the order of turns."""
+    def _check_chat(
+        self,
+        messages: list[dict],
+        settings: ChatSettings,
+        rendered: str,
+        *,
+        is_prompt: bool = False,
+        starts: dict[int, int] | None = None,
+    ) -> set[str]:
+        """
+        Return notes on a chat and on what of it its rendering leaves out; refuse calls that are left out.
+
+        `starts`: Where in the rendering the texts of assistant turns begin, where that is known.
+        """
         check_roles(messages, str(self.chat_template or self.tokenizer.chat_template))
-        for message in messages:
-            if isinstance(message.get("content"), str):
-                check_text(message["content"])
-        return (_ROLES_OUT_OF_ORDER,) if is_out_of_order(messages) else ()
+        notes = {_ROLES_OUT_OF_ORDER} if is_out_of_order(messages) else set()
+        passes_over = partial(
+            self._template.passes_over, messages=messages, settings=settings, prompt=is_prompt, rendered=rendered
+        )
+        for number, message in enumerate(messages):
+            written = rendered[(starts or {}).get(number, 0) :]
+            if not content_reaches(message, written):
+                notes.add(_TEXT_LOST.format(message["role"]))
+            calls = message.get("tool_calls")
+            if calls and (not names_reach(calls, written) or passes_over("tool_calls")):
+                raise ValueError(
+                    f"message {number} has `tool_calls` that the chat template does not write out. Give one that does "
+                    "(`chat_template=`), or drop the row."
+                )
+            # Reasoning may stand between special tokens.
+            if self._control_tokens.search(message["content"], find_reasoning(message)[1]):
+                notes.add(_CONTROL_TOKENS)
+        if settings.tools and (not names_reach(settings.tools, rendered) or passes_over("tools")):
+            notes.add(_TOOLS_LOST)
+        return notes
 
     def _find_end(self, input_ids: list[int], start: int) -> int:
         """Return the index after the first EOS from `start` on: the target wrote nothing beyond it."""
@@ -294,45 +415,50 @@ class TextReader:
             completion_ids.append(eos_token_id)
         return _join_ids(prompt_ids, completion_ids)
 
-    def _encode_chat(self, messages: list[dict], *, first_turn: int) -> _Text:
+    def _encode_chat(self, messages: list[dict], settings: ChatSettings, *, first_turn: int) -> _Text:
         """Render a chat and mark its assistant turns from message `first_turn` on, up to and including their EOS."""
-        notes = {*self._check_chat(messages)}
         # An assistant turn that opens the chat responds to nothing.
         turns = [i for i in range(max(first_turn, 1), len(messages)) if messages[i]["role"] == "assistant"]
         if not turns:
             raise _Skip(_NO_COMPLETION)
-        input_ids = self._render(messages[: turns[-1] + 1], add_generation_prompt=False)
-        spans = []
+        messages = messages[: turns[-1] + 1]
+        rendered, input_ids = self._render(messages, settings, add_generation_prompt=False)
+        spans, starts, notes = [], {}, set()
         for i in reversed(turns):
-            prompt_ids = self._render(messages[:i], add_generation_prompt=True)
-            turn_ids = input_ids if i == turns[-1] else self._render(messages[: i + 1], add_generation_prompt=False)
+            prompt, prompt_ids = self._render(messages[:i], settings, add_generation_prompt=True)
+            is_last = i == turns[-1]
+            turn_ids = input_ids
+            if not is_last:
+                turn_ids = self._render(messages[: i + 1], settings, add_generation_prompt=False)[1]
             start, end = len(prompt_ids), self._find_end(turn_ids, len(prompt_ids))
             # What the target read and what it wrote must both stand unchanged in the text that is trained on.
             if turn_ids[:start] != prompt_ids or turn_ids[:end] != input_ids[:end]:
-                if not spans:
+                if is_last:
                     raise _Skip(_BROKEN_PROMPT)
                 spans, notes = spans[:1], notes | {_HISTORY_REWRITTEN}
                 break
+            starts[i] = len(prompt)
+            if set(turn_ids[start:end]) <= set(self.eos_token_ids) or not has_text(messages[i]):
+                notes.add(_EMPTY_TURN)
+                continue
             spans.append((start, end))
             if turn_ids[end - 1] not in self.eos_token_ids:
                 notes.add(_EOS_MISSING)
+        notes |= self._check_chat(messages, settings, rendered, starts=starts)
+        if not spans:
+            raise _Skip(_EMPTY_RESPONSE)
+        if not reasoning_reaches(messages[-1], rendered[starts[turns[-1]] :]):
+            notes.add(_REASONING_LOST)
         completion_mask = [0] * len(input_ids)
         for start, end in spans:
             completion_mask[start:end] = [1] * (end - start)
         return _Text(input_ids, completion_mask, tuple(sorted(notes)))
 
 
-def _check_messages(messages: Any, column: str) -> list[dict]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
-        raise ValueError(f"`{column}` must be a list of messages, each with a `role`, got {messages!r:.200}.")
-    # Arrow fills keys that a message lacks with None, which a template may print.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
-
-
-def _read_turns(row: dict, form: tuple[str, ...]) -> tuple[str, str | None] | tuple[list[dict], list[dict]]:
+def _read_turns(row: dict, form: Form) -> tuple[str, str | None] | tuple[list[dict], list[dict]]:
     """Return prompt and completion as strings or as messages; the prompt of a chat ends before its last answer."""
-    if form == ("messages",):
-        messages = _check_messages(row["messages"], "messages")
+    if form in (("messages",), ("conversations",)):
+        messages = read_messages(row[form[0]], form[0])
         end = max((i + 1 for i, message in enumerate(messages) if message["role"] != "assistant"), default=0)
         prompt, completion = messages[:end], messages[end:]
     else:
@@ -343,12 +469,12 @@ def _read_turns(row: dict, form: tuple[str, ...]) -> tuple[str, str | None] | tu
         if not isinstance(completion, str | None):
             raise ValueError(f"`completion` must be a string like its `prompt`, got {completion!r:.200}.")
         return prompt, completion
-    prompt = _check_messages(prompt, "prompt")
+    prompt = read_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
         raise ValueError(
             "`prompt` ends with an assistant turn. Move it to `completion`, or call the column `messages`."
         )
-    return prompt, _check_messages(completion or [], "completion")
+    return prompt, read_messages(completion or [], "completion")
 
 
 def _join_ids(prompt_ids: list[int], completion_ids: list[int]) -> _Text:
@@ -357,10 +483,17 @@ def _join_ids(prompt_ids: list[int], completion_ids: list[int]) -> _Text:
     return _Text(prompt_ids + completion_ids, [0] * len(prompt_ids) + [1] * len(completion_ids))
 
 
-def _encode_row(row: dict, index: int, *, encode: Callable[[dict], dict], columns: tuple[str, ...]) -> dict[str, Any]:
+def _encode_row(
+    row: dict,
+    index: int,
+    *,
+    encode: Callable[[dict], dict],
+    columns: tuple[str, ...],
+    convert: Callable[[dict], dict],
+) -> dict[str, Any]:
     """Encode one row; a skipped one stays, empty and marked, so that it can be counted."""
     try:
-        encoded = encode(row)
+        encoded = encode(convert(row))
         # Of what tells rows apart, as text: a set of the ids themselves would be as large as the dataset.
         key = hashlib.sha256(repr([encoded[column] for column in columns]).encode()).hexdigest()
         return {**encoded, "sample_id": index, "skipped": "", "key": key}
@@ -370,47 +503,36 @@ def _encode_row(row: dict, index: int, *, encode: Callable[[dict], dict], column
         raise ValueError(f"Row {index} of the dataset: {error}") from error
 
 
-def _find_columns(
-    dataset: Dataset | IterableDataset, forms: tuple[tuple[str, ...], ...]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the first row, and the first of `forms` among its columns."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise ValueError(f"Expected one split, a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
-    try:
-        row = next(iter(dataset.with_format(None)), {})
-    except UnicodeDecodeError as error:  # Arrow takes bytes for text without a look.
-        raise ValueError(f"Row 0 of the dataset: {error}. Mend its source or drop the row.") from error
-    if not row:
-        raise ValueError("The dataset is empty. Check its split and its filters.")
-    for form in forms:
-        if set(form) <= set(row):
-            return row, form
-    if forms is _TEXT_FORMS and ("prompt" in row or "prompt_ids" in row):
-        raise ValueError(
-            "The rows have prompts but no responses. Set `regenerate=True` (`--regenerate`) to have the target write "
-            "them; in Draft-OPD, leave out `completions_from_target`."
-        )
-    # The simple forms stand last in `forms`, because token ids are read first where both are given.
-    accepted = ", or ".join(" with ".join(f"`{column}`" for column in form) for form in reversed(forms))
-    fix = "Rename or map them."
-    if "question" in row:
-        fix += ' For example: dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})'
-    raise ValueError(f"The dataset has columns {list(row)}, but needs {accepted}. {fix}")
+class _StreamNotes:
+    """Keeps the rows of a stream that were not skipped, and warns of the first one of each kind."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, row: dict) -> bool:
+        for reason in {row["skipped"], *row["notes"]} - self._seen - {""}:
+            self._seen.add(reason)
+            start = "Rows are skipped that" if reason == row["skipped"] else "Rows of the stream"
+            warnings.warn(f"{start} {reason.rstrip('.')}. The first is row {row['sample_id']}; others are not named.")
+        return not row["skipped"]
 
 
 def _drop_skipped(encoded: Dataset, columns: tuple[str, ...]) -> Dataset:
     """Return the rows that were not skipped, and warn of those that were and of what was noted."""
-    skipped, notes = encoded["skipped"][:], Counter(chain.from_iterable(encoded["notes"][:]))
+    skipped, noted = encoded["skipped"][:], encoded["notes"][:]
+    notes = Counter(chain.from_iterable(noted))
+    first = {note: row for row, found in reversed([*enumerate(noted)]) for note in found}
     kept, reasons = [i for i, reason in enumerate(skipped) if not reason], Counter(filter(None, skipped))
     summary = f"{len(encoded)} rows: {'; '.join(f'{count} {reason}' for reason, count in reasons.most_common())}."
     if not kept:
         raise ValueError(f"None is left of {summary}")
     if reasons:
         warnings.warn(f"Skipped {reasons.total()} of {summary}")
+    for note, count in notes.items():
+        warnings.warn(f"{count} of {len(encoded)} rows {note} The first is row {first[note]}.")
     repeated = len(kept) - len({key for key in encoded["key"][:] if key is not None})
     if repeated:
-        notes[_REPEATED_PROMPT if columns == ("prompt_ids",) else _REPEATED_ROW] = repeated
-    for note, count in notes.items():
-        warnings.warn(f"{count} of {len(encoded)} rows {note}")
+        note = _REPEATED_PROMPT if columns == ("prompt_ids",) else _REPEATED_ROW
+        warnings.warn(f"{repeated} of {len(encoded)} rows {note}")
     encoded = encoded.remove_columns(["skipped", "notes", "key"])
     return encoded.select(kept) if reasons else encoded

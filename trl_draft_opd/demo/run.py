@@ -5,7 +5,6 @@ phase leaves a folder with the settings it was made from, and is not repeated wh
 """
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.dflash import DFlashDraftModel
@@ -28,16 +26,22 @@ from ..evaluation import EvaluationReport, evaluate_drafter, paired_gain
 from ..responses import generate_responses
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
+from ..target.lengths import TRAINING_LENGTHS, fit_lengths
 from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
+from ..trainer.log_printer import LogPrinter
+from ..utils.bars import library_bars
+from ..utils.settings import check_settings
 from .corpus import write_chats
 from .results import draw_plot, require_matplotlib, results_table
 from .tiny_target import TinyTargetSettings, train_target
 
 
 FAMILIES = ("dflash", "eagle3")
+# Leaves room for a response in the tiny target's 1,024 positions; its own prompts are far shorter.
+MAX_PROMPT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class DemoSettings:
     num_prompts: int = 960
     num_test_prompts: int = 98
     test_batch_size: int = 14
-    max_new_tokens: int = 128
+    max_completion_length: int = 128
     num_drafts: int = 7
     sft_epochs: int = 8
     opd_epochs: int = 1
@@ -70,6 +74,7 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.family not in FAMILIES:
             raise ValueError(f"`family` must be one of {FAMILIES}, got {self.family!r}.")
         for name, value in vars(self).items():
@@ -90,7 +95,7 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
     if (settings.target is None) != (rows is None):
         raise ValueError("A real target and its prompts go together: give `target` and `rows`, or neither.")
     console = Console()
-    with _quiet_libraries():
+    with library_bars(False):
         phases = _Phases(settings.output, console)
         if settings.target is None or rows is None:
             target_path, rows = _make_tiny_target(phases, settings)
@@ -161,22 +166,6 @@ class _Phases:
         self.seconds[title] = round(time.perf_counter() - begun, 1)
 
 
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hide the libraries' own bars and notes: the demo shows its own."""
-    disabled = logging.root.manager.disable
-    # For all loggers at once: some libraries set theirs up when they are imported in the middle of a phase.
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        transformers_logging.enable_progress_bar()
-        enable_progress_bars()
-
-
 def _make_tiny_target(phases: _Phases, settings: DemoSettings) -> tuple[Path, Dataset]:
     """Train the tiny target; return its folder, and chats it was not trained on, which lend their prompts."""
     tiny, seed = settings.tiny, settings.seed
@@ -201,14 +190,22 @@ def _write_responses(
             "Give more rows."
         )
 
+    lengths = fit_lengths(
+        target.num_positions,
+        prompt=MAX_PROMPT_LENGTH,
+        completion=settings.max_completion_length,
+        num_drafts=settings.num_drafts,
+        defaults=TRAINING_LENGTHS,
+    )
+
     def make(folder: Path) -> None:
-        reader = target.text_reader(max_prompt_length=DraftOPDConfig.max_prompt_length)
+        reader = target.text_reader(max_prompt_length=lengths.prompt)
         picked = range(min(settings.num_prompts, num_others)), range(num_others, len(rows))
         train, test = (list(reader.read_prompts(rows.select(indices))["prompt_ids"]) for indices in picked)
         responses = generate_responses(
             target,
             train,
-            max_new_tokens=settings.max_new_tokens,
+            max_completion_length=settings.max_completion_length,
             sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
             batch_size=64,
             seed=settings.seed,
@@ -217,7 +214,7 @@ def _write_responses(
         pairs = [{"prompt_ids": p, "completion_ids": r} for p, r in zip(train, responses, strict=True)]
         (folder / "rows.json").write_text(json.dumps({"train": pairs, "test": test}), encoding="utf-8")
 
-    made_from = settings.pick("target dataset num_prompts num_test_prompts max_new_tokens seed")
+    made_from = settings.pick("target dataset num_prompts num_test_prompts max_completion_length seed")
     folder = phases.run("2/5 target's responses", "responses", made_from | {"num_rows": len(rows)}, make)
     data = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     return Dataset.from_list(data["train"]), data["test"]
@@ -228,6 +225,8 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
     has_accelerator = torch.accelerator.is_available()
     shared = {
         "per_device_train_batch_size": settings.batch_size,
+        "max_prompt_length": MAX_PROMPT_LENGTH,
+        "max_completion_length": settings.max_completion_length,
         "save_strategy": "no",
         "logging_steps": 5,
         "report_to": "none",
@@ -284,8 +283,8 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
 
 def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:
     """Train with one progress bar and no other output."""
-    trainer.remove_callback(PrinterCallback)
-    with Progress(console=console, transient=True) as progress:
+    trainer.remove_callback(LogPrinter)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         trainer.add_callback(_ShowSteps(progress))
         trainer.train()
 
@@ -321,7 +320,7 @@ def _measure(
             target,
             drafter.to(target.device),  # pyright: ignore[reportArgumentType]
             prompts,
-            max_new_tokens=settings.max_new_tokens,
+            max_completion_length=settings.max_completion_length,
             batch_size=settings.test_batch_size,
             show_progress=phases.console.is_terminal,
         )

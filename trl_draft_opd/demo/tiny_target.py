@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from ..utils.settings import check_settings
 from .corpus import Chat
 
 
@@ -33,6 +35,9 @@ class TinyTargetSettings:
     num_steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-3
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def train_tokenizer(chats: Sequence[Chat], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -95,7 +100,8 @@ def train_target(chats: Sequence[Chat], folder: Path, settings: TinyTargetSettin
     )
     pad_id = tokenizer.get_vocab()[PAD]
     losses = []
-    for batch in track(_batches(texts, settings.batch_size, num_steps, seed), "Training the target", total=num_steps):
+    batches, is_watched = _batches(texts, settings.batch_size, num_steps, seed), Console().is_terminal
+    for batch in track(batches, "Training the target", total=num_steps, disable=not is_watched):
         rows = [torch.tensor(ids) for ids in batch]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
         labels = pad_sequence(rows, batch_first=True, padding_value=-100)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Load a drafter without knowing its family."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from .base import Drafter
 from .dflash import DFlashDraftModel
 from .eagle3 import Eagle3DraftModel
-from .merging import is_adapter, read_adapted
+from .merging import merge_chain
+from .published.adapter import adapter_chain, naming_base, require_peft
 from .published.checkpoint import CheckpointSource, read_drafter_config
 
 
 _CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
+_OTHER_BASE = "Give its drafter as `base`."
 
 
 class AutoDrafter:
@@ -82,18 +85,24 @@ class AutoDrafter:
         source = CheckpointSource(
             str(pretrained_model_name_or_path), revision, subfolder, token, cache_dir, local_files_only
         )
-        options: dict[str, Any] = {
-            "num_target_layers": num_target_layers,
-            "allow_pickle_weights": allow_pickle_weights,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        if is_adapter(source):
-            return read_adapted(source, lambda name: cls.from_pretrained(name, **options), base=base, dtype=dtype)
-        if base is not None:
-            raise ValueError(f"{str(source)!r} is a whole drafter, so `base` means nothing to it. Leave `base` out.")
-        family = read_drafter_config(source, num_target_layers=num_target_layers).family
-        return _CLASSES[family].from_pretrained(
-            pretrained_model_name_or_path, dtype=dtype, revision=revision, subfolder=subfolder, **options
-        )
+        options = {"num_target_layers": num_target_layers, "allow_pickle_weights": allow_pickle_weights}
+        *adapters, whole = adapter_chain(source, base=None if base is None else str(base), fix=_OTHER_BASE)
+        if not adapters:
+            if base is not None:
+                raise ValueError(
+                    f"{str(source)!r} is a whole drafter, so `base` means nothing to it. Leave `base` out."
+                )
+            return _load_whole(source, dtype=dtype, **options)
+        require_peft(f"Merging the adapter {str(source)!r}")
+        with naming_base(adapters[-1], whole, _OTHER_BASE):
+            drafter = _load_whole(whole, dtype=torch.float32, **options)
+        return merge_chain(drafter, adapters, dtype=dtype)
+
+
+def _load_whole(source: CheckpointSource, *, num_target_layers: int | None, **options: Any) -> Drafter:
+    """Load a drafter that is no adapter, with the class of its family."""
+    family = read_drafter_config(source, num_target_layers=num_target_layers).family
+    places = {field.name: getattr(source, field.name) for field in fields(source) if field.name != "name_or_path"}
+    return _CLASSES[family].from_pretrained(
+        source.name_or_path, num_target_layers=num_target_layers, **places, **options
+    )

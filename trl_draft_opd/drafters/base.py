@@ -37,11 +37,11 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..utils.loading import loading_whole
 from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
+from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
 
 Result = TypeVar("Result")
@@ -139,6 +139,11 @@ class Drafter(PreTrainedModel):
     reads_drafts: bool = True
     #: What the trainer that trained this instance recorded, for the next one; `None` where it was not trained here.
     training_record: Any = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Older name of `is_activation_checkpointing`; PEFT asks by it, and transformers' own warns."""
+        return self.gradient_checkpointing
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -324,11 +329,12 @@ class Drafter(PreTrainedModel):
 
     @staticmethod
     def resolve_target(target: Any) -> PreTrainedModel:
-        """Return the causal language model of an id, a path, a model or a `FrozenTarget`."""
+        """Return the causal language model of an id, a path, a model, a [`~peft.PeftModel`] or a `FrozenTarget`."""
         if isinstance(target, (str, Path)):
-            with loading_whole():
-                return AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False)
-        return target if isinstance(target, PreTrainedModel) else target.causal_lm
+            return load_target_model(target_chain(str(target)))
+        if isinstance(target, PreTrainedModel) or is_adapted_target(target):
+            return whole_model(target)
+        return target.causal_lm
 
 
 def run_blocks(

@@ -152,7 +152,7 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
         own = [
             ("drafts in training", drafts),
             ("norms", norms or "as in EAGLE-3's own code, no further ones"),
-            ("draft vocabulary", f"{part} of {config.vocab_size} tokens"),
+            ("draft vocabulary", f"{part} of {config.vocab_size} tokens{_coverage(publication)}"),
         ]
     return [
         *facts,
@@ -163,6 +163,13 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
         ("longest text", f"{config.max_position_embeddings} tokens"),
         ("precision", str(publication.dtype).removeprefix("torch.")),
     ]
+
+
+def _coverage(publication: Publication) -> str:
+    """Return what the record states of a reduced vocabulary's coverage, of the last stage that counted it."""
+    stages = publication.record.stages if publication.record is not None else []
+    shares = [stage.settings["draft_vocab_coverage"] for stage in stages if "draft_vocab_coverage" in stage.settings]
+    return f", {shares[-1]:.2%} of the response tokens it was trained on" if shares else ""
 
 
 def _costs(rows: list[dict[str, Any]]) -> str:
@@ -185,7 +192,7 @@ def _measurement(m: Measurement) -> list[str]:
         str(m.num_drafts),
         f"{m.tau:.3f} [{m.tau_low:.3f}, {m.tau_high:.3f}]",
         " ".join(f"{rate:.2f}" for rate in m.acceptance_per_slot),
-        f"{m.target_dtype}, batch {m.batch_size}, at most {m.max_new_tokens} tokens{ending}",
+        f"{m.target_dtype}, batch {m.batch_size}, at most {m.max_completion_length} tokens{ending}",
     ]
 
 

@@ -7,6 +7,7 @@ the network failed. The local folder stays as it is.
 import json
 import logging
 import mmap
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import sleep
@@ -14,7 +15,6 @@ from time import sleep
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -22,9 +22,12 @@ from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
+from ..utils.secrets import without_secret, without_users
 from ..utils.versions import TRANSPORT_ERRORS
 from .rules import check_repo_name
+from .serving import SERVING_FILE
 from .source import hub_id_of
+from .texts import renamed_texts
 from .write import PUBLISHED_FILES, PUBLISHED_NAMES
 
 
@@ -69,7 +72,7 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
 def published_files(folder: str | Path) -> list[str]:
     """Return the files of an export, relative to it and sorted; nothing that a link leads to."""
     folder = Path(folder)
-    missing = [name for name in (CONFIG_FILE, SAFETENSORS_FILE) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, SERVING_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{str(folder)!r} holds no export: {missing} missing. Make one with `trl-draft-opd export`.")
     root = folder.resolve()
@@ -90,20 +93,22 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload drafter",
-    extra_folders: Mapping[str, str | Path] | None = None,
+    extra_folders: Mapping[str, Mapping[str, Path | bytes]] | None = None,
 ) -> str:
     """
     Upload an export as one commit, which also deletes files of an earlier export; other files are left alone.
 
     Args:
-        folder (`str` or `Path`): The export.
+        folder (`str` or `Path`):
+            The export. What in it names a repository (card, settings, `custom_generate`) is uploaded with the name of
+            this one; the folder stays as it is.
         repo_id (`str`): Where to; made if it does not exist.
         token (`str`, *optional*): The one stored by `hf auth login` by default.
         private (`bool`, *optional*): Whether a new repository is private; the account's own rule by default.
         revision (`str`, *optional*): Branch; made if it does not exist. The main one by default.
         commit_message (`str`, *optional*): Of the commit.
-        extra_folders (`Mapping[str, str | Path]`, *optional*):
-            Checkpoints to add, by their place in the repository, to resume from.
+        extra_folders (`Mapping[str, Mapping[str, Path | bytes]]`, *optional*):
+            Folders to add, by their place in the repository: their files by name, see [`resumable_files`].
 
     Returns:
         `str`: Address of the commit.
@@ -120,21 +125,27 @@ def push_folder(
     files: dict[str, Path | bytes] = {name: folder / name for name in published_files(folder)}
     extra_folders = extra_folders or {}
     for place, extra in extra_folders.items():
-        files |= {f"{place}/{name}": content for name, content in _resumable_files(Path(extra)).items()}
-    _refuse_token_in(files, token or get_token())
+        files |= {f"{place}/{name}": content for name, content in extra.items()}
+    fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
+    held = _require_token(token, fix)
+    _refuse_token_in(files, held)
     api = HfApi(token=token)
 
     def upload() -> str:
         made = _ready_repository(api, repo_id, private)
         if revision is not None and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(made, branch=revision, exist_ok=True)
+        renamed = _named(folder, made)
         info = api.model_info(made, revision=revision)
         there = [sibling.rfilename for sibling in info.siblings or []]
         stale = {name for name in there if _is_replaced(name) or name.split("/")[0] in extra_folders} - files.keys()
         commit = api.create_commit(
             made,
             [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+                *(
+                    CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+                    for name, content in (files | renamed).items()
+                ),
                 *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
             ],
             commit_message=commit_message,
@@ -142,17 +153,33 @@ def push_folder(
             # What is stale was read from this commit.
             parent_commit=info.sha,
         )
-        return str(commit.commit_url)
+        return without_users(str(commit.commit_url))
 
-    fix = f"{str(folder)!r} is complete. Try again with `trl-draft-opd push --drafter {folder} --repo-id {repo_id}`"
-    return _with_retries(upload, fix)
+    return _with_retries(upload, fix, held)
+
+
+def _named(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """Return what of an export has to name its repository and names another one, or none, as it is for `repo_id`."""
+    renamed = renamed_texts(folder, repo_id)
+    if renamed:
+        logger.warning(
+            "The export was not made for %s: what names its repository is uploaded with that name (%s). To have the "
+            "same in %s, export again with `--repo-id %s`.",
+            repo_id,
+            ", ".join(sorted(renamed)),
+            folder,
+            repo_id,
+        )
+    return dict(renamed)
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """Make a repository if it does not exist, and return its full id, `ORG/NAME`; raises as [`push_folder`] does."""
     validate_repo_id(repo_id)
+    fix = "Nothing was uploaded"
+    held = _require_token(token, fix)
     api = HfApi(token=token)
-    return _with_retries(lambda: _ready_repository(api, repo_id, private), "Nothing was uploaded")
+    return _with_retries(lambda: _ready_repository(api, repo_id, private), fix, held)
 
 
 def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -166,7 +193,7 @@ def _ready_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
     return made
 
 
-def _resumable_files(folder: Path) -> dict[str, Path | bytes]:
+def resumable_files(folder: Path) -> dict[str, Path | bytes]:
     """Return the files of a checkpoint that a run resumes from: no arguments, no rollouts, no path of this machine."""
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
@@ -188,9 +215,19 @@ def _without_paths(path: Path) -> Path | bytes:
     return (json.dumps(content | dict.fromkeys(paths), indent=2) + "\n").encode()
 
 
-def _refuse_token_in(files: Mapping[str, Path | bytes], token: str | None) -> None:
+def _require_token(token: str | None, fix: str) -> str:
+    """Return the token that the Hub will be asked with; raise `PermissionError` without one, before it is asked."""
+    found = token or get_token()
+    if not found:
+        raise PermissionError(
+            f"There is no Hub token on this machine, and a push needs one that may write: run `hf auth login`. {fix}."
+        )
+    return found
+
+
+def _refuse_token_in(files: Mapping[str, Path | bytes], token: str) -> None:
     for name, content in files.items():
-        if token and _holds(content, token.encode()):
+        if _holds(content, token.encode()):
             raise ValueError(f"{name!r} holds the Hub token. Nothing was uploaded: remove it and revoke the token.")
 
 
@@ -205,8 +242,11 @@ def _holds(content: Path | bytes, needle: bytes) -> bool:
         return data.find(needle, 0, end) >= 0
 
 
-def _with_retries(action: Callable[[], str], fix: str) -> str:
-    """Run `action`; try again after errors that pass by themselves, and tell of the others what to do."""
+def _with_retries(action: Callable[[], str], fix: str, token: str | None) -> str:
+    """
+    Run `action`; try again after errors that pass by themselves, and tell of the others what to do. The token is in no
+    message, nor in the traceback of one.
+    """
     for attempt in range(NUM_RETRIES + 1):
         pause = _FIRST_PAUSE * 2**attempt
         try:
@@ -214,29 +254,38 @@ def _with_retries(action: Callable[[], str], fix: str) -> str:
         except OfflineModeIsEnabled as error:
             raise ConnectionError(f"The Hub is switched off in this process (HF_HUB_OFFLINE=1). {fix}.") from error
         except HfHubHTTPError as error:
-            refusal = _refusal(error, fix)
+            refusal = _refusal(error, fix, token)
             if refusal is not None:
-                raise refusal from error
+                raise refusal from _shown(error, token)
             reason, failure = f"status {error.response.status_code}", error
             asked = error.response.headers.get("Retry-After", "")
             pause = max(pause, float(asked)) if asked.isdigit() else pause
-        except LocalTokenNotFoundError as error:
-            raise PermissionError(f"The Hub asks for a token: run `hf auth login`. {fix}.") from error
         except (*TRANSPORT_ERRORS, ConnectionError, TimeoutError) as error:
             reason, failure = type(error).__name__, error
         except RuntimeError as error:
             # The library reports a weights file that did not go through this way, after attempts of its own.
-            reason, failure = str(error).rstrip("."), error
+            reason, failure = _printable(str(error).rstrip("."), token), error
         if attempt == NUM_RETRIES:
             raise ConnectionError(
                 f"The upload failed {attempt + 1} times, the last time with: {reason}. {fix}."
-            ) from failure
+            ) from _shown(failure, token)
         logger.warning("The upload failed (%s); trying again.", reason)
         sleep(min(pause, _LONGEST_PAUSE))
     raise AssertionError("unreachable")
 
 
-def _refusal(error: HfHubHTTPError, fix: str) -> OSError | None:
+def _printable(text: str, token: str | None) -> str:
+    """Return what library or server said without the token, and without a password in the address of a mirror."""
+    return without_users(without_secret(text, token))
+
+
+def _shown(error: Exception, token: str | None) -> Exception | None:
+    """Return an error as the cause of another, unless a traceback would show a secret in it."""
+    text = "".join(traceback.format_exception(error))
+    return error if _printable(text, token) == text else None
+
+
+def _refusal(error: HfHubHTTPError, fix: str, token: str | None) -> OSError | None:
     """Return what to raise for a refusal of the Hub that will not change, or `None` for one that may."""
     status = error.response.status_code
     if status in _PASSING:
@@ -247,4 +296,5 @@ def _refusal(error: HfHubHTTPError, fix: str) -> OSError | None:
             f"The Hub refused the token (status {status}): it is missing, expired or may not write there. Run `hf "
             f"auth login`. {fix}."
         )
-    return OSError(f"The Hub refused (status {status}): {error.server_message or 'no reason given'}. {fix}.")
+    reason = _printable(error.server_message or "no reason given", token)
+    return OSError(f"The Hub refused (status {status}): {reason}. {fix}.")

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..evaluation import EvaluationReport
 from ..losses import LOSS_TYPES
 from ..rollout.drafting import DRAFT_SAMPLING
 from .source import hub_id_of
@@ -127,6 +128,10 @@ def recorded_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str
 _HUB_ID = _Form(_is_hub_id, "a Hub id or null")
 _DIGEST = _text("[0-9a-f]{64}", "64 hexadecimal digits")
 _DTYPE = _text(_NAME, "a short lower-case name")
+_PROMPT_SET = _text(
+    r"(?!.*\.(json|jsonl|csv|txt|parquet|arrow)$)([\w-]+/)?[A-Za-z0-9][\w.+-]{0,63}(:[\w.-]{1,32})?",
+    "a Hub id, with `:split` if you like, or one word; no file",
+)
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
@@ -211,7 +216,8 @@ class Measurement:
     Attributes:
         prompt_set (`str`): What the prompts are called.
         prompts_sha256 (`str`): See [`prompts_digest`].
-        num_prompts (`int`), num_blocks (`int`), num_drafts (`int`), max_new_tokens (`int`), batch_size (`int`): Sizes.
+        num_prompts (`int`), num_blocks (`int`), num_drafts (`int`), max_completion_length (`int`), batch_size
+            (`int`): Sizes.
         temperature (`float`), draft_sampling (`str`), ignore_eos (`bool`), target_dtype (`str`): How it was decoded.
         tau (`float`), tau_low (`float`), tau_high (`float`):
             Pooled accepted length, bonus counted, and its 95 % interval.
@@ -220,19 +226,13 @@ class Measurement:
         after_steps (`int` or `None`): Optimizer steps of the last stage before it.
     """
 
-    prompt_set: Annotated[
-        str,
-        _text(
-            r"(?!.*\.(json|jsonl|csv|txt|parquet|arrow)$)([\w-]+/)?[A-Za-z0-9][\w.+-]{0,63}(:[\w.-]{1,32})?",
-            "a Hub id, with `:split` if you like, or one word; no file",
-        ),
-    ]
+    prompt_set: Annotated[str, _PROMPT_SET]
     prompts_sha256: Annotated[str, _DIGEST]
     num_prompts: int
     temperature: float
     draft_sampling: Annotated[str, _one_of(DRAFT_SAMPLING)]
     num_drafts: int
-    max_new_tokens: int
+    max_completion_length: int
     batch_size: int
     ignore_eos: bool
     tau: float
@@ -400,6 +400,21 @@ def recorded_curve(log_history: Sequence[Mapping[str, Any]], max_points: int = 4
     return [
         point for index, point in enumerate(curve) if index % stride == 0 or point is curve[-1] or "eval_tau" in point
     ]
+
+
+def check_prompt_set(name: str) -> None:
+    """Raise `ValueError` unless a set of prompts can be called that in a record."""
+    if not _PROMPT_SET.fits(name):
+        raise ValueError(f"Prompts can be recorded as {_PROMPT_SET.wanted}, got {name!r}.")
+
+
+def measurement_of(report: EvaluationReport, **conditions: Any) -> Measurement:
+    """Return a report as it is recorded; `conditions` are the attributes of [`Measurement`] that it does not know."""
+    names = (
+        "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks "
+        "num_different"
+    ).split()
+    return Measurement(**{name: getattr(report, name) for name in names}, **conditions)
 
 
 def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:

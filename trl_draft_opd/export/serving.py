@@ -40,6 +40,7 @@ def serving_settings(publication: Publication) -> dict[str, Any]:
     return {
         "family": family,
         "target": publication.target_id,
+        "target_architectures": publication.target.architectures,
         "repository": publication.repo_id,
         "num_drafts": drafts,
         "context_length": publication.config.max_position_embeddings,

@@ -13,8 +13,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..drafters.published.adapter import is_adapter
 from ..drafters.published.checkpoint import CheckpointSource
+from ..drafters.target_model import merging_line
 from ..drafters.target_shape import text_config
+from ..utils.loading import require_model
 
 
 # How families name their input embedding; the head and position embeddings have other names.
@@ -79,11 +82,17 @@ def read_target(
 
     Raises:
         OSError: If there is no such target.
-        ValueError: If its weights are pickled, or its embedding is not found.
+        ValueError: If it is an adapter, its weights are pickled, or its embedding is not found.
     """
     name = str(name_or_path)
+    source = CheckpointSource(name, revision, "", token, None)
+    require_model(name, token=token)
+    if is_adapter(source):
+        raise ValueError(
+            f"The target {name!r} is a PEFT adapter, which no server loads as a model. Merge it, "
+            f"`{merging_line(name)}`, and give the merged folder as target."
+        )
     config = text_config(AutoConfig.from_pretrained(name, revision=revision, token=token, trust_remote_code=False))
-    source = CheckpointSource(name, revision, "", token, None, False)
     embedding = _read_embedding(source, (config.vocab_size, config.hidden_size))
     return TargetOfExport(target_id or hub_id_of(name), config, embedding)
 

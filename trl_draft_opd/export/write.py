@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
-from ..utils.atomic_files import making_folder
-from .card import CARD_FILE, CURVE_FILE, write_card
+from ..utils.atomic_files import check_folder, check_replaceable, explaining_failure, making_folder
+from .card import CARD_FILE, CURVE_FILE
 from .custom_generate import write_custom_generate
 from .layouts import LAYOUT_OF, flat_config, flat_tensors
 from .publication import LAYOUTS, Publication
-from .record import RECORD_FILE, TrainingRecord, write_record
-from .serving import SERVING_FILE, serving_settings
+from .record import RECORD_FILE, TrainingRecord
+from .serving import SERVING_FILE
 from .source import TargetOfExport
+from .texts import write_texts
 
 
 CUSTOM_GENERATE = "custom_generate"
@@ -94,12 +95,13 @@ def export_drafter(
 
     Raises:
         ValueError: If a layout that was asked for cannot hold the drafter, something it needs is missing, or the
-            folder holds other things. Nothing is written then.
+            folder holds other things, is a mount point, or cannot be a folder. Nothing is written then.
+        OSError: If it cannot be written; what was in the folder is as it was.
     """
     if to not in (*LAYOUTS, "all"):
         raise ValueError(f"`to` must be one of {(*LAYOUTS, 'all')}, got {to!r}.")
     folder, target = Path(folder), target or TargetOfExport()
-    _check_folder_is_ours(folder)
+    check_export_folder(folder)
     _check_target(drafter, target)
     refusals = {name: layout.find_refusal(drafter, target) for name, layout in LAYOUT_OF.items()}
     reasons = {name: reason for name, reason in refusals.items() if reason is not None}
@@ -110,18 +112,12 @@ def export_drafter(
     publication = Publication.of(
         drafter, dtype=dtype, layouts=layouts, target=target, repo_id=repo_id, license=license, record=record
     )
-    with making_folder(folder) as staged:
+    fix = f"What was in {str(folder)!r} is as it was. Make room, or name another folder, and export again"
+    with explaining_failure("The export", fix), making_folder(folder) as staged:
         _write_layouts(staged, drafter, publication)
         if publication.has_custom_generate:
             write_custom_generate(staged, publication.family, repo_id)
-        if (folder / CARD_FILE).is_file():
-            # The new card keeps the notes people wrote into the earlier one.
-            shutil.copy(folder / CARD_FILE, staged / CARD_FILE)
-        settings = serving_settings(publication)
-        (staged / SERVING_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if record is not None:
-            write_record(record, staged)
-        write_card(staged, publication, settings)
+        write_texts(staged, publication, notes_of=folder)
     places = {name: folder if name == asked[0] else folder / name for name in layouts}
     return ExportResult(folder, places, {name: reasons[name] for name in asked if name in reasons})
 
@@ -165,10 +161,10 @@ def _write_layouts(folder: Path, drafter: Drafter, publication: Publication) -> 
         shutil.copymode(place / CONFIG_FILE, place / SAFETENSORS_FILE)
 
 
-def _check_folder_is_ours(folder: Path) -> None:
-    """Refuse a folder in which an export would destroy something."""
-    if folder.is_file():
-        raise ValueError(f"{str(folder)!r} is a file. Name a folder.")
+def check_export_folder(folder: Path) -> None:
+    """Refuse a folder in which an export could not be put, or would destroy something."""
+    check_folder(folder, "The export's folder")
+    check_replaceable(folder)
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = sorted(held - PUBLISHED_NAMES)
     if held and (foreign or SERVING_FILE not in held):

@@ -52,7 +52,7 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
         handle.remove()
 
 
-def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_new_tokens: int) -> list[int]:
+def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_completion_length: int) -> list[int]:
     """
     Return the chain behind the target's forward passes over one response.
 
@@ -73,7 +73,7 @@ def rounds_of(passes: list[tuple[int, int]], prompt_length: int, max_new_tokens:
             "there, so its rounds cannot be counted. Install a version of transformers that this package names."
         )
     chain = [after - before - 1 for before, after in zip(anchors, anchors[1:], strict=False)]
-    return started_within(chain, max_new_tokens)
+    return started_within(chain, max_completion_length)
 
 
 def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
@@ -81,7 +81,7 @@ def _decode(scene: Scene, name: str, options: dict[str, Any]) -> Outcome:
     for prompt in scene.prompts:
         with _watched(scene.target.causal_lm) as passes:
             responses.append(generate(scene, prompt, **options))
-        chains.append(rounds_of(passes, len(prompt), scene.max_new_tokens))
+        chains.append(rounds_of(passes, len(prompt), scene.max_completion_length))
         widest = max([widest, *(width - 1 for _, width in passes[1:])])
     remark = "" if widest == scene.num_drafts else f"drafts {widest} tokens per block, not {scene.num_drafts}"
     return Outcome(name, responses, chains, None, remark)
@@ -102,7 +102,7 @@ def _run_custom_generate(scene: Scene, reference: Reference) -> Outcome:
         # afresh.
         folder = Path(scratch).resolve() / Path(scratch).name
         folder.symlink_to(scene.folder.resolve(), target_is_directory=True)
-        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True, "drafter": str(folder)}
+        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True}
         if scene.drafter.config.family == "eagle3":
             options["num_drafts"] = scene.num_drafts
         return _decode(scene, "custom_generate", options)
@@ -240,7 +240,7 @@ def _why_not_speculators(scene: Scene) -> str | None:
     if importlib.util.find_spec("speculators") is None:
         return "speculators is not installed"
     if scene.target_name is None:
-        return "the library reads the target itself, and no folder or id of it was given (`target_name`)"
+        return "the library reads the target itself, and no folder or id of a whole model was given (`target_name`)"
     return None
 
 

@@ -18,14 +18,18 @@ def anchors_of(chain: Sequence[int]) -> list[int]:
     return anchors
 
 
-def started_within(chain: Sequence[int], max_new_tokens: int) -> list[int]:
+def started_within(chain: Sequence[int], max_completion_length: int) -> list[int]:
     """
-    Return the rounds that an engine runs to write `max_new_tokens` tokens, each with all the drafts it kept.
+    Return the rounds that an engine runs to write `max_completion_length` tokens, each with all the drafts it kept.
 
     An engine verifies the last block as a whole and then cuts the text, so its counters hold drafts past the limit.
     Decoding a block further and keeping the rounds that started before the limit counts the same.
     """
-    return [accepted for accepted, anchor in zip(chain, anchors_of(chain), strict=True) if anchor < max_new_tokens - 1]
+    return [
+        accepted
+        for accepted, anchor in zip(chain, anchors_of(chain), strict=True)
+        if anchor < max_completion_length - 1
+    ]
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

@@ -6,11 +6,13 @@ configuration, greedy, to a fixed number of tokens. Their counters are read, not
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkstemp
 from typing import Any
 
 from ..rollout.counts import Counts
@@ -20,7 +22,10 @@ from .scene import EngineSettings, Scene
 
 
 WORKERS = {"vllm": "vllm_worker.py", "sglang": "sglang_worker.py"}
-_LEAST_CACHE, _LOG_LINES = 1 << 28, 12
+_LEAST_CACHE = 1 << 28
+# How an engine's log ends and what of it names a cause: `SomeError: reason`, behind whatever stands before it.
+_LAST_LINES, _NUM_CAUSES = 4, 2
+_CAUSE = re.compile(r"\b(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt)\b: *\S.*")
 
 
 class EngineFailure(RuntimeError):
@@ -35,7 +40,7 @@ def find_reason_to_skip(name: str, scene: Scene) -> str | None:
     if not _holds(python, f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"):
         return f"{name} is not installed" + ("" if python == sys.executable else f" for {python}")
     if scene.target_name is None:
-        return "engines load the target themselves, and no folder or id of it was given (`target_name`)"
+        return "engines load the target themselves, and no folder or id of a whole model was given (`target_name`)"
     if name == "sglang" and not _holds(python, "import sys, torch; sys.exit(not torch.cuda.is_available())"):
         return "SGLang decodes speculatively on a GPU, and there is none"
     return None
@@ -68,7 +73,7 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
     request = {
         "model": model or str(scene.target_name),
         "prompts": scene.prompts,
-        "max_new_tokens": scene.max_new_tokens,
+        "max_completion_length": scene.max_completion_length,
         "speculative": speculative,
         "has_drafter": speculative is not None or model is not None,
         "dtype": settings.dtype,
@@ -79,7 +84,7 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
     reply = _ask(name, settings, request)
     accepted, counts = reply["accepted"], None
     # Without per-request rounds there are the engine's counters; SGLang and old versions of vLLM have only those.
-    chains = None if accepted is None else [started_within(chain, scene.max_new_tokens) for chain in accepted]
+    chains = None if accepted is None else [started_within(chain, scene.max_completion_length) for chain in accepted]
     if reply.get("num_rounds") is not None:
         counts = Counts((reply["num_rounds"],), (tuple(reply["kept_at_slot"]),))
         if chains is not None and counts != Counts.of_chains(chains, scene.num_drafts).pooled():
@@ -116,10 +121,29 @@ def _ask(name: str, settings: EngineSettings, request: dict[str, Any]) -> dict[s
                 # Engines start further processes; none may outlive the verification.
                 _end(process)
         if code != 0 or not reply.is_file():
-            lines = log.read_text("utf-8", "replace").strip().splitlines()[-_LOG_LINES:]
             why = f"took more than {settings.timeout:.0f} s" if code is None else f"ended with code {code}"
-            raise EngineFailure(f"{name} {why}:\n" + "\n".join(lines))
+            told = _last_words(log.read_text("utf-8", "replace").strip().splitlines())
+            raise EngineFailure(f"{name} {why}:\n{told}\nIts whole log: {_kept(log, name)}")
         return json.loads(reply.read_text("utf-8"))
+
+
+def _last_words(lines: list[str]) -> str:
+    """
+    Return the first errors in a log, by which engines start to fail, and its end; what lies between are tracebacks of
+    every process that hears of it.
+    """
+    causes = dict.fromkeys(found.group() for line in lines if (found := _CAUSE.search(line)))
+    told = [f"  {cause}" for cause in list(causes)[:_NUM_CAUSES]]
+    ending = [line for line in lines[-_LAST_LINES:] if not any(cause.strip() in line for cause in told)]
+    return "\n".join([*told, *(["..."] if told and ending else []), *ending])
+
+
+def _kept(log: Path, name: str) -> Path:
+    """Copy a log to where it outlives this process, and return its place."""
+    descriptor, place = mkstemp(prefix=f"trl-draft-opd-{name}-", suffix=".log")
+    os.close(descriptor)
+    shutil.copyfile(log, place)
+    return Path(place)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -6,7 +6,6 @@ Reads the published files afresh. An error in them leaves every text right, beca
 the speed that the drafter is for; so rounds are compared one by one, and not only texts.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from ..drafters.published.checkpoint import CONFIG_FILE
+from ..drafters.published.checkpoint import CONFIG_FILE, CheckpointSource
 from ..drafters.published.configs import parse_drafter_config
 from ..export import LAYOUTS, PUBLISHED_NAMES, TargetOfExport, read_target
 from ..export.rules import check_folder
 from ..export.serving import SERVING_FILE
 from ..target.frozen import FrozenTarget
+from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+from ..utils.loading import require_model
 from .compare import Outcome, Reference, compare
 from .consumers import CONSUMERS
 from .engines import WORKERS, EngineFailure, run_engine
@@ -28,6 +29,8 @@ from .scene import EngineSettings, Scene, decode_plainly, decode_with_us, load_d
 from .training import compare_with_training
 
 
+# The rounds of a response, without the hours that whole ones take in every engine.
+VERIFICATION_LENGTHS = Lengths(TRAINING_LENGTHS.prompt, 128)
 # What a consumer raises on files it cannot use; anything else is a fault of ours and comes through.
 _REFUSALS = (EngineFailure, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError)
 
@@ -41,7 +44,7 @@ def verify_drafter(
     checkpoint: str | Path | None = None,
     consumers: Sequence[str] | None = None,
     num_drafts: int | None = None,
-    max_new_tokens: int = 128,
+    max_completion_length: int | None = None,
     trust_remote_code: bool = False,
     tolerance: float = 0.01,
     engines: EngineSettings | None = None,
@@ -51,7 +54,7 @@ def verify_drafter(
     Check a published drafter against its training, and every consumer at hand against our reference loop.
 
     Decodes each prompt alone, the end of sequence ignored on all sides, and counts the rounds that start within
-    `max_new_tokens` tokens. As in engines, a block that the limit cuts counts whole.
+    `max_completion_length` tokens. As in engines, a block that the limit cuts counts whole.
 
     Args:
         path (`str` or `Path`): Folder or Hub id of the published drafter.
@@ -66,7 +69,9 @@ def verify_drafter(
             Any of `"transformers"`, `"custom_generate"`, `"speculators"`, `"vllm"`, `"sglang"`; all that are installed
             by default.
         num_drafts (`int`, *optional*): Drafts per block; the drafter's own number by default.
-        max_new_tokens (`int`, *optional*, defaults to 128): Tokens whose rounds are counted.
+        max_completion_length (`int`, *optional*):
+            Tokens whose rounds are counted; 128 by default, or half of what the prompts leave of the target's
+            positions.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code in the folder's `custom_generate/`.
         tolerance (`float`, *optional*, defaults to 0.01): Relative gap in tau that passes, with a note.
         engines ([`EngineSettings`], *optional*): How engines are started.
@@ -79,30 +84,41 @@ def verify_drafter(
         ValueError: If the target is not in float32, a consumer is unknown, or there is no prompt.
         OSError: If there is no such folder or repository.
     """
-    names = _check_request(target, prompts, consumers, max_new_tokens)
+    names = _check_request(target, prompts, consumers, max_completion_length, tolerance)
     folder = _find_folder(path, revision)
     layouts = _find_layouts(folder, target)
-    report = VerificationReport(str(path), "", len(prompts), num_drafts or 0, max_new_tokens)
-    target_name = target_name or target.causal_lm.config.name_or_path or None
+    report = VerificationReport(str(path), "", len(prompts), num_drafts=0, max_completion_length=0)
+    # An adapter's name is none that engines could load.
+    target_name = None if target.is_merged else target_name or target.causal_lm.config.name_or_path or None
     _check_rules(report, folder, layouts, target, target_name)
     try:
         drafter = load_drafter(folder, target)
     except ValueError as error:
         report.problems.append(f"The drafter cannot be loaded, so nothing was decoded: {error}")
         return report
+    num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
+    lengths = fit_lengths(
+        target.num_positions,
+        prompt=max(map(len, prompts)),
+        completion=max_completion_length,
+        # A block behind the last counted round, and the drafts that decoding it takes.
+        num_drafts=2 * num_drafts + 1,
+        defaults=VERIFICATION_LENGTHS,
+    )
     scene = Scene(
         target=target,
         target_name=target_name,
         folder=folder,
         drafter=drafter,
         prompts=[list(prompt) for prompt in prompts],
-        num_drafts=num_drafts or drafter.default_num_drafts,
-        max_new_tokens=max_new_tokens,
+        num_drafts=num_drafts,
+        max_completion_length=lengths.completion,
         layouts=layouts,
         engines=engines or EngineSettings(),
         trust_remote_code=trust_remote_code,
     )
-    report.family, report.num_drafts = drafter.config.family, scene.num_drafts
+    report.family, report.num_drafts = drafter.config.family, num_drafts
+    report.max_completion_length = lengths.completion
     texts, chains = decode_with_us(scene)
     reference = Reference(decode_plainly(scene), chains)
     report.add(compare(scene, reference, Outcome("reference", texts, chains, None, "our own loop"), tolerance))
@@ -117,8 +133,14 @@ def verify_drafter(
 
 
 def _check_request(
-    target: FrozenTarget, prompts: Sequence, consumers: Sequence[str] | None, max_new_tokens: int
+    target: FrozenTarget,
+    prompts: Sequence,
+    consumers: Sequence[str] | None,
+    max_completion_length: int | None,
+    tolerance: float,
 ) -> tuple[str, ...]:
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` is a share of tau in [0, 1), got {tolerance}.")
     unknown = sorted(set(consumers or ()) - set(CONSUMERS))
     if unknown:
         raise ValueError(f"Unknown consumers {unknown}; there are {list(CONSUMERS)}.")
@@ -127,28 +149,26 @@ def _check_request(
             f"The target is in {target.causal_lm.dtype}. Outputs are compared to the last token, so load it with "
             "`dtype=torch.float32`."
         )
-    if not len(prompts) or max_new_tokens < 2:
-        raise ValueError(f"Needs a prompt and at least 2 tokens, got {len(prompts)} prompts and {max_new_tokens=}.")
+    if not len(prompts) or (max_completion_length is not None and max_completion_length < 2):
+        raise ValueError(
+            f"Needs a prompt and at least 2 tokens, got {len(prompts)} prompts and {max_completion_length=}."
+        )
     return tuple(CONSUMERS) if consumers is None else tuple(consumers)
 
 
 def _find_folder(path: str | Path, revision: str | None) -> Path:
-    if Path(path).is_dir():
+    if str(path) and Path(path).is_dir():
         return Path(path)
-    if Path(path).is_absolute() or str(path).startswith((".", "~")):
-        raise FileNotFoundError(
-            f"There is no folder {str(path)!r}. Give the folder that holds config.json, or a Hub id."
-        )
+    require_model(str(path))
     patterns = [pattern for name in sorted(PUBLISHED_NAMES) for pattern in (name, f"{name}/*")]
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
 def _find_layouts(folder: Path, target: FrozenTarget) -> dict[str, Path]:
     """Return the folder of each layout; the one at the root first."""
-    config = folder / CONFIG_FILE
-    if not config.is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG_FILE}. Give the folder of a published drafter.")
-    raw = json.loads(config.read_text("utf-8"))
+    raw = CheckpointSource(str(folder), None, "", None, None).read_json(CONFIG_FILE)
     stated = None if raw.get("num_target_layers") else target.num_layers
     layouts = {parse_drafter_config(raw, num_target_layers=stated).layout: folder}
     for name in LAYOUTS[1:]:

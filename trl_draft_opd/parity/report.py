@@ -48,7 +48,7 @@ class VerificationReport:
 
     Attributes:
         path (`str`), family (`str`): What was verified.
-        num_prompts (`int`), num_drafts (`int`), max_new_tokens (`int`): The size of the run.
+        num_prompts (`int`), num_drafts (`int`), max_completion_length (`int`): The size of the run.
         rows (`list[Row]`): The reference first, then estimates and consumers.
         problems (`list[str]`): What must not be. Empty when the export may be published.
         notes (`list[str]`): Differences that have an explanation.
@@ -59,7 +59,7 @@ class VerificationReport:
     family: str
     num_prompts: int
     num_drafts: int
-    max_new_tokens: int
+    max_completion_length: int
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -25,6 +25,7 @@ from ..rollout.live import rollout_live
 from ..rollout.replay import TargetText, rollout_replay
 from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget
+from ..utils.settings import check_settings
 from .counting import started_within
 
 
@@ -50,6 +51,9 @@ class EngineSettings:
     batch_size: int = 1
     timeout: float = 3600.0
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -58,7 +62,7 @@ class Scene:
 
     Attributes:
         target_name (`str` or `None`): Folder or Hub id of the target, for engines and libraries that load it.
-        max_new_tokens (`int`): Tokens whose rounds are counted, N.
+        max_completion_length (`int`): Tokens whose rounds are counted, N.
         layouts (`dict[str, Path]`): Folder of each published layout, the one at the root first.
         trust_remote_code (`bool`): Whether code in the published folder may be run.
     """
@@ -69,7 +73,7 @@ class Scene:
     drafter: Drafter
     prompts: list[list[int]]
     num_drafts: int
-    max_new_tokens: int
+    max_completion_length: int
     layouts: dict[str, Path] = field(default_factory=dict)
     engines: EngineSettings = field(default_factory=EngineSettings)
     trust_remote_code: bool = False
@@ -77,7 +81,7 @@ class Scene:
     @property
     def num_decoded(self) -> int:
         """Tokens to decode so that every round that starts within N tokens is seen as a whole."""
-        return self.max_new_tokens + self.num_drafts + 1
+        return self.max_completion_length + self.num_drafts + 1
 
     def load(self, folder: str | Path) -> Drafter:
         """Load another drafter of this target."""
@@ -131,23 +135,21 @@ def decode_with_us(scene: Scene) -> tuple[list[list[int]], list[list[int]]]:
             [prompt],
             _drafting(scene),
             DrawKeys(0, 0, [0]),
-            max_new_tokens=scene.num_decoded,
+            max_completion_length=scene.num_decoded,
             eos_token_ids=[],
         )
         responses += rollout.responses()
-        chains += _chains(rollout, scene.max_new_tokens)
+        chains += _chains(rollout, scene.max_completion_length)
     return responses, chains
 
 
-def replay(
-    scene: Scene, drafter: Drafter, responses: list[list[int]], num_prompts: int | None = None
-) -> list[list[int]]:
+def replay(scene: Scene, drafter: Drafter, responses: list[list[int]]) -> list[list[int]]:
     """
-    Return the chains a drafter makes along the target's own responses to the first prompts: the estimate that training
-    uses, without generation.
+    Return the chains a drafter makes along the target's own responses: the estimate that training uses, without
+    generation.
     """
     chains: list[list[int]] = []
-    pairs = list(zip(scene.prompts, responses, strict=True))[:num_prompts]
+    pairs = list(zip(scene.prompts, responses, strict=True))
     for start in range(0, len(pairs), _REPLAY_ROWS):
         text = _as_text(scene.target, pairs[start : start + _REPLAY_ROWS])
         rollout = rollout_replay(
@@ -159,7 +161,7 @@ def replay(
             segment_length=_SEGMENT_LENGTH,
             chunk_bytes=_CHUNK_BYTES,
         )
-        chains += _chains(rollout, scene.max_new_tokens)
+        chains += _chains(rollout, scene.max_completion_length)
     return chains
 
 
@@ -177,6 +179,6 @@ def _as_text(target: FrozenTarget, pairs: list[tuple[list[int], list[int]]]) -> 
     )
 
 
-def _chains(rollout: Rollout, max_new_tokens: int) -> list[list[int]]:
+def _chains(rollout: Rollout, max_completion_length: int) -> list[list[int]]:
     rows = zip(rollout.accepted.tolist(), rollout.num_rounds.tolist(), strict=True)
-    return [started_within(accepted[:num_rounds], max_new_tokens) for accepted, num_rounds in rows]
+    return [started_within(accepted[:num_rounds], max_completion_length) for accepted, num_rounds in rows]

@@ -56,7 +56,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
             options |= {"speculative_num_steps": num_drafts, "speculative_eagle_topk": 1}
     engine = sglang.Engine(**options)
     try:
-        sampling = {"temperature": 0.0, "max_new_tokens": request["max_new_tokens"], "ignore_eos": True}
+        sampling = {"temperature": 0.0, "max_new_tokens": request["max_completion_length"], "ignore_eos": True}
         outputs = engine.generate(input_ids=request["prompts"], sampling_params=sampling)
     finally:
         engine.shutdown()

@@ -8,6 +8,9 @@ slow it down.
 """
 
 import json
+import math
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -25,7 +28,11 @@ from .scene import Scene, replay
 
 
 # Other layers must be better by so much: a drafter trained little cares little which layers it reads.
-_GAIN, _NUM_PROMPTS = 0.1, 8
+_GAIN, _LEAST_GAIN = 0.1, 0.02
+# Prompts that are replayed with other layers, and how often a good export may be suspected by chance.
+_NUM_PROMPTS, _FALSE_ALARMS = 32, 0.01
+# Resampling fewer prompts than this gives an interval that is far too narrow: of one prompt, a point.
+_INTERVAL_PROMPTS = 10
 # Rows of the head compared with all of the target's.
 _NUM_ROWS, _CHUNK = 256, 16384
 
@@ -43,7 +50,7 @@ def compare_with_training(
             "none was given (`--checkpoint`), so the export was not compared with what was trained"
         )
         estimator, whose = scene.drafter, "published"
-        suspects = [_suspect_layer_ids(scene, reference.responses), _suspect_vocabulary(scene)]
+        suspects = [_suspect_layer_ids(scene, reference.responses, report), _suspect_vocabulary(scene)]
         report.problems += [each for each in suspects if each is not None]
     else:
         estimator, problem = _compare_with_checkpoint(scene, scene.load(checkpoint))
@@ -92,29 +99,68 @@ def _compare_with_checkpoint(scene: Scene, trained: Drafter) -> tuple[Drafter, s
 # ---- without a checkpoint -------------------------------------------------------------------------------------------
 
 
-def _suspect_layer_ids(scene: Scene, responses: list[list[int]]) -> str | None:
-    """Replay the first prompts with each layer id one off, and with all of them; return which ids suit better."""
+def _suspect_layer_ids(scene: Scene, responses: list[list[int]], report: VerificationReport) -> str | None:
+    """
+    Replay prompts with each layer id one off, and with all of them; return which ids suit clearly better.
+
+    Of a few prompts, the best of several ids does better by chance. So ids must do better by a margin over all prompts
+    and, in a sign test, in more of the prompts than chance explains: if none of them is better by the margin in half
+    of all prompts, a suspicion arises in at most 1 of 100 verifications (Bonferroni over the ids tried). Prompts are
+    what is drawn, because blocks of one text are alike.
+    """
+    # The same prompt again is no evidence of its own.
+    rows = list({tuple(prompt): row for row, prompt in enumerate(scene.prompts)}.values())[:_NUM_PROMPTS]
     named = list(scene.drafter.config.target_layer_ids)
-    own = _tau_with(scene, responses, named)
-    taus = [(_tau_with(scene, responses, ids), ids) for ids in _neighbours(named, scene.target.num_layers)]
-    best, ids = max(taus, key=lambda found: found[0], default=(0.0, named))
-    if best - 1 <= (1 + _GAIN) * (own - 1) + 0.02:
+    others = _neighbours(named, scene.target.num_layers)
+    least_wins = _least_wins(len(rows), _FALSE_ALARMS / max(len(others), 1))
+    if least_wins > len(rows):
+        needed = next(n for n in count(1) if _least_wins(n, _FALSE_ALARMS / max(len(others), 1)) <= n)
+        report.skipped["layer ids"] = (
+            f"{len(rows)} different prompts cannot tell a wrong one from chance; give {needed} or more, or "
+            "`--checkpoint`"
+        )
         return None
+    scene = replace(scene, prompts=[scene.prompts[row] for row in rows])
+    texts = [responses[row] for row in rows]
+    own = _counts_with(scene, texts, named)
+    suspects = []
+    for ids in others:
+        other = _counts_with(scene, texts, ids)
+        wins = sum(_is_clearly_more(other.row(row).tau, own.row(row).tau) for row in range(len(rows)))
+        if wins >= least_wins and _is_clearly_more(other.tau, own.tau):
+            suspects.append((other.tau, wins, ids))
+    if not suspects:
+        return None
+    tau, wins, ids = max(suspects)
     return (
-        f"The layer ids {named} look wrong: with {ids} tau is {best:.3f} instead of {own:.3f} on the first "
-        f"{min(_NUM_PROMPTS, len(scene.prompts))} prompts."
+        f"The layer ids {named} look wrong: with {ids} tau is {tau:.3f} instead of {own.tau:.3f}, and clearly larger "
+        f"in {wins} of {len(rows)} prompts."
     )
 
 
-def _tau_with(scene: Scene, responses: list[list[int]], ids: list[int]) -> float:
+def _is_clearly_more(other: float, own: float) -> bool:
+    """Whether one tau is larger than another by more than the margin, counted in accepted drafts."""
+    return other - 1 > (1 + _GAIN) * (own - 1) + _LEAST_GAIN
+
+
+def _least_wins(num_prompts: int, chance: float) -> int:
+    """Return in how many of the prompts something must happen that a fair coin would give with this chance at most."""
+    tail, wins = 0.0, num_prompts + 1
+    while wins > 0 and tail + math.comb(num_prompts, wins - 1) / 2**num_prompts <= chance:
+        wins -= 1
+        tail += math.comb(num_prompts, wins) / 2**num_prompts
+    return wins
+
+
+def _counts_with(scene: Scene, responses: list[list[int]], ids: list[int]) -> Counts:
     config = scene.drafter.config
     named = config.target_layer_ids
     config.target_layer_ids = ids
     try:
-        chains = replay(scene, scene.drafter, responses, _NUM_PROMPTS)
+        chains = replay(scene, scene.drafter, responses)
     finally:
         config.target_layer_ids = named
-    return Counts.of_chains(chains, scene.num_drafts).tau
+    return Counts.of_chains(chains, scene.num_drafts)
 
 
 def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:
@@ -186,7 +232,7 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
         scene.drafter,
         scene.prompts,
         num_drafts=recorded.num_drafts,
-        max_new_tokens=recorded.max_new_tokens,
+        max_completion_length=recorded.max_completion_length,
         batch_size=recorded.batch_size,
         ignore_eos=recorded.ignore_eos,
         compare_with_target=False,
@@ -206,6 +252,11 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
         report.notes.append(
             f"{text}; it lies in the recorded interval. Weights were in float32 then, and the target in "
             f"{recorded.target_dtype}."
+        )
+    elif recorded.num_prompts < _INTERVAL_PROMPTS:
+        report.notes.append(
+            f"{text}; the interval of {recorded.num_prompts} prompts is too narrow to judge by. Record "
+            f"{_INTERVAL_PROMPTS} or more."
         )
     else:
         report.problems.append(f"{text}, outside of the recorded interval: the export is not what was measured.")

@@ -29,8 +29,8 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request (`dict`):
             `model` (target's folder or id, or a speculators repository alone), `prompts` (token ids),
-            `max_new_tokens`, `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or by the
-            model's own config), `dtype`, `max_model_len`, `batch_size`, `cache_bytes`.
+            `max_completion_length`, `speculative` (vLLM's `speculative_config`, or `None`), `has_drafter` (by that or
+            by the model's own config), `dtype`, `max_model_len`, `batch_size`, `cache_bytes`.
 
     Returns:
         `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None`
@@ -58,7 +58,9 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     if request["has_drafter"] and _PER_REQUEST in {field.name for field in fields(EngineArgs)}:
         options[_PER_REQUEST] = "detailed"
     engine = LLM(**options)
-    sampling = SamplingParams(temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=request["max_completion_length"], ignore_eos=True, detokenize=False
+    )
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=False)]
     kept: list[Any] = [getattr(output, "spec_decode_metrics", None) for output in outputs]

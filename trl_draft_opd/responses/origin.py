@@ -3,18 +3,17 @@
 Who wrote a response, and under which distribution: the identity that stored responses carry. Knows no file format.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..data.text_reader import TextReader
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
+from ..utils.hashing import hash_json
 
 
 # Fields of a config that do not change which text the target writes. EOS ids have a field of their own.
@@ -23,7 +22,6 @@ _IDLE_CONFIG = {
     *("output_attentions", "output_hidden_states", "return_dict", "output_router_logits", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "attention_dropout"),
 }
-_ELEMENTS_PER_PARAMETER = 256
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,14 @@ class Origin:
         config_hash (`str`):
             SHA-256 of the config's fields that shape the text; library version, precision and names are left out.
         weights_fingerprint (`str`):
-            See [`fingerprint_weights`].
+            Of every element, rounded to bfloat16; see [`FrozenTarget.weights_fingerprint`].
         vocab_size (`int`), max_positions (`int` or `None`):
             Valid token ids are `0..vocab_size - 1`; the longest text, in tokens.
         tokenizer_hash (`str` or `None`), chat_template_hash (`str` or `None`), chat_template_kwargs (`dict`):
             How text and chats became ids. `None`: there is none.
         temperature (`float`), top_k (`int`), top_p (`float`):
             The distribution. Greedy decoding is stored as `0.0, 0, 1.0`: filters do not change an argmax.
-        max_new_tokens (`int`), eos_token_ids (`tuple[int, ...]`):
+        max_completion_length (`int`), eos_token_ids (`tuple[int, ...]`):
             What ends a response.
     """
 
@@ -63,7 +61,7 @@ class Origin:
     temperature: float
     top_k: int
     top_p: float
-    max_new_tokens: int
+    max_completion_length: int
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -73,7 +71,7 @@ class Origin:
         reader: TextReader | None = None,
         *,
         sampling: SamplingSettings,
-        max_new_tokens: int,
+        max_completion_length: int,
     ) -> "Origin":
         """
         Describe what a loaded target is about to write.
@@ -83,13 +81,13 @@ class Origin:
             reader ([`TextReader`], *optional*):
                 How prompts are read: its chat template and the template's variables, plain JSON values.
             sampling ([`SamplingSettings`]): The distribution of its tokens.
-            max_new_tokens (`int`): Longest response.
+            max_completion_length (`int`): Longest response.
 
         Raises:
-            ValueError: If `max_new_tokens` is below 1.
+            ValueError: If `max_completion_length` is below 1.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+        if max_completion_length < 1:
+            raise ValueError(f"`max_completion_length` must be at least 1, got {max_completion_length}.")
         template = reader.chat_template if reader is not None else None
         if template is None and target.tokenizer is not None:
             template = target.tokenizer.chat_template
@@ -99,17 +97,17 @@ class Origin:
             target=config.name_or_path or target.causal_lm.config.name_or_path or None,
             revision=getattr(target.causal_lm.config, "_commit_hash", None),
             config_hash=hash_config(config),
-            weights_fingerprint=target.weights_fingerprint or fingerprint_weights(target.causal_lm),
+            weights_fingerprint=target.weights_fingerprint,
             vocab_size=target.vocab_size,
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=target.num_positions,
             tokenizer_hash=None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
-            chat_template_hash=None if template is None else _hash_json(template),
+            chat_template_hash=None if template is None else hash_json(template),
             # Through JSON and back, so that what is compared later is what a file gives back.
             chat_template_kwargs=json.loads(json.dumps(template_kwargs or {})),
             temperature=float(sampling.temperature),
             top_k=0 if sampling.is_greedy else sampling.top_k,
             top_p=1.0 if sampling.is_greedy else float(sampling.top_p),
-            max_new_tokens=max_new_tokens,
+            max_completion_length=max_completion_length,
             eos_token_ids=tuple(target.eos_token_ids),
         )
 
@@ -121,7 +119,7 @@ class Origin:
     @property
     def digest(self) -> str:
         """SHA-256 of what is compared: equal iff two origins are."""
-        return _hash_json({each.name: getattr(self, each.name) for each in fields(self) if each.compare})
+        return hash_json({each.name: getattr(self, each.name) for each in fields(self) if each.compare})
 
     def finish_reason(self, completion_ids: Sequence[int]) -> str:
         """Return `"stop"` for a response that ends with an end-of-sequence id, else `"length"`."""
@@ -143,19 +141,12 @@ class Origin:
         pairs = [(each.name, getattr(other, each.name), getattr(self, each.name)) for each in fields(self)]
         lines = [f"  {name}: {there!r} there, {here!r} here\n" for name, there, here in pairs if there != here]
         fix = "Use the settings and the target they were written with"
-        if self.max_new_tokens != other.max_new_tokens:
-            fix += (
-                f" (here `max_completion_length={other.max_new_tokens}`; in `generate`: "
-                f"`--max-new-tokens {other.max_new_tokens}`)"
-            )
+        if self.max_completion_length != other.max_completion_length:
+            fix += f" (here `max_completion_length={other.max_completion_length}`)"
         raise ValueError(
             f"{where} were written under other conditions:\n{''.join(lines)}{fix}, or give another folder and write "
             "them anew with `trl-draft-opd generate`."
         )
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hash_config(config: PreTrainedConfig) -> str:
@@ -165,7 +156,7 @@ def hash_config(config: PreTrainedConfig) -> str:
     Fields that are unset or off count like absent ones: newer libraries add such fields to old checkpoints.
     """
     values = config.to_diff_dict()
-    return _hash_json({k: v for k, v in values.items() if k not in _IDLE_CONFIG and v is not None and v is not False})
+    return hash_json({k: v for k, v in values.items() if k not in _IDLE_CONFIG and v is not None and v is not False})
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -176,33 +167,9 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-        return _hash_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added])
+        return hash_json([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added])
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in pipeline["added_tokens"]:
         # Turns on when a known token is made the pad token.
         token.pop("special", None)
-    return _hash_json({k: v for k, v in pipeline.items() if k not in ("padding", "truncation", "version")})
-
-
-@torch.no_grad()
-def fingerprint_weights(model: PreTrainedModel) -> str:
-    """
-    Hash names, shapes and up to 256 evenly spaced elements of every stored tensor, in the order of their names.
-
-    Elements are rounded to bfloat16 first, so that a checkpoint gives one fingerprint in float32 and in bfloat16. A
-    change that spares every sampled element or stays below that precision goes unseen: the check of responses against
-    the target is there for that. A tied head counts once. Of tensors on disk, names and shapes alone count.
-    """
-    digest, seen = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, torch.Tensor) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        if tensor.numel() == 0 or tensor.is_meta:
-            continue
-        flat = tensor.detach().reshape(-1)
-        count = min(_ELEMENTS_PER_PARAMETER, len(flat))
-        places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
-        digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return hash_json({k: v for k, v in pipeline.items() if k not in ("padding", "truncation", "version")})

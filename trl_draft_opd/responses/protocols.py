@@ -53,7 +53,7 @@ def build_request(
         "spaces_between_special_tokens": False,
     }
     if engine == "sglang":
-        settings |= {"max_new_tokens": origin.max_new_tokens, "min_new_tokens": 0, "no_stop_trim": True}
+        settings |= {"max_new_tokens": origin.max_completion_length, "min_new_tokens": 0, "no_stop_trim": True}
         if not origin.sampling.is_greedy:
             settings["sampling_seed"] = seed
         return "/generate", {
@@ -63,7 +63,7 @@ def build_request(
             "stream": False,
         }
     # Log-probabilities: the sampled token's own, no alternatives.
-    settings |= {"max_tokens": origin.max_new_tokens, "min_tokens": 0, "logprobs": 0}
+    settings |= {"max_tokens": origin.max_completion_length, "min_tokens": 0, "logprobs": 0}
     if not origin.sampling.is_greedy:
         settings["seed"] = seed
     return "/v1/completions", settings | {
@@ -106,12 +106,12 @@ def _with_end(ids: list[int], reason: str, stop_id: Any, origin: Origin) -> list
     eos = origin.eos_token_ids
     if reason not in ("stop", "length"):
         raise WrongReply(f"the server ended the response for the reason {reason!r}")
-    if len(ids) >= origin.max_new_tokens or (ids and ids[-1] in eos):
+    if len(ids) >= origin.max_completion_length or (ids and ids[-1] in eos):
         return ids
     if reason == "length":
         raise WrongReply(
-            f"the response was cut at {len(ids)} of {origin.max_new_tokens} tokens. Start the server with a larger "
-            "context length"
+            f"the response was cut at {len(ids)} of {origin.max_completion_length} tokens. Start the server with a "
+            "larger context length"
         )
     if stop_id is None and len(eos) == 1:
         return [*ids, eos[0]]

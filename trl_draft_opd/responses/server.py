@@ -4,10 +4,14 @@ The target's responses from a vLLM or an SGLang server: many requests at once, r
 
 The standard library's client is used: the one of `huggingface_hub` refuses every call in offline mode, which is where
 local servers are at home.
+
+The key goes to the address that was named and nowhere else; what the server says is printed and stored without it.
 """
 
 import json
+import multiprocessing
 import random
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -18,9 +22,10 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.secrets import without_secret, without_users
+from .progress import keeping_responses, showing_progress
 from .protocols import ENGINES, WrongReply, build_request, prompt_seed, read_reply
 from .shards import StoredResponse
 from .store import ResponseStore
@@ -28,8 +33,11 @@ from .store import ResponseStore
 
 _RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 60.0
+_QUIET_SECONDS = 10.0
 # More than any response with its log-probabilities; a server that streams without end must not fill the memory.
 _MAX_REPLY_BYTES = 256 * 2**20
+# Of an error's page: read whole before the key is taken out, so that no half of it is left at the end of the quote.
+_MAX_ERROR_BYTES, _LONGEST_QUOTE = 2**20, 500
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class ServerSettings:
 
     Args:
         base_url (`str`):
-            E.g. `http://127.0.0.1:8000`; a trailing `/v1` may be there or not.
+            E.g. `http://127.0.0.1:8000`; a trailing `/v1` may be there or not. Without a user, password or query: it
+            is printed in errors.
         engine (`str`, *optional*, defaults to `"vllm"`):
             `"vllm"`: `/v1/completions` with token ids. `"sglang"`: SGLang's own `/generate`.
         model (`str`, *optional*):
@@ -52,10 +61,10 @@ class ServerSettings:
             How often a request that failed is sent again, and seconds before the first time; doubled each time, up to
             a minute.
         api_key (`str`, *optional*):
-            Sent as a bearer token; never stored.
+            Sent as a bearer token to `base_url` alone; never printed and never stored, whatever the server replies.
 
     Raises:
-        ValueError: If a setting is outside its range, or the address is no http(s) URL.
+        ValueError: If a setting is outside its range, the address is no plain http(s) URL, or the key cannot be sent.
     """
 
     base_url: str
@@ -68,23 +77,44 @@ class ServerSettings:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"`base_url` must be an address like http://127.0.0.1:8000, got {self.base_url!r}.")
+        _check_address(self.base_url)
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise ValueError(
+                "`api_key` must be one word of printable ASCII characters, and is "
+                f"{'empty' if not self.api_key else f'{len(self.api_key)} characters with others among them'}."
+            )
         if self.engine not in ENGINES:
             raise ValueError(f"`engine` must be one of {ENGINES}, got {self.engine!r}.")
         if self.concurrency < 1:
             raise ValueError(f"`concurrency` must be at least 1, got {self.concurrency}.")
-        if not self.timeout > 0 or not self.retry_wait >= 0 or self.max_retries < 0:
+        is_time = 0 < self.timeout <= threading.TIMEOUT_MAX and 0 <= self.retry_wait < float("inf")
+        if not is_time or self.max_retries < 0:
             raise ValueError(
-                f"`timeout` must be above 0, `retry_wait` and `max_retries` not below, got {self.timeout}, "
-                f"{self.retry_wait} and {self.max_retries}."
+                "`timeout` must be above 0, `retry_wait` and `max_retries` not below, and all of them finite, got "
+                f"{self.timeout}, {self.retry_wait} and {self.max_retries}."
             )
 
     @property
     def root(self) -> str:
         """Address without a trailing slash or `/v1`."""
         return self.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _check_address(base_url: str) -> None:
+    """Refuse what is no plain http(s) address, without repeating what may be a secret in it."""
+    if "@" in base_url or "?" in base_url or "#" in base_url:
+        raise ValueError(
+            "`base_url` must be an address like http://127.0.0.1:8000, without a user, password, query or fragment, "
+            "because it is printed in errors. Give the server's key as `api_key` (`--api-key-file`)."
+        )
+    try:
+        parts = urlsplit(base_url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_address = is_address and not re.search(r"\s", base_url)
+    except ValueError:  # a port or an IPv6 address that is none
+        is_address = False
+    if not is_address:
+        raise ValueError(f"`base_url` must be an address like http://127.0.0.1:8000, got {base_url!r}.")
 
 
 class ServerError(OSError):
@@ -126,22 +156,32 @@ def ask_server(
     def ask(prompt_ids: list[int]) -> StoredResponse:
         drawn_by = prompt_seed(prompt_ids, seed)
         reply = client.call(*build_request(settings.engine, prompt_ids, store.origin, model=model, seed=drawn_by))
-        with lock:
-            return read_reply(settings.engine, reply, prompt_ids, store.origin, tokenizer)
+        try:
+            with lock:
+                return read_reply(settings.engine, reply, prompt_ids, store.origin, tokenizer)
+        except WrongReply as error:
+            reason = client.without_key(str(error))
+        # Out of the handler: its error quotes the reply as it came.
+        raise WrongReply(reason)
 
     failures: dict[int, Exception] = {}
 
-    def responses() -> Iterator[StoredResponse]:
-        results = ask_all(ask, missing, settings.concurrency, client.is_stopped)
-        for number, result in track(results, "Target responses", total=len(missing), disable=not show_progress):
-            if isinstance(result, StoredResponse):
-                yield result
-            else:
-                failures[number] = result
+    def responses() -> Iterator[StoredResponse | None]:
+        with showing_progress(len(missing), is_shown=show_progress) as progress:
+            for found in ask_all(ask, missing, settings.concurrency, client.is_stopped):
+                if found is None:
+                    progress.tick()
+                    yield None
+                elif isinstance(found[1], StoredResponse):
+                    progress.add(1, len(found[1].completion_ids))
+                    yield found[1]
+                else:
+                    failures[found[0]] = found[1]
 
     provenance = {"engine": settings.engine, "engine_version": version, "seed": seed, "logprobs": "as reported"}
     try:
-        num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
+        with keeping_responses(store, len(missing)):
+            num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance=provenance)
     finally:
         client.is_stopped.set()
     if failures:
@@ -151,9 +191,10 @@ def ask_server(
 
 def ask_all(
     ask: Callable[[list[int]], StoredResponse], prompts: list[list[int]], concurrency: int, is_stopped: threading.Event
-) -> Iterator[tuple[int, StoredResponse | Exception]]:
+) -> Iterator[tuple[int, StoredResponse | Exception] | None]:
     """
-    Ask for several prompts at a time; yield each one's number and its response or its error, as they come in.
+    Ask for several prompts at a time; yield each one's number and its response or its error, as they come in, and
+    `None` after seconds without any.
 
     After an error, or once `is_stopped` is set, no further prompt is sent; what is under way still comes in.
     """
@@ -170,7 +211,17 @@ def ask_all(
 
     # Its threads are daemons: Ctrl-C ends the program without waiting for replies that are under way.
     with ThreadPool(min(concurrency, len(prompts))) as pool:
-        yield from filter(None, pool.imap_unordered(work, enumerate(prompts)))
+        results = pool.imap_unordered(work, enumerate(prompts))
+        while True:
+            try:
+                found = results.next(timeout=_QUIET_SECONDS)
+            except StopIteration:
+                return
+            except multiprocessing.TimeoutError:
+                yield None
+                continue
+            if found is not None:
+                yield found
 
 
 def _report(failures: dict[int, Exception], num_written: int, total: int, store: ResponseStore) -> None:
@@ -188,13 +239,21 @@ def _report(failures: dict[int, Exception], num_written: int, total: int, store:
 
 
 class _Client:
-    """Sends JSON, receives JSON, tries again where that can help."""
+    """Sends JSON, receives JSON, tries again where that can help; follows no redirect."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.is_stopped = threading.Event()
-        # No proxy and no scheme but http(s): neither is read from the surroundings.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        # Put together by hand: no proxy of the surroundings, no scheme but http(s), and nobody who follows a redirect,
+        # which would carry the key to another host and make a GET of every question.
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.HTTPHandler,
+            urllib.request.HTTPSHandler,
+            urllib.request.HTTPErrorProcessor,
+            urllib.request.HTTPDefaultErrorHandler,
+        ):
+            self._opener.add_handler(handler())
 
     def describe(self) -> tuple[str | None, str | None]:
         """Return the name the target is served under, and the server's version where it reports one."""
@@ -203,18 +262,20 @@ class _Client:
         model = self.settings.model
         if model is None:
             listed = self.call("/v1/models", None)
-            names = [str(entry.get("id")) for entry in listed.get("data", [])] if isinstance(listed, dict) else []
+            entries = listed.get("data") if isinstance(listed, dict) else None
+            names = [str(entry["id"]) for entry in entries or () if isinstance(entry, dict) and "id" in entry]
             if len(names) != 1:
+                shown = self.without_key(str(names)) if names else "no named model"
                 raise ValueError(
-                    f"The server {self.settings.root} serves {names or 'no named model'}. Name the one that is the "
-                    "target with `model` (`--served-model-name`)."
+                    f"The server {self.settings.root} serves {shown}. Name the one that is the target with `model` "
+                    "(`--served-model-name`)."
                 )
             model = names[0]
         try:
             reply = self._send("/version", None)
         except (OSError, HTTPException, ValueError):
             return model, None  # other servers have no such page
-        return model, str(reply.get("version")) if isinstance(reply, dict) else None
+        return model, self.without_key(str(reply.get("version"))) if isinstance(reply, dict) else None
 
     def call(self, path: str, body: dict[str, Any] | None) -> Any:
         """Send one request, again after passing faults."""
@@ -223,16 +284,37 @@ class _Client:
             try:
                 return self._send(path, body)
             except urllib.error.HTTPError as error:
-                said = error.read(500).decode("utf-8", "replace")
-                if error.code not in _RETRY_STATUS:
-                    raise WrongReply(f"the server refused the request with status {error.code}: {said}") from error
-                failure = ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
+                failure = self._explain(error, path)
             except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
-                failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {error}")
+                said = self.without_key(str(error))[:_LONGEST_QUOTE]
+                failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {said}")
+            # Out of the handlers, so that no traceback shows the error inside, whose text may hold the key.
+            if isinstance(failure, WrongReply):
+                raise failure
             # Spread, so that requests that failed together do not return together.
             if not retries_left or self.is_stopped.wait(min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)):
                 raise failure
             retries_left, wait = retries_left - 1, wait * 2
+
+    def _explain(self, error: urllib.error.HTTPError, path: str) -> WrongReply | ServerError:
+        """Return what to raise for a status that is no success."""
+        try:
+            said = self.without_key(error.read(_MAX_ERROR_BYTES).decode("utf-8", "replace"))[:_LONGEST_QUOTE]
+        except (OSError, HTTPException):
+            said = "(its explanation broke off)"
+        if error.code in _RETRY_STATUS:
+            return ServerError(f"status {error.code} from {self.settings.root}{path}: {said}")
+        place = error.headers.get("Location")
+        if 300 <= error.code < 400 and place is not None:
+            return WrongReply(
+                f"the server redirects (status {error.code}) to {without_users(self.without_key(place))[:200]!r}, "
+                "and no redirect is followed. If that is the server you mean, give its address as `base_url`"
+            )
+        return WrongReply(f"the server refused the request with status {error.code}: {said}")
+
+    def without_key(self, text: str) -> str:
+        """Return what the server said, to be printed or stored, without the key."""
+        return without_secret(text, self.settings.api_key)
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}

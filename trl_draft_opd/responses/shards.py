@@ -74,13 +74,16 @@ def why_impossible(row: StoredResponse, origin: Origin) -> str | None:
         return "has an empty prompt. Fill it or drop the row."
     if not len(completion):
         return "has an empty response. Drop the row."
-    if len(completion) > origin.max_new_tokens:
-        return f"has a response of {len(completion)} tokens, more than `max_new_tokens` {origin.max_new_tokens}."
+    if len(completion) > origin.max_completion_length:
+        return (
+            f"has a response of {len(completion)} tokens, more than `max_completion_length` "
+            f"{origin.max_completion_length}."
+        )
     total = len(prompt) + len(completion)
     if origin.max_positions is not None and total > origin.max_positions:
         return (
             f"has {total} tokens, but the target has {origin.max_positions} positions. Lower `max_prompt_length` or "
-            "`max_new_tokens`."
+            "`max_completion_length`."
         )
     if np.isin(completion[:-1], origin.eos_token_ids).any():
         return f"continues after an end-of-sequence id ({list(origin.eos_token_ids)}). Cut the response there."

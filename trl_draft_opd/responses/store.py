@@ -4,6 +4,7 @@ The folder of stored responses: find one by its prompt, add more, see what other
 """
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from ..utils.atomic_files import write_file
+from ..utils.atomic_files import check_folder, explaining_failure, write_file
 from .origin import Origin
 from .shards import SCHEMA, StoredResponse, check_rows, prompt_key, read_shard, refuse_link, write_shard
 
@@ -23,6 +24,10 @@ _FORMAT_NAME = "trl-draft-opd responses"
 _FORMAT = f"{_FORMAT_NAME} 1"
 # What is kept in memory: training reads ids, and log-probabilities stay on disk.
 _COLUMNS = ["prompt_ids", "completion_ids"]
+# Seconds that a response waits for its shard to fill up.
+_WRITE_EVERY = 60.0
+
+_SHARDS = "shard-*.parquet"
 
 
 class ResponseStore:
@@ -41,7 +46,7 @@ class ResponseStore:
     ```python
     >>> from trl_draft_opd import Origin, ResponseStore
 
-    >>> origin = Origin.of(target, sampling=sampling, max_new_tokens=512)
+    >>> origin = Origin.of(target, sampling=sampling, max_completion_length=512)
     >>> store = ResponseStore.open("responses", origin)
     >>> store.find([1, 2, 3])
     ```
@@ -70,7 +75,9 @@ class ResponseStore:
                 other files.
         """
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder, "The folder of responses")
+        with explaining_failure(f"The folder of responses {str(folder)!r}", "Make room, or name another"):
+            folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():
             strangers = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
             # Another writer may have made the manifest between the two looks.
@@ -80,10 +87,14 @@ class ResponseStore:
                     "empty or a new folder."
                 )
             content = {"format": _FORMAT, "digest": origin.digest, "origin": asdict(origin)}
-            write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+            with explaining_failure(f"The manifest of {str(folder)!r}", "Make room, or name another folder"):
+                write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
         # Read back even after writing it: of two writers that make the same folder, the later one's manifest counts.
         stored = _read_manifest(folder)
-        origin.check_same(stored, f"The responses in {folder}")
+        # A first try that was refused or stopped leaves the manifest alone.
+        is_empty = not any(folder.glob(_SHARDS))
+        note = ", which are none yet (delete the folder to begin anew)," if is_empty else ""
+        origin.check_same(stored, f"The responses in {folder}{note}")
         return cls(folder, stored, is_read_only=False)
 
     @classmethod
@@ -129,6 +140,7 @@ class ResponseStore:
         Raises:
             ValueError: If a row is not what the target could have written, naming it, or the store is read-only.
                 Nothing is written then.
+            OSError: If the shard cannot be written. Those before it stay.
         """
         if self.is_read_only:
             raise ValueError(f"The store {self.path} is open for reading only. Open it with `ResponseStore.open`.")
@@ -144,15 +156,21 @@ class ResponseStore:
         if not fresh:
             return 0
         table = pa.Table.from_pylist(list(fresh.values()), SCHEMA)
-        self._take_in(write_shard(self.path, table, self.origin, provenance or {}), table)
+        fix = (
+            f"{str(self.path)!r} keeps the {len(self)} that it holds. Make room and run the same again: only missing "
+            "ones are written"
+        )
+        with explaining_failure(f"{len(table)} responses", fix):
+            name = write_shard(self.path, table, self.origin, provenance or {})
+        self._take_in(name, table)
         return len(table)
 
     def add_in_shards(
-        self, rows: Iterable[StoredResponse], *, shard_size: int, provenance: dict[str, Any] | None = None
+        self, rows: Iterable[StoredResponse | None], *, shard_size: int, provenance: dict[str, Any] | None = None
     ) -> int:
         """
-        Write responses while they come in, each `shard_size` of them as one shard; what is left when they end or fail
-        as another.
+        Write responses while they come in: each `shard_size` of them as one shard, what has come in after a minute,
+        and what is left when they end or fail. A row that is `None` says that time has passed.
 
         Returns:
             `int`: rows written, see [`ResponseStore.add`].
@@ -162,13 +180,14 @@ class ResponseStore:
         """
         if shard_size < 1:
             raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
-        num_written, waiting = 0, []
+        num_written, waiting, written_at = 0, [], time.monotonic()
         try:
             for row in rows:
-                waiting.append(row)
-                if len(waiting) == shard_size:
-                    full, waiting = waiting, []
-                    num_written += self.add(full, provenance)
+                waiting += [] if row is None else [row]
+                if len(waiting) >= shard_size or time.monotonic() - written_at > _WRITE_EVERY:
+                    num_written += self.add(waiting, provenance)
+                    # Only now: what a signal interrupted is written below.
+                    waiting, written_at = [], time.monotonic()
         finally:
             num_written += self.add(waiting, provenance)
         return num_written
@@ -184,7 +203,7 @@ class ResponseStore:
             ValueError: If one of them is truncated, changed or foreign, naming it.
         """
         before = len(self)
-        for path in sorted(self.path.glob("shard-*.parquet")):
+        for path in sorted(self.path.glob(_SHARDS)):
             if path.name not in self._tables:
                 self._take_in(path.name, read_shard(path, self.origin))
         return len(self) - before
@@ -217,18 +236,18 @@ class ResponseStore:
         Return the prompts without a response, each once, in their order.
 
         Raises:
-            ValueError: If a prompt is empty, or leaves no room for `max_new_tokens` in the target's positions.
+            ValueError: If a prompt is empty, or leaves no room for `max_completion_length` in the target's positions.
         """
         left: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
-            length = len(prompt) + self.origin.max_new_tokens
+            length = len(prompt) + self.origin.max_completion_length
             if not len(prompt):
                 raise ValueError(f"Prompt {row} is empty: the target has nothing to respond to. Fill it or drop it.")
             if self.origin.max_positions is not None and length > self.origin.max_positions:
                 raise ValueError(
-                    f"Prompt {row} has {len(prompt)} tokens; with `max_new_tokens` {self.origin.max_new_tokens} that "
-                    f"exceeds the target's {self.origin.max_positions} positions. Lower `max_completion_length` "
-                    "(in `generate`: `--max-new-tokens`), or drop long prompts with `max_prompt_length`."
+                    f"Prompt {row} has {len(prompt)} tokens; with `max_completion_length` "
+                    f"{self.origin.max_completion_length} that exceeds the target's {self.origin.max_positions} "
+                    "positions. Lower `max_completion_length`, or drop long prompts with `max_prompt_length`."
                 )
             key = prompt_key(prompt)
             if key not in self._places:

@@ -33,7 +33,7 @@ def write_responses(
     path: str | Path,
     *,
     sampling: SamplingSettings,
-    max_new_tokens: int,
+    max_completion_length: int,
     engine: str = "transformers",
     server: ServerSettings | None = None,
     reader: TextReader | None = None,
@@ -52,7 +52,7 @@ def write_responses(
             Rows with `messages`, `prompt` or `prompt_ids`; for `engine="dataset"` with their responses.
         path (`str` or `Path`):
             Folder of the store; made, or resumed.
-        sampling ([`SamplingSettings`]), max_new_tokens (`int`):
+        sampling ([`SamplingSettings`]), max_completion_length (`int`):
             The distribution of the responses, and the longest one.
         engine (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"`: the target in this process. `"vllm"` or `"sglang"`: the server at `server`. `"dataset"`:
@@ -64,11 +64,11 @@ def write_responses(
         batch_size (`int`, *optional*, defaults to `8`):
             Prompts that transformers decodes together.
         shard_size (`int`, *optional*, defaults to `64`):
-            Responses per file: as many a killed process loses at most.
+            Responses per file. Fewer are written after a minute, and when the process is told to stop.
         seed (`int`, *optional*, defaults to `42`):
             Seeds draws at a temperature above 0.
         show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to draw a progress bar.
+            Whether to show on stderr how far it has come: a bar on a terminal, else a line every half minute.
 
     Returns:
         [`ResponseStore`].
@@ -85,7 +85,7 @@ def write_responses(
             "with the same engine."
         )
     reader = reader or target.text_reader()
-    origin = Origin.of(target, reader, sampling=sampling, max_new_tokens=max_new_tokens)
+    origin = Origin.of(target, reader, sampling=sampling, max_completion_length=max_completion_length)
     store = ResponseStore.open(path, origin)
     if engine == "dataset":
         import_responses(store, dataset, reader, shard_size=shard_size)
@@ -104,8 +104,8 @@ def import_responses(store: ResponseStore, dataset: Dataset, reader: TextReader,
     Store responses that the user already has.
 
     Nothing here can tell who wrote them: check with [`check_responses`] before training on them. Responses longer than
-    the store's `max_new_tokens` are cut there, as the target would have been, and where a prompt has several, the
-    first is kept; warnings count both.
+    the store's `max_completion_length` are cut there, as the target would have been, and where a prompt has several,
+    the first is kept; warnings count both.
 
     Args:
         store ([`ResponseStore`]): Where they go.
@@ -124,7 +124,7 @@ def import_responses(store: ResponseStore, dataset: Dataset, reader: TextReader,
 
     def responses() -> Iterator[StoredResponse]:
         for prompt_ids, completion_ids in zip(rows["prompt_ids"], rows["completion_ids"], strict=True):
-            ids = completion_ids[: origin.max_new_tokens]
+            ids = completion_ids[: origin.max_completion_length]
             yield StoredResponse(prompt_ids, ids, None, origin.finish_reason(ids))
 
     num_written = store.add_in_shards(responses(), shard_size=shard_size, provenance={"engine": "dataset"})
@@ -133,11 +133,11 @@ def import_responses(store: ResponseStore, dataset: Dataset, reader: TextReader,
         warnings.warn(
             f"{num_repeated} of {len(rows)} responses are to a prompt that has one before; the first of each was kept."
         )
-    num_cut = sum(len(ids) > origin.max_new_tokens for ids in rows["completion_ids"])
+    num_cut = sum(len(ids) > origin.max_completion_length for ids in rows["completion_ids"])
     if num_cut:
         warnings.warn(
-            f"{num_cut} of {len(rows)} responses are longer than `max_new_tokens` {origin.max_new_tokens} and were "
-            "cut there."
+            f"{num_cut} of {len(rows)} responses are longer than `max_completion_length` "
+            f"{origin.max_completion_length} and were cut there."
         )
     return num_written
 

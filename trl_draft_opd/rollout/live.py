@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from ..drafters.base import DraftContext, Drafter
 from ..target.frozen import FrozenTarget
+from ..target.lengths import Lengths, check_lengths
 from ..target.reading import TargetReading
 from .acceptance import choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
 from .drafting import DraftingSettings, draft_blocks
@@ -42,7 +43,7 @@ def rollout_live(
     settings: DraftingSettings,
     keys: DrawKeys,
     *,
-    max_new_tokens: int,
+    max_completion_length: int,
     eos_token_ids: Sequence[int],
     on_finished: Callable[[int], object] | None = None,
 ) -> Rollout:
@@ -55,10 +56,10 @@ def rollout_live(
     any rank, up to ties that rounding breaks. `on_finished` is called with the number of rows that ended since the
     last call; without EOS ids every row is decoded to the limit.
     """
-    _check(target, drafter, prompts, settings.num_drafts, max_new_tokens)
+    _check(target, drafter, prompts, settings.num_drafts, max_completion_length)
     keys.check_rows(len(prompts))
     with drafter.evaluating():
-        batch = _LiveBatch(target, drafter, prompts, settings, keys, max_new_tokens, eos_token_ids)
+        batch = _LiveBatch(target, drafter, prompts, settings, keys, max_completion_length, eos_token_ids)
         num_open = len(prompts)
         while True:
             if on_finished is not None and len(batch.active) < num_open:
@@ -70,7 +71,11 @@ def rollout_live(
 
 
 def _check(
-    target: FrozenTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], num_drafts: int, max_new_tokens: int
+    target: FrozenTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    num_drafts: int,
+    max_completion_length: int,
 ) -> None:
     target.require_rollback()
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
@@ -78,22 +83,18 @@ def _check(
         raise ValueError(
             f"Every prompt needs at least one token; {len(prompts)} prompts given, empty rows: {empty[:10]}."
         )
-    if num_drafts < 1 or max_new_tokens < 1:
+    if num_drafts < 1 or max_completion_length < 1:
         raise ValueError(
-            f"`num_drafts` and `max_new_tokens` must be at least 1, got {num_drafts} and {max_new_tokens}."
+            f"`num_drafts` and `max_completion_length` must be at least 1, got {num_drafts} and "
+            f"{max_completion_length}."
         )
     if drafter.max_drafts is not None and num_drafts > drafter.max_drafts:
         raise ValueError(
             f"`num_drafts` {num_drafts} exceeds the {drafter.max_drafts} drafts this drafter's blocks hold. Lower it, "
             "or train a drafter with a larger `block_size`."
         )
-    limit = target.config.max_position_embeddings
-    needed = max(len(prompt) for prompt in prompts) + max_new_tokens + num_drafts
-    if needed > limit:
-        raise ValueError(
-            f"Prompt, response and one block may take {needed} positions but the target has {limit}. Lower "
-            "`max_prompt_length` or `max_completion_length`."
-        )
+    longest = Lengths(max(len(prompt) for prompt in prompts), max_completion_length)
+    check_lengths(target.num_positions, longest, num_drafts)
 
 
 class _LiveBatch:
@@ -106,11 +107,11 @@ class _LiveBatch:
         prompts: Sequence[Sequence[int]],
         settings: DraftingSettings,
         keys: DrawKeys,
-        max_new_tokens: int,
+        max_completion_length: int,
         eos_token_ids: Sequence[int],
     ):
         self.target, self.drafter, self.settings, self.keys = target, drafter, settings, keys
-        self.max_new_tokens = max_new_tokens
+        self.max_completion_length = max_completion_length
         self.layer_ids = drafter.config.target_layer_ids
         self.device = target.device
         self.slots = torch.arange(1, settings.num_drafts + 1, device=self.device)
@@ -143,11 +144,11 @@ class _LiveBatch:
         else:
             # As if the prompt's last token were an anchor without drafts.
             first = choose_tokens(token_probs(logits, sampling), self._uniforms(lengths - 1, 0, LIVE_TOKEN))
-        capacity = width + self.max_new_tokens + K + 1
+        capacity = width + self.max_completion_length + K + 1
         self.text = right.new_zeros(len(prompts), capacity)
         self.text[:, :width] = right
         self.text.scatter_(1, lengths[:, None], first[:, None])
-        self.limit = lengths + self.max_new_tokens
+        self.limit = lengths + self.max_completion_length
         self.length = lengths + 1
         # From left padding to positions: entry p of a row lies `shift` slots to the right.
         source = (index + shift).clamp(max=width - 1)

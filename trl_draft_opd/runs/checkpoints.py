@@ -9,13 +9,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import clear_leftovers, hash_file, making_folder, remove_folder, staging_folder, write_file
+from ..utils.hashing import hash_json
 
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,21 @@ def writing_checkpoint(output_dir: Path, step: int, *, is_resumable: bool, run_i
                 for path in files
             },
         }
-        content["sha256"] = _digest(content)
-        write_file(staged / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+        write_file(staged / MANIFEST, _sign(content))
+
+
+def signed(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """
+    Return a checkpoint's files by name, as they are to leave this machine, with a manifest that lists these.
+
+    What is given as bytes was rewritten since the checkpoint was written; what is missing was left out.
+    """
+    content = _read_manifest(files[MANIFEST])
+    content["files"] = {name: written for name, written in content["files"].items() if name in files}
+    for name, data in files.items():
+        if isinstance(data, bytes) and name != MANIFEST:
+            content["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {**files, MANIFEST: _sign(content)}
 
 
 def read_checkpoint(folder: Path, *, check_content: bool = True) -> Checkpoint:
@@ -78,14 +92,17 @@ def read_checkpoint(folder: Path, *, check_content: bool = True) -> Checkpoint:
     Return a folder as a checkpoint, or raise [`DamagedCheckpoint`]; without `check_content` only names and sizes are
     compared.
     """
-    content = _read_manifest(folder)
+    content = _read_manifest(folder / MANIFEST)
     held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
     if missing := sorted(set(content["files"]) - held):
         raise DamagedCheckpoint(f"{missing[0]} is missing")
     for name, written in content["files"].items():
         path = folder / name
         if path.is_symlink():
-            raise DamagedCheckpoint(f"{name} is a link, and a checkpoint holds its files itself")
+            # The Hub's cache is made of links.
+            raise DamagedCheckpoint(
+                f"{name} is a link, and a checkpoint holds its files itself (`hf download` with `--local-dir` does)"
+            )
         size = path.stat().st_size
         if size != written["bytes"]:
             raise DamagedCheckpoint(f"{name} has {size} bytes, {written['bytes']} were written")
@@ -208,14 +225,13 @@ def check_output_dir(output_dir: Path, run_id: str | None) -> None:
         )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
+def _read_manifest(path: Path | bytes) -> dict[str, Any]:
+    if isinstance(path, Path) and not path.is_file():
         raise DamagedCheckpoint(f"it has no {MANIFEST}, so it was not finished or not written by this package")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8") if isinstance(path, Path) else path)
         written = content.pop("sha256")
-        is_whole = written == _digest(content) and content["format"] == FORMAT
+        is_whole = written == hash_json(content) and content["format"] == FORMAT
         version, files = content["version"], content["files"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error})") from error
@@ -229,5 +245,5 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _sign(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content | {"sha256": hash_json(content)}, indent=2) + "\n").encode()

@@ -1,19 +1,21 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Nothing that is not finite reaches the weights: losses and gradients are checked right before the optimizer's step.
+No loss and no gradient that is not finite makes an update, and no weight that is not finite trains on or is written.
 
-The check is a hook of the innermost torch optimizer, so it is the same under plain, data-parallel, FSDP2 and ZeRO
-training. ZeRO may drop an update before it gets that far; this is noticed right after.
+Losses and gradients are checked right before the optimizer's step, and weights right after it, by hooks of the
+innermost torch optimizer, so it is the same under plain, data-parallel, FSDP2 and ZeRO training. ZeRO may drop an
+update before it gets that far; this is noticed right after.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .distributed import zero
@@ -24,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Stops or skips an update whose losses or gradients are not finite, on all ranks alike."""
+    """
+    Stops or skips an update whose losses or gradients are not finite, and stops after one that left weights that are
+    not; on all ranks alike.
+    """
 
     def __init__(self, accelerator: Accelerator, on_nonfinite: str, max_skipped_updates: int):
         self.accelerator = accelerator
@@ -34,8 +39,9 @@ class NonFiniteGuard(TrainerCallback):
         self._losses: list[tuple[torch.Tensor, list[int]]] = []
         self._decided: tuple[int, bool] | None = None
         self._global_step = 0
+        self._are_weights_finite = True
         self._optimizer: Any = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def note_loss(self, loss: torch.Tensor, sample_ids: Sequence[int]) -> None:
         """Remember a micro-batch of this update; its loss is checked when the update is about to be made."""
@@ -53,14 +59,19 @@ class NonFiniteGuard(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, *, optimizer: Any, **kwargs: Any
     ) -> None:
         """Watch this optimizer's steps, in place of an earlier one's."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._optimizer = zero.without_accelerate(optimizer)
-        self._hook = zero.torch_optimizer(self._optimizer).register_step_pre_hook(self._before_step)
+        inner = zero.torch_optimizer(self._optimizer)
+        self._hooks = [
+            inner.register_step_pre_hook(self._before_step),
+            inner.register_step_post_hook(self._after_step),
+        ]
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget the last update's losses."""
         self._losses, self._decided, self._global_step = [], None, state.global_step
+        self._are_weights_finite = True
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """
@@ -73,7 +84,32 @@ class NonFiniteGuard(TrainerCallback):
         else:
             is_bad = zero.is_optimizer(self._optimizer) and self._optimizer.overflow
         if is_bad:
+            # The hook need not count it a second time, should the step be tried all the same.
+            self._decided = (self._global_step, False)
             self._refuse_everywhere()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """
+        Stop if the step left weights that are not finite: such an update cannot be undone. Treat one that float16's
+        loss scale dropped as skipped here, once the scale is not at fault. Collective.
+        """
+        if self.accelerator.mixed_precision == "fp16" and self._is_beyond_the_scale():
+            self._refuse_everywhere()
+        if any_rank(self.accelerator, not self._are_weights_finite):
+            ids = sorted(i for rows in gather_object([ids for _, ids in self._losses]) for i in rows)
+            raise FloatingPointError(
+                f"The update of step {self._global_step} left weights that are not finite, though its losses and "
+                f"gradients were. Its samples were {ids} (row indices of the dataset). Nothing of it was written. "
+                "Resume from the last checkpoint with a lower `learning_rate`."
+            )
+
+    def _is_beyond_the_scale(self) -> bool:
+        """Whether the last step was dropped, not by this guard, for gradients that overflow unscaled. Collective."""
+        was_decided = self._decided is not None and self._decided[0] == self._global_step
+        is_dropped = self.accelerator.optimizer_step_was_skipped and not was_decided
+        scaler = self.accelerator.scaler
+        # By now it is half of what the gradients were scaled by.
+        return any_rank(self.accelerator, is_dropped and scaler is not None and scaler.get_scale() < 1.0)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # ZeRO takes one step per group of parameters; the first decides for all.
@@ -85,11 +121,15 @@ class NonFiniteGuard(TrainerCallback):
                     # Optimizers skip parameters without a gradient: weights, moments and counters stay.
                     parameter.grad = None
 
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # ZeRO shows the optimizer one group at a time, and none of them afterwards.
+        stepped = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+        self._are_weights_finite = self._are_weights_finite and _are_finite(stepped)
+
     def _is_update_finite(self, optimizer: torch.optim.Optimizer) -> bool:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # One check for all of them: each costs a wait for the device.
-        flags = [(g.to_local() if isinstance(g, DTensor) else g).isfinite().all() for g in grads]
-        is_finite = not flags or bool(torch.stack(flags).all())
+        is_finite = _are_finite(
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        )
         # ZeRO's norm covers the groups whose step is yet to come.
         norm = self._optimizer._global_grad_norm if zero.is_optimizer(self._optimizer) else None
         is_finite = is_finite and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
@@ -120,10 +160,18 @@ class NonFiniteGuard(TrainerCallback):
         self.num_in_a_row += 1
         if self.num_in_a_row > self.max_skipped_updates:
             raise FloatingPointError(
-                f"{what} {self.max_skipped_updates} updates in a row were skipped before it (`max_skipped_updates`): "
-                "the weights are at fault. Go back to an earlier checkpoint with a lower `learning_rate`."
+                f"{what} {self.max_skipped_updates} updates in a row were skipped before it (`max_skipped_updates`), "
+                "so most likely the weights are at fault and not these rows. Nothing was updated since. Go back to an "
+                "earlier checkpoint with a lower `learning_rate`."
             )
         logger.warning("%s This update was skipped, %d so far.", what, self.num_skipped)
+
+
+def _are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all elements that this rank holds are finite."""
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+    # The largest of all, without a copy of any and with one wait for the device; a rank may hold nothing of some.
+    return bool(get_total_norm([each for each in local if each.numel()], float("inf")).isfinite())
 
 
 def check_weights(tensors: dict[str, torch.Tensor]) -> None:

@@ -4,20 +4,23 @@ What makes a run this one and no other, and whether a checkpoint belongs to it.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from pyarrow.types import is_integer, is_large_list, is_list
 from transformers import TrainingArguments
 
 from ..drafters.base import Drafter
 from ..export.record import recorded_settings
-from ..responses.origin import fingerprint_weights, hash_config, hash_tokenizer
+from ..responses.origin import hash_config, hash_tokenizer
 from ..target.frozen import FrozenTarget
+from ..utils.hashing import hash_json
 
 
-_HASHED_ROWS = 256
+# A stream may be slow, and is read again from its start.
+_HASHED_ROWS_OF_A_STREAM = 64
+_ROWS_AT_A_TIME = 1000
 # Entries of a drafter's config that name it or its target and change nothing.
 _NAMES = {
     "_name_or_path",
@@ -46,7 +49,7 @@ _POSITION = {
 @dataclass(frozen=True)
 class RunIdentity:
     """
-    What makes two runs the same one: digests (of a dataset `None` if it is a stream), and settings that shape what is
+    What makes two runs the same one: digests (of a stream, that of its first rows), and settings that shape what is
     computed.
     """
 
@@ -70,12 +73,11 @@ class RunIdentity:
         shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _NAMES}
         trained = sorted(name for name, parameter in drafter.named_parameters() if parameter.requires_grad)
         tokenizer = None if target.tokenizer is None else hash_tokenizer(target.tokenizer)
-        weights = target.weights_fingerprint or fingerprint_weights(target.causal_lm)
         settings = recorded_settings(args) | {name: getattr(args, name) for name in _FURTHER}
         return cls(
             method=method,
-            drafter=_digest([shape, trained]),
-            target=_digest([hash_config(target.config), weights, tokenizer]),
+            drafter=hash_json([shape, trained]),
+            target=hash_json([hash_config(target.config), target.weights_fingerprint, tokenizer]),
             dataset=_digest_rows(dataset),
             rows_per_update=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             settings={name: value for name, value in settings.items() if name not in _DEALING},
@@ -104,14 +106,27 @@ class RunIdentity:
         return [f"{name}: {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _digest_rows(dataset: Dataset | IterableDataset | None) -> str | None:
-    """Digest the number of rows, the columns and up to 256 evenly spaced rows; `None` for a stream."""
-    if not isinstance(dataset, Dataset):
+    """Digest the columns and all rows; of a stream the first ones, which are read for it."""
+    if dataset is None:
         return None
-    count = min(_HASHED_ROWS, len(dataset))
-    places = [number * (len(dataset) - 1) // max(count - 1, 1) for number in range(count)]
-    return _digest([len(dataset), sorted(dataset.column_names), [dataset[place] for place in places]])
+    if isinstance(dataset, IterableDataset):
+        return hash_json(list(dataset.take(_HASHED_ROWS_OF_A_STREAM)))
+    digest, columns = hashlib.sha256(), sorted(dataset.column_names)
+    digest.update(hash_json([len(dataset), columns]).encode())
+    arrow: Any = dataset.with_format("arrow")
+    for table in arrow.iter(_ROWS_AT_A_TIME):
+        for column in columns:
+            _digest_values(digest, table.column(column).combine_chunks())
+    return digest.hexdigest()
+
+
+def _digest_values(digest: Any, values: Any) -> None:
+    """Digest an Arrow array by what it holds: lists of token ids are never made Python's, which takes minutes."""
+    while is_list(values.type) or is_large_list(values.type):
+        digest.update(values.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        values = values.flatten()
+    if is_integer(values.type) and not values.null_count:
+        digest.update(values.to_numpy().tobytes())
+    else:
+        digest.update(hash_json(values.to_pylist()).encode())

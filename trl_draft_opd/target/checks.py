@@ -1,15 +1,35 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 What a target must fulfil before a drafter learns from it: its embedding, layers and head are in reach, and it reads
-text as finite numbers.
+text as finite numbers. And what of its settings a server would apply, but nothing here.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# Generation settings that change text besides temperature, top_k and top_p, which are settings of training too; and
+# the values with which they change nothing.
+_TEXT_SETTINGS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "penalty_alpha", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("force_words_ids", "constraints", "stop_strings"), ([], "")),
+    **dict.fromkeys(("watermarking_config", "dola_layers"), ()),
+    "num_beams": (1,),
+}
+# Filters of what is drawn.
+_SAMPLING_SETTINGS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    "typical_p": (1,),
+}
 
 
 def require_weights(causal_lm: PreTrainedModel) -> None:
@@ -45,6 +65,24 @@ def find_layers(backbone: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
     raise ValueError(
         f"Target of type {config.model_type!r} has no list of {config.num_hidden_layers} decoder layers in its "
         f"backbone {type(backbone).__name__}. Use a decoder-only target of transformers."
+    )
+
+
+def describe_text_settings(causal_lm: PreTrainedModel) -> str | None:
+    """Return a sentence about settings by which a server changes the target's text, or `None`."""
+    config = causal_lm.generation_config
+    known = _TEXT_SETTINGS | (_SAMPLING_SETTINGS if getattr(config, "do_sample", False) else {})
+    values = {name: getattr(config, name, None) for name in known}
+    given = [
+        f"{name}={value!r:.60}" for name, value in values.items() if value is not None and value not in known[name]
+    ]
+    if not given:
+        return None
+    return (
+        f"The target's generation config sets {', '.join(given)}. Servers apply that to its text; drafters here are "
+        "trained and measured without it, and would be kept less often. Serve the target without it (vLLM: "
+        "`--generation-config vllm`; SGLang: `--sampling-defaults openai`; transformers: reset "
+        "`model.generation_config`), or take it out of generation_config.json."
     )
 
 

@@ -6,24 +6,39 @@ Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens
                 F = feature width (tapped layers times H), V = vocabulary
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.text_reader import TextReader
+from ..drafters.target_model import (
+    is_adapted_target,
+    load_target_model,
+    load_target_tokenizer,
+    target_chain,
+    whole_model,
+)
 from ..drafters.target_shape import text_config
-from ..utils.loading import loading_whole
-from ..utils.private_trl import create_model_from_path
 from ..utils.versions import cache_name_of
-from .checks import find_layers, refuse_not_finite, require_weights
+from .checks import describe_text_settings, find_layers, refuse_not_finite, require_weights
+from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
 from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
+from .vocabulary import describe_beyond, find_unused_id
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+_SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start")
 
 
 class FrozenTarget:
@@ -32,8 +47,8 @@ class FrozenTarget:
     checkpoint ever picks up its weights.
 
     Args:
-        causal_lm ([`~transformers.PreTrainedModel`]):
-            Decoder-only causal language model. Frozen in place.
+        causal_lm ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Decoder-only causal language model. Frozen in place; an adapter is merged into a copy.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer.
 
@@ -50,24 +65,28 @@ class FrozenTarget:
     ```
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.causal_lm: PreTrainedModel = causal_lm.requires_grad_(False).eval()
+    def __init__(self, causal_lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase | None = None):
+        # Whether an adapter was merged into these weights: no server loads them by `config.name_or_path`.
+        self.is_merged = is_adapted_target(causal_lm)
+        model = whole_model(causal_lm)
+        self.causal_lm: PreTrainedModel = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.config = text_config(causal_lm.config)
-        self.backbone = causal_lm.base_model
+        self.config = text_config(model.config)
+        self.backbone = model.base_model
         self.layers = find_layers(self.backbone, self.config)
         self._cache_name = cache_name_of(self.backbone.forward)
         # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
-        require_weights(causal_lm)
-        self.weights_fingerprint: str | None = None
+        require_weights(model)
         self._check_head()
+        if (settings := describe_text_settings(model)) is not None:
+            warnings.warn(settings)
 
     @classmethod
     def load(
         cls,
-        target: "str | Path | PreTrainedModel | FrozenTarget",
+        target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
         *,
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
@@ -79,8 +98,9 @@ class FrozenTarget:
         Load a target by Hub id or path, or wrap an instance.
 
         Args:
-            target (`str`, `Path`, `PreTrainedModel` or `FrozenTarget`):
-                The target; an existing `FrozenTarget` is returned as it is.
+            target (`str`, `Path`, `PreTrainedModel`, `PeftModel` or `FrozenTarget`):
+                The target; a PEFT adapter, by name or as an instance, is merged into its base. An existing
+                `FrozenTarget` is returned as it is.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
                 Precision of the weights; `"auto"` keeps the checkpoint's. Ignored for an instance.
             revision (`str`, *optional*), trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -91,25 +111,26 @@ class FrozenTarget:
                 Further arguments for `from_pretrained`, e.g. a `quantization_config`.
 
         Raises:
+            OSError: If there is no such folder or repository.
             ValueError: If `init_kwargs` come with an instance, or the target cannot be used.
+            ImportError: If it is an adapter and PEFT is not installed.
         """
         if isinstance(target, FrozenTarget):
             return target
-        if isinstance(target, PreTrainedModel):
+        if isinstance(target, PreTrainedModel) or is_adapted_target(target):
             if init_kwargs:
                 raise ValueError(
                     f"`target_init_kwargs` {sorted(init_kwargs)} were given with an instantiated target. Pass the "
                     "target's id or path, or load it with these arguments yourself."
                 )
             return cls(target, tokenizer)
-        options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": None}
-        with loading_whole():
-            model = create_model_from_path(str(target), **options | (init_kwargs or {}))
+        chain = target_chain(str(target), revision=revision, options=init_kwargs)
+        model = load_target_model(chain, dtype=dtype, trust_remote_code=trust_remote_code, init_kwargs=init_kwargs)
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(target), revision=revision, trust_remote_code=trust_remote_code
-            )
-        return cls(model, tokenizer)
+            tokenizer = load_target_tokenizer(chain, trust_remote_code=trust_remote_code)
+        loaded = cls(model, tokenizer)
+        loaded.is_merged = len(chain) > 1
+        return loaded
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -123,6 +144,16 @@ class FrozenTarget:
         """Rows of the head: valid token ids are `0..vocab_size - 1`."""
         return self.config.vocab_size
 
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of all weights, rounded to bfloat16; taken once, about a second per gigabyte and CPU core."""
+        return fingerprint_weights(self.causal_lm)
+
+    @property
+    def num_positions(self) -> int | None:
+        """Tokens that a text can have, prompt and response together; `None` where the config names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
@@ -130,46 +161,43 @@ class FrozenTarget:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every id that ends a response: the generation config's, and the tokenizer's."""
+        """Every id that ends a response: the generation config's, and the tokenizer's where the target has it."""
         configured = self.causal_lm.generation_config.eos_token_id if self.causal_lm.generation_config else None
         configured = configured if configured is not None else self.config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
         if self.tokenizer is not None:
             ids = [*ids, self.tokenizer.eos_token_id]
-        return sorted({i for i in ids if i is not None})
+        return sorted({i for i in ids if i is not None and i < self.vocab_size})
 
     @property
     def pad_token_id(self) -> int:
         """Id used to fill rows; always masked, so any valid id serves."""
         own: Any = self.tokenizer.pad_token_id if self.tokenizer else None
         for candidate in (own, self.config.pad_token_id):
-            if candidate is not None:
+            # A pad token that was added to the tokenizer alone has no row of the embedding.
+            if candidate is not None and 0 <= candidate < self.vocab_size:
                 return candidate
         return self.eos_token_ids[0] if self.eos_token_ids else 0
+
+    @property
+    def special_token_ids(self) -> set[int]:
+        """Ids with a meaning of their own: what begins, ends, fills and separates text, or stands for the unknown."""
+        ids: list[Any] = [*self.eos_token_ids, self.pad_token_id]
+        for names in (self.config, self.causal_lm.generation_config, self.tokenizer):
+            ids += [getattr(names, f"{name}_token_id", None) for name in _SPECIAL_NAMES]
+        return {token_id for token_id in ids if isinstance(token_id, int)}
 
     def find_mask_token_id(self) -> int:
         """
         Find an id that text never uses, for DFlash's masks: the tokenizer's mask token, then `<|mask|>` or
-        `<|MASK|>`, then a row of the embedding beyond the tokenizer.
+        `<|MASK|>`, then a row of the embedding that the tokenizer has no token for.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none; the error lists reserved tokens that the chat template does not use.
         """
         if self.tokenizer is None:
             raise ValueError("The target has no tokenizer to find a mask token in. Pass `mask_token_id=`.")
-        mask_token_id: Any = self.tokenizer.mask_token_id
-        if mask_token_id is not None:
-            return mask_token_id
-        vocabulary = self.tokenizer.get_vocab()
-        for name in ("<|mask|>", "<|MASK|>"):
-            if name in vocabulary:
-                return vocabulary[name]
-        if len(self.tokenizer) < self.vocab_size:
-            return len(self.tokenizer)
-        raise ValueError(
-            f"The target's {self.vocab_size} embedding rows are all in use by its tokenizer. Pass `mask_token_id=` of "
-            "a reserved token that your text never contains."
-        )
+        return find_unused_id(self.tokenizer, self.vocab_size, self.special_token_ids)
 
     def text_reader(self, **settings: Any) -> TextReader:
         """
@@ -180,19 +208,16 @@ class FrozenTarget:
                 [`TextReader`].
 
         Raises:
-            ValueError: If there is no tokenizer, or it has ids beyond the vocabulary.
+            ValueError: If there is no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError(
                 "No tokenizer: the target was given as an instance. Pass `processing_class`, or give `FrozenTarget` "
                 "one."
             )
-        largest = max(self.tokenizer.get_vocab().values())
-        if largest >= self.vocab_size:
-            raise ValueError(
-                f"The tokenizer has ids up to {largest} but the target's vocabulary ends at {self.vocab_size - 1}. "
-                "Use the target's own tokenizer."
-            )
+        beyond = describe_beyond(self.tokenizer, self.vocab_size)
+        if beyond is not None:
+            warnings.warn(beyond)
         return TextReader(self.tokenizer, tuple(self.eos_token_ids), self.vocab_size, **settings)
 
     def require_rollback(self) -> None:
@@ -237,14 +262,15 @@ class FrozenTarget:
                 "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
             )
 
-    def shard(self, device: torch.device, weights_fingerprint: str) -> None:
+    def shard(self, device: torch.device) -> None:
         """
         Shard the decoder layers over all ranks, in place; embedding and head stay whole. Collective.
 
         From now on `read_text`, `step` and `generate` of the model are collective too, and every rank ends each phase
-        of using them with [`finish_together`]. The fingerprint of the whole weights is kept: no rank can take it now.
+        of using them with [`finish_together`].
         """
-        self.weights_fingerprint = weights_fingerprint
+        # Of the whole weights, while this rank has them.
+        _ = self.weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
 
     @property

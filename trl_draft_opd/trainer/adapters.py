@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
-from ..drafters.merging import ADAPTER_WEIGHTS_FILE, merge, require_peft
+from ..drafters.merging import merge
+from ..drafters.published.adapter import ADAPTER_WEIGHTS_FILE, LORA_FIELDS, require_peft
+from ..drafters.published.checkpoint import check_weight, read_safetensors
 from ..runs.distributed.launch import is_sharded
 
 
@@ -26,12 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
 
 
-# Fields of a `LoraConfig` that training, saving and merging here respect; any other one must be left at its default.
-_SUPPORTED = frozenset(
-    "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora use_dora lora_bias "
-    "init_lora_weights rank_pattern alpha_pattern layers_to_transform layers_pattern task_type peft_type "
-    "peft_version auto_mapping base_model_name_or_path revision inference_mode".split()
-)
 # The others rewrite the drafter's own weights, so that the adapter's file would not fit the drafter it names.
 _INITIALISATIONS = (True, False, "gaussian")
 
@@ -74,7 +70,7 @@ def _checked(peft_config: "PeftConfig", drafter: Drafter, lora_config: "type[Lor
             "leave `task_type` out."
         )
     defaults = lora_config()
-    names = [field.name for field in dataclasses.fields(peft_config) if field.name not in _SUPPORTED]
+    names = [field.name for field in dataclasses.fields(peft_config) if field.name not in LORA_FIELDS]
     unknown = [name for name in names if getattr(peft_config, name) != getattr(defaults, name, None)]
     if unknown:
         raise ValueError(f"`peft_config` sets {unknown}, which drafters do not support. Leave them at their defaults.")
@@ -192,7 +188,7 @@ def load_adapter_weights(model: Drafter, folder: str | Path) -> None:
         raise FileNotFoundError(
             f"{str(folder)!r} has no {ADAPTER_WEIGHTS_FILE}. Was it trained without `peft_config`?"
         )
-    tensors, own = load_file(path), _adapter_tensors(model)
+    tensors, own = read_safetensors(path), _adapter_tensors(model)
     shapes, wanted = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, own))
     wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
     if wrong:
@@ -200,4 +196,6 @@ def load_adapter_weights(model: Drafter, folder: str | Path) -> None:
             f"The adapter in {str(folder)!r} has another `peft_config` than this run: {len(wrong)} tensors differ in "
             f"name or shape, the first is {wrong[0]!r} ({shapes.get(wrong[0])} there, {wanted.get(wrong[0])} here)."
         )
+    for name, tensor in tensors.items():
+        check_weight(name, tensor)
     require_peft("Loading an adapter").set_peft_model_state_dict(model, tensors)

@@ -3,6 +3,7 @@
 Settings both trainers share. A default lives here or in one of the two config files, and nowhere else.
 """
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass, field, fields
@@ -10,16 +11,37 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import SchedulerType
 
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
-from ..rollout.drafting import check_draft_sampling
+from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
+from ..runs.distributed.launch import check_processes, is_launched_on_cpus
+from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
+from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
+from ..utils.settings import check_at_least, check_settings
+from .metrics import is_loss
+from .unusable_options import check_options
 
 
 SLOT_WEIGHTINGS = ("decay", "d_pace")
 ON_NONFINITE = ("stop", "skip")
+
+PROMPT_LENGTH_HELP = (
+    f"Prompts with more tokens are skipped; {TRAINING_LENGTHS.prompt} if unset, or what the response leaves of the "
+    "target's positions."
+)
+
+
+def length_help(defaults: Lengths) -> str:
+    """Return the help text of `max_completion_length`."""
+    return (
+        f"Longest response, in tokens; {defaults.completion} if unset, or half of the target's positions where that "
+        "is less."
+    )
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -50,10 +72,12 @@ class DraftTrainingConfig(_BaseConfig):
 
         > Parameters that control the data and the target's responses
 
-        max_prompt_length (`int`, *optional*, defaults to `1024`):
-            Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task.
-        max_completion_length (`int`, *optional*, defaults to `2048`):
-            Longest response in rollouts and evaluation; 2048 is the paper's non-thinking setting.
+        max_prompt_length (`int`, *optional*):
+            Prompts with more tokens are skipped and counted, never cut: a cut prompt is another task. Defaults to
+            1024, or to what the response and a block leave of the target's positions.
+        max_completion_length (`int`, *optional*):
+            Longest response in rollouts and evaluation. Defaults to 2048, the paper's non-thinking setting, or to half
+            of the target's positions where that is less. See [`fit_lengths`].
         chat_template (`str`, *optional*):
             Jinja template in place of the tokenizer's. Must be the one that the drafter will be served with.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
@@ -106,8 +130,10 @@ class DraftTrainingConfig(_BaseConfig):
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
             small drafter's run it is a fault to be found. `"skip"` leaves it out and counts it (`skipped_updates`).
+            Weights that are not finite after an update end training under both.
         max_skipped_updates (`int`, *optional*, defaults to `10`):
-            Updates skipped in a row after which training ends all the same: by then the weights are at fault.
+            Updates skipped in a row after which training ends all the same: by then most likely the weights are at
+            fault.
 
         > Parameters that control publishing
 
@@ -122,7 +148,8 @@ class DraftTrainingConfig(_BaseConfig):
     > [!NOTE]
     > Defaults that differ from TRL's: `activation_checkpointing=False`, `bf16` only where an accelerator is present,
     > `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the paper's),
-    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter).
+    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter),
+    > `disable_tqdm` unless a terminal or a notebook shows the bars (in a file they are garbage).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["target_init_kwargs", "chat_template_kwargs"]
@@ -133,7 +160,9 @@ class DraftTrainingConfig(_BaseConfig):
     )
     gradient_checkpointing: bool | None = setting(None, "Older name of the same.", nargs="?", const=True)
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")
-    lr_scheduler_type: str = setting("cosine", "Learning rate schedule.")
+    lr_scheduler_type: str = setting(
+        "cosine", "Learning rate schedule.", choices=tuple(each.value for each in SchedulerType)
+    )
     warmup_steps: float = setting(0.05, "Warm-up: number of steps, or share of all steps when below 1.")
     remove_unused_columns: bool = setting(False, "Must stay off: the drafter's forward does not name the columns.")
     ddp_find_unused_parameters: bool | None = setting(False, "Let DDP look for unused parameters; drafters have none.")
@@ -143,24 +172,30 @@ class DraftTrainingConfig(_BaseConfig):
     target_dtype: str = setting("auto", "Precision of the target's weights, e.g. `float32`.")
     shard_target: bool = setting(False, "Shard the target's layers over all processes, if it does not fit whole.")
     trust_remote_code: bool = setting(False, "Run model code that comes with the target's repository.")
-    max_prompt_length: int = setting(1024, "Prompts with more tokens are skipped.")
-    max_completion_length: int = setting(2048, "Longest response in rollouts and evaluation, in tokens.")
+    max_prompt_length: int | None = setting(None, PROMPT_LENGTH_HELP)
+    max_completion_length: int | None = setting(None, length_help(TRAINING_LENGTHS))
     chat_template: str | None = setting(None, "Jinja chat template in place of the tokenizer's.")
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments of the chat template, as JSON.")
     dataset_num_proc: int | None = setting(None, "Processes used to tokenize.")
     responses: str | None = setting(None, "Folder that keeps the target's responses.")
     generation_batch_size: int = setting(32, "Prompts the target responds to together.")
-    accepted_loss: str = setting("forward_kl", f"Divergence on accepted slots, one of {', '.join(LOSS_TYPES)}.")
-    slot_weighting: str = setting("decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.")
+    accepted_loss: str = setting("forward_kl", "Divergence on accepted slots.", choices=LOSS_TYPES)
+    slot_weighting: str = setting(
+        "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
+    )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
     loss_chunk_bytes: int = setting(64 * 2**20, "Bytes of logits alive at a time in the loss, all buffers together.")
     num_drafts: int | None = setting(None, "Drafts per block in rollouts and evaluation; the drafter's own if unset.")
     temperature: float = setting(0.0, "Temperature of the target; 0 decodes greedily.")
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.")
     top_p: float = setting(1.0, "Keep the smallest set of tokens with this mass; 1.0 keeps all.")
-    draft_sampling: str = setting("greedy", "`greedy`: drafts are argmax; `sample`: drawn from the drafter.")
+    draft_sampling: str = setting(
+        "greedy", "`greedy`: drafts are argmax; `sample`: drawn from the drafter.", choices=DRAFT_SAMPLING
+    )
     eval_rollouts: bool = setting(True, "Decode the evaluation prompts and report tau and acceptance per slot.")
-    on_nonfinite: str = setting("stop", "`stop` before an update that is not finite, or `skip` and count it.")
+    on_nonfinite: str = setting(
+        "stop", "`stop` before an update that is not finite, or `skip` and count it.", choices=ON_NONFINITE
+    )
     max_skipped_updates: int = setting(10, "Updates skipped in a row after which training stops all the same.")
     hub_target_id: str | None = setting(None, "The target's Hub id, by which a published drafter names it.")
     dataset_id: str | None = setting(None, "Hub id of the training data, for the card.")
@@ -179,16 +214,32 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        check_options(self)
+        if self.bf16 and not torch.accelerator.is_available():
+            # transformers trains in bfloat16 on a CPU, but only where it is told to use the CPU.
+            self.use_cpu = True
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers knows losses by their last word.
+            self.greater_is_better = not is_loss(self.metric_for_best_model)
+        if self.deepspeed is None and is_launched_on_cpus():
+            # accelerate's launcher keeps `use_cpu: true` to itself, and without it each process would train alone.
+            self.use_cpu = True
         if self.bf16 is None:
             # TRL turns bf16 on everywhere; without an accelerator that only makes training slower or fail.
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
         if not torch.accelerator.is_available():
             # There is nothing to pin memory for, and torch warns about it in every epoch.
             self.dataloader_pin_memory = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not can_draw_bars()
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
+        check_processes(PartialState())
+        # Again, because dictionaries are JSON until here.
+        check_settings(self)
         options = parsed(self.gradient_checkpointing_kwargs)
         if options:
             check_checkpointing_kwargs(options)
@@ -201,23 +252,47 @@ class DraftTrainingConfig(_BaseConfig):
         self.sampling_settings()
         check_at_least(self, 0, "max_skipped_updates")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
-        check_at_least(self, 1, "loss_chunk_bytes", "num_drafts")
+        check_at_least(self, 1, "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
-        if self.save_on_each_node:
-            raise ValueError(
-                "`save_on_each_node=True` is not supported: the first process writes checkpoints for all. Put "
-                "`output_dir` on storage that all machines share."
-            )
         for name in ("hub_target_id", "dataset_id"):
             try:
                 validate_repo_id(getattr(self, name))
             except HFValidationError as error:
                 raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {getattr(self, name)!r}.") from error
 
+    def fit_to(self, num_positions: int | None, num_drafts: int) -> Self:
+        """
+        Return these settings with every length a number that fits into the target's positions, block included.
+
+        Raises:
+            ValueError: If lengths that were given do not fit into the target's positions.
+        """
+        lengths = fit_lengths(
+            num_positions,
+            prompt=self.max_prompt_length,
+            completion=self.max_completion_length,
+            num_drafts=num_drafts,
+            defaults=TRAINING_LENGTHS,
+        )
+        fitted = copy.copy(self)
+        fitted.max_prompt_length, fitted.max_completion_length = lengths.prompt, lengths.completion
+        return fitted
+
     def sampling_settings(self) -> SamplingSettings:
         """Return the target's sampling settings; raises `ValueError` where one is out of range."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def longest_response(self) -> int:
+        """`max_completion_length`, of the settings that a trainer works with."""
+        assert self.max_completion_length is not None, "`fit_to` fills it in"
+        return self.max_completion_length
+
+    @property
+    def trained_streams(self) -> tuple[str, ...]:
+        """The streams of slots that have a share of the loss."""
+        return ("accepted",)
 
     @property
     def completions_are_given(self) -> bool:
@@ -277,14 +352,6 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise `ValueError` unless `value`, given for the setting `name`, is one of `known`."""
     if value not in known:
         raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
-
-
-def check_at_least(args: Any, least: int, *names: str) -> None:
-    """Raise `ValueError` unless each of these settings is unset or at least `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def check_position_decay(position_decay: float) -> None:

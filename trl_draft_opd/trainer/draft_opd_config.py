@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ..losses import LOSS_TYPES
 from ..rollout.blocks import REJECTED_SCOPES
-from .common_config import DraftTrainingConfig, check_at_least, check_choice, check_position_decay, setting
+from ..utils.settings import check_at_least
+from .common_config import DraftTrainingConfig, check_choice, check_position_decay, setting
 
 
 ROLLOUTS = ("live", "replay")
@@ -21,6 +22,9 @@ class DraftOPDConfig(DraftTrainingConfig):
     Configuration of [`DraftOPDTrainer`]: the settings of [`DraftTrainingConfig`], and these.
 
     Parameters:
+        output_dir (`str`, *optional*, defaults to `"drafter-opd"`):
+            Folder for the drafter and its checkpoints.
+
         > Parameters that control the rollout
 
         rollout (`str`, *optional*, defaults to `"replay"`):
@@ -74,19 +78,26 @@ class DraftOPDConfig(DraftTrainingConfig):
             Responses printed each time.
     """
 
-    rollout: str = setting("replay", "`replay`: draft along the target's responses; `live`: decode every prompt.")
+    output_dir: str | None = setting("drafter-opd", "Folder for the drafter and its checkpoints.")
+    rollout: str = setting(
+        "replay", "`replay`: draft along the target's responses; `live`: decode every prompt.", choices=ROLLOUTS
+    )
     completions_from_target: bool = setting(False, "Declare that the target wrote the dataset's completions.")
     replay_segment_length: int | None = setting(None, "Tokens per segment walked in parallel; the family's if unset.")
     reading_bytes: int = setting(2 * 2**30, "Bytes of target hidden states kept from a replay for the loss.")
     warn_mismatch_share: float = setting(0.01, "Share of tokens not the target's from which on a replay warns.")
     max_mismatch_share: float = setting(0.1, "Share of tokens not the target's from which on a replay refuses.")
-    rejected_scope: str = setting("first", "`first`: the first rejected slot alone; `suffix`: all from there on.")
-    rejected_loss: str = setting("reverse_kl", "Divergence on rejected slots.")
+    rejected_scope: str = setting(
+        "first", "`first`: the first rejected slot alone; `suffix`: all from there on.", choices=REJECTED_SCOPES
+    )
+    rejected_loss: str = setting("reverse_kl", "Divergence on rejected slots.", choices=LOSS_TYPES)
     accepted_weight: float = setting(1.0, "Weight of the accepted stream.")
     rejected_weight: float = setting(1.0, "Weight of the rejected stream.")
     position_decay: float = setting(0.8, "Weight decay per slot on the rejected and supervised streams, in (0, 1].")
     supervised_weight: float = setting(0.0, "Weight of the stream supervised by the committed text; 0 leaves it out.")
-    supervised_anchors: str = setting("random", "Anchors of the supervised stream: `random` ones or the `error` ones.")
+    supervised_anchors: str = setting(
+        "random", "Anchors of the supervised stream: `random` ones or the `error` ones.", choices=SUPERVISED_ANCHORS
+    )
     num_supervised_anchors: int = setting(24, "Random anchors per row of that stream; 0 takes every position.")
     log_completions: bool = setting(False, "Print sampled responses with drafted, accepted and rejected tokens.")
     num_completions_to_print: int = setting(2, "Responses printed each time.")
@@ -100,7 +111,16 @@ class DraftOPDConfig(DraftTrainingConfig):
         check_position_decay(self.position_decay)
         check_at_least(self, 1, "replay_segment_length")
         check_at_least(self, 0, "reading_bytes", "num_supervised_anchors")
+        check_at_least(self, 1, "num_completions_to_print")
         self._check_streams()
+        sampling = getattr(self, "train_sampling_strategy", "random")
+        if (
+            sampling == "group_by_length" or getattr(self, "group_by_length", False)
+        ) and not self.completions_from_target:
+            raise ValueError(
+                "`group_by_length` sorts rows by their whole text, and responses are not written yet. Leave it out: "
+                "the rows of an update are dealt to its batches by length anyway."
+            )
         if self.completions_from_target and (self.rollout == "live" or self.responses is not None):
             raise ValueError(
                 "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and "
@@ -124,6 +144,15 @@ class DraftOPDConfig(DraftTrainingConfig):
                 "`slot_weighting='d_pace'` weighs slots by the drafter's probability of the committed token, and no "
                 "token is committed behind a first rejection. Set `rejected_scope='first'`."
             )
+
+    @property
+    def trained_streams(self) -> tuple[str, ...]:
+        weights = {
+            "accepted": self.accepted_weight,
+            "rejected": self.rejected_weight,
+            "supervised": self.supervised_weight,
+        }
+        return tuple(name for name, weight in weights.items() if weight > 0)
 
     @property
     def trains_suffix(self) -> bool:

@@ -23,6 +23,7 @@ from ..target.checks import naming_rows
 from ..target.frozen import TargetReading
 from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
+from .draft_vocabulary import note_whole_vocabulary
 from .metrics import rollout_sums
 from .pair import Pair, check_mask_token, text_reader
 from .resuming import describe_batches
@@ -57,7 +58,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
     Args:
         model (`str`, `Path` or [`Drafter`]):
             The drafter, or the id or path of one in any published layout.
-        target (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+        target (`str`, `Path`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`FrozenTarget`]):
             The target to draft for; frozen.
         args ([`DraftOPDConfig`], *optional*):
             Settings.
@@ -84,13 +85,19 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         return args.rollout == "live" or args.trains_suffix or is_evaluated
 
     @staticmethod
+    def _decodes_prompts(args: DraftOPDConfig) -> bool:
+        return True
+
+    @staticmethod
     def _read_rows(pair: Pair, args: DraftOPDConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
-        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.max_completion_length)
+        if is_training:
+            note_whole_vocabulary(pair.drafter)
+        assert args.max_prompt_length is not None, "`fit_to` fills it in"
+        reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.longest_response)
         has_responses = is_training and args.completions_from_target
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
-        check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
-        return rows
+        return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
 
     def _set_up(self, args: DraftOPDConfig, family: str) -> None:
         self.segment_length = args.segment_length(family)

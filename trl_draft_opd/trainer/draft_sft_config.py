@@ -3,15 +3,22 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Self
 
-from .common_config import DraftTrainingConfig, check_at_least, check_choice, check_position_decay, setting
+from ..target.lengths import fit_text_length
+from ..utils.settings import check_at_least
+from .common_config import DraftTrainingConfig, check_choice, check_position_decay, setting
 
 
 SLOT_SCOPES = ("block", "until_fail")
 # Anchors per row; 0 is every position, over which step 1 of EAGLE-3 runs anyway. In DFlash every anchor costs a block.
 NUM_ANCHORS = {"eagle3": 0, "dflash": 64}
+# Holds the longest prompt and response, and a turn more.
+MAX_LENGTH = 4096
 # EAGLE's training code; DFlash's exp(-(k-1)/7).
 POSITION_DECAYS = {"eagle3": 0.8, "dflash": 0.87}
+# A head over more tokens than this costs more than all else in an EAGLE-3 drafter; its authors publish 32,000 tokens.
+LARGE_VOCABULARY, DRAFT_VOCAB_SIZE = 65_536, 32_000
 
 
 @dataclass
@@ -20,11 +27,20 @@ class DraftSFTConfig(DraftTrainingConfig):
     Configuration of [`DraftSFTTrainer`]: the settings of [`DraftTrainingConfig`], and these.
 
     Parameters:
-        max_length (`int`, *optional*, defaults to `4096`):
-            Rows are cut behind this many tokens.
+        output_dir (`str`, *optional*, defaults to `"drafter-sft"`):
+            Folder for the drafter and its checkpoints.
+        max_length (`int`, *optional*):
+            Rows are cut behind this many tokens, and counted. Defaults to 4096, or to what a block leaves of the
+            target's positions.
         regenerate (`bool`, *optional*, defaults to `False`):
             Have the target rewrite every completion before training. A drafter should learn the target's own text;
             turn it on when the dataset was written by someone else.
+        draft_vocab_size (`int`, *optional*):
+            Tokens that an EAGLE-3 drafter over the whole vocabulary is reduced to when training starts: the most
+            frequent of the responses it trains on, and those that end them. Others can no longer be drafted, so every
+            one in a text is a rejection; the share is logged and goes on the card. 0 keeps all. By default a fresh
+            drafter gets 32,000 where the target has more than 65,536, as EAGLE-3's authors publish theirs, and a
+            drafter that was loaded keeps what it has.
         num_anchors (`int`, *optional*):
             Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, and to 64 for
             DFlash: about half the positions of a short response.
@@ -39,11 +55,20 @@ class DraftSFTConfig(DraftTrainingConfig):
             code (docs/why/results.md).
     """
 
-    max_length: int = setting(4096, "Rows are cut behind this many tokens.")
+    output_dir: str | None = setting("drafter-sft", "Folder for the drafter and its checkpoints.")
+    max_length: int | None = setting(
+        None, f"Rows are cut behind this many tokens; {MAX_LENGTH} if unset, or what the target's positions allow."
+    )
     regenerate: bool = setting(False, "Have the target rewrite every completion before training.")
+    draft_vocab_size: int | None = setting(
+        None,
+        "EAGLE-3: tokens that can be drafted, the most frequent ones; 0 keeps all; 32000 of a large one if unset.",
+    )
     num_anchors: int | None = setting(None, "Anchors per row and epoch; 0 takes all positions; the family's if unset.")
     position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; the family's if unset.")
-    slot_scope: str = setting("block", "`block`: train every slot; `until_fail`: up to the drafter's first mismatch.")
+    slot_scope: str = setting(
+        "block", "`block`: train every slot; `until_fail`: up to the drafter's first mismatch.", choices=SLOT_SCOPES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +77,13 @@ class DraftSFTConfig(DraftTrainingConfig):
             if self.uses_d_pace:
                 warnings.warn(f"`position_decay={self.position_decay}` is ignored under `slot_weighting='d_pace'`.")
         check_choice("slot_scope", self.slot_scope, SLOT_SCOPES)
-        check_at_least(self, 0, "num_anchors")
+        check_at_least(self, 0, "num_anchors", "draft_vocab_size")
         check_at_least(self, 2, "max_length")
+
+    def fit_to(self, num_positions: int | None, num_drafts: int) -> Self:
+        fitted = super().fit_to(num_positions, num_drafts)
+        fitted.max_length = fit_text_length(num_positions, self.max_length, num_drafts=num_drafts, default=MAX_LENGTH)
+        return fitted
 
     def anchors_per_row(self, family: str) -> int | None:
         """Return the anchors sampled per row for a drafter family, `None` for every position."""

@@ -3,6 +3,8 @@
 Supervised training of a drafter on text its target wrote.
 """
 
+from typing import Any
+
 import torch
 
 from ..rollout.blocks import sample_anchors
@@ -10,6 +12,7 @@ from ..rollout.replay import TargetText
 from ..rollout.types import Rollout
 from .draft_sft_config import DraftSFTConfig
 from .draft_trainer import DraftTrainer
+from .draft_vocabulary import settle_vocabulary, vocabulary_settings, wanted_vocab_size
 from .pair import Pair, check_mask_token, text_reader
 from .step import PreparedBatch, SlotRules, StreamSettings
 from .texts import AnyDataset, prompts_of_text, respond_to_all, text_of
@@ -37,7 +40,7 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
     Args:
         model (`str`, `Path` or [`Drafter`]):
             The drafter, or the id or path of one in any published layout.
-        target (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`FrozenTarget`]):
+        target (`str`, `Path`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`FrozenTarget`]):
             The target to draft for; frozen.
         args ([`DraftSFTConfig`], *optional*):
             Settings.
@@ -67,14 +70,22 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         return is_evaluated and args.eval_rollouts
 
     @staticmethod
+    def _decodes_prompts(args: DraftSFTConfig) -> bool:
+        return args.eval_rollouts
+
+    @staticmethod
     def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset, its completions rewritten by the target first if asked for."""
+        drafter, eos_token_ids = pair.drafter, pair.target.eos_token_ids
+        # Refused before the target responds to anything.
+        vocab_size = wanted_vocab_size(drafter, args.draft_vocab_size, eos_token_ids) if is_training else None
         reader = text_reader(pair.target, args, max_length=args.max_length)
         if args.regenerate:
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
         rows = reader.read_texts(dataset)
-        check_mask_token(pair.drafter, pair.target, rows, "input_ids")
-        return rows
+        if is_training:
+            settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
+        return check_mask_token(drafter, pair.target, rows, "input_ids")
 
     def _set_up(self, args: DraftSFTConfig, family: str) -> None:
         self.num_anchors = args.anchors_per_row(family)
@@ -84,6 +95,9 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
             "rejected": StreamSettings(args.accepted_loss, 0.0, 1.0),
         }
         self.slot_rules = SlotRules(args.d_pace_floor if args.uses_d_pace else None, args.slot_scope == "until_fail")
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        return super()._recorded_settings() | vocabulary_settings(self.drafter)
 
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
         """Sample the blocks of every micro-batch."""

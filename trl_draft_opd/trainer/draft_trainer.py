@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import RowCollator
+from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
@@ -25,9 +27,13 @@ from ..rollout.types import Rollout
 from ..runs.distributed.launch import loss_entry
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
+from ..utils.bars import library_bars
+from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
+from .log_printer import print_logs_readably
+from .metrics import best_model_metrics
 from .pair import Pair, load_pair
 from .publishing import PublishingTrainer
 from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
@@ -35,7 +41,7 @@ from .texts import AnyDataset, read_each
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 Settings = TypeVar("Settings", bound=DraftTrainingConfig)
@@ -54,10 +60,11 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     _redirect = _ForwardRedirection()
     _config_class: type[Settings]
 
+    @lasting_output()
     def __init__(
         self,
         model: str | Path | Drafter,
-        target: str | Path | PreTrainedModel | FrozenTarget,
+        target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
         args: Settings | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
@@ -66,25 +73,62 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
     ):
-        args = args or self._config_class(f"drafter-{self._method}")
-        pair = load_pair(model, target, args, processing_class, peft_config)
-        if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
-            # Now rather than at the first rollout.
-            pair.target.require_rollback()
-        # Refuses what could not be pushed before the target responds to anything.
-        repo_id = claim_repository(args, pair)
-        pair.target.place(args.device)
-        super().__init__(
-            pair,
-            repo_id,
-            args,
-            data_collator=RowCollator(pair.target.pad_token_id),
-            train_dataset=read_each(partial(self._read_rows, pair, args, is_training=True), train_dataset),
-            eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        args = self._config_class() if args is None else args
+        self._check_request(args, eval_dataset)
+        with library_bars(not args.disable_tqdm):
+            pair = load_pair(model, target, args, processing_class, peft_config)
+            if eval_dataset is not None:
+                self._check_best_metric(args, eval_dataset, pair.num_drafts)
+            # Before a row is read: what would not fit into the target's positions is refused or counted.
+            args = args.fit_to(pair.target.num_positions, pair.num_drafts)
+            if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
+                # Now rather than at the first rollout.
+                pair.target.require_rollback()
+            # Refuses what could not be pushed before the target responds to anything.
+            repo_id = claim_repository(args, pair)
+            pair.target.place(args.device)
+            super().__init__(
+                pair,
+                repo_id,
+                args,
+                data_collator=RowCollator(pair.target.pad_token_id),
+                train_dataset=None if train_dataset is None else self._read_rows(pair, args, train_dataset, True),
+                eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        print_logs_readably(self)
+        self._pair = pair
         self._set_up(args, pair.drafter.config.family)
+
+    @classmethod
+    def _check_request(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset] | None) -> None:
+        """Refuse settings of another trainer, and evaluations without rows, before anything is loaded."""
+        if not isinstance(args, cls._config_class):
+            raise ValueError(
+                f"`args` must be a `{cls._config_class.__name__}`, got a `{type(args).__name__}`, whose settings mean "
+                f"something else to `{cls.__name__}`."
+            )
+        if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
+            raise ValueError(
+                f"`eval_strategy={str(args.eval_strategy)!r}` or `eval_on_start` asks for evaluations, and there is "
+                "no `eval_dataset`. Give one (`--eval-dataset` or `--eval-split`)."
+            )
+
+    @classmethod
+    def _check_best_metric(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset], num_drafts: int) -> None:
+        """Refuse a `metric_for_best_model` that no evaluation will have."""
+        asked = args.metric_for_best_model
+        metrics = best_model_metrics(args.trained_streams, num_drafts if cls._decodes_prompts(args) else None)
+        if isinstance(eval_dataset, dict):
+            metrics = [f"{name}_{metric}" for name in eval_dataset for metric in metrics]
+        if asked is not None and asked.removeprefix("eval_") not in metrics:
+            raise ValueError(f"`metric_for_best_model={asked!r}` is not measured. There are: {', '.join(metrics)}.")
+
+    @staticmethod
+    @abstractmethod
+    def _decodes_prompts(args: Any) -> bool:
+        """Whether evaluation decodes its prompts, and so measures tau."""
 
     @staticmethod
     @abstractmethod
@@ -169,6 +213,15 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
+        """Return batches of an evaluation dataset; rows that were not read yet are read as the constructor does."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or is_tokenized(eval_dataset)):
+            if self._needs_rollback(self.args, is_evaluated=True):
+                self.target.require_rollback()
+            eval_dataset = self._read_rows(self._pair, self.args, eval_dataset, is_training=False)
+        given: Any = eval_dataset
+        return super().get_eval_dataloader(given)
+
     def _measure(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""
         drafter, sample_ids = self.drafter, inputs["sample_ids"].tolist()
@@ -207,7 +260,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 prompts,
                 self._drafting,
                 keys,
-                max_new_tokens=self.args.max_completion_length,
+                max_completion_length=self.args.longest_response,
                 eos_token_ids=self.target.eos_token_ids,
                 on_finished=bar.update,
             )

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """How a run's repository and its target are called on the Hub; what could not be pushed is refused by name."""
 
+from ..drafters.target_model import merging_line
 from ..export import hub_id_of
 from ..export.hub import create_repository, validate_repo_id
 from ..target.frozen import FrozenTarget
@@ -43,12 +44,19 @@ def repo_name(args: DraftTrainingConfig, family: str) -> str:
 def target_id(args: DraftTrainingConfig, target: FrozenTarget) -> str | None:
     """Return the Hub id by which a drafter names its target; `None` where only a path is known."""
     # A setting is an id even where a folder of that name lies beside the run.
-    return args.hub_target_id or hub_id_of(target.config.name_or_path)
+    return args.hub_target_id or (None if target.is_merged else hub_id_of(target.config.name_or_path))
 
 
 def require_target_id(args: DraftTrainingConfig, target: FrozenTarget) -> str:
     """Return the Hub id by which a published drafter names its target; raise `ValueError` if there is none."""
     name = target_id(args, target)
+    if name is None and target.is_merged:
+        adapter = target.config.name_or_path
+        how = f"`{merging_line(adapter)}`" if adapter else "`merge_and_unload()`"
+        raise ValueError(
+            "A published drafter names its target by its Hub id, but this one is an adapter, which no server loads as "
+            f"a model. Merge it ({how}), push the merged model, and set `hub_target_id` to its id."
+        )
     if name is None:
         raise ValueError(
             "A published drafter names its target by its Hub id, but this target is known as "

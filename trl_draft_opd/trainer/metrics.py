@@ -11,6 +11,22 @@ from ..rollout.counts import Counts
 from ..rollout.types import Rollout
 
 
+def is_loss(metric: str) -> bool:
+    """Whether an evaluation metric is better when it is smaller."""
+    return metric.split("/")[0].endswith("loss")
+
+
+def best_model_metrics(streams: Sequence[str], num_drafts: int | None) -> list[str]:
+    """
+    Return the evaluation metrics that a best checkpoint can be chosen by; `num_drafts` is `None` where no prompt is
+    decoded.
+    """
+    names = ["loss", *(f"loss/{stream}" for stream in streams)]
+    if num_drafts is not None:
+        names += ["tau", "tau_low", "tau_high", *(f"acceptance/slot_{slot}" for slot in range(1, num_drafts + 1))]
+    return names
+
+
 class MetricSums:
     """Running numerators and denominators by metric name."""
 

@@ -8,6 +8,7 @@ import copy
 import json
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,16 @@ from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
 from ..export.record import TrainingRecord, read_record
 from ..export.serving import SERVING_FILE
-from ..responses.origin import fingerprint_weights
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
+from ..utils.atomic_files import check_folder
 from .adapters import adapt_drafter
 from .common_config import DraftTrainingConfig, parsed
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Pair:
 
 def load_pair(
     model: str | Path | Drafter,
-    target: str | Path | PreTrainedModel | FrozenTarget,
+    target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
     args: DraftTrainingConfig,
     processing_class: PreTrainedTokenizerBase | None,
     peft_config: "PeftConfig | None",
@@ -70,13 +71,16 @@ def load_pair(
     Load what a trainer is given, and write into the drafter's config which target it is for. Collective if the target
     is to be sharded.
     """
+    # Before anything is loaded: what is trained could not be saved.
+    check_folder(args.output_folder, "`output_dir`")
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
     drafter.config.num_target_layers = frozen.num_layers
-    if frozen.config.name_or_path:
-        drafter.config.target_model_name_or_path = frozen.config.name_or_path
+    if frozen.config.name_or_path or frozen.is_merged:
+        # A merged instance has no name, and is not the base that a drafter may name.
+        drafter.config.target_model_name_or_path = frozen.config.name_or_path or None
         drafter.config.target_model_revision = args.target_revision
-    num_drafts = args.num_drafts or drafter.default_num_drafts
+    num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
     earlier = _earlier_record(drafter)
     return Pair(frozen, adapt_drafter(drafter, peft_config, seed=args.seed), num_drafts, earlier)
 
@@ -92,7 +96,7 @@ def _earlier_record(drafter: Drafter) -> TrainingRecord | None:
 
 
 def load_target(
-    target: str | Path | PreTrainedModel | FrozenTarget,
+    target: "str | Path | PreTrainedModel | PeftModel | FrozenTarget",
     args: DraftTrainingConfig,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> FrozenTarget:
@@ -115,7 +119,7 @@ def load_target(
         )
         check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not frozen.is_sharded:
-            frozen.shard(args.device, fingerprint_weights(frozen.causal_lm))
+            frozen.shard(args.device)
         return frozen
 
     frozen = load_in_turns(load) if shard else load()
@@ -188,13 +192,13 @@ def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -
     theirs = _describe_pair(held.family, held.arguments)
     ours = _describe_pair(drafter.config.family, drafter.config.to_dict() | {"num_target_layers": target.num_layers})
     ours["target"] = hub_id_of(target.config.name_or_path)
-    differ = {
-        name: (theirs[name], value)
+    differ = [
+        f"its {name} is {theirs[name]!r}, here it is {value!r}"
         for name, value in ours.items()
         if None not in (value, theirs[name]) and value != theirs[name]
-    }
+    ]
     if differ:
-        raise ValueError(f"{where} a drafter of another family or target, (there, here): {differ}. {fix}")
+        raise ValueError(f"{where} a drafter of another family or target: {'; '.join(differ)}. {fix}")
 
 
 def _describe_pair(family: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -235,25 +239,37 @@ def text_reader(target: FrozenTarget, args: DraftTrainingConfig, *, max_length: 
     )
 
 
-def check_mask_token(drafter: Drafter, target: FrozenTarget, dataset: Dataset | IterableDataset, column: str) -> None:
-    """Raise `ValueError` if DFlash's mask token is a special token of the target, or occurs in the data."""
+def check_mask_token(
+    drafter: Drafter, target: FrozenTarget, dataset: Dataset | IterableDataset, column: str
+) -> Dataset | IterableDataset:
+    """
+    Raise `ValueError` if DFlash's mask token is a special token of the target, or occurs in the data; a stream, which
+    is returned, is checked as its rows are read.
+    """
     mask_token_id = getattr(drafter.config, "mask_token_id", None)
     if mask_token_id is None:
-        return
+        return dataset
     names: Any = target.config if target.tokenizer is None else target.tokenizer
     if mask_token_id in {*target.eos_token_ids, names.pad_token_id, names.bos_token_id}:
         raise ValueError(
             f"`mask_token_id` {mask_token_id} is an eos, bos or pad token of the target. Choose an id that text never "
             "uses."
         )
+    check = partial(_refuse_mask_token, mask_token_id=mask_token_id, column=column)
     if isinstance(dataset, IterableDataset):
-        return
-    for row, ids in enumerate(dataset[column]):
-        if mask_token_id in ids:
-            raise ValueError(
-                f"`mask_token_id` {mask_token_id} occurs in the data (row {row} after tokenization): choose an id "
-                "that text never uses."
-            )
+        return dataset.map(check, features=dataset.features)
+    for ids, row in zip(dataset[column], dataset["sample_id"], strict=True):
+        check({column: ids, "sample_id": row})
+    return dataset
+
+
+def _refuse_mask_token(row: dict[str, Any], *, mask_token_id: int, column: str) -> dict[str, Any]:
+    if mask_token_id in row[column]:
+        raise ValueError(
+            f"`mask_token_id` {mask_token_id} occurs in the data (row {row['sample_id']}): choose an id that text "
+            "never uses."
+        )
+    return row
 
 
 def compile_drafter(drafter: Drafter, args: DraftTrainingConfig) -> DraftTrainingConfig:

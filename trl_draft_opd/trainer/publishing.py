@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from ..drafters.auto import AutoDrafter
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.card import CARD_FILE, write_card
-from ..export.hub import push_folder
+from ..export.hub import push_folder, resumable_files
 from ..export.record import (
     DatasetFacts,
     Measurement,
@@ -40,11 +40,14 @@ from ..export.record import (
 from ..export.serving import serving_settings
 from ..rollout.counts import Counts
 from ..rollout.types import Rollout
+from ..runs.checkpoints import signed
 from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
-from ..utils.atomic_files import clear_leftovers, move_files, staging_folder
+from ..utils.atomic_files import check_folder, clear_leftovers, explaining_failure, move_files, staging_folder
+from ..utils.bars import library_bars
+from ..utils.console import lasting_output
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
 from .common_config import DraftTrainingConfig, parsed
 from .hub_names import make_repository, repo_name, require_target_id, target_id
@@ -83,11 +86,17 @@ class PublishingTrainer(ResumingTrainer):
         # Now rather than at the first save: what could not be written into the record.
         TrainingRecord.from_dict(self._record(self._stage(None)).to_dict())
 
+    @lasting_output()
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As [`ResumingTrainer.train`]; a later trainer of the same drafter continues its record."""
         output = super().train(*args, **kwargs)
         self.drafter.training_record = self.training_record()
         return output
+
+    @lasting_output()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers' own; printing cannot fail."""
+        return super().evaluate(*args, **kwargs)
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -134,7 +143,7 @@ class PublishingTrainer(ResumingTrainer):
             temperature=args.temperature,
             draft_sampling=args.draft_sampling,
             num_drafts=self.num_drafts,
-            max_new_tokens=args.max_completion_length,
+            max_completion_length=args.longest_response,
             batch_size=args.per_device_eval_batch_size,
             ignore_eos=False,
             tau=counts.tau,
@@ -206,7 +215,7 @@ class PublishingTrainer(ResumingTrainer):
         return StageRecord(
             method=self._method,
             steps=self._steps_done,
-            settings=recorded_settings(self.args) | adapter_settings(self.drafter),
+            settings=self._recorded_settings(),
             dataset=DatasetFacts(
                 hub_id_of(dataset_name) if dataset_name else self.args.dataset_id,
                 self.args.dataset_license,
@@ -215,6 +224,10 @@ class PublishingTrainer(ResumingTrainer):
             ),
             curve=recorded_curve(log),
         )
+
+    def _recorded_settings(self) -> dict[str, Any]:
+        """Return what the record states about how this run trains."""
+        return recorded_settings(self.args) | adapter_settings(self.drafter)
 
     def _shared_state(self) -> dict[str, Any]:
         measured = [[prefix, step, asdict(m)] for (prefix, step), m in self._measurements.items()]
@@ -238,19 +251,27 @@ class PublishingTrainer(ResumingTrainer):
 
         Raises:
             FloatingPointError: If a weight is not finite; nothing is written then.
+            ValueError: If a file lies where the folder should be.
+            OSError: If it cannot be written; what was in the folder is whole, and the drafter still in memory.
         """
         folder = Path(output_dir) if output_dir else self.args.output_folder
         weights = full_weights(self.accelerator, self.model_wrapped)
+        fix = (
+            f"What was in {str(folder)!r} is whole, and the drafter is still in memory: make room, or name another "
+            "folder, and save again"
+        )
 
         def write() -> None:
             check_weights(weights)
-            folder.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(folder, re.compile(SAVED))
-            with staging_folder(folder, SAVED) as staged:
-                self._save(str(staged), state_dict=weights, notes_of=folder)
-                move_files(staged, folder)
-            # Of transformers' own saves; pickled arguments can hold a token.
-            (folder / ARGS_FILE).unlink(missing_ok=True)
+            check_folder(folder, "The drafter's folder")
+            with explaining_failure("The drafter", fix):
+                folder.mkdir(parents=True, exist_ok=True)
+                clear_leftovers(folder, re.compile(SAVED))
+                with staging_folder(folder, SAVED) as staged:
+                    self._save(str(staged), state_dict=weights, notes_of=folder)
+                    move_files(staged, folder)
+                # Of transformers' own saves; pickled arguments can hold a token.
+                (folder / ARGS_FILE).unlink(missing_ok=True)
 
         first_rank_decides(self.accelerator, write)
         if self.args.push_to_hub and not _internal_call:
@@ -269,7 +290,8 @@ class PublishingTrainer(ResumingTrainer):
         """
         folder = Path(output_dir) if output_dir else self.args.output_folder
         record = self.training_record()
-        save_drafter(self.drafter, folder, state_dict)
+        with library_bars(False):  # a drafter is one file
+            save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
         if notes_of is not None and (notes_of / CARD_FILE).is_file():
             # The new card keeps the notes people wrote into the earlier one.
@@ -335,7 +357,7 @@ class PublishingTrainer(ResumingTrainer):
             drafter = AutoDrafter.from_pretrained(saved, num_target_layers=target.num_layers)
         else:
             drafter = merged_drafter(self.drafter)
-        if target.config.name_or_path:
+        if target.config.name_or_path and not target.is_merged:
             # As the target's file holds it.
             token = (parsed(args.target_init_kwargs) or {}).get("token")
             embedding = read_target(target.config.name_or_path, revision=args.target_revision, token=token).embedding
@@ -419,7 +441,7 @@ class PublishingTrainer(ResumingTrainer):
         token: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
-        extra_folders: dict[str, str] | None = None,
+        extra_folders: dict[str, dict[str, Path | bytes]] | None = None,
     ) -> Callable[[], str]:
         """Return the push of an export, see [`push_folder`]; what is not given is taken from the settings."""
         assert self.hub_model_id is not None, "the repository is made before the first push"
@@ -447,19 +469,17 @@ class PublishingTrainer(ResumingTrainer):
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        folder = args.output_folder / PUBLICATION
+        folder, checkpoint, extra = args.output_folder / PUBLICATION, Path(checkpoint_folder), {}
         try:
-            self._export(folder, Path(checkpoint_folder))
+            self._export(folder, checkpoint)
+            if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+                extra = {place: signed(resumable_files(checkpoint))}
         except (ValueError, OSError) as error:
             logger.warning("Nothing was pushed, training goes on: %s", error)
             return
         by_step = args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
-        extra = {}
-        if args.hub_strategy == HubStrategy.CHECKPOINT:
-            extra = {"last-checkpoint": checkpoint_folder}
-        elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            extra = {Path(checkpoint_folder).name: checkpoint_folder}
         self._push = self._pool.submit(self._make_push(folder, f"Training in progress, {when}", extra_folders=extra))
         if extra and args.save_total_limit is not None:
             # The folder that is being read is the next to be deleted.

@@ -10,6 +10,7 @@ import logging
 import uuid
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from ..runs.distributed.sharding import (
     load_full_weights,
     whole_drafter,
 )
+from ..runs.folder_lock import locked
 from ..runs.guard import NonFiniteGuard, check_weights
 from ..runs.identity import RunIdentity
 from ..runs.out_of_memory import explained_memory
@@ -89,6 +91,9 @@ class ResumingTrainer(_BaseTrainer):
         self._run_id = ""
         self._identity: RunIdentity | None = None
         self._resumed: RunState | None = None
+        # Whether that state is the run's end, and the last step that was saved, with what it says about the end.
+        self._is_complete = False
+        self._saved: tuple[int, int | None] | None = None
 
     @property
     def drafter(self) -> Drafter:
@@ -109,7 +114,8 @@ class ResumingTrainer(_BaseTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """
-        Train, from the start or from a checkpoint.
+        Train, from the start or from a checkpoint. A run that has ended stays as it is: only its weights are loaded,
+        unless more steps are asked for than when it ended.
 
         On SIGTERM the current step is finished, a checkpoint is written, and `SystemExit(143)` is raised, which ends a
         script quietly with the exit code that schedulers expect of a job they stopped.
@@ -123,25 +129,33 @@ class ResumingTrainer(_BaseTrainer):
             trial, ignore_keys_for_eval (*optional*): As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no such checkpoint, it is damaged or belongs to another run, or a new run would
-                write its checkpoints among those of another. Nothing was touched.
-            FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`; nothing was updated.
+            ValueError: If there is no such checkpoint, it is damaged or belongs to another run, a new run would write
+                its checkpoints among those of another, or another process trains into `output_dir`. Nothing was
+                touched.
+            FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`, and nothing was
+                updated; or if an update left weights that are not finite, and nothing of it was written.
             SystemExit: After SIGTERM.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         output_dir = self.args.output_folder
 
+        lock = ExitStack()
+
         def begin() -> tuple[Checkpoint | None, str]:
+            # First of all: what another process is writing looks like something left over.
+            lock.enter_context(locked(output_dir))
             checkpoint = choose_checkpoint(output_dir, asked)
             if self.args.save_strategy != "no":
                 check_output_dir(output_dir, checkpoint.run_id if checkpoint else None)
             return checkpoint, checkpoint.run_id if checkpoint else uuid.uuid4().hex
 
-        checkpoint, self._run_id = first_rank_decides(self.accelerator, begin)
-        self._identity = RunIdentity.of(self._method, self.args, self.drafter, self.target, self.train_dataset)
-        self._resumed = self._read_state(checkpoint.folder, self._identity) if checkpoint else None
-        with self._stop.handling():
-            return super().train(str(checkpoint.folder) if checkpoint else None, trial, ignore_keys_for_eval)
+        with lock:
+            checkpoint, self._run_id = first_rank_decides(self.accelerator, begin)
+            self._identity = RunIdentity.of(self._method, self.args, self.drafter, self.target, self.train_dataset)
+            self._resumed = self._read_state(checkpoint.folder, self._identity) if checkpoint else None
+            self._is_complete, self._saved = False, None
+            with self._stop.handling():
+                return super().train(str(checkpoint.folder) if checkpoint else None, trial, ignore_keys_for_eval)
 
     def _read_state(self, folder: Path, identity: RunIdentity) -> RunState:
         """Read the state in a checkpoint, and check this run against the one that wrote it."""
@@ -154,6 +168,62 @@ class ResumingTrainer(_BaseTrainer):
                 "; ".join(changed),
             )
         return state
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Return the epoch to begin with and how far it has come: the one behind the last if the run has ended."""
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self._resumed is None:
+            return begun
+        step, ended_of = self.state.global_step, self._resumed.shared["ended_of"]
+        self._is_complete = step >= max_steps or (ended_of is not None and max_steps <= ended_of)
+        if not self._is_complete:
+            return begun
+        if self.is_world_process_zero():
+            logger.warning(
+                "This run is complete, so nothing is trained: it ended after step %d%s. To train further, raise "
+                "`max_steps` or `num_train_epochs`, or start a new run with its drafter as `model`.",
+                step,
+                "" if step >= max_steps else f" of {max_steps}, at the word of a callback",
+            )
+        # transformers would ask only after one more step, unless the end is that of an epoch.
+        return num_train_epochs, 0
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        """Evaluate in training; a run that is complete does not begin with an evaluation (`eval_on_start`)."""
+        return None if self._is_complete else super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        """Save the last step, whatever asked for the end, so that a later start knows the run as complete."""
+        if not (self.args.save_strategy == "no" or self.args.save_only_model or self._stop.stopped_at is not None):
+            if not self._is_complete and self._saved != (self.state.global_step, self._ended_of):
+                self._save_checkpoint(self.model_wrapped, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        best = self.state.best_global_step
+        if self.args.load_best_model_at_end and best and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "The best weights, of step %d, are not here: their checkpoint is gone. The last stay.", best
+            )
+        # Under a limit of 1 transformers would delete all but the best, the last step among them.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+
+    @property
+    def _ended_of(self) -> int | None:
+        """The steps that were asked for, where a callback has ended the run before them."""
+        is_ended = self.control.should_training_stop and self._stop.stopped_at is None
+        return self.state.max_steps if is_ended and self.state.global_step < self.state.max_steps else None
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -223,6 +293,7 @@ class ResumingTrainer(_BaseTrainer):
                 ) from error
 
         first_rank_decides(self.accelerator, write)
+        self._saved = (step, self._ended_of)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / checkpoint_name(step)))
         protected = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
@@ -261,7 +332,7 @@ class ResumingTrainer(_BaseTrainer):
 
     def _shared_state(self) -> dict[str, Any]:
         """Return further JSON values that all ranks hold alike."""
-        return {"guard": self._guard.state()}
+        return {"guard": self._guard.state(), "ended_of": self._ended_of}
 
     def _load_shared_state(self, shared: dict[str, Any]) -> None:
         """Undo `_shared_state`."""

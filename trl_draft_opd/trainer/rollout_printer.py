@@ -12,6 +12,9 @@ from ..rollout.types import Rollout
 
 
 ACCEPTED, REJECTED, COMMITTED = "green", "red strike", "bold"
+# What stands around a part where there are no colours, in a file for example.
+MARKS = {ACCEPTED: "", REJECTED: "~", COMMITTED: "*"}
+_LEGEND = (("accepted", ACCEPTED), ("rejected", REJECTED), ("target's own", COMMITTED))
 
 
 def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -33,6 +36,12 @@ def render_row(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -
     return styled
 
 
+def _marked(styled: Text) -> Text:
+    """Return a text with marks in place of its styles."""
+    parts = [(styled.plain[span.start : span.end], MARKS[str(span.style)]) for span in styled.spans]
+    return Text("".join(f"{mark}{part}{mark}" for part, mark in parts if part))
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids)
     assert isinstance(text, str), "ids of one row are one text"
@@ -43,8 +52,12 @@ def print_rollout(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, step: int, console: Console
 ) -> None:
     """Print the first rows of a rollout, prompt above and response below."""
+    has_styles = console.is_terminal and console.color_system is not None
     for row in range(min(num_rows, len(rollout.lengths))):
         prompt = _decode(tokenizer, rollout.input_ids[row, : int(rollout.prompt_lengths[row])].tolist())
-        body = Text.assemble(Text(prompt, style="dim"), "\n", render_row(rollout, row, tokenizer))
-        legend = f"[{ACCEPTED}]accepted[/] [{REJECTED}]rejected[/] [{COMMITTED}]target's own[/]"
+        response = render_row(rollout, row, tokenizer)
+        body = Text.assemble(Text(prompt, style="dim"), "\n", response if has_styles else _marked(response))
+        legend = Text(" ").join(
+            Text(name, style) if has_styles else Text(MARKS[style] + name + MARKS[style]) for name, style in _LEGEND
+        )
         console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))

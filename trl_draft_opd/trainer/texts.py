@@ -6,7 +6,9 @@ asked once per prompt; rows regrouped by length.
 Shape letters:  B = sequences, L = text length
 """
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 
@@ -19,6 +21,8 @@ from ..responses import Origin, ResponseAudit, ResponseStore, check_responses, g
 from ..responses.shards import prompt_key
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout, response_ends
+from ..runs.distributed.ranks import first_rank_decides
+from ..runs.folder_lock import locked
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
 from .common_config import DraftTrainingConfig
@@ -127,7 +131,7 @@ def _pad_rows(
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
     """Open the response store of a run; raises `ValueError` if it is another target's, or damaged."""
     reader = text_reader(target, args, max_length=None)
-    origin = Origin.of(target, reader, sampling=args.sampling_settings(), max_new_tokens=args.max_completion_length)
+    origin = Origin.of(target, reader, sampling=args.sampling_settings(), max_completion_length=args.longest_response)
     return ResponseStore.open(args.responses or args.output_folder / PRIVATE_FOLDER, origin)
 
 
@@ -139,15 +143,18 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
     if isinstance(prompts, IterableDataset):
         raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
     state = PartialState()
-    store = open_store(target, args)
-    prompt_ids = list(prompts["prompt_ids"])
-    missing = store.missing(prompt_ids)[state.process_index :: state.num_processes]
-    rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
-    # All ranks cut the same list into shares, so nobody may write before everybody has looked.
-    state.wait_for_everyone()
-    _write_responses(store, target, args, missing, [rows[prompt_key(prompt)] for prompt in missing])
-    target.finish_together()
-    state.wait_for_everyone()
+    with ExitStack() as lock:
+        # As training holds it: a second run is refused before its target writes for hours.
+        first_rank_decides(state, lambda: lock.enter_context(locked(args.output_folder)))
+        store = open_store(target, args)
+        prompt_ids = list(prompts["prompt_ids"])
+        missing = store.missing(prompt_ids)[state.process_index :: state.num_processes]
+        rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
+        # All ranks cut the same list into shares, so nobody may write before everybody has looked.
+        state.wait_for_everyone()
+        _write_responses(store, target, args, missing, [rows[prompt_key(prompt)] for prompt in missing])
+        target.finish_together()
+        state.wait_for_everyone()
     store.refresh()
     return Dataset.from_dict(
         {"prompt_ids": prompt_ids, "completion_ids": [store.find(prompt) for prompt in prompt_ids]}
@@ -170,7 +177,8 @@ def _write_responses(
             batch_size=args.generation_batch_size,
             seed=args.seed,
             shard_size=args.generation_batch_size,
-            show_progress=not args.disable_tqdm and PartialState().is_local_main_process,
+            # Without a terminal there are lines and no bar to disable.
+            show_progress=PartialState().is_local_main_process and not (args.disable_tqdm and sys.stderr.isatty()),
         )
 
 

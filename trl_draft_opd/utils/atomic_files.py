@@ -5,6 +5,7 @@ Files and folders that exist whole or not at all, whenever the process or the ma
 Everything is made in a temporary sibling whose name begins with a dot, forced to the disk, then renamed.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -13,6 +14,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 # What a stopped process can leave behind: a folder being made, one being replaced, one being deleted.
@@ -31,6 +34,46 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_entry(path.parent)
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """
+    Raise where no folder can be, or be written to, at a path that a user named as `name`; nothing is made.
+
+    Raises:
+        ValueError: If a file, or a link that leads nowhere, lies there or on the way to it.
+        PermissionError: If the nearest folder on the way does not let anything be written.
+    """
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(
+                    f"{name} {str(folder)!r}: nothing can be written in {str(path)!r}. Name another."
+                )
+            return
+        if path.is_symlink() or path.exists():
+            what = "a link that leads nowhere" if path.is_symlink() else "a file"
+            raise ValueError(f"{name} {str(folder)!r} cannot be a folder: {str(path)!r} is {what}. Name another one.")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise `ValueError` at a folder that cannot give way to another in one step; a link stands for where it leads."""
+    place = folder.resolve()
+    if place.exists() and os.path.ismount(place):
+        raise ValueError(f"{str(folder)!r} is a mount point, which no folder can replace. Name a folder inside it.")
+    if Path.cwd().is_relative_to(place):
+        raise ValueError(f"{str(folder)!r} holds the working directory, which would be gone. Name a folder inside it.")
+
+
+@contextmanager
+def explaining_failure(what: str, fix: str) -> Iterator[None]:
+    """Turn a failing write, ours or of safetensors, into an `OSError` that states `what`, why, and the `fix`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"{what} could not be written ({reason}). {fix}") from error
 
 
 def sync_entry(path: Path) -> None:
@@ -66,8 +109,13 @@ def making_folder(folder: Path) -> Iterator[Path]:
     Yield an empty folder to fill; on leaving it takes the place of `folder`, and on any error it is removed.
 
     A folder that was there before is kept until the new one is in place. If the process is stopped between the two
-    renames, [`clear_leftovers`] puts the earlier one back.
+    renames, [`clear_leftovers`] puts the earlier one back. A link stays, and where it leads is replaced.
+
+    Raises:
+        ValueError: If the folder cannot be replaced, see [`check_replaceable`].
     """
+    check_replaceable(folder)
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.parent, folder.name) as staged:
         yield staged
@@ -101,6 +149,8 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder; it is renamed first, so that nobody reads half of it."""
     doomed = _sibling(folder, "deleting")
     os.rename(folder, doomed)
+    # Or a loss of power could leave half of it under its old name.
+    sync_entry(folder.parent)
     shutil.rmtree(doomed)
 
 

@@ -55,7 +55,8 @@ def launched_as(backend: str) -> Iterator[dict]:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
             yield {"accelerator_config": {"use_configured_state": True}}
         elif backend == "ddp":
-            yield {"use_cpu": True}
+            # Nothing but the config, as a user launches it.
+            yield {}
         else:
             yield {"ddp_backend": "gloo"}
     finally:

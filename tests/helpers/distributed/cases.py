@@ -61,7 +61,8 @@ class Case:
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 2}
 CASES = {
     "sft_dflash": Case("sft", "dflash"),
-    "sft_eagle3": Case("sft", "eagle3", {"regenerate": True, "shard_target": True}),
+    # Each rank chooses the vocabulary by itself.
+    "sft_eagle3": Case("sft", "eagle3", {"regenerate": True, "shard_target": True, "draft_vocab_size": 48}),
     "replay_dflash": Case("opd", "dflash", {"shard_target": True, "reading_bytes": 0}),
     "replay_eagle3": Case("opd", "eagle3"),
     "live_dflash": Case("opd", "dflash", {"rollout": "live"}),
@@ -70,6 +71,8 @@ CASES = {
 }
 SKIP = {"optim": "adamw_torch", "on_nonfinite": "skip", "max_steps": 1}
 STOPPED = {"stopped": Case("sft", "eagle3", {"max_steps": 4, "save_strategy": "steps", "save_steps": 100})}
+# Finite gradients, and a step that takes the weights out of range.
+TOO_LARGE = {"too_large": Case("sft", "eagle3", SKIP | {"learning_rate": 1e30, "weight_decay": 1e20})}
 POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("loss", "gradient")}
 
 
@@ -100,7 +103,7 @@ def make_case_drafter(case: Case, target: FrozenTarget, seed: int) -> Drafter:
     Return a drafter, EAGLE-3 with a reduced vocabulary, so that it has buffers; other ranks' are to be overwritten.
     """
     options = {}
-    if case.family == "eagle3":
+    if case.family == "eagle3" and "draft_vocab_size" not in case.settings:
         counts = torch.arange(target.vocab_size)
         options["draft_vocabulary"] = build_draft_vocabulary(counts, 48)
     drafter = make_drafter(case.family, target, seed, **options)
@@ -130,7 +133,7 @@ def run_case(
     Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses,
     tau, optimizer state, and idle forward passes of the target.
     """
-    case = (CASES | POISONED | STOPPED)[name]
+    case = (CASES | POISONED | STOPPED | TOO_LARGE)[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
     trainer_class, config_class = (
@@ -172,6 +175,8 @@ def run_case(
         trainer.train(resume_from_checkpoint=resume)
     except SystemExit as end:
         results["exit_code"] = end.code
+    except FloatingPointError as error:
+        results["refused"] = str(error)
     results["step"] = trainer.state.global_step
     results["weights"] = full_weights(trainer.accelerator, trainer.model)
     results["state"] = full_optimizer_state(trainer.accelerator, trainer.model, trainer.optimizer)

@@ -35,6 +35,8 @@ class DFlashDraftConfig(PortableConfig):
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"`num_hidden_layers` must be at least 1, got {self.num_hidden_layers}. Published is 5.")
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)

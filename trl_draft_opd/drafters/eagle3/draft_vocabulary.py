@@ -7,7 +7,7 @@ Shape letters:  V = the target's vocabulary, DV = draft vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def build_draft_vocabulary(
     """
     counts_V, forced = _check_counts(token_counts), sorted(set(always_include))
     vocab_size = len(counts_V)
-    _check_size(draft_vocab_size, vocab_size, forced)
+    check_draft_vocab_size(draft_vocab_size, vocab_size, forced)
     by_count_V = torch.sort(counts_V, descending=True, stable=True).indices  # stable: ties keep the lowest id first
     is_forced_V = torch.zeros(vocab_size, dtype=torch.bool)
     is_forced_V[forced] = True
@@ -120,11 +120,12 @@ def _check_counts(token_counts: torch.Tensor) -> torch.Tensor:
     return token_counts.detach().cpu().long()
 
 
-def _check_size(draft_vocab_size: int, vocab_size: int, forced: list[int]) -> None:
+def check_draft_vocab_size(draft_vocab_size: int, vocab_size: int, forced: Collection[int]) -> None:
+    """Raise `ValueError` unless that many tokens are a part of the vocabulary that can hold those in `forced`."""
     if not 1 <= draft_vocab_size < vocab_size:
         raise ValueError(
             f"`draft_vocab_size` must lie in 1..{vocab_size - 1} (the target has {vocab_size} tokens), got "
-            f"{draft_vocab_size}. Use `None` for the full vocabulary."
+            f"{draft_vocab_size}. For all of them, leave the vocabulary whole (in training: `draft_vocab_size=0`)."
         )
     outside = [token_id for token_id in forced if not 0 <= token_id < vocab_size]
     if outside:

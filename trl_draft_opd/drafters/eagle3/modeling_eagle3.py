@@ -112,6 +112,10 @@ class Eagle3DraftModel(Drafter):
     t2d: torch.Tensor
     _no_split_modules = ["Eagle3Layer"]
     owns_head = True
+    # A fresh drafter whose vocabulary nobody chose: supervised training may reduce it once it has the responses.
+    vocabulary_is_open = False
+    # Share of the response tokens trained on that are in a reduced vocabulary, once it was counted.
+    draft_vocab_coverage: float | None = None
 
     def __init__(self, config: Eagle3DraftConfig):
         super().__init__(config)
@@ -158,7 +162,8 @@ class Eagle3DraftModel(Drafter):
             target_layer_ids (`list[int]`, *optional*):
                 0-based layers to read. Defaults to `[1, N // 2 - 1, N - 4]` of `N` layers, every engine's default.
             draft_vocabulary ([`DraftVocabulary`], *optional*):
-                Reduced vocabulary, see `build_draft_vocabulary`. The full one by default, which loses no target mass.
+                Reduced vocabulary, see `build_draft_vocabulary`. The full one by default, which [`DraftSFTTrainer`]
+                reduces by the responses if it is large, see `draft_vocab_size` of [`DraftSFTConfig`].
             ttt_steps (`int`, *optional*, defaults to 7):
                 Steps of training-time test, as published; the default number of drafts.
             fc_norm (`bool`, *optional*, defaults to `False`), norm_output (`bool`, *optional*, defaults to `False`):
@@ -195,7 +200,32 @@ class Eagle3DraftModel(Drafter):
                 drafter.d2t.copy_(draft_vocabulary.d2t)
                 drafter.t2d.copy_(draft_vocabulary.t2d)
                 drafter.lm_head.weight.copy_(head[draft_vocabulary.token_ids.to(head.device)])
+        drafter.vocabulary_is_open = draft_vocabulary is None
         return drafter
+
+    def reduce_vocabulary(self, draft_vocabulary: DraftVocabulary) -> None:
+        """
+        Keep the head's rows of a part of the target's vocabulary, in place; before an optimizer or a wrapper holds the
+        drafter.
+
+        Args:
+            draft_vocabulary ([`DraftVocabulary`]): Tokens that the drafter can still propose.
+
+        Raises:
+            ValueError: If the vocabulary is reduced already, or the new one belongs to another target.
+        """
+        size = self.config.vocab_size
+        if self.config.has_reduced_vocabulary or draft_vocabulary.t2d.numel() != size:
+            raise ValueError(
+                f"A vocabulary built over {draft_vocabulary.t2d.numel()} tokens cannot reduce a drafter that proposes "
+                f"{self.config.draft_vocab_size} of {size}. Make a fresh drafter, and count tokens of its target."
+            )
+        device, weight = self.lm_head.weight.device, self.lm_head.weight.detach()
+        self.lm_head.weight = nn.Parameter(weight[draft_vocabulary.token_ids.to(device)])
+        self.config.draft_vocab_size = self.lm_head.out_features = len(self.lm_head.weight)
+        self.register_buffer("d2t", draft_vocabulary.d2t.to(device, copy=True))
+        self.register_buffer("t2d", draft_vocabulary.t2d.to(device, copy=True))
+        self.vocabulary_is_open = False
 
     @property
     def default_num_drafts(self) -> int:

@@ -18,7 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .configs import ParsedConfig, parse_drafter_config
+from ...utils.loading import require_model
+from .configs import ParsedConfig, parse_drafter_config, refuse_not_finite
 from .vocabulary_maps import complete_vocabulary_maps
 
 
@@ -56,19 +57,27 @@ class CheckpointSource:
     subfolder: str
     token: str | bool | None
     cache_dir: str | Path | None
-    local_files_only: bool
+    local_files_only: bool = False
 
     def __str__(self) -> str:
         return f"{self.name_or_path}/{self.subfolder}" if self.subfolder else self.name_or_path
 
+    def is_same(self, other: "CheckpointSource") -> bool:
+        """Whether two sources are one folder, or one revision of one repository."""
+        here, there = Path(self.name_or_path, self.subfolder), Path(other.name_or_path, other.subfolder)
+        if here.is_dir() and there.is_dir():
+            return here.samefile(there)
+        return (str(self), self.revision) == (str(other), other.revision)
+
     def find(self, filename: str) -> Path | None:
         """Return the path of a file, downloading it if need be, or `None` if folder or repository exist without it."""
         folder = Path(self.name_or_path)
-        if folder.is_dir():
+        if self.name_or_path and folder.is_dir():
             path = folder / self.subfolder / filename
             return _inside(folder, path) if path.is_file() else None
-        if folder.is_absolute() or folder.exists() or self.name_or_path.startswith((".", "~")):
-            raise FileNotFoundError(f"There is no folder {self.name_or_path!r}. Give the one that holds config.json.")
+        require_model(
+            self.name_or_path, token=self.token, cache_dir=self.cache_dir, local_files_only=self.local_files_only
+        )
         try:
             return Path(
                 hf_hub_download(
@@ -96,10 +105,11 @@ class CheckpointSource:
             raise FileNotFoundError(f"{str(self)!r} has no {filename}. If it is in a subfolder, pass `subfolder=`.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of the encoding, too
+        except (ValueError, RecursionError) as error:  # of the encoding and of its depth, too
             raise ValueError(f"{filename} of {str(self)!r} is not valid JSON: {error}.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{filename} of {str(self)!r} holds no JSON object but a {type(content).__name__}.")
+        refuse_not_finite(content, f"{filename} of {str(self)!r}")
         return content
 
     def weight_files(self) -> dict[str, list[str]] | None:
@@ -186,7 +196,7 @@ def read_drafter_tensors(
                 )
             continue
         if name not in ("d2t", "t2d"):
-            _check_weight(published_name, tensor)
+            check_weight(published_name, tensor)
         tensors[name] = tensor
     return complete_vocabulary_maps(tensors, imported.arguments) if imported.family == "eagle3" else tensors
 
@@ -199,7 +209,8 @@ def _our_name(published_name: str, family: str) -> str:
     return name
 
 
-def _check_weight(published_name: str, tensor: torch.Tensor) -> None:
+def check_weight(published_name: str, tensor: torch.Tensor) -> None:
+    """Raise `ValueError` unless a tensor holds finite floating-point numbers."""
     if tensor.dtype not in _DTYPES:
         raise ValueError(
             f"{published_name!r} has type {tensor.dtype}, which is no floating-point weight. Use the unquantised "
@@ -226,13 +237,7 @@ def _read_weights(source: CheckpointSource, allow_pickle_weights: bool) -> dict[
         return _read_pickle(path)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        path = source.find_weights(file)
-        try:
-            held = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
-            ) from error
+        held = read_safetensors(source.find_weights(file))
         twice = sorted(set(held) & set(tensors))
         if twice:
             raise ValueError(f"{file!r} of {str(source)!r} repeats {twice} of an earlier shard.")
@@ -241,6 +246,16 @@ def _read_weights(source: CheckpointSource, allow_pickle_weights: bool) -> dict[
     if absent:
         raise ValueError(f"{INDEX_FILE} of {str(source)!r} lists {absent}, which no shard holds.")
     return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of one file, on the CPU; a damaged file is a `ValueError`."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is no whole safetensors file ({error}). Download or save it again."
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -7,10 +7,13 @@ two ways: a boundary `b` counts the target layers that have run, an id `b - 1` n
 This package always means the latter.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import LlamaConfig, MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..target_shape import middle_layer_ids, refuse_misspelt
 
@@ -130,6 +133,24 @@ class _Sections:
         return {key: self.raw.get(key), f"{self.nested_name}.{key}": self.nested.get(key)}
 
 
+def refuse_not_finite(content: dict[str, Any], where: str) -> None:
+    """Raise `ValueError` at a number that JSON does not have but Python's reader takes: NaN, Infinity, 1e999."""
+    wrong = _find_not_finite(content, "")
+    if wrong:
+        raise ValueError(f"{where} has {wrong}; every number must be finite.")
+
+
+def _find_not_finite(content: Any, place: str) -> str | None:
+    if isinstance(content, float):
+        return None if math.isfinite(content) else f"{place}={content}"
+    parts: list[tuple[str, Any]] = []
+    if isinstance(content, dict):
+        parts = [(f"{place}.{name}" if place else str(name), value) for name, value in content.items()]
+    elif isinstance(content, list):
+        parts = [(f"{place}[{index}]", value) for index, value in enumerate(content)]
+    return next(filter(None, (_find_not_finite(value, inner) for inner, value in parts)), None)
+
+
 def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
     """
     Translate the content of a published `config.json`.
@@ -144,6 +165,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
         ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
             contradict each other, a key is misspelt, or something is missing.
     """
+    refuse_not_finite(raw, "config.json")
     family, layout = _decide(raw)
     nested_name = {"eagle3": "eagle_config", "dflash": "dflash_config"}[family]
     shape = _mapping(raw, "transformer_layer_config") if layout == "speculators" else raw
@@ -161,9 +183,15 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
 
 def _decide(raw: dict[str, Any]) -> tuple[str, str]:
     """Return family and layout."""
-    name = (raw.get("architectures") or [""])[0]
+    architectures = raw.get("architectures") or [""]
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise ValueError(f"config.json has architectures={architectures!r}; it must be a list of names.")
+    name = architectures[0]
     kind = raw.get("speculators_model_type") or _mapping(raw, "speculators_config").get("algorithm")
     projector = _mapping(raw, "dflash_config").get("projector_type")
+    for stated in (kind, projector):
+        if not isinstance(stated, str | None):
+            raise ValueError(f"config.json has the name {stated!r} for what the drafter is; it must be a string.")
     for stated in (name, kind, projector):
         if stated in _UNSUPPORTED:
             raise ValueError(f"{stated!r} is not supported: {_UNSUPPORTED[stated]}. {_readable()}")
@@ -248,6 +276,7 @@ def _shared_kwargs(
     for key in _SIZES:
         if key != "head_dim" or kwargs[key] is not None:
             _integer(key, kwargs[key], 1)
+    _check_kinds(raw, shape, kwargs)
     width = raw.get("target_hidden_size")
     if width not in (None, kwargs["hidden_size"]):
         raise ValueError(
@@ -259,7 +288,7 @@ def _shared_kwargs(
     target = _mapping(_mapping(raw, "speculators_config"), "verifier").get("name_or_path")
     return kwargs | {
         **{key: shape.get(key) if raw.get(key) is None else raw[key] for key in _TOKEN_IDS},
-        "rope_parameters": _rope_parameters(shape, defaults.default_theta),
+        "rope_parameters": _checked_rope(_rope_parameters(shape, defaults.default_theta)),
         "num_target_layers": _agreed(
             "the target's layers",
             {"`num_target_layers=`": num_target_layers, **sections.stated("num_target_layers")},
@@ -268,6 +297,42 @@ def _shared_kwargs(
         "target_model_revision": raw.get("target_model_revision"),
         "dtype": dtype if dtype in _DTYPES else None,
     }
+
+
+def _check_kinds(raw: dict[str, Any], shape: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Refuse values that are no number, name or id where one must stand."""
+    _number("rms_norm_eps", kwargs["rms_norm_eps"])
+    # transformers' own layout has none.
+    if kwargs["initializer_range"] not in (None, 0):
+        _number("initializer_range", kwargs["initializer_range"])
+    if not isinstance(kwargs["hidden_act"], str) or kwargs["hidden_act"] not in ACT2FN:
+        raise ValueError(f"config.json has hidden_act={kwargs['hidden_act']!r}, which transformers does not know.")
+    for key in ("target_model_name_or_path", "target_model_revision"):
+        if not isinstance(raw.get(key), str | None):
+            raise ValueError(f"config.json has {key}={raw[key]!r}; it must be a string or null.")
+    for key, value in ((key, section.get(key)) for section in (raw, shape) for key in _TOKEN_IDS):
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None:
+                # Some write -1 for none.
+                _integer(key, token_id, -1)
+
+
+def _number(key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"config.json has {key}={value!r}; it must be a number above 0.")
+
+
+def _checked_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters of RoPE; refuse a kind that transformers does not know, and what is no number."""
+    kind = parameters["rope_type"]
+    if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ValueError(f"config.json has rope_type={kind!r}, which transformers does not know.")
+    for key, value in parameters.items():
+        if key != "rope_type" and not isinstance(value, bool | None):
+            for number in value if isinstance(value, list) else [value]:
+                _number(f"{key} of RoPE", number)
+    _number("rope_theta", parameters["rope_theta"])
+    return parameters
 
 
 def _rope_parameters(shape: dict[str, Any], default_theta: float) -> dict[str, Any]:

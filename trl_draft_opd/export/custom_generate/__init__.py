@@ -16,8 +16,8 @@ _PLACE = "DRAFTER = None\n"
 
 def write_custom_generate(folder: str | Path, family: str, repo_id: str | None) -> None:
     """
-    Write `custom_generate/generate.py` into the folder of an export that will be `repo_id` on the Hub; without one,
-    callers name the drafter: `drafter="..."`.
+    Write `custom_generate/generate.py` into the folder of an export that will be `repo_id` on the Hub. The function
+    reads the drafter beside it; the name is for calls that do not tell where it was loaded from.
     """
     if family not in _FAMILIES:
         raise ValueError(f"`family` must be one of {_FAMILIES}, got {family!r}.")

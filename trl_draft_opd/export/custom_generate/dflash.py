@@ -2,22 +2,35 @@
 """
 Decode with a DFlash drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
-Takes every argument of `generate`, and `drafter`, the drafter's folder or Hub id, in place of the one named below.
-Uses transformers' own DFlash decoding, which reads the `transformers/` folder of the repository: one sequence at a
-time, any target whose cache can be cropped, and whole blocks alone.
+Takes every argument of `generate`, and `drafter`, the folder or Hub id of another drafter than the one beside this
+file. Uses transformers' own DFlash decoding, which reads the `transformers/` folder of the repository: one sequence at
+a time, any target whose cache can be cropped, and whole blocks alone.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModel
 
 
-# Where the drafter lies; filled in when it is published.
+# Where the drafter lies if the call does not tell; filled in when it is published.
 DRAFTER = None
 
 # (source, device, dtype) to (which files, drafter).
 _LOADED: dict[tuple, tuple] = {}
+
+
+def _own_place() -> str | None:
+    """
+    Return the folder or repository that `generate` was loaded from, which holds its drafter: transformers hands a
+    function everything but that, so it is looked up in the call. `None` where it was not called by that name.
+    """
+    call = inspect.currentframe()
+    for _ in range(2):
+        call = call and call.f_back
+    place = call.f_locals.get("custom_generate") if call else None
+    return place if isinstance(place, str) else None
 
 
 def load_drafter(source: str | None, model: Any) -> Any:
@@ -96,7 +109,7 @@ def generate(model: Any, drafter: str | None = None, num_drafts: int | None = No
             raise ValueError(f"DFlash decoding cannot keep to {name}={value}. Leave it out, or call plain `generate`.")
     if drafter is None:
         drafter = kwargs.pop("draft_model", None)
-    loaded = load_drafter(drafter, model)
+    loaded = load_drafter(drafter or _own_place(), model)
     if num_drafts not in (None, loaded.config.block_size - 1):
         raise ValueError(
             f"transformers drafts whole blocks, {loaded.config.block_size - 1} drafts for this drafter, got "

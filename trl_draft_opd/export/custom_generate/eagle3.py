@@ -2,14 +2,16 @@
 """
 Decode with an EAGLE-3 drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
-Takes every argument of `generate`, and `drafter` (folder or Hub id, in place of the one named below) and `num_drafts`.
-One sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in the same order and
-with the same random numbers, so the text is that of plain decoding; drafts only decide how many tokens one pass of the
-target yields. What remains is rounding: a pass over several tokens adds up in another order than one over a single
-token, which float32 hardly ever shows and bfloat16 may, where two tokens are all but equally likely.
+Takes every argument of `generate`, and `drafter` (folder or Hub id of another drafter than the one beside this file)
+and `num_drafts`. One sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in
+the same order and with the same random numbers, so the text is that of plain decoding; drafts only decide how many
+tokens one pass of the target yields. What remains is rounding: a pass over several tokens adds up in another order
+than one over a single token, which float32 hardly ever shows and bfloat16 may, where two tokens are all but equally
+likely.
 """
 
 import copy
+import inspect
 import json
 import threading
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 
-# Where the drafter lies; filled in when it is published.
+# Where the drafter lies if the call does not tell; filled in when it is published.
 DRAFTER = None
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
@@ -184,6 +186,18 @@ def _read(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, tensors
 
 
+def _own_place() -> str | None:
+    """
+    Return the folder or repository that `generate` was loaded from, which holds its drafter: transformers hands a
+    function everything but that, so it is looked up in the call. `None` where it was not called by that name.
+    """
+    call = inspect.currentframe()
+    for _ in range(2):
+        call = call and call.f_back
+    place = call.f_locals.get("custom_generate") if call else None
+    return place if isinstance(place, str) else None
+
+
 def load_drafter(source: str | None, model: Any) -> Drafter:
     """Load the drafter in the target's precision, once per place, device and precision, and again once replaced."""
     source = source or DRAFTER
@@ -273,7 +287,7 @@ def generate(model: Any, drafter: str | None = None, num_drafts: int | None = No
         )
     if drafter is None:
         drafter = kwargs.pop("draft_model", None)
-    loaded = load_drafter(drafter, model)
+    loaded = load_drafter(drafter or _own_place(), model)
     count = loaded.config.get("ttt_steps", 3) if num_drafts is None else num_drafts
     if count < 1:
         raise ValueError(f"`num_drafts` must be at least 1, got {count}.")

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import broadcast, get_cpu_distributed_information, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,6 +27,36 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def _is_zero3(accelerator: Accelerator) -> bool:
     plugin = accelerator.state.deepspeed_plugin
     return plugin is not None and plugin.zero_stage == 3
+
+
+def _num_launched() -> int:
+    """Return how many processes the launcher says it has started, under torchrun's name for that or MPI's."""
+    return get_cpu_distributed_information().world_size
+
+
+def is_launched_on_cpus() -> bool:
+    """Whether torchrun's processes can have nothing but CPUs, and neither DeepSpeed nor FSDP asks for more."""
+    asks_for_more = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    is_joined = torch.distributed.is_torchelastic_launched() and _num_launched() > 1
+    return is_joined and not torch.accelerator.is_available() and not asks_for_more
+
+
+def check_processes(state: PartialState) -> None:
+    """Raise `ValueError` where each process of a launch would train for itself, all into one folder."""
+    launched = _num_launched()
+    if state.num_processes == 1 and launched > 1:
+        raise ValueError(
+            f"The launcher states {launched} processes (WORLD_SIZE, or MPI's name for it), but they do not know of "
+            "each other: each would train for itself, into one folder. Start them with `accelerate launch` or "
+            "`torchrun`; to train on CPUs where there is an accelerator, add `use_cpu=True`. If this is the only "
+            "process, unset that variable."
+        )
+    if state.num_processes > 1 and state.distributed_type == DistributedType.NO:
+        raise ValueError(
+            f"The {state.num_processes} processes of this launch are joined by {state.backend}, but would not share "
+            "gradients: accelerate takes them for single ones. Set `use_cpu=True` to train on CPUs, or leave "
+            "`ddp_backend` out."
+        )
 
 
 def check_launch(accelerator: Accelerator, num_visible_gpus: int) -> None:

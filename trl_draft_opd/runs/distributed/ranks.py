@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 
@@ -20,7 +20,7 @@ def any_rank(accelerator: Accelerator, claim: bool) -> bool:
     return bool(votes > 0)
 
 
-def first_rank_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+def first_rank_decides(accelerator: Accelerator | PartialState, decide: Callable[[], T]) -> T:
     """Run `decide` on the first rank alone; all ranks get its result, or raise its error. Collective."""
     if accelerator.num_processes == 1:
         return decide()

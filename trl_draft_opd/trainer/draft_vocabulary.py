@@ -1,0 +1,119 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Which tokens an EAGLE-3 drafter can propose: chosen once, from the responses it is about to train on.
+
+Every rank reads the same rows, so all choose alike; a run that resumes chooses again and then loads what it had.
+"""
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+
+from ..drafters.base import Drafter
+from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
+from ..drafters.eagle3.draft_vocabulary import check_draft_vocab_size
+from .adapters import is_adapted
+from .draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY
+
+
+logger = logging.getLogger(__name__)
+
+# Rows of a stream that are counted: it may have no end.
+STREAMED_ROWS = 10_000
+
+
+def wanted_vocab_size(drafter: Drafter, asked: int | None, eos_token_ids: Collection[int]) -> int | None:
+    """
+    Return how many tokens to reduce a drafter's vocabulary to, `None` to leave it; `asked` is the setting
+    `draft_vocab_size`. Needs no text, so that what cannot work is refused before the target responds to anything.
+
+    Raises:
+        ValueError: If a drafter of that kind, or with that vocabulary, cannot have so many.
+    """
+    config = drafter.config
+    if config.family != "eagle3":
+        if asked is not None:
+            raise ValueError(
+                f"`draft_vocab_size` {asked} is a setting of EAGLE-3. A {config.family} drafter drafts with its "
+                "target's own head, over the whole vocabulary. Leave it out."
+            )
+        return None
+    size, has = config.vocab_size, config.draft_vocab_size
+    if asked is None:
+        is_reduced = getattr(drafter, "vocabulary_is_open", False) and size > LARGE_VOCABULARY
+        return DRAFT_VOCAB_SIZE if is_reduced else None
+    if asked == has or (asked == 0 and has == size):
+        return None
+    if has != size:
+        raise ValueError(
+            f"`draft_vocab_size` {asked} cannot change a drafter that was made to propose {has} of {size} tokens: its "
+            "head has no rows for others. Leave it out, or start from a fresh drafter."
+        )
+    if is_adapted(drafter):
+        raise ValueError(
+            f"`draft_vocab_size` {asked} would change the drafter under the adapter, which is not saved with it. "
+            "Leave it out, or train without `peft_config`."
+        )
+    check_draft_vocab_size(asked, size, eos_token_ids)
+    return asked
+
+
+def settle_vocabulary(
+    drafter: Drafter, size: int | None, rows: Dataset | IterableDataset, eos_token_ids: Collection[int]
+) -> None:
+    """
+    Reduce a drafter to the `size` most frequent tokens of what it will train on, unless that is `None`, and say how
+    much of it a reduced vocabulary covers.
+    """
+    model: Any = drafter.get_base_model() if is_adapted(drafter) else drafter  # pyright: ignore[reportCallIssue]
+    if not isinstance(model, Eagle3DraftModel):
+        return
+    model.vocabulary_is_open = False
+    if size is None and (not model.config.has_reduced_vocabulary or isinstance(rows, IterableDataset)):
+        return
+    counted = rows.take(STREAMED_ROWS) if isinstance(rows, IterableDataset) else rows
+    counts_V = count_tokens(counted, model.config.vocab_size)
+    if size is not None:
+        model.reduce_vocabulary(build_draft_vocabulary(counts_V, size, eos_token_ids))
+    assert model.draft_token_ids is not None, "the vocabulary is reduced"
+    num_tokens = int(counts_V.sum())
+    model.draft_vocab_coverage = float(counts_V[model.draft_token_ids.cpu()].sum() / max(num_tokens, 1))
+    if PartialState().is_main_process:
+        logger.warning(_describe(model, counts_V, is_chosen=size is not None))
+
+
+def _describe(model: Eagle3DraftModel, counts_V: torch.Tensor, *, is_chosen: bool) -> str:
+    """
+    Return what a reduced vocabulary holds, with an estimate for other text: a token seen once stands for one not yet
+    seen. Source: Good, The population frequencies of species, 1953.
+    """
+    num_tokens, coverage = int(counts_V.sum()), model.draft_vocab_coverage
+    unseen = float((counts_V == 1).sum() / max(num_tokens, 1))
+    told = (
+        f"The drafter proposes {model.config.draft_vocab_size:,} of the target's {model.config.vocab_size:,} tokens, "
+        f"which cover {coverage:.2%} of the {num_tokens:,} response tokens it trains on; about {unseen:.2%} of the "
+        "tokens of other responses will be ones that never occur in these."
+    )
+    return f"{told} `draft_vocab_size` sets the number, 0 keeps all." if is_chosen else told
+
+
+def note_whole_vocabulary(drafter: Drafter) -> None:
+    """Say that a fresh drafter of a large vocabulary keeps it, where there are no responses yet to choose from."""
+    size = drafter.config.vocab_size
+    if getattr(drafter, "vocabulary_is_open", False) and size > LARGE_VOCABULARY and PartialState().is_main_process:
+        logger.warning(
+            f"The drafter is fresh and proposes all {size:,} tokens of the target, which makes its head large. "
+            f"Supervised training (`DraftSFTTrainer`), with which to begin, would choose {DRAFT_VOCAB_SIZE:,} of them."
+        )
+
+
+def vocabulary_settings(drafter: Drafter) -> dict[str, Any]:
+    """Return what a training record states about a reduced vocabulary that was counted: nothing where none was."""
+    coverage = getattr(drafter, "draft_vocab_coverage", None)
+    if coverage is None:
+        return {}
+    return {"draft_vocab_size": drafter.config.draft_vocab_size, "draft_vocab_coverage": round(coverage, 6)}
