@@ -293,6 +293,17 @@ def test_only_measurements_with_the_served_number_of_drafts_count(target):
     assert row["speedup"] == {} and row["best_drafts"] is None
 
 
+def test_the_number_of_drafts_is_advised_by_the_lowest_temperature_that_was_measured(target):
+    record = make_record()
+    greedy = record.measurements[0]
+    assert greedy.temperature == 0
+    sampled = replace(greedy, temperature=1.0, tau=1.5, acceptance_per_slot=[0.4, 0.1, 0.0, 0.0])
+    wanted = settings_of("eagle3", target, record=record)["break_even"]["rows"][0]["best_drafts"]
+    for measurements in ([sampled, greedy], [greedy, sampled]):
+        row = settings_of("eagle3", target, record=replace(record, measurements=measurements))["break_even"]["rows"][0]
+        assert row["best_drafts"] == wanted and len(row["speedup"]) == 2
+
+
 def test_a_target_known_from_training_is_named_in_the_commands(target):
     settings = settings_of("eagle3", target, record=make_record(), target=TargetOfExport())
     assert settings["target"] == "org/target" and "vllm serve org/target" in settings["vllm"]["command"]
