@@ -22,7 +22,7 @@ from trl_draft_opd import (
     ResponseStore,
     SamplingSettings,
 )
-from trl_draft_opd.cli import main
+from trl_draft_opd.cli import main, training
 from trl_draft_opd.responses import StoredResponse
 from trl_draft_opd.trainer import pair
 
@@ -144,7 +144,8 @@ def in_the_way(tmp_path):
 
 
 def test_a_file_in_the_place_of_a_folder_is_named_before_anything_is_loaded(tmp_path, target, monkeypatch, capsys):
-    monkeypatch.setattr(pair, "load_target", lambda *_: pytest.fail("loaded"))
+    for module in (pair, training):
+        monkeypatch.setattr(module, "load_target", lambda *_: pytest.fail("loaded"))
     for name, reason in in_the_way(tmp_path).items():
         place = tmp_path / name
         with pytest.raises(ValueError, match=reason):
