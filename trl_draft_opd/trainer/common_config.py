@@ -18,7 +18,7 @@ from transformers import SchedulerType
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
-from ..runs.distributed.launch import check_processes, is_launched_on_cpus
+from ..runs.distributed.launch import check_launcher, check_processes, is_launched_on_cpus
 from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
 from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
@@ -216,6 +216,7 @@ class DraftTrainingConfig(_BaseConfig):
     def __post_init__(self) -> None:
         check_settings(self)
         check_options(self)
+        check_launcher()
         if self.bf16 and not torch.accelerator.is_available():
             # transformers trains in bfloat16 on a CPU, but only where it is told to use the CPU.
             self.use_cpu = True

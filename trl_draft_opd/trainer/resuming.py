@@ -5,16 +5,17 @@ What makes a run last: checkpoints that survive any stop, resuming bit for bit, 
 A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in `runs`.
 """
 
-import errno
 import logging
 import uuid
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
@@ -53,6 +54,7 @@ from ..runs.identity import RunIdentity
 from ..runs.out_of_memory import explained_memory
 from ..runs.run_state import RankState, RunState, random_states, set_random_states
 from ..runs.sigterm import StopOnSigterm
+from ..utils.atomic_files import system_error
 from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
 from .common_config import DraftTrainingConfig
@@ -284,10 +286,11 @@ class ResumingTrainer(_BaseTrainer):
                     self._note_callbacks()
                     self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
             except (OSError, SafetensorError) as error:
+                number, reason = system_error(error)
                 raise OSError(
-                    getattr(error, "errno", None) or errno.EIO,
-                    f"Checkpoint {step} could not be written ({error}); its temporary folder was removed, and earlier "
-                    "checkpoints are as they were. Make room or repair the folder, then continue with "
+                    number,
+                    f"Checkpoint {step} could not be written ({reason}); its temporary folder was removed, and "
+                    "earlier checkpoints are as they were. Make room or repair the folder, then continue with "
                     "`resume_from_checkpoint=True`",
                     str(run_dir),
                 ) from error
@@ -398,6 +401,32 @@ class ResumingTrainer(_BaseTrainer):
                 "them with `save_model`."
             ) from error
         self._load_weights(folder)
+
+
+def check_resumes(method: str, pair: Pair, args: DraftTrainingConfig) -> None:
+    """
+    Refuse to resume another run by all that is known before the target writes the dataset's responses. Collective.
+
+    Raises:
+        ValueError: As [`ResumingTrainer.train`], of a checkpoint that the setting `resume_from_checkpoint` asks for.
+    """
+
+    def find() -> Path | None:
+        with locked(args.output_folder):
+            checkpoint = choose_checkpoint(args.output_folder, args.resume_from_checkpoint)
+        return checkpoint.folder if checkpoint else None
+
+    folder = first_rank_decides(PartialState(), find)
+    if folder is None:
+        return
+    stored = RunState.read(folder).identity
+    identity = RunIdentity.of(method, args, pair.drafter, pair.target, None)
+    drafter = identity.drafter
+    if getattr(pair.drafter, "vocabulary_is_open", False):
+        # The responses settle it.
+        drafter = drafter | {"draft_vocab_size": stored.drafter["draft_vocab_size"]}
+    known = replace(identity, drafter=drafter, dataset=stored.dataset)
+    known.check_continues(stored, ignores_position=args.ignore_data_skip)
 
 
 def describe_batches(batches: Sequence[Mapping[str, Any]]) -> str:
