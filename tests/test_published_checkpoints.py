@@ -472,8 +472,8 @@ def test_every_missing_unexpected_or_misshapen_tensor_is_listed(tmp_path):
     assert message == (
         f"The weights of the drafter {str(tmp_path)!r} do not fit its config: 'lm_head.weight' is missing; "
         "'norm.weight' is missing; 'fc.bias' is unexpected; 'midlayer.self_attn.q_norm.weight' is unexpected; "
-        f"'fc.weight' has shape {(H, 2 * H)}, not {(H, 3 * H)}. Check that config.json and the weights belong together, "
-        "or save or download both again."
+        f"'fc.weight' has shape {(H, 2 * H)}, not {(H, 3 * H)}. Check that config.json and the weights belong "
+        "together, or save or download both again."
     )
 
 
