@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Load a drafter without knowing its family."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,6 @@ class AutoDrafter:
 def _load_whole(source: CheckpointSource, *, num_target_layers: int | None, **options: Any) -> Drafter:
     """Load a drafter that is no adapter, with the class of its family."""
     family = read_drafter_config(source, num_target_layers=num_target_layers).family
-    places = {field.name: getattr(source, field.name) for field in fields(source) if field.name != "name_or_path"}
     return _CLASSES[family].from_pretrained(
-        source.name_or_path, num_target_layers=num_target_layers, **places, **options
+        source.name_or_path, num_target_layers=num_target_layers, **source.places(), **options
     )

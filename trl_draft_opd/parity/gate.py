@@ -168,7 +168,7 @@ def _find_layouts(folder: Path, target: FrozenTarget) -> dict[str, Path]:
     """Return the folder of each layout; the one at the root first."""
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG_FILE}. Give the folder of a published drafter.")
-    raw = CheckpointSource(str(folder), None, "", None, None).read_json(CONFIG_FILE)
+    raw = CheckpointSource(str(folder)).read_json(CONFIG_FILE)
     stated = None if raw.get("num_target_layers") else target.num_layers
     layouts = {parse_drafter_config(raw, num_target_layers=stated).layout: folder}
     for name in LAYOUTS[1:]:
