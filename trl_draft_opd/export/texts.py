@@ -6,7 +6,6 @@ another name or the drafter a measurement.
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,14 +35,11 @@ _TEXTS = "texts"
 
 def write_texts(place: Path, publication: Publication, *, notes_of: Path) -> None:
     """Write settings, record and card into `place`; the notes in the card of the folder `notes_of` are kept."""
-    if (notes_of / CARD_FILE).is_file():
-        # The new card keeps the notes people wrote into the earlier one.
-        shutil.copy(notes_of / CARD_FILE, place / CARD_FILE)
     settings = serving_settings(publication)
     (place / SERVING_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if publication.record is not None:
         write_record(publication.record, place)
-    write_card(place, publication, settings)
+    write_card(place, publication, settings, notes_of=notes_of)
 
 
 def read_publication(folder: Path) -> Publication:

@@ -7,7 +7,6 @@ A base class, because every part of it overrides a method of transformers' Train
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
-from ..export.card import CARD_FILE, write_card
+from ..export.card import write_card
 from ..export.hub import push_folder, resumable_files
 from ..export.record import (
     DatasetFacts,
@@ -293,20 +292,23 @@ class PublishingTrainer(ResumingTrainer):
         with library_bars(False):  # a drafter is one file
             save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
-        if notes_of is not None and (notes_of / CARD_FILE).is_file():
-            # The new card keeps the notes people wrote into the earlier one.
-            shutil.copy(notes_of / CARD_FILE, folder / CARD_FILE)
         # Checkpoints are written often, and a picture takes longer than all else in a small one.
-        self._write_card(folder, record, draws_curve=notes_of is not None)
+        self._write_card(folder, record, notes_of=notes_of, draws_curve=notes_of is not None)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the card into `output_dir`; of the arguments, `dataset_name` and `license` are used."""
         if self.is_world_process_zero():
             record = self.training_record(dataset_name=kwargs.get("dataset_name"))
-            self._write_card(self.args.output_folder, record, kwargs.get("license"))
+            self._write_card(self.args.output_folder, record, license=kwargs.get("license"))
 
     def _write_card(
-        self, folder: Path, record: TrainingRecord, license: str | None = None, draws_curve: bool = True
+        self,
+        folder: Path,
+        record: TrainingRecord,
+        *,
+        license: str | None = None,
+        notes_of: Path | None = None,
+        draws_curve: bool = True,
     ) -> None:
         """Write the card of a checkpoint, which has the flat layout's names."""
         publication = Publication.of(
@@ -318,8 +320,14 @@ class PublishingTrainer(ResumingTrainer):
             license=license or self.args.hub_license,
             record=record,
         )
-        settings, is_adapter = serving_settings(publication), is_adapted(self.drafter)
-        write_card(folder, publication, settings, draws_curve=draws_curve, is_adapter=is_adapter)
+        write_card(
+            folder,
+            publication,
+            serving_settings(publication),
+            notes_of=notes_of,
+            draws_curve=draws_curve,
+            is_adapter=is_adapted(self.drafter),
+        )
 
     def export(
         self, folder: str | Path | None = None, *, dataset_name: str | None = None, license: str | None = None
