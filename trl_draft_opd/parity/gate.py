@@ -97,14 +97,7 @@ def verify_drafter(
         report.problems.append(f"The drafter cannot be loaded, so nothing was decoded: {error}")
         return report
     num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
-    lengths = fit_lengths(
-        target.num_positions,
-        prompt=max(map(len, prompts)),
-        completion=max_completion_length,
-        # A block behind the last counted round, and the drafts that decoding it takes.
-        num_drafts=2 * num_drafts + 1,
-        defaults=VERIFICATION_LENGTHS,
-    )
+    max_completion_length = _fit_length(target, prompts, max_completion_length, num_drafts)
     scene = Scene(
         target=target,
         target_name=target_name,
@@ -112,13 +105,13 @@ def verify_drafter(
         drafter=drafter,
         prompts=[list(prompt) for prompt in prompts],
         num_drafts=num_drafts,
-        max_completion_length=lengths.completion,
+        max_completion_length=max_completion_length,
         layouts=layouts,
         engines=engines or EngineSettings(),
         trust_remote_code=trust_remote_code,
     )
     report.family, report.num_drafts = drafter.config.family, num_drafts
-    report.max_completion_length = lengths.completion
+    report.max_completion_length = max_completion_length
     texts, chains = decode_with_us(scene)
     reference = Reference(decode_plainly(scene), chains)
     report.add(compare(scene, reference, Outcome("reference", texts, chains, None, "our own loop"), tolerance))
@@ -154,6 +147,18 @@ def _check_request(
             f"Needs a prompt and at least 2 tokens, got {len(prompts)} prompts and {max_completion_length=}."
         )
     return tuple(CONSUMERS) if consumers is None else tuple(consumers)
+
+
+def _fit_length(target: FrozenTarget, prompts: Sequence[Sequence[int]], given: int | None, num_drafts: int) -> int:
+    """Return the number of tokens whose rounds are counted."""
+    return fit_lengths(
+        target.num_positions,
+        prompt=max(map(len, prompts)),
+        completion=given,
+        # A block behind the last counted round, and the drafts that decoding it takes.
+        num_drafts=2 * num_drafts + 1,
+        defaults=VERIFICATION_LENGTHS,
+    ).completion
 
 
 def _find_folder(path: str | Path, revision: str | None) -> Path:

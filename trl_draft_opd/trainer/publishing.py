@@ -292,25 +292,19 @@ class PublishingTrainer(ResumingTrainer):
         with library_bars(False):  # a drafter is one file
             save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
-        # Checkpoints are written often, and a picture takes longer than all else in a small one.
-        self._write_card(folder, record, notes_of=notes_of, draws_curve=notes_of is not None)
+        self._write_card(folder, record, notes_of=notes_of)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the card into `output_dir`; of the arguments, `dataset_name` and `license` are used."""
         if self.is_world_process_zero():
             record = self.training_record(dataset_name=kwargs.get("dataset_name"))
-            self._write_card(self.args.output_folder, record, license=kwargs.get("license"))
+            folder = self.args.output_folder
+            self._write_card(folder, record, notes_of=folder, license=kwargs.get("license"))
 
     def _write_card(
-        self,
-        folder: Path,
-        record: TrainingRecord,
-        *,
-        license: str | None = None,
-        notes_of: Path | None = None,
-        draws_curve: bool = True,
+        self, folder: Path, record: TrainingRecord, *, notes_of: Path | None, license: str | None = None
     ) -> None:
-        """Write the card of a checkpoint, which has the flat layout's names."""
+        """Write the card of a checkpoint, or of a saved drafter; both have the flat layout's names."""
         publication = Publication.of(
             self.drafter,
             dtype=torch.float32,
@@ -325,7 +319,8 @@ class PublishingTrainer(ResumingTrainer):
             publication,
             serving_settings(publication),
             notes_of=notes_of,
-            draws_curve=draws_curve,
+            # Checkpoints are written often, and a picture takes longer than all else in a small one.
+            draws_curve=notes_of is not None,
             is_adapter=is_adapted(self.drafter),
         )
 
