@@ -448,6 +448,17 @@ def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert "proven by their hashes" in _error([*words, str(checkpoint), "--record", "x"], capsys)
 
 
+def test_an_export_whose_settings_were_damaged_is_refused_before_anything_is_measured(
+    target_folder: str, drafter_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    assert main(["export", "--drafter", drafter_folder, "--target", target_folder, "--output", str(out)]) == 0
+    words = ["evaluate", "--target", "no/target", "--dataset", "none", "--drafter", str(out), "--record", "x"]
+    for damage, reason in (("{", "is not valid JSON"), ("{}", "lacks .*'num_drafts'.*Export the drafter again")):
+        (out / "speculative_config.json").write_text(damage)
+        assert re.search(reason, _error(words, capsys))
+
+
 @pytest.mark.parametrize(
     ("dtype", "code", "advice"), [("bfloat16", 0, "--target-dtype float32"), ("float32", 1, "verify")]
 )

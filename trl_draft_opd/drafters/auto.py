@@ -14,7 +14,8 @@ from .published.adapter import adapter_chain, naming_base, require_peft
 from .published.checkpoint import CheckpointSource, read_drafter_config
 
 
-_CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
+#: The class of each family; its config's is `config_class`.
+DRAFTER_CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
 _OTHER_BASE = "Give its drafter as `base`."
 
 
@@ -101,6 +102,6 @@ class AutoDrafter:
 def _load_whole(source: CheckpointSource, *, num_target_layers: int | None, **options: Any) -> Drafter:
     """Load a drafter that is no adapter, with the class of its family."""
     family = read_drafter_config(source, num_target_layers=num_target_layers).family
-    return _CLASSES[family].from_pretrained(
+    return DRAFTER_CLASSES[family].from_pretrained(
         source.name_or_path, num_target_layers=num_target_layers, **source.places(), **options
     )

@@ -491,8 +491,7 @@ class PublishingTrainer(ResumingTrainer):
     def _finish_current_push(self) -> None:
         """Wait for a push in the background, and warn if it failed; transformers calls it when training ends."""
         push, self._push = self._push, None
-        error = push.exception() if push is not None else None
-        if error is not None:
+        if push is not None and (error := push.exception()) is not None:
             logger.warning("A push failed, training goes on: %s", error)
 
 
