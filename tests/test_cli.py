@@ -315,6 +315,9 @@ def test_init_on_rows_without_responses_names_the_command_that_writes_them(
     words = ["init", "--family", "eagle3", "--target", "no/target", "--output", "o", "--draft-vocab-size", "9"]
     error = _error([*words, "--dataset", str(rows)], capsys)
     assert "trl-draft-opd generate" in error and "--responses" in error
+    # What `sft` would train on has responses: a question with its answer gets as far as the target.
+    rows.write_text('{"question": "w8 w9", "answer": "w10"}\n', "utf-8")
+    assert "no/target" in _error([*words, "--dataset", str(rows)], capsys)
 
 
 def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):

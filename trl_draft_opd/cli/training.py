@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
+from ..data.columns import TEXT_FORMS, find_format
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
@@ -129,12 +130,14 @@ class InitArguments(TargetArguments, FreshDrafterArguments):
         if self.dataset is None:
             return None
         rows = load_rows(self.dataset, self.dataset_config, self.split)
-        if not {"messages", "completion", "completion_ids", "completion_mask", "text"} & set(rows.column_names):
+        try:
+            find_format(rows.column_names, TEXT_FORMS)
+        except ValueError as error:
             raise ValueError(
                 f"The rows of {self.dataset!r} hold {rows.column_names} and no responses, whose tokens "
                 "`--draft-vocab-size` counts. Have the target write them with `trl-draft-opd generate` and give its "
                 "folder as `--responses`; or leave both out, and `sft --regenerate` chooses when it trains."
-            )
+            ) from error
         return rows
 
 

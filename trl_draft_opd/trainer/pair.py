@@ -30,7 +30,7 @@ from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
 from ..utils.atomic_files import check_folder
-from .adapters import adapt_drafter
+from .adapters import adapt_drafter, is_adapted
 from .common_config import DraftTrainingConfig, parsed
 
 
@@ -152,7 +152,7 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     """Load the drafter, or take the instance, and check that it fits the target and the run."""
     if isinstance(model, (str, Path)):
         model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         raise ValueError(
             f"`model` is a {type(model).__name__} with an adapter in it already. Give the plain drafter and a "
             "`peft_config`, or the folder the adapter was saved in, to continue with it merged in."
