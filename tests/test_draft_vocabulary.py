@@ -76,7 +76,7 @@ def test_every_built_vocabulary_passes_the_check():
     [
         (COUNTS, 0, (), r"must lie in 1\.\.7 .*got 0"),
         (COUNTS, 9, (), r"must lie in 1\.\.7 .*got 9"),
-        (COUNTS, 8, (), "Use `None` for the full vocabulary"),
+        (COUNTS, 8, (), "For all of them, leave the vocabulary whole"),
         (COUNTS, 3, (8,), r"`always_include` holds \[8\]"),
         (COUNTS, 3, (-1,), r"`always_include` holds \[-1\]"),
         (COUNTS, 1, (1, 2), "holds 2 tokens, more than `draft_vocab_size=1`"),

@@ -86,6 +86,8 @@ def in_child(work: Callable[[], object], log: Path, wait: bool = True) -> int:
         try:
             sys.stdout = sys.stderr = log.open("a", buffering=1)
             logging.basicConfig(stream=sys.stderr, force=True)
+            # A shell starts jobs in the background with Ctrl-C ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             work()
             code = 0
         except SystemExit as end:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 
-# Hashing and rounding release the GIL, and pieces of one size make a single large tensor parallel too.
+# Hashing releases the GIL, and pieces of one size make a single large tensor parallel too.
 _MAX_THREADS = 16
 _ELEMENTS_PER_PIECE = 2**24
 
@@ -35,15 +35,18 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         if not tensor.is_meta:
             pieces += tensor.detach().reshape(-1).split(_ELEMENTS_PER_PIECE)
-    with ThreadPool(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
-        for piece in pool.imap(_hash_piece, pieces):
-            digest.update(piece)
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    with ThreadPool(threads) as pool:
+        for start in range(0, len(pieces), threads):
+            # Torch stays in this thread: its own threads do not survive a fork, and fail in those of a pool.
+            data = [_bytes_of(piece) for piece in pieces[start : start + threads]]
+            for hashed in pool.map(lambda held: hashlib.sha256(held).digest(), data):
+                digest.update(hashed)
     return digest.hexdigest()
 
 
-def _hash_piece(piece: torch.Tensor) -> bytes:
+def _bytes_of(piece: torch.Tensor) -> Any:
+    """Return the bytes of a piece, rounded, as an array."""
     if piece.is_floating_point():
         piece = piece.to(torch.bfloat16)
-    # Bytes without a copy, which numpy's declaration hides.
-    data: Any = piece.contiguous().cpu().view(torch.uint8).numpy()
-    return hashlib.sha256(data).digest()
+    return piece.contiguous().cpu().view(torch.uint8).numpy()
