@@ -30,7 +30,7 @@ from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
-from ..utils.atomic_files import check_folder
+from ..utils.atomic_files import check_place
 from ..utils.settings import check_at_least
 from .arguments import (
     RowsArguments,
@@ -235,7 +235,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
 def run_generate(argv: Sequence[str]) -> int:
     """Write the target's responses to prompts; see [`write_responses`]."""
     (args,) = parse("generate", [GenerateArguments], argv)
-    check_folder(Path(args.output), "`--output`")
+    check_place(Path(args.output), "`--output`")
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=TRAINING_LENGTHS)

@@ -28,7 +28,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
-from ..utils.atomic_files import check_folder, explaining_failure
+from ..utils.atomic_files import check_place, explaining_failure
 from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
@@ -145,7 +145,7 @@ def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
     args.check_vocabulary()
-    check_folder(Path(args.output), "`--output`")
+    check_place(Path(args.output), "`--output`")
     rows = args.load_responses()
     target = args.load_target()
     options = args.given()
@@ -306,7 +306,7 @@ def _train(
 ) -> bool:
     """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
-    check_folder(config.output_folder, "`--output-dir`")
+    check_place(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = args.load_eval_rows()
     if config.dataset_id is None:

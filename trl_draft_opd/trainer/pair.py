@@ -29,7 +29,7 @@ from ..export.serving import SERVING_FILE
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
-from ..utils.atomic_files import check_folder
+from ..utils.atomic_files import check_place
 from .adapters import adapt_drafter, is_adapted
 from .common_config import DraftTrainingConfig, parsed
 
@@ -72,7 +72,7 @@ def load_pair(
     is to be sharded.
     """
     # Before anything is loaded: what is trained could not be saved.
-    check_folder(args.output_folder, "`output_dir`")
+    check_place(args.output_folder, "`output_dir`")
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
     drafter.config.num_target_layers = frozen.num_layers

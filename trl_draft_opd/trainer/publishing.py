@@ -44,7 +44,7 @@ from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
-from ..utils.atomic_files import check_folder, clear_leftovers, explaining_failure, move_files, staging_folder
+from ..utils.atomic_files import check_place, clear_leftovers, explaining_failure, move_files, staging_folder
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
@@ -262,7 +262,7 @@ class PublishingTrainer(ResumingTrainer):
 
         def write() -> None:
             check_weights(weights)
-            check_folder(folder, "The drafter's folder")
+            check_place(folder, "The drafter's folder")
             with explaining_failure("The drafter", fix):
                 folder.mkdir(parents=True, exist_ok=True)
                 clear_leftovers(folder, re.compile(SAVED))
