@@ -5,6 +5,8 @@ saved. Knows no drafter.
 """
 
 import copy
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -42,10 +44,10 @@ _OTHER_BASE = f"Write where the base is into `base_model_name_or_path` of {ADAPT
 def merging_line(name: str) -> str:
     """Return the command that merges an adapter and saves the whole model, with its tokenizer."""
     code = (
-        f"from trl_draft_opd import FrozenTarget; target = FrozenTarget.load({name!r}); "
-        "target.causal_lm.save_pretrained('MERGED'); target.tokenizer.save_pretrained('MERGED')"
+        f"from trl_draft_opd import FrozenTarget; target = FrozenTarget.load({json.dumps(name, ensure_ascii=False)}); "
+        'target.causal_lm.save_pretrained("MERGED"); target.tokenizer.save_pretrained("MERGED")'
     )
-    return f'python -c "{code}"'
+    return shlex.join(["python", "-c", code])
 
 
 def target_chain(
