@@ -174,9 +174,6 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """Return 0: transformers' estimate counts a language model's tokens, which is no measure of blocks."""
         return 0
 
-    def _track_num_input_tokens(self, inputs: PreparedBatch) -> None:
-        """Count nothing: transformers would look for the inputs of a model's own forward."""
-
     def compute_loss(
         self,
         model: nn.Module,

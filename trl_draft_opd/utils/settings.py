@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any
 
 
@@ -17,7 +17,7 @@ def check_settings(settings: Any) -> None:
     for each in fields(settings):
         value = getattr(settings, each.name)
         is_empty = value == "" or (isinstance(value, list) and "" in value)
-        if is_empty and _default_of(each) != "":
+        if is_empty and each.default != "":
             raise ValueError(f"`{each.name}` is empty. Give it a value, or leave it out.")
         if (found := find_not_finite(value, each.name)) is not None:
             raise ValueError(f"`{found[0]}` must be a finite number, got {found[1]}.")
@@ -29,10 +29,6 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
-
-def _default_of(setting: Field) -> Any:
-    return None if setting.default is MISSING else setting.default
 
 
 def find_not_finite(value: Any, place: str = "") -> tuple[str, float] | None:
