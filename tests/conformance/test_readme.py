@@ -168,9 +168,10 @@ def target_folder(shared_dir: Path, pytestconfig: pytest.Config, tmp_path_factor
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)
     config = json.loads((source / "config.json").read_text("utf-8"))
-    # Room for the longest response that is asked for by default, which the README's target has.
-    positions = max(4096, config["max_position_embeddings"])
-    config |= {"dtype": "float32", "max_position_embeddings": positions}
+    config["dtype"] = "float32"
+    if not given:
+        # Room for the longest response that is asked for by default, which the README's target has.
+        config["max_position_embeddings"] = 4096
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
     (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
