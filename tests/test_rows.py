@@ -304,7 +304,7 @@ def test_an_assistant_turn_without_text_is_counted_and_not_supervised(content):
 def test_a_message_that_the_template_renders_to_its_end_alone_is_skipped_and_counted():
     nothing = "{% if m['content'] is string and m['role'] != 'assistant' %}"
     template = CHATML.replace("{{ m['content'] }}", nothing + "{{ m['content'] }}{% endif %}")
-    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have assistant turns that render to nothing but"):
+    with pytest.raises(ValueError, match="No row is left: 1 has assistant turns that render to nothing but"):
         noted(lambda: texts_of([GOOD], template))
 
 
