@@ -109,8 +109,10 @@ def _load_folder(name: str, path: Path, config: str | None, split: str) -> Datas
 
 def _note_left_out(name: str, path: Path, files: Sequence[Path], config: str | None, split: str) -> None:
     """Say which files of a folder a split was read from, where others are left out: `datasets` goes by their names."""
-    read = (load_dataset_builder(str(path), name=config).config.data_files or {}).get(split, [])
-    taken = {Path(file).resolve() for file in read}
+    of_split = load_dataset_builder(str(path), name=config).config.data_files or {}
+    # A split may be a slice, or a sum of several.
+    names = [part.partition("[")[0] for part in split.split("+")]
+    taken = {Path(file).resolve() for part in names for file in of_split.get(part, [])}
     seen = [file for file in files if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)]
     left_out = [file for file in seen if file.resolve() not in taken]
     if taken and left_out:

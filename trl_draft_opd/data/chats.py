@@ -44,8 +44,8 @@ def read_messages(messages: Any, column: str) -> list[dict[str, Any]]:
     """
     Return the messages of a row as templates want them: contents that are strings, and no nulls.
 
-    They may be JSON text. Text parts are joined; `from` and `value` (ShareGPT) become `role` and `content`. A `content`
-    that is null or left out is an empty one next to `tool_calls`.
+    They may be JSON text. Text parts are joined, `from` and `value` (ShareGPT) become `role` and `content`. Where
+    `content` is null or left out next to `tool_calls`, it is empty.
 
     Raises:
         ValueError: If there is no list of messages, or a message has another content; it names message and part.
