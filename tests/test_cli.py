@@ -114,6 +114,11 @@ def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture)
     assert "--position_dec " in _error(["opd", *needed, "--position_dec", "0.5", "--use_cpu"], capsys)
 
 
+def test_a_pattern_that_the_shell_spread_out_is_told_to_be_quoted(capsys: pytest.CaptureFixture):
+    needed = ["--target", "t", "--drafter", "m", "--dataset", "a.jsonl", "b.jsonl", "--use_cpu"]
+    assert "b.jsonl" in (error := _error(["opd", *needed], capsys)) and "quote a pattern of files" in error
+
+
 def test_an_unknown_key_of_the_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     config = tmp_path / "run.yaml"
     config.write_text("target: t\ndataset: d\ndrafter: m\nuse_cpu: true\nrejected_scop: first\nlearning_rate: 1e-4\n")

@@ -19,10 +19,11 @@ import yaml
 from datasets import Dataset
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
+from ..data.templates import read_template
 from ..rollout.acceptance import SamplingSettings
 from ..target.frozen import FrozenTarget
 from ..target.lengths import Lengths, fit_lengths
-from ..trainer.common_config import PROMPT_LENGTH_HELP, DraftTrainingConfig
+from ..trainer.common_config import CHAT_TEMPLATE_HELP, PROMPT_LENGTH_HELP, DraftTrainingConfig
 from ..utils.settings import check_at_least, check_settings
 from . import COMMANDS
 from .rows import load_rows
@@ -125,8 +126,11 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         for name in [word.split("=")[0] for word in words if word.startswith("-")] or words:
             near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
             hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
+        fix = "`--help` lists all flags."
+        if words is flags_rest and not any(word.startswith("-") for word in words):
+            fix = "The flag before takes one value: quote a pattern of files, as in --dataset 'rows/*.jsonl'."
         if hints:
-            raise ValueError(f"Unknown in {where}: {', '.join(hints)}. `--help` lists all flags.")
+            raise ValueError(f"Unknown in {where}: {', '.join(hints)}. {fix}")
     for settings in parsed:
         check_settings(settings)
     return tuple(parsed)
@@ -166,10 +170,13 @@ class RowsArguments:
     split: str = flag("Split of the dataset.", default="train")
     num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)
     max_prompt_length: int | None = flag(PROMPT_LENGTH_HELP, default=None)
+    chat_template: str | None = flag(CHAT_TEMPLATE_HELP, default=None)
     chat_template_kwargs: str | None = flag("Arguments for the chat template, as JSON.", default=None)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_prompts", "max_prompt_length")
+        # Refused before a target is loaded.
+        read_template(self.chat_template)
 
     def load_rows(self) -> Dataset:
         rows = load_rows(self.dataset, self.dataset_config, self.split)
@@ -181,7 +188,11 @@ class RowsArguments:
             arguments = json.loads("null" if self.chat_template_kwargs is None else self.chat_template_kwargs)
         except json.JSONDecodeError as error:
             raise ValueError(f"`--chat-template-kwargs` is not JSON: {error}. Write '{{\"name\": value}}'.") from error
-        return {"max_prompt_length": max_prompt_length, "chat_template_kwargs": arguments}
+        return {
+            "max_prompt_length": max_prompt_length,
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": arguments,
+        }
 
     def fit_lengths(
         self, target: FrozenTarget, completion: int | None, *, num_drafts: int, defaults: Lengths

@@ -267,6 +267,8 @@ def run_generate(argv: Sequence[str]) -> int:
         dataset=args.dataset,
         regenerate=True,
         responses=args.output,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
         max_completion_length=unless_default(args, "max_completion_length"),
     )
     write_json(args.json, summary)

@@ -57,17 +57,22 @@ class StreamNotes:
         return not row["skipped"]
 
 
+def _count(reason: str, count: int) -> str:
+    """Return a reason with the number of rows that it holds of."""
+    return f"1 {reason.replace('have ', 'has ', 1)}" if count == 1 else f"{count} {reason}"
+
+
 def drop_skipped(encoded: Dataset, columns: tuple[str, ...]) -> Dataset:
     """Return the rows that were not skipped, and warn of those that were and of what was noted."""
     skipped, noted = encoded["skipped"][:], encoded["notes"][:]
     notes = Counter(chain.from_iterable(noted))
     first = {note: row for row, found in reversed([*enumerate(noted)]) for note in found}
     kept, reasons = [i for i, reason in enumerate(skipped) if not reason], Counter(filter(None, skipped))
-    summary = f"{len(encoded)} rows: {'; '.join(f'{count} {reason}' for reason, count in reasons.most_common())}."
     if not kept:
-        raise ValueError(f"None is left of {summary}")
+        raise ValueError(f"No row is left: {'; '.join(_count(*each) for each in reasons.most_common())}.")
     if reasons:
-        warnings.warn(f"Skipped {reasons.total()} of {summary}")
+        counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        warnings.warn(f"Skipped {reasons.total()} of {len(encoded)} rows: {counted}.")
     for note, count in notes.items():
         warnings.warn(f"{count} of {len(encoded)} rows {note} The first is row {first[note]}.")
     repeated = len(kept) - len({key for key in encoded["key"][:] if key is not None})

@@ -101,9 +101,9 @@ class TextReader:
     `IterableDataset`, which is read lazily, they name the first such row. Other columns than those named below are
     ignored, but for `tools` and `chat_template_kwargs` of chats, which are read as TRL's trainers read them.
 
-    Messages have a `role` and as `content` a string or a list of text parts; `from` and `value` (ShareGPT) are
-    renamed. Where none of the columns below is there, `conversations`, `question` (with `answer`) and `instruction`
-    (with `input` and `output`) are read as chats.
+    Messages are a list, or that as JSON text; each has a `role` and as `content` a string or a list of text parts;
+    `from` and `value` (ShareGPT) are renamed. Where none of the columns below is there, `conversations`, `question`
+    (with `answer`) and `instruction` (with `input` and `output`) are read as chats.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -253,6 +253,7 @@ class TextReader:
             prompt_ids = self._tokenize(prompt)
         else:
             settings = read_settings(row)
+            self._check_roles(prompt)
             prompt_text, prompt_ids = self._render(prompt, settings, add_generation_prompt=True)
             notes = self._check_chat(prompt, settings, prompt_text, is_prompt=True)
         self._check_prompt_length(len(self._check_ids(prompt_ids, "prompt_ids")))
@@ -336,7 +337,8 @@ class TextReader:
             first = row_format.convert(row)[row_format.form[0]]
         except ValueError as error:
             raise ValueError(f"Row 0 of the dataset: {error}") from error
-        if row_format.form[0] not in ("messages", "conversations", "prompt") or not isinstance(first, list):
+        is_chat = isinstance(first, list) or row_format.form in (("messages",), ("conversations",))
+        if row_format.form[0] not in ("messages", "conversations", "prompt") or not is_chat:
             return
         if self.chat_template is None and self.tokenizer.chat_template is None:
             raise ValueError(
@@ -363,7 +365,6 @@ class TextReader:
 
         `starts`: Where in the rendering the texts of assistant turns begin, where that is known.
         """
-        check_roles(messages, str(self.chat_template or self.tokenizer.chat_template))
         notes = {_ROLES_OUT_OF_ORDER} if is_out_of_order(messages) else set()
         passes_over = partial(
             self._template.passes_over, messages=messages, settings=settings, prompt=is_prompt, rendered=rendered
@@ -384,6 +385,10 @@ class TextReader:
         if settings.tools and (not names_reach(settings.tools, rendered) or passes_over("tools")):
             notes.add(_TOOLS_LOST)
         return notes
+
+    def _check_roles(self, messages: list[dict]) -> None:
+        """Refuse roles that the template does not know, before anything is concluded from what roles there are."""
+        check_roles(messages, str(self.chat_template or self.tokenizer.chat_template))
 
     def _find_end(self, input_ids: list[int], start: int) -> int:
         """Return the index after the first EOS from `start` on: the target wrote nothing beyond it."""
@@ -409,6 +414,7 @@ class TextReader:
 
     def _encode_chat(self, messages: list[dict], settings: ChatSettings, *, first_turn: int) -> _Text:
         """Render a chat and mark its assistant turns from message `first_turn` on, up to and including their EOS."""
+        self._check_roles(messages)
         # An assistant turn that opens the chat responds to nothing.
         turns = [i for i in range(max(first_turn, 1), len(messages)) if messages[i]["role"] == "assistant"]
         if not turns:
@@ -450,6 +456,12 @@ class TextReader:
 def _read_turns(row: dict, form: Form) -> tuple[str, str | None] | tuple[list[dict], list[dict]]:
     """Return prompt and completion as strings or as messages; the prompt of a chat ends before its last answer."""
     if form in (("messages",), ("conversations",)):
+        others = [name for name in ("messages", "prompt", "conversations") if row.get(name) is not None]
+        if row[form[0]] is None and others:
+            raise ValueError(
+                f"`{form[0]}` is null, and `{others[0]}` is not: other rows have `{form[0]}`. Give all rows one form, "
+                "or train on a file for each."
+            )
         messages = read_messages(row[form[0]], form[0])
         end = max((i + 1 for i, message in enumerate(messages) if message["role"] != "assistant"), default=0)
         prompt, completion = messages[:end], messages[end:]

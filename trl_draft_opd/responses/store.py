@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,20 @@ def is_store(folder: Path) -> bool:
     """Whether a folder holds responses, in whatever state."""
     path = folder / MANIFEST
     return path.is_file() and f'"format": "{_FORMAT_NAME}' in path.read_text("utf-8", errors="replace")
+
+
+def describe_filling(store: ResponseStore, num_missing: int | None) -> str:
+    """
+    Return what is about to be added to a store: `num_missing` responses, or those that training comes to (`None`). Of
+    a new one, it names the folder beside it that may have been meant.
+    """
+    added = "responses as training comes to them" if num_missing is None else f"{num_missing:,} responses"
+    if len(store):
+        return f"{store.path} holds {len(store):,} responses; the target adds {added}."
+    siblings = [folder.name for folder in store.path.resolve().parent.iterdir() if is_store(folder)]
+    near = get_close_matches(store.path.name, [name for name in siblings if name != store.path.name], n=1)
+    hint = f" If you meant {str(store.path.with_name(near[0]))!r}, which holds responses, stop now." if near else ""
+    return f"{store.path} is new: the target writes {added} there.{hint}"
 
 
 def _read_manifest(folder: Path) -> Origin:

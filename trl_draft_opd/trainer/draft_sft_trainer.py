@@ -3,6 +3,7 @@
 Supervised training of a drafter on text its target wrote.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from .draft_vocabulary import settle_vocabulary, vocabulary_settings, wanted_voc
 from .pair import Pair, check_mask_token, text_reader
 from .step import PreparedBatch, SlotRules, StreamSettings
 from .texts import AnyDataset, prompts_of_text, respond_to_all, text_of
+
+
+_NOT_THE_TARGETS = (
+    "The completions are the dataset's, not the target's own text; `regenerate=True` (`--regenerate`) has the target "
+    "write them."
+)
 
 
 class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
@@ -78,6 +85,9 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         reader = text_reader(pair.target, args, max_length=args.max_length)
         if args.regenerate:
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
+        elif is_training and "completion_ids" not in (dataset.column_names or ()):
+            # As ids, they come out of a store or of the user's own work with the target.
+            warnings.warn(_NOT_THE_TARGETS)
         rows = reader.read_texts(dataset)
         if is_training:
             settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
