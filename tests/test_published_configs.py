@@ -215,7 +215,7 @@ def test_ids_that_are_not_written_need_the_number_of_layers(raw):
     ("raw", "num_target_layers", "words"),
     [
         (EAGLE3 | {IDS: [1, 3, 4]}, None, ["layer ids", "[1, 3, 4]", "[0, 2, 3]"]),
-        (EAGLE3, 9, ["the target's layers", "9", "8"]),
+        (EAGLE3, 9, ["a target with 8 layers; this one has 9"]),
         (EAGLE3 | {"num_aux_hidden_states": 4}, None, ["num_aux_hidden_states=4", "[1, 3, 4]"]),
         (changed(EAGLE3 | {"norm_output": True}, "eagle_config.norm_output", False), None, ["norm_output"]),
         (DFLASH | {"target_layer_ids": [1, 3, 4]}, None, ["layer ids", "[1, 3, 4]", "[1, 3, 5]"]),
