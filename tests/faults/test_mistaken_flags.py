@@ -150,9 +150,10 @@ def test_a_push_of_no_folder_says_so(tmp_path):
         push_folder(tmp_path / "none", "you/Tiny-EAGLE3")
 
 
-def test_a_target_id_needs_an_owner(folders, tmp_path, capsys):
+def test_a_name_that_an_export_writes_needs_an_owner(folders, tmp_path, capsys):
     words = ["export", "--drafter", str(folders / "eagle3"), "--output", str(tmp_path / "e"), "--target-id", "nope"]
     assert "must be the target's Hub id, ORG/NAME, got 'nope'" in said(words, capsys)
+    assert "must name the owner too, ORG/NAME, got 'name'" in said([*words[:-2], "--repo-id", "name"], capsys)
 
 
 def test_a_warning_about_a_name_shows_no_code_of_a_rule(caplog):

@@ -57,6 +57,8 @@ def run_export(argv: Sequence[str]) -> int:
     (args,) = parse("export", [ExportArguments], argv)
     if args.repo_id is not None:
         validate_repo_id(args.repo_id)
+        if "/" not in args.repo_id:
+            raise ValueError(f"`--repo-id` must name the owner too, ORG/NAME, got {args.repo_id!r}: files name it so.")
     if args.target_id is not None and (hub_id_of(args.target_id) is None or "/" not in args.target_id):
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     check_export_folder(Path(args.output))
