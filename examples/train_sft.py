@@ -31,8 +31,10 @@ class ExampleArguments:
 
 
 if __name__ == "__main__":
-    args, config = TrlParser((ExampleArguments, DraftSFTConfig)).parse_args_and_config()
-    config.regenerate = True
+    parser = TrlParser((ExampleArguments, DraftSFTConfig))
+    # What is trained on is the target's own text.
+    parser.set_defaults(regenerate=True)
+    args, config = parser.parse_args_and_config()
     rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
     target = FrozenTarget.load(args.target, dtype=config.target_dtype)
     set_seed(config.seed)

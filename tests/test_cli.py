@@ -114,6 +114,11 @@ def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture)
     assert "--position_dec " in _error(["opd", *needed, "--position_dec", "0.5", "--use_cpu"], capsys)
 
 
+def test_a_pattern_that_the_shell_spread_out_is_told_to_be_quoted(capsys: pytest.CaptureFixture):
+    needed = ["--target", "t", "--drafter", "m", "--dataset", "a.jsonl", "b.jsonl", "--use_cpu"]
+    assert "b.jsonl" in (error := _error(["opd", *needed], capsys)) and "quote a pattern of files" in error
+
+
 def test_an_unknown_key_of_the_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     config = tmp_path / "run.yaml"
     config.write_text("target: t\ndataset: d\ndrafter: m\nuse_cpu: true\nrejected_scop: first\nlearning_rate: 1e-4\n")
@@ -299,7 +304,8 @@ def test_init_counts_the_responses_that_generate_wrote(
     # Of equally frequent tokens the lowest are kept, EOS (2) in any case.
     frequent = sorted(range(VOCAB), key=lambda token: (token != EOS, -counts[token], token))[:12]
     assert AutoDrafter.from_pretrained(out).draft_token_ids.tolist() == sorted(frequent)
-    assert "covers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "covers" in printed and printed.endswith(f"--responses {store} --max-completion-length 9\n")
     other = tmp_path / "other"
     make_causal_lm(seed=5).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
@@ -315,14 +321,20 @@ def test_init_on_rows_without_responses_names_the_command_that_writes_them(
     words = ["init", "--family", "eagle3", "--target", "no/target", "--output", "o", "--draft-vocab-size", "9"]
     error = _error([*words, "--dataset", str(rows)], capsys)
     assert "trl-draft-opd generate" in error and "--responses" in error
+    # What `sft` would train on has responses: a question with its answer gets as far as the target.
+    rows.write_text('{"question": "w8 w9", "answer": "w10"}\n', "utf-8")
+    assert "no/target" in _error([*words, "--dataset", str(rows)], capsys)
 
 
-def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
+def test_opd_trains_a_drafter_further(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     words = ["--drafter", drafter_folder, "--target", target_folder, "--dataset", rows_file]
     limits = ["--max_completion_length", "12", "--eval-split", "train[:1]", "--eval_strategy", "steps"]
     assert main(["opd", *words, *limits, "--output_dir", str(tmp_path), *TRAINING]) == 0
     before, after = (AutoDrafter.from_pretrained(folder).state_dict() for folder in (drafter_folder, tmp_path))
     assert before.keys() == after.keys()
+    assert capsys.readouterr().out.endswith("HELD_OUT.jsonl --max-completion-length 12\n")
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -342,7 +354,8 @@ def test_rows_to_evaluate_on_give_tau_once_after_training_and_on_the_card(
     words += ["--max_completion_length", "12", "--output_dir", str(tmp_path), *TRAINING]
     assert main([command, *words]) == 0
     printed = capsys.readouterr().out
-    assert "On the evaluation rows tau is" in printed
+    (line,) = [line for line in printed.splitlines() if "evaluation" in line]
+    assert line.startswith("evaluation, step 1/1: ") and ", tau " in line
     assert "tau" in (tmp_path / "README.md").read_text("utf-8")
     assert [m.num_prompts for m in read_record(tmp_path).measurements] == [6 if held_out == "--eval-dataset" else 2]
 
@@ -446,6 +459,17 @@ def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
     checkpoint = shutil.copytree(drafter_folder, tmp_path / "checkpoint-3")
     (checkpoint / "manifest.json").write_text("{}")
     assert "proven by their hashes" in _error([*words, str(checkpoint), "--record", "x"], capsys)
+
+
+def test_an_export_whose_settings_were_damaged_is_refused_before_anything_is_measured(
+    target_folder: str, drafter_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    assert main(["export", "--drafter", drafter_folder, "--target", target_folder, "--output", str(out)]) == 0
+    words = ["evaluate", "--target", "no/target", "--dataset", "none", "--drafter", str(out), "--record", "x"]
+    for damage, reason in (("{", "is not valid JSON"), ("{}", "lacks .*'num_drafts'.*Export the drafter again")):
+        (out / "speculative_config.json").write_text(damage)
+        assert re.search(reason, _error(words, capsys))
 
 
 @pytest.mark.parametrize(
@@ -569,3 +593,20 @@ def test_verify_tells_when_no_other_reader_was_run(
     monkeypatch.setattr("trl_draft_opd.cli.publishing.verify_drafter", lambda *args, **kwargs: report)
     assert main(["verify", "--drafter", "export", "--target", target_folder, "--dataset", rows_file]) == 0
     assert capsys.readouterr().out.endswith("only our own loop was compared.\n") == (not ran)
+
+
+def test_verify_names_the_command_that_can_work_next(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    export = ["export", "--drafter", drafter_folder, "--target", target_folder]
+    assert main([*export, "--output", str(tmp_path / "named"), "--repo-id", "you/Tiny-DFlash"]) == 0
+    assert main([*export, "--output", str(tmp_path / "unnamed")]) == 0
+    report = VerificationReport("export", "dflash", 6, 3, 128)
+    monkeypatch.setattr("trl_draft_opd.cli.publishing.verify_drafter", lambda *args, **kwargs: report)
+    for folder, following in (
+        (drafter_folder, f"export --drafter {drafter_folder} --target {target_folder} --output EXPORT"),
+        (tmp_path / "named", f"push --drafter {tmp_path / 'named'} --repo-id you/Tiny-DFlash"),
+        (tmp_path / "unnamed", f"push --drafter {tmp_path / 'unnamed'} --repo-id ORG/NAME"),
+    ):
+        assert main(["verify", "--drafter", str(folder), "--target", target_folder, "--dataset", rows_file]) == 0
+        assert capsys.readouterr().out.endswith(f"Next: trl-draft-opd {following}\n")

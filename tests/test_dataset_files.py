@@ -7,10 +7,13 @@ import bz2
 import gzip
 import json
 import lzma
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset
 
+from helpers.chats import noted
 from trl_draft_opd.cli import rows as rows_module
 from trl_draft_opd.cli.rows import load_rows
 
@@ -127,3 +130,41 @@ def test_the_line_of_a_damaged_file_is_named_when_it_is_compressed_or_one_of_man
     (tmp_path / "empty").mkdir()
     with pytest.raises((ValueError, OSError), match="empty"):
         load_rows(f"{tmp_path}/empty", None, "train")
+
+
+def test_of_a_folder_the_files_that_a_split_leaves_out_are_named(tmp_path):
+    def read(split="train"):
+        return noted(lambda: load_rows(str(tmp_path), None, split))
+
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    rows, notes = read()
+    assert rows.num_rows == 4 and not notes
+    (tmp_path / "train.jsonl").write_bytes(LINES)
+    for split in ("train", "train[:1]"):
+        _, (note,) = read(split)
+        assert "the split '" + split + "' is train.jsonl. Left out: a.jsonl, b.jsonl. To read others" in note
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.jsonl").unlink()
+    assert read()[1] == []
+
+
+def test_a_readme_without_settings_and_a_damaged_file_bring_no_line_of_the_libraries(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "README.md").write_text("# Rows", "utf-8")
+    (tmp_path / "rows" / "rows.jsonl").write_bytes(LINES)
+    (tmp_path / "cut.json").write_bytes(b"[" + LINES)
+    code = (
+        "import logging, sys\nfrom trl_draft_opd.cli.rows import load_rows\nlogging.basicConfig()\n"
+        "for path in sys.argv[1:]:\n    load_rows(path, None, 'train')\n"
+    )
+    paths = [str(tmp_path / "rows"), str(tmp_path / "cut.json")]
+    said = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True).stderr
+    assert "cannot be read" in said and "Failed to load" not in said and "Repo card" not in said
+
+
+@pytest.mark.parametrize("rest", [b"", b"\n", b"\r\n", b'\n{"prompt": "w7"}\n'])
+def test_the_line_of_a_row_that_is_cut_short_is_its_own_with_or_without_an_end(tmp_path, rest):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "w9"}\n{"prompt": "w8"' + rest)
+    with pytest.raises(ValueError, match="cannot be read: line 2"):
+        load_rows(str(tmp_path / "rows.jsonl"), None, "train")

@@ -25,6 +25,7 @@ from helpers.response_rows import make_origin, make_rows
 from helpers.tiny import EOS, VOCAB
 from trl_draft_opd import ResponseStore
 from trl_draft_opd.responses import StoredResponse, shards
+from trl_draft_opd.responses.store import describe_filling
 
 
 ORIGIN = make_origin()
@@ -426,3 +427,21 @@ def test_reading_where_there_is_no_store_says_how_to_make_one(tmp_path: Path):
 def test_a_store_opened_for_reading_takes_no_rows(store: ResponseStore):
     with pytest.raises(ValueError, match="open for reading only"):
         ResponseStore.read_only(store.path).add(make_rows(1))
+
+
+# ---- what is about to be added --------------------------------------------------------------------------------------
+
+
+def test_a_new_store_is_told_with_the_one_that_may_have_been_meant_and_a_filled_one_with_its_number(tmp_path: Path):
+    filled = ResponseStore.open(tmp_path / "respQ", ORIGIN)
+    filled.add(make_rows(3))
+    assert describe_filling(filled, 1200) == f"{tmp_path}/respQ holds 3 responses; the target adds 1,200 responses."
+    (tmp_path / "respQ2").mkdir()  # which holds none
+    new = ResponseStore.open(tmp_path / "respQQ", ORIGIN)
+    said = describe_filling(new, 5)
+    assert said.startswith(f"{tmp_path}/respQQ is new: the target writes 5 responses there. If you meant")
+    assert f"'{tmp_path}/respQ', which holds responses" in said
+    alone = ResponseStore.open(tmp_path / "elsewhere" / "store", ORIGIN)
+    assert describe_filling(alone, None).endswith(
+        "store is new: the target writes responses as training comes to them there."
+    )

@@ -304,7 +304,7 @@ def test_an_assistant_turn_without_text_is_counted_and_not_supervised(content):
 def test_a_message_that_the_template_renders_to_its_end_alone_is_skipped_and_counted():
     nothing = "{% if m['content'] is string and m['role'] != 'assistant' %}"
     template = CHATML.replace("{{ m['content'] }}", nothing + "{{ m['content'] }}{% endif %}")
-    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have assistant turns that render to nothing but"):
+    with pytest.raises(ValueError, match="No row is left: 1 has assistant turns that render to nothing but"):
         noted(lambda: texts_of([GOOD], template))
 
 
@@ -476,3 +476,64 @@ def test_raw_questions_train_and_are_evaluated_on_when_they_are_given_and_later(
         later.evaluate(Dataset.from_list([{"x": "w9"}]))
     with pytest.raises(ValueError, match="Take `dataset"):
         trainer_class(drafter, target, config, DatasetDict({"train": rows}))
+
+
+# -- whose text is trained on -----------------------------------------------------------------------------------------
+
+
+def test_responses_without_regenerate_are_refused_in_sft(tmp_path):
+    with pytest.raises(ValueError, match="trains on with `regenerate=True` .`--regenerate`. alone. Set it, or leave"):
+        DraftSFTConfig(str(tmp_path), responses="responses", **TINY_RUN)
+    assert DraftSFTConfig(str(tmp_path), responses="responses", regenerate=True, **TINY_RUN).regenerate
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Why?", "answer": "So."},
+        {"instruction": "Why?", "output": "So."},
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    ],
+)
+@pytest.mark.parametrize("prompt", [{"prompt": "Made of it."}, {"prompt_ids": [5, 6]}])
+def test_columns_that_a_prompt_was_made_of_are_not_read_beside_it(row, prompt):
+    with pytest.raises(ValueError, match="The rows have prompts but no responses.*Set `regenerate=True`.*train on"):
+        texts_of([row | prompt])
+    assert prompts_of([row | {"prompt": "Made of it."}]) == ["Made of it."]
+    assert texts_of([row])  # without a prompt they are
+
+
+@pytest.mark.parametrize("is_ids", [False, True])
+def test_sft_on_completions_of_the_dataset_says_once_that_they_are_not_the_targets(tmp_path, is_ids):
+    target = make_target()
+    rows = Dataset.from_list([{"prompt": "w8 w9", "completion": "w10 w11 w12"}] * 2)
+    if is_ids:  # as a store gives them
+        rows = Dataset.from_list([{"prompt_ids": [8, 9], "completion_ids": [10, 11, 12]}])
+    config = DraftSFTConfig(str(tmp_path), **TINY_RUN)
+    _, notes = noted(lambda: DraftSFTTrainer(make_drafter("dflash", target), target, config, rows, rows))
+    assert sum("not the target's own text; `regenerate=True` (`--regenerate`)" in each for each in notes) == 1 - is_ids
+
+
+# -- rows that are no rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["bot", "model", "ai", "Assistant"])
+@pytest.mark.parametrize("read", [texts_of, prompts_of])
+def test_an_unknown_role_of_the_assistant_is_named_and_not_dropped_as_no_completion(role, read):
+    with pytest.raises(ValueError, match=f"Row 1 of the dataset: message 1 has the role {role!r}.*[Aa]ssistant"):
+        read([*PLAIN[:1], chat(("user", "Why?"), (role, "So."))])
+
+
+def test_messages_may_be_json_text():
+    as_text = [{"messages": json.dumps(row["messages"])} for row in PLAIN]
+    assert texts_of(as_text) == texts_of(PLAIN)
+    assert prompts_of(as_text) == prompts_of(PLAIN)
+
+
+def test_a_row_of_another_form_is_told_in_words():
+    rows = [PLAIN[0] | {"prompt": None}, {"messages": None, "prompt": "Why?"}]
+    for read in (prompts_of, texts_of):
+        with pytest.raises(ValueError, match="Row 1 of .*: `messages` is null, and `prompt` is not: .* Give all rows"):
+            read(rows)
+    with pytest.raises(ValueError, match="Row 0 of the dataset: `messages` is text but not JSON"):
+        prompts_of([{"messages": "[{"}])

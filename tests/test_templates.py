@@ -3,6 +3,7 @@
 Templates that read a clock: one day on all days, in every command, store and run; and nothing else of them changes.
 """
 
+from dataclasses import MISSING, fields
 from datetime import datetime
 
 import pytest
@@ -12,7 +13,9 @@ from transformers.utils import chat_template_utils
 from helpers.chats import CHATML, DATE_BY_DEFAULT, PRINTS_DATE, chat, make_tokenizer, noted, prompts_of
 from helpers.tiny import TEMPLATE, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
-from trl_draft_opd.data.templates import STANDING_DAY, ChatTemplate
+from trl_draft_opd.cli.decoding import EvaluateArguments, GenerateArguments
+from trl_draft_opd.cli.publishing import VerifyArguments
+from trl_draft_opd.data.templates import STANDING_DAY, ChatTemplate, read_template
 from trl_draft_opd.responses import ResponseStore, write_responses
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 
@@ -133,3 +136,38 @@ def test_a_run_goes_on_the_next_day(tmp_path, set_day):
         trainer = DraftSFTTrainer(make_drafter("eagle3", target), target, config, rows)
         trainer.train(resume_from_checkpoint=max_steps == 2)
     assert trainer.state.global_step == 2
+
+
+# -- a template of the user's own -------------------------------------------------------------------------------------
+
+
+def test_a_chat_template_is_read_from_its_file_and_a_path_is_never_a_template(tmp_path):
+    """Whether it comes by a config, by the reader of a target or by the flag of a command."""
+    file = tmp_path / "own.jinja"
+    file.write_text(TEMPLATE, "utf-8")
+    assert DraftSFTConfig(str(tmp_path / "out"), chat_template=str(file), **TINY_RUN).chat_template == TEMPLATE
+    assert DraftSFTConfig(str(tmp_path / "out"), chat_template=TEMPLATE, **TINY_RUN).chat_template == TEMPLATE
+    assert make_target().text_reader(chat_template=str(file)).chat_template == TEMPLATE
+    for value, words in (
+        (f"{tmp_path}/onw.jinja", f"is neither. Did you mean '{file}'"),
+        ("nothere.jinja", "'nothere.jinja' is neither"),
+        ("chatml", "must be the text of a Jinja template, .* 'chatml' is neither"),
+        (str(tmp_path), "is neither"),
+    ):
+        for read in (lambda v: DraftOPDConfig(str(tmp_path), chat_template=v, **TINY_RUN), read_template):
+            with pytest.raises(ValueError, match=words):
+                read(value)
+    file.write_text("no template at all", "utf-8")
+    with pytest.raises(ValueError, match="holds no Jinja template"):
+        read_template(str(file))
+
+
+@pytest.mark.parametrize("arguments", [EvaluateArguments, GenerateArguments, VerifyArguments])
+def test_every_command_that_reads_prompts_takes_a_chat_template(tmp_path, arguments):
+    (tmp_path / "own.jinja").write_text("{{ messages }}", "utf-8")
+    names = {each.name for each in fields(arguments) if each.default is MISSING}
+    given = dict.fromkeys(names, "x")
+    read = arguments(**given, chat_template=str(tmp_path / "own.jinja")).reading(9)
+    assert make_target().text_reader(**read).chat_template == "{{ messages }}"
+    with pytest.raises(ValueError, match="'nothere.jinja' is neither"):
+        arguments(**given, chat_template="nothere.jinja")

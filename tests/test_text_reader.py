@@ -201,7 +201,7 @@ def test_an_answer_that_does_not_continue_the_generation_prompt_is_skipped():
         dataset = read_texts([plain, thinking, plain], tokenizer)
     assert dataset["sample_id"][:] == [1]
     assert written(dataset[0]) == ". sum </think> there <|im_end|> ."
-    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have a response"):
+    with pytest.raises(ValueError, match="No row is left: 1 has a response"):
         read_responses([plain], tokenizer)
 
 
@@ -326,7 +326,7 @@ def test_a_prompt_at_the_limit_is_kept():
 
 @pytest.mark.parametrize("row", [{"text": "hi"}, {"text": ""}, {"input_ids": [7, 8], "completion_mask": [1, 0]}])
 def test_a_row_whose_only_supervised_token_has_no_context_is_not_trained_on(row):
-    with pytest.raises(ValueError, match="None is left of 1 rows: 1 have no supervised token"):
+    with pytest.raises(ValueError, match="No row is left: 1 has no supervised token"):
         read_texts([row])
 
 
@@ -399,7 +399,7 @@ def test_a_mask_that_does_not_fit_its_ids_is_an_error(mask):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": 3, "completion": "hi"}, "`prompt` must be a list of messages"),
+        ({"prompt": 3, "completion": "hi"}, "`prompt` must be a string or a list of messages, got 3"),
         ({"prompt": "hi", "completion": chat("hi")}, "`completion` must be a string"),
         ({"prompt": chat("hi"), "completion": "hi"}, "`completion` must be a list of messages"),
         ({"prompt": chat("hi", "there"), "completion": chat("hi")}, "`prompt` ends with an assistant turn"),

@@ -221,6 +221,16 @@ def test_the_target_responds_to_each_prompt_once_and_the_responses_are_kept(monk
     assert len(asked) == 1 and not (tmp_path / "b" / "_responses").exists()
 
 
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_a_store_that_was_named_is_announced_before_it_is_added_to_and_not_when_it_is_full(
+    tmp_path, target, rows, kind, caplog
+):
+    options = {"responses": str(tmp_path / "store"), "max_steps": 1} | ({"regenerate": True} if kind == "sft" else {})
+    for name in ("a", "b"):
+        make_trainer(kind, tmp_path / name, make_drafter("dflash", target), target, rows, **options).train()
+        assert caplog.text.count("store is new: the target writes") == 1 and "the target adds" not in caplog.text
+
+
 def test_a_run_shorter_than_an_epoch_asks_only_for_what_it_trains_on(monkeypatch, tmp_path, target, rows):
     trainer = make_trainer("opd", tmp_path, make_drafter("dflash", target), target, rows, max_steps=1)
     trainer.train()

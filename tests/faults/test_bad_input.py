@@ -235,7 +235,7 @@ def test_long_prompts_are_skipped_and_counted(tmp_path, target, kind):
     with pytest.warns(UserWarning, match="Skipped 1 of 2 rows: 1 have a prompt longer than `max_prompt_length`"):
         trainer = make_trainer(kind, tmp_path, drafter, target, columns, max_prompt_length=2)
     assert trainer.train_dataset["sample_id"][:] == [1]
-    with refuses("None is left of 2 rows: 2 have a prompt longer than `max_prompt_length`"):
+    with refuses("No row is left: 2 have a prompt longer than `max_prompt_length`"):
         columns = {"prompt": ["w9 w10 w11"] * 2, "completion": ["w20"] * 2}
         make_trainer(kind, tmp_path, drafter, target, columns, max_prompt_length=2)
 
@@ -369,4 +369,6 @@ def test_good_input_gives_no_warning_of_ours(tmp_path, target, kind):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(kind, tmp_path, make_drafter("dflash", target), target)
-    assert [str(w.message) for w in caught if "trl_draft_opd" in w.filename] == []
+    said = [str(w.message) for w in caught if "trl_draft_opd" in w.filename]
+    # SFT says whose text it is.
+    assert [words[:32] for words in said] == (["The completions are the dataset'"] if kind == "sft" else [])

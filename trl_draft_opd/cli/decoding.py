@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter
+from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter, explain_difference
 from ..export import hub_id_of
 from ..export.card import CARD_FILE
 from ..export.record import (
@@ -22,14 +22,15 @@ from ..export.record import (
     prompts_digest,
     read_record,
 )
-from ..export.texts import add_measurement
+from ..export.serving import SERVING_FILE
+from ..export.texts import add_measurement, read_publication
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
-from ..utils.atomic_files import check_folder
+from ..utils.atomic_files import check_place
 from ..utils.settings import check_at_least
 from .arguments import (
     RowsArguments,
@@ -70,6 +71,10 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         default=None,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
+
     def check_record(self) -> None:
         """Raise `ValueError` where `--record` could not be kept to, before anything is measured."""
         if self.record is None:
@@ -84,6 +89,8 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
                 "hashes. Evaluate the saved drafter in `output_dir`, or an export of the checkpoint."
             )
         read_record(folder)
+        if (folder / SERVING_FILE).is_file():
+            read_publication(folder)
 
     def add_to_record(
         self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any, max_completion_length: int
@@ -118,10 +125,6 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         after = "" if CARD_FILE in names else "; the card of its next export will have it"
         print(f"Recorded in {', '.join(str(folder / name) for name in names)}{after}.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
-
 
 def run_evaluate(argv: Sequence[str]) -> int:
     """Measure a drafter; see [`evaluate_drafter`]."""
@@ -153,18 +156,6 @@ def run_evaluate(argv: Sequence[str]) -> int:
     write_json(args.json, report.to_dict())
     args.add_to_record(report, target, drafter.config.family, prompts, lengths.completion)
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
-
-
-def explain_difference(dtype: torch.dtype) -> str:
-    """Return why outputs can differ from the target's own, and what to do about it."""
-    why = (
-        f"The target computes in {str(dtype).removeprefix('torch.')}. Reading several tokens at once, it adds up in "
-        "another order than one token at a time, and of two almost equally likely tokens the other may come out on "
-        "top; the text goes on from there."
-    )
-    if dtype == torch.float32:
-        return f"{why} In float32 that is rare: check with `trl-draft-opd verify`, which tells near ties from faults."
-    return f"{why} In this precision that is expected. To compare to the last token, add `--target-dtype float32`."
 
 
 @dataclass(kw_only=True)
@@ -232,7 +223,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
 def run_generate(argv: Sequence[str]) -> int:
     """Write the target's responses to prompts; see [`write_responses`]."""
     (args,) = parse("generate", [GenerateArguments], argv)
-    check_folder(Path(args.output), "`--output`")
+    check_place(Path(args.output), "`--output`")
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=TRAINING_LENGTHS)
@@ -264,6 +255,8 @@ def run_generate(argv: Sequence[str]) -> int:
         dataset=args.dataset,
         regenerate=True,
         responses=args.output,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
         max_completion_length=unless_default(args, "max_completion_length"),
     )
     write_json(args.json, summary)

@@ -6,16 +6,18 @@ import difflib
 import gzip
 import json
 import lzma
+import warnings
 from collections.abc import Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, List, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Json, List, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowInvalid
 
 from ..export import hub_id_of
+from ..utils.console import hiding_log_lines
 
 
 # What reads a file, by its ending in small letters, and how.
@@ -95,7 +97,9 @@ def _load_folder(name: str, path: Path, config: str | None, split: str) -> Datas
         if any(ending != ending.lower() for file in files for ending in file.suffixes):
             # `datasets` passes over endings in capitals when it looks for the files of a folder.
             return _load_files(name, files, split)
-        return _load(name, [], str(path), split, name=config)
+        rows = _load(name, [], str(path), split, name=config)
+        _note_left_out(name, path, files, config, split)
+        return rows
     saved = load_from_disk(path)
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:
@@ -103,10 +107,36 @@ def _load_folder(name: str, path: Path, config: str | None, split: str) -> Datas
     return splits[split]
 
 
+def _note_left_out(name: str, path: Path, files: Sequence[Path], config: str | None, split: str) -> None:
+    """Say which files of a folder a split was read from, where others are left out: `datasets` goes by their names."""
+    of_split = load_dataset_builder(str(path), name=config).config.data_files or {}
+    # A split may be a slice, or a sum of several.
+    names = [part.partition("[")[0] for part in split.split("+")]
+    taken = {Path(file).resolve() for part in names for file in of_split.get(part, [])}
+    seen = [file for file in files if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)]
+    left_out = [file for file in seen if file.resolve() not in taken]
+    if taken and left_out:
+        used, others = (
+            _shorten([str(file.relative_to(path)) for file in each])
+            for each in ([file for file in seen if file not in left_out], left_out)
+        )
+        warnings.warn(
+            f"Of the folder {name!r}, the split {split!r} is {used}. Left out: {others}. To read others, name them: "
+            f"a file, or a pattern like {str(path / '*.jsonl')!r}."
+        )
+
+
+def _shorten(names: Sequence[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def _load(shown: str, files: Sequence[Path], path: str, split: str, **options: Any) -> Dataset:
     """Call `load_dataset`, whose own errors about damaged files name neither file nor line."""
     try:
-        rows = load_dataset(path, split=split, **options)
+        # Its line about a damaged file comes before the error below, which says where.
+        with hiding_log_lines("datasets.packaged_modules.json.json"):
+            rows = load_dataset(path, split=split, **options)
         lifted = _lift_json(rows.features) if rows.builder_name == "json" else None
         if lifted is not None:
             rows = load_dataset(path, split=split, features=lifted, **options)
@@ -169,7 +199,8 @@ def find_json_fault(path: Path) -> str | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            # Without its end, behind which an error would be on the next line.
+            row = json.loads(line.decode("utf-8-sig").rstrip())
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeDecodeError as error:
             return f"line {number} is not UTF-8 (byte {line[error.start]:#04x} at {error.start})"

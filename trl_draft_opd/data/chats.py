@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 # Roles that templates are written for; others must stand in the template that is to render them.
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Roles of other conventions, which most templates pass over or take for a user's.
-_OTHER_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+_OTHER_NAMES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model"), "assistant"),
+}
 _OPENING = ("system", "developer")
 # Where a message's reasoning stands, apart from its content.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -41,14 +44,17 @@ def read_messages(messages: Any, column: str) -> list[dict[str, Any]]:
     """
     Return the messages of a row as templates want them: contents that are strings, and no nulls.
 
-    Text parts are joined; `from` and `value` (ShareGPT) become `role` and `content`. A `content` that is null or left
-    out is an empty one next to `tool_calls`.
+    They may be JSON text. Text parts are joined, `from` and `value` (ShareGPT) become `role` and `content`. Where
+    `content` is null or left out next to `tool_calls`, it is empty.
 
     Raises:
         ValueError: If there is no list of messages, or a message has another content; it names message and part.
     """
+    kind = "a string or a list of messages" if column == "prompt" else "a list of messages"
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = _read_json(messages, column)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"`{column}` must be a list of messages, got {messages!r:.200}.")
+        raise ValueError(f"`{column}` must be {kind}, got {messages!r:.200}.")
     plain = [_rename_keys(drop_nulls(message)) for message in messages]
     for number, message in enumerate(plain):
         role = message.get("role")

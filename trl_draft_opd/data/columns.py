@@ -22,6 +22,8 @@ PROMPT_FORMS: tuple[Form, ...] = (("prompt_ids",), ("messages",), ("prompt",))
 # Names of columns elsewhere, by what they mean; first found, first read.
 _QUESTIONS = ("question", "instruction", "query", "problem", "prompt", "user", "input")
 _ANSWERS = ("answer", "output", "response", "completion", "solution", "assistant")
+# Prompts in this package's words.
+_OWN_PROMPTS = ("prompt_ids", "prompt")
 # What belongs to the question too, and would be lost.
 _CONTEXTS = ("input", "context", "passage", "choices", "options", "history")
 _SYSTEMS = ("system", "system_prompt")
@@ -50,6 +52,9 @@ def find_format(columns: Iterable[str], forms: tuple[Form, ...]) -> RowFormat:
     for form in forms:
         if set(form) <= set(names):
             return RowFormat(form)
+    if _extra(names, _OWN_PROMPTS):
+        # Somebody made them, and what else is there need not be the response to them.
+        raise ValueError(_explain(names, forms))
     if "conversations" in names and not _extra(names, _SYSTEMS):
         return RowFormat(("conversations",))
     wants_response = forms is not PROMPT_FORMS
@@ -94,10 +99,19 @@ def _pair(question: Any, answer: Any, names: tuple[str, str]) -> dict[str, Any]:
 def _explain(names: list[str], forms: tuple[Form, ...]) -> str:
     """Return what to do about columns of no form."""
     line = find_line(names, wants_response=forms is not PROMPT_FORMS)
-    if forms is TEXT_FORMS and line is None and not set(names).isdisjoint({"prompt_ids", *_QUESTIONS}):
+    has_prompts = _extra(names, _OWN_PROMPTS)
+    if has_prompts and _extra(names, ("question", "instruction", "conversations")):
+        # Which are then what the prompts were made of.
+        further = "" if line is None else f" Other columns are not read beside `prompt`; to train on them: {line}"
+    elif line is None and (has_prompts or _extra(names, _QUESTIONS)):
+        further = ""
+    else:
+        further = None
+    if forms is TEXT_FORMS and further is not None:
         return (
             f"The rows have prompts but no responses: their columns are {names}. Set `regenerate=True` "
             "(`--regenerate`) to have the target write them; in Draft-OPD, leave out `completions_from_target`."
+            f"{further}"
         )
     # The simple forms stand last in `forms`, because token ids are read first where both are given.
     accepted = ", or ".join(" with ".join(f"`{column}`" for column in form) for form in reversed(forms))
@@ -109,6 +123,8 @@ def find_line(names: list[str], *, wants_response: bool) -> str | None:
     """Return the line of Python that makes rows that are read of a `dataset` with these columns, if it can be told."""
     questions = [name for name in _QUESTIONS if name in names]
     answer = next((name for name in _ANSWERS if name in names), None)
+    if "conversations" in names and not _extra(names, _SYSTEMS):
+        return _map_line('"messages": row["conversations"]')
     if "conversations" in names:
         system = _turn("system", next(name for name in _SYSTEMS if name in names))
         return _map_line(f'"messages": [{system}, *row["conversations"]]')

@@ -4,12 +4,14 @@ Renders chats: which form of contents and of tool arguments a template takes, wh
 that stands still. Knows the tokenizer for its template alone.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -35,6 +37,37 @@ _RESERVED = {
 # Marks that close reasoning inside of a content: `</think>` and its likes, `[/THINK]`, `<channel|>`.
 _REASONING_END = re.compile(r"</[^<>\s]*think[^<>\s]*>|\[/THINK\]|<channel\|>")
 _QUESTION, _RESPONSE = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+
+
+def read_template(value: str | None) -> str | None:
+    """
+    Return the text of a chat template that is given as text or as the path of a file; `None` stays `None`.
+
+    Raises:
+        ValueError: If it is neither, with the nearest file.
+    """
+    if value is None or _is_jinja(value):
+        return value
+    path = Path(value).expanduser()
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The file {value!r} of `chat_template` is not UTF-8 text: {error}.") from error
+    except (OSError, ValueError) as error:
+        siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f" Did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+        raise ValueError(
+            f"`chat_template` must be the text of a Jinja template, with `{{{{` or `{{%` in it, or the path of a file "
+            f"with one; {value!r:.200} is neither.{hint}"
+        ) from error
+    if not _is_jinja(text):
+        raise ValueError(f"The file {value!r} of `chat_template` holds no Jinja template: no `{{{{` and no `{{%`.")
+    return text
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 @dataclass(frozen=True)

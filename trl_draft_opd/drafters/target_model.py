@@ -5,12 +5,15 @@ saved. Knows no drafter.
 """
 
 import copy
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +30,7 @@ from .published.adapter import (
     require_peft,
 )
 from .published.checkpoint import CONFIG_FILE, CheckpointSource
+from .published.configs import is_drafter_config
 
 
 if TYPE_CHECKING:
@@ -42,10 +46,10 @@ _OTHER_BASE = f"Write where the base is into `base_model_name_or_path` of {ADAPT
 def merging_line(name: str) -> str:
     """Return the command that merges an adapter and saves the whole model, with its tokenizer."""
     code = (
-        f"from trl_draft_opd import FrozenTarget; target = FrozenTarget.load({name!r}); "
-        "target.causal_lm.save_pretrained('MERGED'); target.tokenizer.save_pretrained('MERGED')"
+        f"from trl_draft_opd import FrozenTarget; target = FrozenTarget.load({json.dumps(name, ensure_ascii=False)}); "
+        'target.causal_lm.save_pretrained("MERGED"); target.tokenizer.save_pretrained("MERGED")'
     )
-    return f'python -c "{code}"'
+    return shlex.join(["python", "-c", code])
 
 
 def target_chain(
@@ -57,7 +61,7 @@ def target_chain(
     """
     given = {"revision": revision, **(options or {})}
     places = {place.name: given[place.name] for place in fields(CheckpointSource) if place.name in given}
-    source = CheckpointSource(name, **{"subfolder": "", "token": None, "cache_dir": None} | places)
+    source = CheckpointSource(name, **places)
     try:
         return adapter_chain(source, base=None, fix=_OTHER_BASE)
     except LocalEntryNotFoundError:
@@ -110,19 +114,39 @@ def load_target_model(
 def load_target_tokenizer(chain: Sequence[CheckpointSource], *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a target; of an adapter without one, its base's."""
     source = next((each for each in chain[:-1] if each.find(TOKENIZER_CONFIG_FILE) is not None), chain[-1])
-    return AutoTokenizer.from_pretrained(source.name_or_path, trust_remote_code=trust_remote_code, **_places(source))
-
-
-def _places(source: CheckpointSource) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say where a source's files are."""
-    return {field.name: getattr(source, field.name) for field in fields(source) if field.name != "name_or_path"}
+    return AutoTokenizer.from_pretrained(source.name_or_path, trust_remote_code=trust_remote_code, **source.places())
 
 
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
     if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
         raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
+    _check_architecture(source)
     with loading_whole():
-        return create_model_from_path(source.name_or_path, **options | _places(source))
+        return create_model_from_path(source.name_or_path, **options | source.places())
+
+
+def _check_architecture(source: CheckpointSource) -> None:
+    """Raise `ValueError` at a drafter, and at a model that neither transformers nor code beside it can build."""
+    try:
+        if source.find(CONFIG_FILE) is None:
+            return
+    except LocalEntryNotFoundError:
+        return
+    raw = source.read_json(CONFIG_FILE)
+    if is_drafter_config(raw):
+        raise ValueError(
+            f"{str(source)!r} is a drafter, not a target; swap `--target` and `--drafter` (in Python: `target` and "
+            "`model`), or give the model that it was trained for."
+        )
+    name = next(iter(raw.get("architectures") or []), None)
+    if raw.get("auto_map") or (isinstance(name, str) and hasattr(transformers, name)):
+        return
+    what = f"is of architecture {name!r}, which" if name else "names no `architectures` in its config.json, by which"
+    raise ValueError(
+        f"{str(source)!r} {what} transformers {transformers.__version__} "
+        f"{'does not have' if name else 'finds the class of a model'}. Give a decoder-only text model of transformers "
+        "as target."
+    )
 
 
 def _refuse_quantized(model: PreTrainedModel, name: str) -> None:

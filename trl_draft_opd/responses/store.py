@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from ..utils.atomic_files import check_folder, explaining_failure, write_file
+from ..utils.atomic_files import check_place, explaining_failure, write_file
 from .origin import Origin
 from .shards import SCHEMA, StoredResponse, check_rows, prompt_key, read_shard, refuse_link, write_shard
 
@@ -75,7 +76,7 @@ class ResponseStore:
                 other files.
         """
         folder = Path(path)
-        check_folder(folder, "The folder of responses")
+        check_place(folder, "The folder of responses")
         with explaining_failure(f"The folder of responses {str(folder)!r}", "Make room, or name another"):
             folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():
@@ -270,6 +271,20 @@ def is_store(folder: Path) -> bool:
     """Whether a folder holds responses, in whatever state."""
     path = folder / MANIFEST
     return path.is_file() and f'"format": "{_FORMAT_NAME}' in path.read_text("utf-8", errors="replace")
+
+
+def describe_filling(store: ResponseStore, num_missing: int | None) -> str:
+    """
+    Return what is about to be added to a store: `num_missing` responses, or those that training comes to (`None`). Of
+    a new one, it names the folder beside it that may have been meant.
+    """
+    added = "responses as training comes to them" if num_missing is None else f"{num_missing:,} responses"
+    if len(store):
+        return f"{store.path} holds {len(store):,} responses; the target adds {added}."
+    siblings = [folder.name for folder in store.path.resolve().parent.iterdir() if is_store(folder)]
+    near = get_close_matches(store.path.name, [name for name in siblings if name != store.path.name], n=1)
+    hint = f" If you meant {str(store.path.with_name(near[0]))!r}, which holds responses, stop now." if near else ""
+    return f"{store.path} is new: the target writes {added} there.{hint}"
 
 
 def _read_manifest(folder: Path) -> Origin:

@@ -3,6 +3,7 @@
 Fill a store from a dataset: prompts for an engine to respond to, or responses the user already has. One call for both.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,8 +21,10 @@ from .origin import Origin
 from .protocols import ENGINES
 from .server import ServerSettings, ask_server
 from .shards import StoredResponse, prompt_key
-from .store import ResponseStore
+from .store import ResponseStore, describe_filling
 
+
+logger = logging.getLogger(__name__)
 
 # Responses that a command checks against the target when another engine wrote them.
 CHECKED_ROWS = 8
@@ -91,6 +94,9 @@ def write_responses(
         import_responses(store, dataset, reader, shard_size=shard_size)
         return store
     prompts = list(reader.read_prompts(dataset)["prompt_ids"])
+    missing = store.missing(prompts)
+    if missing and show_progress:
+        logger.warning(describe_filling(store, len(missing)))
     common = {"seed": seed, "shard_size": shard_size, "show_progress": show_progress}
     if server is None:
         generate_missing(store, target, prompts, batch_size=batch_size, **common)
@@ -151,7 +157,7 @@ def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int
     num_complete = sum(store.origin.finish_reason(completion) == "stop" for _, completion in texts)
     num_tokens = sum(len(completion) for _, completion in texts)
     lines = [
-        f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of "
+        f"{store.path} holds {len(texts)} responses, {num_tokens:,} tokens in all; {num_complete} end with an end of "
         "sequence."
     ]
     check = None

@@ -108,7 +108,10 @@ class RunIdentity:
         changed = [name for name, differing in parts.items() if differing]
         if changed:
             differences = "; ".join(f"{compared[name]} ({', '.join(parts[name])})" for name in changed)
-            fix = "Use what the run was started with, or start a new run with the checkpoint's folder as `model`."
+            fix = (
+                "Use what the run was started with, or start a new run from the checkpoint's folder (`--drafter`, or "
+                "`model`)."
+            )
             if set(changed) <= set(_POSITION):
                 fix += " `ignore_data_skip=True` continues with the new data or batches from their start."
             raise ValueError(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.templates import read_template
 from ..data.text_reader import TextReader
 from ..drafters.target_model import (
     is_adapted_target,
@@ -205,10 +206,10 @@ class FrozenTarget:
 
         Args:
             settings: `chat_template`, `chat_template_kwargs`, `max_prompt_length`, `max_length` and `num_proc` of
-                [`TextReader`].
+                [`TextReader`]; the template may be the path of a file.
 
         Raises:
-            ValueError: If there is no tokenizer.
+            ValueError: If there is no tokenizer, or no such template.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -218,6 +219,7 @@ class FrozenTarget:
         beyond = describe_beyond(self.tokenizer, self.vocab_size)
         if beyond is not None:
             warnings.warn(beyond)
+        settings |= {"chat_template": read_template(settings.get("chat_template"))}
         return TextReader(self.tokenizer, tuple(self.eos_token_ids), self.vocab_size, **settings)
 
     def require_rollback(self) -> None:

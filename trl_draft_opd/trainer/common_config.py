@@ -15,6 +15,7 @@ from accelerate import PartialState
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import SchedulerType
 
+from ..data.templates import read_template
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
@@ -34,6 +35,9 @@ PROMPT_LENGTH_HELP = (
     f"Prompts with more tokens are skipped; {TRAINING_LENGTHS.prompt} if unset, or what the response leaves of the "
     "target's positions."
 )
+
+
+CHAT_TEMPLATE_HELP = "Jinja chat template in place of the tokenizer's: its text, or the path of a file."
 
 
 def length_help(defaults: Lengths) -> str:
@@ -79,7 +83,8 @@ class DraftTrainingConfig(_BaseConfig):
             Longest response in rollouts and evaluation. Defaults to 2048, the paper's non-thinking setting, or to half
             of the target's positions where that is less. See [`fit_lengths`].
         chat_template (`str`, *optional*):
-            Jinja template in place of the tokenizer's. Must be the one that the drafter will be served with.
+            Jinja template in place of the tokenizer's, as text or as the path of a file. Must be the one that the
+            drafter will be served with.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Arguments of the chat template, e.g. `{"enable_thinking": false}`.
         dataset_num_proc (`int`, *optional*):
@@ -174,7 +179,7 @@ class DraftTrainingConfig(_BaseConfig):
     trust_remote_code: bool = setting(False, "Run model code that comes with the target's repository.")
     max_prompt_length: int | None = setting(None, PROMPT_LENGTH_HELP)
     max_completion_length: int | None = setting(None, length_help(TRAINING_LENGTHS))
-    chat_template: str | None = setting(None, "Jinja chat template in place of the tokenizer's.")
+    chat_template: str | None = setting(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments of the chat template, as JSON.")
     dataset_num_proc: int | None = setting(None, "Processes used to tokenize.")
     responses: str | None = setting(None, "Folder that keeps the target's responses.")
@@ -217,6 +222,8 @@ class DraftTrainingConfig(_BaseConfig):
         check_settings(self)
         check_options(self)
         check_launcher()
+        # As text, so that a file that changes later changes no run, and a resumed one is told.
+        self.chat_template = read_template(self.chat_template)
         if self.bf16 and not torch.accelerator.is_available():
             # transformers trains in bfloat16 on a CPU, but only where it is told to use the CPU.
             self.use_cpu = True

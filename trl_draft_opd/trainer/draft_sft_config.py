@@ -34,7 +34,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             target's positions.
         regenerate (`bool`, *optional*, defaults to `False`):
             Have the target rewrite every completion before training. A drafter should learn the target's own text;
-            turn it on when the dataset was written by someone else.
+            turn it on when the dataset was written by someone else. `responses` needs it.
         draft_vocab_size (`int`, *optional*):
             Tokens that an EAGLE-3 drafter over the whole vocabulary is reduced to when training starts: the most
             frequent of the responses it trains on, and those that end them. Others can no longer be drafted, so every
@@ -77,6 +77,12 @@ class DraftSFTConfig(DraftTrainingConfig):
             if self.uses_d_pace:
                 warnings.warn(f"`position_decay={self.position_decay}` is ignored under `slot_weighting='d_pace'`.")
         check_choice("slot_scope", self.slot_scope, SLOT_SCOPES)
+        if self.responses is not None and not self.regenerate:
+            raise ValueError(
+                f"`responses={self.responses!r}` keeps the target's own text, which SFT trains on with "
+                "`regenerate=True` (`--regenerate`) alone. Set it, or leave `responses` out to train on the dataset's "
+                "own completions."
+            )
         check_at_least(self, 0, "num_anchors", "draft_vocab_size")
         check_at_least(self, 2, "max_length")
 

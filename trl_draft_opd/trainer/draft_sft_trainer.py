@@ -3,6 +3,7 @@
 Supervised training of a drafter on text its target wrote.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from .pair import Pair, check_mask_token, text_reader
 from .resuming import check_resumes
 from .step import PreparedBatch, SlotRules, StreamSettings
 from .texts import AnyDataset, prompts_of_text, respond_to_all, text_of
+
+
+_NOT_THE_TARGETS = (
+    "The completions are the dataset's, not the target's own text; `regenerate=True` (`--regenerate`) has the target "
+    "write them."
+)
 
 
 class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
@@ -71,10 +78,6 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         return is_evaluated and args.eval_rollouts
 
     @staticmethod
-    def _decodes_prompts(args: DraftSFTConfig) -> bool:
-        return args.eval_rollouts
-
-    @staticmethod
     def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset, its completions rewritten by the target first if asked for."""
         drafter, eos_token_ids = pair.drafter, pair.target.eos_token_ids
@@ -85,6 +88,9 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
             if is_training:
                 check_resumes(DraftSFTTrainer._method, pair, args)
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
+        elif is_training and "completion_ids" not in (dataset.column_names or ()):
+            # As ids, they come out of a store or of the user's own work with the target.
+            warnings.warn(_NOT_THE_TARGETS)
         rows = reader.read_texts(dataset)
         if is_training:
             settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
@@ -111,24 +111,21 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             )
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(
-                f"`eval_strategy={str(args.eval_strategy)!r}` or `eval_on_start` asks for evaluations, and there is "
-                "no `eval_dataset`. Give one (`--eval-dataset` or `--eval-split`)."
+                f"`eval_strategy={IntervalStrategy(args.eval_strategy).value!r}` or `eval_on_start` asks for "
+                "evaluations, and there is no `eval_dataset`. Give one (`--eval-dataset` or `--eval-split`)."
             )
 
     @classmethod
     def _check_best_metric(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset], num_drafts: int) -> None:
         """Refuse a `metric_for_best_model` that no evaluation will have."""
         asked = args.metric_for_best_model
-        metrics = best_model_metrics(args.trained_streams, num_drafts if cls._decodes_prompts(args) else None)
+        # Prompts are decoded, and tau measured, where evaluation rolls the target back.
+        decodes_prompts = cls._needs_rollback(args, is_evaluated=True)
+        metrics = best_model_metrics(args.trained_streams, num_drafts if decodes_prompts else None)
         if isinstance(eval_dataset, dict):
             metrics = [f"{name}_{metric}" for name in eval_dataset for metric in metrics]
         if asked is not None and asked.removeprefix("eval_") not in metrics:
             raise ValueError(f"`metric_for_best_model={asked!r}` is not measured. There are: {', '.join(metrics)}.")
-
-    @staticmethod
-    @abstractmethod
-    def _decodes_prompts(args: Any) -> bool:
-        """Whether evaluation decodes its prompts, and so measures tau."""
 
     @staticmethod
     @abstractmethod
@@ -176,9 +173,6 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def floating_point_ops(self, inputs: PreparedBatch) -> int:
         """Return 0: transformers' estimate counts a language model's tokens, which is no measure of blocks."""
         return 0
-
-    def _track_num_input_tokens(self, inputs: PreparedBatch) -> None:
-        """Count nothing: transformers would look for the inputs of a model's own forward."""
 
     def compute_loss(
         self,

@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -55,7 +54,7 @@ from ..runs.identity import RunIdentity
 from ..runs.out_of_memory import explained_memory
 from ..runs.run_state import RankState, RunState, random_states, set_random_states
 from ..runs.sigterm import StopOnSigterm
-from ..utils.atomic_files import system_error
+from ..utils.atomic_files import explaining_failure
 from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
 from .common_config import DraftTrainingConfig
@@ -193,7 +192,7 @@ class ResumingTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             logger.warning(
                 "This run is complete, so nothing is trained: it ended after step %d%s. To train further, raise "
-                "`max_steps` or `num_train_epochs`, or start a new run with its drafter as `model`.",
+                "`max_steps` or `num_train_epochs`, or start a new run from its drafter (`--drafter`, or `model`).",
                 step,
                 "" if step >= max_steps else f" of {max_steps}, at the word of a callback",
             )
@@ -276,25 +275,22 @@ class ResumingTrainer(_BaseTrainer):
         best = self.state.best_global_step
         if best and (best == step or (run_dir / checkpoint_name(best)).is_dir()):
             self.state.best_model_checkpoint = str(run_dir / checkpoint_name(best))
+        fix = (
+            f"Its temporary folder was removed, and earlier checkpoints in {str(run_dir)!r} are as they were. Make "
+            "room or repair the folder, then continue with `resume_from_checkpoint=True`"
+        )
 
         def write() -> None:
             check_weights(weights)
-            try:
-                with writing_checkpoint(run_dir, step, is_resumable=is_resumable, run_id=self._run_id) as folder:
-                    self._save(str(folder), state_dict=weights)
-                    if state is not None and optimizer is not None:
-                        state.write(folder, optimizer.tensors)
-                    self._note_callbacks()
-                    self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
-            except (OSError, SafetensorError) as error:
-                number, reason = system_error(error)
-                raise OSError(
-                    number,
-                    f"Checkpoint {step} could not be written ({reason}); its temporary folder was removed, and "
-                    "earlier checkpoints are as they were. Make room or repair the folder, then continue with "
-                    "`resume_from_checkpoint=True`",
-                    str(run_dir),
-                ) from error
+            with (
+                explaining_failure(f"Checkpoint {step}", fix),
+                writing_checkpoint(run_dir, step, is_resumable=is_resumable, run_id=self._run_id) as folder,
+            ):
+                self._save(str(folder), state_dict=weights)
+                if state is not None and optimizer is not None:
+                    state.write(folder, optimizer.tensors)
+                self._note_callbacks()
+                self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
 
         first_rank_decides(self.accelerator, write)
         self._saved = (step, self._ended_of)

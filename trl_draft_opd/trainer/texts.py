@@ -6,6 +6,7 @@ asked once per prompt; rows regrouped by length.
 Shape letters:  B = sequences, L = text length
 """
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..responses import Origin, ResponseAudit, ResponseStore, check_responses, generate_missing
 from ..responses.shards import prompt_key
+from ..responses.store import describe_filling
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout, response_ends
 from ..runs.distributed.ranks import first_rank_decides
@@ -29,6 +31,8 @@ from .common_config import DraftTrainingConfig
 from .draft_opd_config import DraftOPDConfig
 from .pair import text_reader
 
+
+logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
 
@@ -148,7 +152,10 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
         first_rank_decides(state, lambda: lock.enter_context(locked(args.output_folder)))
         store = open_store(target, args)
         prompt_ids = list(prompts["prompt_ids"])
-        missing = store.missing(prompt_ids)[state.process_index :: state.num_processes]
+        missing = store.missing(prompt_ids)
+        if missing and args.responses is not None and state.is_main_process:
+            logger.warning(describe_filling(store, len(missing)))
+        missing = missing[state.process_index :: state.num_processes]
         rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
         # All ranks cut the same list into shares, so nobody may write before everybody has looked.
         state.wait_for_everyone()
@@ -195,6 +202,7 @@ class ResponseSource:
         # What the check of the first step's rows found.
         self.audit: ResponseAudit | None = None
         self._further = iter(())
+        self._is_announced = False
         if isinstance(rows, Dataset) and not args.completions_from_target and self._comes_to_all(rows):
             state = PartialState()
             self._further = (rows[i] for i in range(state.process_index, len(rows), state.num_processes))
@@ -211,6 +219,12 @@ class ResponseSource:
     def store(self) -> ResponseStore:
         """The store of this run, opened on first use."""
         return open_store(self.target, self.args)
+
+    def _announce(self) -> None:
+        """Say once, if the user named the store, that it is about to be added to."""
+        if not self._is_announced and self.args.responses is not None and PartialState().is_main_process:
+            logger.warning(describe_filling(self.store, None))
+        self._is_announced = True
 
     def texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:
         """
@@ -247,6 +261,7 @@ class ResponseSource:
             return
         # Another rank, or another run on the same store, may have responded meanwhile.
         self.store.refresh()
+        self._announce()
         rows = [row for batch in batches for row in batch["sample_ids"].tolist()]
         row_of = {tuple(prompt): row for prompt, row in zip(prompts, rows, strict=True)}
         missing = {tuple(prompt): row_of[tuple(prompt)] for prompt in self.store.missing(prompts)}

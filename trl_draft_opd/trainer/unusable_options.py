@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
 from ..utils.settings import check_at_least
 
 
-# Option -> the values that leave it off, and why it is refused. Versions of transformers have more or fewer of them.
+# Option -> the values that leave it off, and why it is refused.
 UNUSABLE_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "neftune_noise_alpha": ((None,), "a drafter reads its target's embedding, to which no noise is added"),
     "label_smoothing_factor": (
@@ -41,9 +41,6 @@ UNUSABLE_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "a drafter is trained by replicas (DDP), FSDP2 or ZeRO, see docs/do/distributed.md",
     ),
-    "predict_with_generate": ((False,), "evaluation decodes the prompts anyway, see `eval_rollouts`"),
-    "jit_mode_eval": ((False,), "a drafter cannot be traced; `torch_compile` compiles its layers"),
-    "past_index": ((-1,), "a drafter returns no past to hand on"),
     "save_on_each_node": (
         (False,),
         "the first process writes checkpoints for all; put `output_dir` on storage that all machines share",
@@ -58,7 +55,11 @@ _AT_LEAST_ONE = (
     "eval_accumulation_steps",
     "torch_empty_cache_steps",
 )
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+# Settings that mean nothing at 0, and what to do instead.
+_ABOVE_ZERO = {
+    "num_train_epochs": "At 0 nothing would be trained; to measure a drafter, use `trl-draft-opd evaluate`.",
+    **{f"{what}_steps": f"Leave it out, or set `{what}_strategy='no'`." for what in ("logging", "save", "eval")},
+}
 
 
 def check_options(args: TrainingArguments) -> None:
@@ -69,16 +70,16 @@ def check_options(args: TrainingArguments) -> None:
         ValueError: Naming the option and the reason.
     """
     for name, (off, reason) in UNUSABLE_OPTIONS.items():
-        value = getattr(args, name, off[0])
+        value = getattr(args, name)
         # 0 and False are equal, and not the same setting.
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in off):
             raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it out.")
     check_at_least(args, 1, *_AT_LEAST_ONE)
     check_at_least(args, 0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
-    for name in _ABOVE_ZERO:
+    for name, fix in _ABOVE_ZERO.items():
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise ValueError(f"`{name}` must be above 0, got {value}. Leave it out, or set its strategy to 'no'.")
+            raise ValueError(f"`{name}` must be above 0, got {value}. {fix}")
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(
             f"`max_steps` must be at least 1, got {args.max_steps}. Leave it out to train for `num_train_epochs`."
@@ -94,6 +95,7 @@ def check_reporters(report_to: str | list[str] | None) -> None:
             continue
         # Names those that exist, where it does not know this one.
         get_reporting_integration_callbacks([name])
+        # transformers never lists flyte.
         installed = get_available_reporting_integrations()
         if name not in installed and name != "flyte":
             raise ValueError(

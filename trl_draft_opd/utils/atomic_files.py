@@ -36,7 +36,7 @@ def write_file(path: Path, data: bytes) -> None:
     sync_entry(path.parent)
 
 
-def check_folder(folder: Path, name: str) -> None:
+def check_place(folder: Path, name: str) -> None:
     """
     Raise where no folder can be, or be written to, at a path that a user named as `name`; nothing is made.
 
@@ -71,11 +71,11 @@ def explaining_failure(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number, reason = system_error(error)
+        number, reason = _system_error(error)
         raise OSError(number, f"{what} could not be written ({reason}). {fix}") from error
 
 
-def system_error(error: OSError | SafetensorError) -> tuple[int, str]:
+def _system_error(error: OSError | SafetensorError) -> tuple[int, str]:
     """Return number and reason of a failing write; safetensors states the system's number in its text alone."""
     stated = re.search(r"os error (\d+)", str(error))
     if isinstance(error, SafetensorError) and stated:

@@ -22,6 +22,8 @@ _USELESS_NOTES = (
     # accelerate imports DeepSpeed at every save, which then looks for a GPU of its own.
     ("DeepSpeed", "Setting accelerator to CPU"),
     ("DeepSpeed", "Setting ds_accelerator to"),
+    # datasets looks for settings in the README of a folder, which needs none.
+    ("huggingface_hub.repocard", "Repo card metadata block was not found"),
 )
 _PACKAGE = Path(__file__).parents[1]
 
@@ -95,6 +97,21 @@ def hide_useless_notes() -> None:
 def _is_useful(record: logging.LogRecord) -> bool:
     # Of `record.msg`, in which arguments are not filled in.
     return not any(record.name == name and str(record.msg).startswith(start) for name, start in _USELESS_NOTES)
+
+
+@contextmanager
+def hiding_log_lines(name: str) -> Iterator[None]:
+    """Run the body without what one logger says, where an error of our own says it better."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 @contextmanager
