@@ -7,8 +7,19 @@ import os
 import re
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from trl_draft_opd.utils.atomic_files import clear_leftovers, making_folder, move_files, remove_folder, write_file
+from trl_draft_opd.utils.atomic_files import (
+    clear_leftovers,
+    explaining_failure,
+    making_folder,
+    move_files,
+    remove_folder,
+    write_file,
+    writing_files,
+)
 
 
 def make(folder, text):
@@ -69,3 +80,24 @@ def test_files_are_moved_whole_and_others_stay(tmp_path):
     write_file(tmp_path / "staged" / "file", b"new")
     move_files(tmp_path / "staged", tmp_path)
     assert (tmp_path / "file").read_bytes() == b"new" and (tmp_path / "kept").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("write", [making_folder, lambda folder: writing_files(folder, "staged")])
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_that_is_moved_into_place_has_the_mode_of_the_umask(tmp_path, write, umask, mode):
+    before = os.umask(umask)
+    try:
+        with write(tmp_path / "a") as staged:
+            save_file({"weight": torch.zeros(2)}, staged / "model.safetensors")
+            (staged / "model.safetensors").chmod(0o600)
+            (staged / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {mode}
+
+
+def test_a_full_disk_under_safetensors_is_the_systems_own_number_and_reason():
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(OSError, match=r"^\[Errno 28\] A file could not be written \(No space left on device\)"):
+        with explaining_failure("A file", "Make room"):
+            raise full

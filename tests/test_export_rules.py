@@ -10,7 +10,7 @@ from test_export import VARIANTS, export, make_variant
 
 from helpers.tiny import make_target
 from trl_draft_opd.export import TargetOfExport
-from trl_draft_opd.export.rules import check_folder, check_repo_name
+from trl_draft_opd.export.rules import check_folder
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -155,17 +155,3 @@ def test_a_folder_without_files_is_a_problem_and_no_crash(tmp_path):
     assert check_folder(tmp_path)[0].startswith("files: ")
     (tmp_path / "config.json").write_text("[]")
     assert check_folder(tmp_path)[0].startswith("files: ")
-
-
-@pytest.mark.parametrize(
-    "name, family, found",
-    [
-        ("org/Qwen3-4B-EAGLE3", "eagle3", 0),
-        ("org/Qwen3-4B-DFlash-b16", "dflash", 0),
-        ("org/Qwen3-4B-EAGLE-3", "eagle3", 2),
-        ("eagle-lab/Qwen3-4B-DFlash", "dflash", 0),
-        ("org/my-drafter", "dflash", 1),
-    ],
-)
-def test_a_repository_name_decides_what_vllm_takes_it_for(name, family, found):
-    assert len(check_repo_name(name, family)) == found

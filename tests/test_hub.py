@@ -12,6 +12,8 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from helpers.fake_hub import serve_hub
+from helpers.tiny import make_drafter, make_target
+from trl_draft_opd.export import export_drafter
 from trl_draft_opd.export import hub as hub_module
 from trl_draft_opd.export.hub import (
     create_repository,
@@ -361,8 +363,15 @@ def test_the_name_that_vllm_takes_for_another_method_is_refused(hub, folder, nam
     assert hub.requests == []
 
 
-def test_a_name_without_the_family_is_warned_about(caplog):
-    validate_repo_id("org/Qwen3-4B-DFlash", "dflash")
-    assert caplog.text == ""
-    validate_repo_id("org/Qwen3-4B-DFlash", "eagle3")
-    assert "eagle3" in caplog.text
+def test_a_name_of_the_other_family_is_refused_and_one_without_any_is_warned_about_once(hub, tmp_path, caplog):
+    folder = export_drafter(make_drafter("dflash", make_target()), tmp_path / "export", to="flat").folder
+    for _ in range(2):
+        push_folder(folder, "someone/gsm", token=TOKEN)
+    (warning,) = [record.getMessage() for record in caplog.records if "method" in record.getMessage()]
+    assert warning.startswith("'someone/gsm' does not contain 'dflash'") and '`"method": "dflash"`' in warning
+    hub.requests.clear()
+    for name in ("someone/gsm-EAGLE3", "eagle3-lab/gsm-DFlash"):
+        with pytest.raises(ValueError, match=f"'{name}' contains 'eagle3', .* Name it after 'dflash'"):
+            push_folder(folder, name, token=TOKEN)
+    assert hub.requests == []
+    push_folder(folder, "someone/gsm-DFlash", token=TOKEN)

@@ -65,13 +65,35 @@ def test_a_launch_that_would_compute_something_else_is_refused(launch, num_visib
         check_launch(launch, num_visible_gpus)
 
 
+@pytest.mark.parametrize("use_cpu", [False, True])
+@pytest.mark.parametrize("further", [{}, {"RANK": "0"}, {"LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1"}])
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_processes_that_would_train_for_themselves_are_refused_before_anything_is_read(tmp_path, monkeypatch, name):
+def test_processes_without_a_launcher_are_refused_in_one_sentence_whatever_else_is_set(
+    tmp_path, monkeypatch, name, further, use_cpu
+):
+    for variable, value in further.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setenv(name, "2")
-    with pytest.raises(ValueError, match="states 2 processes .* Start them with `accelerate launch` or `torchrun`"):
-        DraftSFTConfig(str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="states 2 processes .*MASTER_ADDR.* unset that variable. .*`torchrun`"):
+        DraftSFTConfig(str(tmp_path), report_to="none", use_cpu=use_cpu)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_an_address_alone_joins_no_processes_and_waits_for_none(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=r"lacks a number \(RANK\), so"):
+        DraftSFTConfig(str(tmp_path), report_to="none", use_cpu=True)
     monkeypatch.setenv(name, "1")
     DraftSFTConfig(str(tmp_path), report_to="none")
+
+
+def test_processes_that_would_train_for_themselves_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+    # Numbered and with an address, but accelerate takes them for single ones.
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match="states 2 processes .* Start them with `accelerate launch` or `torchrun`"):
+        DraftSFTConfig(str(tmp_path), report_to="none")
 
 
 def test_processes_that_are_joined_but_would_not_share_gradients_are_refused():

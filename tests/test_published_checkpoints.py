@@ -469,9 +469,19 @@ def test_every_missing_unexpected_or_misshapen_tensor_is_listed(tmp_path):
         "fc.bias": torch.zeros(H),
     }
     message = refusal(tmp_path, config, tensors)
-    assert 'Missing key(s) in state_dict: "norm.weight", "lm_head.weight"' in message
-    assert all(name in message.split("Unexpected")[1] for name in ("fc.bias", "midlayer.self_attn.q_norm.weight"))
-    assert "size mismatch for fc.weight" in message
+    assert message == (
+        f"The weights of the drafter {str(tmp_path)!r} do not fit its config: 'lm_head.weight' is missing; "
+        "'norm.weight' is missing; 'fc.bias' is unexpected; 'midlayer.self_attn.q_norm.weight' is unexpected; "
+        f"'fc.weight' has shape {(H, 2 * H)}, not {(H, 3 * H)}. Check that config.json and the weights belong "
+        "together, or save or download both again."
+    )
+
+
+def test_of_many_tensors_that_do_not_fit_the_first_are_listed(tmp_path):
+    config, tensors = specforge(eagle3())
+    extra = {f"extra.{number}": torch.zeros(1) for number in range(9)}
+    message = refusal(tmp_path, config, tensors | extra)
+    assert "'extra.4' is unexpected and 4 more. Check" in message and "extra.5" not in message
 
 
 def test_only_listed_tensors_are_left_out(tmp_path):
@@ -480,10 +490,10 @@ def test_only_listed_tensors_are_left_out(tmp_path):
     message = refusal(
         tmp_path, config, tensors | {"verifier_norm.weight": torch.zeros(H), "optimizer": torch.zeros(1)}
     )
-    assert 'Unexpected key(s) in state_dict: "optimizer", "verifier_norm.weight"' in message
+    assert "'optimizer' is unexpected; 'verifier_norm.weight' is unexpected." in message
     config, tensors = zlab(dflash())
     message = refusal(tmp_path, config, tensors | {"d2t": torch.zeros(3)}, DFlashDraftModel)
-    assert 'Unexpected key(s) in state_dict: "d2t"' in message
+    assert "'d2t' is unexpected." in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -534,7 +544,7 @@ def test_a_missing_t2d_is_derived_from_d2t(tmp_path):
     beyond = without | {"d2t": torch.full((DV,), V)}
     assert "maps to token ids 48..67, outside of the target's 0..47" in refusal(tmp_path, config, beyond)
     del without["d2t"]
-    assert 'Missing key(s) in state_dict: "d2t", "t2d"' in refusal(tmp_path, config, without)
+    assert "'d2t' is missing; 't2d' is missing." in refusal(tmp_path, config, without)
 
 
 def test_vocabulary_maps_that_disagree_are_refused(tmp_path):
@@ -543,7 +553,7 @@ def test_vocabulary_maps_that_disagree_are_refused(tmp_path):
     assert "do not increase strictly" in refusal(tmp_path, config, tensors | {"d2t": -torch.arange(DV)})
     assert "must be a vector of integers" in refusal(tmp_path, config, tensors | {"d2t": torch.zeros(DV)})
     shorter = {"d2t": torch.zeros(4, dtype=torch.long), "t2d": torch.arange(V) < 4}
-    assert "size mismatch for d2t" in refusal(tmp_path, config, tensors | shorter)
+    assert "'d2t' has shape (4,), not" in refusal(tmp_path, config, tensors | shorter)
 
 
 def test_identity_maps_of_a_full_vocabulary_are_left_out(tmp_path):

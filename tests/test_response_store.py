@@ -399,6 +399,19 @@ def test_a_manifest_of_another_version_or_changed_by_hand_is_refused(store: Resp
         _reopened(store)
 
 
+def test_a_store_that_lost_its_manifest_keeps_the_responses_of_the_same_target_alone(store: ResponseStore):
+    store.add(make_rows(3))
+    path = store.path / "manifest.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match="responses beside it are as they were: .* delete it alone and run the same"):
+        _reopened(store)
+    path.unlink()
+    with pytest.raises(ValueError, match="has lost its manifest.json, .* is of another origin"):
+        ResponseStore.open(store.path, make_origin(temperature=0.5))
+    assert not path.exists()
+    assert len(_reopened(store)) == 3
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path):
     (tmp_path / "model.safetensors").write_text("precious")
     with pytest.raises(ValueError, match=r"holds \['model.safetensors'\] and no manifest.json"):

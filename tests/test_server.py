@@ -313,8 +313,8 @@ def _echoes(number: int, path: str, body: dict | None) -> dict[str, Any]:
     said = " ".join(texts).encode()
     # So that a quote of some length would end within the key.
     long = b"x" * 490 + KEY.encode()
-    echoes = {f"body of {status}": Raw(page % (status, b"no", len(said), said)) for status in (400, 500)}
-    echoes |= {f"end of {status}": Raw(page % (status, b"no", len(long), long)) for status in (400, 500)}
+    echoes = {f"body of {status}": Raw(page % (status, b"no", len(said), said)) for status in (200, 400, 500)}
+    echoes |= {f"end of {status}": Raw(page % (status, b"no", len(long), long)) for status in (200, 400, 500)}
     echoes |= {f"reason of {status}": Raw(page % (status, KEY.encode(), 0, b"")) for status in (401, 503)}
     echoes |= {"status line": Raw(b"HTTP/1.1 " + KEY.encode() + b" no\r\n\r\n"), "no HTTP": Raw(said)}
     wrong = vllm_reply(body, finish_reason=f"Bearer {KEY}") if body else {}
@@ -420,8 +420,24 @@ def test_no_server_at_all_is_one_clear_error(serve, store: ResponseStore):
     server = serve(lambda number, path, body: None)
     server.shutdown()
     server.server_close()
-    with pytest.raises(ServerError, match=r"/v1/models: .*Connection refused"):
+    with pytest.raises(ServerError, match=rf"no server answers at {server.url} \(is it running\?\)"):
         _ask(store, server)
+
+
+@pytest.mark.parametrize("content", [b"<html>login", b"\xff<html>login", b"[" * 100_000])
+def test_a_success_that_is_no_json_is_quoted_after_it_was_tried_again(serve, store: ResponseStore, content: bytes):
+    server = serve(lambda number, path, body: content)
+    with pytest.raises(ServerError, match=r"/v1/completions: the reply is no JSON; it begins '.*(<html>login|\[\[)'"):
+        _ask(store, server, PROMPTS[:1])
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_a_key_is_told_with_the_flag_for_it(serve, store: ResponseStore, status: int):
+    server = serve(lambda number, path, body: status)
+    with pytest.raises(ValueError, match=f"with status {status}: no. Check `--api-key-file`"):
+        _ask(store, server, PROMPTS[:1])
+    assert len(server.seen) == 1
 
 
 def test_a_request_the_server_refuses_is_not_repeated(serve, store: ResponseStore):

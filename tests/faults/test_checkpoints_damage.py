@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from helpers.oracle import greedy_rows
@@ -218,7 +219,10 @@ def test_starting_anew_in_the_folder_of_a_finished_run_is_refused(copy, target, 
     [
         ({"kind": "opd"}, r"the trainer's kind \('sft' there, 'opd' here\)"),
         ({"family": "eagle3"}, "the drafter's architecture or adapter"),
-        ({"target": make_target(seed=5)}, "the target's weights, architecture or tokenizer"),
+        (
+            {"target": make_target(seed=5)},
+            r"the target's weights, architecture or tokenizer \(weights: [0-9a-f]{8} there, [0-9a-f]{8} here\)",
+        ),
         ({"rows": "fewer"}, "the training data .*`ignore_data_skip=True` continues"),
         ({"per_device_train_batch_size": 1}, r"rows per update .*\(2 there, 1 here\)"),
     ],
@@ -230,6 +234,27 @@ def test_another_runs_checkpoint_is_refused_by_what_differs(trained, tmp_path, t
     trainer = make_trainer(tmp_path / "other", **changes)
     with refuses(f"This run cannot resume from that checkpoint, because these differ: .*{match}"):
         trainer.train(resume_from_checkpoint=trained / "checkpoint-1")
+
+
+def test_a_drafter_of_another_shape_is_named_by_what_differs_in_it(trained, tmp_path, target, rows):
+    trainer = make_trainer(tmp_path / "other", target, rows)
+    trainer.drafter.config.block_size = 9
+    with refuses(r"these differ: the drafter's architecture or adapter \(block_size: 5 there, 9 here\)\. "):
+        trainer.train(resume_from_checkpoint=trained / "checkpoint-1")
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_a_resume_that_is_refused_costs_no_responses(tmp_path, family):
+    rows = Dataset.from_list([{"prompt_ids": [8 + row, 9]} for row in range(4)])
+    options = {"family": family, "regenerate": True, "max_steps": 1, "responses": str(tmp_path / "responses")}
+    make_trainer(tmp_path / "out", make_target(), rows, **options).train()
+    options |= {"resume_from_checkpoint": "auto", "max_steps": 2}
+    with refuses("these differ: the target's weights"):
+        make_trainer(tmp_path / "out", make_target(seed=5), rows, **options | {"responses": str(tmp_path / "further")})
+    assert not (tmp_path / "further").exists()
+    trainer = make_trainer(tmp_path / "out", make_target(), rows, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_other_batches_may_be_gone_on_with_from_the_start_of_the_data(trained, tmp_path, target, rows):

@@ -63,6 +63,8 @@ def run_export(argv: Sequence[str]) -> int:
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     check_export_folder(Path(args.output))
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
+    if args.repo_id is not None:
+        validate_repo_id(args.repo_id, drafter.config.family)
     name = drafter.config.target_model_name_or_path if args.target is None else args.target
     target = TargetOfExport(args.target_id)
     if name is not None:

@@ -28,7 +28,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
-from ..utils.atomic_files import check_place, explaining_failure
+from ..utils.atomic_files import check_place, explaining_failure, writing_files
 from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
@@ -163,7 +163,8 @@ def run_init(argv: Sequence[str]) -> int:
         set_seed(args.seed)
     drafter = make_drafter(target, args.family, options)
     with explaining_failure("The drafter", "Make room, or name another folder, and run the command again"):
-        drafter.save_pretrained(args.output)
+        with writing_files(Path(args.output), "init") as staged:
+            drafter.save_pretrained(staged)
     print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
     if args.draft_vocab_size is None and args.family == "eagle3" and target.vocab_size > LARGE_VOCABULARY:
         print(

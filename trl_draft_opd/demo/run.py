@@ -32,6 +32,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.log_printer import LogPrinter
+from ..utils.atomic_files import writing_files
 from ..utils.bars import library_bars
 from ..utils.settings import check_settings
 from .corpus import write_chats
@@ -257,7 +258,8 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
                 block_size=settings.num_drafts + 1,
             )
         _train(DraftSFTTrainer(drafter, target, config, rows), phases.console)
-        drafter.save_pretrained(folder)
+        with writing_files(folder, "drafter") as staged:
+            drafter.save_pretrained(staged)
 
     def train_opd(folder: Path) -> None:
         config = DraftOPDConfig(
@@ -273,7 +275,8 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
         )
         drafter = AutoDrafter.from_pretrained(sft_folder, num_target_layers=target.num_layers)
         _train(DraftOPDTrainer(drafter, target, config, rows), phases.console)
-        drafter.save_pretrained(folder)
+        with writing_files(folder, "drafter") as staged:
+            drafter.save_pretrained(staged)
 
     made_from = settings.pick("family num_drafts sft_epochs batch_size sft_learning_rate")
     sft_folder = phases.run("3/5 drafter by SFT", "drafter-sft", made_from, train_sft)

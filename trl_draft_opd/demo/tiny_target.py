@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from ..utils.atomic_files import writing_files
 from ..utils.settings import check_settings
 from .corpus import Chat
 
@@ -112,8 +113,9 @@ def train_target(chats: Sequence[Chat], folder: Path, settings: TinyTargetSettin
         schedule.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing_files(folder, "target") as staged:
+        model.eval().save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
     last = losses[-max(num_steps // 20, 1) :]
     return sum(last) / len(last)
 

@@ -40,7 +40,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .portable_config import PortableConfig
-from .published.checkpoint import CheckpointSource, read_drafter_config, read_drafter_tensors
+from .published.checkpoint import CheckpointSource, check_tensors_fit, read_drafter_config, read_drafter_tensors
 from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
 
@@ -317,12 +317,8 @@ class Drafter(PreTrainedModel):
             )
         model = cls(cls.config_class(**imported.arguments))
         tensors = read_drafter_tensors(source, imported, allow_pickle_weights=allow_pickle_weights)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{error}\nCheck that config.json and the weights of {str(source)!r} belong together."
-            ) from error
+        check_tensors_fit(tensors, model.state_dict(), f"the drafter {str(source)!r}")
+        model.load_state_dict(tensors)
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype
         return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  its decorator hides `self` from the stub

@@ -9,6 +9,7 @@ import logging
 import mmap
 import traceback
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from time import sleep
 
@@ -24,16 +25,17 @@ from huggingface_hub.utils import validate_repo_id as validate_hub_id
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..utils.secrets import without_secret, without_users
 from ..utils.versions import TRANSPORT_ERRORS
-from .rules import check_repo_name
 from .serving import SERVING_FILE
 from .source import hub_id_of
-from .texts import renamed_texts
+from .texts import read_publication, renamed_texts
 from .write import PUBLISHED_FILES, PUBLISHED_NAMES
 
 
 logger = logging.getLogger(__name__)
 
 NUM_RETRIES = 4
+# By the words that vLLM looks for; they are the families' names too.
+_METHODS = {"eagle3", "dflash"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 # Of the server's making, and likely to pass; 412: somebody else committed meanwhile.
 _PASSING = {408, 412, 425, 429, 500, 502, 503, 504}
@@ -51,7 +53,8 @@ _PATH_ENTRIES = (
 
 def validate_repo_id(repo_id: str, family: str | None = None) -> None:
     """
-    Refuse a name that is no Hub id, or that vLLM takes for EAGLE-1; warn about one without the drafter's family.
+    Refuse a name that is no Hub id, or by which vLLM takes a drafter of `family` for one of another method; warn about
+    one that names no method. vLLM looks at a name where no method is given, and at the owner in it too.
     """
     try:
         validate_hub_id(repo_id)
@@ -60,13 +63,34 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
             f"{repo_id!r} cannot be the name of a repository: {error} Use ORG/NAME with letters, digits, '-', '_' and "
             "'.'."
         ) from error
-    if "eagle-" in repo_id.lower():
+    name = repo_id.lower()
+    if "eagle-" in name:
         raise ValueError(
             f"{repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1. Write EAGLE3 in one word."
         )
-    if family is not None:
-        for problem in check_repo_name(repo_id, family):
-            logger.warning("%s Name the method when you serve it, or rename it.", problem.removeprefix("C10: "))
+    if family is None:
+        return
+    for other in _METHODS - {family}:
+        if other in name:
+            raise ValueError(
+                f"{repo_id!r} contains {other!r}, by which vLLM takes a drafter for one of that method, and this is "
+                f"one of {family!r}. Name it after {family!r}."
+            )
+    if family not in name:
+        _warn_about(repo_id, family)
+
+
+@cache
+def _warn_about(repo_id: str, family: str) -> None:
+    """Warn about a name without a method, once however often a run pushes."""
+    logger.warning(
+        "%r does not contain %r, by which vLLM finds the method where none is given. Serve it with "
+        '`"method": "%s"`, as the settings in %s do, or rename it.',
+        repo_id,
+        family,
+        family,
+        SERVING_FILE,
+    )
 
 
 def published_files(folder: str | Path) -> list[str]:
@@ -125,6 +149,8 @@ def push_folder(
     validate_repo_id(repo_id)
     folder = Path(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in published_files(folder)}
+    if json.loads((folder / SERVING_FILE).read_text("utf-8"))["repository"] != repo_id:
+        validate_repo_id(repo_id, read_publication(folder).family)
     extra_folders = extra_folders or {}
     for place, extra in extra_folders.items():
         files |= {f"{place}/{name}": content for name, content in extra.items()}

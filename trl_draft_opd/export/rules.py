@@ -216,16 +216,6 @@ def _find_wrong_speculators(files: _Files) -> Iterator[str]:
         yield "sliding_window_non_causal must be true; vLLM turns false into causal attention in every layer."
 
 
-def check_repo_name(repo_id: str, family: str) -> list[str]:
-    """Return what is wrong with the name of a repository of a drafter of `family`, as [`check_folder`] does."""
-    name, problems = repo_id.rsplit("/", 1)[-1].lower(), []
-    if "eagle-" in name:
-        problems.append(f"C10: {repo_id!r} contains 'eagle-', by which vLLM takes a drafter for EAGLE-1.")
-    if family not in name:
-        problems.append(f"C10: {repo_id!r} does not contain {family!r}, by which vLLM finds the method.")
-    return problems
-
-
 def _find_wrong_vocabulary(files: _Files) -> Iterator[str]:
     if files.family != "eagle3":
         return
@@ -278,7 +268,7 @@ def _find_wrong_tensors(files: _Files) -> Iterator[str]:
         yield f"tensors do not fit: missing {missing}, unexpected {unexpected}, of wrong shape {misshapen}."
 
 
-# C10 is about the name of a repository, see [`check_repo_name`].
+# C10 is about the name of a repository, which no folder knows: see `validate_repo_id` in `hub.py`.
 _RULES = {
     "C1": _find_wrong_shape,
     "C2": _find_wrong_layer_ids,

@@ -8,7 +8,6 @@ export.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,8 +156,6 @@ def _write_layouts(folder: Path, drafter: Drafter, publication: Publication) -> 
         (place / CONFIG_FILE).write_text(text, encoding="utf-8")
         # The one piece of metadata transformers wants to see.
         save_file(LAYOUT_OF[name].tensors(tensors), place / SAFETENSORS_FILE, metadata={"format": "pt"})
-        # safetensors writes for its owner only; a server often runs as another user.
-        shutil.copymode(place / CONFIG_FILE, place / SAFETENSORS_FILE)
 
 
 def check_export_folder(folder: Path) -> None:

@@ -121,6 +121,10 @@ class ServerError(OSError):
     """The server could not be reached or did not reply; the message tells what is stored and how to resume."""
 
 
+class NoJson(ServerError):
+    """A success whose content is no JSON: cut short on its way, or of another kind of server."""
+
+
 def ask_server(
     store: ResponseStore,
     settings: ServerSettings,
@@ -285,9 +289,10 @@ class _Client:
                 return self._send(path, body)
             except urllib.error.HTTPError as error:
                 failure = self._explain(error, path)
-            except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
-                said = self.without_key(str(error))[:_LONGEST_QUOTE]
-                failure = ServerError(f"{self.settings.root}{path}: {type(error).__name__}: {said}")
+            except NoJson as error:
+                failure = error
+            except (OSError, HTTPException) as error:
+                failure = ServerError(self._explain_silence(error, path))
             # Out of the handlers, so that no traceback shows the error inside, whose text may hold the key.
             if isinstance(failure, WrongReply):
                 raise failure
@@ -310,7 +315,14 @@ class _Client:
                 f"the server redirects (status {error.code}) to {without_users(self.without_key(place))[:200]!r}, "
                 "and no redirect is followed. If that is the server you mean, give its address as `base_url`"
             )
-        return WrongReply(f"the server refused the request with status {error.code}: {said}")
+        hint = ". Check `--api-key-file` (`api_key`)" if error.code in (401, 403) else ""
+        return WrongReply(f"the server refused the request with status {error.code}: {said}{hint}")
+
+    def _explain_silence(self, error: OSError | HTTPException, path: str) -> str:
+        """Return what to say where no whole reply came."""
+        if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+            return f"no server answers at {self.settings.root} (is it running?)"
+        return f"{self.settings.root}{path}: {type(error).__name__}: {self.without_key(str(error))[:_LONGEST_QUOTE]}"
 
     def without_key(self, text: str) -> str:
         """Return what the server said, to be printed or stored, without the key."""
@@ -326,4 +338,9 @@ class _Client:
             content = response.read(_MAX_REPLY_BYTES + 1)
         if len(content) > _MAX_REPLY_BYTES:
             raise WrongReply(f"the reply is longer than {_MAX_REPLY_BYTES} bytes")
-        return json.loads(content)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):  # of its encoding and of its depth, too
+            said = self.without_key(content[:_MAX_ERROR_BYTES].decode("utf-8", "replace"))[:_LONGEST_QUOTE]
+        # Out of the handler: its error quotes the reply as it came.
+        raise NoJson(f"{self.settings.root}{path}: the reply is no JSON; it begins {said!r}")

@@ -80,13 +80,24 @@ class ResponseStore:
         with explaining_failure(f"The folder of responses {str(folder)!r}", "Make room, or name another"):
             folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():
-            strangers = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+            shards = sorted(folder.glob(_SHARDS))
+            held = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+            strangers = sorted(held - {shard.name for shard in shards})
             # Another writer may have made the manifest between the two looks.
             if strangers and not (folder / MANIFEST).exists():
                 raise ValueError(
                     f"The folder {folder} holds {strangers[:3]} and no {MANIFEST}: it is no response store. Give an "
                     "empty or a new folder."
                 )
+            # Of a store that has lost its manifest: each proves what it is, before a new one is written.
+            try:
+                for shard in shards:
+                    read_shard(shard, origin)
+            except ValueError as error:
+                raise ValueError(
+                    f"The folder {folder} has lost its {MANIFEST}, and gets a new one under the target and settings "
+                    f"that its responses were written with alone. {error}"
+                ) from error
             content = {"format": _FORMAT, "digest": origin.digest, "origin": asdict(origin)}
             with explaining_failure(f"The manifest of {str(folder)!r}", "Make room, or name another folder"):
                 write_file(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
@@ -294,7 +305,8 @@ def _read_manifest(folder: Path) -> Origin:
     except (ValueError, TypeError, KeyError) as error:
         reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"The manifest {path} is not usable: {reason}. Restore it, or give another folder and write the responses "
-            "anew."
+            f"The manifest {path} is not usable: {reason}. The responses beside it are as they were: restore this "
+            "file, or delete it alone and run the same command again, which takes in the shards that its target and "
+            "settings wrote. Or give another folder."
         ) from error
     return origin

@@ -4,6 +4,8 @@ What makes a run this one and no other, and whether a checkpoint belongs to it.
 """
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +23,19 @@ from ..utils.hashing import hash_json
 # A stream may be slow, and is read again from its start.
 _HASHED_ROWS_OF_A_STREAM = 64
 _ROWS_AT_A_TIME = 1000
-# Entries of a drafter's config that name it or its target and change nothing.
+# Entries of a drafter's config that name it or its target and change nothing, or that transformers sets in training.
 _NAMES = {
     "_name_or_path",
     "name_or_path",
     "target_model_name_or_path",
     "target_model_revision",
     "transformers_version",
+    "use_cache",
 }
 # Settings beyond those of the training record that shape what is computed.
 _FURTHER = ("adam_epsilon", "chat_template", "target_revision", "on_nonfinite")
+# Of an adapter's config: what makes its tensors others, or mean something else.
+_OF_ADAPTERS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
 # How an update's rows are dealt to batches and processes: their product is compared by itself.
 _DEALING = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size"}
 # Where these differ, the stored state means something else in this run.
@@ -49,13 +54,13 @@ _POSITION = {
 @dataclass(frozen=True)
 class RunIdentity:
     """
-    What makes two runs the same one: digests (of a stream, that of its first rows), and settings that shape what is
-    computed.
+    What makes two runs the same one: the drafter's shape; digests (of a stream, that of its first rows); and settings
+    that shape what is computed.
     """
 
     method: str
-    drafter: str
-    target: str
+    drafter: dict[str, Any]
+    target: dict[str, str | None]
     dataset: str | None
     rows_per_update: int
     settings: dict[str, Any]
@@ -71,13 +76,22 @@ class RunIdentity:
     ) -> "RunIdentity":
         """Describe a run; `drafter` is what is trained, adapter included, without its distributed wrapper."""
         shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _NAMES}
+        for name in _OF_ADAPTERS:
+            value = getattr(getattr(drafter, "peft_config", {}).get("default"), name, None)
+            shape[f"lora_{name}".replace("lora_lora_", "lora_")] = sorted(value) if isinstance(value, set) else value
         trained = sorted(name for name, parameter in drafter.named_parameters() if parameter.requires_grad)
-        tokenizer = None if target.tokenizer is None else hash_tokenizer(target.tokenizer)
+        shape["names of the trained weights"] = hash_json(trained)
         settings = recorded_settings(args) | {name: getattr(args, name) for name in _FURTHER}
         return cls(
             method=method,
-            drafter=hash_json([shape, trained]),
-            target=hash_json([hash_config(target.config), target.weights_fingerprint, tokenizer]),
+            # Through JSON and back, so that it equals what a file gives back.
+            drafter=json.loads(json.dumps(shape, default=str)),
+            target={
+                "name": target.config.name_or_path or None,
+                "architecture": hash_config(target.config),
+                "weights": target.weights_fingerprint,
+                "tokenizer": None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
+            },
             dataset=_digest_rows(dataset),
             rows_per_update=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             settings={name: value for name, value in settings.items() if name not in _DEALING},
@@ -90,11 +104,10 @@ class RunIdentity:
         `ignores_position` (`ignore_data_skip=True`): the data is read from its start again and may be another.
         """
         compared = _BINDING if ignores_position else _BINDING | _POSITION
-        changed = [name for name in compared if getattr(self, name) != getattr(stored, name)]
+        parts = {name: _differing(getattr(stored, name), getattr(self, name)) for name in compared}
+        changed = [name for name, differing in parts.items() if differing]
         if changed:
-            differences = "; ".join(
-                f"{compared[name]} ({getattr(stored, name)!r} there, {getattr(self, name)!r} here)" for name in changed
-            )
+            differences = "; ".join(f"{compared[name]} ({', '.join(parts[name])})" for name in changed)
             fix = (
                 "Use what the run was started with, or start a new run from the checkpoint's folder (`--drafter`, or "
                 "`model`)."
@@ -107,6 +120,22 @@ class RunIdentity:
         names = sorted(self.settings.keys() | stored.settings.keys())
         pairs = [(name, stored.settings.get(name), self.settings.get(name)) for name in names]
         return [f"{name}: {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+
+
+def _differing(there: Any, here: Any) -> list[str]:
+    """Return what differs, by name and both values where it has parts; a name alone is no difference."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return [] if there == here else [f"{_shown(there)} there, {_shown(here)} here"]
+    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if set(names) <= {"name"}:
+        return []
+    return [f"{name}: {_shown(there.get(name))} there, {_shown(here.get(name))} here" for name in names]
+
+
+def _shown(value: Any) -> str:
+    """Return a value for an error, of a digest its beginning."""
+    is_digest = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
+    return value[:8] if is_digest else repr(value)
 
 
 def _digest_rows(dataset: Dataset | IterableDataset | None) -> str | None:

@@ -19,7 +19,7 @@ from ..data.templates import read_template
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
-from ..runs.distributed.launch import check_processes, is_launched_on_cpus
+from ..runs.distributed.launch import check_launcher, check_processes, is_launched_on_cpus
 from ..target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
 from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
@@ -221,6 +221,7 @@ class DraftTrainingConfig(_BaseConfig):
     def __post_init__(self) -> None:
         check_settings(self)
         check_options(self)
+        check_launcher()
         # As text, so that a file that changes later changes no run, and a resumed one is told.
         self.chat_template = read_template(self.chat_template)
         if self.bf16 and not torch.accelerator.is_available():

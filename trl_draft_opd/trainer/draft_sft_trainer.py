@@ -15,6 +15,7 @@ from .draft_sft_config import DraftSFTConfig
 from .draft_trainer import DraftTrainer
 from .draft_vocabulary import settle_vocabulary, vocabulary_settings, wanted_vocab_size
 from .pair import Pair, check_mask_token, text_reader
+from .resuming import check_resumes
 from .step import PreparedBatch, SlotRules, StreamSettings
 from .texts import AnyDataset, prompts_of_text, respond_to_all, text_of
 
@@ -84,6 +85,8 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         vocab_size = wanted_vocab_size(drafter, args.draft_vocab_size, eos_token_ids) if is_training else None
         reader = text_reader(pair.target, args, max_length=args.max_length)
         if args.regenerate:
+            if is_training:
+                check_resumes(DraftSFTTrainer._method, pair, args)
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
         elif is_training and "completion_ids" not in (dataset.column_names or ()):
             # As ids, they come out of a store or of the user's own work with the target.

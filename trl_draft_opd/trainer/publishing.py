@@ -44,7 +44,7 @@ from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
-from ..utils.atomic_files import check_place, clear_leftovers, explaining_failure, move_files, staging_folder
+from ..utils.atomic_files import check_place, clear_leftovers, explaining_failure, writing_files
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
@@ -264,11 +264,9 @@ class PublishingTrainer(ResumingTrainer):
             check_weights(weights)
             check_place(folder, "The drafter's folder")
             with explaining_failure("The drafter", fix):
-                folder.mkdir(parents=True, exist_ok=True)
                 clear_leftovers(folder, re.compile(SAVED))
-                with staging_folder(folder, SAVED) as staged:
+                with writing_files(folder, SAVED) as staged:
                     self._save(str(staged), state_dict=weights, notes_of=folder)
-                    move_files(staged, folder)
                 # Of transformers' own saves; pickled arguments can hold a token.
                 (folder / ARGS_FILE).unlink(missing_ok=True)
 

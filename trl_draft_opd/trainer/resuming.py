@@ -10,10 +10,12 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
@@ -395,6 +397,32 @@ class ResumingTrainer(_BaseTrainer):
                 "them with `save_model`."
             ) from error
         self._load_weights(folder)
+
+
+def check_resumes(method: str, pair: Pair, args: DraftTrainingConfig) -> None:
+    """
+    Refuse to resume another run by all that is known before the target writes the dataset's responses. Collective.
+
+    Raises:
+        ValueError: As [`ResumingTrainer.train`], of a checkpoint that the setting `resume_from_checkpoint` asks for.
+    """
+
+    def find() -> Path | None:
+        with locked(args.output_folder):
+            checkpoint = choose_checkpoint(args.output_folder, args.resume_from_checkpoint)
+        return checkpoint.folder if checkpoint else None
+
+    folder = first_rank_decides(PartialState(), find)
+    if folder is None:
+        return
+    stored = RunState.read(folder).identity
+    identity = RunIdentity.of(method, args, pair.drafter, pair.target, None)
+    drafter = identity.drafter
+    if getattr(pair.drafter, "vocabulary_is_open", False):
+        # The responses settle it.
+        drafter = drafter | {"draft_vocab_size": stored.drafter["draft_vocab_size"]}
+    known = replace(identity, drafter=drafter, dataset=stored.dataset)
+    known.check_continues(stored, ignores_position=args.ignore_data_skip)
 
 
 def describe_batches(batches: Sequence[Mapping[str, Any]]) -> str:

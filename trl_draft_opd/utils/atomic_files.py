@@ -71,9 +71,16 @@ def explaining_failure(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        number = getattr(error, "errno", None) or errno.EIO
+        number, reason = system_error(error)
         raise OSError(number, f"{what} could not be written ({reason}). {fix}") from error
+
+
+def system_error(error: OSError | SafetensorError) -> tuple[int, str]:
+    """Return number and reason of a failing write; safetensors states the system's number in its text alone."""
+    stated = re.search(r"os error (\d+)", str(error))
+    if isinstance(error, SafetensorError) and stated:
+        return int(stated[1]), os.strerror(int(stated[1]))
+    return getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
 
 
 def sync_entry(path: Path) -> None:
@@ -119,6 +126,7 @@ def making_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.parent, folder.name) as staged:
         yield staged
+        _follow_umask(staged)
         for path in [*staged.rglob("*"), staged]:
             sync_entry(path)
         replaced = None
@@ -136,9 +144,19 @@ def making_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
 
 
+@contextmanager
+def writing_files(folder: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder to fill; on leaving it [`move_files`] puts its files into `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with staging_folder(folder, name) as staged:
+        yield staged
+        move_files(staged, folder)
+
+
 def move_files(staged: Path, folder: Path) -> None:
     """Put every file of `staged` into `folder`, each in one step; other files there stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
+    _follow_umask(staged)
     for path in sorted(staged.iterdir()):
         sync_entry(path)
         os.replace(path, folder / path.name)
@@ -167,6 +185,15 @@ def clear_leftovers(parent: Path, is_ours: "re.Pattern[str]") -> None:
             os.rename(path, place)
         else:
             shutil.rmtree(path)
+
+
+def _follow_umask(staged: Path) -> None:
+    """Give files the mode that the umask gives to new ones; safetensors lets nobody but their owner read its own."""
+    # The folder was made under the same umask, which cannot be asked for without changing it.
+    mode = staged.stat().st_mode & 0o666
+    for path in staged.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
 
 
 def _sibling(folder: Path, kind: str) -> Path:

@@ -8,6 +8,7 @@ lists below is handed on, and loading reports it.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,23 @@ def read_drafter_tensors(
             check_weight(published_name, tensor)
         tensors[name] = tensor
     return complete_vocabulary_maps(tensors, imported.arguments) if imported.family == "eagle3" else tensors
+
+
+def check_tensors_fit(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], whose: str) -> None:
+    """Raise `ValueError` unless `tensors` are those that are `wanted`, in names and shapes, of `whose` file."""
+    faults = [f"{name!r} is missing" for name in sorted(wanted.keys() - tensors.keys())]
+    faults += [f"{name!r} is unexpected" for name in sorted(tensors.keys() - wanted.keys())]
+    faults += [
+        f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in sorted(tensors.keys() & wanted.keys())
+        if tensors[name].shape != wanted[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(
+            f"The weights of {whose} do not fit its config: {'; '.join(faults[:5])}{more}. Check that config.json and "
+            "the weights belong together, or save or download both again."
+        )
 
 
 def _our_name(published_name: str, family: str) -> str:

@@ -6,6 +6,7 @@ Our steps and rollouts call a drafter's methods and never its layers' own `forwa
 fire. The drafter is therefore one unit of FSDP2 and one leaf of ZeRO-3, whatever the launcher's wrapping policy.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Trainer
+
+
+# As accelerate looks for it: torchrun's name, then MPI's.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -41,6 +46,24 @@ def is_launched_on_cpus() -> bool:
     return is_joined and not torch.accelerator.is_available() and not asks_for_more
 
 
+def check_launcher() -> None:
+    """
+    Raise `ValueError` where several processes are stated, but not what they would find each other by: to be called
+    before accelerate or torch look for it, who ask for single variables, and then wait for processes that never come.
+    """
+    # What a launcher tells its processes, and no setting of ours.
+    told = os.environ  # noqa: TID251
+    missing = ["an address (MASTER_ADDR)"] if not told.get("MASTER_ADDR") else []
+    missing += ["a number (RANK)"] if not any(told.get(name) for name in _RANKS) else []
+    launched = _num_launched()
+    if launched > 1 and missing and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"The environment states {launched} processes (WORLD_SIZE, or MPI's name for it), but this one lacks "
+            f"{' and '.join(missing)}, so it was not started by a launcher that joins them. If it is the only one, "
+            "unset that variable. Start several with `accelerate launch` or `torchrun`."
+        )
+
+
 def check_processes(state: PartialState) -> None:
     """Raise `ValueError` where each process of a launch would train for itself, all into one folder."""
     launched = _num_launched()
@@ -48,8 +71,8 @@ def check_processes(state: PartialState) -> None:
         raise ValueError(
             f"The launcher states {launched} processes (WORLD_SIZE, or MPI's name for it), but they do not know of "
             "each other: each would train for itself, into one folder. Start them with `accelerate launch` or "
-            "`torchrun`; to train on CPUs where there is an accelerator, add `use_cpu=True`. If this is the only "
-            "process, unset that variable."
+            "`torchrun`, which give each its number and an accelerator, or all of them the CPU under `use_cpu=True`. "
+            "If this is the only process, unset that variable."
         )
     if state.num_processes > 1 and state.distributed_type == DistributedType.NO:
         raise ValueError(
