@@ -5,6 +5,8 @@ nothing that is published names what no server can load.
 """
 
 import json
+import shlex
+import shutil
 import sys
 
 import pytest
@@ -253,7 +255,7 @@ def test_a_published_drafter_never_names_an_adapter_as_its_target(place, tmp_pat
     args = DraftSFTConfig(str(tmp_path), **TINY_RUN)
     assert target_id(args, target) is None
     trainer = DraftSFTTrainer(make_drafter("dflash", target), target, args, ROWS)
-    with pytest.raises(ValueError, match=r"this one is an adapter.*Merge it.*'org/adapter'.*`hub_target_id`"):
+    with pytest.raises(ValueError, match=r'this one is an adapter.*Merge it.*"org/adapter".*`hub_target_id`'):
         trainer.export(tmp_path / "export")
     trainer.args.hub_target_id = "org/merged"
     folder = trainer.export(tmp_path / "export")
@@ -269,9 +271,11 @@ def test_a_push_of_a_drafter_for_an_adapter_is_refused_before_training(place, tm
 
 
 def test_the_line_that_merges_an_adapter_does_so(place, tmp_path, monkeypatch):
+    # A name in which a shell would find something to run.
+    adapter = shutil.copytree(place / "adapter", tmp_path / 'my "own" $(exit 3)\'s')
     with pytest.raises(ValueError, match="Merge it, `python -c") as refusal:
-        read_target(place / "adapter")
-    code = str(refusal.value).split('python -c "')[1].split('"`')[0]
+        read_target(adapter)
+    *_, code = shlex.split(str(refusal.value).split("Merge it, `")[1].split("`, and give")[0])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "line", "exec"), {})
     merged = FrozenTarget.load("MERGED")

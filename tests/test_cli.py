@@ -320,6 +320,9 @@ def test_init_on_rows_without_responses_names_the_command_that_writes_them(
     words = ["init", "--family", "eagle3", "--target", "no/target", "--output", "o", "--draft-vocab-size", "9"]
     error = _error([*words, "--dataset", str(rows)], capsys)
     assert "trl-draft-opd generate" in error and "--responses" in error
+    # What `sft` would train on has responses: a question with its answer gets as far as the target.
+    rows.write_text('{"question": "w8 w9", "answer": "w10"}\n', "utf-8")
+    assert "no/target" in _error([*words, "--dataset", str(rows)], capsys)
 
 
 def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
@@ -451,6 +454,17 @@ def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
     checkpoint = shutil.copytree(drafter_folder, tmp_path / "checkpoint-3")
     (checkpoint / "manifest.json").write_text("{}")
     assert "proven by their hashes" in _error([*words, str(checkpoint), "--record", "x"], capsys)
+
+
+def test_an_export_whose_settings_were_damaged_is_refused_before_anything_is_measured(
+    target_folder: str, drafter_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    assert main(["export", "--drafter", drafter_folder, "--target", target_folder, "--output", str(out)]) == 0
+    words = ["evaluate", "--target", "no/target", "--dataset", "none", "--drafter", str(out), "--record", "x"]
+    for damage, reason in (("{", "is not valid JSON"), ("{}", "lacks .*'num_drafts'.*Export the drafter again")):
+        (out / "speculative_config.json").write_text(damage)
+        assert re.search(reason, _error(words, capsys))
 
 
 @pytest.mark.parametrize(

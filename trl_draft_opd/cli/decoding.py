@@ -22,14 +22,15 @@ from ..export.record import (
     prompts_digest,
     read_record,
 )
-from ..export.texts import add_measurement
+from ..export.serving import SERVING_FILE
+from ..export.texts import add_measurement, read_publication
 from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
-from ..utils.atomic_files import check_folder
+from ..utils.atomic_files import check_place
 from ..utils.settings import check_at_least
 from .arguments import (
     RowsArguments,
@@ -70,6 +71,10 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         default=None,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
+
     def check_record(self) -> None:
         """Raise `ValueError` where `--record` could not be kept to, before anything is measured."""
         if self.record is None:
@@ -84,6 +89,8 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
                 "hashes. Evaluate the saved drafter in `output_dir`, or an export of the checkpoint."
             )
         read_record(folder)
+        if (folder / SERVING_FILE).is_file():
+            read_publication(folder)
 
     def add_to_record(
         self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any, max_completion_length: int
@@ -117,10 +124,6 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         names = add_measurement(folder, measurement, make_record)
         after = "" if CARD_FILE in names else "; the card of its next export will have it"
         print(f"Recorded in {', '.join(str(folder / name) for name in names)}{after}.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
 
 
 def run_evaluate(argv: Sequence[str]) -> int:
@@ -232,7 +235,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
 def run_generate(argv: Sequence[str]) -> int:
     """Write the target's responses to prompts; see [`write_responses`]."""
     (args,) = parse("generate", [GenerateArguments], argv)
-    check_folder(Path(args.output), "`--output`")
+    check_place(Path(args.output), "`--output`")
     server, rows = args.server(), args.load_rows()
     target = args.load_target()
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=TRAINING_LENGTHS)

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
+from ..data.columns import TEXT_FORMS, find_format
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
@@ -27,7 +28,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import load_target
-from ..utils.atomic_files import check_folder, explaining_failure
+from ..utils.atomic_files import check_place, explaining_failure
 from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
@@ -129,12 +130,14 @@ class InitArguments(TargetArguments, FreshDrafterArguments):
         if self.dataset is None:
             return None
         rows = load_rows(self.dataset, self.dataset_config, self.split)
-        if not {"messages", "completion", "completion_ids", "completion_mask", "text"} & set(rows.column_names):
+        try:
+            find_format(rows.column_names, TEXT_FORMS)
+        except ValueError as error:
             raise ValueError(
                 f"The rows of {self.dataset!r} hold {rows.column_names} and no responses, whose tokens "
                 "`--draft-vocab-size` counts. Have the target write them with `trl-draft-opd generate` and give its "
                 "folder as `--responses`; or leave both out, and `sft --regenerate` chooses when it trains."
-            )
+            ) from error
         return rows
 
 
@@ -142,7 +145,7 @@ def run_init(argv: Sequence[str]) -> int:
     """Make a fresh drafter for a target and save it."""
     (args,) = parse("init", [InitArguments], argv)
     args.check_vocabulary()
-    check_folder(Path(args.output), "`--output`")
+    check_place(Path(args.output), "`--output`")
     rows = args.load_responses()
     target = args.load_target()
     options = args.given()
@@ -303,7 +306,7 @@ def _train(
 ) -> bool:
     """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
     peft_config = args.lora_config()
-    check_folder(config.output_folder, "`--output-dir`")
+    check_place(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
     held_out = args.load_eval_rows()
     if config.dataset_id is None:

@@ -6,18 +6,15 @@ the EOS ids and the size of the vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .chats import (
@@ -41,6 +38,7 @@ from .columns import (
     first_row,
     keep_texts,
 )
+from .row_notes import Skip, StreamNotes, drop_skipped, encode_row
 from .templates import (
     CLOCK,
     STANDING_DAY,
@@ -63,8 +61,6 @@ _ROLES_OUT_OF_ORDER = (
     "have turns out of order (a late system turn, an opening response, or two turns of one side in "
     "a row), read as the template writes them."
 )
-_REPEATED_PROMPT = "repeat an earlier row's prompt: the target responds once, and each row trains on that response."
-_REPEATED_ROW = "repeat an earlier row token by token, and are trained on again. Drop them if that is not meant."
 _NO_BLOCK = "have no two supervised tokens in a row, and train nothing: a block needs two."
 _EMPTY_RESPONSE = "have assistant turns that render to nothing but their end"
 _EMPTY_TURN = _EMPTY_RESPONSE + "; those are not supervised."
@@ -80,10 +76,6 @@ _CLOCK_STANDS = (
     f'runs agree. To set another: `chat_template_kwargs={{"{CLOCK}": "{STANDING_DAY}"}}`.'
 )
 _EOS_MISSING = "have an assistant turn without an EOS, supervised to its end. Check `eos_token_ids` and the template."
-
-
-class _Skip(Exception):
-    """Leaves a row out; its one argument is the reason that is counted."""
 
 
 class _Text(NamedTuple):
@@ -208,18 +200,18 @@ class TextReader:
         types |= {"sample_id": Value("int64"), "notes": List(Value("string"))}
         types |= {"skipped": Value("string"), "key": Value("string")}
         # The number of processes changes no row, so that it must not change the key of the cache.
-        encode_row = partial(encode, replace(self, num_proc=None), form=row_format.form)
+        reader = partial(encode, replace(self, num_proc=None), form=row_format.form)
         options: dict[str, Any] = {
             "with_indices": True,
             "remove_columns": list(row),
             "features": Features(types),
-            "fn_kwargs": {"encode": encode_row, "columns": columns, "convert": row_format.convert},
+            "fn_kwargs": {"encode": reader, "columns": columns, "convert": row_format.convert},
         }
         rows = dataset.with_format(None)
         if isinstance(rows, Dataset):
-            encoded = rows.map(_encode_row, num_proc=self.num_proc, desc="Tokenizing", **options)
-            return _drop_skipped(encoded, columns)
-        encoded = rows.map(_encode_row, **options).filter(_StreamNotes())
+            encoded = rows.map(encode_row, num_proc=self.num_proc, desc="Tokenizing", **options)
+            return drop_skipped(encoded, columns)
+        encoded = rows.map(encode_row, **options).filter(StreamNotes())
         return encoded.remove_columns(["skipped", "notes", "key"])
 
     def _encode_text_row(self, row: dict, form: Form) -> dict[str, Any]:
@@ -231,7 +223,7 @@ class TextReader:
             self._check_prompt_length(completion_mask.index(1))
         completion_mask = completion_mask[: self.max_length]
         if 1 not in completion_mask:
-            raise _Skip(_NO_SUPERVISION)
+            raise Skip(_NO_SUPERVISION)
         notes = set(text.notes)
         if self.max_length is not None and len(input_ids) > self.max_length:
             notes.add(f"are longer than `max_length` {self.max_length} and were cut there.")
@@ -247,7 +239,7 @@ class TextReader:
         text = self._read_text(row, form, every_turn=False)
         input_ids = self._check_ids(text.input_ids, "input_ids")
         if 1 not in text.completion_mask:
-            raise _Skip(_NO_COMPLETION)
+            raise Skip(_NO_COMPLETION)
         start, length = text.completion_mask.index(1), sum(text.completion_mask)
         self._check_prompt_length(start)
         completion_ids = input_ids[start : start + length]
@@ -310,7 +302,7 @@ class TextReader:
         if not prompt_length:
             raise ValueError(_EMPTY_PROMPT)
         if self.max_prompt_length is not None and prompt_length > self.max_prompt_length:
-            raise _Skip(f"{_LONG_PROMPT} {self.max_prompt_length}")
+            raise Skip(f"{_LONG_PROMPT} {self.max_prompt_length}")
 
     def _tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer(check_text(text), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
@@ -407,7 +399,7 @@ class TextReader:
     def _encode_pair(self, prompt: str, completion: str | None) -> _Text:
         """Tokenize a prompt and its completion, which ends with its first EOS, appended where it has none."""
         if completion is None:
-            raise _Skip(_NO_COMPLETION)
+            raise Skip(_NO_COMPLETION)
         prompt_ids, joint_ids = self._tokenize(prompt), self._tokenize(prompt + completion)
         completion_ids = joint_ids[len(prompt_ids) :]
         if joint_ids[: len(prompt_ids)] != prompt_ids:  # A merge across the border: the target read unmerged ids.
@@ -426,7 +418,7 @@ class TextReader:
         # An assistant turn that opens the chat responds to nothing.
         turns = [i for i in range(max(first_turn, 1), len(messages)) if messages[i]["role"] == "assistant"]
         if not turns:
-            raise _Skip(_NO_COMPLETION)
+            raise Skip(_NO_COMPLETION)
         messages = messages[: turns[-1] + 1]
         rendered, input_ids = self._render(messages, settings, add_generation_prompt=False)
         spans, starts, notes = [], {}, set()
@@ -440,7 +432,7 @@ class TextReader:
             # What the target read and what it wrote must both stand unchanged in the text that is trained on.
             if turn_ids[:start] != prompt_ids or turn_ids[:end] != input_ids[:end]:
                 if is_last:
-                    raise _Skip(_BROKEN_PROMPT)
+                    raise Skip(_BROKEN_PROMPT)
                 spans, notes = spans[:1], notes | {_HISTORY_REWRITTEN}
                 break
             starts[i] = len(prompt)
@@ -452,7 +444,7 @@ class TextReader:
                 notes.add(_EOS_MISSING)
         notes |= self._check_chat(messages, settings, rendered, starts=starts)
         if not spans:
-            raise _Skip(_EMPTY_RESPONSE)
+            raise Skip(_EMPTY_RESPONSE)
         if not reasoning_reaches(messages[-1], rendered[starts[turns[-1]] :]):
             notes.add(_REASONING_LOST)
         completion_mask = [0] * len(input_ids)
@@ -493,63 +485,3 @@ def _join_ids(prompt_ids: list[int], completion_ids: list[int]) -> _Text:
     if not prompt_ids:
         raise ValueError(_EMPTY_PROMPT)
     return _Text(prompt_ids + completion_ids, [0] * len(prompt_ids) + [1] * len(completion_ids))
-
-
-def _encode_row(
-    row: dict,
-    index: int,
-    *,
-    encode: Callable[[dict], dict],
-    columns: tuple[str, ...],
-    convert: Callable[[dict], dict],
-) -> dict[str, Any]:
-    """Encode one row; a skipped one stays, empty and marked, so that it can be counted."""
-    try:
-        encoded = encode(convert(row))
-        # Of what tells rows apart, as text: a set of the ids themselves would be as large as the dataset.
-        key = hashlib.sha256(repr([encoded[column] for column in columns]).encode()).hexdigest()
-        return {**encoded, "sample_id": index, "skipped": "", "key": key}
-    except _Skip as skip:
-        return {**dict.fromkeys(columns, []), "notes": [], "sample_id": index, "skipped": skip.args[0], "key": None}
-    except (ValueError, TemplateError) as error:
-        raise ValueError(f"Row {index} of the dataset: {error}") from error
-
-
-class _StreamNotes:
-    """Keeps the rows of a stream that were not skipped, and warns of the first one of each kind."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def __call__(self, row: dict) -> bool:
-        for reason in {row["skipped"], *row["notes"]} - self._seen - {""}:
-            self._seen.add(reason)
-            start = "Rows are skipped that" if reason == row["skipped"] else "Rows of the stream"
-            warnings.warn(f"{start} {reason.rstrip('.')}. The first is row {row['sample_id']}; others are not named.")
-        return not row["skipped"]
-
-
-def _count(reason: str, count: int) -> str:
-    """Return a reason with the number of rows that it holds of."""
-    return f"1 {reason.replace('have ', 'has ', 1)}" if count == 1 else f"{count} {reason}"
-
-
-def _drop_skipped(encoded: Dataset, columns: tuple[str, ...]) -> Dataset:
-    """Return the rows that were not skipped, and warn of those that were and of what was noted."""
-    skipped, noted = encoded["skipped"][:], encoded["notes"][:]
-    notes = Counter(chain.from_iterable(noted))
-    first = {note: row for row, found in reversed([*enumerate(noted)]) for note in found}
-    kept, reasons = [i for i, reason in enumerate(skipped) if not reason], Counter(filter(None, skipped))
-    if not kept:
-        raise ValueError(f"No row is left: {'; '.join(_count(*each) for each in reasons.most_common())}.")
-    if reasons:
-        counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        warnings.warn(f"Skipped {reasons.total()} of {len(encoded)} rows: {counted}.")
-    for note, count in notes.items():
-        warnings.warn(f"{count} of {len(encoded)} rows {note} The first is row {first[note]}.")
-    repeated = len(kept) - len({key for key in encoded["key"][:] if key is not None})
-    if repeated:
-        note = _REPEATED_PROMPT if columns == ("prompt_ids",) else _REPEATED_ROW
-        warnings.warn(f"{repeated} of {len(encoded)} rows {note}")
-    encoded = encoded.remove_columns(["skipped", "notes", "key"])
-    return encoded.select(kept) if reasons else encoded

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Load a drafter without knowing its family."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from .published.adapter import adapter_chain, naming_base, require_peft
 from .published.checkpoint import CheckpointSource, read_drafter_config
 
 
-_CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
+#: The class of each family; its config's is `config_class`.
+DRAFTER_CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
 _OTHER_BASE = "Give its drafter as `base`."
 
 
@@ -102,7 +102,6 @@ class AutoDrafter:
 def _load_whole(source: CheckpointSource, *, num_target_layers: int | None, **options: Any) -> Drafter:
     """Load a drafter that is no adapter, with the class of its family."""
     family = read_drafter_config(source, num_target_layers=num_target_layers).family
-    places = {field.name: getattr(source, field.name) for field in fields(source) if field.name != "name_or_path"}
-    return _CLASSES[family].from_pretrained(
-        source.name_or_path, num_target_layers=num_target_layers, **places, **options
+    return DRAFTER_CLASSES[family].from_pretrained(
+        source.name_or_path, num_target_layers=num_target_layers, **source.places(), **options
     )

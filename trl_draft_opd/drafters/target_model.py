@@ -5,6 +5,8 @@ saved. Knows no drafter.
 """
 
 import copy
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -42,10 +44,10 @@ _OTHER_BASE = f"Write where the base is into `base_model_name_or_path` of {ADAPT
 def merging_line(name: str) -> str:
     """Return the command that merges an adapter and saves the whole model, with its tokenizer."""
     code = (
-        f"from trl_draft_opd import FrozenTarget; target = FrozenTarget.load({name!r}); "
-        "target.causal_lm.save_pretrained('MERGED'); target.tokenizer.save_pretrained('MERGED')"
+        f"from trl_draft_opd import FrozenTarget; target = FrozenTarget.load({json.dumps(name, ensure_ascii=False)}); "
+        'target.causal_lm.save_pretrained("MERGED"); target.tokenizer.save_pretrained("MERGED")'
     )
-    return f'python -c "{code}"'
+    return shlex.join(["python", "-c", code])
 
 
 def target_chain(
@@ -57,7 +59,7 @@ def target_chain(
     """
     given = {"revision": revision, **(options or {})}
     places = {place.name: given[place.name] for place in fields(CheckpointSource) if place.name in given}
-    source = CheckpointSource(name, **{"subfolder": "", "token": None, "cache_dir": None} | places)
+    source = CheckpointSource(name, **places)
     try:
         return adapter_chain(source, base=None, fix=_OTHER_BASE)
     except LocalEntryNotFoundError:
@@ -110,19 +112,14 @@ def load_target_model(
 def load_target_tokenizer(chain: Sequence[CheckpointSource], *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a target; of an adapter without one, its base's."""
     source = next((each for each in chain[:-1] if each.find(TOKENIZER_CONFIG_FILE) is not None), chain[-1])
-    return AutoTokenizer.from_pretrained(source.name_or_path, trust_remote_code=trust_remote_code, **_places(source))
-
-
-def _places(source: CheckpointSource) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say where a source's files are."""
-    return {field.name: getattr(source, field.name) for field in fields(source) if field.name != "name_or_path"}
+    return AutoTokenizer.from_pretrained(source.name_or_path, trust_remote_code=trust_remote_code, **source.places())
 
 
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
     if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
         raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
     with loading_whole():
-        return create_model_from_path(source.name_or_path, **options | _places(source))
+        return create_model_from_path(source.name_or_path, **options | source.places())
 
 
 def _refuse_quantized(model: PreTrainedModel, name: str) -> None:

@@ -46,6 +46,7 @@ def write_card(
     publication: Publication,
     settings: dict[str, Any],
     *,
+    notes_of: Path | None = None,
     draws_curve: bool = True,
     is_adapter: bool = False,
 ) -> None:
@@ -53,9 +54,11 @@ def write_card(
     Write `README.md`, and the picture of the training curve where there is one to draw.
 
     Args:
-        folder (`str` or `Path`): The folder; notes between the markers of an earlier card in it are kept.
+        folder (`str` or `Path`): The folder.
         publication ([`Publication`]): What is published.
         settings (`dict`): See [`serving_settings`].
+        notes_of (`Path`, *optional*):
+            The folder of an earlier card, whose notes between the markers are kept; `folder` by default.
         draws_curve (`bool`, *optional*, defaults to `True`): Draw the curve; else it is a table in the card.
         is_adapter (`bool`, *optional*, defaults to `False`): The folder holds a LoRA adapter, which no engine reads.
     """
@@ -84,7 +87,7 @@ def write_card(
         "curve": _curve_table(stages),
         "temperatures": [f"{temperature:g}" for temperature in sorted({m.temperature for m in measurements})],
         "versions": [f"{plain(each)} {plain(version)}" for each, version in record.versions.items()] if record else [],
-        "notes": _earlier_notes(folder),
+        "notes": _earlier_notes(notes_of or folder),
         "is_adapter": is_adapter,
     }
     template = Path(__file__).parent / "card.md.jinja"

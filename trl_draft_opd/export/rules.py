@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..drafters.dflash import DFlashDraftConfig, DFlashDraftModel
-from ..drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
+from ..drafters.auto import DRAFTER_CLASSES
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.published.configs import ParsedConfig, parse_drafter_config
 from ..drafters.published.vocabulary_maps import check_draft_vocabulary
@@ -40,7 +39,6 @@ _NAMES = {
     ("dflash", "speculators"): ("DFlashDraftModel", None),
     ("dflash", "transformers"): ("MuseGlimmerAssistantModel", "muse_glimmer_assistant"),
 }
-_CLASSES = {"eagle3": (Eagle3DraftConfig, Eagle3DraftModel), "dflash": (DFlashDraftConfig, DFlashDraftModel)}
 
 
 @dataclass(frozen=True)
@@ -257,10 +255,10 @@ def _find_wrong_embedding(files: _Files) -> Iterator[str]:
 
 
 def _find_wrong_tensors(files: _Files) -> Iterator[str]:
-    config_class, model_class = _CLASSES[files.family]
+    model_class = DRAFTER_CLASSES[files.family]
     try:
         with torch.device("meta"):
-            expected = model_class(config_class(**files.parsed.arguments)).state_dict()
+            expected = model_class(model_class.config_class(**files.parsed.arguments)).state_dict()
     except ValueError as error:
         yield f"no drafter can be built from config.json: {error}"
         return

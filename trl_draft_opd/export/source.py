@@ -17,7 +17,6 @@ from ..drafters.published.adapter import is_adapter
 from ..drafters.published.checkpoint import CheckpointSource
 from ..drafters.target_model import merging_line
 from ..drafters.target_shape import text_config
-from ..utils.loading import require_model
 
 
 # How families name their input embedding; the head and position embeddings have other names.
@@ -85,8 +84,7 @@ def read_target(
         ValueError: If it is an adapter, its weights are pickled, or its embedding is not found.
     """
     name = str(name_or_path)
-    source = CheckpointSource(name, revision, "", token, None)
-    require_model(name, token=token)
+    source = CheckpointSource(name, revision, token=token)
     if is_adapter(source):
         raise ValueError(
             f"The target {name!r} is a PEFT adapter, which no server loads as a model. Merge it, "

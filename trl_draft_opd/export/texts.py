@@ -6,44 +6,41 @@ another name or the drafter a measurement.
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig
 
-from ..drafters.dflash import DFlashDraftConfig
-from ..drafters.eagle3 import Eagle3DraftConfig
-from ..drafters.published.checkpoint import CONFIG_FILE
+from ..drafters.auto import DRAFTER_CLASSES
+from ..drafters.published.checkpoint import CONFIG_FILE, CheckpointSource
 from ..drafters.published.configs import parse_drafter_config
 from ..utils.atomic_files import clear_leftovers, explaining_failure, move_files, staging_folder
 from .card import CARD_FILE, write_card
 from .custom_generate import write_custom_generate
-from .publication import LAYOUTS, Publication
+from .publication import LAYOUTS, DraftConfig, Publication
 from .record import Measurement, TrainingRecord, read_record, write_record
 from .serving import SERVING_FILE, serving_settings
 from .source import TargetOfExport
 
 
-_CONFIGS = {"eagle3": Eagle3DraftConfig, "dflash": DFlashDraftConfig}
+# Of the settings, what texts are written from again.
+_NEEDED = ("num_drafts", "target", "target_architectures", "repository")
 # What texts in the making are called.
 _TEXTS = "texts"
 
 
 def write_texts(place: Path, publication: Publication, *, notes_of: Path) -> None:
     """Write settings, record and card into `place`; the notes in the card of the folder `notes_of` are kept."""
-    if (notes_of / CARD_FILE).is_file():
-        # The new card keeps the notes people wrote into the earlier one.
-        shutil.copy(notes_of / CARD_FILE, place / CARD_FILE)
     settings = serving_settings(publication)
     (place / SERVING_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if publication.record is not None:
         write_record(publication.record, place)
-    write_card(place, publication, settings)
+    write_card(place, publication, settings, notes_of=notes_of)
 
 
 def read_publication(folder: Path) -> Publication:
@@ -57,13 +54,19 @@ def read_publication(folder: Path) -> Publication:
         raise ValueError(
             f"{str(folder)!r} has no {SERVING_FILE}: it is no export. Make one with `trl-draft-opd export`."
         )
-    raw, settings = (json.loads((folder / name).read_text("utf-8")) for name in (CONFIG_FILE, SERVING_FILE))
+    raw, settings = (CheckpointSource(str(folder)).read_json(name) for name in (CONFIG_FILE, SERVING_FILE))
+    missing = [name for name in _NEEDED if name not in settings]
+    if missing:
+        raise ValueError(f"{SERVING_FILE} of {str(folder)!r} lacks {missing}. Export the drafter again.")
+    dtype = getattr(torch, str(raw.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{CONFIG_FILE} of {str(folder)!r} has dtype={raw.get('dtype')!r}. Export the drafter again.")
     parsed = parse_drafter_config(raw, num_target_layers=None)
     others = [name for name in LAYOUTS if (folder / name / CONFIG_FILE).is_file() and name != parsed.layout]
     return Publication(
-        config=_CONFIGS[parsed.family](**parsed.arguments),
+        config=cast(DraftConfig, DRAFTER_CLASSES[parsed.family].config_class(**parsed.arguments)),
         num_drafts=settings["num_drafts"],
-        dtype=getattr(torch, raw["dtype"]),
+        dtype=dtype,
         layouts=(parsed.layout, *others),
         target=TargetOfExport(settings["target"], PreTrainedConfig(architectures=settings["target_architectures"])),
         repo_id=settings["repository"],
@@ -84,7 +87,7 @@ def renamed_texts(folder: Path, repo_id: str) -> dict[str, bytes]:
     Return the texts of an export that name its repository, by their place, as they are for `repo_id`; nothing where
     they name it already. The folder stays as it is.
     """
-    if json.loads((folder / SERVING_FILE).read_text("utf-8"))["repository"] == repo_id:
+    if CheckpointSource(str(folder)).read_json(SERVING_FILE).get("repository") == repo_id:
         return {}
     publication = replace(read_publication(folder), repo_id=repo_id)
     with TemporaryDirectory() as scratch:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ..drafters.base import Drafter
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
-from ..utils.atomic_files import check_folder, check_replaceable, explaining_failure, making_folder
+from ..utils.atomic_files import check_place, check_replaceable, explaining_failure, making_folder
 from .card import CARD_FILE, CURVE_FILE
 from .custom_generate import write_custom_generate
 from .layouts import LAYOUT_OF, flat_config, flat_tensors
@@ -163,7 +163,7 @@ def _write_layouts(folder: Path, drafter: Drafter, publication: Publication) -> 
 
 def check_export_folder(folder: Path) -> None:
     """Refuse a folder in which an export could not be put, or would destroy something."""
-    check_folder(folder, "The export's folder")
+    check_place(folder, "The export's folder")
     check_replaceable(folder)
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = sorted(held - PUBLISHED_NAMES)

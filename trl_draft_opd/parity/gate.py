@@ -97,14 +97,7 @@ def verify_drafter(
         report.problems.append(f"The drafter cannot be loaded, so nothing was decoded: {error}")
         return report
     num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
-    lengths = fit_lengths(
-        target.num_positions,
-        prompt=max(map(len, prompts)),
-        completion=max_completion_length,
-        # A block behind the last counted round, and the drafts that decoding it takes.
-        num_drafts=2 * num_drafts + 1,
-        defaults=VERIFICATION_LENGTHS,
-    )
+    max_completion_length = _fit_length(target, prompts, max_completion_length, num_drafts)
     scene = Scene(
         target=target,
         target_name=target_name,
@@ -112,13 +105,13 @@ def verify_drafter(
         drafter=drafter,
         prompts=[list(prompt) for prompt in prompts],
         num_drafts=num_drafts,
-        max_completion_length=lengths.completion,
+        max_completion_length=max_completion_length,
         layouts=layouts,
         engines=engines or EngineSettings(),
         trust_remote_code=trust_remote_code,
     )
     report.family, report.num_drafts = drafter.config.family, num_drafts
-    report.max_completion_length = lengths.completion
+    report.max_completion_length = max_completion_length
     texts, chains = decode_with_us(scene)
     reference = Reference(decode_plainly(scene), chains)
     report.add(compare(scene, reference, Outcome("reference", texts, chains, None, "our own loop"), tolerance))
@@ -156,6 +149,18 @@ def _check_request(
     return tuple(CONSUMERS) if consumers is None else tuple(consumers)
 
 
+def _fit_length(target: FrozenTarget, prompts: Sequence[Sequence[int]], given: int | None, num_drafts: int) -> int:
+    """Return the number of tokens whose rounds are counted."""
+    return fit_lengths(
+        target.num_positions,
+        prompt=max(map(len, prompts)),
+        completion=given,
+        # A block behind the last counted round, and the drafts that decoding it takes.
+        num_drafts=2 * num_drafts + 1,
+        defaults=VERIFICATION_LENGTHS,
+    ).completion
+
+
 def _find_folder(path: str | Path, revision: str | None) -> Path:
     if str(path) and Path(path).is_dir():
         return Path(path)
@@ -168,7 +173,7 @@ def _find_layouts(folder: Path, target: FrozenTarget) -> dict[str, Path]:
     """Return the folder of each layout; the one at the root first."""
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG_FILE}. Give the folder of a published drafter.")
-    raw = CheckpointSource(str(folder), None, "", None, None).read_json(CONFIG_FILE)
+    raw = CheckpointSource(str(folder)).read_json(CONFIG_FILE)
     stated = None if raw.get("num_target_layers") else target.num_layers
     layouts = {parse_drafter_config(raw, num_target_layers=stated).layout: folder}
     for name in LAYOUTS[1:]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from ..utils.atomic_files import check_folder, explaining_failure, write_file
+from ..utils.atomic_files import check_place, explaining_failure, write_file
 from .origin import Origin
 from .shards import SCHEMA, StoredResponse, check_rows, prompt_key, read_shard, refuse_link, write_shard
 
@@ -76,7 +76,7 @@ class ResponseStore:
                 other files.
         """
         folder = Path(path)
-        check_folder(folder, "The folder of responses")
+        check_place(folder, "The folder of responses")
         with explaining_failure(f"The folder of responses {str(folder)!r}", "Make room, or name another"):
             folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():

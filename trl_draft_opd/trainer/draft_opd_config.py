@@ -113,13 +113,10 @@ class DraftOPDConfig(DraftTrainingConfig):
         check_at_least(self, 0, "reading_bytes", "num_supervised_anchors")
         check_at_least(self, 1, "num_completions_to_print")
         self._check_streams()
-        sampling = getattr(self, "train_sampling_strategy", "random")
-        if (
-            sampling == "group_by_length" or getattr(self, "group_by_length", False)
-        ) and not self.completions_from_target:
+        if self.train_sampling_strategy == "group_by_length" and not self.completions_from_target:
             raise ValueError(
-                "`group_by_length` sorts rows by their whole text, and responses are not written yet. Leave it out: "
-                "the rows of an update are dealt to its batches by length anyway."
+                "`train_sampling_strategy='group_by_length'` sorts rows by their whole text, and responses are not "
+                "written yet. Leave it out: the rows of an update are dealt to its batches by length anyway."
             )
         if self.completions_from_target and (self.rollout == "live" or self.responses is not None):
             raise ValueError(

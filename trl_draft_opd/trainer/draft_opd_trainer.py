@@ -85,10 +85,6 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         return args.rollout == "live" or args.trains_suffix or is_evaluated
 
     @staticmethod
-    def _decodes_prompts(args: DraftOPDConfig) -> bool:
-        return True
-
-    @staticmethod
     def _read_rows(pair: Pair, args: DraftOPDConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize prompts, with the responses where they are the target's own and walked as they are."""
         if is_training:

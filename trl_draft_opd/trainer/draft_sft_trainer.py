@@ -77,10 +77,6 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         return is_evaluated and args.eval_rollouts
 
     @staticmethod
-    def _decodes_prompts(args: DraftSFTConfig) -> bool:
-        return args.eval_rollouts
-
-    @staticmethod
     def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset, its completions rewritten by the target first if asked for."""
         drafter, eos_token_ids = pair.drafter, pair.target.eos_token_ids

@@ -119,16 +119,13 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def _check_best_metric(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset], num_drafts: int) -> None:
         """Refuse a `metric_for_best_model` that no evaluation will have."""
         asked = args.metric_for_best_model
-        metrics = best_model_metrics(args.trained_streams, num_drafts if cls._decodes_prompts(args) else None)
+        # Prompts are decoded, and tau measured, where evaluation rolls the target back.
+        decodes_prompts = cls._needs_rollback(args, is_evaluated=True)
+        metrics = best_model_metrics(args.trained_streams, num_drafts if decodes_prompts else None)
         if isinstance(eval_dataset, dict):
             metrics = [f"{name}_{metric}" for name in eval_dataset for metric in metrics]
         if asked is not None and asked.removeprefix("eval_") not in metrics:
             raise ValueError(f"`metric_for_best_model={asked!r}` is not measured. There are: {', '.join(metrics)}.")
-
-    @staticmethod
-    @abstractmethod
-    def _decodes_prompts(args: Any) -> bool:
-        """Whether evaluation decodes its prompts, and so measures tau."""
 
     @staticmethod
     @abstractmethod
@@ -176,9 +173,6 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def floating_point_ops(self, inputs: PreparedBatch) -> int:
         """Return 0: transformers' estimate counts a language model's tokens, which is no measure of blocks."""
         return 0
-
-    def _track_num_input_tokens(self, inputs: PreparedBatch) -> None:
-        """Count nothing: transformers would look for the inputs of a model's own forward."""
 
     def compute_loss(
         self,

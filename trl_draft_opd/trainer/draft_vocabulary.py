@@ -44,8 +44,7 @@ def wanted_vocab_size(drafter: Drafter, asked: int | None, eos_token_ids: Collec
         return None
     size, has = config.vocab_size, config.draft_vocab_size
     if asked is None:
-        is_reduced = getattr(drafter, "vocabulary_is_open", False) and size > LARGE_VOCABULARY
-        return DRAFT_VOCAB_SIZE if is_reduced else None
+        return DRAFT_VOCAB_SIZE if _is_reduced_unasked(drafter) else None
     if asked == has or (asked == 0 and has == size):
         return None
     if has != size:
@@ -60,6 +59,11 @@ def wanted_vocab_size(drafter: Drafter, asked: int | None, eos_token_ids: Collec
         )
     check_draft_vocab_size(asked, size, eos_token_ids)
     return asked
+
+
+def _is_reduced_unasked(drafter: Drafter) -> bool:
+    """Whether a drafter is fresh, of nobody's choice and over a large vocabulary."""
+    return getattr(drafter, "vocabulary_is_open", False) and drafter.config.vocab_size > LARGE_VOCABULARY
 
 
 def settle_vocabulary(
@@ -103,11 +107,11 @@ def _describe(model: Eagle3DraftModel, counts_V: torch.Tensor, *, is_chosen: boo
 
 def note_whole_vocabulary(drafter: Drafter) -> None:
     """Say that a fresh drafter of a large vocabulary keeps it, where there are no responses yet to choose from."""
-    size = drafter.config.vocab_size
-    if getattr(drafter, "vocabulary_is_open", False) and size > LARGE_VOCABULARY and PartialState().is_main_process:
+    if _is_reduced_unasked(drafter) and PartialState().is_main_process:
         logger.warning(
-            f"The drafter is fresh and proposes all {size:,} tokens of the target, which makes its head large. "
-            f"Supervised training (`DraftSFTTrainer`), with which to begin, would choose {DRAFT_VOCAB_SIZE:,} of them."
+            f"The drafter is fresh and proposes all {drafter.config.vocab_size:,} tokens of the target, which makes "
+            "its head large. Supervised training (`DraftSFTTrainer`), with which to begin, would choose "
+            f"{DRAFT_VOCAB_SIZE:,} of them."
         )
 
 

@@ -29,8 +29,8 @@ from ..export.serving import SERVING_FILE
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
-from ..utils.atomic_files import check_folder
-from .adapters import adapt_drafter
+from ..utils.atomic_files import check_place
+from .adapters import adapt_drafter, is_adapted
 from .common_config import DraftTrainingConfig, parsed
 
 
@@ -72,7 +72,7 @@ def load_pair(
     is to be sharded.
     """
     # Before anything is loaded: what is trained could not be saved.
-    check_folder(args.output_folder, "`output_dir`")
+    check_place(args.output_folder, "`output_dir`")
     frozen = load_target(target, args, processing_class)
     drafter = load_drafter(model, frozen, args)
     drafter.config.num_target_layers = frozen.num_layers
@@ -152,7 +152,7 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     """Load the drafter, or take the instance, and check that it fits the target and the run."""
     if isinstance(model, (str, Path)):
         model = AutoDrafter.from_pretrained(model, num_target_layers=target.num_layers)
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         raise ValueError(
             f"`model` is a {type(model).__name__} with an adapter in it already. Give the plain drafter and a "
             "`peft_config`, or the folder the adapter was saved in, to continue with it merged in."

@@ -7,7 +7,6 @@ A base class, because every part of it overrides a method of transformers' Train
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 
 from ..drafters.auto import AutoDrafter
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
-from ..export.card import CARD_FILE, write_card
+from ..export.card import write_card
 from ..export.hub import push_folder, resumable_files
 from ..export.record import (
     DatasetFacts,
@@ -45,7 +44,7 @@ from ..runs.distributed.launch import evaluating_before_training, is_sharded
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.distributed.sharding import full_weights
 from ..runs.guard import check_weights
-from ..utils.atomic_files import check_folder, clear_leftovers, explaining_failure, move_files, staging_folder
+from ..utils.atomic_files import check_place, clear_leftovers, explaining_failure, move_files, staging_folder
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from .adapters import adapter_settings, check_adapter_launch, is_adapted, merged_drafter, save_drafter
@@ -263,7 +262,7 @@ class PublishingTrainer(ResumingTrainer):
 
         def write() -> None:
             check_weights(weights)
-            check_folder(folder, "The drafter's folder")
+            check_place(folder, "The drafter's folder")
             with explaining_failure("The drafter", fix):
                 folder.mkdir(parents=True, exist_ok=True)
                 clear_leftovers(folder, re.compile(SAVED))
@@ -293,22 +292,19 @@ class PublishingTrainer(ResumingTrainer):
         with library_bars(False):  # a drafter is one file
             save_drafter(self.drafter, folder, state_dict)
         write_record(record, folder)
-        if notes_of is not None and (notes_of / CARD_FILE).is_file():
-            # The new card keeps the notes people wrote into the earlier one.
-            shutil.copy(notes_of / CARD_FILE, folder / CARD_FILE)
-        # Checkpoints are written often, and a picture takes longer than all else in a small one.
-        self._write_card(folder, record, draws_curve=notes_of is not None)
+        self._write_card(folder, record, notes_of=notes_of)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the card into `output_dir`; of the arguments, `dataset_name` and `license` are used."""
         if self.is_world_process_zero():
             record = self.training_record(dataset_name=kwargs.get("dataset_name"))
-            self._write_card(self.args.output_folder, record, kwargs.get("license"))
+            folder = self.args.output_folder
+            self._write_card(folder, record, notes_of=folder, license=kwargs.get("license"))
 
     def _write_card(
-        self, folder: Path, record: TrainingRecord, license: str | None = None, draws_curve: bool = True
+        self, folder: Path, record: TrainingRecord, *, notes_of: Path | None, license: str | None = None
     ) -> None:
-        """Write the card of a checkpoint, which has the flat layout's names."""
+        """Write the card of a checkpoint, or of a saved drafter; both have the flat layout's names."""
         publication = Publication.of(
             self.drafter,
             dtype=torch.float32,
@@ -318,8 +314,15 @@ class PublishingTrainer(ResumingTrainer):
             license=license or self.args.hub_license,
             record=record,
         )
-        settings, is_adapter = serving_settings(publication), is_adapted(self.drafter)
-        write_card(folder, publication, settings, draws_curve=draws_curve, is_adapter=is_adapter)
+        write_card(
+            folder,
+            publication,
+            serving_settings(publication),
+            notes_of=notes_of,
+            # Checkpoints are written often, and a picture takes longer than all else in a small one.
+            draws_curve=notes_of is not None,
+            is_adapter=is_adapted(self.drafter),
+        )
 
     def export(
         self, folder: str | Path | None = None, *, dataset_name: str | None = None, license: str | None = None
@@ -488,8 +491,7 @@ class PublishingTrainer(ResumingTrainer):
     def _finish_current_push(self) -> None:
         """Wait for a push in the background, and warn if it failed; transformers calls it when training ends."""
         push, self._push = self._push, None
-        error = push.exception() if push is not None else None
-        if error is not None:
+        if push is not None and (error := push.exception()) is not None:
             logger.warning("A push failed, training goes on: %s", error)
 
 

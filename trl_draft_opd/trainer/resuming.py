@@ -5,7 +5,6 @@ What makes a run last: checkpoints that survive any stop, resuming bit for bit, 
 A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in `runs`.
 """
 
-import errno
 import logging
 import uuid
 from abc import abstractmethod
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -53,6 +51,7 @@ from ..runs.identity import RunIdentity
 from ..runs.out_of_memory import explained_memory
 from ..runs.run_state import RankState, RunState, random_states, set_random_states
 from ..runs.sigterm import StopOnSigterm
+from ..utils.atomic_files import explaining_failure
 from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
 from .common_config import DraftTrainingConfig
@@ -273,24 +272,22 @@ class ResumingTrainer(_BaseTrainer):
         best = self.state.best_global_step
         if best and (best == step or (run_dir / checkpoint_name(best)).is_dir()):
             self.state.best_model_checkpoint = str(run_dir / checkpoint_name(best))
+        fix = (
+            f"Its temporary folder was removed, and earlier checkpoints in {str(run_dir)!r} are as they were. Make "
+            "room or repair the folder, then continue with `resume_from_checkpoint=True`"
+        )
 
         def write() -> None:
             check_weights(weights)
-            try:
-                with writing_checkpoint(run_dir, step, is_resumable=is_resumable, run_id=self._run_id) as folder:
-                    self._save(str(folder), state_dict=weights)
-                    if state is not None and optimizer is not None:
-                        state.write(folder, optimizer.tensors)
-                    self._note_callbacks()
-                    self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
-            except (OSError, SafetensorError) as error:
-                raise OSError(
-                    getattr(error, "errno", None) or errno.EIO,
-                    f"Checkpoint {step} could not be written ({error}); its temporary folder was removed, and earlier "
-                    "checkpoints are as they were. Make room or repair the folder, then continue with "
-                    "`resume_from_checkpoint=True`",
-                    str(run_dir),
-                ) from error
+            with (
+                explaining_failure(f"Checkpoint {step}", fix),
+                writing_checkpoint(run_dir, step, is_resumable=is_resumable, run_id=self._run_id) as folder,
+            ):
+                self._save(str(folder), state_dict=weights)
+                if state is not None and optimizer is not None:
+                    state.write(folder, optimizer.tensors)
+                self._note_callbacks()
+                self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
 
         first_rank_decides(self.accelerator, write)
         self._saved = (step, self._ended_of)

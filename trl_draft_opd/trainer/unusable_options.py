@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
 from ..utils.settings import check_at_least
 
 
-# Option -> the values that leave it off, and why it is refused. Versions of transformers have more or fewer of them.
+# Option -> the values that leave it off, and why it is refused.
 UNUSABLE_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "neftune_noise_alpha": ((None,), "a drafter reads its target's embedding, to which no noise is added"),
     "label_smoothing_factor": (
@@ -41,9 +41,6 @@ UNUSABLE_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "a drafter is trained by replicas (DDP), FSDP2 or ZeRO, see docs/do/distributed.md",
     ),
-    "predict_with_generate": ((False,), "evaluation decodes the prompts anyway, see `eval_rollouts`"),
-    "jit_mode_eval": ((False,), "a drafter cannot be traced; `torch_compile` compiles its layers"),
-    "past_index": ((-1,), "a drafter returns no past to hand on"),
     "save_on_each_node": (
         (False,),
         "the first process writes checkpoints for all; put `output_dir` on storage that all machines share",
@@ -69,7 +66,7 @@ def check_options(args: TrainingArguments) -> None:
         ValueError: Naming the option and the reason.
     """
     for name, (off, reason) in UNUSABLE_OPTIONS.items():
-        value = getattr(args, name, off[0])
+        value = getattr(args, name)
         # 0 and False are equal, and not the same setting.
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in off):
             raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it out.")
@@ -94,6 +91,7 @@ def check_reporters(report_to: str | list[str] | None) -> None:
             continue
         # Names those that exist, where it does not know this one.
         get_reporting_integration_callbacks([name])
+        # transformers never lists flyte.
         installed = get_available_reporting_integrations()
         if name not in installed and name != "flyte":
             raise ValueError(

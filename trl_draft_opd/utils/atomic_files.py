@@ -36,7 +36,7 @@ def write_file(path: Path, data: bytes) -> None:
     sync_entry(path.parent)
 
 
-def check_folder(folder: Path, name: str) -> None:
+def check_place(folder: Path, name: str) -> None:
     """
     Raise where no folder can be, or be written to, at a path that a user named as `name`; nothing is made.
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""What no setting can be, whoever gives it: a number that is not finite, or text that is empty."""
+"""What no setting can be, whoever gives it: a number that is not finite or too small, or text that is empty."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any
 
 
@@ -17,11 +17,10 @@ def check_settings(settings: Any) -> None:
     for each in fields(settings):
         value = getattr(settings, each.name)
         is_empty = value == "" or (isinstance(value, list) and "" in value)
-        if is_empty and _default_of(each) != "":
+        if is_empty and each.default != "":
             raise ValueError(f"`{each.name}` is empty. Give it a value, or leave it out.")
-        place, number = _find_not_finite(each.name, value) or (None, None)
-        if place is not None:
-            raise ValueError(f"`{place}` must be a finite number, got {number}.")
+        if (found := find_not_finite(value, each.name)) is not None:
+            raise ValueError(f"`{found[0]}` must be a finite number, got {found[1]}.")
 
 
 def check_at_least(settings: Any, least: int, *names: str) -> None:
@@ -32,17 +31,13 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
-def _default_of(setting: Field) -> Any:
-    return None if setting.default is MISSING else setting.default
-
-
-def _find_not_finite(place: str, value: Any) -> tuple[str, float] | None:
-    """Return where in a value, and what, is NaN or infinite."""
+def find_not_finite(value: Any, place: str = "") -> tuple[str, float] | None:
+    """Return where in a value of JSON's kinds, itself at `place`, a number is NaN or infinite, and which it is."""
     if isinstance(value, float):
         return None if math.isfinite(value) else (place, value)
     inner: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
-        inner = [(f"{place}.{key}", each) for key, each in value.items()]
+        inner = [(f"{place}.{key}" if place else str(key), each) for key, each in value.items()]
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         inner = [(f"{place}[{index}]", each) for index, each in enumerate(value)]
-    return next((found for name, each in inner if (found := _find_not_finite(name, each)) is not None), None)
+    return next(filter(None, (find_not_finite(each, name) for name, each in inner)), None)

@@ -46,7 +46,7 @@ _UNUSED = frozenset(
     "base_model_name_or_path revision auto_mapping task_type peft_type peft_version inference_mode".split()
 )
 # The others rewrite the model's own weights before the adapter is added.
-INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # PEFT takes these names for regular expressions too; those of a name alone cannot be slow.
 _PLAIN_NAMES = ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 _PLAIN_NAME = regex.compile(r"\^?[\w.\\-]+\$?")
@@ -203,7 +203,7 @@ def _checked_settings(adapter: Adapter, model: nn.Module, peft: ModuleType) -> d
         raise ValueError(
             f"{where} sets {unknown}, which is not respected here. Merge it with PEFT and save the model."
         )
-    if raw.get("init_lora_weights", True) not in INITIALISATIONS:
+    if raw.get("init_lora_weights", True) not in _INITIALISATIONS:
         raise ValueError(
             f"{where} has init_lora_weights={raw['init_lora_weights']!r}, which rewrites the model's own weights. "
             "Convert it to plain LoRA with PEFT's `path_initial_model_for_weight_conversion`."

@@ -8,7 +8,7 @@ lists below is handed on, and loading reports it.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,18 @@ class CheckpointSource:
     """A local folder or a repository on the Hub; fields as in `transformers`."""
 
     name_or_path: str
-    revision: str | None
-    subfolder: str
-    token: str | bool | None
-    cache_dir: str | Path | None
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
     local_files_only: bool = False
 
     def __str__(self) -> str:
         return f"{self.name_or_path}/{self.subfolder}" if self.subfolder else self.name_or_path
+
+    def places(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that say where the files are, besides the name."""
+        return {place.name: getattr(self, place.name) for place in fields(self) if place.name != "name_or_path"}
 
     def is_same(self, other: "CheckpointSource") -> bool:
         """Whether two sources are one folder, or one revision of one repository."""

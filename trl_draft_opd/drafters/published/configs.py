@@ -7,7 +7,6 @@ two ways: a boundary `b` counts the target layers that have run, an id `b - 1` n
 This package always means the latter.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, MuseGlimmerAssistantConfig, PreTrainedConf
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ...utils.settings import find_not_finite
 from ..target_shape import middle_layer_ids, refuse_misspelt
 
 
@@ -135,20 +135,8 @@ class _Sections:
 
 def refuse_not_finite(content: dict[str, Any], where: str) -> None:
     """Raise `ValueError` at a number that JSON does not have but Python's reader takes: NaN, Infinity, 1e999."""
-    wrong = _find_not_finite(content, "")
-    if wrong:
-        raise ValueError(f"{where} has {wrong}; every number must be finite.")
-
-
-def _find_not_finite(content: Any, place: str) -> str | None:
-    if isinstance(content, float):
-        return None if math.isfinite(content) else f"{place}={content}"
-    parts: list[tuple[str, Any]] = []
-    if isinstance(content, dict):
-        parts = [(f"{place}.{name}" if place else str(name), value) for name, value in content.items()]
-    elif isinstance(content, list):
-        parts = [(f"{place}[{index}]", value) for index, value in enumerate(content)]
-    return next(filter(None, (_find_not_finite(value, inner) for inner, value in parts)), None)
+    if (found := find_not_finite(content)) is not None:
+        raise ValueError(f"{where} has {found[0]}={found[1]}; every number must be finite.")
 
 
 def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
