@@ -23,6 +23,7 @@ from trl_draft_opd import (
     FrozenTarget,
     evaluate_drafter,
 )
+from trl_draft_opd.evaluation import explain_difference
 
 
 @dataclass
@@ -62,13 +63,17 @@ if __name__ == "__main__":
         "save_strategy": "no",  # minutes of training need no checkpoints to resume from
     }
     config = DraftSFTConfig(f"{args.output}/drafter-sft", regenerate=True, **shared)
+    print("Stage 1 of 2: SFT, on all of the target's text")
     DraftSFTTrainer(drafter, target, config, rows["train"]).train()
     config = DraftOPDConfig(f"{args.output}/drafter-opd", **shared)
     trainer = DraftOPDTrainer(drafter, target, config, rows["train"], rows["test"])
+    print("Stage 2 of 2: Draft-OPD, on the blocks that the drafter drafts")
     trainer.train()
     trainer.save_model()
 
     held_out = [row["prompt_ids"] for row in trainer.eval_dataset]
     report = evaluate_drafter(target, drafter, held_out, max_completion_length=args.max_completion_length)
     print(report.table("after Draft-OPD"))
+    if report.num_different:
+        print(explain_difference(target.causal_lm.dtype))
     print(f"The drafter is in {args.output}/drafter-opd")

@@ -269,6 +269,15 @@ def test_the_curve_is_a_table_where_matplotlib_is_not(card, tmp_path, monkeypatc
     assert table_rows(text, "Training")[-2:] == [["1", "10", "2.500", ""], ["1", "20", "2.000", "2.500"]]
 
 
+def test_one_point_is_no_curve(card, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    record = make_record()
+    record = replace(record, stages=[replace(record.stages[0], curve=[{"step": 2, "eval_tau": 1.0}])])
+    with caplog.at_level(logging.WARNING, logger="trl_draft_opd.export.card"):
+        text = card(record=record).text
+    assert "matplotlib" not in caplog.text and "| step |" not in text
+
+
 def test_a_second_stage_goes_on_where_the_first_ended(card, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     record = make_record()

@@ -304,7 +304,8 @@ def test_init_counts_the_responses_that_generate_wrote(
     # Of equally frequent tokens the lowest are kept, EOS (2) in any case.
     frequent = sorted(range(VOCAB), key=lambda token: (token != EOS, -counts[token], token))[:12]
     assert AutoDrafter.from_pretrained(out).draft_token_ids.tolist() == sorted(frequent)
-    assert "covers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "covers" in printed and printed.endswith(f"--responses {store} --max-completion-length 9\n")
     other = tmp_path / "other"
     make_causal_lm(seed=5).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
@@ -325,12 +326,15 @@ def test_init_on_rows_without_responses_names_the_command_that_writes_them(
     assert "no/target" in _error([*words, "--dataset", str(rows)], capsys)
 
 
-def test_opd_trains_a_drafter_further(target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path):
+def test_opd_trains_a_drafter_further(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     words = ["--drafter", drafter_folder, "--target", target_folder, "--dataset", rows_file]
     limits = ["--max_completion_length", "12", "--eval-split", "train[:1]", "--eval_strategy", "steps"]
     assert main(["opd", *words, *limits, "--output_dir", str(tmp_path), *TRAINING]) == 0
     before, after = (AutoDrafter.from_pretrained(folder).state_dict() for folder in (drafter_folder, tmp_path))
     assert before.keys() == after.keys()
+    assert capsys.readouterr().out.endswith("HELD_OUT.jsonl --max-completion-length 12\n")
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -350,7 +354,8 @@ def test_rows_to_evaluate_on_give_tau_once_after_training_and_on_the_card(
     words += ["--max_completion_length", "12", "--output_dir", str(tmp_path), *TRAINING]
     assert main([command, *words]) == 0
     printed = capsys.readouterr().out
-    assert "On the evaluation rows tau is" in printed
+    (line,) = [line for line in printed.splitlines() if "evaluation" in line]
+    assert line.startswith("evaluation, step 1/1: ") and ", tau " in line
     assert "tau" in (tmp_path / "README.md").read_text("utf-8")
     assert [m.num_prompts for m in read_record(tmp_path).measurements] == [6 if held_out == "--eval-dataset" else 2]
 
@@ -588,3 +593,20 @@ def test_verify_tells_when_no_other_reader_was_run(
     monkeypatch.setattr("trl_draft_opd.cli.publishing.verify_drafter", lambda *args, **kwargs: report)
     assert main(["verify", "--drafter", "export", "--target", target_folder, "--dataset", rows_file]) == 0
     assert capsys.readouterr().out.endswith("only our own loop was compared.\n") == (not ran)
+
+
+def test_verify_names_the_command_that_can_work_next(
+    target_folder: str, drafter_folder: str, rows_file: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    export = ["export", "--drafter", drafter_folder, "--target", target_folder]
+    assert main([*export, "--output", str(tmp_path / "named"), "--repo-id", "you/Tiny-DFlash"]) == 0
+    assert main([*export, "--output", str(tmp_path / "unnamed")]) == 0
+    report = VerificationReport("export", "dflash", 6, 3, 128)
+    monkeypatch.setattr("trl_draft_opd.cli.publishing.verify_drafter", lambda *args, **kwargs: report)
+    for folder, following in (
+        (drafter_folder, f"export --drafter {drafter_folder} --target {target_folder} --output EXPORT"),
+        (tmp_path / "named", f"push --drafter {tmp_path / 'named'} --repo-id you/Tiny-DFlash"),
+        (tmp_path / "unnamed", f"push --drafter {tmp_path / 'unnamed'} --repo-id ORG/NAME"),
+    ):
+        assert main(["verify", "--drafter", str(folder), "--target", target_folder, "--dataset", rows_file]) == 0
+        assert capsys.readouterr().out.endswith(f"Next: trl-draft-opd {following}\n")

@@ -13,6 +13,7 @@ import datasets
 import pytest
 from datasets import Dataset
 from rich.console import Console
+from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from helpers.tiny import TINY_RUN, make_drafter, make_target, make_tokenizer
@@ -181,7 +182,7 @@ def test_the_titles_are_repeated_where_columns_are_new_and_troubles_are_named_wh
     printer.lines(UPDATE, 1, 2)
     assert len(printer.lines(UPDATE | {"refused_responses": 0.0}, 1, 2)) == 1
     (row,) = printer.lines(UPDATE | {"refused_responses": 0.25}, 1, 2)
-    assert row.endswith("  refused_responses 0.25")
+    assert row.endswith("  refused 25 %")
     assert len(printer.lines(UPDATE | {"loss/accepted": 1.0, "loss/rejected": 2.0}, 1, 2)) == 2
 
 
@@ -195,7 +196,28 @@ def test_an_evaluation_and_the_end_are_sentences():
     named = {name.replace("eval_", "eval_code_"): value for name, value in logs.items()}
     assert LogPrinter().lines(named, 10, 20) == [line.replace("evaluation", "code")]
     end = {"train_runtime": 7260.0, "train_samples_per_second": 4.4, "train_steps_per_second": 1, "train_loss": 6.66}
-    assert LogPrinter().lines(end, 20, 20) == ["trained, step 20/20: 2 h 1 min (4.4 rows per second), mean loss 6.66"]
+    assert LogPrinter().lines(end, 20, 20) == ["trained, step 20/20: 2 h 1 min, mean loss 6.66"]
+
+
+def test_a_tau_without_an_interval_of_its_own_is_printed_without_one():
+    logs = {"eval_runtime": 1.0, "eval_tau": 1.0, "eval_tau_low": 1.0, "eval_tau_high": 1.0}
+    assert LogPrinter().lines(logs, 1, 1) == ["evaluation, step 1/1: 1.0 s, tau 1.000"]
+
+
+def test_a_share_of_what_went_wrong_is_printed_in_percent():
+    (_, row) = LogPrinter().lines({"loss": 1.0, "truncated_responses": 1.0, "response_mismatch": 0.015}, 1, 1)
+    assert row.endswith("  cut short 100 %  not the target's own 1.5 %")
+
+
+def test_a_training_that_had_ended_before_has_no_sum(capsys):
+    printer, end = LogPrinter(), {"train_runtime": 0.01, "train_loss": 0.0}
+    state = TrainerState(global_step=2, max_steps=2, is_world_process_zero=True)
+    printer.on_train_begin(None, state, None)
+    printer.on_log(None, state, None, end)
+    assert capsys.readouterr().out == ""
+    state.global_step = 3
+    printer.on_log(None, state, None, end)
+    assert "trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, "text", [1], 10**30])

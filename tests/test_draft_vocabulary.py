@@ -64,7 +64,7 @@ def test_tokens_to_include_push_out_the_rarest():
 
 
 def test_every_built_vocabulary_passes_the_check():
-    for size in range(1, 8):
+    for size in range(2, 8):
         vocabulary = build_draft_vocabulary(COUNTS, size, always_include=(2,))
         assert len(vocabulary.token_ids) == size
         assert 2 in vocabulary.token_ids
@@ -79,7 +79,8 @@ def test_every_built_vocabulary_passes_the_check():
         (COUNTS, 8, (), "For all of them, leave the vocabulary whole"),
         (COUNTS, 3, (8,), r"`always_include` holds \[8\]"),
         (COUNTS, 3, (-1,), r"`always_include` holds \[-1\]"),
-        (COUNTS, 1, (1, 2), "holds 2 tokens, more than `draft_vocab_size=1`"),
+        (COUNTS, 1, (1, 2), r"1 leaves no room for text: the tokens \[1, 2\] are kept"),
+        (COUNTS, 1, (2,), r"1 leaves no room for text: .*must be above 1"),
         (COUNTS - 1, 3, (), "must not be negative, got -1 for token 0"),
         (COUNTS[None], 3, (), r"got shape \(1, 8\)"),
         (COUNTS.float(), 3, (), "torch.float32"),

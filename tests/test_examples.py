@@ -62,6 +62,8 @@ def test_the_quickstart_runs_on_its_own_raw_rows_and_again_on_others(monkeypatch
         runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
         shown = capsys.readouterr().out
         assert "after Draft-OPD" in shown and "The drafter is in" in shown
+        # Each table of metrics stands below its stage.
+        assert re.search("Stage 1 of 2: SFT.*\n *step .*(.*\n)+Stage 2 of 2: Draft-OPD.*\n *step ", shown)
     assert AutoDrafter.from_pretrained(tmp_path / "out" / "drafter-opd").config.family == "eagle3"
 
 

@@ -215,7 +215,7 @@ def test_ids_that_are_not_written_need_the_number_of_layers(raw):
     ("raw", "num_target_layers", "words"),
     [
         (EAGLE3 | {IDS: [1, 3, 4]}, None, ["layer ids", "[1, 3, 4]", "[0, 2, 3]"]),
-        (EAGLE3, 9, ["the target's layers", "9", "8"]),
+        (EAGLE3, 9, ["a target with 8 layers; this one has 9"]),
         (EAGLE3 | {"num_aux_hidden_states": 4}, None, ["num_aux_hidden_states=4", "[1, 3, 4]"]),
         (changed(EAGLE3 | {"norm_output": True}, "eagle_config.norm_output", False), None, ["norm_output"]),
         (DFLASH | {"target_layer_ids": [1, 3, 4]}, None, ["layer ids", "[1, 3, 4]", "[1, 3, 5]"]),
@@ -318,7 +318,8 @@ REFUSALS = [
     (EAGLE3, "architectures", ["Eagle3Qwen3ForCausalLM"], "query and key norms"),
     (EAGLE3, "architectures", ["LlamaForCausalLMEagle"], "EAGLE-1/2"),
     (EAGLE3, "architectures", ["PEagleDraftModel"], "P-EAGLE"),
-    (EAGLE3, "architectures", ["Qwen3ForCausalLM"], "Unknown drafter architecture 'Qwen3ForCausalLM'. Drafters that"),
+    (EAGLE3, "architectures", ["Qwen3ForCausalLM"], "Qwen3ForCausalLM is a language model, not a drafter"),
+    (EAGLE3, "architectures", ["OtherDrafter"], "Unknown drafter architecture 'OtherDrafter'. Drafters that"),
     (EAGLE3, "architectures", [], "Unknown drafter architecture None"),
     (EAGLE3, "architectures", ..., "'LlamaForCausalLMEagle3', 'MuseGlimmerAssistantModel'"),
     (SPECULATORS_EAGLE3, "transformer_layer_config.model_type", "qwen3", "query and key norms"),

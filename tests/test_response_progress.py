@@ -52,6 +52,20 @@ def test_lines_without_a_terminal_count_responses_tokens_and_time(tmp_path, capf
     assert lines[-2][3] is not None
 
 
+def test_who_was_told_of_some_responses_is_told_of_the_last_ones(capfd, monkeypatch):
+    with showing_progress(6, is_shown=True) as shown:
+        shown.add(6, 60)
+    assert capfd.readouterr().err == "", "done before a first line was due"
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with showing_progress(6, is_shown=True) as shown:
+        shown.tick()
+        monkeypatch.setattr(progress, "LINE_EVERY", 30.0)
+        shown.add(6, 60)
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("Target responses: 0 of 6,")
+    assert last.startswith("Target responses: 6 of 6,") and "left" not in last
+
+
 def test_lines_come_every_half_minute_and_never_where_they_are_not_asked_for(tmp_path, capfd, monkeypatch):
     assert progress.LINE_EVERY == 30
     write(*open_store(tmp_path / "a"))

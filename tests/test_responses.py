@@ -461,7 +461,7 @@ def test_the_command_imports_and_checks_responses_that_are_there(
     words = ["generate", "--target", target_folder, "--dataset", rows_file, "--output", str(tmp_path / "store")]
     assert main([*words, "--engine", "dataset", "--max-completion-length", "20"]) == 0
     told = capsys.readouterr().out
-    assert "holds 6 responses of 78 tokens; 6 end" in told
+    assert "holds 6 responses, 78 tokens in all; 6 end" in told
     assert "are not the target's argmax" in told
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from .drafters.base import Drafter
 from .responses import generate_responses
 from .rollout.acceptance import SamplingSettings
-from .rollout.counts import Counts, interval, resampled_taus
+from .rollout.counts import Counts, describe_tau, interval, resampled_taus
 from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
 from .rollout.live import rollout_live
@@ -74,9 +74,7 @@ class EvaluationReport:
     def table(self, title: str) -> Table:
         """Return a table to print with `rich`."""
         table = Table("measure", "value", title=title)
-        table.add_row(
-            "tau (accepted length, with bonus)", f"{self.tau:.3f}  [{self.tau_low:.3f}, {self.tau_high:.3f}]"
-        )
+        table.add_row("tau (accepted length, with bonus)", describe_tau(self.tau, self.tau_low, self.tau_high))
         table.add_row("acceptance per slot", " ".join(f"{rate:.2f}" for rate in self.acceptance_per_slot))
         table.add_row("tokens per target forward", f"{self.tokens_per_target_forward:.3f}")
         if self.speedup is not None:
@@ -86,6 +84,21 @@ class EvaluationReport:
             table.add_row("outputs equal to the target's own", f"{same} of {self.num_prompts}")
         table.add_row("prompts, tokens, blocks", f"{self.num_prompts}, {self.num_tokens}, {self.num_blocks}")
         return table
+
+
+def explain_difference(dtype: torch.dtype) -> str:
+    """Return why outputs can differ from the target's own, and what to do about it."""
+    why = (
+        f"The target computes in {str(dtype).removeprefix('torch.')}. Reading several tokens at once, it adds up in "
+        "another order than one token at a time, and of two almost equally likely tokens the other may come out on "
+        "top; the text goes on from there."
+    )
+    if dtype == torch.float32:
+        return f"{why} In float32 that is rare: check with `trl-draft-opd verify`, which tells near ties from faults."
+    return (
+        f"{why} In this precision that is expected. To compare to the last token, load the target in float32 "
+        "(`--target-dtype float32`)."
+    )
 
 
 def paired_gain(

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import yaml
@@ -95,9 +96,37 @@ class _Parser(TrlParser):
             for name in [name for name in inspect.get_annotations(owner) if name in unlisted]:
                 if title not in groups:
                     groups[title] = self.add_argument_group(title)
-                setting = unlisted.pop(name)
+                setting = copy.copy(unlisted.pop(name))
                 setting.type = types[name]
+                if setting.type == bool | None and setting.default is None:
+                    # As those that are off by default: without a value, it is on.
+                    setting.metadata = MappingProxyType({**setting.metadata, "nargs": "?", "const": True})
                 self._parse_dataclass_field(groups[title], setting)
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """As TRL's, but unknown keys are refused, before a required flag is missed."""
+        rest = super().set_defaults_with_config(**kwargs)
+        self.refuse_unknown(rest[::2], "the config file")
+        return rest
+
+    def is_unknown_flag(self, word: str) -> bool:
+        """Whether a word has the form of a flag, and there is none of that name."""
+        name = word.split("=")[0]
+        return (
+            word.startswith("--") and " " not in word and name not in {"--", "--config", *self._option_string_actions}
+        )
+
+    def refuse_unknown(self, words: Sequence[str], where: str) -> None:
+        """Raise `ValueError` if there are words left over, with the flags that may have been meant."""
+        known, hints = [option for option in self._option_string_actions if "_" not in option], []
+        for name in [word.split("=")[0] for word in words if word.startswith("-")] or words:
+            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+            hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
+        fix = "`--help` lists all flags."
+        if where != "the config file" and not any(word.startswith("-") for word in words):
+            fix = "The flag before takes one value: quote a pattern of files, as in --dataset 'rows/*.jsonl'."
+        if hints:
+            raise ValueError(f"Unknown in {where}: {', '.join(hints)}. {fix}")
 
 
 def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
@@ -105,6 +134,8 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words[-1:] == ["--config"]:
         raise ValueError("`--config` needs the path of a YAML file.")
+    if "--config" in words and not Path(path := words[words.index("--config") + 1]).is_file():
+        raise FileNotFoundError(f"`--config` names no file: there is none at {path!r}.")
     parser = _Parser(
         types,
         prog=f"trl-draft-opd {command}",
@@ -114,23 +145,13 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
+    # Before argparse misses a required one, which may be one of these.
+    parser.refuse_unknown([word for word in words if parser.is_unknown_flag(word)], "the command line")
     try:
-        *parsed, config_rest, flags_rest = parser.parse_args_and_config(
-            words, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        *parsed, rest = parser.parse_args_and_config(words, return_remaining_strings=True)
     except yaml.YAMLError as error:
         raise ValueError(f"The file of `--config` is no YAML: {error}") from error
-    known = [option for option in parser._option_string_actions if "_" not in option]
-    for words, where in ((config_rest[::2], "the config file"), (flags_rest, "the command line")):
-        hints = []
-        for name in [word.split("=")[0] for word in words if word.startswith("-")] or words:
-            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-            hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
-        fix = "`--help` lists all flags."
-        if words is flags_rest and not any(word.startswith("-") for word in words):
-            fix = "The flag before takes one value: quote a pattern of files, as in --dataset 'rows/*.jsonl'."
-        if hints:
-            raise ValueError(f"Unknown in {where}: {', '.join(hints)}. {fix}")
+    parser.refuse_unknown(rest, "the command line")
     for settings in parsed:
         check_settings(settings)
     return tuple(parsed)

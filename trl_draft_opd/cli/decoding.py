@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter
+from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter, explain_difference
 from ..export import hub_id_of
 from ..export.card import CARD_FILE
 from ..export.record import (
@@ -156,18 +156,6 @@ def run_evaluate(argv: Sequence[str]) -> int:
     write_json(args.json, report.to_dict())
     args.add_to_record(report, target, drafter.config.family, prompts, lengths.completion)
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
-
-
-def explain_difference(dtype: torch.dtype) -> str:
-    """Return why outputs can differ from the target's own, and what to do about it."""
-    why = (
-        f"The target computes in {str(dtype).removeprefix('torch.')}. Reading several tokens at once, it adds up in "
-        "another order than one token at a time, and of two almost equally likely tokens the other may come out on "
-        "top; the text goes on from there."
-    )
-    if dtype == torch.float32:
-        return f"{why} In float32 that is rare: check with `trl-draft-opd verify`, which tells near ties from faults."
-    return f"{why} In this precision that is expected. To compare to the last token, add `--target-dtype float32`."
 
 
 @dataclass(kw_only=True)

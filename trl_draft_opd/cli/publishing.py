@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The commands that publish: `export`, `verify` and `push`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..drafters.auto import AutoDrafter
 from ..export import TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.hub import push_folder, validate_repo_id
 from ..export.record import read_record
+from ..export.serving import SERVING_FILE
 from ..export.write import check_export_folder
 from ..parity import verify_drafter
 from ..parity.consumers import CONSUMERS
@@ -55,7 +57,9 @@ def run_export(argv: Sequence[str]) -> int:
     (args,) = parse("export", [ExportArguments], argv)
     if args.repo_id is not None:
         validate_repo_id(args.repo_id)
-    if args.target_id is not None and hub_id_of(args.target_id) is None:
+        if "/" not in args.repo_id:
+            raise ValueError(f"`--repo-id` must name the owner too, ORG/NAME, got {args.repo_id!r}: files name it so.")
+    if args.target_id is not None and (hub_id_of(args.target_id) is None or "/" not in args.target_id):
         raise ValueError(f"`--target-id` must be the target's Hub id, ORG/NAME, got {args.target_id!r}.")
     check_export_folder(Path(args.output))
     drafter = AutoDrafter.from_pretrained(args.drafter, base=args.base)
@@ -138,7 +142,12 @@ def run_verify(argv: Sequence[str]) -> int:
     if report.ok and set(CONSUMERS) <= set(report.skipped):
         print("Passed, but no other reader was run: only our own loop was compared.")
     if report.ok and Path(args.drafter).is_dir():
-        print_next("push", drafter=args.drafter, repo_id="ORG/NAME")
+        settings = Path(args.drafter) / SERVING_FILE
+        if settings.is_file():
+            repo_id = json.loads(settings.read_text("utf-8")).get("repository")
+            print_next("push", drafter=args.drafter, repo_id=repo_id or "ORG/NAME")
+        else:
+            print_next("export", drafter=args.drafter, target=args.target, output="EXPORT")
     return int(not report.ok)
 
 
@@ -149,7 +158,7 @@ class PushArguments:
     _argument_group_name = "push"
 
     drafter: str = flag("Folder that `export` wrote.")
-    repo_id: str = flag("Repository to push to, ORG/NAME; created if it does not exist.")
+    repo_id: str = flag("Repository to push to, ORG/NAME (NAME alone: your own); created if it does not exist.")
     private: bool | None = flag("Make a new repository private; the account's default if unset.", default=None)
     revision: str | None = flag("Branch to push to; the main one if unset.", default=None)
     commit_message: str = flag("Message of the commit.", default=default_of(push_folder, "commit_message"))

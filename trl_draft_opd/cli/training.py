@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from ..data.columns import TEXT_FORMS, find_format
+from ..data.columns import PROMPT_FORMS, TEXT_FORMS, find_format
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
@@ -171,7 +171,16 @@ def run_init(argv: Sequence[str]) -> int:
             "the most frequent ones of the responses, which makes it much smaller."
         )
     print_next(
-        "sft", drafter=args.output, target=args.target, dataset=args.dataset or "PROMPTS.jsonl", regenerate=True
+        "sft",
+        drafter=args.output,
+        target=args.target,
+        dataset=args.dataset or "PROMPTS.jsonl",
+        regenerate=True,
+        responses=args.responses,
+        # The store takes no other.
+        max_completion_length=None
+        if args.responses is None
+        else ResponseStore.read_only(args.responses).origin.max_completion_length,
     )
     return 0
 
@@ -270,7 +279,8 @@ def run_sft(argv: Sequence[str]) -> int:
         set_seed(config.seed)
         return make_drafter(target, args.family, args.given())
 
-    if _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter):
+    columns = _train(DraftSFTTrainer, args, config, fresh_drafter if args.drafter is None else args.drafter)
+    if columns is not None and _have_prompts(columns):
         print_next(
             "opd",
             drafter=config.output_dir,
@@ -285,17 +295,24 @@ def run_sft(argv: Sequence[str]) -> int:
 def run_opd(argv: Sequence[str]) -> int:
     """Improve a trained drafter by on-policy distillation; see [`DraftOPDTrainer`]."""
     args, config = parse("opd", [OPDArguments, DraftOPDConfig], argv)
-    if _train(DraftOPDTrainer, args, config, args.drafter):
-        print_next("evaluate", drafter=config.output_dir, target=args.target, dataset=HELD_OUT)
+    if _train(DraftOPDTrainer, args, config, args.drafter) is not None:
+        print_next(
+            "evaluate",
+            drafter=config.output_dir,
+            target=args.target,
+            dataset=HELD_OUT,
+            max_completion_length=unless_default(config, "max_completion_length"),
+        )
     return 0
 
 
-def describe_evaluation(metrics: dict[str, float]) -> str:
-    """Return what an evaluation found, in a line."""
-    if "eval_tau" not in metrics:
-        return f"On the evaluation rows the loss is {metrics['eval_loss']:.4f}; tau was not measured."
-    low, high = metrics["eval_tau_low"], metrics["eval_tau_high"]
-    return f"On the evaluation rows tau is {metrics['eval_tau']:.3f} [{low:.3f}, {high:.3f}]."
+def _have_prompts(columns: list[str]) -> bool:
+    """Whether rows hold prompts, which Draft-OPD needs: text alone has none."""
+    try:
+        find_format(columns, PROMPT_FORMS)
+    except ValueError:
+        return False
+    return True
 
 
 def _train(
@@ -303,8 +320,13 @@ def _train(
     args: TrainArguments,
     config: DraftTrainingConfig,
     drafter: str | Callable[[FrozenTarget], Drafter],
-) -> bool:
-    """Load the pair and the rows, train, save, and push if asked for; return whether this process speaks for all."""
+) -> list[str] | None:
+    """
+    Load the pair and the rows, train, save, and push if asked for; return the rows' columns, or `None` where another
+    process speaks for all.
+    """
+    if config.learning_rate == 0:
+        raise ValueError("`--learning-rate 0` trains nothing. To measure a drafter, use `trl-draft-opd evaluate`.")
     peft_config = args.lora_config()
     check_place(config.output_folder, "`--output-dir`")
     rows = load_rows(args.dataset, args.dataset_config, args.train_split)
@@ -316,20 +338,17 @@ def _train(
     model = drafter if isinstance(drafter, str) else drafter(target)
     trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
     trainer.train()
-    measured = None
     if held_out is not None and config.eval_strategy == "no":
-        # Before it is saved, so that the card has it.
-        measured = trainer.evaluate()
+        # Before it is saved, so that the card has it; the log prints what it finds.
+        trainer.evaluate()
     _save(trainer, config.output_folder)
     commit = trainer.push_to_hub() if config.push_to_hub else None
     speaks = trainer.is_world_process_zero()
     if speaks:
-        if measured is not None:
-            print(describe_evaluation(measured))
         print(f"The drafter is in {config.output_dir}")
         if commit is not None:
             print(f"and published as {commit}")
-    return speaks
+    return rows.column_names if speaks else None
 
 
 def _save(trainer: DraftSFTTrainer | DraftOPDTrainer, folder: Path) -> None:

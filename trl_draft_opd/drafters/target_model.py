@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from .published.adapter import (
     require_peft,
 )
 from .published.checkpoint import CONFIG_FILE, CheckpointSource
+from .published.configs import is_drafter_config
 
 
 if TYPE_CHECKING:
@@ -118,8 +120,33 @@ def load_target_tokenizer(chain: Sequence[CheckpointSource], *, trust_remote_cod
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
     if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
         raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
+    _check_architecture(source)
     with loading_whole():
         return create_model_from_path(source.name_or_path, **options | source.places())
+
+
+def _check_architecture(source: CheckpointSource) -> None:
+    """Raise `ValueError` at a drafter, and at a model that neither transformers nor code beside it can build."""
+    try:
+        if source.find(CONFIG_FILE) is None:
+            return
+    except LocalEntryNotFoundError:
+        return
+    raw = source.read_json(CONFIG_FILE)
+    if is_drafter_config(raw):
+        raise ValueError(
+            f"{str(source)!r} is a drafter, not a target; swap `--target` and `--drafter` (in Python: `target` and "
+            "`model`), or give the model that it was trained for."
+        )
+    name = next(iter(raw.get("architectures") or []), None)
+    if raw.get("auto_map") or (isinstance(name, str) and hasattr(transformers, name)):
+        return
+    what = f"is of architecture {name!r}, which" if name else "names no `architectures` in its config.json, by which"
+    raise ValueError(
+        f"{str(source)!r} {what} transformers {transformers.__version__} "
+        f"{'does not have' if name else 'finds the class of a model'}. Give a decoder-only text model of transformers "
+        "as target."
+    )
 
 
 def _refuse_quantized(model: PreTrainedModel, name: str) -> None:

@@ -243,20 +243,22 @@ def _curve(stages: Sequence[StageRecord], *names: str) -> dict[tuple[int, int], 
 
 
 def _curve_table(stages: Sequence[StageRecord]) -> str | None:
-    """Return about twelve points of the curve as a table, in place of the picture; `None` if there are none."""
+    """Return about twelve points of the curve as a table, in place of the picture; `None` if there is no curve."""
     drawn = _curve(stages, "loss"), _curve(stages, "eval_tau", "tau")
     places = sorted(drawn[0].keys() | drawn[1].keys())
+    if max(map(len, drawn)) < 2:
+        return None
     rows = [
         [stage + 1, step, *(f"{points[stage, step]:.3f}" if (stage, step) in points else "" for points in drawn)]
         for stage, step in places[:: max(1, len(places) // 12)]
     ]
-    return _table(["stage", "step", "loss", "tau"], rows) if rows else None
+    return _table(["stage", "step", "loss", "tau"], rows)
 
 
 def _draw_curve(stages: Sequence[StageRecord], folder: Path) -> bool:
     """Draw loss and tau over steps; return whether there is a picture."""
     curves = {"loss": _curve(stages, "loss"), "tau": _curve(stages, "eval_tau", "tau")}
-    drawn = [(name, points) for name, points in curves.items() if points]
+    drawn = [(name, points) for name, points in curves.items() if len(points) > 1]
     if not drawn:
         return False
     try:

@@ -66,12 +66,14 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
         )
     if family is not None:
         for problem in check_repo_name(repo_id, family):
-            logger.warning("%s Name the method when you serve it, or rename it.", problem)
+            logger.warning("%s Name the method when you serve it, or rename it.", problem.removeprefix("C10: "))
 
 
 def published_files(folder: str | Path) -> list[str]:
     """Return the files of an export, relative to it and sorted; nothing that a link leads to."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}. Make one with `trl-draft-opd export`.")
     missing = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, SERVING_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{str(folder)!r} holds no export: {missing} missing. Make one with `trl-draft-opd export`.")

@@ -239,12 +239,16 @@ def _measure_again(scene: Scene, recorded: Measurement, tolerance: float, report
         num_resamples=200,
         show_progress=False,
     )
-    remark = f"recorded in training: {recorded.tau:.4f} [{recorded.tau_low:.4f}, {recorded.tau_high:.4f}]"
+    remark = (
+        f"the record has {recorded.tau:.4f} [{recorded.tau_low:.4f}, {recorded.tau_high:.4f}]. Counted as in training "
+        f"and `evaluate`: blocks inside responses of up to {recorded.max_completion_length} tokens, where the other "
+        "lines count on past an end of sequence"
+    )
     report.rows.append(Row("recorded", found.tau, found.acceptance_per_slot, found.num_blocks, None, None, remark))
     gap = found.tau / recorded.tau - 1
     if abs(gap) <= tolerance:
         return
-    text = f"Tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded in training"
+    text = f"Tau is {found.tau:.4f} from the published files, and {recorded.tau:.4f} was recorded before"
     text += f" ({gap:+.2%})"
     # Rounding to bfloat16, and a target in bfloat16 then and float32 now, move tau within its noise; a wrong export
     # moves it out.

@@ -160,9 +160,17 @@ def check_responses(
             f"{refuse_above:.2%}.)"
         )
     if audit.share > warn_above or surprise > _SURPRISE_WARN:
+        dtype = target.causal_lm.dtype
+        reason = "Expected from another precision or engine; otherwise write them anew."
+        if dtype != torch.float32:
+            reason = (
+                f"In {str(dtype).removeprefix('torch.')} that is harmless if this target wrote them: it reads them in "
+                "other batches than it wrote them in, and of two almost equally likely tokens the other comes out on "
+                "top. If another model wrote them, write them anew."
+            )
         warnings.warn(
-            f"The responses fit the target at hand only roughly: {audit.describe()}. Expected from another precision "
-            f"or engine; otherwise write them anew. (Warned above {warn_above:.2%}, refused above {refuse_above:.2%}.)"
+            f"The responses fit the target at hand only roughly: {audit.describe()}. {reason} (Warned above "
+            f"{warn_above:.2%}, refused above {refuse_above:.2%}.)"
         )
     return audit
 

@@ -4,6 +4,7 @@ Who wrote a response, and under which distribution: the identity that stored res
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -139,7 +140,9 @@ class Origin:
         if self == other:
             return
         pairs = [(each.name, getattr(other, each.name), getattr(self, each.name)) for each in fields(self)]
-        lines = [f"  {name}: {there!r} there, {here!r} here\n" for name, there, here in pairs if there != here]
+        lines = [
+            f"  {name}: {_shown(there)} there, {_shown(here)} here\n" for name, there, here in pairs if there != here
+        ]
         fix = "Use the settings and the target they were written with"
         if self.max_completion_length != other.max_completion_length:
             fix += f" (here `max_completion_length={other.max_completion_length}`)"
@@ -147,6 +150,12 @@ class Origin:
             f"{where} were written under other conditions:\n{''.join(lines)}{fix}, or give another folder and write "
             "them anew with `trl-draft-opd generate`."
         )
+
+
+def _shown(value: Any) -> str:
+    """Return a value for print; of a SHA-256, the first digits tell it from another."""
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return value[:8] if is_hash else repr(value)
 
 
 def hash_config(config: PreTrainedConfig) -> str:

@@ -32,6 +32,8 @@ class ResponseProgress:
     def __init__(self, total: int, console: Console, bar: Progress):
         self.total, self.console, self.bar = total, console, bar
         self.num_responses = self.num_tokens = 0
+        # In the last line; `None` before the first.
+        self._num_told: int | None = None
         self._began = self._last_line = time.monotonic()
         self._task = bar.add_task("Target responses", total=total, rate="")
 
@@ -48,10 +50,19 @@ class ResponseProgress:
         if self.console.is_terminal or now - self._last_line < LINE_EVERY:
             return
         self._last_line = now
+        self._say(count_unfinished())
+
+    def end(self) -> None:
+        """Print how many there are in the end, if lines have told of fewer."""
+        if not self.console.is_terminal and self._num_told is not None and self._num_told < self.num_responses:
+            self._say(0)
+
+    def _say(self, num_unfinished: int) -> None:
+        self._num_told = self.num_responses
         line = f"Target responses: {self.num_responses:,} of {self.total:,}"
-        line += f", {self._rate(count_unfinished()):,.0f} tokens/s"
-        if self.num_responses:
-            seconds = (now - self._began) / self.num_responses * (self.total - self.num_responses)
+        line += f", {self._rate(num_unfinished):,.0f} tokens/s"
+        if 0 < self.num_responses < self.total:
+            seconds = (time.monotonic() - self._began) / self.num_responses * (self.total - self.num_responses)
             line += f", about {timedelta(seconds=round(seconds))} left"
         self.console.print(line, soft_wrap=True, highlight=False)
 
@@ -66,7 +77,9 @@ def showing_progress(total: int, *, is_shown: bool) -> Iterator[ResponseProgress
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bar:
-        yield ResponseProgress(total, console, bar)
+        progress = ResponseProgress(total, console, bar)
+        yield progress
+        progress.end()
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def summarize_store(store: ResponseStore, target: FrozenTarget, num_checked: int
     num_complete = sum(store.origin.finish_reason(completion) == "stop" for _, completion in texts)
     num_tokens = sum(len(completion) for _, completion in texts)
     lines = [
-        f"{store.path} holds {len(texts)} responses of {num_tokens:,} tokens; {num_complete} end with an end of "
+        f"{store.path} holds {len(texts)} responses, {num_tokens:,} tokens in all; {num_complete} end with an end of "
         "sequence."
     ]
     check = None

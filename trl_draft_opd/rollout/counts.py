@@ -92,6 +92,12 @@ def resampled_taus(accepted_sums: Sequence[int], blocks: Sequence[int], num_resa
     return sums / counts
 
 
+def describe_tau(tau: float, low: float | None, high: float | None) -> str:
+    """Return tau with its interval for print; without one where there is none, as of a single prompt."""
+    has_interval = low is not None and high is not None and low < high
+    return f"{tau:.3f} [{low:.3f}, {high:.3f}]" if has_interval else f"{tau:.3f}"
+
+
 def interval(values: torch.Tensor) -> tuple[float, float]:
     """Return the central 95 % of resampled values."""
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()

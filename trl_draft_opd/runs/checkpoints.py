@@ -140,7 +140,7 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
     except ValueError as error:
         raise ValueError(
             f"{str(folder)!r} is not a checkpoint to resume from: {error}. Give `resume_from_checkpoint=True` for the "
-            "newest valid one, or start a new run from its drafter: give the folder as `model`."
+            "newest valid one, or start a new run from its drafter: give the folder as `--drafter` (`model`)."
         ) from error
 
 
@@ -160,7 +160,7 @@ def newest_valid(output_dir: Path) -> Checkpoint:
     reasons = "; ".join(skipped) or "there is no folder called checkpoint-N"
     raise ValueError(
         f"No valid checkpoint found in {str(output_dir)!r}: {reasons}. Start afresh with "
-        "`resume_from_checkpoint=None` and another `output_dir`, or give a drafter's folder as `model`."
+        "`resume_from_checkpoint=None` and another `output_dir`, or give a drafter's folder as `--drafter` (`model`)."
     )
 
 

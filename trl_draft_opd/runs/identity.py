@@ -95,7 +95,10 @@ class RunIdentity:
             differences = "; ".join(
                 f"{compared[name]} ({getattr(stored, name)!r} there, {getattr(self, name)!r} here)" for name in changed
             )
-            fix = "Use what the run was started with, or start a new run with the checkpoint's folder as `model`."
+            fix = (
+                "Use what the run was started with, or start a new run from the checkpoint's folder (`--drafter`, or "
+                "`model`)."
+            )
             if set(changed) <= set(_POSITION):
                 fix += " `ignore_data_skip=True` continues with the new data or batches from their start."
             raise ValueError(

@@ -111,7 +111,7 @@ def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
 def _checked_base(drafter: Drafter) -> str:
     """Return the folder or id a drafter was loaded from; raise `ValueError` if it differs from what is there."""
     name = drafter.config.name_or_path
-    fix = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model`."
+    fix = "Save it with `drafter.save_pretrained(FOLDER)` and give the folder as `model` (`--drafter`)."
     if not name:
         raise ValueError(
             f"With `peft_config` only the adapter is saved, but the drafter under it was never saved. {fix}"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
@@ -111,8 +111,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             )
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(
-                f"`eval_strategy={str(args.eval_strategy)!r}` or `eval_on_start` asks for evaluations, and there is "
-                "no `eval_dataset`. Give one (`--eval-dataset` or `--eval-split`)."
+                f"`eval_strategy={IntervalStrategy(args.eval_strategy).value!r}` or `eval_on_start` asks for "
+                "evaluations, and there is no `eval_dataset`. Give one (`--eval-dataset` or `--eval-split`)."
             )
 
     @classmethod

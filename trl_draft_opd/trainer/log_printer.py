@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..rollout.counts import describe_tau
+
 
 # The table's columns from left to right: metric -> title, and format of a cell.
 _COLUMNS = {
@@ -28,8 +30,13 @@ _COLUMNS = {
 _UNPRINTED = {"rounds", "response_length", "slots/accepted", "slots/rejected", "slots/supervised", "total_flos"}
 # What a sentence says in other words.
 _UNSAID = {"epoch", "steps_per_second"}
-# Shares of what went wrong: printed when there are any.
-_TROUBLES = {"refused_responses", "empty_responses", "truncated_responses", "response_mismatch"}
+# Shares of what went wrong, printed when there are any, and what they are called.
+_TROUBLES = {
+    "refused_responses": "refused",
+    "empty_responses": "empty",
+    "truncated_responses": "cut short",
+    "response_mismatch": "not the target's own",
+}
 
 
 class LogPrinter(TrainerCallback):
@@ -37,9 +44,16 @@ class LogPrinter(TrainerCallback):
 
     def __init__(self) -> None:
         self._titles = ""
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note where training begins, which a resumed run does behind its start."""
+        self._first_step = state.global_step
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print the lines of one log."""
+        """Print the lines of one log, but no sum of a training that had ended before."""
+        if "train_runtime" in (logs or {}) and state.global_step == self._first_step:
+            return
         if logs and state.is_world_process_zero:
             tqdm.write("\n".join(self.lines(logs, state.global_step, state.max_steps)))
 
@@ -79,8 +93,11 @@ def print_logs_readably(trainer: Any) -> None:
 def _readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return what is printed of metrics, without their prefix; acceptance of all slots as one text of percentages."""
     metrics = {name.removeprefix(prefix): value for name, value in logs.items()}
-    if prefix == "train_" and "loss" in metrics:
-        metrics["mean loss"] = metrics.pop("loss")
+    if prefix == "train_":
+        # Reckoned from whole epochs, whatever rows there were.
+        metrics.pop("samples_per_second", None)
+        if "loss" in metrics:
+            metrics["mean loss"] = metrics.pop("loss")
     slots = [metrics.pop(name) for name in list(metrics) if name.startswith("acceptance/slot_")]
     if slots:
         metrics["acceptance"] = " ".join(f"{100 * share:2.0f}" for share in slots)
@@ -88,7 +105,9 @@ def _readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         # The only part of the loss is the loss.
         metrics.pop("loss/accepted", None)
     return {
-        name: value for name, value in metrics.items() if name not in _UNPRINTED and (value or name not in _TROUBLES)
+        _TROUBLES.get(name, name): _percent(value) if name in _TROUBLES else value
+        for name, value in metrics.items()
+        if name not in _UNPRINTED and (value or name not in _TROUBLES)
     }
 
 
@@ -98,11 +117,15 @@ def _sentence(metrics: dict[str, Any]) -> str:
     parts = [_duration(seconds) + ("" if speed is None else f" ({_text(speed)} rows per second)")]
     low, high = metrics.pop("tau_low", None), metrics.pop("tau_high", None)
     if "tau" in metrics:
-        interval = "" if low is None or high is None else f" [{_text(low, '.3f')}, {_text(high, '.3f')}]"
-        parts.append(f"tau {_text(metrics.pop('tau'), '.3f')}{interval}")
+        parts.append(f"tau {describe_tau(metrics.pop('tau'), low, high)}")
     if "acceptance" in metrics:
         parts.append(f"kept per slot {' '.join(metrics.pop('acceptance').split())} %")
     return ", ".join([*parts, *(f"{name} {_text(value)}" for name, value in metrics.items() if name not in _UNSAID)])
+
+
+def _percent(share: Any) -> Any:
+    """Return a share of responses, or tokens, for print; any other value as it is."""
+    return f"{100 * share:.3g} %" if isinstance(share, (int, float)) else share
 
 
 def _duration(seconds: float) -> str:

@@ -189,7 +189,7 @@ class ResumingTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             logger.warning(
                 "This run is complete, so nothing is trained: it ended after step %d%s. To train further, raise "
-                "`max_steps` or `num_train_epochs`, or start a new run with its drafter as `model`.",
+                "`max_steps` or `num_train_epochs`, or start a new run from its drafter (`--drafter`, or `model`).",
                 step,
                 "" if step >= max_steps else f" of {max_steps}, at the word of a callback",
             )

@@ -55,7 +55,11 @@ _AT_LEAST_ONE = (
     "eval_accumulation_steps",
     "torch_empty_cache_steps",
 )
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+# Settings that mean nothing at 0, and what to do instead.
+_ABOVE_ZERO = {
+    "num_train_epochs": "At 0 nothing would be trained; to measure a drafter, use `trl-draft-opd evaluate`.",
+    **{f"{what}_steps": f"Leave it out, or set `{what}_strategy='no'`." for what in ("logging", "save", "eval")},
+}
 
 
 def check_options(args: TrainingArguments) -> None:
@@ -72,10 +76,10 @@ def check_options(args: TrainingArguments) -> None:
             raise ValueError(f"`{name}={value!r}` is not supported: {reason}. Leave it out.")
     check_at_least(args, 1, *_AT_LEAST_ONE)
     check_at_least(args, 0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
-    for name in _ABOVE_ZERO:
+    for name, fix in _ABOVE_ZERO.items():
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise ValueError(f"`{name}` must be above 0, got {value}. Leave it out, or set its strategy to 'no'.")
+            raise ValueError(f"`{name}` must be above 0, got {value}. {fix}")
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(
             f"`max_steps` must be at least 1, got {args.max_steps}. Leave it out to train for `num_train_epochs`."

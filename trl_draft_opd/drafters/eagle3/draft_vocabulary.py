@@ -130,7 +130,8 @@ def check_draft_vocab_size(draft_vocab_size: int, vocab_size: int, forced: Colle
     outside = [token_id for token_id in forced if not 0 <= token_id < vocab_size]
     if outside:
         raise ValueError(f"`always_include` holds {outside}, outside the target's vocabulary of {vocab_size} tokens.")
-    if len(forced) > draft_vocab_size:
+    if forced and len(forced) >= draft_vocab_size:
         raise ValueError(
-            f"`always_include` holds {len(forced)} tokens, more than `draft_vocab_size={draft_vocab_size}`. Raise it."
+            f"`draft_vocab_size` {draft_vocab_size} leaves no room for text: the tokens {sorted(forced)} are kept in "
+            f"any case (they end responses). It must be above {len(forced)}; thousands are usual."
         )

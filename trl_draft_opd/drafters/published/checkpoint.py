@@ -161,7 +161,8 @@ def _inside(folder: Path, path: Path) -> Path:
 
 def read_drafter_config(source: CheckpointSource, *, num_target_layers: int | None) -> ParsedConfig:
     """Read and parse the `config.json` of a checkpoint; see [`parse_drafter_config`]."""
-    return parse_drafter_config(source.read_json(CONFIG_FILE), num_target_layers=num_target_layers)
+    raw = source.read_json(CONFIG_FILE)
+    return parse_drafter_config(raw, num_target_layers=num_target_layers, name=repr(str(source)))
 
 
 def read_drafter_tensors(

@@ -26,6 +26,8 @@ _KNOWN = {
     "DFlashDraftModel": ("dflash", "flat"),
     "MuseGlimmerAssistantModel": ("dflash", "transformers"),
 }
+# Ends of the names of what is no drafter, unless it is known as one.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _KNOWN_SPECULATORS = {"Eagle3DraftModel": "eagle3", "Eagle3Speculator": "eagle3", "DFlashDraftModel": "dflash"}
 
 _DFLASH2 = "DFlash2 (convolutions and a candidate selector)"
@@ -139,7 +141,18 @@ def refuse_not_finite(content: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where} has {found[0]}={found[1]}; every number must be finite.")
 
 
-def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) -> ParsedConfig:
+def is_drafter_config(raw: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a drafter that can be read, judged by what names its kind."""
+    try:
+        _decide(raw)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_drafter_config(
+    raw: dict[str, Any], *, num_target_layers: int | None, name: str = "The drafter"
+) -> ParsedConfig:
     """
     Translate the content of a published `config.json`.
 
@@ -148,6 +161,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
     Args:
         raw (`dict[str, Any]`): The content.
         num_target_layers (`int` or `None`): Layers of the target, for EAGLE-3 configs that name no layer ids.
+        name (`str`, *optional*, defaults to `"The drafter"`): What errors call it.
 
     Raises:
         ValueError: If the architecture is unknown or not supported, a value would change what is computed, two keys
@@ -163,7 +177,7 @@ def parse_drafter_config(raw: dict[str, Any], *, num_target_layers: int | None) 
         for key, (accepted, meaning) in (_REFUSED_EAGLE3 if family == "eagle3" else _REFUSED_DFLASH).items():
             if section.get(key) not in accepted:
                 raise _refusal(key, section[key], meaning)
-    kwargs = _shared_kwargs(sections, num_target_layers, _class_of_defaults(family, sections))
+    kwargs = _shared_kwargs(sections, num_target_layers, _class_of_defaults(family, sections), name)
     kwargs |= (_eagle3_kwargs if family == "eagle3" else _dflash_kwargs)(sections, kwargs)
     stated = {key: value for key, value in kwargs.items() if value is not None}
     return ParsedConfig(family, layout, list(raw.get("architectures") or []), stated)
@@ -190,10 +204,12 @@ def _decide(raw: dict[str, Any]) -> tuple[str, str]:
         if family not in ("eagle3", "dflash"):
             raise ValueError(f"Unknown drafter in the speculators format: {family or name!r}. {_readable()}")
         return family, "speculators"
-    if name == "LlamaForCausalLM" and "draft_vocab_size" not in raw:
+    is_llama = name == "LlamaForCausalLM" and "draft_vocab_size" not in raw
+    if is_llama or (name not in _KNOWN and name.endswith(_LANGUAGE_MODELS)):
+        lacking = " without `draft_vocab_size`" if is_llama else ""
         raise ValueError(
-            "LlamaForCausalLM without `draft_vocab_size` is a language model, not a drafter. Make a drafter for it "
-            "with `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
+            f"{name}{lacking} is a language model, not a drafter: a target, perhaps. Make a drafter for it with "
+            "`trl-draft-opd init`, `Eagle3DraftModel.from_target(...)` or `DFlashDraftModel.from_target(...)`."
         )
     if name not in _KNOWN:
         raise ValueError(f"Unknown drafter architecture {name or None!r}. {_readable()}")
@@ -230,6 +246,17 @@ def _agreed(what: str, stated: dict[str, Any]) -> Any:
     return values[0] if values else None
 
 
+def _target_layers(sections: _Sections, given: int | None, name: str) -> int | None:
+    """Return how many layers the target has, by the config or as it was `given`."""
+    stated = _agreed("the target's layers", sections.stated("num_target_layers"))
+    if None not in (given, stated) and given != stated:
+        raise ValueError(
+            f"{name} was trained for a target with {stated} layers; this one has {given}. Give its own target, or a "
+            "drafter of this one."
+        )
+    return given if stated is None else stated
+
+
 def _integer(key: str, value: Any, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"config.json has {key}={value!r}; it must be an integer of at least {least}.")
@@ -251,7 +278,7 @@ def _class_of_defaults(family: str, sections: _Sections) -> type[PreTrainedConfi
 
 
 def _shared_kwargs(
-    sections: _Sections, num_target_layers: int | None, defaults: type[PreTrainedConfig]
+    sections: _Sections, num_target_layers: int | None, defaults: type[PreTrainedConfig], name: str
 ) -> dict[str, Any]:
     """Return what both families' configs take; `defaults` supplies what is not written."""
     raw, shape = sections.raw, sections.shape
@@ -277,10 +304,7 @@ def _shared_kwargs(
     return kwargs | {
         **{key: shape.get(key) if raw.get(key) is None else raw[key] for key in _TOKEN_IDS},
         "rope_parameters": _checked_rope(_rope_parameters(shape, defaults.default_theta)),
-        "num_target_layers": _agreed(
-            "the target's layers",
-            {"`num_target_layers=`": num_target_layers, **sections.stated("num_target_layers")},
-        ),
+        "num_target_layers": _target_layers(sections, num_target_layers, name),
         "target_model_name_or_path": raw.get("target_model_name_or_path", target),
         "target_model_revision": raw.get("target_model_revision"),
         "dtype": dtype if dtype in _DTYPES else None,
