@@ -109,6 +109,14 @@ def test_an_unknown_flag_is_named_with_the_nearest_one(capsys: pytest.CaptureFix
     assert "--positon_decay (did you mean --position-decay?)" in error
 
 
+@pytest.mark.parametrize("name", ["--draft-vocab-size", "--draft_vocab_size"])
+def test_a_vocabulary_for_draft_opd_is_answered_with_the_commands_that_choose_one(
+    name: str, capsys: pytest.CaptureFixture
+):
+    error = _error(["opd", "--target", "t", "--dataset", "d", "--drafter", "m", name, "500"], capsys)
+    assert f"{name} (only `init` and `sft` choose a drafter's vocabulary" in error and "did you mean" not in error
+
+
 def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture):
     needed = ["--target", "t", "--dataset", "d", "--drafter", "m"]
     assert "--position_dec " in _error(["opd", *needed, "--position_dec", "0.5", "--use_cpu"], capsys)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target
@@ -202,6 +203,16 @@ def copy(trained, tmp_path):
     return tmp_path / "out"
 
 
+class SeesRates(TrainerCallback):
+    """Notes the learning rate of every update."""
+
+    def __init__(self, rates):
+        self.rates = rates
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
 def refuses(match):
     return pytest.raises(ValueError, match=match)
 
@@ -255,6 +266,15 @@ def test_a_resume_that_is_refused_costs_no_responses(tmp_path, family):
     trainer = make_trainer(tmp_path / "out", make_target(), rows, **options)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_the_first_update_of_a_run_made_longer_has_the_rate_of_the_longer_schedule(copy, target, rows):
+    trainer = make_trainer(copy, target, rows, max_steps=4, lr_scheduler_type="linear", logging_steps=1)
+    rates = []
+    trainer.add_callback(SeesRates(rates))
+    trainer.train(resume_from_checkpoint=True)
+    # One step of warmup and three of decay, of which these are the last two.
+    assert rates == pytest.approx([trainer.args.learning_rate * share for share in (2 / 3, 1 / 3)])
 
 
 def test_other_batches_may_be_gone_on_with_from_the_start_of_the_data(trained, tmp_path, target, rows):

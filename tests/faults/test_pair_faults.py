@@ -179,7 +179,7 @@ def test_missing_and_unexpected_weights_are_listed_and_never_made_up(copies, fam
     tensors = load_file(path)
     tensors["extra.weight"] = tensors.pop("fc.weight")
     save_file(tensors, path, metadata={"format": "pt"})
-    with refuses('(?s)Missing .* "fc.weight".*Unexpected .* "extra.weight"'):
+    with refuses("do not fit its config: 'fc.weight' is missing; 'extra.weight' is unexpected. Check"):
         AutoDrafter.from_pretrained(copies[family])
 
 

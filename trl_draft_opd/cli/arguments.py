@@ -32,6 +32,10 @@ from .rows import load_rows
 
 # Stands in a command to paste for prompts that were not trained on.
 HELD_OUT = "HELD_OUT.jsonl"
+# Flags that some commands cannot have, and what to do.
+_ELSEWHERE = {
+    "draft-vocab-size": "only `init` and `sft` choose a drafter's vocabulary; afterwards, in Draft-OPD too, it stays"
+}
 # Help lists the choices of a flag up to this number.
 _MAX_LISTED_CHOICES = 6
 
@@ -120,8 +124,10 @@ class _Parser(TrlParser):
         """Raise `ValueError` if there are words left over, with the flags that may have been meant."""
         known, hints = [option for option in self._option_string_actions if "_" not in option], []
         for name in [word.split("=")[0] for word in words if word.startswith("-")] or words:
-            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-            hints.append(f"{name} (did you mean {near[0]}?)" if near else name)
+            flag_name = name.replace("_", "-")
+            near = difflib.get_close_matches(flag_name, known, n=1)
+            hint = _ELSEWHERE.get(flag_name.removeprefix("--")) or (f"did you mean {near[0]}?" if near else None)
+            hints.append(f"{name} ({hint})" if hint else name)
         fix = "`--help` lists all flags."
         if where != "the config file" and not any(word.startswith("-") for word in words):
             fix = "The flag before takes one value: quote a pattern of files, as in --dataset 'rows/*.jsonl'."

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
@@ -355,11 +356,20 @@ class ResumingTrainer(_BaseTrainer):
         optimizer = state.optimizer_state(folder)
         load_full_optimizer_state(self.accelerator, self.model_wrapped, self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(state.scheduler)
+        self._set_rates()
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self._sums["train"].load(self._own_state(state).sums)
         self._load_shared_state(state.shared)
         return model, train_dataloader
+
+    def _set_rates(self) -> None:
+        """Set this run's rates for the next update: the stored ones are those of the earlier number of steps."""
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if isinstance(scheduler, LambdaLR):
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, (base, share) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * share(scheduler.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put back what transformers resets before the first step: random generators, the loss since the last log."""

@@ -71,11 +71,11 @@ def explaining_failure(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number, reason = system_error(error)
+        number, reason = _system_error(error)
         raise OSError(number, f"{what} could not be written ({reason}). {fix}") from error
 
 
-def system_error(error: OSError | SafetensorError) -> tuple[int, str]:
+def _system_error(error: OSError | SafetensorError) -> tuple[int, str]:
     """Return number and reason of a failing write; safetensors states the system's number in its text alone."""
     stated = re.search(r"os error (\d+)", str(error))
     if isinstance(error, SafetensorError) and stated:
