@@ -153,6 +153,6 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(
         ValueError,
-        match="'norm.weight' is missing; 'extra.weight' is unexpected; 'fc.weight' has shape .*Check that",
+        match=r"'norm.weight' is missing; 'extra.weight' is unexpected; 'fc.weight' has shape .* Check that",
     ):
         DFlashDraftModel.from_pretrained(tmp_path)

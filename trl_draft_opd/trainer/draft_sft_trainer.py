@@ -88,10 +88,10 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
             if is_training:
                 check_resumes(DraftSFTTrainer._method, pair, args)
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
-        elif is_training and "completion_ids" not in (dataset.column_names or ()):
+        rows = reader.read_texts(dataset)
+        if is_training and not args.regenerate and "completion_ids" not in (dataset.column_names or ()):
             # As ids, they come out of a store or of the user's own work with the target.
             warnings.warn(_NOT_THE_TARGETS)
-        rows = reader.read_texts(dataset)
         if is_training:
             settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
         return check_mask_token(drafter, pair.target, rows, "input_ids")
