@@ -12,7 +12,7 @@ from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_causal_lm, make_drafter, make_target
 from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer, FrozenTarget
 from trl_draft_opd.runs import identity
-from trl_draft_opd.runs.identity import _digest_rows
+from trl_draft_opd.runs.identity import _differing, _digest_rows
 from trl_draft_opd.runs.run_state import RankState, RunState
 from trl_draft_opd.target import fingerprint
 from trl_draft_opd.target.fingerprint import fingerprint_weights
@@ -160,3 +160,12 @@ def test_other_processes_than_before_share_out_the_sums_once_and_the_mean_loss_s
     assert four[0] == RankState({"torch": "a"}, sums, 16.0)
     assert four[1:] == [RankState({"torch": name}, {}, 0.0) for name in ("b", "a", "b")]
     assert ranks[0].sums == {"loss": [1.0, 2.0]}
+
+
+def test_another_target_is_told_by_both_names_and_a_name_alone_is_no_difference():
+    there = {"name": "org/a", "weights": "1" * 64}
+    assert _differing(there, there | {"name": "org/b"}) == []
+    assert _differing(there, {"name": "org/b", "weights": "2" * 64}) == [
+        "name: 'org/a' there, 'org/b' here",
+        "weights: 11111111 there, 22222222 here",
+    ]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -15,6 +16,7 @@ from transformers import TrainingArguments
 
 from ..drafters.base import Drafter
 from ..export.record import recorded_settings
+from ..export.source import hub_id_of
 from ..responses.origin import hash_config, hash_tokenizer
 from ..target.frozen import FrozenTarget
 from ..utils.hashing import hash_json
@@ -80,6 +82,7 @@ class RunIdentity:
             value = getattr(getattr(drafter, "peft_config", {}).get("default"), name, None)
             shape[f"lora_{name}".replace("lora_lora_", "lora_")] = sorted(value) if isinstance(value, set) else value
         trained = sorted(name for name, parameter in drafter.named_parameters() if parameter.requires_grad)
+        name = target.config.name_or_path or ""
         shape["names of the trained weights"] = hash_json(trained)
         settings = recorded_settings(args) | {name: getattr(args, name) for name in _FURTHER}
         return cls(
@@ -87,7 +90,8 @@ class RunIdentity:
             # Through JSON and back, so that it equals what a file gives back.
             drafter=json.loads(json.dumps(shape, default=str)),
             target={
-                "name": target.config.name_or_path or None,
+                # Of a folder the last part alone: a checkpoint that is pushed tells no paths.
+                "name": hub_id_of(name) or Path(name).name or None,
                 "architecture": hash_config(target.config),
                 "weights": target.weights_fingerprint,
                 "tokenizer": None if target.tokenizer is None else hash_tokenizer(target.tokenizer),
