@@ -104,7 +104,7 @@ def test_a_head_tied_to_an_embedding_is_not_made_up(tmp_path):
     tensors["embed_tokens.weight"] = tensors.pop("lm_head.weight")
     save_file(tensors, tmp_path / "model.safetensors")
     edit_config(tmp_path, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match='Missing .* "lm_head.weight"'):
+    with pytest.raises(ValueError, match="'lm_head.weight' is missing"):
         AutoDrafter.from_pretrained(tmp_path)
 
 

@@ -61,9 +61,10 @@ def start(folder, target, rows, *callbacks, kind="sft", resume="auto", stream=Fa
         "learning_rate": 1e-2,
         "max_completion_length": 10,
         "max_steps": END,
-        "responses": str(folder / "responses"),
         "eval_rollouts": False,
     }
+    if kind == "opd" or changes.get("regenerate"):
+        options["responses"] = str(folder / "responses")
     trainer_class, config = (DraftSFTTrainer, DraftSFTConfig) if kind == "sft" else (DraftOPDTrainer, DraftOPDConfig)
     args = config(**options | changes)
     steps, drafter = Steps(), make_drafter("dflash", target, seed=1)

@@ -62,7 +62,7 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, d
         "learning_rate": 1e-2,
         "lr_scheduler_type": "linear",
         "max_completion_length": 10,
-        "responses": None if kind == "live" else str(Path(output_dir).parent / "responses"),
+        "responses": str(Path(output_dir).parent / "responses") if kind == "replay" else None,
     }
     trainer_class, config = (DraftSFTTrainer, DraftSFTConfig) if kind == "sft" else (DraftOPDTrainer, DraftOPDConfig)
     drafter = drafter or make_drafter("dflash", target, seed=seed)

@@ -302,7 +302,9 @@ def test_a_path_that_is_no_checkpoint_is_refused_with_the_reason(copy, tmp_path,
 def test_a_checkpoint_of_the_drafter_alone_says_how_to_use_it(tmp_path, target, rows):
     make_trainer(tmp_path / "a", target, rows, save_only_model=True).train()
     trainer = make_trainer(tmp_path / "b", target, rows)
-    with refuses("holds the drafter alone .*start a new run from its drafter: give the folder as `model`"):
+    with refuses(
+        "holds the drafter alone .*start a new run from its drafter: give the folder as `--drafter` .`model`"
+    ):
         trainer.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
 
 

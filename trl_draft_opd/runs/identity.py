@@ -6,7 +6,7 @@ What makes a run this one and no other, and whether a checkpoint belongs to it.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ class RunIdentity:
         dataset: Dataset | IterableDataset | None,
     ) -> "RunIdentity":
         """Describe a run; `drafter` is what is trained, adapter included, without its distributed wrapper."""
-        shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _NAMES}
+        # Its own settings alone: whatever else a config carries, a token even, is in no checkpoint.
+        names = [setting.name for setting in fields(drafter.config) if setting.name not in _NAMES]
+        shape = {name: getattr(drafter.config, name) for name in names}
         for name in _OF_ADAPTERS:
             value = getattr(getattr(drafter, "peft_config", {}).get("default"), name, None)
             shape[f"lora_{name}".replace("lora_lora_", "lora_")] = sorted(value) if isinstance(value, set) else value

@@ -141,7 +141,6 @@ def run_case(
     )
     common = {
         "output_dir": str(output),
-        "responses": str(output / "responses"),
         "optim": "sgd",
         "learning_rate": 0.1,
         "per_device_train_batch_size": GLOBAL_BATCH // num_processes // 2,
