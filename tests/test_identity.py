@@ -98,7 +98,7 @@ def test_a_stream_is_known_by_its_first_rows():
 
 
 def test_a_change_in_any_element_of_any_weight_is_another_target(monkeypatch):
-    monkeypatch.setattr(fingerprint, "_ELEMENTS_PER_PIECE", 100)
+    monkeypatch.setattr(fingerprint, "_ELEMENTS_PER_PIECE", 1000)
     model = make_causal_lm()
     before = fingerprint_weights(model)
     generator = torch.Generator().manual_seed(0)
