@@ -5,12 +5,12 @@ Templates that read a clock: one day on all days, in every command, store and ru
 
 from dataclasses import MISSING, fields
 from datetime import datetime
+from functools import partial
 
 import pytest
 from datasets import Dataset
-from transformers.utils import chat_template_utils
 
-from helpers.chats import CHATML, DATE_BY_DEFAULT, PRINTS_DATE, chat, make_tokenizer, noted, prompts_of
+from helpers.chats import CHATML, DATE_BY_DEFAULT, PRINTS_DATE, chat, make_tokenizer, move_clock, noted, prompts_of
 from helpers.tiny import TEMPLATE, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.cli.decoding import EvaluateArguments, GenerateArguments
@@ -27,15 +27,7 @@ ROWS = [chat(("user", "Hi."), ("assistant", "Hello."))]
 def set_day(monkeypatch):
     """Return a function that sets the day that templates are told it is."""
 
-    def set_day(day):
-        class Clock(datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return cls.fromisoformat(day)
-
-        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-
-    return set_day
+    return partial(move_clock, monkeypatch)
 
 
 def test_a_template_that_prints_the_date_reads_one_day_on_all_days_and_says_so_once(set_day):

@@ -4,10 +4,13 @@ A tokenizer that reads any text, one token a byte, and the kinds of chat templat
 """
 
 import warnings
+from datetime import datetime
 
+import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from trl_draft_opd.data.text_reader import TextReader
 
@@ -112,3 +115,14 @@ def noted(action):
 def chat(*turns):
     """Return a row of messages from pairs of role and content."""
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def move_clock(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    """Set the day that templates are told it is."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
