@@ -31,7 +31,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class PretendTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> "PretendTensor":
-        made: Any = torch.Tensor._make_wrapper_subclass(
+        made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls,
             raw.size(),
             strides=raw.stride(),
@@ -95,7 +95,7 @@ class PretendTensor(torch.Tensor):
             device=torch.device(DEVICE),
         )
         made.raw = raw
-        return made
+        return cast(PretendTensor, made)
 
     def __repr__(self, *args: Any, **kwargs: Any) -> str:
         return f"PretendTensor({self.raw!r})"
