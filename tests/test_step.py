@@ -271,11 +271,11 @@ def test_metrics_are_sums_that_divide_to_the_means_of_each_stream(monkeypatch, e
     sums = weight_sums([anchors], settings, drafter.draft_token_ids)
     objective = Objective(settings, SlotRules(), 2**20, sums)
     result = step_loss(drafter, target, prepare(rollout, anchors), objective)
-    means = {name: top / bottom for name, (top, bottom) in result.sums.items()}
+    means = {name: top / bottom for name, (top, bottom) in result.sums.read().items()}
     assert float(result.loss) == pytest.approx((means["loss/accepted"] + means["loss/rejected"]) / 2, rel=1e-6)
     assert means["slots/accepted"] == int(anchors.is_accepted.sum())
     assert 0.05 < means["lost_target_mass/accepted"] < 0.95
-    assert sums.tolist() == [result.sums["loss/accepted"][1], result.sums["loss/rejected"][1], 0.0]
+    assert sums.tolist() == [result.sums.read()[f"loss/{name}"][1] for name in ("accepted", "rejected")] + [0.0]
 
 
 # -- cross entropy ----------------------------------------------------------------------------------------------------
