@@ -109,7 +109,7 @@ def draw_positions(is_eligible: torch.Tensor, num_positions: int | torch.Tensor,
     """
     keys.check_rows(len(is_eligible))
     index = torch.arange(is_eligible.shape[1], device=is_eligible.device)
-    sample_ids = torch.tensor(list(keys.sample_ids), device=index.device)[:, None]
+    sample_ids = torch.tensor(list(keys.sample_ids)).to(index.device, non_blocking=True)[:, None]
     # The positions with the smallest numbers: one number per position, whatever else is eligible.
     numbers = keyed_uniforms(keys.seed, keys.epoch, sample_ids, index, 0, ANCHOR).masked_fill(~is_eligible, 2.0)
     rank = numbers.argsort(dim=1).argsort(dim=1)
