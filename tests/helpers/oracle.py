@@ -6,7 +6,7 @@ Knows the target alone; how a drafter drafts is replaced, so both rollout engine
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -68,7 +68,12 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
         def run(walk, *args):
             def begin(context, anchors, anchor_tokens, num_drafts, embed):
                 rows = walk.rows[anchors[0]].tolist()
-                return at_slot(list(zip(rows, walk.positions[anchors[0]].tolist(), strict=True)), 1)
+                places = list(zip(rows, walk.positions[anchors[0]].tolist(), strict=True))
+                first = at_slot(places, 1)
+                if drafter.reads_drafts:
+                    return first
+                hidden = [at_slot(places, slot).hidden for slot in range(1, num_drafts + 1)]
+                return replace(first, block_hidden=torch.stack(hidden, dim=2))
 
             # Only while it is replayed: what is trained is the drafter itself.
             with pytest.MonkeyPatch.context() as patch:
