@@ -22,6 +22,7 @@ from trl_draft_opd import DFlashDraftModel, DraftVocabulary, Eagle3DraftModel, F
 from trl_draft_opd.costs.memory import LAUNCHES, NUM_RANKS, Stages, Workload, count_stages, gib, launch_bytes
 from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
 from trl_draft_opd.drafters.base import Drafter, run_blocks
+from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
@@ -323,7 +324,8 @@ def main() -> None:
             rows = [[s, f"{a:,}", f"{b:,}"] for s, a, b in counted]
             print(markdown([f"qwen3-7m, {family}, bytes", "computed", "counted"], rows) + "\n")
     elif args.measure:
-        work = replace(workload_of(args.family), checkpointing=args.checkpointing)
+        chunk_bytes = default_chunk_bytes("cuda")
+        work = replace(workload_of(args.family), checkpointing=args.checkpointing, chunk_bytes=chunk_bytes)
         measured = measure_on_gpu(args.measure, args.family, work)
         rows = [[s, "" if a is None else gib(a), gib(b), f"{t:.2f}"] for s, a, b, t in measured]
         device = torch.cuda.get_device_name()

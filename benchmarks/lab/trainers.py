@@ -102,7 +102,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
             replace(self._drafting, keep_branch_hidden=False),
             keys,
             segment_length=self.segment_length,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
         return redraft(
@@ -112,7 +112,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
             random_anchors(chain, keys),
             self._drafting,
             keys,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
 
@@ -137,7 +137,7 @@ class StaleAnchorsTrainer(DraftOPDTrainer):
                 pad_sequence([known[name] for name in names], batch_first=True, padding_value=-1),
                 self._drafting,
                 DrawKeys(self.args.seed, epoch, text.sample_ids),
-                chunk_bytes=self.args.loss_chunk_bytes,
+                chunk_bytes=self._chunk_bytes,
                 reading=reading,
             )
         rollout = super()._walk(drafter, text, epoch, reading)

@@ -11,15 +11,17 @@ Shape letters:  T = text tokens of a micro-batch, N = blocks, S = slots of a blo
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..losses.budget import chunk_bytes_of_card
 from .shapes import DrafterShape, TargetShape
 
 
 NUM_RANKS = 8
 LAUNCHES = ("one GPU", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2, target sharded", "one GPU, 4-bit target")
 BF16, FP32 = 2, 4
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 # A drafter's layers are computed again in the backward pass where keeping them takes more than this share of the card.
 KEPT_SHARE = 0.25
+CARD_BYTES = 80 * GIB
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,7 @@ class Workload:
         blocks (`int`): Blocks of a row: its response over tau under Draft-OPD.
         accumulation (`int`): Micro-batches.
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
-        chunk_bytes (`int`): `loss_chunk_bytes`.
-        reading_bytes (`int`): `reading_bytes`.
-        read_tokens (`int` or `None`): Tokens of a row that the target reads at a time, on its cache; `None` for all.
+        chunk_bytes (`int`): `loss_chunk_bytes`; by default that of a card of `CARD_BYTES`.
     """
 
     rows: int
@@ -42,9 +42,7 @@ class Workload:
     blocks: int
     accumulation: int
     checkpointing: bool
-    chunk_bytes: int = 64 * MIB
-    reading_bytes: int = 2 * GIB
-    read_tokens: int | None = None
+    chunk_bytes: int = chunk_bytes_of_card(CARD_BYTES)
 
 
 @dataclass(frozen=True)
