@@ -28,7 +28,7 @@ from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import rollout_live
 from trl_draft_opd.rollout.replay import TargetText
-from trl_draft_opd.target.frozen import TargetReading
+from trl_draft_opd.target.reading import TextReading
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 from trl_draft_opd.utils.versions import switch_checkpointing
 
@@ -99,7 +99,7 @@ class Scene:
     optimizer: torch.optim.Optimizer
     input_ids: torch.Tensor
     anchors: BlockBatch
-    reading: TargetReading | None = None
+    reading: TextReading | None = None
     loss: torch.Tensor | None = None
 
     @classmethod
@@ -137,7 +137,7 @@ class Scene:
         """Run the blocks with gradient; the caller is inside of `autocast`."""
         return run_blocks(
             self.drafter,
-            self.reading.features,
+            self.reading.padded().features,
             self.input_ids,
             self.anchors.anchors,
             self.anchors.drafts,

@@ -13,6 +13,7 @@ Shape letters:  B = texts, L = longest text, A = anchors per text, K = drafts pe
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -75,19 +76,18 @@ class SftProblem:
 
     def _read(self):
         """Read the texts once; speculators wants the last layer before the target's final norm."""
-        kept = []
-        norm = self.target.backbone.norm
-        handle = norm.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
-        reading = self.target.read_text(self.input_ids, self.attention_mask, self.drafter.config.target_layer_ids)
-        handle.remove()
-        return reading, kept[0]
+        layer_ids = [*self.drafter.config.target_layer_ids, self.target.num_layers - 1]
+        reading = self.target.read_text(self.input_ids, self.attention_mask, layer_ids)
+        sizes = [reading.features.shape[1] - reading.last_hidden.shape[1], reading.last_hidden.shape[1]]
+        features, last_hidden = reading.features.split(sizes, dim=1)
+        return replace(reading, features=features), reading.packing.unpack(last_hidden)
 
     def add_speculators(self, trains_head: bool) -> None:
         """Build the same drafter in speculators' class, and choose the anchors as it does."""
         causal_lm = self.target.causal_lm
         self.peer = peers.make_model(self.drafter, causal_lm, trains_head=trains_head).to(self.target.device)
         self.peer_optimizer = self._make_optimizer(self.peer)
-        self.packed = self._pack(self.reading.features, self.last_hidden)
+        self.packed = self._pack(self.reading.padded().features, self.last_hidden)
         self.anchors = self._eagle3_anchors() if self.family == "eagle3" else self._dflash_anchors()
         decay = 1.0 if self.family == "eagle3" else math.exp(-1 / GAMMA)
         self.streams = streams("forward_kl", decay)
@@ -148,7 +148,7 @@ class SftProblem:
         packed = self.packed
         if reads:
             reading, last_hidden = self._read()
-            packed = self._pack(reading.features, last_hidden)
+            packed = self._pack(reading.padded().features, last_hidden)
         if self.family == "eagle3":
             return peers.eagle3_loss(self.peer, packed, self.num_drafts)
         return peers.dflash_loss(self.peer, packed, self.num_anchors, GAMMA, self.seed)
