@@ -51,7 +51,7 @@ class Comparison:
         """Take what the loss needs from the target's logits."""
         ids, is_ce = self.draft_token_ids, self.loss_type == "ce"
         if self.is_fused and not (ids is None and is_ce):
-            found = fused.read_target(logits_SV, ids)  # pyright: ignore[reportCallIssue]
+            found = fused.read_target(logits_SV, ids)
             if found is not None:
                 logits_SD, statistics_2S, lost_mass_S = found
                 if is_ce:
@@ -92,8 +92,14 @@ class Comparison:
         if self.is_fused:
             logits_SD, statistics_2S = (target.logits_SD, target.statistics_2S) if target else (None, None)
             if labels_C is not None or statistics_2S is not None:
-                losses_C = fused.differentiate(  # pyright: ignore[reportCallIssue]
-                    logits_CD, logits_SD, statistics_2S, places_C, labels_C, weights_C, self.loss_type
+                losses_C = fused.differentiate(
+                    logits_CD,
+                    logits_SD,
+                    statistics_2S,
+                    places_C,
+                    labels_C,
+                    weights_C,
+                    self.loss_type,
                 )
                 if losses_C is not None:
                     return losses_C

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -33,8 +33,15 @@ _READS = {
     "ce": (2, 0),
 }
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # Why the kernels are used no more in this process.
 _failure: str | None = None
+
+
+def _uncompiled(function: Function) -> Function:
+    """Have `torch.compile` leave a function alone, whose kernels are compiled already."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 def is_used_for(hidden_NH: Tensor) -> bool:
@@ -47,7 +54,7 @@ def can_run() -> bool:
     return _kernels() is not None and _failure is None
 
 
-@torch.compiler.disable
+@_uncompiled
 def read_target(logits_SV: Tensor, draft_token_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """
     Return the target's logits over the drafter's vocabulary, what normalises them, and the probability of all others.
@@ -83,7 +90,7 @@ def read_target(logits_SV: Tensor, draft_token_ids: Tensor | None) -> tuple[Tens
     return (logits_SD, statistics_2S, lost_mass_S) if has_run else None
 
 
-@torch.compiler.disable
+@_uncompiled
 def differentiate(
     draft_logits_CD: Tensor,
     target_logits_SD: Tensor | None,

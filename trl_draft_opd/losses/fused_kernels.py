@@ -34,7 +34,8 @@ def _grow(values, largest, total):
     return grown, total * tl.exp(largest - grown) + tl.sum(tl.exp(values - grown), axis=0)
 
 
-@triton.jit
+# Arguments that differ from chunk to chunk make no kernels of their own.
+@triton.jit(do_not_specialize=["num_states"])
 def read_target_kernel(
     logits_SV,
     row_stride,
@@ -75,7 +76,7 @@ def read_target_kernel(
     tl.store(statistics_2S + num_states + state, tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_states"], do_not_specialize_on_alignment=["places_C"])
 def differentiate_kernel(
     draft_logits_CD,
     draft_row_stride,
