@@ -102,6 +102,7 @@ class Stage:
         attention_flops (`float`): Of attention in one kernel, which is slower than large products.
         bytes (`float`): What all other kernels move.
         launches (`float`), syncs (`float`): Kernels, and waits of the host.
+        again (`float`): FLOPs of products that are made once more, no part of the floor.
         extra (`float`): Share of time on top, of the target's read with a mask.
     """
 
@@ -113,17 +114,14 @@ class Stage:
     bytes: float = 0.0
     launches: float = 0.0
     syncs: float = 0.0
+    again: float = 0.0
     extra: float = 0.0
 
     def busy(self, gpu: Gpu) -> float:
         """Return the seconds of its kernels."""
-        products = max(self.flops / gpu.flops, self.product_bytes / gpu.bytes_per_second)
+        products = max((self.flops + self.again) / gpu.flops, self.product_bytes / gpu.bytes_per_second)
         attention = self.attention_flops / (gpu.flops * ATTENTION_SHARE)
         return (products + attention + self.bytes / gpu.bytes_per_second) * (1 + self.extra)
-
-    def waits(self) -> float:
-        """Return the seconds the host waits."""
-        return self.syncs * SYNC_SECONDS
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class Prediction:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the step."""
+        """FLOPs that the step needs."""
         return sum(stage.flops + stage.attention_flops for stage in self.stages)
 
     @property
@@ -230,7 +228,7 @@ def _seconds(stages: Sequence[Stage], gpu: Gpu) -> list[float]:
         busy = sum(other.busy(gpu) for other in together)
         launching = sum(other.launches for other in together) * LAUNCH_SECONDS
         share = stage.busy(gpu) / busy if busy else 1 / len(together)
-        seconds.append(max(busy, launching) * share + stage.waits())
+        seconds.append(max(busy, launching) * share + stage.syncs * SYNC_SECONDS)
     return seconds
 
 
@@ -282,7 +280,8 @@ def _drafting(
     back = Stage(
         "backward",
         "drafter",
-        flops=backward + once_more,
+        flops=backward,
+        again=once_more,
         bytes=moved[1] + again * slot_bytes[0],
         launches=own.launches[1] + again * own.launches[0],
     )
