@@ -86,10 +86,10 @@ class Problem:
         return self._differentiate(loss)
 
     def speculators(self) -> dict[str, torch.Tensor]:
-        """Run speculators' eager loss over full logits, made as its models make them."""
+        """Run speculators' loss over full logits, made as its models make them."""
         with torch.no_grad():
             targets = (self.target_hidden @ self.target_weight.T)[self.target_rows]
-        rows = peers.eager_kl((self.hidden @ self.weight.T)[None], targets[None])[0]
+        rows = peers.forward_kl((self.hidden @ self.weight.T)[None], targets[None])[0]
         return self._differentiate((rows * self.row_weights).sum())
 
     def bare_products(self, chunks: list[int], target_chunks: list[int]) -> dict[str, torch.Tensor]:
@@ -137,7 +137,7 @@ def equality(args: argparse.Namespace, report: Report, vocab: int) -> None:
         problem = Problem(args, rows, vocab, trains_head=trains_head)
         arms = [Arm("ours", problem.ours), Arm("full logits", problem.reference)]
         if peers.has_speculators(report):
-            arms.append(Arm("speculators eager", problem.speculators))
+            arms.append(Arm("speculators", problem.speculators))
         assert_equal(arms, rtol=1e-4, atol=1e-5)
         for arm in arms:
             peak = peak_bytes(arm.run)

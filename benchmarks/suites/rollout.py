@@ -188,7 +188,8 @@ def decoding(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> N
     """
     few = prompts[: 2 if args.quick else 4]
     most = pair.drafter.max_drafts or pair.num_drafts
-    counts = sorted({count for count in (1, 2, 3, 4, 5, 7) if count <= most} | {pair.num_drafts})
+    some = (1,) if args.quick else (1, 2, 3, 4, 5, 7)
+    counts = sorted({count for count in some if count <= most} | {pair.num_drafts})
 
     def listed(responses) -> dict[str, torch.Tensor]:
         return {str(row): torch.tensor(ids) for row, ids in enumerate(responses)}
@@ -319,7 +320,8 @@ def opd_steps(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> 
         Arm(f"live, batch {BATCH_SIZE}", lambda: work.live(BATCH_SIZE)),
         Arm("plain reference", work.plain),
     ]
-    assert_equal(arms, rtol=1e-3, atol=1e-5)
+    # A drafter without training has gradients of a wide range, which sum differently row by row and all at once.
+    assert_equal(arms, rtol=1e-3, atol=1e-4)
     for arm in arms[:3]:
         with count_forwards(pair.target.backbone) as count:
             peak = peak_bytes(arm.run)
