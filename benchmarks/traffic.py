@@ -24,7 +24,7 @@ from trl_draft_opd.costs.roofline import FamilyCounts
 from trl_draft_opd.costs.shapes import FAMILIES, TargetShape
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
-from trl_draft_opd.rollout.replay import TargetText, rollout_replay
+from trl_draft_opd.rollout.replay import ReplayWalk, TargetText
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,9 +181,13 @@ def count_layers(family: str, device: str, counts: Any) -> dict[str, Any]:
     return rounded | {"launches": tuple(found[base].launches), "syncs": found[base].syncs}
 
 
-def count_walk(family: str, device: str, counts: Any) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Return kernels and waits of a replay, once and per round; a random drafter is right next to never."""
-    found = []
+def count_walk(family: str, device: str, counts: Any) -> dict[str, tuple[int, int, int]]:
+    """
+    Return `walk_launches` and `walk_syncs` of [`FamilyCounts`].
+
+    A random drafter is right next to never: every round has one read, so a read is watched for itself.
+    """
+    found, reads = [], []
     for segment in (4, 12):
         scene = make_scene(family, device, Size())
         scene.read()
@@ -191,28 +195,36 @@ def count_walk(family: str, device: str, counts: Any) -> tuple[tuple[int, float]
         text = TargetText(scene.input_ids, mask, mask.bool() & (mask.cumsum(1) > 16), range(2))
         greedy = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
         settings = DraftingSettings(scene.drafter.default_num_drafts, greedy, "greedy", keep_branch_hidden=False)
-        counts.clear()
         with Traffic() as traffic, scene.autocast():
-            rollout_replay(
-                scene.target,
-                scene.drafter,
-                text,
-                settings,
-                DrawKeys(0, 0, range(2)),
-                segment_length=segment,
-                chunk_bytes=2**30,
-                reading=scene.reading,
+            walk = ReplayWalk(
+                scene.target, scene.drafter, text, settings, DrawKeys(0, 0, range(2)), 2**30, scene.reading
             )
-        found.append((traffic.launches.total(), counts.totals()["syncs"]))
-    per_round = [(b - a) / 8 for a, b in zip(*found, strict=True)]
-    once = [a - 4 * rate for a, rate in zip(found[0], per_round, strict=True)]
-    return (round(once[0]), per_round[0]), (round(once[1]), per_round[1])
+            judge, rounds = walk._judge, []
+
+            def watched(*args: Any, judge: Any = judge, traffic: Traffic = traffic, rounds: list = rounds) -> Any:
+                before = traffic.launches.total()
+                result = judge(*args)
+                rounds.append(traffic.launches.total() - before)
+                return result
+
+            walk._judge = watched
+            counts.clear()
+            begun = traffic.launches["layers"]
+            with scene.drafter.evaluating(), torch.no_grad():
+                walk.run(segment)
+        found.append((begun, traffic.launches["layers"] - begun, counts.totals()["syncs"], len(rounds)))
+        reads += rounds
+    (begun, launches, syncs, rounds), _ = found
+    read = round(sum(reads) / len(reads))
+    return {
+        "walk_launches": (begun, round(launches / rounds) - read, read),
+        "walk_syncs": (1, round(syncs / rounds) - 1, 1),
+    }
 
 
 def count_family(family: str, device: str, counts: Any) -> FamilyCounts:
     """Count a family's drafter."""
-    walk_launches, walk_syncs = count_walk(family, device, counts)
-    return FamilyCounts(**count_layers(family, device, counts), walk_launches=walk_launches, walk_syncs=walk_syncs)
+    return FamilyCounts(**count_layers(family, device, counts), **count_walk(family, device, counts))
 
 
 def on_pretended(run: Callable[[str, Any], Any]) -> Any:

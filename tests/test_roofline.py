@@ -14,7 +14,7 @@ from benchmarks import roofline
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
-from trl_draft_opd.costs.jobs import JOBS, Walk, acceptance_of, simulate_walk, volume_of
+from trl_draft_opd.costs.jobs import JOBS, Round, Walk, acceptance_of, simulate_walk, volume_of
 from trl_draft_opd.costs.roofline import Chunks, Counts, FamilyCounts, chunks_of, predict
 from trl_draft_opd.costs.shapes import TARGETS, DrafterShape
 
@@ -44,9 +44,11 @@ BEFORE = Counts(
     chunk_launches=15,
     block_launches=25,
     update_launches=100,
+    blocks_at_once=1,
+    rows_at_once=1,
     families={
-        "eagle3": FamilyCounts((170.3, 208.6), (313.9, 699.0), (6.7, 58.2), (637, 930), (48, 2000), 75, (4, 60)),
-        "dflash": FamilyCounts((264.0, 496.8), (1224.8, 3312.2), (6.0, 7.7), (508, 847), (0, 1227), 75, (0, 34)),
+        "eagle3": FamilyCounts((170.3, 208.6), (313.9, 699.0), (6.7, 58.2), (637, 930), 75, (48, 2000, 0), (4, 60, 0)),
+        "dflash": FamilyCounts((264.0, 496.8), (1224.8, 3312.2), (6.0, 7.7), (508, 847), 75, (0, 1227, 0), (0, 34, 0)),
     },
 )
 # Rows of 64 MiB: 42 with the full vocabulary, 70 with the reduced one; blocks of 5, and 110 rows judged at a time.
@@ -123,18 +125,28 @@ def test_a_simulated_chain_has_the_accepted_length_asked_for(tau, num_drafts):
 
 
 def test_segments_of_one_token_draft_everywhere_once_and_shorter_segments_take_fewer_rounds():
-    assert simulate_walk(4, 1536, 1, 3.0, 7).blocks == 4 * 1536
-    assert simulate_walk(4, 1536, 1, 3.0, 7).rounds == 1
+    # The last token of a response has nothing behind it to draft.
+    everywhere = simulate_walk(4, 1536, 1, 3.0, 7)
+    assert (everywhere.all.blocks, len(everywhere.rounds)) == (4 * 1535, 1)
     found = [simulate_walk(4, 1536, segment, 4.0, 15) for segment in (8, 16, 64)]
-    assert [w.rounds for w in found] == sorted(w.rounds for w in found)
-    assert [w.blocks for w in found] == sorted((w.blocks for w in found), reverse=True)
+    assert [len(w.rounds) for w in found] == sorted(len(w.rounds) for w in found)
+    assert [w.all.blocks for w in found] == sorted((w.all.blocks for w in found), reverse=True)
     assert len({w.chain for w in found}) == 1
-    assert all(w.chain < w.blocks < 4 * 1536 for w in found)
+    assert all(w.chain < w.all.blocks < 4 * 1536 for w in found)
+
+
+def test_drafting_ahead_takes_fewer_rounds_and_judging_more_at_a_time_fewer_reads_for_the_same_chain():
+    least = simulate_walk(4, 1536, 16, 4.0, 15)
+    ahead = simulate_walk(4, 1536, 16, 4.0, 15, blocks_at_once=32)
+    both = simulate_walk(4, 1536, 16, 4.0, 15, blocks_at_once=32, rows_at_once=512)
+    assert len(ahead.rounds) < len(least.rounds) and ahead.all.blocks > least.all.blocks
+    assert [r.blocks for r in both.rounds] == [r.blocks for r in ahead.rounds]
+    assert both.all.reads < ahead.all.reads / 2 and both.all.rows > ahead.all.rows
+    assert least.chain == ahead.chain == both.chain
 
 
 def test_a_drafter_that_is_never_right_walks_every_token_of_a_segment():
-    # Only the last token of a response has nothing left to judge.
-    assert simulate_walk(1, 64, 16, 1.0, 7) == Walk(rounds=16, blocks=63, rows=63, chain=63)
+    assert simulate_walk(1, 64, 16, 1.0, 7) == Walk((Round(4, 4, 1),) * 15 + (Round(3, 3, 1),), chain=63)
 
 
 # -- counted again ----------------------------------------------------------------------------------------------------
