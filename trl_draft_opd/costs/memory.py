@@ -241,6 +241,20 @@ def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workloa
     return launch_bytes(kept, "one GPU", 1) > PLANNED_SHARE * card
 
 
+def blocks_at_once(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> int | None:
+    """
+    Return how many blocks of a micro-batch to train at a time so that a step fits into `PLANNED_SHARE` of `card` bytes,
+    in as few parts of equal size as that takes; `None` where not even single blocks make it fit.
+    """
+    num_blocks = work.rows * work.blocks
+    for parts in range(1, num_blocks + 1):
+        size = -(-num_blocks // parts)
+        stages = count_stages(target, drafter, replace(work, part_blocks=size))
+        if launch_bytes(stages, "one GPU", 1) <= PLANNED_SHARE * card:
+            return size
+    return None
+
+
 # -- a card that is too small -----------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ from ..target.frozen import FrozenTarget
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
-from .card import check_weights_fit, warn_of_small_card
+from .card_memory import check_weights_fit, warn_of_small_card
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
