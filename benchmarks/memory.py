@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from trl_draft_opd import DFlashDraftModel, DraftOPDConfig, DraftVocabulary, Eagle3DraftModel
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.losses.budget import chunk_bytes_of_card
 
 
 # (class, hidden, intermediate, layers, heads, key/value heads, head size, vocabulary, tied head), as published.
@@ -33,6 +34,7 @@ NUM_RANKS = 8
 LAUNCHES = ("one GPU", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2, target sharded", "one GPU, 4-bit target")
 DEFAULTS = DraftOPDConfig.__dataclass_fields__
 BF16, FP32 = 2, 4
+CARD_BYTES = 80 * 2**30
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Workload:
         blocks (`int`): Blocks of a row: its response over tau under Draft-OPD.
         accumulation (`int`): Micro-batches.
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
-        chunk_bytes (`int`): `loss_chunk_bytes`.
+        chunk_bytes (`int`): `loss_chunk_bytes`; by default that of a card of `CARD_BYTES`.
     """
 
     rows: int
@@ -53,7 +55,7 @@ class Workload:
     blocks: int
     accumulation: int
     checkpointing: bool
-    chunk_bytes: int = DEFAULTS["loss_chunk_bytes"].default
+    chunk_bytes: int = chunk_bytes_of_card(CARD_BYTES)
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,13 @@ from benchmarks.memory import (
 )
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter, run_blocks
+from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.live import rollout_live
 from trl_draft_opd.rollout.replay import TargetText
-from trl_draft_opd.target.frozen import TargetReading
+from trl_draft_opd.target.reading import TextReading
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 from trl_draft_opd.utils.versions import switch_checkpointing
 
@@ -64,7 +65,7 @@ class Scene:
     optimizer: torch.optim.Optimizer
     input_ids: torch.Tensor
     anchors: BlockBatch
-    reading: TargetReading | None = None
+    reading: TextReading | None = None
     loss: torch.Tensor | None = None
 
     @classmethod
@@ -102,7 +103,7 @@ class Scene:
         """Run the blocks with gradient; the caller is inside of `autocast`."""
         return run_blocks(
             self.drafter,
-            self.reading.features,
+            self.reading.padded().features,
             self.input_ids,
             self.anchors.anchors,
             self.anchors.drafts,
@@ -301,7 +302,8 @@ def main() -> None:
             rows = [[s, f"{a:,}", f"{b:,}"] for s, a, b in counted]
             print(markdown([f"qwen3-7m, {family}, bytes", "computed", "counted"], rows) + "\n")
     elif args.measure:
-        work = replace(workload_of(args.family), checkpointing=args.checkpointing)
+        chunk_bytes = default_chunk_bytes("cuda")
+        work = replace(workload_of(args.family), checkpointing=args.checkpointing, chunk_bytes=chunk_bytes)
         measured = measure_on_gpu(args.measure, args.family, work)
         rows = [[s, "" if a is None else gib(a), gib(b), f"{t:.2f}"] for s, a, b, t in measured]
         device = torch.cuda.get_device_name()

@@ -73,7 +73,8 @@ def main(args: ExampleArguments) -> list[float]:
 
         # 3. The drafter drafts the same blocks again from the same anchors, now with gradient.
         reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
-        hidden = run_blocks(drafter, reading.features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
+        features = reading.padded().features
+        hidden = run_blocks(drafter, features, rollout.input_ids, blocks.anchors, blocks.drafts, target.embed)
 
         # 4. Each slot learns from the target's state there, which verification has computed already: forward KL where
         #    the target accepted, reverse KL with a decay over the slots where it rejected.

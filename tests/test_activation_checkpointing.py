@@ -49,7 +49,7 @@ def run_some_blocks(drafter, target):
     anchors = torch.arange(1, 50).repeat(3, 1)
     anchors[1, 40:] = -1
     drafts = torch.randint(7, VOCAB, (3, 49, 4), generator=generator)
-    reading = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids)
+    reading = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded()
     return run_blocks(drafter, reading.features, ids, anchors, drafts, target.embed)
 
 

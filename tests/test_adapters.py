@@ -197,7 +197,7 @@ def test_a_fresh_adapter_changes_no_bit_of_what_is_drafted(target, bases, text, 
     adapted = adapt_drafter(AutoDrafter.from_pretrained(bases / variant), LoraConfig(**options), seed=0)
     anchors = torch.tensor([[3, 9]]).expand(4, 2)
     drafts = torch.randint(4, 60, (4, 2, 4))
-    features = target.read_text(text.input_ids, text.attention_mask, plain.config.target_layer_ids).features
+    features = target.read_text(text.input_ids, text.attention_mask, plain.config.target_layer_ids).padded().features
     outputs = [
         drafter.draft_logits(
             run_blocks(drafter, features, text.input_ids, anchors, drafts, target.embed), target.project

@@ -27,13 +27,13 @@ def make_inputs(queries, block_keys, dtype=torch.float64):
     return [(2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes]
 
 
-def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1):
+def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1, firsts=None):
     keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
     values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
-    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING)
+    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING, firsts)
 
 
-def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS):
+def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, firsts=None):
     """Line up the keys of the context and of all blocks, and let a boolean mask say who sees what."""
     num_anchors, queries, block_keys = anchors.shape[1], query.shape[3], block_key.shape[3]
     per_group = HEADS // KV_HEADS
@@ -44,7 +44,7 @@ def dense_reference(query, context_key, context_value, block_key, block_value, a
     for row in range(num_rows):
         for block in range(num_anchors):
             rows = slice(block * queries, (block + 1) * queries)
-            mask[row, rows, : anchors[row, block]] = True
+            mask[row, rows, 0 if firsts is None else firsts[row, block] : anchors[row, block]] = True
             mask[row, rows, L + block * block_keys : L + (block + 1) * block_keys] = True
     mixed = scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask[:, None], scale=SCALING)
     return mixed.unflatten(2, (num_anchors, queries)).permute(0, 2, 3, 1, 4).flatten(3)
@@ -151,16 +151,26 @@ def kernel(request, monkeypatch):
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (1, 2), (3, 3)])
 def test_tiles_of_any_size_give_what_the_dense_mask_gives(kernel, tile_queries, queries, block_keys, monkeypatch):
     monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
-    num_tiles = len(list(attention._tiles(ANCHORS, queries, torch.float64)))
+    num_tiles = len(list(attention._tiles(ANCHORS, None, queries, torch.float64)))
     assert num_tiles == -(-5 // max(1, tile_queries // queries))
     inputs = make_inputs(queries, block_keys)
     assert_all_close(values_and_grads(run, inputs), values_and_grads(dense_reference, inputs), 1e-12)
 
 
+@pytest.mark.parametrize("tile_queries", [1, 4, 64])
+@pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (2, 2)])
+def test_a_block_sees_no_context_before_its_first_entry(kernel, tile_queries, queries, block_keys, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
+    firsts = torch.tensor([[0, 2, 6, 0, 1], [0, 0, 3, 3, 6]])
+    inputs = make_inputs(queries, block_keys)
+    expected = values_and_grads(dense_reference, inputs, firsts=firsts)
+    assert_all_close(values_and_grads(run, inputs, firsts=firsts), expected, 1e-12)
+
+
 def test_a_tile_reads_no_more_context_than_its_farthest_anchor_sees(monkeypatch):
     monkeypatch.setattr(attention, "TILE_QUERIES", 4)
-    tiles = list(attention._tiles(ANCHORS, 2, torch.float64))
-    assert [(tile.start, tile.stop, tile.length) for tile in tiles] == [(0, 2, 4), (2, 4, 7), (4, 5, 7)]
+    tiles = list(attention._tiles(ANCHORS, None, 2, torch.float64))
+    assert [(tile.start, tile.stop, tile.end) for tile in tiles] == [(0, 2, 4), (2, 4, 7), (4, 5, 7)]
     lengths, context = [], attention._context
 
     def watched(query, key, *rest):
@@ -204,7 +214,7 @@ def test_a_single_block_needs_no_mask(kernel, block_keys):
         tensor[:1, :, :1] if dim in (0, 3, 4) else tensor[:1] for dim, tensor in enumerate(make_inputs(3, block_keys))
     ]
     anchors = torch.tensor([[5]])
-    assert [tile.mask for tile in attention._tiles(anchors, 3, torch.float64)] == [None]
+    assert [tile.mask for tile in attention._tiles(anchors, None, 3, torch.float64)] == [None]
     actual = values_and_grads(run, inputs, anchors=anchors)
     assert_all_close(actual, values_and_grads(dense_reference, inputs, anchors=anchors), 1e-12)
 
@@ -214,9 +224,9 @@ def test_a_single_block_needs_no_mask(kernel, block_keys):
 def test_both_kernels_of_the_context_are_one_function(dtype, tolerance, is_masked):
     query, key, value, *_ = make_inputs(3, 0, dtype)
     query = query.flatten(2, 3)
-    mask = attention._Tile(0, 5, L, None).mask
+    mask = None
     if is_masked:
-        (tile,) = attention._tiles(ANCHORS, 3, dtype)
+        (tile,) = attention._tiles(ANCHORS, None, 3, dtype)
         mask = tile.mask
     fused = attention._context(query, key, value, mask, SCALING)
     products = attention._context_by_products(query, key, value, mask, SCALING)

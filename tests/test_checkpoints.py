@@ -69,7 +69,9 @@ def make(case):
 def run(drafter):
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(4, VOCAB, (2, 9), generator=generator)
-    features = TARGET.read_text(input_ids, torch.ones_like(input_ids), drafter.config.target_layer_ids).features
+    features = (
+        TARGET.read_text(input_ids, torch.ones_like(input_ids), drafter.config.target_layer_ids).padded().features
+    )
     drafts = torch.randint(4, VOCAB, (2, 3, drafter.default_num_drafts), generator=generator)
     anchors = torch.tensor([[1, 5, 8], [2, 3, 7]])
     with torch.no_grad():

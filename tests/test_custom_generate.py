@@ -84,7 +84,7 @@ def make_trained(target):
         text, start = texts[step % 2], len(TRAINED_ON[step % 2])
         mask = torch.ones_like(text)
         is_response = (torch.arange(text.shape[1]) >= start)[None]
-        features = target.read_text(text, mask, drafter.config.target_layer_ids).features
+        features = target.read_text(text, mask, drafter.config.target_layer_ids).padded().features
         anchors = sample_anchors(text, is_response, [0], num_anchors=None, num_drafts=4, seed=0, epoch=0)
         hidden = run_blocks(drafter, features, text, anchors.anchors, anchors.drafts, target.embed)
         logits = drafter.draft_logits(hidden, target.project)[anchors.is_accepted]

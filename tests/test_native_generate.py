@@ -49,7 +49,7 @@ def train(target, drafter, texts, steps):
     index = torch.arange(input_ids.shape[1])
     mask = (index < torch.tensor([len(text) for text in texts])[:, None]).long()
     completion_mask = mask.bool() & (index >= torch.tensor(lengths)[:, None])
-    features = target.read_text(input_ids, mask, drafter.config.target_layer_ids).features
+    features = target.read_text(input_ids, mask, drafter.config.target_layer_ids).padded().features
     anchors = sample_anchors(
         input_ids, completion_mask, range(len(texts)), num_anchors=None, num_drafts=NUM_DRAFTS, seed=0, epoch=0
     )

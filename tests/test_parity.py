@@ -58,7 +58,7 @@ def train(target, drafter, texts, steps=60):
     """Overfit a drafter to the target's continuations of two prompts, so that blocks are kept in part and in full."""
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     names = {
-        tuple(text.shape): target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids)
+        tuple(text.shape): target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).padded()
         for text in texts
     }
     for step in range(steps):

@@ -51,7 +51,7 @@ def read(target, ids):
 
 
 def features_of(target, drafter, ids):
-    return target.read_text(ids[None], torch.ones_like(ids[None]), drafter.config.target_layer_ids).features
+    return target.read_text(ids[None], torch.ones_like(ids[None]), drafter.config.target_layer_ids).padded().features
 
 
 @pytest.mark.parametrize("variant", ["eagle3", "eagle3-reduced"])
@@ -128,7 +128,9 @@ def test_every_convention_names_the_layers_the_drafter_reads(tmp_path, num_layer
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states
     taps = {tuple(state.flatten().tolist()): index for index, state in enumerate(states)}
-    features = FrozenTarget(model).read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    features = (
+        FrozenTarget(model).read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded().features
+    )
     trained = [taps[tuple(part.flatten().tolist())] for part in features.chunk(features.shape[-1] // 8, dim=-1)]
     assert len(set(trained)) == len(drafter.config.target_layer_ids)
     for reader in readers:

@@ -244,7 +244,7 @@ def test_blocks_that_go_on_are_untouched_by_those_that_stop(family, target, draf
     anchors = torch.tensor([[1, 3, 5, 9], [8, 2, 6, 4]])
     slots = torch.arange(1, K + 1)
     drafts = ids.gather(1, (anchors[..., None] + slots).flatten(1)).view(2, 4, K)
-    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded().features
     expected = run_blocks(drafter, features, ids, anchors, drafts, target.embed)
     # Columns of the first call that are left behind each slot, in any order; -1 is padding.
     left = [torch.tensor([[0, 1, 2, 3]] * 2), torch.tensor([[3, 0, 2], [1, 2, 0]]), torch.tensor([[2, 3], [0, -1]])]
@@ -432,7 +432,7 @@ UNBRANCHED = {
 def walk_one_by_one(target, drafter, ids, start):
     """Draft greedily from the target's features of one unpadded text, a block at a time."""
     ids = torch.tensor([ids])
-    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded().features
     with torch.no_grad():
         context = drafter.encode_text(features, ids, target.embed)
     settings = DraftingSettings(K, GREEDY, "greedy", False)

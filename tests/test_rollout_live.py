@@ -253,7 +253,7 @@ def test_branch_states_are_those_of_the_target_on_prompt_text_and_drafts(target)
     for row, block in itertools.product(range(2), (0, 3)):
         anchor = int(rollout.anchors[row, block])
         ids = torch.cat([rollout.input_ids[row, : anchor + 1], rollout.drafts[row, block, :-1]])[None]
-        expected = target.read_text(ids, torch.ones_like(ids), ()).last_hidden[0, anchor:]
+        expected = target.read_text(ids, torch.ones_like(ids), ()).padded().last_hidden[0, anchor:]
         torch.testing.assert_close(rollout.branch_hidden[row, block], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -99,7 +99,7 @@ def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**2
 def slot_logits(target, drafter, ids, anchor, drafts):
     """Logits of the drafter for every slot of one block, from the text up to its anchor alone."""
     text = torch.tensor([ids[: anchor + 1]])
-    features = target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).features
+    features = target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).padded().features
     hidden = run_blocks(drafter, features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
     return drafter.lm_head(hidden) if drafter.owns_head else target.causal_lm.get_output_embeddings()(hidden)
 
@@ -187,7 +187,7 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)
     rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_completion_length=16))
-    reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
+    reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids).padded()
     hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
     logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)
     assert torch.equal(logits.argmax(-1)[rollout.is_block], rollout.drafts[rollout.is_block])

@@ -72,9 +72,9 @@ def test_taps_are_the_models_own_hidden_states(target):
     assert len(own) == target.num_layers + 1 == 9
     # Every layer but the last, whose entry is replaced by the normed state.
     for layer in range(target.num_layers - 1):
-        features = target.read_text(input_ids[:1], mask[:1], [layer]).features
+        features = target.read_text(input_ids[:1], mask[:1], [layer]).padded().features
         torch.testing.assert_close(features, own[layer + 1], **TOLERANCE)
-    joined = target.read_text(input_ids[:1], mask[:1], LAYER_IDS)
+    joined = target.read_text(input_ids[:1], mask[:1], LAYER_IDS).padded()
     torch.testing.assert_close(joined.features, torch.cat([own[i + 1] for i in LAYER_IDS], dim=-1), **TOLERANCE)
     torch.testing.assert_close(joined.last_hidden, own[-1], **TOLERANCE)
 
@@ -82,7 +82,7 @@ def test_taps_are_the_models_own_hidden_states(target):
 def test_projected_states_are_the_models_own_logits(target):
     input_ids, mask, _ = make_rows()
     logits = target.causal_lm(input_ids=input_ids[:1], attention_mask=mask[:1]).logits
-    reading = target.read_text(input_ids[:1], mask[:1], [])
+    reading = target.read_text(input_ids[:1], mask[:1], []).padded()
     torch.testing.assert_close(target.project(reading.last_hidden), logits, **TOLERANCE)
     assert reading.features.shape == (1, 9, 0)
 
@@ -133,16 +133,16 @@ def test_an_input_norm_of_the_embedding_is_left_out_and_put_back():
 
 def test_a_padded_row_reads_as_it_does_alone(target):
     input_ids, mask, lengths = make_rows()
-    batch = target.read_text(input_ids, mask, LAYER_IDS)
+    batch = target.read_text(input_ids, mask, LAYER_IDS).padded()
     for row, length in enumerate(lengths.tolist()):
-        alone = target.read_text(input_ids[row : row + 1, :length], mask[row : row + 1, :length], LAYER_IDS)
+        alone = target.read_text(input_ids[row : row + 1, :length], mask[row : row + 1, :length], LAYER_IDS).padded()
         torch.testing.assert_close(batch.features[row, :length], alone.features[0], **FEATURE_TOLERANCE)
         torch.testing.assert_close(batch.last_hidden[row, :length], alone.last_hidden[0], **TOLERANCE)
 
 
 def test_steps_over_masked_holes_equal_a_clean_run(target):
     input_ids, _, _ = make_rows()
-    clean = target.read_text(input_ids[:1], torch.ones(1, 9, dtype=torch.long), LAYER_IDS)
+    clean = target.read_text(input_ids[:1], torch.ones(1, 9, dtype=torch.long), LAYER_IDS).padded()
     cache = DynamicCache(config=target.config)
     # A slot of left padding, four tokens, three of which two are kept, then the rest.
     first = torch.cat([torch.tensor([[PAD]]), input_ids[:1, :4]], dim=1)
@@ -180,7 +180,7 @@ def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
     assert hidden.shape == (3, 3, num_drafts, 32) and not hidden[~is_branch].any()
     for row, block, slot in is_branch.nonzero().tolist():
         branch = torch.cat([input_ids[row, : anchors[row, block] + 1], drafts[row, block, :slot]])[None]
-        alone = exact.read_text(branch, torch.ones_like(branch), []).last_hidden[0, -1]
+        alone = exact.read_text(branch, torch.ones_like(branch), []).padded().last_hidden[0, -1]
         torch.testing.assert_close(hidden[row, block, slot], alone, **(TOLERANCE if dtype == torch.float32 else EXACT))
 
 
@@ -205,10 +205,9 @@ def test_rows_read_and_scored_apart_are_those_done_together(monkeypatch):
         forwards.append(target.num_forwards - before)
     # Texts of 9 and 7 tokens apart from one of 4, and then branches of 9 and 6 tokens apart from one of 3.
     assert forwards == [2, 4]
-    is_text = mask.bool()
-    torch.testing.assert_close(readings[1].features[is_text], readings[0].features[is_text], **FEATURE_TOLERANCE)
-    torch.testing.assert_close(readings[1].last_hidden[is_text], readings[0].last_hidden[is_text], **TOLERANCE)
-    assert not readings[1].features[1, 4:].any()
+    torch.testing.assert_close(readings[1].features, readings[0].features, **FEATURE_TOLERANCE)
+    torch.testing.assert_close(readings[1].last_hidden, readings[0].last_hidden, **TOLERANCE)
+    assert not readings[1].padded().features[1, 4:].any()
     torch.testing.assert_close(states[1], states[0], **TOLERANCE)
 
 
@@ -246,7 +245,7 @@ def test_the_target_is_frozen_and_in_evaluation_mode(target):
     assert not any(parameter.requires_grad for parameter in target.causal_lm.parameters())
     assert not target.causal_lm.training and not isinstance(target, torch.nn.Module)
     input_ids, mask, _ = make_rows()
-    assert not target.read_text(input_ids, mask, LAYER_IDS).features.requires_grad
+    assert not target.read_text(input_ids, mask, LAYER_IDS).padded().features.requires_grad
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -312,7 +311,7 @@ def test_a_target_that_cannot_be_rolled_back_is_read_but_not_branched(case):
     make, reason = REFUSED[case]
     target = FrozenTarget(make())
     input_ids = torch.tensor([[5, 6, 7]])
-    assert target.read_text(input_ids, torch.ones_like(input_ids), [0]).features.shape == (1, 3, 16)
+    assert target.read_text(input_ids, torch.ones_like(input_ids), [0]).padded().features.shape == (1, 3, 16)
     with pytest.raises(ValueError, match=f"{reason}.*Live rollouts and evaluation need full attention"):
         target.require_rollback()
     with pytest.raises(ValueError, match=reason):

@@ -82,7 +82,7 @@ def test_a_cache_is_found_under_both_names():
 def test_a_target_whose_own_code_has_either_name_is_read_through_its_cache(rename):
     ids = torch.arange(7, 19)[None]
     mask, places = torch.ones_like(ids), torch.arange(ids.shape[1])[None]
-    whole = make_target().read_text(ids, mask, [1, 4])
+    whole = make_target().read_text(ids, mask, [1, 4]).padded()
     model = make_causal_lm()
     model.base_model.forward = rename(model.base_model.forward)
     target = FrozenTarget(model)
@@ -90,7 +90,7 @@ def test_a_target_whose_own_code_has_either_name_is_read_through_its_cache(renam
     cache = reading.caches[0].cache
     rest = target.step(ids[:, 8:], mask, places[:, 8:], cache, [1, 4])
     assert cache.get_seq_length() == ids.shape[1]
-    read = torch.cat([reading.features, rest.features], dim=1)
+    read = torch.cat([reading.padded().features, rest.features], dim=1)
     torch.testing.assert_close(read, whole.features, rtol=1e-3, atol=1e-3)
 
 

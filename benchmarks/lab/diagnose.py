@@ -31,7 +31,7 @@ def diagnose_states(target: FrozenTarget, drafter: Drafter, rows: Dataset) -> di
     sums = {kind: torch.zeros(5, dtype=torch.float64) for kind in ("accepted", "first_rejected", "suffix")}
     for rollout in replays(target, drafter, rows, 0.0, "greedy", keep_branch_hidden=True):
         anchors = mark_slots(rollout, rejected_scope="suffix", eos_token_ids=target.eos_token_ids)
-        reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids)
+        reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids).padded()
         hidden = run_blocks(
             drafter, reading.features, rollout.input_ids, anchors.anchors, anchors.drafts, target.embed
         )

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.target.frozen import TargetReading
+from trl_draft_opd.drafters.packing import RowPacking
+from trl_draft_opd.target.reading import TextReading
 
 
 class RememberingTarget(FrozenTarget):
@@ -36,36 +37,28 @@ class RememberingTarget(FrozenTarget):
         attention_mask: torch.Tensor,
         layer_ids: Sequence[int],
         keep_cache: bool = False,
-    ) -> TargetReading:
+    ) -> TextReading:
         """Return the reading, from memory for the rows that were read before; see [`FrozenTarget.read_text`]."""
         if keep_cache or self.budget_bytes == 0:
             return super().read_text(input_ids, attention_mask, layer_ids, keep_cache)
-        lengths = attention_mask.sum(dim=1).tolist()
+        packing = RowPacking.of(attention_mask)
+        lengths = packing.lengths
         keys = [(*layer_ids, *ids[:length]) for ids, length in zip(input_ids.tolist(), lengths, strict=True)]
         new = [row for row, key in enumerate(keys) if key not in self._rows]
         found = {row: self._rows[key] for row, key in enumerate(keys) if key in self._rows}
         if new:
             width = max(lengths[row] for row in new)
             part = super().read_text(input_ids[new, :width], attention_mask[new, :width], layer_ids)
-            for place, row in enumerate(new):
-                # Clones: a slice would keep the whole padded batch alive.
-                found[row] = tuple(
-                    tensor[place, : lengths[row]].clone() for tensor in (part.features, part.last_hidden)
-                )
+            states = (tensor.split(part.packing.lengths) for tensor in (part.features, part.last_hidden))
+            for row, tensors in zip(new, zip(*states, strict=True), strict=True):
+                # Clones: a slice would keep the whole reading alive.
+                found[row] = tuple(tensor.clone() for tensor in tensors)
                 self._remember(keys[row], found[row])
         rows = [found[row] for row in range(len(keys))]
-        return TargetReading(*(_pad(tensors, input_ids.shape[1]) for tensors in zip(*rows, strict=True)))
+        return TextReading(*(torch.cat(tensors) for tensors in zip(*rows, strict=True)), packing)
 
     def _remember(self, key: tuple, tensors: tuple[torch.Tensor, torch.Tensor]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self._num_bytes + size <= self.budget_bytes:
             self._rows[key] = tensors
             self._num_bytes += size
-
-
-def _pad(rows: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    """Stack rows `(length_i, F)` into `(B, length, F)`, zeros behind each."""
-    padded = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
-    for row, tensor in enumerate(rows):
-        padded[row, : len(tensor)] = tensor
-    return padded

@@ -14,7 +14,7 @@ from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import ReplayWalk, TargetText
 from trl_draft_opd.rollout.types import Rollout, pack_columns
-from trl_draft_opd.target.frozen import TargetReading
+from trl_draft_opd.target.reading import TextReading
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def redraft(
     keys: DrawKeys,
     *,
     chunk_bytes: int,
-    reading: TargetReading | None = None,
+    reading: TextReading | None = None,
 ) -> Rollout:
     """
     Draft at given anchors of the text, as the chain's own blocks are drafted.

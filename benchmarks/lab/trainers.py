@@ -15,7 +15,8 @@ from trl_draft_opd.losses import position_weights
 from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import TargetText, rollout_replay
 from trl_draft_opd.rollout.types import Rollout
-from trl_draft_opd.target.frozen import FrozenTarget, TargetReading
+from trl_draft_opd.target.frozen import FrozenTarget
+from trl_draft_opd.target.reading import TextReading
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, StepLoss
 
 from .redrafting import random_anchors, redraft
@@ -93,7 +94,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
     alone.
     """
 
-    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading) -> Rollout:
         keys = DrawKeys(self.args.seed, epoch, text.sample_ids)
         chain = rollout_replay(
             self.target,
@@ -102,7 +103,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
             replace(self._drafting, keep_branch_hidden=False),
             keys,
             segment_length=self.segment_length,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
         return redraft(
@@ -112,7 +113,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
             random_anchors(chain, keys),
             self._drafting,
             keys,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
 
@@ -126,7 +127,7 @@ class StaleAnchorsTrainer(DraftOPDTrainer):
 
     refresh_epochs = 1
 
-    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading) -> Rollout:
         known = self.__dict__.setdefault("_known_anchors", {})
         names = [(epoch // self.refresh_epochs, sample_id) for sample_id in text.sample_ids]
         if all(name in known for name in names):
@@ -137,7 +138,7 @@ class StaleAnchorsTrainer(DraftOPDTrainer):
                 pad_sequence([known[name] for name in names], batch_first=True, padding_value=-1),
                 self._drafting,
                 DrawKeys(self.args.seed, epoch, text.sample_ids),
-                chunk_bytes=self.args.loss_chunk_bytes,
+                chunk_bytes=self._chunk_bytes,
                 reading=reading,
             )
         rollout = super()._walk(drafter, text, epoch, reading)

@@ -13,15 +13,12 @@ from benchmarks import peers
 from benchmarks.arms import Arm, Curve, Report, assert_equal, median_seconds, paired_ratio, time_in_turns
 from benchmarks.counters import HeadRows, flops, peak_bytes
 from benchmarks.reference.loss import full_loss
-from trl_draft_opd import DraftSFTConfig
-from trl_draft_opd.losses import Head, chunked_divergence
+from trl_draft_opd.losses import Head, chunked_divergence, default_chunk_bytes
 
 
 VOCAB, HIDDEN = 151_936, 256
 # Asked: peak over the bytes of all float32 logits at 2,048 rows; time over the bare products in the same chunks.
 REACH_PEAK, REACH_PEAK_ROWS, REACH_TIME = 0.06, 2048, 1.6
-# The trainers' own default.
-CHUNK_BYTES = DraftSFTConfig.__dataclass_fields__["loss_chunk_bytes"].default
 
 
 class Problem:
@@ -58,7 +55,7 @@ class Problem:
         named = dict(zip(("hidden gradient", "head gradient"), grads, strict=False))
         return {"loss": loss.detach()} | named
 
-    def ours(self, chunk_bytes: int = CHUNK_BYTES) -> dict[str, torch.Tensor]:
+    def ours(self) -> dict[str, torch.Tensor]:
         """Run `chunked_divergence` as the trainers do."""
         losses = chunked_divergence(
             self.hidden,
@@ -70,7 +67,7 @@ class Problem:
             weights_N=self.row_weights,
             loss_type="forward_kl",
             draft_token_ids=None,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=default_chunk_bytes(self.hidden.device),
         )
         return self._differentiate(losses.total)
 

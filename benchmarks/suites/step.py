@@ -22,14 +22,14 @@ from benchmarks.arms import Arm, Report, assert_equal, paired_ratio, time_in_tur
 from benchmarks.counters import HeadRows, flops, peak_bytes
 from benchmarks.reference import step as reference
 from benchmarks.suites import trainer_share
-from trl_draft_opd import DraftSFTConfig, FrozenTarget
+from trl_draft_opd import FrozenTarget
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
-CHUNK_BYTES = DraftSFTConfig.__dataclass_fields__["loss_chunk_bytes"].default
 GAMMA = 4.0
 # Asked: time of speculators over ours, and peak of ours over speculators'.
 REACH = {"eagle3": (1.5, 0.5), "dflash": (2.0, 0.5)}
@@ -140,7 +140,7 @@ class SftProblem:
         """Return our loss, reading the texts if no reading is given."""
         marks = pad_sequence(self.marks, batch_first=True)
         text = TargetText(self.input_ids, self.attention_mask, marks, range(len(self.rows)))
-        objective = Objective(self.streams, SlotRules(), CHUNK_BYTES, self.weight_sums)
+        objective = Objective(self.streams, SlotRules(), default_chunk_bytes(self.target.device), self.weight_sums)
         return step_loss(self.drafter, self.target, PreparedBatch(text, None, self.anchors, reading), objective).loss
 
     def peer_loss(self, reads: bool) -> torch.Tensor:

@@ -112,7 +112,7 @@ def train_short(family: str, target: FrozenTarget, texts: list) -> Eagle3DraftMo
         )
         index = torch.arange(ids.shape[1])
         mask, is_response = (index < lengths).long(), (index >= starts) & (index < lengths)
-        features = target.read_text(ids, mask, drafter.config.target_layer_ids).features
+        features = target.read_text(ids, mask, drafter.config.target_layer_ids).padded().features
         anchors = sample_anchors(ids, is_response, picks, num_anchors=24, num_drafts=num_drafts, seed=0, epoch=step)
         hidden = run_blocks(drafter, features, ids, anchors.anchors, anchors.drafts, target.embed)
         is_learned, labels = anchors.is_accepted, anchors.labels

@@ -359,7 +359,7 @@ def test_no_response_is_stored_of_a_target_that_reads_its_prompt_as_nan(tmp_path
 def test_a_device_without_the_fused_kernel_masks_as_the_cpu_does(target, monkeypatch, family):
     drafter = make_drafter(family, target)
     ids = torch.randint(7, VOCAB, (2, 24))
-    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded().features
     anchors, drafts = torch.tensor([[3, 9, 20], [1, 2, 15]]), torch.randint(7, VOCAB, (2, 3, 4))
 
     def states(changed):

@@ -30,7 +30,7 @@ def overfit(
     index = torch.arange(input_ids.shape[1])
     mask = (index < torch.tensor([len(text) for text in texts])[:, None]).long()
     written = mask.bool() & (index >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
-    features = target.read_text(input_ids, mask, drafter.config.target_layer_ids).features
+    features = target.read_text(input_ids, mask, drafter.config.target_layer_ids).padded().features
     drafts = drafter.default_num_drafts
     anchors = sample_anchors(
         input_ids, written, range(len(texts)), num_anchors=None, num_drafts=drafts, seed=0, epoch=0

@@ -80,7 +80,7 @@ def test_eight_layers_give_three_distinct_taps(trained):
     layer_ids = Eagle3DraftModel.from_target(target, ttt_steps=2).config.target_layer_ids
     assert len(set(layer_ids)) == 3
     ids = torch.tensor([[5, 6, 7, 8]])
-    features = target.read_text(ids, torch.ones_like(ids), layer_ids).features
+    features = target.read_text(ids, torch.ones_like(ids), layer_ids).padded().features
     low, middle, high = features.chunk(3, dim=-1)
     assert not torch.equal(low, middle) and not torch.equal(middle, high)
 

@@ -199,7 +199,7 @@ def test_a_target_that_remembers_reads_what_one_that_forgets_reads(bench):
     for picks in ([0, 1, 2], [2, 3], [3, 0, 5], [0, 1, 2]):
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(texts[row]) for row in picks], batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(texts[row])) for row in picks], batch_first=True)
-        ours, theirs = (target.read_text(ids, mask.long(), [1, 3, 5]) for target in (remembering, plain))
+        ours, theirs = (target.read_text(ids, mask.long(), [1, 3, 5]).padded() for target in (remembering, plain))
         for name in ("features", "last_hidden"):
             mine, other = (getattr(reading, name) * mask[..., None] for reading in (ours, theirs))
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

@@ -34,12 +34,13 @@ def anchored_attention(
     block_values: Sequence[Tensor],
     anchor_positions: Tensor,
     scaling: float,
+    first_positions: Tensor | None = None,
 ) -> Tensor:
     """
     Let every block attend to the context before its anchor and to its own block keys.
 
-    A context entry is visible to a block iff its index is smaller than the block's anchor; blocks never see each
-    other. Differentiable once.
+    A context entry is visible to a block iff its index is at least the block's first and smaller than its anchor;
+    blocks never see each other. Differentiable once.
 
     Args:
         query (`torch.Tensor` of shape `(B, h, A, S, d)`): Queries, positions already rotated in.
@@ -48,8 +49,10 @@ def anchored_attention(
         block_keys (`Sequence[torch.Tensor]` of shapes `(B, g, A, T_i, d)`), block_values (same shapes):
             Keys and values of the block itself, in as many pieces as it was made in; empty when it has none yet.
         anchor_positions (`torch.LongTensor` of shape `(B, A)`):
-            Anchor of each block, at least 1, so that every query sees a key. Cheapest when ascending.
+            Anchor of each block, above its first, so that every query sees a key. Cheapest when ascending.
         scaling (`float`): Factor on the scores, usually `d ** -0.5`.
+        first_positions (`torch.LongTensor` of shape `(B, A)`, *optional*):
+            First context entry of each block, where its own text starts; 0 if not given.
 
     Returns:
         `torch.Tensor` of shape `(B, A, S, h * d)`.
@@ -57,34 +60,38 @@ def anchored_attention(
     dtype = context_value.dtype
     pieces = [piece.to(dtype) for piece in (*block_keys, *block_values)]
     return _AnchoredAttention.apply(
-        anchor_positions, scaling, query.to(dtype), context_key.to(dtype), context_value, *pieces
+        anchor_positions, first_positions, scaling, query.to(dtype), context_key.to(dtype), context_value, *pieces
     )
 
 
 class _Tile(NamedTuple):
-    """Anchors `start..stop-1`, which see `length` context entries at most; `mask` adds -inf, or is `None`."""
+    """Anchors `start..stop-1`, which see the context `first..end-1` at most; `mask` adds -inf, or is `None`."""
 
     start: int
     stop: int
-    length: int
+    first: int
+    end: int
     mask: Tensor | None
 
 
-def _tiles(anchors_BA: Tensor, num_queries: int, dtype: torch.dtype) -> Iterator[_Tile]:
-    """Cut the anchors into tiles, each with the context its farthest anchor sees."""
+def _tiles(anchors_BA: Tensor, firsts_BA: Tensor | None, num_queries: int, dtype: torch.dtype) -> Iterator[_Tile]:
+    """Cut the anchors into tiles, each with the context that any of its anchors sees."""
     longest = anchors_BA.amax(dim=0).tolist()
+    earliest = [0] * len(longest) if firsts_BA is None else firsts_BA.amin(dim=0).tolist()
     step = max(1, TILE_QUERIES // num_queries)
     for start in range(0, len(longest), step):
         stop = min(start + step, len(longest))
-        length = max(longest[start:stop])
+        first, end = min(earliest[start:stop]), max(longest[start:stop])
         if anchors_BA.numel() == 1:
-            yield _Tile(start, stop, length, None)
+            yield _Tile(start, stop, first, end, None)
             continue
-        index = torch.arange(length, device=anchors_BA.device)
+        index = torch.arange(first, end, device=anchors_BA.device)
         is_hidden = index >= anchors_BA[:, start:stop, None]
+        if firsts_BA is not None:
+            is_hidden |= index < firsts_BA[:, start:stop, None]
         mask = torch.zeros(is_hidden.shape, dtype=dtype, device=index.device).masked_fill_(is_hidden, float("-inf"))
-        # One row per query, all heads alike: (B, 1, Q, length).
-        yield _Tile(start, stop, length, mask.repeat_interleave(num_queries, dim=1)[:, None])
+        # One row per query, all heads alike: (B, 1, Q, end - first).
+        yield _Tile(start, stop, first, end, mask.repeat_interleave(num_queries, dim=1)[:, None])
 
 
 class _AnchoredAttention(torch.autograd.Function):
@@ -94,6 +101,7 @@ class _AnchoredAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         anchors: Tensor,
+        firsts: Tensor | None,
         scaling: float,
         query: Tensor,
         context_key: Tensor,
@@ -107,9 +115,9 @@ class _AnchoredAttention(torch.autograd.Function):
             out = query.new_empty(B, A * S, h, d)
             lse = query.new_empty(B, h, A * S, dtype=_softmax_dtype(query))
             flat = query.flatten(2, 3)
-            for tile in _tiles(anchors, S, query.dtype):
-                part = slice(tile.start * S, tile.stop * S)
-                tile_key, tile_value = context_key[:, :, : tile.length], context_value[:, :, : tile.length]
+            for tile in _tiles(anchors, firsts, S, query.dtype):
+                part, seen = slice(tile.start * S, tile.stop * S), slice(tile.first, tile.end)
+                tile_key, tile_value = context_key[:, :, seen], context_value[:, :, seen]
                 tile_out, lse[:, :, part] = _context(flat[:, :, part], tile_key, tile_value, tile.mask, scaling)
                 out[:, part] = tile_out.transpose(1, 2)
             weights = None
@@ -120,14 +128,14 @@ class _AnchoredAttention(torch.autograd.Function):
                 weights = scores.sub_(merged.unflatten(2, (A, S))[..., None]).exp_().to(query.dtype)
                 lse = merged
                 out += _mix_block(weights, values).transpose(1, 2)
-        ctx.save_for_backward(anchors, query, context_key, context_value, out, lse, weights, *pieces)
+        ctx.save_for_backward(anchors, firsts, query, context_key, context_value, out, lse, weights, *pieces)
         ctx.scaling = scaling
         return out.view(B, A, S, h * d)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, query, context_key, context_value, out, lse, weights, *pieces = ctx.saved_tensors
+        anchors, firsts, query, context_key, context_value, out, lse, weights, *pieces = ctx.saved_tensors
         keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
         B, h, A, S, d = query.shape
         with torch.autocast(query.device.type, enabled=False):
@@ -136,22 +144,22 @@ class _AnchoredAttention(torch.autograd.Function):
             flat = query.flatten(2, 3)
             grad_query = torch.empty_like(flat)
             grad_key, grad_value = torch.zeros_like(context_key), torch.zeros_like(context_value)
-            for tile in _tiles(anchors, S, query.dtype):
-                part = slice(tile.start * S, tile.stop * S)
+            for tile in _tiles(anchors, firsts, S, query.dtype):
+                part, seen = slice(tile.start * S, tile.stop * S), slice(tile.first, tile.end)
                 # With the merged output and log-sum-exp, the kernel's formulas differentiate the merged softmax.
                 tile_grads = _context_backward(
                     grad[:, :, part],
                     flat[:, :, part],
-                    context_key[:, :, : tile.length],
-                    context_value[:, :, : tile.length],
+                    context_key[:, :, seen],
+                    context_value[:, :, seen],
                     out[:, :, part],
                     lse[:, :, part],
                     tile.mask,
                     ctx.scaling,
                 )
                 grad_query[:, :, part] = tile_grads[0]
-                grad_key[:, :, : tile.length] += tile_grads[1]
-                grad_value[:, :, : tile.length] += tile_grads[2]
+                grad_key[:, :, seen] += tile_grads[1]
+                grad_value[:, :, seen] += tile_grads[2]
             grad_query = grad_query.view_as(query)
             grad_pieces = []
             if keys:
@@ -160,7 +168,7 @@ class _AnchoredAttention(torch.autograd.Function):
                     grad.unflatten(2, (A, S)), query, keys, values, weights, delta, ctx.scaling
                 )
                 grad_query += grad_block
-        return None, None, grad_query, grad_key, grad_value, *grad_pieces
+        return None, None, None, grad_query, grad_key, grad_value, *grad_pieces
 
 
 def _softmax_dtype(tensor: Tensor) -> torch.dtype:

@@ -174,7 +174,7 @@ def _hint(counts: Counts, expected: Counts) -> str:
 def _target_gap(scene: Scene, row: int, response: Sequence[int], place: int) -> float:
     """Return how far apart the target's two best logits are for token `place` of its response."""
     ids = torch.tensor([[*scene.prompts[row], *response[:place]]], device=scene.target.device)
-    logits = scene.target.project(scene.target.read_text(ids, torch.ones_like(ids), ()).last_hidden[:, -1])
+    logits = scene.target.project(scene.target.read_text(ids, torch.ones_like(ids), ()).padded().last_hidden[:, -1])
     best = logits[0].float().topk(2).values
     return float(best[0] - best[1])
 
@@ -184,7 +184,7 @@ def _draft_gap(scene: Scene, row: int, response: Sequence[int], anchor: int, slo
     """Return how far apart the drafter's two best logits are for a slot of the block at token `anchor`."""
     target, drafter = scene.target, scene.drafter
     ids = torch.tensor([[*scene.prompts[row], *response]], device=target.device)
-    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded().features
     place = len(scene.prompts[row]) + anchor
     anchors = torch.tensor([[place]], device=target.device)
     recorded = ids[:, place + 1 : place + 1 + scene.num_drafts][None]

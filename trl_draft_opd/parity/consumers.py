@@ -167,7 +167,11 @@ def _padded(scene: Scene, ids: torch.Tensor, extra: int) -> tuple[torch.Tensor, 
 def _eagle3_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Return the argmax drafts of EAGLE-3's class at every anchor, `(A, K)`, each slot reading the text before it."""
     padded, document = _padded(scene, ids, extra=1)
-    features = scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids).features
+    features = (
+        scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids)
+        .padded()
+        .features
+    )
     seen: list[torch.Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
@@ -188,7 +192,7 @@ def _eagle3_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.T
 def _dflash_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Return the argmax drafts of DFlash's class at every anchor, `(A, K)`."""
     padded, document = _padded(scene, ids, extra=0)
-    reading = scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids)
+    reading = scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids).padded()
     marks = torch.zeros_like(padded, dtype=torch.bool).index_fill(1, anchors, True)
     _, logits, *_, positions = model._backbone_forward(
         reading.features, padded, marks, reading.last_hidden, document, max_anchors=len(anchors)

@@ -43,7 +43,7 @@ def take_fingerprint(target: FrozenTarget, drafter: Drafter, num_drafts: int) ->
     """Draft along a fixed text of random tokens, each slot reading the text and not the drafts before it."""
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(target.vocab_size, (1, _LENGTH), generator=generator).to(target.device)
-    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).features
+    features = target.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids).padded().features
     anchors = torch.arange(_STRIDE, _LENGTH - num_drafts, _STRIDE, device=target.device)
     slots = torch.arange(1, num_drafts + 1, device=target.device)
     recorded = ids[0, anchors[:, None] + slots][None]

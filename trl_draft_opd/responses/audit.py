@@ -199,7 +199,7 @@ def read_texts(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> torch.Te
     """Return the last hidden states of texts of token ids, right-padded, of shape `(B, L, H)`."""
     ids = [torch.tensor(text, device=target.device) for text in texts]
     mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-    return target.read_text(pad_sequence(ids, True, target.pad_token_id), mask, ()).last_hidden
+    return target.read_text(pad_sequence(ids, True, target.pad_token_id), mask, ()).padded().last_hidden
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..drafters.base import Drafter
 from ..target.branches import score_branches
 from ..target.frozen import FrozenTarget
-from ..target.reading import TargetReading
+from ..target.reading import TextReading
 from .acceptance import sample_posterior, settle_blocks, token_probs
 from .drafting import DraftingSettings, choose_drafts
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
@@ -53,7 +53,7 @@ def rollout_replay(
     *,
     segment_length: int,
     chunk_bytes: int,
-    reading: TargetReading | None = None,
+    reading: TextReading | None = None,
 ) -> Rollout:
     """
     Find the chain of blocks the drafter makes along each response of the text.
@@ -65,7 +65,7 @@ def rollout_replay(
     Args:
         segment_length (`int`): Tokens per segment walked in parallel; 1 drafts at every position in one pass.
         chunk_bytes (`int`): Bytes of float32 logits alive at a time.
-        reading ([`TargetReading`], *optional*):
+        reading ([`TextReading`], *optional*):
             The text as read at the drafter's layers, with its cache if branches are kept; made here if not given.
     """
     with drafter.evaluating():
@@ -85,7 +85,7 @@ class ReplayWalk:
         settings: DraftingSettings,
         keys: DrawKeys,
         chunk_bytes: int,
-        reading: TargetReading | None,
+        reading: TextReading | None,
     ):
         self.target, self.drafter, self.text, self.settings, self.keys = target, drafter, text, settings, keys
         self.chunk_bytes = chunk_bytes
@@ -97,8 +97,8 @@ class ReplayWalk:
             reading = target.read_text(
                 ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=settings.keep_branch_hidden
             )
-        self.reading = reading
-        self.context = drafter.encode_text(reading.features.to(drafter.device), ids, target.embed)
+        self.reading, self.states = reading, reading.padded()
+        self.context = drafter.encode_text(self.states.features.to(drafter.device), ids, target.embed)
         self.ends = response_ends(text.completion_mask)
         self.accepted = torch.full_like(ids, -1)
         self.refused_drafts = torch.zeros_like(ids)
@@ -116,7 +116,7 @@ class ReplayWalk:
             return is_refused  # Argmax drafts are compared with the text; no probability is needed.
         rows, positions = is_written.nonzero(as_tuple=True)
         for part in self._parts(rows):
-            states = self.reading.last_hidden[rows[part], positions[part] - 1]
+            states = self.states.last_hidden[rows[part], positions[part] - 1]
             distribution = token_probs(self.target.project(states), self.settings.sampling)
             is_possible = distribution.gather(1, ids[rows[part], positions[part]][:, None])[:, 0] > 0
             is_refused[rows[part][~is_possible]] = True
@@ -213,7 +213,7 @@ class ReplayWalk:
                 is_kept[part] = drafts[part] == committed[part]
                 continue
             draft_distribution = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
-            states = self.reading.last_hidden[rows[part], anchors[part] + slot - 1]
+            states = self.states.last_hidden[rows[part], anchors[part] + slot - 1]
             target_distribution = token_probs(self.target.project(states), self.settings.sampling).to(
                 draft_distribution
             )

@@ -13,13 +13,13 @@ import torch
 from transformers import DynamicCache
 
 from .frozen import FrozenTarget
-from .reading import TargetReading, rows_of_similar_width
+from .reading import TextReading, rows_of_similar_width
 
 
 @torch.no_grad()
 def score_branches(
     target: FrozenTarget,
-    reading: TargetReading,
+    reading: TextReading,
     anchors: torch.Tensor,
     drafts: torch.Tensor,
     is_branch: torch.Tensor,
@@ -32,7 +32,7 @@ def score_branches(
     proposed for; blocks do not see each other.
 
     Args:
-        reading ([`TargetReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
+        reading ([`TextReading`]): The committed text, read with `keep_cache=True`. Its cache is used up.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors; negative entries are padding.
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Drafts of each block.
         is_branch (`torch.BoolTensor` of shape `(B, A, K)`):

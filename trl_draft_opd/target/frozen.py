@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.templates import read_template
 from ..data.text_reader import TextReader
+from ..drafters.packing import RowPacking
 from ..drafters.target_model import (
     is_adapted_target,
     load_target_model,
@@ -31,7 +32,7 @@ from ..utils.versions import cache_name_of
 from .checks import describe_text_settings, find_layers, refuse_not_finite, require_weights
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
-from .reading import CachedRows, TargetReading, pad_rows, rows_of_similar_width
+from .reading import CachedRows, TargetReading, TextReading, pad_rows, rows_of_similar_width
 from .vocabulary import describe_beyond, find_unused_id
 
 
@@ -327,7 +328,7 @@ class FrozenTarget:
         attention_mask: torch.Tensor,
         layer_ids: Sequence[int],
         keep_cache: bool = False,
-    ) -> TargetReading:
+    ) -> TextReading:
         """
         Read right-padded text.
 
@@ -338,8 +339,7 @@ class FrozenTarget:
             keep_cache (`bool`, *optional*, defaults to `False`): Keep keys and values, for `score_branches`.
 
         Returns:
-            `TargetReading` over all `L` positions. Rows of similar length are read together, each group without the
-            padding that the longest row of all would give it; positions no row of a group reaches hold 0.
+            `TextReading`: the states of all text, its rows end to end.
 
         Raises:
             NotFiniteError: If a hidden state of the text is NaN or infinite.
@@ -360,7 +360,8 @@ class FrozenTarget:
             for name in ("features", "last_hidden")
         )
         refuse_not_finite(last_hidden, attention_mask)
-        return TargetReading(features, last_hidden, tuple(caches))
+        packing = RowPacking.of(attention_mask)
+        return TextReading(packing.pack(features), packing.pack(last_hidden), packing, tuple(caches))
 
     @torch.no_grad()
     def step(

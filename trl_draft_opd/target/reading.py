@@ -2,7 +2,8 @@
 """
 What a forward pass of the target leaves behind, and which rows it reads together. Data and lists: knows no model.
 
-Shape letters:  B = sequences, L = text length, R = rows of a group, n = tokens, F = feature width, H = hidden size
+Shape letters:  B = sequences, L = text length, T = tokens of all texts, R = rows of a group, n = tokens,
+                F = feature width, H = hidden size
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
+
+from ..drafters.packing import RowPacking
 
 
 # Rows are read together down to this share of the widest one's tokens, and in any case within this many tokens of it:
@@ -34,11 +37,27 @@ class TargetReading:
     Attributes:
         features (`torch.Tensor` of shape `(B, n, F)`): Outputs of the tapped layers, concatenated in ascending order.
         last_hidden (`torch.Tensor` of shape `(B, n, H)`): Input of the target's head.
+    """
+
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TextReading:
+    """
+    What the target makes of a text: its rows lie end to end, without padding.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(T, F)`): Outputs of the tapped layers, concatenated in ascending order.
+        last_hidden (`torch.Tensor` of shape `(T, H)`): Input of the target's head.
+        packing ([`RowPacking`]): Which token of which row each entry is of.
         caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were kept.
     """
 
     features: torch.Tensor
     last_hidden: torch.Tensor
+    packing: RowPacking
     caches: tuple[CachedRows, ...] = ()
 
     @property
@@ -46,9 +65,13 @@ class TargetReading:
         """Bytes held by features and hidden states."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.features, self.last_hidden))
 
-    def without_caches(self) -> "TargetReading":
+    def without_caches(self) -> "TextReading":
         """Return the same reading without its caches."""
-        return TargetReading(self.features, self.last_hidden)
+        return TextReading(self.features, self.last_hidden, self.packing)
+
+    def padded(self) -> TargetReading:
+        """Return the states as `(B, L, ...)`, zero in the padding."""
+        return TargetReading(self.packing.unpack(self.features), self.packing.unpack(self.last_hidden))
 
 
 def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: torch.Size) -> torch.Tensor:

@@ -109,9 +109,10 @@ class DraftTrainingConfig(_BaseConfig):
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the
             committed token no probability.
-        loss_chunk_bytes (`int`, *optional*, defaults to `67108864`):
-            Bytes of logits, gradients and temporaries alive at a time in the loss; 64 MiB is about 50 rows of a
-            vocabulary of 152k. More fills a GPU better, less saves memory; the result is the same.
+        loss_chunk_bytes (`int`, *optional*):
+            Bytes of logits, gradients and temporaries alive at a time, in the loss and in replay. By default 64 MiB on
+            a CPU, whose caches like small chunks, and on CUDA 5 % of the card's memory, at most 4 GiB: each chunk
+            reads the whole head and launches the same kernels, however few its rows. The result is the same.
         activation_checkpointing (`bool`, *optional*, defaults to `False`):
             Compute the drafter's layers again in the backward pass: a quarter to half off a step's peak memory for one
             more forward pass of its blocks (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to a
@@ -189,7 +190,9 @@ class DraftTrainingConfig(_BaseConfig):
         "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
     )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
-    loss_chunk_bytes: int = setting(64 * 2**20, "Bytes of logits alive at a time in the loss, all buffers together.")
+    loss_chunk_bytes: int | None = setting(
+        None, "Bytes of logits alive at a time, all buffers together; by default as many as suit the device."
+    )
     num_drafts: int | None = setting(None, "Drafts per block in rollouts and evaluation; the drafter's own if unset.")
     temperature: float = setting(0.0, "Temperature of the target; 0 decodes greedily.")
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.")

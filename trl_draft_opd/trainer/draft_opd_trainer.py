@@ -20,7 +20,7 @@ from ..rollout.types import Rollout
 from ..runs.distributed.sharding import whole_drafter
 from ..runs.out_of_memory import explained_memory
 from ..target.checks import naming_rows
-from ..target.frozen import TargetReading
+from ..target.reading import TextReading
 from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
 from .draft_vocabulary import note_whole_vocabulary
@@ -155,7 +155,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
                 prepared.append(PreparedBatch(text, rollout, self._mark(rollout, text.sample_ids, epoch), kept))
         return prepared
 
-    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TargetReading) -> Rollout:
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading) -> Rollout:
         """Find the chain of blocks that the drafter makes along a text."""
         return rollout_replay(
             self.target,
@@ -164,7 +164,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
             self._drafting,
             DrawKeys(self.args.seed, epoch, text.sample_ids),
             segment_length=self.segment_length,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
 

@@ -20,6 +20,7 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
+from ..losses import default_chunk_bytes
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
@@ -203,7 +204,12 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return loss * self.accelerator.num_processes
 
     def _objective(self, sums: torch.Tensor) -> Objective:
-        return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
+        return Objective(self.streams, self.slot_rules, self._chunk_bytes, sums)
+
+    @property
+    def _chunk_bytes(self) -> int:
+        """Bytes of logits alive at a time: the setting, or what suits the device."""
+        return self.args.loss_chunk_bytes or default_chunk_bytes(self.args.device)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

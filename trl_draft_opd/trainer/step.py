@@ -27,7 +27,8 @@ from ..losses import (
 from ..rollout.blocks import BlockBatch
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout
-from ..target.frozen import FrozenTarget, TargetReading
+from ..target.frozen import FrozenTarget
+from ..target.reading import TextReading
 
 
 STREAMS = ("accepted", "rejected", "supervised")
@@ -46,9 +47,9 @@ class PreparedBatch:
     text: TargetText
     rollout: Rollout | None
     blocks: BlockBatch
-    reading: TargetReading | None
+    reading: TextReading | None
 
-    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> TargetReading:
+    def read_by(self, target: FrozenTarget, layer_ids: Sequence[int]) -> TextReading:
         """Return the reading, which the target makes at `layer_ids` where it was not kept."""
         return self.reading or target.read_text(self.text.input_ids, self.text.attention_mask, layer_ids)
 
@@ -163,7 +164,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
 
     Slots behind a first rejection need the `branch_hidden` of the batch's rollout.
     """
-    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids)
+    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).padded()
     features = reading.features.to(drafter.device)
     hidden = run_blocks(drafter, features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
     target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)

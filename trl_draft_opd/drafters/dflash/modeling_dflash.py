@@ -242,11 +242,11 @@ class DFlashDraftModel(Drafter):
         assert self.config.mask_token_id is not None
         masks = anchor_tokens.new_full((*anchors.shape, self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
-        packing = BlockPacking(anchors >= 1)
+        packing, firsts = context.pack_blocks(anchors), context.firsts(anchors)
         hidden = packing.pack(noise_embeds.to(self.fc.weight.dtype))
-        positions = packing.pack(anchors)[:, None] + torch.arange(self.config.block_size, device=anchors.device)
-        rotation = self.rotary_emb(hidden, positions)
-        visible = anchors.clamp(min=1)
+        positions = packing.pack(anchors if firsts is None else anchors - firsts)[:, None]
+        rotation = self.rotary_emb(hidden, positions + torch.arange(self.config.block_size, device=anchors.device))
+        visible = (anchors.clamp(min=1), firsts)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, visible, packing)
         slots = packing.unpack(self.norm(hidden))[:, :, 1 : 1 + num_drafts]
@@ -275,10 +275,10 @@ class DFlashDraftModel(Drafter):
         rotation: tuple[torch.Tensor, torch.Tensor],
         context_key: torch.Tensor,
         context_value: torch.Tensor,
-        visible: torch.Tensor,
+        visible: tuple[torch.Tensor, torch.Tensor | None],
         packing: BlockPacking,
     ) -> torch.Tensor:
-        """Run one layer on `(N, S, H)` states; each block sees the context before its entry of `visible`, `(B, A)`."""
+        """Run one layer on `(N, S, H)` states, whose anchors and first entries `visible` holds, `(B, A)`."""
         attention = layer.self_attn
 
         def spread(states: torch.Tensor) -> torch.Tensor:
@@ -293,7 +293,8 @@ class DFlashDraftModel(Drafter):
             context_value,
             [spread(key)],
             [spread(value)],
-            visible,
+            visible[0],
             attention.head_dim**-0.5,
+            visible[1],
         )
         return layer.add_attention(hidden, packing.pack(mixed))
