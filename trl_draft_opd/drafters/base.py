@@ -32,11 +32,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .packing import BlockPacking
@@ -44,6 +46,9 @@ from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, check_tensors_fit, read_drafter_config, read_drafter_tensors
 from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
+
+# Slots that are drafted at once, unless a caller says otherwise: the states of a pass are kept for its backward pass.
+SLOTS_PER_PASS = 2**16
 
 Result = TypeVar("Result")
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -374,6 +379,7 @@ def run_blocks(
     drafts: torch.Tensor,
     embed: Embed,
     starts: torch.Tensor | None = None,
+    blocks_per_pass: int | None = None,
 ) -> torch.Tensor:
     """
     Run blocks from many anchors of each sequence along recorded drafts, with gradient.
@@ -385,17 +391,33 @@ def run_blocks(
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Recorded drafts, which later slots read.
         starts (`torch.LongTensor` of shape `(B, L)`, *optional*):
             Where the text of each token begins, if a row holds several. There is no padding among `anchors` then.
+        blocks_per_pass (`int`, *optional*):
+            Most blocks of a row drafted at once. More are drafted in several passes over the same context, each
+            computed again in the backward pass, so that memory is that of one. By default as many as have
+            `SLOTS_PER_PASS` slots.
 
     Returns:
         `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.
     """
     context = drafter.encode_text(target_features, input_ids, embed, starts)
-    num_drafts = drafts.shape[-1]
-    state = drafter.begin(context, anchors, input_ids.gather(1, anchors.clamp(min=1)), num_drafts, embed)
-    if state.block_hidden is not None:
-        return state.block_hidden
-    hidden = [state.hidden]
-    for slot in range(1, num_drafts):
-        state = drafter.advance(state, drafts[:, :, slot - 1])
-        hidden.append(state.hidden)
-    return torch.stack(hidden, dim=2)
+    tokens = input_ids.gather(1, anchors.clamp(min=1))
+
+    def run(anchors: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        state = drafter.begin(context, anchors, tokens, drafts.shape[-1], embed)
+        if state.block_hidden is not None:
+            return state.block_hidden
+        hidden = [state.hidden]
+        for slot in range(1, drafts.shape[-1]):
+            state = drafter.advance(state, drafts[:, :, slot - 1])
+            hidden.append(state.hidden)
+        return torch.stack(hidden, dim=2)
+
+    num_blocks, per_pass = anchors.shape[1], blocks_per_pass or max(1, SLOTS_PER_PASS // drafts.shape[-1])
+    if num_blocks <= per_pass:
+        return run(anchors, tokens, drafts)
+    # Of equal size: one small remainder would take as many launches as the others.
+    num_passes = -(-num_blocks // per_pass)
+    passes = zip(*(each.tensor_split(num_passes, dim=1) for each in (anchors, tokens, drafts)), strict=True)
+    # There is no dropout whose draws would have to be repeated.
+    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*part) for part in passes], dim=1)

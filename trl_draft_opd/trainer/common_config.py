@@ -110,6 +110,10 @@ class DraftTrainingConfig(_BaseConfig):
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the
             committed token no probability.
+        blocks_per_pass (`int`, *optional*):
+            Most blocks of a micro-batch drafted at once in a step. More are drafted in several passes, each computed
+            again in the backward pass: memory is that of one pass, however long a row is, for one more forward pass of
+            the blocks. By default as many as have 65,536 slots. The gradient is the same.
         loss_chunk_bytes (`int`, *optional*):
             Bytes of logits, gradients and temporaries alive at a time, in the loss and in replay. By default 64 MiB on
             a CPU, whose caches like small chunks, and on CUDA 5 % of the card's memory, at most 4 GiB: each chunk
@@ -201,6 +205,9 @@ class DraftTrainingConfig(_BaseConfig):
         "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
     )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
+    blocks_per_pass: int | None = setting(
+        None, "Most blocks of a micro-batch drafted at once in a step; by default as many as have 65,536 slots."
+    )
     loss_chunk_bytes: int | None = setting(
         None, "Bytes of logits alive at a time, all buffers together; by default as many as suit the device."
     )
@@ -275,7 +282,7 @@ class DraftTrainingConfig(_BaseConfig):
         self.sampling_settings()
         check_at_least(self, 0, "max_skipped_updates")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
-        check_at_least(self, 1, "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
+        check_at_least(self, 1, "blocks_per_pass", "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
         for name in ("hub_target_id", "dataset_id"):

@@ -165,7 +165,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
-        return prepared, all_sums
+        # The host waits once, here, and not for each stream of each micro-batch.
+        return prepared, all_sums.cpu()
 
     def _prepare_inputs(self, inputs: dict[str, Any] | PreparedBatch) -> dict[str, Any] | PreparedBatch:
         """Leave a prepared batch as it is: it is on its device, and DeepSpeed must not cast its features."""
@@ -204,7 +205,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return loss * self.accelerator.num_processes
 
     def _objective(self, sums: torch.Tensor) -> Objective:
-        return Objective(self.streams, self.slot_rules, self._chunk_bytes, sums)
+        return Objective(self.streams, self.slot_rules, self._chunk_bytes, sums, self.args.blocks_per_pass)
 
     @property
     def _chunk_bytes(self) -> int:
@@ -227,7 +228,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         drafter, sample_ids = self.drafter, inputs["sample_ids"].tolist()
         with torch.no_grad(), self.accelerator.autocast(), naming_rows(sample_ids, "the evaluation dataset"):
             batch, rollout = self._prepare_evaluation(inputs)
-            sums = weight_sums([batch.blocks], self.streams, drafter.draft_token_ids)
+            sums = weight_sums([batch.blocks], self.streams, drafter.draft_token_ids).cpu()
             loss, parts = self._step_loss(drafter, self.target, batch, self._objective(sums))
         self.target.finish_together()
         self._sums["eval"].add(parts)

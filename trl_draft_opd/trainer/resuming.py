@@ -247,7 +247,7 @@ class ResumingTrainer(_BaseTrainer):
         settings = (
             "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
             "set `gradient_checkpointing=True`",
-            "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
+            "lower `loss_chunk_bytes`, `blocks_per_pass`, `max_completion_length` or `num_anchors`",
         )
         batch: Any = inputs
         with explained_memory("a training step", inputs.describe, settings):
