@@ -185,9 +185,10 @@ def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
 
 
 def test_rows_are_scored_with_others_of_similar_width():
-    widths = torch.tensor([1000, 0, 300, 900, 600, 250, 1])
-    assert rows_of_similar_width(widths) == [[0, 3, 4], [2, 5], [6]]
-    assert rows_of_similar_width(torch.tensor([60, 1])) == [[0, 1]] and rows_of_similar_width(torch.zeros(2)) == []
+    widths = [1000, 0, 300, 900, 600, 250, 1]
+    assert rows_of_similar_width(widths, 10_000) == [[0, 3, 4], [2, 5], [6]]
+    assert rows_of_similar_width(widths, 2000) == [[0, 3], [4], [2, 5], [6]]
+    assert rows_of_similar_width([60, 1], 120) == [[0, 1]] and rows_of_similar_width([0, 0], 9) == []
 
 
 def test_rows_read_and_scored_apart_are_those_done_together(monkeypatch):
@@ -222,10 +223,11 @@ def test_nothing_is_kept_but_the_layers_asked_for(target):
         return keep
 
     handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(target.layers)]
-    with target._tapped(LAYER_IDS) as taps:
+    taps = {}
+    with target._tapped(LAYER_IDS, taps.__setitem__):
         with torch.no_grad():
             target.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        assert sorted(taps) == LAYER_IDS
+        assert sorted(taps) == [0, 1, 2]
         assert [index for index, output in sorted(outputs.items()) if output() is not None] == LAYER_IDS
     for handle in handles:
         handle.remove()
@@ -236,7 +238,7 @@ def test_taps_are_taken_away_even_when_the_forward_fails():
     before = [len(layer._forward_hooks) for layer in target.layers]
     target.read_text(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.long), LAYER_IDS)
     assert [len(layer._forward_hooks) for layer in target.layers] == before
-    with pytest.raises(RuntimeError), target._tapped(LAYER_IDS):
+    with pytest.raises(RuntimeError), target._tapped(LAYER_IDS, lambda *_: None):
         raise RuntimeError
     assert [len(layer._forward_hooks) for layer in target.layers] == before
 
