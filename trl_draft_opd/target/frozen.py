@@ -30,6 +30,7 @@ from ..drafters.target_model import (
 from ..drafters.target_shape import text_config
 from ..utils.versions import cache_name_of
 from .attention import Spans, UnknownAttentionError, attending_within_texts, text_spans
+from .cache import text_cache
 from .checks import (
     chunking_reason,
     describe_text_settings,
@@ -367,7 +368,7 @@ class FrozenTarget:
             NotFiniteError: If a hidden state of the text is NaN or infinite.
         """
         packing = RowPacking.of(attention_mask)
-        new_cache = partial(DynamicCache, config=self.config)
+        new_cache = partial(text_cache, self.config)
         passes = Passes(layer_ids, tokens_at_once(self.device), keep_cache, new_cache)
         if self.reads_packed:
             reading = read_packed(self._forward, passes, input_ids, packing, self.causal_lm.dtype)

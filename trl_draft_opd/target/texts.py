@@ -26,7 +26,7 @@ LAST = -1
 
 # Tokens of one forward pass. An accelerator is at its full speed with 8,192, and their activations are a few GB at
 # most. A CPU is at its full speed with far fewer, and is faster while they stay in its cache.
-_TOKENS_AT_ONCE, _CPU_TOKENS_AT_ONCE = 8192, 2048
+_TOKENS_AT_ONCE, _CPU_TOKENS_AT_ONCE = 8192, 1024
 
 
 class Forward(Protocol):
@@ -53,13 +53,13 @@ class Passes:
         layer_ids (`Sequence[int]`): Layers to tap.
         limit (`int`): Tokens of one pass.
         keep_cache (`bool`): Whether keys and values are kept.
-        new_cache (`Callable`): Returns an empty cache.
+        new_cache (`Callable`): Returns an empty cache for a number of tokens.
     """
 
     layer_ids: Sequence[int]
     limit: int
     keep_cache: bool
-    new_cache: Callable[[], DynamicCache]
+    new_cache: Callable[[int], DynamicCache]
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -78,7 +78,7 @@ def read_packed(
         lengths = packing.lengths[rows.start : rows.stop]
         length = sum(lengths)
         is_long = length > passes.limit
-        cache = passes.new_cache() if is_long or passes.keep_cache else None
+        cache = passes.new_cache(length) if is_long or passes.keep_cache else None
         mask = chunk_mask(length, dtype, ids.device) if is_long else None
         for first in range(0, length, passes.limit):
             last = min(first + passes.limit, length)
@@ -111,8 +111,9 @@ def read_padded(
         is_alone = len(group) == 1
         own = RowPacking.of(attention_mask[rows, :width])
         places = packing.index(rows[own.rows], own.position_ids)
-        cache = passes.new_cache() if passes.keep_cache or (is_alone and can_chunk and width > passes.limit) else None
-        size = passes.limit if cache is not None and can_chunk else width
+        is_long = is_alone and can_chunk and width > passes.limit
+        cache = passes.new_cache(width) if is_long or passes.keep_cache else None
+        size = passes.limit if is_long else width
         for first in range(0, width, size):
             run = slice(first, min(first + size, width))
             index = torch.arange(run.start, run.stop, device=rows.device).expand(len(group), -1)
