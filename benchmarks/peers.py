@@ -2,6 +2,9 @@
 """
 Arms of `speculators` 0.9.0 on our tensors and our weights. The only file that knows its API; nothing here changes what
 it computes. Without the package its arms are left out, and a line says so.
+
+On CUDA it runs at its best, with the defaults of its own training: flex attention, fused losses (Triton), compiled
+forwards. None of the three exists on the CPU, where it runs what it has there: sdpa with a dense mask, eager losses.
 """
 
 import importlib.metadata
@@ -24,6 +27,10 @@ _SHAPE = (
 ).split()
 
 
+# Suites whose output says already how speculators runs.
+_SAID: set[str] = set()
+
+
 def has_speculators(report: Report) -> bool:
     """Whether the arms of speculators can run; if not, say why."""
     if importlib.util.find_spec("speculators") is None:
@@ -33,14 +40,36 @@ def has_speculators(report: Report) -> bool:
     if found != VERSION:
         report.say(f"  speculators {found} is installed, {VERSION} is compared: its arms are left out")
         return False
+    if report.suite not in _SAID:
+        _SAID.add(report.suite)
+        report.say(describe(report.settings.get("device", "cpu")))
     return True
+
+
+def attention_on(device: torch.device) -> str:
+    """Return the best of speculators' attentions that runs on a device; flex needs a compiler for the backward."""
+    return "simple_flex_attention" if device.type == "cuda" else "sdpa"
+
+
+def losses_on(device: torch.device) -> str:
+    """Return the best of speculators' implementations of losses that runs on a device."""
+    return "fused" if device.type == "cuda" else "eager"
+
+
+def describe(device: str | torch.device) -> str:
+    """Return what speculators' arms run with on a device, for the output."""
+    device = torch.device(device)
+    # `conditional_torch_compile` of speculators decides so when it is imported.
+    forward = "compiled" if torch.cuda.is_available() else "not compiled"
+    kinds = f"{attention_on(device)}, {losses_on(device)} losses, forward {forward}"
+    return f"  speculators {VERSION} on {device.type}: {kinds}"
 
 
 def ttt_attention(
     queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float
 ) -> list[Tensor]:
     """
-    Run the attention of all TTT steps over one document as `Eagle3DraftModel` with `"sdpa"` does.
+    Run the attention of all TTT steps over one document as `Eagle3DraftModel` does on this device.
 
     Args:
         queries, keys, values (`Sequence[torch.Tensor]` of shape `(1, h, L, d)`): One per step, positions rotated in.
@@ -50,14 +79,19 @@ def ttt_attention(
         `list[torch.Tensor]` of shape `(1, L, h * d)`, one per step.
     """
     from speculators.models.attention import ALL_ATTENTION_FUNCTIONS
-    from speculators.models.eagle3.attention import create_combined_mask_mod, extend_dense_mask_for_draft_tokens
-    from torch.nn.attention.flex_attention import create_mask
+    from speculators.models.eagle3 import attention
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
     length, device = queries[0].shape[2], queries[0].device
     document_ids = torch.zeros(length, dtype=torch.long, device=device)
-    mask_mod = create_combined_mask_mod(document_ids, length)
-    mask = create_mask(mask_mod, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    mask_mod = attention.create_combined_mask_mod(document_ids, length)
+    name = attention_on(device)
+    make_mask = create_block_mask if name == "simple_flex_attention" else create_mask
+    mask = make_mask(mask_mod, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+    if name == "simple_flex_attention":
+        # As inside of its compiled forward; uncompiled, flex attention writes the scores out.
+        attend = torch.compile(attend)
     module = SimpleNamespace(
         num_key_value_groups=queries[0].shape[1] // keys[0].shape[1], is_causal=True, training=True
     )
@@ -66,15 +100,19 @@ def ttt_attention(
         all_keys, all_values = cache.update(key, value, 0)
         mixed, _ = attend(module, query, all_keys, all_values, mask, dropout=0.0, scaling=scaling)
         outputs.append(mixed.flatten(2))
-        mask = extend_dense_mask_for_draft_tokens(mask, length)
+        if name == "simple_flex_attention":
+            mask = attention.extend_mask_for_draft_tokens(mask)
+        else:
+            mask = attention.extend_dense_mask_for_draft_tokens(mask, length)
     return outputs
 
 
-def eager_kl(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return speculators' eager forward KL per position, `(1, N)`, of logits `(1, N, V)`."""
-    from speculators.losses.eager import kl_div_loss
+def forward_kl(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return speculators' forward KL per position, `(1, N)`, of logits `(1, N, V)`."""
+    from speculators.losses import resolve_loss_config
 
-    return kl_div_loss(logits, targets)
+    loss, _ = resolve_loss_config("kl_div", losses_on(logits.device))["kl_div"]
+    return loss(logits, targets)
 
 
 @dataclass(frozen=True)
@@ -117,18 +155,20 @@ def pack(
     Args:
         texts (`Sequence[torch.LongTensor]`), marks (`Sequence[torch.BoolTensor]`):
             Each text, and which tokens are supervised.
-        features (`torch.Tensor` of shape `(B, L, F)`), last_hidden (`torch.Tensor` of shape `(B, L, H)`):
-            Right-padded reading of the texts, the latter before the target's final norm.
+        features (`torch.Tensor` of shape `(T, F)`), last_hidden (`torch.Tensor` of shape `(T, H)`):
+            Reading of the texts, end to end, the latter before the target's final norm.
         family (`str`): `"eagle3"` or `"dflash"`.
     """
     from speculators.models.eagle3.data import shift_batch
 
     rows = []
-    for index, (ids, mark) in enumerate(zip(texts, marks, strict=True)):
+    lengths = [len(ids) for ids in texts]
+    states = zip(features.split(lengths), last_hidden.split(lengths), strict=True)
+    for ids, mark, (own_features, own_hidden) in zip(texts, marks, states, strict=True):
         row = {
             "input_ids": ids,
-            "hidden_states": features[index, : len(ids)],
-            "verifier_last_hidden_states": last_hidden[index, : len(ids)],
+            "hidden_states": own_features,
+            "verifier_last_hidden_states": own_hidden,
             "loss_mask": mark,
             "lengths": torch.tensor([len(ids)], device=ids.device),
             "position_ids": torch.arange(len(ids), device=ids.device),
@@ -149,18 +189,19 @@ def pack(
 
 def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head: bool) -> nn.Module:
     """
-    Build speculators' model of the drafter's family with the drafter's own weights, sdpa attention.
+    Build speculators' model of the drafter's family with the drafter's own weights, on the target's device.
 
     Args:
         drafter, target (`PreTrainedModel`): The pair; the target has a linear head behind a final norm.
         trains_head (`bool`): Whether EAGLE-3's head needs a gradient; speculators' own training leaves it frozen.
     """
-    config = drafter.config
+    config, device = drafter.config, target.device
+    attention = attention_on(device)
     shape = {name: getattr(config, name) for name in _SHAPE} | {"attention_bias": False, "attention_dropout": 0.0}
     if config.family == "eagle3":
         from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 
-        layers = LlamaConfig(**shape, attn_implementation="sdpa")
+        layers = LlamaConfig(**shape, attn_implementation=attention)
         flags = {
             name: getattr(config, name)
             for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
@@ -172,7 +213,7 @@ def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head
     else:
         from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
 
-        layers = Qwen3Config(**shape, attn_implementation="sdpa")
+        layers = Qwen3Config(**shape, attn_implementation=attention)
         options = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
         options["aux_hidden_state_layer_ids"] = list(config.target_layer_ids)
         model = DFlashDraftModel(
@@ -186,14 +227,14 @@ def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head
     missing, unexpected = model.load_state_dict(own, strict=False)
     assert not unexpected and all("rotary" in name for name in missing), (missing, unexpected)
     model.lm_head.weight.requires_grad_(trains_head and config.family == "eagle3")
-    return model.train()
+    return model.to(device).train()
 
 
 def eagle3_loss(model: nn.Module, batch: PackedBatch, ttt_steps: int) -> Tensor:
     """Return the loss of `Eagle3DraftModel`: per step a mean over supervised positions, summed over steps."""
     from speculators.losses import resolve_loss_config
 
-    config = resolve_loss_config("kl_div", "eager")
+    config = resolve_loss_config("kl_div", losses_on(batch.features.device))
     return model(**batch.arguments(), ttt_steps=ttt_steps, ttt_step_loss_decay=1.0, loss_config=config)[1]
 
 
@@ -216,5 +257,5 @@ def dflash_loss(model: nn.Module, batch: PackedBatch, num_anchors: int, gamma: f
     from speculators.losses import resolve_loss_config
 
     torch.manual_seed(seed)
-    config = resolve_loss_config("kl_div", "eager")
+    config = resolve_loss_config("kl_div", losses_on(batch.features.device))
     return model(**batch.arguments(), max_anchors=num_anchors, gamma=gamma, loss_config=config)[1]

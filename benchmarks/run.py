@@ -21,8 +21,8 @@ import torch
 SUITES = ("loss", "ttt", "dflash", "rollout", "step")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or what is given in its place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=SUITES, required=True)
     parser.add_argument("--pairs", type=int, default=15, help="timed turns of every arm")
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200, help="prompts on which replay must equal live decoding")
     parser.add_argument("--max-completion-length", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:

@@ -2,39 +2,27 @@
 """
 Which target and drafter fit where: tables of memory per stage and per launch, held against what runs.
 
-    python -m benchmarks.scaling                                            # the tables of docs/do/scaling.md, as
-    markdown python -m benchmarks.scaling --check                                    # computed against counted, a 7 M
-    pair on the CPU python -m benchmarks.scaling --measure qwen3-0.6b --family eagle3       # computed against
-    measured, random weights on a GPU
+    python -m benchmarks.scaling               # the tables of docs/do/scaling.md, as markdown
+    python -m benchmarks.scaling --check       # computed against counted, a 7 M pair on the CPU
+    python -m benchmarks.scaling --measure qwen3-0.6b --family eagle3   # against measured, random weights on a GPU
 
-The arithmetic is in `memory.py`.
+The arithmetic is in `trl_draft_opd/costs/memory.py`.
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.counters import PeakBytes
-from benchmarks.memory import (
-    FAMILIES,
-    LAUNCHES,
-    NUM_RANKS,
-    SHAPES,
-    Stages,
-    Workload,
-    count_stages,
-    launch_bytes,
-    make_drafter,
-    make_target,
-    workload_of,
-)
-from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd import DFlashDraftModel, DraftVocabulary, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd.costs.memory import LAUNCHES, NUM_RANKS, Stages, Workload, count_stages, gib, launch_bytes
+from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
 from trl_draft_opd.drafters.base import Drafter, run_blocks
+from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
@@ -45,10 +33,61 @@ from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, Stre
 from trl_draft_opd.utils.versions import switch_checkpointing
 
 
-GIB = 2**30
+DRAFT_VOCABULARY = 32_000
 # Small enough for a test; the loss in chunks of 1 MiB, so that a chunk is no more than is needed.
 CHECKED = Workload(rows=2, length=256, blocks=40, accumulation=1, checkpointing=False, chunk_bytes=2**20)
 STREAMS = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 0.0, 1.0)}
+
+
+def make_target(name: str, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a target of a published shape with random weights on `device`."""
+    return make_target_of(TARGETS[name], device, dtype)
+
+
+def make_target_of(shape: TargetShape, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a target of any shape with random weights on `device`."""
+    config_class, model_class = (
+        (Qwen3Config, Qwen3ForCausalLM) if shape.has_head_norms else (LlamaConfig, LlamaForCausalLM)
+    )
+    config = config_class(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=40960,
+        tie_word_embeddings=shape.is_tied,
+        dtype=dtype,
+    )
+    with torch.device(device):
+        return model_class._from_config(config, dtype=dtype).eval()
+
+
+def make_drafter(family: str, target: PreTrainedModel, device: torch.device | str) -> Drafter:
+    """Return a drafter as published for the target: EAGLE-3 with a draft vocabulary where the target's is larger."""
+    vocab = target.config.vocab_size
+    with torch.device(device):
+        if family == "dflash":
+            return DFlashDraftModel.from_target(target, mask_token_id=vocab - 1)
+        vocabulary = None
+        if vocab > DRAFT_VOCABULARY:
+            is_drafted = torch.arange(vocab) < DRAFT_VOCABULARY
+            vocabulary = DraftVocabulary(torch.zeros(DRAFT_VOCABULARY, dtype=torch.long), is_drafted, coverage=1.0)
+        return Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary)
+
+
+def pair_of(name: str, family: str) -> tuple[TargetShape, DrafterShape]:
+    """Return the sizes of what [`make_target`] and [`make_drafter`] make."""
+    target = TARGETS[name]
+    vocab = min(target.vocab, DRAFT_VOCABULARY) if family == "eagle3" else None
+    return target, DrafterShape.fresh(family, target, vocab)
+
+
+def workload_of(family: str, *, rows: int = 2, length: int = 2048, prompt: int = 512) -> Workload:
+    """Return the tables' workload: responses of 1536 tokens, tau 3 for EAGLE-3 and 5 for DFlash, 8 micro-batches."""
+    return Workload(rows, length, (length - prompt) // {"eagle3": 3, "dflash": 5}[family], 8, False)
 
 
 # -- one micro-batch, stage by stage ----------------------------------------------------------------------------------
@@ -155,7 +194,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
     """
     target = FrozenTarget(make_target(name, "cpu", torch.bfloat16))
     scene = Scene.make(target, family, work)
-    stages = count_stages(target.causal_lm, scene.drafter, work)
+    stages = count_stages(*pair_of(name, family), work)
     parameters = list(scene.drafter.parameters())
     with PeakBytes() as reading:
         scene.read()
@@ -214,7 +253,7 @@ def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, in
         rows.append((stage, computed, torch.cuda.max_memory_allocated(), time.perf_counter() - begun))
         return result
 
-    stages = count_stages(*meta_pair(name, family), work)
+    stages = count_stages(*pair_of(name, family), work)
     target = FrozenTarget(run("target made", stages.target, lambda: make_target(name, "cuda", torch.bfloat16)))
     fixed = stages.target + stages.masters
     scene: Scene = run("drafter made", fixed, lambda: Scene.make(target, family, work))
@@ -237,22 +276,10 @@ def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, in
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def meta_pair(name: str, family: str) -> tuple[PreTrainedModel, Drafter]:
-    """Return target and drafter without memory."""
-    target = make_target(name, "meta", torch.bfloat16)
-    return target, make_drafter(family, target, "meta")
-
-
 def stages_of(name: str, family: str, checkpointing: bool = False) -> Stages:
-    """Return the stages of a shape under the tables' workload, from models of the meta device."""
+    """Return the stages of a shape under the tables' workload."""
     work = replace(workload_of(family), checkpointing=checkpointing)
-    return count_stages(*meta_pair(name, family), work)
-
-
-def gib(value: float) -> str:
-    """Return bytes as GiB."""
-    return f"{value / GIB:.2f}" if value < 10 * GIB else f"{value / GIB:.1f}"
+    return count_stages(*pair_of(name, family), work)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -283,7 +310,7 @@ def launch_table(family: str, names: list[str]) -> str:
 
 def tables() -> list[str]:
     """Return every table of docs/do/scaling.md."""
-    names = [name for name in SHAPES if name != "qwen3-7m"]
+    names = [name for name in TARGETS if name != "qwen3-7m"]
     return [stage_table(name) for name in names] + [launch_table(family, names) for family in FAMILIES]
 
 
@@ -291,7 +318,7 @@ def main() -> None:
     """Print what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="count a 7 M pair on the CPU")
-    parser.add_argument("--measure", choices=list(SHAPES), help="measure a pair of this shape on the GPU")
+    parser.add_argument("--measure", choices=list(TARGETS), help="measure a pair of this shape on the GPU")
     parser.add_argument("--family", choices=FAMILIES, default="eagle3")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     args = parser.parse_args()
@@ -301,7 +328,8 @@ def main() -> None:
             rows = [[s, f"{a:,}", f"{b:,}"] for s, a, b in counted]
             print(markdown([f"qwen3-7m, {family}, bytes", "computed", "counted"], rows) + "\n")
     elif args.measure:
-        work = replace(workload_of(args.family), checkpointing=args.checkpointing)
+        chunk_bytes = default_chunk_bytes("cuda")
+        work = replace(workload_of(args.family), checkpointing=args.checkpointing, chunk_bytes=chunk_bytes)
         measured = measure_on_gpu(args.measure, args.family, work)
         rows = [[s, "" if a is None else gib(a), gib(b), f"{t:.2f}"] for s, a, b, t in measured]
         device = torch.cuda.get_device_name()

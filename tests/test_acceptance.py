@@ -247,11 +247,11 @@ def test_slots_outside_the_text_are_fresh_drafts_and_never_accepted():
     assert (drafts.tolist(), accepted.tolist()) == ([[0, 0, 0]], [1])
 
 
-def test_text_that_the_target_could_not_write_is_refused_with_its_rows():
+def test_text_that_the_target_could_not_write_has_no_draft():
     p, q = double([[[1.0, 0.0]] * 2] * 2), double([[[0.5, 0.5]] * 2] * 2)
     committed, is_in_text = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[True, False], [True, True]])
-    with pytest.raises(ValueError, match=r"`target_probs_BKV` is 0 .*\[\[1, 1\]\]"):
-        sample_posterior(committed, q, p, q[0], q[0], is_in_text)
+    drafts, accepted = sample_posterior(committed, q, p, 0 * q[0], 0 * q[0], is_in_text)
+    assert (drafts.tolist(), accepted.tolist()) == ([[0, 0], [0, -1]], [1, 1])
     with pytest.raises(ValueError, match=r"`target_probs_BKV` must have shape \(2, 2, 2\), got \(2, 1, 2\)"):
         sample_posterior(committed, q, p[:, :1], q[0], q[0], is_in_text)
 

@@ -103,7 +103,12 @@ class Uniforms:
         return self
 
     def __getitem__(self, index: object) -> "Uniforms":
-        return Uniforms(self.cells[index], self.factor[index], self.power)
+        # A list of one place is a list to numpy too.
+        places = index.numpy() if isinstance(index, torch.Tensor) else index
+        return Uniforms(self.cells[places], self.factor[index], self.power)
+
+    def flatten(self) -> "Uniforms":
+        return Uniforms(self.cells.flatten(), self.factor.flatten(), self.power)
 
     def unsqueeze(self, dim: int) -> "Uniforms":
         assert dim == -1
@@ -222,9 +227,10 @@ def replay_distributions(case: Case, texts: list[tuple[int, ...]]) -> list[dict[
 
     def run(responses, tapes):
         def keyed_uniforms(seed, epoch, sample_ids, anchors, slot, purpose):
-            cells = np.empty(len(anchors), dtype=object)
-            keys = zip(sample_ids.tolist(), anchors.tolist(), strict=True)
-            cells[:] = [tapes[row].cell((anchor, slot, purpose)) for row, anchor in keys]
+            cells = np.empty((len(anchors), len(slot)), dtype=object)
+            keys = zip(sample_ids[:, 0].tolist(), anchors[:, 0].tolist(), strict=True)
+            for index, (row, anchor) in enumerate(keys):
+                cells[index] = [tapes[row].cell((anchor, each, purpose)) for each in slot.tolist()]
             return Uniforms(cells)
 
         rows = [torch.tensor([*PROMPT, *response]) for response in responses]
@@ -410,13 +416,11 @@ def test_a_refused_draft_from_the_plain_draft_distribution_is_found(monkeypatch)
     assert_found("dflash")
 
 
-def test_a_suffix_from_the_targets_distribution_is_found(monkeypatch):
-    def choose_as_target(walk, hidden, rows, anchors, slot):
-        states = walk.reading.last_hidden[rows, (anchors + slot - 1).clamp(max=walk.text.input_ids.shape[1] - 1)]
-        distribution = token_probs(walk.target.project(states), walk.settings.sampling)
-        return choose_tokens(distribution, walk.keys.uniforms(rows, anchors, slot, replay.REPLAY_DRAFT))
+def test_a_suffix_from_another_distribution_is_found(monkeypatch):
+    def choose_flatly(walk, hidden, index, uniforms):
+        return choose_tokens(torch.ones(len(index), walk.target.vocab_size), uniforms[index])
 
-    monkeypatch.setattr(replay.ReplayWalk, "_choose", choose_as_target)
+    monkeypatch.setattr(replay.ReplayWalk, "_choose", choose_flatly)
     assert_found("eagle3")
     assert_found("dflash")
 
@@ -430,12 +434,11 @@ def test_one_uniform_for_acceptance_and_for_the_refused_draft_is_found(monkeypat
 def test_a_suffix_that_follows_the_text_and_not_the_refused_draft_is_found(monkeypatch):
     draft_suffixes = replay.ReplayWalk._draft_suffixes
 
-    def follow_text(walk, anchors, drafts, num_known):
+    def follow_text(walk, places, drafts):
         slots = torch.arange(1, drafts.shape[-1] + 1)
-        places = (anchors.clamp(min=0)[..., None] + slots).clamp(max=walk.text.input_ids.shape[1] - 1)
-        along_text = walk.text.input_ids.gather(1, places.flatten(1)).view_as(drafts)
-        found = draft_suffixes(walk, anchors, along_text, num_known)
-        return torch.where(slots <= num_known[..., None], drafts, found)
+        found = walk.ids[(places[:, None] + slots).clamp(max=len(walk.ids) - 1)]
+        draft_suffixes(walk, places, found)
+        drafts.copy_(torch.where(slots <= walk._num_known(places)[:, None], drafts, found))
 
     monkeypatch.setattr(replay.ReplayWalk, "_draft_suffixes", follow_text)
     assert_found("eagle3")

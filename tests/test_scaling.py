@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks import scaling
-from benchmarks.memory import FAMILIES, LAUNCHES, launch_bytes, make_target, quantised_bytes
 from helpers.tiny import make_tokenizer
 from trl_draft_opd import FrozenTarget
+from trl_draft_opd.costs.memory import LAUNCHES, launch_bytes, quantised_bytes
+from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape
 
 
 EXACT = {
@@ -49,12 +50,23 @@ def test_computed_memory_is_what_a_small_pair_takes(family, checkpointing):
 
 def test_the_target_costs_two_bytes_a_weight_and_the_drafter_sixteen():
     stages = scaling.stages_of("qwen3-8b", "eagle3")
-    target, drafter = scaling.meta_pair("qwen3-8b", "eagle3")
-    assert stages.target == 2 * sum(parameter.numel() for parameter in target.parameters())
-    trained = sum(parameter.numel() for parameter in drafter.parameters())
+    trained = scaling.pair_of("qwen3-8b", "eagle3")[1].parameters
     assert stages.masters + stages.gradients + stages.adamw == 16 * trained
     # As published: 8.19 B weights; a drafter of 0.40 B with a draft vocabulary of 32k.
     assert round(stages.target / 2e9, 2) == 8.19 and round(trained / 1e9, 2) == 0.40
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_shape_has_the_weights_of_the_model_it_stands_for(name, family):
+    model = scaling.make_target(name, "meta", torch.bfloat16)
+    drafter = scaling.make_drafter(family, model, "meta")
+    target, shape = scaling.pair_of(name, family)
+    assert target.parameters == sum(p.numel() for p in model.parameters())
+    assert target.layer_parameters == sum(p.numel() for p in model.base_model.layers[0].parameters())
+    assert shape.parameters == sum(p.numel() for p in drafter.parameters())
+    assert shape.matrices == sum(m.weight.numel() for m in drafter.modules() if isinstance(m, torch.nn.Linear))
+    assert DrafterShape.of(drafter.config) == shape
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,13 +82,13 @@ def test_more_sharding_never_takes_more_memory(family):
 
 def test_four_bits_take_what_the_library_allocates(tmp_path):
     pytest.importorskip("bitsandbytes", reason="quantises the target; has a build for the CPU")
-    make_target("qwen3-7m", "cpu", torch.bfloat16).save_pretrained(tmp_path)
+    scaling.make_target("qwen3-7m", "cpu", torch.bfloat16).save_pretrained(tmp_path)
     options = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
     target = FrozenTarget.load(tmp_path, tokenizer=make_tokenizer(), init_kwargs=options)
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in target.causal_lm.state_dict().values()
     }
-    computed = quantised_bytes(make_target("qwen3-7m", "meta", torch.bfloat16))
+    computed = quantised_bytes(TARGETS["qwen3-7m"])
     assert 1.0 <= computed / sum(storages.values()) <= 1.05
 
 

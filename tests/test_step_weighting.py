@@ -120,7 +120,7 @@ def test_weighed_slots_give_the_loss_and_gradients_of_their_definition(exact_nor
     settings = {"accepted": StreamSettings("forward_kl", 1.0, 0.5)}
     result, actual = run(drafter, target, ids, blocks, settings, rules)
     assert_close(actual, plain(drafter, target, ids, blocks, settings, rules), 1e-10)
-    num_slots = result.sums["slots/accepted"][0]
+    num_slots = result.sums.read()["slots/accepted"][0]
     assert (num_slots < blocks.is_accepted.sum()) == rules.is_until_fail and num_slots >= 12
     assert actual[0] != run(drafter, target, ids, blocks, settings, OFF)[1][0]
 
@@ -138,7 +138,7 @@ def test_until_fail_keeps_the_slots_that_replay_keeps(case):
     result, actual = run(drafter, target, ids, blocks, settings, UNTIL_FAIL)
     expected, by_hand = run(drafter, target, ids, until_fail, settings, OFF, sums=sums)
     assert actual[0] == by_hand[0] and all(torch.equal(actual[1][n], by_hand[1][n]) for n in actual[1])
-    assert result.sums == expected.sums
+    assert result.sums.read() == expected.sums.read()
 
 
 def test_without_rules_nothing_is_scored(monkeypatch):

@@ -39,8 +39,7 @@ def redraft(
     """
     with drafter.evaluating():
         walk = ReplayWalk(target, drafter, text, settings, keys, chunk_bytes, reading)
-        walk.draft(anchors)
-        return walk.rollout(anchors)
+        return walk.draft_at(anchors)
 
 
 def random_anchors(rollout: Rollout, keys: DrawKeys) -> torch.Tensor:

@@ -37,7 +37,7 @@ class OneTokenTrainer(DraftOPDTrainer):
     @staticmethod
     def _step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
-        blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids)
+        blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).padded()
         hidden = run_blocks(
             drafter, reading.features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed
         )
@@ -103,7 +103,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
             replace(self._drafting, keep_branch_hidden=False),
             keys,
             segment_length=self.segment_length,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
         return redraft(
@@ -113,7 +113,7 @@ class RandomAnchorsTrainer(DraftOPDTrainer):
             random_anchors(chain, keys),
             self._drafting,
             keys,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
 
@@ -138,7 +138,7 @@ class StaleAnchorsTrainer(DraftOPDTrainer):
                 pad_sequence([known[name] for name in names], batch_first=True, padding_value=-1),
                 self._drafting,
                 DrawKeys(self.args.seed, epoch, text.sample_ids),
-                chunk_bytes=self.args.loss_chunk_bytes,
+                chunk_bytes=self._chunk_bytes,
                 reading=reading,
             )
         rollout = super()._walk(drafter, text, epoch, reading)

@@ -13,15 +13,12 @@ from benchmarks import peers
 from benchmarks.arms import Arm, Curve, Report, assert_equal, median_seconds, paired_ratio, time_in_turns
 from benchmarks.counters import HeadRows, flops, peak_bytes
 from benchmarks.reference.loss import full_loss
-from trl_draft_opd import DraftSFTConfig
-from trl_draft_opd.losses import Head, chunked_divergence
+from trl_draft_opd.losses import Head, chunked_divergence, default_chunk_bytes
 
 
 VOCAB, HIDDEN = 151_936, 256
 # Asked: peak over the bytes of all float32 logits at 2,048 rows; time over the bare products in the same chunks.
 REACH_PEAK, REACH_PEAK_ROWS, REACH_TIME = 0.06, 2048, 1.6
-# The trainers' own default.
-CHUNK_BYTES = DraftSFTConfig.__dataclass_fields__["loss_chunk_bytes"].default
 
 
 class Problem:
@@ -58,7 +55,7 @@ class Problem:
         named = dict(zip(("hidden gradient", "head gradient"), grads, strict=False))
         return {"loss": loss.detach()} | named
 
-    def ours(self, chunk_bytes: int = CHUNK_BYTES) -> dict[str, torch.Tensor]:
+    def ours(self) -> dict[str, torch.Tensor]:
         """Run `chunked_divergence` as the trainers do."""
         losses = chunked_divergence(
             self.hidden,
@@ -70,7 +67,7 @@ class Problem:
             weights_N=self.row_weights,
             loss_type="forward_kl",
             draft_token_ids=None,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=default_chunk_bytes(self.hidden.device),
         )
         return self._differentiate(losses.total)
 
@@ -89,10 +86,10 @@ class Problem:
         return self._differentiate(loss)
 
     def speculators(self) -> dict[str, torch.Tensor]:
-        """Run speculators' eager loss over full logits, made as its models make them."""
+        """Run speculators' loss over full logits, made as its models make them."""
         with torch.no_grad():
             targets = (self.target_hidden @ self.target_weight.T)[self.target_rows]
-        rows = peers.eager_kl((self.hidden @ self.weight.T)[None], targets[None])[0]
+        rows = peers.forward_kl((self.hidden @ self.weight.T)[None], targets[None])[0]
         return self._differentiate((rows * self.row_weights).sum())
 
     def bare_products(self, chunks: list[int], target_chunks: list[int]) -> dict[str, torch.Tensor]:
@@ -140,7 +137,7 @@ def equality(args: argparse.Namespace, report: Report, vocab: int) -> None:
         problem = Problem(args, rows, vocab, trains_head=trains_head)
         arms = [Arm("ours", problem.ours), Arm("full logits", problem.reference)]
         if peers.has_speculators(report):
-            arms.append(Arm("speculators eager", problem.speculators))
+            arms.append(Arm("speculators", problem.speculators))
         assert_equal(arms, rtol=1e-4, atol=1e-5)
         for arm in arms:
             peak = peak_bytes(arm.run)

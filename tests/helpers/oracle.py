@@ -6,7 +6,7 @@ Knows the target alone; how a drafter drafts is replaced, so both rollout engine
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -40,35 +40,41 @@ def planted_drafts(truth: list[int], anchor: int, num_drafts: int, wrong_positio
 
 @dataclass(frozen=True)
 class PlantedState(DraftState):
-    """Blocks of planted drafts."""
+    """Blocks of planted drafts, at `(row, position)` each."""
 
-    anchors: torch.Tensor
+    places: list[tuple[int, int]]
 
 
 def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callable[[int], set[int]]) -> None:
     """Make live rollouts and replay draft along `truths`, wrong at the positions `wrong(row)` names."""
 
-    def at_slot(anchors, slot):
-        drafts = [
-            [planted_drafts([*truth, *[0] * slot], anchor, slot, wrong(row))[-1] for anchor in anchors[row].tolist()]
-            for row, truth in enumerate(truths)
-        ]
+    def at_slot(places, slot):
+        drafts = []
+        for row, anchor in places:
+            # A truth may end before the last slot of an anchor near its end.
+            truth = [*truths[row], *[0] * (anchor + slot - len(truths[row]) + 1)]
+            drafts.append(planted_drafts(truth, anchor, slot, wrong(row))[-1])
         # The hidden state is the draft itself; the head below turns it into logits.
-        return PlantedState(slot, torch.tensor(drafts, dtype=torch.float32)[..., None], None, anchors)
-
-    def begin(context, anchors, anchor_tokens, num_drafts, embed):
-        # Padding repeats an early anchor; anchors near a truth's end are asked for fewer slots.
-        return at_slot(torch.stack([anchors[row].clamp(1, len(truth) - 1) for row, truth in enumerate(truths)]), 1)
+        return PlantedState(slot, torch.tensor([drafts], dtype=torch.float32)[..., None], None, places)
 
     def advance(state, tokens, columns=None):
-        anchors = state.anchors if columns is None else state.anchors.gather(1, columns.clamp(min=0))
-        return at_slot(anchors, state.slot + 1)
+        places = state.places if columns is None else [state.places[column] for column in columns[0].tolist()]
+        return at_slot(places, state.slot + 1)
 
     def draft_logits(hidden, project):
         return one_hot(hidden[..., 0].long(), VOCAB).float()
 
     def planted(method):
         def run(walk, *args):
+            def begin(context, anchors, anchor_tokens, num_drafts, embed):
+                rows = walk.rows[anchors[0]].tolist()
+                places = list(zip(rows, walk.positions[anchors[0]].tolist(), strict=True))
+                first = at_slot(places, 1)
+                if drafter.reads_drafts:
+                    return first
+                hidden = [at_slot(places, slot).hidden for slot in range(1, num_drafts + 1)]
+                return replace(first, block_hidden=torch.stack(hidden, dim=2))
+
             # Only while it is replayed: what is trained is the drafter itself.
             with pytest.MonkeyPatch.context() as patch:
                 for own in (begin, advance, draft_logits):

@@ -69,5 +69,4 @@ def draft_at(target, drafter, text, anchors, options):
     """Draft at given anchors of a text, along it."""
     keys = DrawKeys(options.seed, options.epoch, text.sample_ids)
     walk = ReplayWalk(target, drafter.eval(), text, options.drafting, keys, options.chunk_bytes, None)
-    walk.draft(anchors)
-    return walk.rollout(anchors)
+    return walk.draft_at(anchors)

@@ -31,18 +31,25 @@ Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = dr
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .attention import AttentionPlan
+from .packing import BlockPacking
 from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, check_tensors_fit, read_drafter_config, read_drafter_tensors
 from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
+
+# Slots that are drafted at once, unless a caller says otherwise: the states of a pass are kept for its backward pass.
+SLOTS_PER_PASS = 2**16
 
 Result = TypeVar("Result")
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -52,31 +59,51 @@ Project = Callable[[torch.Tensor], torch.Tensor]
 @dataclass
 class DraftContext:
     """
-    What a drafter keeps of the committed text: entry `i` belongs to position `i` of its row.
+    What a drafter keeps of the committed text: one entry per token of a row, which holds one text, or several packed
+    end to end.
 
-    A block at anchor `a` sees the entries before `a` only; entries at or behind it may hold anything finite, so
-    rejected drafts are rolled back by being overwritten.
+    A block at anchor `a` sees the entries of its own text before `a` only; entries at or behind it may hold anything
+    finite, so rejected drafts are rolled back by being overwritten.
 
     Attributes:
         keys (`list[torch.Tensor]`): One `(B, kv_heads, L, head_dim)` tensor per drafter layer, positions rotated in.
         values (`list[torch.Tensor]`): As `keys`.
         fused (`torch.Tensor` or `None`):
             `(B, L, H)`, the fused target features (EAGLE-3); `None` for families that do not read them.
+        starts (`torch.LongTensor` of shape `(B, L)`, *optional*):
+            Index of the entry at which each entry's own text starts; `None` if every row is one text.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     fused: torch.Tensor | None
+    starts: torch.Tensor | None = None
+
+    def firsts(self, anchors: torch.Tensor) -> torch.Tensor | None:
+        """Return the index at which the text of each anchor starts, in the shape of `anchors`; `None` if all are 0."""
+        # The entry before an anchor is of its text, and there even if the text ends with it.
+        return None if self.starts is None else self.starts.gather(1, anchors.clamp(min=1) - 1)
+
+    def place_blocks(self, anchors: torch.Tensor) -> tuple[BlockPacking, AttentionPlan]:
+        """
+        Return the packing of blocks at `anchors` (`(B, A)`), and the plan of what they see. Where texts are packed,
+        there is no padding among the anchors.
+        """
+        packing = BlockPacking(anchors >= 1, is_whole=self.starts is not None)
+        return packing, AttentionPlan(anchors.clamp(min=1), self.firsts(anchors))
 
     def extended(self, capacity: int) -> "DraftContext":
-        """Return a copy whose buffers hold `capacity` positions; the new ones are zero."""
+        """Return a copy whose buffers hold `capacity` entries; the new ones are zero and of the text before them."""
 
         def pad(tensor: torch.Tensor, dim: int) -> torch.Tensor:
             shape = list(tensor.shape)
             shape[dim] = capacity - shape[dim]
             return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
-        return self._map(pad)
+        def prolong(starts: torch.Tensor) -> torch.Tensor:
+            return torch.cat([starts, starts[:, -1:].expand(-1, capacity - starts.shape[1])], dim=1)
+
+        return replace(self._map(pad), starts=None if self.starts is None else prolong(self.starts))
 
     def rows(self, index: torch.Tensor) -> "DraftContext":
         """Return the context of the rows in `index`."""
@@ -92,16 +119,19 @@ class DraftContext:
             keys=[change(key, 2) for key in self.keys],
             values=[change(value, 2) for value in self.values],
             fused=None if self.fused is None else change(self.fused, 1),
+            starts=None if self.starts is None else change(self.starts, 1),
         )
 
     def write(self, entries: "DraftContext", position_ids: torch.Tensor) -> None:
-        """Overwrite the entries at `position_ids` (`(B, n)`) in place; inference only."""
+        """Overwrite the entries at index `position_ids` (`(B, n)`) in place; inference only."""
         rows = torch.arange(position_ids.shape[0], device=position_ids.device)[:, None]
         for own, new in zip(self.keys + self.values, entries.keys + entries.values, strict=True):
             # Advanced indices around the head dimension put (row, position) first.
             own[rows, :, position_ids] = new.transpose(1, 2)
         if self.fused is not None and entries.fused is not None:
             self.fused[rows, position_ids] = entries.fused
+        if self.starts is not None and entries.starts is not None:
+            self.starts[rows, position_ids] = entries.starts
 
 
 @dataclass(frozen=True)
@@ -199,7 +229,7 @@ class Drafter(PreTrainedModel):
             target_features (`torch.Tensor` of shape `(B, n, F)`):
                 Outputs of the tapped target layers, concatenated in ascending layer order.
             next_ids (`torch.LongTensor` of shape `(B, n)`): The token that follows each position (EAGLE-3 reads it).
-            position_ids (`torch.LongTensor` of shape `(B, n)`): Position of each entry in its row.
+            position_ids (`torch.LongTensor` of shape `(B, n)`): Position of each entry in its text.
             embed (`Callable`): The target's embedding, token ids to `(..., H)`.
         """
 
@@ -217,7 +247,8 @@ class Drafter(PreTrainedModel):
 
         Args:
             context (`DraftContext`): Entries for every position before the largest anchor.
-            anchors (`torch.LongTensor` of shape `(B, A)`): Position of each anchor; entries below 1 are padding.
+            anchors (`torch.LongTensor` of shape `(B, A)`):
+                Index of each anchor in its row; entries below 1 are padding. Never the first token of a text.
             anchor_tokens (`torch.LongTensor` of shape `(B, A)`): Token at each anchor.
             num_drafts (`int`): K, at least 1 and at most `max_drafts`.
             embed (`Callable`): The target's embedding.
@@ -254,12 +285,24 @@ class Drafter(PreTrainedModel):
         probs[..., token_ids] = draft_probs
         return probs
 
-    def encode_text(self, target_features: torch.Tensor, input_ids: torch.Tensor, embed: Embed) -> DraftContext:
-        """Return the context of whole texts: features `(B, L, F)` of right-padded ids `(B, L)`."""
+    def encode_text(
+        self,
+        target_features: torch.Tensor,
+        input_ids: torch.Tensor,
+        embed: Embed,
+        starts: torch.Tensor | None = None,
+    ) -> DraftContext:
+        """
+        Return the context of whole texts: features `(B, L, F)` of right-padded ids `(B, L)`, or of texts packed end to
+        end, whose `starts` (`(B, L)`) say where the text of each token begins.
+        """
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        # The last entry has no next token; it lies before no anchor, so whatever it holds is never seen.
+        if starts is not None:
+            position_ids = position_ids - starts
+        # The last entry of a text has no next token, and takes what follows in the row. It lies before no anchor of
+        # its own text, and before the first entry of the next one, so whatever it holds is never seen.
         next_ids = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)
-        return self.encode_context(target_features, next_ids, position_ids, embed)
+        return replace(self.encode_context(target_features, next_ids, position_ids, embed), starts=starts)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -340,26 +383,46 @@ def run_blocks(
     anchors: torch.Tensor,
     drafts: torch.Tensor,
     embed: Embed,
+    starts: torch.Tensor | None = None,
+    blocks_per_pass: int | None = None,
 ) -> torch.Tensor:
     """
     Run blocks from many anchors of each sequence along recorded drafts, with gradient.
 
     Args:
         target_features (`torch.Tensor` of shape `(B, L, F)`): The target's features of the committed text.
-        input_ids (`torch.LongTensor` of shape `(B, L)`): The committed text, right-padded.
+        input_ids (`torch.LongTensor` of shape `(B, L)`): The committed text, right-padded or packed.
         anchors (`torch.LongTensor` of shape `(B, A)`): Anchors, 1..L-1; entries below 1 are padding.
         drafts (`torch.LongTensor` of shape `(B, A, K)`): Recorded drafts, which later slots read.
+        starts (`torch.LongTensor` of shape `(B, L)`, *optional*):
+            Where the text of each token begins, if a row holds several. There is no padding among `anchors` then.
+        blocks_per_pass (`int`, *optional*):
+            Most blocks of a row drafted at once. More are drafted in several passes over the same context, each
+            computed again in the backward pass, so that memory is that of one. By default as many as have
+            `SLOTS_PER_PASS` slots.
 
     Returns:
         `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.
     """
-    context = drafter.encode_text(target_features, input_ids, embed)
-    num_drafts = drafts.shape[-1]
-    state = drafter.begin(context, anchors, input_ids.gather(1, anchors.clamp(min=1)), num_drafts, embed)
-    if state.block_hidden is not None:
-        return state.block_hidden
-    hidden = [state.hidden]
-    for slot in range(1, num_drafts):
-        state = drafter.advance(state, drafts[:, :, slot - 1])
-        hidden.append(state.hidden)
-    return torch.stack(hidden, dim=2)
+    context = drafter.encode_text(target_features, input_ids, embed, starts)
+    tokens = input_ids.gather(1, anchors.clamp(min=1))
+
+    def run(anchors: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        state = drafter.begin(context, anchors, tokens, drafts.shape[-1], embed)
+        if state.block_hidden is not None:
+            return state.block_hidden
+        hidden = [state.hidden]
+        for slot in range(1, drafts.shape[-1]):
+            state = drafter.advance(state, drafts[:, :, slot - 1])
+            hidden.append(state.hidden)
+        return torch.stack(hidden, dim=2)
+
+    num_blocks, per_pass = anchors.shape[1], blocks_per_pass or max(1, SLOTS_PER_PASS // drafts.shape[-1])
+    if num_blocks <= per_pass:
+        return run(anchors, tokens, drafts)
+    # Of equal size: one small remainder would take as many launches as the others.
+    num_passes = -(-num_blocks // per_pass)
+    passes = zip(*(each.tensor_split(num_passes, dim=1) for each in (anchors, tokens, drafts)), strict=True)
+    # There is no dropout whose draws would have to be repeated.
+    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*part) for part in passes], dim=1)

@@ -78,12 +78,15 @@ class BlockPacking:
 
     Args:
         is_block (`torch.BoolTensor` of shape `(B, A)`): Whether an entry is a block.
+        is_whole (`bool`): Whether all are known to be blocks; else they are counted, which waits for the device.
     """
 
-    def __init__(self, is_block: torch.Tensor):
+    def __init__(self, is_block: torch.Tensor, is_whole: bool = False):
         self.shape = tuple(is_block.shape)
-        index = is_block.flatten().nonzero()[:, 0]
-        self.index = None if len(index) == is_block.numel() else index
+        self.index = None
+        if not is_whole:
+            index = is_block.flatten().nonzero()[:, 0]
+            self.index = None if len(index) == is_block.numel() else index
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Turn `(B, A, ...)` into `(N, ...)`."""

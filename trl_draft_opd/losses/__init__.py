@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Losses: divergences row by row, their chunked form from hidden states, and the weights of rows."""
 
-from .chunked import Head, LabelScores, RowLosses, chunked_divergence, score_labels
+from .budget import default_chunk_bytes
+from .chunked import LabelScores, RowLosses, chunked_divergence, score_labels
 from .divergences import LOSS_TYPES, divergence
+from .heads import Head
 from .weights import d_pace_weights, mark_until_fail, position_weights, stream_scale
 
 
@@ -13,6 +15,7 @@ __all__ = [
     "RowLosses",
     "chunked_divergence",
     "d_pace_weights",
+    "default_chunk_bytes",
     "divergence",
     "mark_until_fail",
     "position_weights",

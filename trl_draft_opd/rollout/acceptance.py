@@ -103,6 +103,16 @@ def choose_tokens(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If shapes differ, a uniform is outside `[0, 1)`, or a row has no finite positive mass.
     """
+    tokens = draw_tokens(probs, uniforms)
+    if (tokens < 0).any():
+        raise ValueError(f"{int((tokens < 0).sum())} rows lack positive mass (NaN logits?) or a uniform in [0, 1).")
+    return tokens
+
+
+def draw_tokens(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """
+    Draw as [`choose_tokens`] does, -1 where a row cannot be drawn from: the host need not wait for a check.
+    """
     _check_shape("uniforms", uniforms, probs.shape[:-1])
     # In float32, a running sum over 150k tokens is off by more than a rare token's probability.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
@@ -110,9 +120,7 @@ def choose_tokens(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulative.masked_fill_(~(probs > 0), -1.0)
     is_behind = cumulative > (uniforms.double() * cumulative.amax(dim=-1)).unsqueeze(-1)
     is_drawable = is_behind.any(dim=-1) & (uniforms >= 0)  # none lies behind u >= 1, or behind NaN
-    if not is_drawable.all():
-        raise ValueError(f"{int((~is_drawable).sum())} rows lack positive mass (NaN logits?) or a uniform in [0, 1).")
-    return is_behind.to(torch.uint8).argmax(dim=-1)  # the first maximum
+    return torch.where(is_drawable, is_behind.to(torch.uint8).argmax(dim=-1), -1)  # the first maximum
 
 
 def count_accepted(drafts_BK: torch.Tensor, target_choices_BK: torch.Tensor) -> torch.Tensor:
@@ -250,10 +258,11 @@ def sample_posterior(
             Slots at or before the text's last token. Acceptance stops at the first slot outside.
 
     Returns:
-        `tuple` of two `torch.LongTensor`: drafts of shape `(B, K)`; accepted drafts `0..K` of shape `(B,)`.
+        `tuple` of two `torch.LongTensor`: drafts of shape `(B, K)`; accepted drafts `0..K` of shape `(B,)`. Drafts are
+        -1, and not accepted, where none can be drawn (NaN), or `p(y) = 0` inside the text: the host need not wait.
 
     Raises:
-        ValueError: If shapes disagree, or `p(y) = 0` inside the text.
+        ValueError: If shapes disagree.
     """
     _check_shape("is_in_text_BK", is_in_text_BK, committed_BK.shape)
     _check_shape("draft_probs_BKV", draft_probs_BKV, (*committed_BK.shape, draft_probs_BKV.shape[-1]))
@@ -261,15 +270,16 @@ def sample_posterior(
     _check_shape("accept_uniforms_BK", accept_uniforms_BK, committed_BK.shape)
     readable_BK = committed_BK.masked_fill(~is_in_text_BK, 0)  # ids outside the text need not be in the vocabulary
     target_prob_BK = _at(target_probs_BKV, readable_BK)
-    _check_possible("target_probs_BKV", (target_prob_BK > 0) | ~is_in_text_BK, "Refuse the responses of these rows.")
-    is_kept_BK = is_in_text_BK & (accept_uniforms_BK * target_prob_BK < _at(draft_probs_BKV, readable_BK))
+    is_possible_BK = (target_prob_BK > 0) | ~is_in_text_BK
+    is_below_BK = accept_uniforms_BK * target_prob_BK < _at(draft_probs_BKV, readable_BK)
+    is_kept_BK = is_in_text_BK & is_possible_BK & is_below_BK
     is_accepted_BK = is_kept_BK.cumprod(dim=-1).bool()
     is_refused_BK = is_in_text_BK & ~is_kept_BK & ((~is_kept_BK).cumsum(dim=-1) == 1)  # the first miss alone
     distribution_BKV = residual_probs(draft_probs_BKV, target_probs_BKV).where(
         is_refused_BK.unsqueeze(-1), draft_probs_BKV
     )
-    drafts_BK = torch.where(is_accepted_BK, committed_BK, choose_tokens(distribution_BKV, draft_uniforms_BK))
-    return drafts_BK, is_accepted_BK.sum(dim=-1)
+    drawn_BK = draw_tokens(distribution_BKV, draft_uniforms_BK).where(is_possible_BK, -1)
+    return torch.where(is_accepted_BK, committed_BK, drawn_BK), is_accepted_BK.sum(dim=-1)
 
 
 def settle_blocks(

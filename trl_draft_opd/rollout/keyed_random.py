@@ -42,7 +42,8 @@ class DrawKeys:
         Return one number in [0, 1) per draw, or per draw and slot.
 
         Args:
-            rows (`Sequence[int]` or `torch.LongTensor` of shape `(B,)`): Indices into `sample_ids`, one per draw.
+            rows (`Sequence[int]` or `torch.LongTensor` of shape `(B,)`, on the host):
+                Indices into `sample_ids`, one per draw.
             anchors (`torch.LongTensor` of shape `(B,)`): Position of each draw.
             slots (`int` or `torch.LongTensor` of shape `(S,)`): Slots to draw for.
             purpose (`int`): One of this module's constants.
@@ -50,7 +51,7 @@ class DrawKeys:
         Returns:
             `torch.DoubleTensor` of shape `(B,)`, or `(B, S)` for a tensor of slots, on the device of `anchors`.
         """
-        sample_ids = torch.tensor(list(self.sample_ids), device=anchors.device)[rows]
+        sample_ids = torch.tensor(list(self.sample_ids))[rows].to(anchors.device, non_blocking=True)
         if isinstance(slots, torch.Tensor):
             sample_ids, anchors = sample_ids[:, None], anchors[:, None]
         return keyed_uniforms(self.seed, self.epoch, sample_ids, anchors, slots, purpose)
@@ -75,7 +76,8 @@ def keyed_uniforms(
     Returns:
         `torch.DoubleTensor` of the broadcast shape, in [0, 1).
     """
-    key = torch.zeros((), dtype=torch.long, device=anchors.device)
+    # Numbers are mixed on the host; the first tensor takes the key to its own device.
+    key = torch.zeros((), dtype=torch.long)
     for value in (seed, epoch, sample_ids, anchors, slot, purpose):
         key = _mix((key + _GOLDEN) ^ value)
     return _shift_right(key, 11).double() * 2.0**-53

@@ -6,7 +6,11 @@ Given the text, the chain of anchors is a function of the drafter (and, where dr
 anchor and slot). So every response is cut into segments that are walked in parallel: two walks that meet at an anchor
 are the same from there on, and the chain is read off the finished table. Knows nothing of losses or trainers.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, N = hidden rows
+The rows lie end to end, and a block is named by its place: the index of its anchor among all tokens. Where to draft
+next is decided on the host, which reads the device once per group of judged slots and at no other time.
+
+Shape letters:  B = sequences, L = text length, T = tokens of all texts, A = blocks per sequence, K = drafts per block,
+                N = blocks drafted together, M = slots judged together, H = hidden size
 """
 
 from collections.abc import Sequence
@@ -15,14 +19,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..drafters.base import Drafter
+from ..drafters.base import Drafter, DraftState
 from ..target.branches import score_branches
 from ..target.frozen import FrozenTarget
 from ..target.reading import TextReading
-from .acceptance import sample_posterior, settle_blocks, token_probs
-from .drafting import DraftingSettings, choose_drafts
+from .acceptance import draw_tokens, sample_posterior, settle_blocks, token_probs
+from .drafting import DraftingSettings
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
-from .types import Rollout, pack_columns, response_ends
+from .types import Rollout, response_ends
+
+
+# A card reads the head's weight once per product, which takes it as long as some 230 rows (its FLOPs over its bytes a
+# second); launches and the host's wait are another 70. Up to about twice that, rows in vain cost less than one more wait.
+ROWS_AT_ONCE = 640
+# For the same reason a card drafts this many blocks in little more time than one.
+BLOCKS_AT_ONCE = 32
+# Tokens of the blocks that are drafted in one forward, so that its activations are bounded.
+TOKENS_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,10 @@ def rollout_replay(
 
 
 class ReplayWalk:
-    """By position, the accepted drafts and the first refused draft of each block that was drafted so far."""
+    """
+    What became of every block that was drafted so far, by place: `accepted` (-1 where none was drafted) and the first
+    refused draft, both on the host.
+    """
 
     def __init__(
         self,
@@ -89,218 +105,360 @@ class ReplayWalk:
     ):
         self.target, self.drafter, self.text, self.settings, self.keys = target, drafter, text, settings, keys
         self.chunk_bytes = chunk_bytes
-        ids = text.input_ids
-        keys.check_rows(len(ids))
+        keys.check_rows(len(text.input_ids))
         if settings.keep_branch_hidden:
             target.require_rollback()  # Before the work, not after it.
         if reading is None:
+            layer_ids = drafter.config.target_layer_ids
             reading = target.read_text(
-                ids, text.attention_mask, drafter.config.target_layer_ids, keep_cache=settings.keep_branch_hidden
+                text.input_ids, text.attention_mask, layer_ids, keep_cache=settings.keep_branch_hidden
             )
-        self.reading, self.states = reading, reading.padded()
-        self.context = drafter.encode_text(self.states.features.to(drafter.device), ids, target.embed)
-        self.ends = response_ends(text.completion_mask)
-        self.accepted = torch.full_like(ids, -1)
-        self.refused_drafts = torch.zeros_like(ids)
+        self.reading, packing = reading, reading.packing
+        self.ids = packing.pack(text.input_ids)
+        features, starts = reading.features.to(drafter.device), packing.starts[packing.rows]
+        self.context = drafter.encode_text(features[None], self.ids[None], target.embed, starts[None])
+        # On the host, by row (B,) and by place (T,).
+        lengths, mask = torch.tensor(packing.lengths), text.completion_mask.cpu()
+        self.starts = lengths.cumsum(dim=0) - lengths
+        self.rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+        self.positions = torch.arange(len(self.rows)) - self.starts[self.rows]
+        self.is_written = mask[self.rows, self.positions]
+        self.ends = response_ends(mask)[self.rows, self.positions] + self.starts[self.rows]
+        self.accepted = torch.full_like(self.ends, -1)
+        self.refused_drafts = torch.zeros_like(self.ends)
         self.is_refused_row = self._find_impossible_rows()
         # Where a slot reads no draft, a block's suffix needs only the head once its fate is known.
         self.suffixes = None
         if settings.keep_branch_hidden and not drafter.reads_drafts:
-            self.suffixes = ids.new_zeros(*ids.shape, settings.num_drafts)
+            self.suffixes = self.ids.new_zeros(len(self.ids), settings.num_drafts)
 
     def _find_impossible_rows(self) -> Tensor:
         """Return the rows holding a token of probability 0 under the distribution of the text, `(B,)`."""
-        ids, is_written = self.text.input_ids, self.text.completion_mask
-        is_refused = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        if not self.settings.draws_drafts:
+        is_refused = torch.zeros(len(self.starts), dtype=torch.bool)
+        places = self.is_written.nonzero()[:, 0]
+        if not self.settings.draws_drafts or not len(places):
             return is_refused  # Argmax drafts are compared with the text; no probability is needed.
-        rows, positions = is_written.nonzero(as_tuple=True)
-        for part in self._parts(rows):
-            states = self.states.last_hidden[rows[part], positions[part] - 1]
-            distribution = token_probs(self.target.project(states), self.settings.sampling)
-            is_possible = distribution.gather(1, ids[rows[part], positions[part]][:, None])[:, 0] > 0
-            is_refused[rows[part][~is_possible]] = True
+        index, is_impossible = self._send(places), []
+        for part in self._parts(len(places)):
+            distribution = token_probs(
+                self.target.project(self.reading.last_hidden[index[part] - 1]), self.settings.sampling
+            )
+            is_impossible.append(~(distribution.gather(1, self.ids[index[part], None])[:, 0] > 0))
+        is_refused[self.rows[places[torch.cat(is_impossible).cpu()]]] = True
         return is_refused
+
+    # -- where to draft: on the host ----------------------------------------------------------------------------------
 
     def run(self, segment_length: int) -> None:
         """Draft from the start of every segment on, each walk until it meets an anchor that was drafted from."""
-        mask = self.text.completion_mask
-        index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        is_start = mask.clone()
-        is_start[:, 1:] &= ~mask[:, :-1]
-        start_of = torch.where(is_start, index, 0).cummax(dim=1).values
-        is_walker = (
-            mask & ~self.is_refused_row[:, None] & (index < self.ends) & ((index - start_of) % segment_length == 0)
-        )
-        columns, is_open = pack_columns(is_walker)
-        anchors = torch.where(is_open, columns, -1)
-        while anchors.numel():
-            self.draft(anchors)
-            safe = anchors.clamp(min=0)
-            following = torch.where(anchors >= 0, anchors + self.accepted.gather(1, safe) + 1, -1)
+        index = torch.arange(len(self.ends))
+        start_of = torch.where(self._is_start(), index, 0).cummax(dim=0).values
+        is_walker = self.is_written & (index < self.ends) & ~self.is_refused_row[self.rows]
+        walkers = (is_walker & ((index - start_of) % segment_length == 0)).nonzero()[:, 0]
+        is_passed = torch.zeros_like(is_walker)
+        is_passed[walkers] = True
+        while len(walkers):
+            self.draft(self._round(walkers))
+            walkers = self._follow(walkers, is_passed)
+
+    def _is_start(self) -> Tensor:
+        """Return whether a token is the first of a response, `(T,)`."""
+        is_start = self.is_written.clone()
+        is_start[1:] &= ~self.is_written[:-1] | (self.positions[1:] == 0)
+        return is_start
+
+    def _round(self, walkers: Tensor) -> Tensor:
+        """Return where to draft for walkers at open anchors: there, and where they may come next if that is free."""
+        num_ahead = blocks_ahead(len(walkers), self.ids.device.type)
+        places = walkers[:, None] + torch.arange(num_ahead)
+        places = places[places < self.ends[walkers, None]].unique()
+        return places[self.accepted[places] < 0]
+
+    def _follow(self, walkers: Tensor, is_passed: Tensor) -> Tensor:
+        """Move walkers on to anchors that were not drafted from, and return those; mark what they pass, `(T,)`."""
+        found = []
+        while len(walkers):
+            following = walkers + self.accepted[walkers] + 1
+            following = following[following < self.ends[walkers]].unique()
             # Two walks that meet continue as one.
-            following = following.sort(dim=1).values
-            following[:, 1:].masked_fill_(following[:, 1:] == following[:, :-1], -1)
-            place = following.clamp(0, mask.shape[1] - 1)
-            is_open = (following >= 0) & (following < self.ends.gather(1, place)) & mask.gather(1, place)
-            is_open &= self.accepted.gather(1, place) < 0
-            columns, is_open = pack_columns(is_open)
-            anchors = torch.where(is_open, following.gather(1, columns), -1)
+            following = following[~is_passed[following]]
+            is_passed[following] = True
+            is_open = self.accepted[following] < 0
+            found.append(following[is_open])
+            walkers = following[~is_open]
+        return torch.cat(found).sort().values
 
     def chain(self) -> Tensor:
-        """Read each response's chain off the table, `(B, A)` with -1 for padding."""
-        mask, ends = self.text.completion_mask.tolist(), self.ends.tolist()
-        accepted, is_refused = self.accepted.tolist(), self.is_refused_row.tolist()
-        chains = []
-        for row, is_written in enumerate(mask):
-            anchors: list[int] = []
-            for start in range(1, len(is_written)):
-                if is_written[start] and not is_written[start - 1] and not is_refused[row]:
-                    anchor, end = start, ends[row][start]
-                    while anchor < end:
-                        assert accepted[row][anchor] >= 0, "a walk covers every anchor of the chain"
-                        anchors.append(anchor)
-                        anchor += accepted[row][anchor] + 1
-            chains.append(torch.tensor(anchors, dtype=torch.long))
-        padded = torch.nn.utils.rnn.pad_sequence(chains, batch_first=True, padding_value=-1)
-        if padded.shape[1] == 0:
-            padded = torch.full((len(mask), 1), -1)
-        return padded.to(self.text.input_ids.device)
+        """Read each response's chain off the table, `(B, A)` positions with -1 for padding, on the host."""
+        accepted, ends, positions = self.accepted.tolist(), self.ends.tolist(), self.positions.tolist()
+        chains: list[list[int]] = [[] for _ in self.starts]
+        is_start = self._is_start() & ~self.is_refused_row[self.rows]
+        for start in is_start.nonzero()[:, 0].tolist():
+            place, chain = start, chains[self.rows[start]]
+            while place < ends[start]:
+                assert accepted[place] >= 0, "a walk covers every anchor of the chain"
+                chain.append(positions[place])
+                place += accepted[place] + 1
+        padded = torch.full((len(chains), max(1, *map(len, chains))), -1)
+        for row, chain in enumerate(chains):
+            padded[row, : len(chain)] = torch.tensor(chain, dtype=torch.long)
+        return padded
 
-    def draft(self, anchors: Tensor) -> None:
-        """Draft at `anchors` (`(B, A)`, -1 for padding) along the text up to each first refusal; fill the table."""
-        ids, num_drafts = self.text.input_ids, self.settings.num_drafts
-        columns, is_running = pack_columns((anchors >= 0) & ~self.is_refused_row[:, None])
-        current = torch.where(is_running, anchors.gather(1, columns), -1)
-        if not current.numel():
-            return
-        row_index = torch.arange(len(ids), device=ids.device)[:, None]
-        tokens = ids.gather(1, current.clamp(min=0))
-        state = self.drafter.begin(self.context, current, tokens, num_drafts, self.target.embed)
-        for slot in range(1, num_drafts + 1):
-            safe = current.clamp(min=0)
-            ends = self.ends.gather(1, safe)
-            # A block whose text has ended is censored: what it drafts from here on decides nothing.
-            is_running = is_running & (current + slot <= ends)
-            rows, places = row_index.expand_as(current)[is_running], safe[is_running]
-            drafts, is_kept = self._judge(state.hidden[is_running], rows, places, slot)
-            self.accepted[rows, places] = slot - 1 + is_kept.long()
-            self.refused_drafts[rows, places] = drafts
-            is_matched = torch.zeros_like(is_running).masked_scatter_(is_running, is_kept)
-            if self.suffixes is None:
-                is_continued = is_matched & (current + slot < ends)
+    # -- drafting -----------------------------------------------------------------------------------------------------
+
+    def draft_at(self, anchors: Tensor) -> Rollout:
+        """Draft at `anchors` (`(B, A)` positions of written tokens, -1 for padding) and return these blocks."""
+        anchors = anchors.cpu()
+        self.draft((self.starts[:, None] + anchors)[anchors >= 0])
+        return self.rollout(anchors)
+
+    def draft(self, places: Tensor) -> None:
+        """Draft at `places` (`(N,)`, on the host) along the text up to each first refusal; fill the table."""
+        for part in self._slices(places[~self.is_refused_row[self.rows[places]]]):
+            self._draft(part)
+
+    def _draft(self, places: Tensor) -> None:
+        num_drafts, rooms = self.settings.num_drafts, self.ends[places] - places
+        anchors, room = self._send(torch.stack([places, rooms]))
+        state, draws = self._begin(places, anchors)
+        uniforms = draws
+        # The blocks that are judged further: among `places` on the host, and on the device.
+        running, columns, slot = torch.arange(len(places)), None, 0
+        while True:
+            size = slots_at_once(len(running), num_drafts - slot, self.ids.device.type)
+            if state.block_hidden is None:
+                state, hidden = self._run_slots(state, anchors, size)
             else:
-                is_continued = current >= 0
-                is_free = is_continued & ~is_running
-                rows, places = row_index.expand_as(current)[is_free], safe[is_free]
-                self.suffixes[rows, places, slot - 1] = self._choose(state.hidden[is_free], rows, places, slot)
-            if slot == num_drafts or not is_continued.any():
-                return
-            columns, is_block = pack_columns(is_continued)
-            tokens = ids.gather(1, (safe + slot).clamp(max=ids.shape[1] - 1)).gather(1, columns)
-            state = self.drafter.advance(state, tokens, torch.where(is_block, columns, -1))
-            current = torch.where(is_block, current.gather(1, columns), -1)
-            is_running = is_matched.gather(1, columns) & is_block
+                hidden = state.block_hidden[0, :, slot : slot + size]
+                hidden = hidden if columns is None else hidden.index_select(0, columns)
+            drafts, is_kept = self._judge(hidden, anchors, room, slot, uniforms)
+            kept = is_kept.long().cumprod(dim=1).sum(dim=1)
+            refused = drafts.gather(1, kept.clamp(max=size - 1)[:, None])[:, 0]
+            kept, refused = torch.stack([kept, refused]).cpu()
+            self._check_drawn(refused < 0, places[running])
+            self.accepted[places[running]] = slot + kept
+            self.refused_drafts[places[running]] = refused
+            slot += size
+            # A block whose text has ended is censored: what it drafts from here on decides nothing.
+            following = ((kept == size) & (slot < rooms[running])).nonzero()[:, 0]
+            if slot == num_drafts or not len(following):
+                break
+            running, picked = running[following], self._send(following)
+            anchors, room = anchors[picked], room[picked]
+            uniforms = None if uniforms is None else (uniforms[0][picked], uniforms[1][picked])
+            columns = picked if columns is None else columns[picked]
+            if state.block_hidden is None:
+                state = self.drafter.advance(state, self._tokens(anchors, slot), picked[None])
+        if self.suffixes is not None:
+            self._choose_suffixes(state, places, draws)
 
-    def _judge(self, hidden: Tensor, rows: Tensor, anchors: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        """Return the draft of `slot` at N blocks whose earlier drafts equal the text, and whether it is kept."""
-        committed = self.text.input_ids[rows, anchors + slot]
-        drafts, is_kept = torch.zeros_like(committed), torch.zeros_like(committed, dtype=torch.bool)
-        for part in self._parts(rows):
+    def _begin(self, places: Tensor, anchors: Tensor) -> tuple[DraftState, tuple[Tensor, Tensor] | None]:
+        """Begin a block at every anchor (on the host, and on the device) and return the uniforms of its slots too."""
+        num_drafts, tokens = self.settings.num_drafts, self.ids[anchors][None]
+        state = self.drafter.begin(self.context, anchors[None], tokens, num_drafts, self.target.embed)
+        if not self.settings.draws_drafts:
+            return state, None
+        slots = torch.arange(1, num_drafts + 1, device=anchors.device)
+        where = (self.rows[places], self._send(self.positions[places]), slots)
+        return state, (self.keys.uniforms(*where, REPLAY_ACCEPT), self.keys.uniforms(*where, REPLAY_DRAFT))
+
+    def _run_slots(self, state: DraftState, anchors: Tensor, size: int) -> tuple[DraftState, Tensor]:
+        """Run blocks along the text from the slot of `state` on; return states of `size` slots, `(N, M, H)`."""
+        hidden = [state.hidden[0]]
+        for _ in range(size - 1):
+            state = self.drafter.advance(state, self._tokens(anchors, state.slot))
+            hidden.append(state.hidden[0])
+        return state, torch.stack(hidden, dim=1)
+
+    def _tokens(self, anchors: Tensor, slot: int) -> Tensor:
+        """Return the text's token at a slot of each block, `(1, N)`; any token behind all texts."""
+        return self.ids[(anchors + slot).clamp(max=len(self.ids) - 1)][None]
+
+    def _judge(
+        self, hidden: Tensor, anchors: Tensor, room: Tensor, slot: int, uniforms: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Draft the slots behind `slot` of N blocks whose drafts up to there equal the text.
+
+        Returns:
+            `tuple` of drafts `(N, M)`, which are right up to the first that is not kept, and of whether each equals a
+            token of the block's text, which is `room` tokens long.
+        """
+        shape = hidden.shape[:2]
+        slots = torch.arange(slot + 1, slot + 1 + shape[1], device=anchors.device)
+        is_in_text = (slots <= room[:, None]).flatten()
+        places = (anchors[:, None] + slots).clamp(max=len(self.ids) - 1).flatten()
+        committed, hidden = self.ids[places], hidden.flatten(0, 1)
+        drafts, is_kept = torch.empty_like(committed), torch.empty_like(is_in_text)
+        if uniforms is not None:
+            accept_uniforms, draft_uniforms = (draws[:, slot : slot + shape[1]].flatten() for draws in uniforms)
+        for part in self._parts(len(places)):
             logits = self.drafter.draft_logits(hidden[part], self.target.project)
-            if not self.settings.draws_drafts:
+            if uniforms is None:
                 drafts[part] = self.drafter.to_target_ids(logits.argmax(dim=-1))
-                is_kept[part] = drafts[part] == committed[part]
+                is_kept[part] = (drafts[part] == committed[part]) & is_in_text[part]
                 continue
-            draft_distribution = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
-            states = self.states.last_hidden[rows[part], anchors[part] + slot - 1]
-            target_distribution = token_probs(self.target.project(states), self.settings.sampling).to(
-                draft_distribution
-            )
+            draft_probs = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
+            states = self.reading.last_hidden[places[part] - 1]
+            target_probs = token_probs(self.target.project(states), self.settings.sampling).to(draft_probs)
             chosen, accepted = sample_posterior(
                 committed[part, None],
-                draft_distribution[:, None],
-                target_distribution[:, None],
-                self.keys.uniforms(rows[part], anchors[part], slot, REPLAY_ACCEPT)[:, None],
-                self.keys.uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT)[:, None],
-                torch.ones_like(committed[part, None], dtype=torch.bool),
+                draft_probs[:, None],
+                target_probs[:, None],
+                accept_uniforms[part, None],
+                draft_uniforms[part, None],
+                is_in_text[part, None],
             )
             drafts[part], is_kept[part] = chosen[:, 0], accepted == 1
-        return drafts, is_kept
+        return drafts.view(shape), is_kept.view(shape)
 
-    def _choose(self, hidden: Tensor, rows: Tensor, anchors: Tensor, slot: int) -> Tensor:
-        """Return the draft of `slot` at each of N blocks from the drafter's own distribution."""
-        chosen, uniforms = torch.zeros_like(rows), None
-        for part in self._parts(rows):
-            logits = self.drafter.draft_logits(hidden[part], self.target.project)
-            if self.settings.draws_drafts:
-                uniforms = self.keys.uniforms(rows[part], anchors[part], slot, REPLAY_DRAFT)
-            draft_ids, _ = choose_drafts(logits, self.settings.sampling, uniforms)
-            chosen[part] = self.drafter.to_target_ids(draft_ids)
+    def _check_drawn(self, is_missing: Tensor, places: Tensor) -> None:
+        """Raise `ValueError` if a block misses a draft, which could not be drawn (-1)."""
+        if is_missing.any():
+            place = places[is_missing.cpu()][0]
+            raise ValueError(
+                f"No draft can be drawn for {int(is_missing.sum())} of {len(places)} blocks, the first of them at "
+                f"token {int(self.positions[place])} of row {int(self.rows[place])}: the drafter's logits are NaN, or "
+                "the text's token has probability 0. Check the drafter's weights, or leave this response out."
+            )
+
+    # -- drafts behind the first refusal ------------------------------------------------------------------------------
+
+    def _num_known(self, places: Tensor) -> Tensor:
+        """Return the slots that were decided: accepted drafts, which equal the text, and the first refused one."""
+        num_drafts, accepted = self.settings.num_drafts, self.accepted[places]
+        return torch.where(places + accepted == self.ends[places], accepted, accepted + 1).clamp(max=num_drafts)
+
+    def _choose_suffixes(self, state: DraftState, places: Tensor, uniforms: tuple[Tensor, Tensor] | None) -> None:
+        """Choose the drafts that were not decided of blocks whose states are all there."""
+        num_drafts = self.settings.num_drafts
+        is_free = torch.arange(1, num_drafts + 1) > self._num_known(places)[:, None]
+        index = is_free.flatten().nonzero()[:, 0]
+        here, there = self._send(torch.stack([index, places[index // num_drafts] * num_drafts + index % num_drafts]))
+        draws = None if uniforms is None else uniforms[1].flatten()
+        assert state.block_hidden is not None and self.suffixes is not None
+        self.suffixes.view(-1)[there] = self._choose(state.block_hidden[0].flatten(0, 1), here, draws)
+
+    def _draft_suffixes(self, places: Tensor, drafts: Tensor) -> None:
+        """Write what each block drafts behind its decided slots into `drafts` (`(N, K)`), slot by slot."""
+        num_known, num_drafts = self._num_known(places), self.settings.num_drafts
+        for part in self._slices((num_known < num_drafts).nonzero()[:, 0]):
+            index = self._send(part)
+            own, known = drafts[index], num_known[part]
+            state, uniforms = self._begin(places[part], self._send(places[part]))
+            for slot in range(1, num_drafts + 1):
+                if slot > 1:
+                    state = self.drafter.advance(state, own[None, :, slot - 2])
+                free = (known < slot).nonzero()[:, 0]
+                if len(free):
+                    free = self._send(free)
+                    draws = None if uniforms is None else uniforms[1][:, slot - 1]
+                    own[free, slot - 1] = self._choose(state.hidden[0], free, draws)
+            drafts[index] = own
+
+    def _choose(self, hidden: Tensor, index: Tensor, uniforms: Tensor | None) -> Tensor:
+        """Return a draft for each of the states (rows of `hidden`) in `index` from the drafter's own distribution."""
+        chosen = torch.empty_like(index)
+        for part in self._parts(len(index)):
+            logits = self.drafter.draft_logits(hidden[index[part]], self.target.project)
+            if uniforms is None:
+                chosen[part] = self.drafter.to_target_ids(logits.argmax(dim=-1))
+                continue
+            draft_ids = draw_tokens(token_probs(logits, self.settings.sampling), uniforms[index[part]])
+            chosen[part] = self.drafter.to_target_ids(draft_ids.clamp(min=0)).where(draft_ids >= 0, -1)
         return chosen
 
-    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return indices into `rows`, as many at a time as have logits that fit the budget."""
-        # Where drafts are drawn, a distribution and its cumulative sum live beside the logits.
-        row_bytes = (16 if self.settings.draws_drafts else 4) * self.target.vocab_size
-        return torch.arange(len(rows), device=rows.device).split(max(1, self.chunk_bytes // row_bytes))
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def rollout(self, anchors: Tensor) -> Rollout:
-        """Return the blocks at `anchors` (`(B, A)`), which have been drafted from, as a rollout."""
-        ids, num_drafts = self.text.input_ids, self.settings.num_drafts
+        """Return the blocks at `anchors` (`(B, A)`, on the host), which have been drafted from, as a rollout."""
+        num_drafts = self.settings.num_drafts
         anchors = anchors.masked_fill(self.is_refused_row[:, None], -1)
-        is_block, safe = anchors >= 0, anchors.clamp(min=0)
-        ends = torch.where(is_block, self.ends.gather(1, safe), safe)
-        raw_accepted = self.accepted.gather(1, safe).masked_fill(~is_block, 0)
-        outcome = settle_blocks(raw_accepted, safe, ends, num_drafts)
-        accepted, is_censored = outcome.accepted * is_block, outcome.is_censored & is_block
-        slots = torch.arange(1, num_drafts + 1, device=ids.device)
-        positions = (safe[..., None] + slots).clamp(max=ids.shape[1] - 1)
-        drafts = ids.gather(1, positions.flatten(1)).view_as(positions)
-        # What was decided in the walk: accepted drafts, which equal the text, and the first refused one.
-        num_known = torch.where(is_block, accepted + 1 - is_censored.long(), num_drafts).clamp(max=num_drafts)
-        refused = self.refused_drafts.gather(1, safe)[..., None]
-        drafts = torch.where(slots == accepted[..., None] + 1, refused, drafts)
+        is_block = anchors >= 0
+        index = is_block.flatten().nonzero()[:, 0]
+        places = (self.starts[:, None] + anchors)[is_block]
+        outcome = settle_blocks(self.accepted[places], places, self.ends[places], num_drafts)
+        drafts = self._drafts(places, outcome.accepted)
+
+        def spread(values: Tensor, empty: Tensor) -> Tensor:
+            """Turn values of the N blocks into `(B, A, ...)`."""
+            return empty.flatten(0, 1).index_copy_(0, index.to(empty.device), values).view_as(empty)
+
+        accepted, is_censored, is_counted = (
+            spread(values.long(), torch.zeros_like(anchors))
+            for values in (outcome.accepted, outcome.is_censored, outcome.is_counted)
+        )
+        # One upload for what was decided on the host.
+        anchors, accepted, is_censored, is_counted = self._send(
+            torch.stack([anchors, accepted, is_censored, is_counted])
+        )
+        drafts = spread(drafts, drafts.new_zeros(*anchors.shape, num_drafts))
         hidden, forwards_before = None, self.target.num_forwards
         if self.settings.keep_branch_hidden:
-            if self.suffixes is None:
-                drafts = self._draft_suffixes(anchors, drafts, num_known)
-            else:
-                suffixes = self.suffixes[torch.arange(len(ids), device=ids.device)[:, None], safe]
-                drafts = torch.where(slots > num_known[..., None], suffixes, drafts)
-            is_branch = (slots > accepted[..., None] + 1) & (is_block & ~is_censored)[..., None]
+            slots = torch.arange(1, num_drafts + 1, device=anchors.device)
+            is_branch = (slots > accepted[..., None] + 1) & ((anchors >= 0) & (is_censored == 0))[..., None]
             hidden = score_branches(self.target, self.reading, anchors, drafts, is_branch)
         return Rollout(
-            input_ids=ids,
+            input_ids=self.text.input_ids,
             attention_mask=self.text.attention_mask,
             completion_mask=self.text.completion_mask,
             anchors=anchors,
-            drafts=drafts * is_block[..., None],
+            drafts=drafts,
             accepted=accepted,
-            is_censored=is_censored,
-            is_counted=outcome.is_counted & is_block,
+            is_censored=is_censored.bool(),
+            is_counted=is_counted.bool(),
             branch_hidden=hidden,
             has_suffix=self.settings.keep_branch_hidden,
             num_refused=int(self.is_refused_row.sum()),
             num_target_forwards=1 + self.target.num_forwards - forwards_before,
         )
 
-    def _draft_suffixes(self, anchors: Tensor, drafts: Tensor, num_known: Tensor) -> Tensor:
-        """Return `drafts` with what each block drafts behind its `num_known` decided slots."""
-        num_drafts, drafts = drafts.shape[-1], drafts.clone()
-        columns, is_open = pack_columns((anchors >= 0) & (num_known < num_drafts))
-        if not columns.numel():
-            return drafts
-        row_index = torch.arange(len(anchors), device=anchors.device)[:, None].expand_as(columns)
-        current = torch.where(is_open, anchors.gather(1, columns), -1)
-        known = num_known.gather(1, columns)
-        tokens = self.text.input_ids.gather(1, current.clamp(min=0))
-        state = self.drafter.begin(self.context, current, tokens, num_drafts, self.target.embed)
-        for slot in range(1, num_drafts + 1):
-            if slot > 1:
-                state = self.drafter.advance(state, drafts[row_index, columns, slot - 2])
-            is_free = is_open & (slot > known)
-            if is_free.any():
-                rows, blocks = row_index[is_free], columns[is_free]
-                drafts[rows, blocks, slot - 1] = self._choose(state.hidden[is_free], rows, current[is_free], slot)
+    def _drafts(self, places: Tensor, accepted: Tensor) -> Tensor:
+        """Return the drafts of blocks at `places`, `(N, K)`: decided ones, and behind them those of the suffixes."""
+        num_drafts = self.settings.num_drafts
+        anchors, accepted, refused, known = self._send(
+            torch.stack([places, accepted, self.refused_drafts[places], self._num_known(places)])
+        )
+        slots = torch.arange(1, num_drafts + 1, device=anchors.device)
+        # Accepted drafts equal the text, and a censored block knows no other.
+        drafts = self.ids[(anchors[:, None] + slots).clamp(max=len(self.ids) - 1)]
+        is_refused = (slots == known[:, None]) & (known > accepted)[:, None]
+        drafts = torch.where(is_refused, refused[:, None], drafts)
+        if self.suffixes is not None:
+            drafts = torch.where(slots > known[:, None], self.suffixes[anchors], drafts)
+        elif self.settings.keep_branch_hidden:
+            self._draft_suffixes(places, drafts)
+        if self.settings.draws_drafts and self.settings.keep_branch_hidden:
+            self._check_drawn((drafts < 0).any(dim=1), places)
         return drafts
+
+    # -- sizes --------------------------------------------------------------------------------------------------------
+
+    def _send(self, values: Tensor) -> Tensor:
+        """Copy values of the host to the device of the text, without waiting for it."""
+        return values.to(self.ids.device, non_blocking=True)
+
+    def _slices(self, values: Tensor) -> list[Tensor]:
+        """Split a list of blocks into parts that are drafted one after the other."""
+        tokens_at_once = 1 if self.drafter.reads_drafts else self.settings.num_drafts + 1
+        return [part for part in values.split(max(1, TOKENS_AT_ONCE // tokens_at_once)) if len(part)]
+
+    def _parts(self, num_rows: int) -> list[slice]:
+        """Return slices of rows, as many at a time as have logits that fit the budget."""
+        # Where drafts are drawn, a distribution and its cumulative sum live beside the logits.
+        row_bytes = (16 if self.settings.draws_drafts else 4) * self.target.vocab_size
+        size = max(1, self.chunk_bytes // row_bytes)
+        return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+def slots_at_once(num_blocks: int, num_slots: int, device_type: str) -> int:
+    """
+    Return how many of the next `num_slots` slots of `num_blocks` blocks to judge before the host reads how many blocks
+    go on; on a CPU, one: no slot behind a refusal is then turned into logits.
+    """
+    return 1 if device_type == "cpu" else max(1, min(num_slots, ROWS_AT_ONCE // num_blocks))
+
+
+def blocks_ahead(num_walkers: int, device_type: str) -> int:
+    """Return how many positions to draft from for each walker, its own included; on a CPU, that one."""
+    return 1 if device_type == "cpu" else max(1, BLOCKS_AT_ONCE // num_walkers)

@@ -8,6 +8,7 @@ update before it gets that far; this is noticed right after.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -127,20 +128,20 @@ class NonFiniteGuard(TrainerCallback):
         self._are_weights_finite = self._are_weights_finite and _are_finite(stepped)
 
     def _is_update_finite(self, optimizer: torch.optim.Optimizer) -> bool:
-        is_finite = _are_finite(
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        )
+        gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        is_finite = _are_finite(gradients, [loss for loss, _ in self._losses])
         # ZeRO's norm covers the groups whose step is yet to come.
         norm = self._optimizer._global_grad_norm if zero.is_optimizer(self._optimizer) else None
         is_finite = is_finite and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
-        if not any_rank(self.accelerator, not is_finite or bool(self._bad_losses())):
+        if not any_rank(self.accelerator, not is_finite):
             self.num_in_a_row = 0
             return True
         self._refuse_everywhere()
         return False
 
     def _bad_losses(self) -> list[tuple[float, list[int]]]:
-        return [(float(loss), ids) for loss, ids in self._losses if not torch.isfinite(loss)]
+        losses = torch.stack([loss for loss, _ in self._losses]).tolist() if self._losses else []
+        return [(loss, ids) for loss, (_, ids) in zip(losses, self._losses, strict=True) if not math.isfinite(loss)]
 
     def _refuse_everywhere(self) -> None:
         """Report what is wrong; raise, unless the update is to be skipped. Collective."""
@@ -167,11 +168,12 @@ class NonFiniteGuard(TrainerCallback):
         logger.warning("%s This update was skipped, %d so far.", what, self.num_skipped)
 
 
-def _are_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all elements that this rank holds are finite."""
+def _are_finite(tensors: Iterable[torch.Tensor], losses: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether all elements that this rank holds are finite, and all losses; one wait for the device."""
     local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
-    # The largest of all, without a copy of any and with one wait for the device; a rank may hold nothing of some.
-    return bool(get_total_norm([each for each in local if each.numel()], float("inf")).isfinite())
+    # The largest of all, without a copy of any; a rank may hold nothing of some.
+    largest = get_total_norm([each for each in local if each.numel()], float("inf"))
+    return bool(torch.stack([largest, *(loss.to(largest) for loss in losses)]).isfinite().all())
 
 
 def check_weights(tensors: dict[str, torch.Tensor]) -> None:

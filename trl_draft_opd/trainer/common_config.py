@@ -25,6 +25,7 @@ from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
 from ..utils.settings import check_at_least, check_settings
 from .metrics import is_loss
+from .muon import check_muon_settings
 from .unusable_options import check_options
 
 
@@ -109,13 +110,25 @@ class DraftTrainingConfig(_BaseConfig):
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the
             committed token no probability.
-        loss_chunk_bytes (`int`, *optional*, defaults to `67108864`):
-            Bytes of logits, gradients and temporaries alive at a time in the loss; 64 MiB is about 50 rows of a
-            vocabulary of 152k. More fills a GPU better, less saves memory; the result is the same.
+        blocks_per_pass (`int`, *optional*):
+            Most blocks of a micro-batch drafted at once in a step. More are drafted in several passes, each computed
+            again in the backward pass: memory is that of one pass, however long a row is, for one more forward pass of
+            the blocks. By default as many as have 65,536 slots. The gradient is the same.
+        loss_chunk_bytes (`int`, *optional*):
+            Bytes of logits, gradients and temporaries alive at a time, in the loss and in replay. By default 64 MiB on
+            a CPU, whose caches like small chunks, and on CUDA 5 % of the card's memory, at most 4 GiB: each chunk
+            reads the whole head and launches the same kernels, however few its rows. The result is the same.
         activation_checkpointing (`bool`, *optional*, defaults to `False`):
             Compute the drafter's layers again in the backward pass: a quarter to half off a step's peak memory for one
             more forward pass of its blocks (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to a
             few layers. `gradient_checkpointing`, the older name, is read where this one is unset.
+
+        > Parameters that control the optimizer, beside those of transformers
+
+        muon_learning_rate (`float`, *optional*):
+            Initial learning rate of Muon for the matrices of the drafter's layers; `learning_rate` stays that of
+            AdamW, which trains heads, norms and biases. Its updates are scaled to the size of AdamW's, so start from
+            the same rate. Unset, AdamW trains everything. See docs/do/training.md.
 
         > Parameters that control drafting and evaluation
 
@@ -165,6 +178,9 @@ class DraftTrainingConfig(_BaseConfig):
     )
     gradient_checkpointing: bool | None = setting(None, "Older name of the same.", nargs="?", const=True)
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")
+    muon_learning_rate: float | None = setting(
+        None, "Initial learning rate of Muon for the matrices of layers; unset, AdamW trains everything."
+    )
     lr_scheduler_type: str = setting(
         "cosine", "Learning rate schedule.", choices=tuple(each.value for each in SchedulerType)
     )
@@ -189,7 +205,12 @@ class DraftTrainingConfig(_BaseConfig):
         "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
     )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
-    loss_chunk_bytes: int = setting(64 * 2**20, "Bytes of logits alive at a time in the loss, all buffers together.")
+    blocks_per_pass: int | None = setting(
+        None, "Most blocks of a micro-batch drafted at once in a step; by default as many as have 65,536 slots."
+    )
+    loss_chunk_bytes: int | None = setting(
+        None, "Bytes of logits alive at a time, all buffers together; by default as many as suit the device."
+    )
     num_drafts: int | None = setting(None, "Drafts per block in rollouts and evaluation; the drafter's own if unset.")
     temperature: float = setting(0.0, "Temperature of the target; 0 decodes greedily.")
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.")
@@ -253,6 +274,7 @@ class DraftTrainingConfig(_BaseConfig):
             check_checkpointing_kwargs(options)
             # torch's own default differs between versions.
             options.setdefault("use_reentrant", False)
+        check_muon_settings(self)
         check_choice("accepted_loss", self.accepted_loss, LOSS_TYPES)
         check_choice("slot_weighting", self.slot_weighting, SLOT_WEIGHTINGS)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
@@ -260,7 +282,7 @@ class DraftTrainingConfig(_BaseConfig):
         self.sampling_settings()
         check_at_least(self, 0, "max_skipped_updates")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
-        check_at_least(self, 1, "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
+        check_at_least(self, 1, "blocks_per_pass", "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
         for name in ("hub_target_id", "dataset_id"):

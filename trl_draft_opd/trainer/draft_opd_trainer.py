@@ -164,7 +164,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
             self._drafting,
             DrawKeys(self.args.seed, epoch, text.sample_ids),
             segment_length=self.segment_length,
-            chunk_bytes=self.args.loss_chunk_bytes,
+            chunk_bytes=self._chunk_bytes,
             reading=reading,
         )
 

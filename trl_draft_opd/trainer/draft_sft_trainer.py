@@ -98,11 +98,7 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
 
     def _set_up(self, args: DraftSFTConfig, family: str) -> None:
         self.num_anchors = args.anchors_per_row(family)
-        self.streams = {
-            "accepted": StreamSettings(args.accepted_loss, 1.0, args.decay(family)),
-            # Supervised text has no rejections.
-            "rejected": StreamSettings(args.accepted_loss, 0.0, 1.0),
-        }
+        self.streams = {"accepted": StreamSettings(args.accepted_loss, 1.0, args.decay(family))}
         self.slot_rules = SlotRules(args.d_pace_floor if args.uses_d_pace else None, args.slot_scope == "until_fail")
 
     def _recorded_settings(self) -> dict[str, Any]:

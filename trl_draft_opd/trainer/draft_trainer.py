@@ -20,16 +20,18 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
+from ..losses import default_chunk_bytes
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
 from ..rollout.types import Rollout
-from ..runs.distributed.launch import loss_entry
+from ..runs.distributed.launch import is_sharded, loss_entry
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
+from .card_memory import check_weights_fit, warn_of_small_card
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
@@ -86,6 +88,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 pair.target.require_rollback()
             # Refuses what could not be pushed before the target responds to anything.
             repo_id = claim_repository(args, pair)
+            check_weights_fit(pair, args)
             pair.target.place(args.device)
             super().__init__(
                 pair,
@@ -162,9 +165,12 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
+        if self.state.global_step == 0 and not is_sharded(self.accelerator):
+            warn_of_small_card(self.drafter, self.target, prepared, self._chunk_bytes, device)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
-        return prepared, all_sums
+        # The host waits once, here, and not for each stream of each micro-batch.
+        return prepared, all_sums.cpu()
 
     def _prepare_inputs(self, inputs: dict[str, Any] | PreparedBatch) -> dict[str, Any] | PreparedBatch:
         """Leave a prepared batch as it is: it is on its device, and DeepSpeed must not cast its features."""
@@ -203,7 +209,12 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return loss * self.accelerator.num_processes
 
     def _objective(self, sums: torch.Tensor) -> Objective:
-        return Objective(self.streams, self.slot_rules, self.args.loss_chunk_bytes, sums)
+        return Objective(self.streams, self.slot_rules, self._chunk_bytes, sums, self.args.blocks_per_pass)
+
+    @property
+    def _chunk_bytes(self) -> int:
+        """Bytes of logits alive at a time: the setting, or what suits the device."""
+        return self.args.loss_chunk_bytes or default_chunk_bytes(self.args.device)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +232,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         drafter, sample_ids = self.drafter, inputs["sample_ids"].tolist()
         with torch.no_grad(), self.accelerator.autocast(), naming_rows(sample_ids, "the evaluation dataset"):
             batch, rollout = self._prepare_evaluation(inputs)
-            sums = weight_sums([batch.blocks], self.streams, drafter.draft_token_ids)
+            sums = weight_sums([batch.blocks], self.streams, drafter.draft_token_ids).cpu()
             loss, parts = self._step_loss(drafter, self.target, batch, self._objective(sums))
         self.target.finish_together()
         self._sums["eval"].add(parts)

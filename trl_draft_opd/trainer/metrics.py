@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from accelerate.utils import gather_object
 
 from ..rollout.counts import Counts
@@ -27,25 +28,68 @@ def best_model_metrics(streams: Sequence[str], num_drafts: int | None) -> list[s
     return names
 
 
+@dataclass(frozen=True)
+class DeviceSums:
+    """
+    Numerators and denominators that are still on the device: to read each on its own would have the host wait for it.
+
+    Attributes:
+        names (`tuple[str, ...]`): The metrics.
+        values (`torch.DoubleTensor` of shape `(len(names), 2)`): Their numerators and denominators.
+    """
+
+    names: tuple[str, ...]
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, sums: Mapping[str, Sequence[float | torch.Tensor]], device: torch.device) -> "DeviceSums":
+        """Gather numbers, and scalars of the device, as float64."""
+        flat = [value for pair in sums.values() for value in pair]
+        scalars = [
+            value.detach().double()
+            if isinstance(value, torch.Tensor)
+            else torch.full((), value, dtype=torch.float64, device=device)
+            for value in flat
+        ]
+        return cls(tuple(sums), torch.stack(scalars).view(-1, 2))
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """Return the numbers by metric; the host waits for the device once."""
+        return {name: (top, bottom) for name, (top, bottom) in zip(self.names, self.values.tolist(), strict=True)}
+
+
 class MetricSums:
-    """Running numerators and denominators by metric name."""
+    """Running numerators and denominators by metric name. What is on a device stays there until it is asked for."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._on_device: dict[tuple[str, ...], torch.Tensor] = {}
 
-    def add(self, sums: Mapping[str, Sequence[float]]) -> None:
+    def add(self, sums: Mapping[str, Sequence[float]] | DeviceSums) -> None:
         """Add numerators and denominators."""
+        if isinstance(sums, DeviceSums):
+            held = self._on_device.get(sums.names)
+            self._on_device[sums.names] = sums.values if held is None else held + sums.values
+            return
         for name, (numerator, denominator) in sums.items():
             self._sums[name][0] += numerator
             self._sums[name][1] += denominator
 
+    def _read(self) -> None:
+        """Fetch what is on a device, in one copy per set of metrics."""
+        held, self._on_device = self._on_device, {}
+        for names, values in held.items():
+            self.add(DeviceSums(names, values).read())
+
     def state(self) -> dict[str, list[float]]:
         """Return this rank's numerators and denominators, for a checkpoint."""
+        self._read()
         return {name: list(sums) for name, sums in self._sums.items()}
 
     def load(self, state: dict[str, list[float]]) -> None:
         """Continue from the sums of a checkpoint."""
         self._sums.clear()
+        self._on_device.clear()
         self.add(state)
 
     def pop(self) -> dict[str, float]:
@@ -57,31 +101,34 @@ class MetricSums:
         return {name: sums[0] / sums[1] for name, sums in sorted(merged._sums.items()) if sums[1]}
 
 
-def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, tuple[float, float]]:
+def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:
     """
     Return tau, acceptance per slot and lengths of a rollout as sums; `eos_token_ids` are what ends a response.
 
     tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`.
     """
-    counts, num_rows = Counts.of_rollout(rollout), float(len(rollout.anchors))
+    num_drafts, num_rows = rollout.drafts.shape[-1], float(len(rollout.anchors))
     # The last token of every response: of a chat, there are several in a row.
     is_written = rollout.completion_mask
     is_last = is_written.clone()
     is_last[:, :-1] &= ~is_written[:, 1:]
-    last_ids = rollout.input_ids[is_last].tolist()
-    num_cut = sum(token not in eos_token_ids for token in last_ids)
-    num_blocks = float(counts.num_blocks)
-    sums = {
-        "tau": (float(sum(counts.accepted_sums)), num_blocks),
-        "response_length": (float(rollout.completion_mask.sum()), num_rows),
-        "rounds": (float(rollout.num_rounds.sum()), num_rows),
+    is_cut = is_last
+    for token_id in eos_token_ids:
+        is_cut = is_cut & (rollout.input_ids != token_id)
+    counted = rollout.is_counted
+    num_blocks = counted.sum()
+    sums: dict[str, tuple[float | torch.Tensor, float | torch.Tensor]] = {
+        "tau": (num_blocks + (rollout.accepted * counted).sum(), num_blocks),
+        "response_length": (is_written.sum(), num_rows),
+        "rounds": (rollout.num_rounds.sum(), num_rows),
         "refused_responses": (float(rollout.num_refused), num_rows),
-        "truncated_responses": (float(num_cut), float(len(last_ids))),
+        "truncated_responses": (is_cut.sum(), is_last.sum()),
         # A text that ends with its first token has nothing to draft.
-        "empty_responses": (float((rollout.completion_mask.sum(dim=1) <= 1).sum()), num_rows),
+        "empty_responses": ((is_written.sum(dim=1) <= 1).sum(), num_rows),
     }
-    slots = enumerate(counts.kept_at_slot, 1)
-    return sums | {f"acceptance/slot_{slot}": (float(kept), num_blocks) for slot, kept in slots}
+    for slot in range(1, num_drafts + 1):
+        sums[f"acceptance/slot_{slot}"] = (((rollout.accepted >= slot) & counted).sum(), num_blocks)
+    return DeviceSums.of(sums, counted.device)
 
 
 @dataclass(frozen=True)

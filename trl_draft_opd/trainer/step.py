@@ -2,11 +2,11 @@
 """
 One training step as pure functions, shared by both trainers: blocks in, a loss normalised per stream out.
 
-Shape letters:  B = sequences, L = text length, A = blocks per sequence, K = drafts per block, H = hidden size,
-                N = rows
+Shape letters:  B = sequences, A = blocks per sequence, N = blocks that are trained, K = drafts per block,
+                M = states of the target, H = hidden size
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..drafters.base import Drafter, run_blocks
+from ..drafters.packing import RowPacking
 from ..losses import (
     Head,
     RowLosses,
@@ -29,6 +30,7 @@ from ..rollout.replay import TargetText
 from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget
 from ..target.reading import TextReading
+from .metrics import DeviceSums
 
 
 STREAMS = ("accepted", "rejected", "supervised")
@@ -95,13 +97,16 @@ class Objective:
         streams: The streams that take part, of `STREAMS`.
         slot_rules: Factors of the row weights, decided in the forward pass.
         chunk_bytes: Memory of the loss, see [`chunked_divergence`].
-        weight_sums (`torch.Tensor` of shape `(3,)`): [`weight_sums`] of the whole step, all ranks together.
+        weight_sums (`torch.Tensor` of shape `(3,)`):
+            [`weight_sums`] of the whole step, all ranks together, on the host.
+        blocks_per_pass: Most blocks drafted at once, see [`run_blocks`].
     """
 
     streams: dict[str, StreamSettings]
     slot_rules: SlotRules
     chunk_bytes: int
     weight_sums: torch.Tensor
+    blocks_per_pass: int | None = None
 
     def scale(self, stream: str) -> float:
         """Return the factor of each row weight of a stream: its share of the loss over the sum of its weights."""
@@ -120,7 +125,7 @@ class StepLoss(NamedTuple):
     """
 
     loss: torch.Tensor
-    sums: dict[str, tuple[float, float]]
+    sums: DeviceSums
 
 
 def row_weights(
@@ -133,70 +138,145 @@ def row_weights(
     [`SlotRules`] have no part in it: they need a forward pass, before which the sum over a whole step must be known.
     """
     mask = _stream_mask(blocks, stream)
-    weights = mask * position_weights(mask.shape[-1], settings.decay).to(mask.device) * float(settings.weight > 0)
+    decays = position_weights(mask.shape[-1], settings.decay).to(mask.device, non_blocking=True)
+    weights = mask * decays * float(settings.weight > 0)
     if settings.loss_type == "ce" and draft_token_ids is not None:
-        known = torch.isin(blocks.labels, draft_token_ids.to(mask.device)) | (blocks.labels < 0)
-        weights = weights * known
+        weights = weights * (_are_among(blocks.labels, draft_token_ids.to(mask.device)) | (blocks.labels < 0))
     return weights
+
+
+def _are_among(labels: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return which labels are among token ids; `isin` would have the host wait for their number."""
+    token_ids = token_ids.sort().values
+    places = torch.searchsorted(token_ids, labels).clamp(max=len(token_ids) - 1)
+    return token_ids[places] == labels
 
 
 def weight_sums(
     batches: Sequence[BlockBatch], streams: dict[str, StreamSettings], draft_token_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64; 0 for a
-    stream that takes no part.
+    Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64, where the
+    blocks are; 0 for a stream that takes no part.
     """
-    sums = [
-        sum(
-            float(row_weights(batch, name, streams[name], draft_token_ids).sum(dtype=torch.float64))
-            for batch in batches
-            if name in streams
-        )
-        for name in STREAMS
-    ]
-    return torch.tensor(sums, dtype=torch.float64)
+    sums = torch.zeros(len(STREAMS), dtype=torch.float64, device=batches[0].anchors.device)
+    for batch in batches:
+        for index, name in enumerate(STREAMS):
+            if name in streams and streams[name].weight > 0:
+                weights = row_weights(batch, name, streams[name], draft_token_ids)
+                sums[index] += weights.sum(dtype=torch.float64)
+    return sums
 
 
 def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
     """
-    Draft every block of a micro-batch anew, with gradient, and compare the drafter with the target on the same states.
+    Draft the blocks of a micro-batch anew, with gradient, and compare the drafter with the target on the same states.
 
-    Slots behind a first rejection need the `branch_hidden` of the batch's rollout.
+    Rows lie end to end and blocks without a weight are left out, so nothing is computed for padding. Slots behind a
+    first rejection need the `branch_hidden` of the batch's rollout.
     """
-    blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).padded()
-    features = reading.features.to(drafter.device)
-    hidden = run_blocks(drafter, features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed)
-    target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
+    reading = batch.read_by(target, drafter.config.target_layer_ids)
+    trained = {name: objective.streams[name] for name in STREAMS if name in objective.streams}
+    trained = {name: settings for name, settings in trained.items() if settings.weight > 0}
+    weights = {
+        name: row_weights(batch.blocks, name, settings, drafter.draft_token_ids) for name, settings in trained.items()
+    }
+    blocks = _PackedBlocks.of(batch, reading.packing, torch.stack(list(weights.values())).sum(dim=(0, -1)) > 0)
+    hidden = run_blocks(
+        drafter,
+        reading.features[None].to(drafter.device),
+        reading.packing.pack(batch.text.input_ids)[None],
+        blocks.anchors[None],
+        blocks.pick(batch.blocks.drafts)[None],
+        target.embed,
+        reading.packing.starts[reading.packing.rows][None],
+        blocks_per_pass=objective.blocks_per_pass,
+    )[0]
+    target_head = _target_head(target)
     head = _own_head(drafter, target) if drafter.owns_head else target_head
-    branch_hidden = batch.rollout.branch_hidden if batch.rollout is not None else None
-    factors = _slot_factors(drafter, hidden, head, blocks, objective)
+    labels = blocks.pick(batch.blocks.labels)
+    states, target_rows = blocks.target_states(batch, reading.last_hidden)
+    factors = _slot_factors(drafter, hidden, head, labels, blocks.trained_slots(batch.blocks, trained), objective)
     # Each total reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
     loss = hidden.new_zeros(())
-    sums: dict[str, tuple[float, float]] = {}
-    for name in STREAMS:
-        if name not in objective.streams:
-            continue
-        weights = row_weights(blocks, name, objective.streams[name], drafter.draft_token_ids)
-        if factors is not None:
-            weights = weights * factors
-        picked = weights > 0
-        states, target_rows = _target_states(reading.last_hidden, branch_hidden, blocks, picked)
+    sums: dict[str, tuple[float | torch.Tensor, float | torch.Tensor]] = {}
+    sums |= {f"slots/{name}": (0.0, 1.0) for name in objective.streams}
+    for name, settings in trained.items():
+        own_weights = blocks.pick(weights[name]) if factors is None else blocks.pick(weights[name]) * factors
         rows = chunked_divergence(
-            hidden[picked],
+            hidden.flatten(0, 1),
             head,
             states,
             target_head,
-            target_rows_N=target_rows,
-            labels_N=blocks.labels[picked],
-            weights_N=weights[picked],
-            loss_type=objective.streams[name].loss_type,
+            target_rows_N=target_rows.flatten(),
+            labels_N=labels.flatten(),
+            weights_N=own_weights.flatten(),
+            loss_type=settings.loss_type,
             draft_token_ids=drafter.draft_token_ids,
             chunk_bytes=objective.chunk_bytes,
         )
         loss = loss + objective.scale(name) * rows.total
-        sums |= _stream_sums(name, rows, weights[picked], drafter)
-    return StepLoss(loss, sums)
+        sums |= _stream_sums(name, rows, own_weights.flatten(), drafter)
+    return StepLoss(loss, DeviceSums.of(sums, hidden.device))
+
+
+@dataclass(frozen=True)
+class _PackedBlocks:
+    """
+    Blocks of a batch that have a weight, in order of row and column; one block without, where none has.
+
+    Attributes:
+        rows (`torch.LongTensor` of shape `(N,)`), columns (same shape): Where each block stands in the batch.
+        anchors (`torch.LongTensor` of shape `(N,)`): Packed index of each anchor.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    anchors: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: PreparedBatch, packing: RowPacking, has_weight: torch.Tensor) -> "_PackedBlocks":
+        """Find the blocks that have a weight, `(B, A)`; the host waits for their number."""
+        rows, columns = has_weight.nonzero(as_tuple=True)
+        if len(rows) == 0:
+            # Drafted at the second token of a text, so that every parameter still gets a gradient, of zeros.
+            longest = packing.lengths.index(max(packing.lengths))
+            rows, columns = rows.new_full((1,), longest), columns.new_zeros(1)
+            return cls(rows, columns, packing.index(rows, torch.ones_like(rows)))
+        return cls(rows, columns, packing.index(rows, batch.blocks.anchors[rows, columns]))
+
+    def pick(self, values: torch.Tensor) -> torch.Tensor:
+        """Turn values of the batch's blocks, `(B, A, K)`, into those of these blocks, `(N, K)`."""
+        return values[self.rows, self.columns]
+
+    def trained_slots(self, blocks: BlockBatch, streams: Iterable[str]) -> torch.Tensor:
+        """Return the slots that any of the streams trains and that stand for a committed token, `(N, K)`."""
+        masks = torch.stack([_stream_mask(blocks, name) for name in streams])
+        return self.pick(masks.any(dim=0) & (blocks.labels >= 0))
+
+    def target_states(self, batch: PreparedBatch, last_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the target's states, `(M, H)`: of the text, and of branches where there are any; and the index of every
+        slot's own, `(N, K)`. Slots of different blocks that propose for one position share its state.
+        """
+        num_tokens, num_drafts = len(last_hidden), batch.blocks.drafts.shape[-1]
+        slots = torch.arange(num_drafts, device=self.anchors.device)
+        # Slot k (index k - 1) is predicted by the token before it, at a + k - 1.
+        index = (self.anchors[:, None] + slots).clamp(max=num_tokens - 1)
+        branch_hidden = batch.rollout.branch_hidden if batch.rollout is not None else None
+        if branch_hidden is None:
+            return last_hidden, index
+        first_slot = (self.rows * branch_hidden.shape[1] + self.columns) * num_drafts
+        index = torch.where(self.pick(batch.blocks.is_branch), num_tokens + first_slot[:, None] + slots, index)
+        return torch.cat([last_hidden, branch_hidden.flatten(0, 2).to(last_hidden)]), index
+
+
+def _target_head(target: FrozenTarget) -> Head:
+    """Return the target's head: a product in the weight's dtype, unless logits are scaled or come from elsewhere."""
+    head = target.causal_lm.get_output_embeddings()
+    if type(head) is nn.Linear and target.num_logit_buffers == 1 and head.weight.device == target.device:
+        return Head.linear(head.weight, head.bias, keeps_dtype=True)
+    return Head(target.project, (), target.vocab_size, target.num_logit_buffers)
 
 
 def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:
@@ -218,70 +298,48 @@ def _stream_mask(blocks: BlockBatch, stream: str) -> torch.Tensor:
 
 
 def _slot_factors(
-    drafter: Drafter, hidden: torch.Tensor, head: Head, blocks: BlockBatch, objective: Objective
+    drafter: Drafter,
+    hidden: torch.Tensor,
+    head: Head,
+    labels: torch.Tensor,
+    is_trained: torch.Tensor,
+    objective: Objective,
 ) -> torch.Tensor | None:
-    """Return the factor of every slot's weight under the slot rules, `(B, A, K)`; `None` without any rule."""
-    rules, labels = objective.slot_rules, blocks.labels
+    """
+    Return the factor of every slot's weight under the slot rules, `(N, K)`; `None` without any rule.
+
+    `is_trained` marks the slots that are trained and stand for a committed token.
+    """
+    rules = objective.slot_rules
     if rules == SlotRules():
         return None
-    # Trained slots that stand for a committed token.
-    mask = torch.zeros_like(blocks.is_accepted)
-    for name, stream in objective.streams.items():
-        if stream.weight > 0:
-            mask = mask | _stream_mask(blocks, name)
-    mask = mask & (labels >= 0)
     # A slot's chance of being reached depends on all slots before it, trained or not.
-    is_read = (mask.flip(-1).cumsum(dim=-1).flip(-1) > 0) & (labels >= 0)
+    is_read = (is_trained.flip(-1).cumsum(dim=-1).flip(-1) > 0) & (labels >= 0)
     scores = score_labels(
-        hidden[is_read],
+        hidden.flatten(0, 1),
         head,
-        labels[is_read],
+        torch.where(is_read, labels, -1).flatten(),
         draft_token_ids=drafter.draft_token_ids,
         chunk_bytes=objective.chunk_bytes,
     )
-    factors = scores.log_probs_N.new_ones(mask.shape)
+    log_probs = torch.where(is_read, scores.log_probs_N.view_as(labels), 0)
+    factors = torch.ones_like(log_probs)
     if rules.d_pace_floor is not None:
-        log_probs = torch.zeros_like(factors)
-        log_probs[is_read] = scores.log_probs_N
-        factors = factors * d_pace_weights(log_probs, mask, rules.d_pace_floor)
+        factors = factors * d_pace_weights(log_probs, is_trained, rules.d_pace_floor)
     if rules.is_until_fail:
-        is_top = torch.zeros_like(mask)
-        is_top[is_read] = scores.is_top_N
-        factors = factors * mark_until_fail(is_top)
+        factors = factors * mark_until_fail(scores.is_top_N.view_as(labels))
     return factors
-
-
-def _target_states(
-    last_hidden: torch.Tensor, branch_hidden: torch.Tensor | None, blocks: BlockBatch, picked: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return the distinct target states of the picked slots, `(M, H)`, and the index of each slot's own, `(N,)`.
-
-    On the committed text, slots of different blocks that propose for one position share its state.
-    """
-    row, block, slot = picked.nonzero(as_tuple=True)
-    B, L, H = last_hidden.shape
-    # Slot k (index k - 1) is predicted by the token before it, at a + k - 1.
-    state = row * L + (blocks.anchors[row, block] + slot).clamp(0, L - 1)
-    is_branch = blocks.is_branch[picked]
-    pool = last_hidden.reshape(B * L, H)
-    if is_branch.any():
-        assert branch_hidden is not None, "slots behind a first rejection need the target's branch states"
-        A, K = branch_hidden.shape[1:3]
-        state = torch.where(is_branch, B * L + (row * A + block) * K + slot, state)
-    distinct, target_rows = state.unique(return_inverse=True)
-    is_on_text = distinct < B * L
-    states = pool[distinct[is_on_text]]
-    if branch_hidden is not None:
-        states = torch.cat([states, branch_hidden.flatten(0, 2)[distinct[~is_on_text] - B * L].to(states)])
-    return states, target_rows
 
 
 def _stream_sums(
     name: str, rows: RowLosses, weights: torch.Tensor, drafter: Drafter
-) -> dict[str, tuple[float, float]]:
-    total = float(weights.sum())
-    sums = {f"loss/{name}": (float((rows.rows_N * weights).sum()), total), f"slots/{name}": (float(len(weights)), 1.0)}
+) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
+    """Return what a stream adds to the metrics, without a wait for the device."""
+    total = weights.sum(dtype=torch.float64)
+    sums: dict[str, tuple[float | torch.Tensor, float | torch.Tensor]] = {
+        f"loss/{name}": ((rows.rows_N * weights).sum(dtype=torch.float64), total),
+        f"slots/{name}": ((weights > 0).sum(), 1.0),
+    }
     if drafter.draft_token_ids is not None:
-        sums[f"lost_target_mass/{name}"] = (float((rows.lost_mass_N * weights).sum()), total)
+        sums[f"lost_target_mass/{name}"] = ((rows.lost_mass_N * weights).sum(dtype=torch.float64), total)
     return sums

@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 def any_rank(accelerator: Accelerator, claim: bool) -> bool:
     """Whether the claim is true on any rank. Collective."""
+    if accelerator.num_processes == 1:
+        # Without a copy to the device and back.
+        return claim
     votes: Any = accelerator.reduce(torch.tensor(float(claim), device=accelerator.device), "sum")
     return bool(votes > 0)
 
