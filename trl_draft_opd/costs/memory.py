@@ -179,8 +179,8 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     widest = BF16 * (5 * target.hidden + 3 * target.intermediate)
     forward = texts * (BF16 * drafter.features + widest)
     if work.read_tokens is not None and work.read_tokens < work.length:
-        # A part at a time is in a layer; the cache and the states of all parts stay.
-        forward = work.rows * work.read_tokens * widest + texts * cached + reading
+        # A part at a time is in a layer; the cache of all parts stays.
+        forward = work.rows * work.read_tokens * widest + texts * cached
     slots = work.blocks_at_once * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
@@ -243,8 +243,8 @@ def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workloa
 
 def blocks_at_once(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> int | None:
     """
-    Return how many blocks of a micro-batch to train at a time so that a step fits into `PLANNED_SHARE` of `card` bytes,
-    in as few parts of equal size as that takes; `None` where not even single blocks make it fit.
+    Return how many blocks of a micro-batch to train at a time, in as few equal parts as let a step fit into
+    `PLANNED_SHARE` of `card` bytes; `None` where not even single blocks do.
     """
     num_blocks = work.rows * work.blocks
     for parts in range(1, num_blocks + 1):
