@@ -41,7 +41,9 @@ class Watched:
 def test_every_arm_of_a_suite_runs_and_is_found_equal_before_it_is_timed(suite, shared_dir, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.suites.{suite}")
     watched = Watched(monkeypatch, module)
-    args = parse_arguments(["--suite", suite, "--quick", "--pairs", "1", "--prompts", "8", "--shared", str(shared_dir)])
+    args = parse_arguments(
+        ["--suite", suite, "--quick", "--pairs", "1", "--prompts", "8", "--shared", str(shared_dir)]
+    )
     report = arms.Report(suite, vars(args))
     module.run(args, report)
     assert "left out" not in capsys.readouterr().out

@@ -2,8 +2,9 @@
 """Losses: divergences row by row, their chunked form from hidden states, and the weights of rows."""
 
 from .budget import default_chunk_bytes
-from .chunked import Head, LabelScores, RowLosses, chunked_divergence, score_labels
+from .chunked import LabelScores, RowLosses, chunked_divergence, score_labels
 from .divergences import LOSS_TYPES, divergence
+from .heads import Head
 from .weights import d_pace_weights, mark_until_fail, position_weights, stream_scale
 
 

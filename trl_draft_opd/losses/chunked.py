@@ -10,67 +10,18 @@ S = target states of one chunk, b = rows of one block of a chunk, H = hidden siz
 D = vocabulary of the drafter (`D == V` unless it is reduced)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import (
-    NO_TOKEN,
-    accumulation_dtype,
-    check_labels,
-    check_sources,
-    differentiate,
-    differentiate_ce,
-    normalise,
-)
-
-
-NUM_TEMPORARIES = 5  # rows of logits in the accumulation dtype that comparing one row takes, at most
-# What part of the budget is for them: small blocks of rows stay in the cache of a CPU, few blocks suit a GPU.
-BLOCK_SHARE, BLOCK_SHARE_CPU = 1 / 4, 1 / 16
-
-
-@dataclass(frozen=True)
-class Head:
-    """
-    Project hidden states to logits, and name the parameters that this projection trains.
-
-    Args:
-        project (`Callable`):
-            Maps hidden states `(n, H)` to finite logits `(n, vocab_size)`, each row on its own, called once per chunk.
-            These logits are overwritten by their gradient, so its backward pass must not need them: it may end in a
-            product, a scale or a soft cap, not in `log_softmax` (autograd then raises a `RuntimeError`).
-        parameters (`tuple[torch.Tensor, ...]`):
-            All trainable parameters that `project` reads (one left out gets no gradient); empty for a frozen head.
-        vocab_size (`int`): Logits per row.
-        num_buffers (`int`, defaults to `1`):
-            Tensors of logits that `project` and its backward pass hold at once, the result included: 1 for a product,
-            2 if it is scaled, 4 if it is soft-capped. Too small a number only exceeds `chunk_bytes`.
-    """
-
-    project: Callable[[Tensor], Tensor]
-    parameters: tuple[Tensor, ...]
-    vocab_size: int
-    num_buffers: int = 1
-    # Set by `linear`: `project` is a product with this matrix. `replace` drops it with the projection.
-    weight: Tensor | None = field(default=None, init=False, repr=False, compare=False)
-
-    @classmethod
-    def linear(cls, weight: Tensor, bias: Tensor | None = None) -> "Head":
-        """
-        Build a linear head of a weight `(vocab_size, H)`, computed in its dtype or that of autocast.
-
-        Under autocast, each chunk casts a frozen weight anew: hold it in the dtype of autocast.
-        """
-        parameters = tuple(tensor for tensor in (weight, bias) if tensor is not None and tensor.requires_grad)
-        head = cls(lambda hidden_CH: F.linear(hidden_CH.to(weight.dtype), weight, bias), parameters, weight.shape[0])
-        object.__setattr__(head, "weight", weight)
-        return head
+from . import fused
+from .budget import Chunk, cut_chunks, fit_budget
+from .comparison import Comparison, Target
+from .divergences import NO_TOKEN, accumulation_dtype, check_labels, check_sources, find_wrong_labels, normalise
+from .heads import Head, open_head
 
 
 @dataclass(frozen=True)
@@ -139,26 +90,34 @@ def chunked_divergence(
     if weights_N.requires_grad:
         raise ValueError("`weights_N` requires a gradient but is a constant of this loss. Detach it.")
     _check_shapes(hidden_NH, [weights_N, labels_N], head, target_head, draft_token_ids)
-    kept_M = weights_N.nonzero().squeeze(1)
-    _check_target_rows(target_rows_N, kept_M, target_hidden_MH, len(hidden_NH))
+    num_states = len(hidden_NH if target_hidden_MH is None else target_hidden_MH)
+    _check_target_rows(target_rows_N, num_states, len(hidden_NH))
     if loss_type == "ce":
         assert labels_N is not None, "checked above"
-        draft_labels_N = labels_N if draft_token_ids is None else _map_labels(labels_N, draft_token_ids)
-        check_labels(labels_N[kept_M], draft_labels_N[kept_M], head.vocab_size, target_head is not None)
-        labels_N = draft_labels_N
-        if draft_token_ids is None and not (labels_N[kept_M] == NO_TOKEN).any():
+        labels_N, needs_target = _draft_labels(labels_N, weights_N, head, target_head, draft_token_ids)
+        if not needs_target:
             target_head = None  # nothing would be read from it: spare its projection
-    is_reduced = draft_token_ids is not None
-    rows_per_chunk, rows_per_block = _fit_budget(chunk_bytes, hidden_NH, head, target_head, is_reduced)
-    comparison = _Comparison(head, target_head, target_hidden_MH, labels_N, loss_type, draft_token_ids, rows_per_block)
-    chunks = _cut_chunks(kept_M, target_rows_N, rows_per_chunk)
+    is_fused = fused.is_used_for(hidden_NH)
+    budget = fit_budget(
+        chunk_bytes, hidden_NH, head, target_head, is_reduced=draft_token_ids is not None, is_fused=is_fused
+    )
+    chunks = cut_chunks(weights_N, target_rows_N, num_states, budget.rows_per_chunk)
+    work = _Work(
+        Comparison(loss_type, draft_token_ids, budget.rows_per_block, is_fused),
+        chunks,
+        head,
+        target_head,
+        target_hidden_MH,
+        labels_N if loss_type == "ce" else None,
+        weights_N.to(accumulation_dtype(hidden_NH)),
+    )
     parameters: list[Tensor] = []
     if torch.is_grad_enabled():
         # The parameters travel as inputs so that autograd, and through it DDP, sees that this loss trains them.
         parameters = list(dict.fromkeys(parameter for parameter in head.parameters if parameter.requires_grad))
     else:
         hidden_NH = hidden_NH.detach()
-    return RowLosses(*_GradInForward.apply(comparison, chunks, weights_N, hidden_NH, *parameters))
+    return RowLosses(*_GradInForward.apply(work, hidden_NH, *parameters))
 
 
 @dataclass(frozen=True)
@@ -192,11 +151,12 @@ def score_labels(
     dtype = accumulation_dtype(hidden_NH)
     log_probs_N = torch.full(labels_N.shape, -torch.inf, dtype=dtype, device=hidden_NH.device)
     is_top_N = torch.zeros_like(is_known_N)
-    rows_per_chunk, rows_per_block = _fit_budget(chunk_bytes, hidden_NH, head, None, False)
+    budget = fit_budget(chunk_bytes, hidden_NH, head, None, is_reduced=False, is_fused=False)
+    rows_per_block = budget.rows_per_block
+    opened = open_head(head)
     kept_M = is_known_N.nonzero().squeeze(1)
-    for rows_C in kept_M.split(rows_per_chunk):
-        # Not under `no_grad`: older torch's autocast would cache the head's weight without its gradient.
-        logits_CD = head.project(hidden_NH[rows_C].detach()).detach()
+    for rows_C in kept_M.split(budget.rows_per_chunk):
+        logits_CD = opened.project(hidden_NH[rows_C])
         labels_C = draft_labels_N[rows_C]
         is_top_N[rows_C] = logits_CD.argmax(dim=1) == labels_C
         for rows_b, logits_bD, labels_b in zip(
@@ -209,187 +169,79 @@ def score_labels(
     return LabelScores(log_probs_N, is_top_N)
 
 
-# The target states to project (`None`: those of the chunk before), the rows, and the place of each row's state.
-_Chunk = tuple[Tensor | None, Tensor, Tensor]
+@dataclass(frozen=True)
+class _Work:
+    """What there is to compare, and in which chunks."""
+
+    comparison: Comparison
+    chunks: Sequence[Chunk]
+    head: Head
+    target_head: Head | None
+    target_hidden_MH: Tensor | None
+    labels_N: Tensor | None
+    weights_N: Tensor
+
+    def read_targets(self) -> Iterator[tuple[Target | None, Tensor, Tensor]]:
+        """Yield what each chunk is compared with, its rows, and the place of each row's state."""
+        opened = None if self.target_head is None else open_head(self.target_head)
+        target = None
+        for states_S, rows_C, places_C in self.chunks:
+            if states_S is not None and opened is not None:
+                assert self.target_hidden_MH is not None
+                target = None  # makes room for the next logits
+                with torch.no_grad():
+                    target = self.comparison.read_target(opened.project(self.target_hidden_MH[states_S]))
+            yield target, rows_C, places_C
 
 
 class _GradInForward(torch.autograd.Function):
     """Differentiate every chunk while its logits exist; the backward pass only scales what was stored."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        comparison: "_Comparison",
-        chunks: Iterable[_Chunk],
-        weights_N: Tensor,
-        hidden_NH: Tensor,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_hidden_grad = ctx.needs_input_grad[3]
+    def forward(ctx: Any, work: _Work, hidden_NH: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden_grad = ctx.needs_input_grad[1]
         wants_grad = wants_hidden_grad or len(parameters) > 0
-        weights_N = weights_N.to(accumulation_dtype(hidden_NH))
+        opened = open_head(work.head, parameters, wants_hidden_grad)
+        weights_N = work.weights_N
         rows_N, lost_mass_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
         hidden_grad_NH = torch.zeros_like(hidden_NH) if wants_hidden_grad else None
-        # A sum over many chunks would lose its small terms in bfloat16.
-        parameter_grads = [torch.zeros_like(tensor, dtype=accumulation_dtype(tensor)) for tensor in parameters]
-        target = None
-        for states_S, rows_C, places_C in chunks:
-            if states_S is not None and comparison.target_head is not None:
-                target = None  # makes room for the next logits
-                target = comparison.read_target(states_S)
-            hidden_CH = hidden_NH[rows_C].requires_grad_(wants_hidden_grad)
-            with torch.set_grad_enabled(wants_grad):
-                logits_CD = comparison.head.project(hidden_CH)
+        for target, rows_C, places_C in work.read_targets():
+            logits_CD = opened.project(hidden_NH[rows_C])
             weights_C = weights_N[rows_C] if wants_grad else None
-            losses_C = comparison.compare(logits_CD.detach(), weights_C, target, rows_C, places_C)
+            labels_C = None if work.labels_N is None else work.labels_N[rows_C]
+            losses_C = work.comparison.compare(logits_CD, weights_C, target, places_C, labels_C)
             rows_N[rows_C] = losses_C.to(rows_N.dtype)
-            if target is not None:
+            if target is not None and target.lost_mass_S is not None:
                 lost_mass_N[rows_C] = target.lost_mass_S[places_C].to(rows_N.dtype).clamp(0, 1)
             if wants_grad:
-                grad_CH = _pull_back(comparison.head, logits_CD, hidden_CH, parameters, parameter_grads)
+                grad_CH = opened.pull_back(logits_CD)
                 if hidden_grad_NH is not None and grad_CH is not None:
-                    hidden_grad_NH[rows_C] = grad_CH
-            del logits_CD  # before the next chunk's exist
-        ctx.save_for_backward(
-            hidden_grad_NH, *(g.to(p.dtype) for g, p in zip(parameter_grads, parameters, strict=True))
-        )
+                    hidden_grad_NH[rows_C] = grad_CH.to(hidden_grad_NH.dtype)
+            del logits_CD, target  # before the next chunk's exist
+        sums = (summed.to(tensor.dtype) for summed, tensor in zip(opened.sums, parameters, strict=True))
+        ctx.save_for_backward(hidden_grad_NH, *sums)
         ctx.mark_non_differentiable(rows_N, lost_mass_N)
         return (rows_N * weights_N).sum(), rows_N, lost_mass_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
+        return None, *(None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What rows are compared with: the target's logits, or under `ce` only the token it would choose."""
-
-    logits_SD: Tensor | None
-    choices_S: Tensor | None
-    lost_mass_S: Tensor
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """Compares chunks with the target. Blocks of few rows keep the temporaries small, and on the CPU in its cache."""
-
-    head: Head
-    target_head: Head | None
-    target_hidden_MH: Tensor | None
-    labels_N: Tensor | None
-    loss_type: str
-    draft_token_ids: Tensor | None
-    rows_per_block: int
-
-    def read_target(self, states_S: Tensor) -> _Target:
-        assert self.target_head is not None and self.target_hidden_MH is not None
-        with torch.no_grad():
-            logits_SD = self.target_head.project(self.target_hidden_MH[states_S])
-            if self.draft_token_ids is None:
-                lost_mass_S = torch.zeros(len(states_S), device=states_S.device)
-            else:
-                logits_SD, lost_mass_S = self._reduce(logits_SD, self.draft_token_ids)
-            if self.loss_type == "ce":
-                return _Target(None, logits_SD.argmax(dim=1), lost_mass_S)
-            return _Target(logits_SD, None, lost_mass_S)
-
-    def _reduce(self, logits_SV: Tensor, draft_token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of the drafter's vocabulary, and the probability of all others."""
-        logits_SD = logits_SV.new_empty(len(logits_SV), len(draft_token_ids))
-        lost_mass_S = logits_SV.new_empty(len(logits_SV), dtype=accumulation_dtype(logits_SV))
-        for block in self._blocks(len(logits_SV)):
-            probs_bV = logits_SV[block].softmax(1, lost_mass_S.dtype)
-            lost_mass_S[block] = 1 - probs_bV.index_select(1, draft_token_ids).sum(dim=1)
-            logits_SD[block] = logits_SV[block].index_select(1, draft_token_ids)
-        return logits_SD, lost_mass_S
-
-    def compare(
-        self, logits_CD: Tensor, weights_C: Tensor | None, target: _Target | None, rows_C: Tensor, places_C: Tensor
-    ) -> Tensor:
-        """Return the losses of a chunk; given weights, overwrite its logits with the gradient of the weighted sum."""
-        labels_C = self.labels_N[rows_C] if self.loss_type == "ce" and self.labels_N is not None else None
-        if labels_C is not None and target is not None and target.choices_S is not None:
-            labels_C = torch.where(labels_C == NO_TOKEN, target.choices_S[places_C], labels_C)
-        losses_C = logits_CD.new_empty(len(rows_C), dtype=accumulation_dtype(logits_CD))
-        for block in self._blocks(len(rows_C)):
-            if labels_C is not None:
-                found = differentiate_ce(logits_CD[block], labels_C[block])
-            else:
-                assert target is not None and target.logits_SD is not None, "read for every loss but `ce`"
-                target_logits_bD = target.logits_SD.index_select(0, places_C[block])
-                found = differentiate(logits_CD[block], target_logits_bD, self.loss_type)
-                del target_logits_bD
-            losses_C[block], grad_bD = found
-            if weights_C is not None:
-                torch.mul(grad_bD, weights_C[block].unsqueeze(1).to(grad_bD.dtype), out=logits_CD[block])
-            del found, grad_bD  # before the next block's temporaries exist
-        return losses_C
-
-    def _blocks(self, num_rows: int) -> list[slice]:
-        return [slice(first, first + self.rows_per_block) for first in range(0, num_rows, self.rows_per_block)]
-
-
-def _fit_budget(
-    chunk_bytes: int, hidden_NH: Tensor, head: Head, target_head: Head | None, is_reduced: bool
-) -> tuple[int, int]:
-    """Return how many rows, and as many target states, make a chunk of at most `chunk_bytes`, and how many a block."""
-    num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
-    block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
-    draft_vocab, target_vocab = head.vocab_size, target_head.vocab_size if target_head else 0
-    temporaries = NUM_TEMPORARIES * max(draft_vocab, target_vocab)
-    rows_per_block = max(1, int(num_logits * block_share) // temporaries)
-    while_reading = target_vocab * target_head.num_buffers if target_head else 0
-    if target_head and is_reduced:
-        while_reading = max(while_reading, target_vocab + draft_vocab)
-    while_comparing = draft_vocab * (head.num_buffers + (target_head is not None))
-    rows_per_chunk = (num_logits - rows_per_block * temporaries) // max(while_reading, while_comparing)
-    return max(1, rows_per_chunk), rows_per_block
-
-
-def _cut_chunks(kept_M: Tensor, target_rows_N: Tensor | None, size: int) -> Iterator[_Chunk]:
-    """Order rows by their target state and cut them into even chunks of at most `size` rows and as many states."""
-    if target_rows_N is None:
-        states, places_M = kept_M, torch.arange(len(kept_M), device=kept_M.device)
-    else:
-        ordered_states_M, order_M = target_rows_N[kept_M].sort(stable=True)
-        kept_M = kept_M[order_M]
-        states, places_M = ordered_states_M.unique_consecutive(return_inverse=True)
-    cuts = _even_cuts(len(states), size)
-    row_cuts = torch.searchsorted(places_M, torch.tensor(cuts, device=places_M.device)).tolist()
-    for (first, end), (first_row, end_row) in zip(pairwise(cuts), pairwise(row_cuts), strict=True):
-        states_S = states[first:end]
-        for start, stop in pairwise(_even_cuts(end_row - first_row, size)):
-            rows = slice(first_row + start, first_row + stop)
-            yield states_S, kept_M[rows], places_M[rows] - first
-            states_S = None
-
-
-def _even_cuts(length: int, size: int) -> list[int]:
-    num_parts = -(-length // size)
-    return [length * part // num_parts for part in range(num_parts + 1)] if num_parts else [0]
-
-
-def _pull_back(
-    head: Head, logits_CD: Tensor, hidden_CH: Tensor, parameters: Sequence[Tensor], parameter_grads: list[Tensor]
-) -> Tensor | None:
-    """Send the gradient in `logits_CD` through the head; return the gradient of the hidden states."""
-    grad_CD = logits_CD.detach()
-    wanted = [hidden_CH] if hidden_CH.requires_grad else []
-    summed_later = []
-    for parameter, summed in zip(parameters, parameter_grads, strict=True):
-        if parameter is head.weight and parameter.dtype == grad_CD.dtype == summed.dtype:
-            # One product adds to the sum in place, where autograd would fill and add another tensor of this size.
-            summed.addmm_(grad_CD.T, hidden_CH.detach().to(summed.dtype))
-        else:
-            wanted.append(parameter)
-            summed_later.append(summed)
-    grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD)) if wanted else []
-    grad_CH = grads.pop(0) if hidden_CH.requires_grad else None
-    for summed, grad in zip(summed_later, grads, strict=True):
-        summed.add_(grad)
-    return grad_CH
+def _draft_labels(
+    labels_N: Tensor, weights_N: Tensor, head: Head, target_head: Head | None, draft_token_ids: Tensor | None
+) -> tuple[Tensor, bool]:
+    """Return labels in drafter ids, and whether the target has to be read for them."""
+    draft_labels_N = labels_N if draft_token_ids is None else _map_labels(labels_N, draft_token_ids)
+    counts_N = weights_N != 0
+    is_wrong_N = counts_N & find_wrong_labels(draft_labels_N, head.vocab_size, target_head is not None)
+    is_missing_N = counts_N & (draft_labels_N == NO_TOKEN)
+    has_wrong, has_missing = torch.stack([is_wrong_N.any(), is_missing_N.any()]).tolist()
+    if has_wrong:
+        check_labels(labels_N[is_wrong_N], draft_labels_N[is_wrong_N], head.vocab_size, target_head is not None)
+    # With a reduced vocabulary the target says how much of its mass is lost.
+    return draft_labels_N, target_head is not None and (has_missing or draft_token_ids is not None)
 
 
 def _map_labels(labels_N: Tensor, draft_token_ids: Tensor) -> Tensor:
@@ -416,20 +268,11 @@ def _check_shapes(
         raise ValueError(f"The drafter's head {found}. Pass their target ids as `draft_token_ids`, one per logit.")
 
 
-def _check_target_rows(
-    target_rows_N: Tensor | None, kept_M: Tensor, target_hidden_MH: Tensor | None, num_rows: int
-) -> None:
-    num_states = num_rows if target_hidden_MH is None else len(target_hidden_MH)
+def _check_target_rows(target_rows_N: Tensor | None, num_states: int, num_rows: int) -> None:
     if target_rows_N is None:
         if num_states != num_rows:
             found = f"{num_states} target states for {num_rows} rows"
             raise ValueError(f"Got {found}. Pass the index of each row's state as `target_rows_N`.")
-        return
-    if target_rows_N.shape != (num_rows,) or target_rows_N.dtype != torch.long:
+    elif target_rows_N.shape != (num_rows,) or target_rows_N.dtype != torch.long:
         found = f"{target_rows_N.dtype} of shape {tuple(target_rows_N.shape)}"
         raise ValueError(f"`target_rows_N` is {found}, expected one torch.int64 index for each of {num_rows} rows.")
-    used_M = target_rows_N[kept_M]
-    is_wrong_M = (used_M < 0) | (used_M >= num_states)
-    if is_wrong_M.any():
-        found = f"names state {int(used_M[is_wrong_M][0])}, but there are {num_states}"
-        raise ValueError(f"`target_rows_N` {found}. Count the rows of `target_hidden_MH` from 0.")

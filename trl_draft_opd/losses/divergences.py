@@ -168,11 +168,16 @@ def check_sources(loss_type: str, has_target: bool, labels_N: Tensor | None) -> 
         raise ValueError(f"loss_type {loss_type!r} needs a target, got None. Pass it, or use 'ce' with labels.")
 
 
-def check_labels(labels_M: Tensor, draft_labels_M: Tensor, vocab_size: int, has_target: bool) -> None:
+def check_labels(labels_N: Tensor, draft_labels_N: Tensor, vocab_size: int, has_target: bool) -> None:
     """Raise `ValueError` if a label is none of the drafter's tokens; labels are given in target and drafter ids."""
-    is_wrong_M = (draft_labels_M < (NO_TOKEN if has_target else 0)) | (draft_labels_M >= vocab_size)
-    if is_wrong_M.any():
+    is_wrong_N = find_wrong_labels(draft_labels_N, vocab_size, has_target)
+    if is_wrong_N.any():
         raise ValueError(
-            f"{int(is_wrong_M.sum())} labels, the first of them {int(labels_M[is_wrong_M][0])}, are not among the "
+            f"{int(is_wrong_N.sum())} labels, the first of them {int(labels_N[is_wrong_N][0])}, are not among the "
             f"drafter's {vocab_size} tokens (nor -1 beside a target). Give their rows the weight 0 under 'ce'."
         )
+
+
+def find_wrong_labels(draft_labels_N: Tensor, vocab_size: int, has_target: bool) -> Tensor:
+    """Return which labels, in drafter ids, are none of the drafter's tokens; `-1` is fine beside a target."""
+    return (draft_labels_N < (NO_TOKEN if has_target else 0)) | (draft_labels_N >= vocab_size)

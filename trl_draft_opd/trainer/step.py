@@ -192,7 +192,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
         reading.packing.starts[reading.packing.rows][None],
         blocks_per_pass=objective.blocks_per_pass,
     )[0]
-    target_head = Head(target.project, (), target.vocab_size, target.num_logit_buffers)
+    target_head = _target_head(target)
     head = _own_head(drafter, target) if drafter.owns_head else target_head
     labels = blocks.pick(batch.blocks.labels)
     states, target_rows = blocks.target_states(batch, reading.last_hidden)
@@ -269,6 +269,14 @@ class _PackedBlocks:
         first_slot = (self.rows * branch_hidden.shape[1] + self.columns) * num_drafts
         index = torch.where(self.pick(batch.blocks.is_branch), num_tokens + first_slot[:, None] + slots, index)
         return torch.cat([last_hidden, branch_hidden.flatten(0, 2).to(last_hidden)]), index
+
+
+def _target_head(target: FrozenTarget) -> Head:
+    """Return the target's head: a product in the weight's dtype, unless logits are scaled or come from elsewhere."""
+    head = target.causal_lm.get_output_embeddings()
+    if type(head) is nn.Linear and target.num_logit_buffers == 1 and head.weight.device == target.device:
+        return Head.linear(head.weight, head.bias, keeps_dtype=True)
+    return Head(target.project, (), target.vocab_size, target.num_logit_buffers)
 
 
 def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, rotate_half
 
 from ...utils.versions import CACHE_NAME
-from ..attention import anchored_attention
+from ..attention import AttentionPlan, anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
@@ -242,13 +242,12 @@ class DFlashDraftModel(Drafter):
         assert self.config.mask_token_id is not None
         masks = anchor_tokens.new_full((*anchors.shape, self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
-        packing, firsts = context.pack_blocks(anchors), context.firsts(anchors)
+        packing, plan = context.place_blocks(anchors)
         hidden = packing.pack(noise_embeds.to(self.fc.weight.dtype))
-        positions = packing.pack(anchors if firsts is None else anchors - firsts)[:, None]
-        rotation = self.rotary_emb(hidden, positions + torch.arange(self.config.block_size, device=anchors.device))
-        visible = (anchors.clamp(min=1), firsts)
+        positions = packing.pack(plan.positions)[:, None] + torch.arange(self.config.block_size, device=anchors.device)
+        rotation = self.rotary_emb(hidden, positions)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
-            hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, visible, packing)
+            hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, plan, packing)
         slots = packing.unpack(self.norm(hidden))[:, :, 1 : 1 + num_drafts]
         return DFlashState(1, slots[:, :, 0], slots, None)
 
@@ -275,10 +274,10 @@ class DFlashDraftModel(Drafter):
         rotation: tuple[torch.Tensor, torch.Tensor],
         context_key: torch.Tensor,
         context_value: torch.Tensor,
-        visible: tuple[torch.Tensor, torch.Tensor | None],
+        plan: AttentionPlan,
         packing: BlockPacking,
     ) -> torch.Tensor:
-        """Run one layer on `(N, S, H)` states, whose anchors and first entries `visible` holds, `(B, A)`."""
+        """Run one layer on `(N, S, H)` states of blocks, which see the context as planned."""
         attention = layer.self_attn
 
         def spread(states: torch.Tensor) -> torch.Tensor:
@@ -293,8 +292,7 @@ class DFlashDraftModel(Drafter):
             context_value,
             [spread(key)],
             [spread(value)],
-            visible[0],
+            plan,
             attention.head_dim**-0.5,
-            visible[1],
         )
         return layer.add_attention(hidden, packing.pack(mixed))
