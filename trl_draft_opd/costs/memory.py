@@ -67,6 +67,7 @@ class Stages:
     Bytes per stage on one GPU without any sharding; see [`Stages.rows`] for what each is.
 
     `kept` is what of `activations` lives from forward to backward: the rest is one layer that is computed again.
+    `logits` is what of `loss` is let go before the backward pass.
     """
 
     target: int
@@ -82,6 +83,7 @@ class Stages:
     readings: int
     forward: int
     loss: int
+    logits: int
     cache: int
 
     def rows(self) -> list[tuple[str, int]]:
@@ -102,7 +104,12 @@ class Stages:
     @property
     def working(self) -> int:
         """What a step needs beside weights and optimizer: reading, update and live rollout take turns."""
-        return max(self.readings + max(self.activations + self.loss, self.forward), self.cache)
+        return max(self.readings + max(self.update, self.forward), self.cache)
+
+    @property
+    def update(self) -> int:
+        """What loss and backward pass need: the logits are gone before a layer is computed again."""
+        return max(self.kept + self.loss, self.activations + self.loss - self.logits)
 
 
 # -- what each part takes ---------------------------------------------------------------------------------------------
@@ -205,6 +212,7 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
         loss=loss + work.chunk_bytes,
+        logits=work.chunk_bytes,
         cache=texts * (cached + own),
     )
 
