@@ -40,8 +40,12 @@ STREAMS = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": Strea
 
 
 def make_target(name: str, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a target of a shape with random weights on `device`."""
-    shape = TARGETS[name]
+    """Return a target of a published shape with random weights on `device`."""
+    return make_target_of(TARGETS[name], device, dtype)
+
+
+def make_target_of(shape: TargetShape, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a target of any shape with random weights on `device`."""
     config_class, model_class = (
         (Qwen3Config, Qwen3ForCausalLM) if shape.has_head_norms else (LlamaConfig, LlamaForCausalLM)
     )
