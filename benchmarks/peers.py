@@ -155,18 +155,20 @@ def pack(
     Args:
         texts (`Sequence[torch.LongTensor]`), marks (`Sequence[torch.BoolTensor]`):
             Each text, and which tokens are supervised.
-        features (`torch.Tensor` of shape `(B, L, F)`), last_hidden (`torch.Tensor` of shape `(B, L, H)`):
-            Right-padded reading of the texts, the latter before the target's final norm.
+        features (`torch.Tensor` of shape `(T, F)`), last_hidden (`torch.Tensor` of shape `(T, H)`):
+            Reading of the texts, end to end, the latter before the target's final norm.
         family (`str`): `"eagle3"` or `"dflash"`.
     """
     from speculators.models.eagle3.data import shift_batch
 
     rows = []
-    for index, (ids, mark) in enumerate(zip(texts, marks, strict=True)):
+    lengths = [len(ids) for ids in texts]
+    states = zip(features.split(lengths), last_hidden.split(lengths), strict=True)
+    for ids, mark, (own_features, own_hidden) in zip(texts, marks, states, strict=True):
         row = {
             "input_ids": ids,
-            "hidden_states": features[index, : len(ids)],
-            "verifier_last_hidden_states": last_hidden[index, : len(ids)],
+            "hidden_states": own_features,
+            "verifier_last_hidden_states": own_hidden,
             "loss_mask": mark,
             "lengths": torch.tensor([len(ids)], device=ids.device),
             "position_ids": torch.arange(len(ids), device=ids.device),

@@ -1,14 +1,18 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Tests of `trl_draft_opd/drafters/attention.py` against one dense mask over every key of every block.
+Tests of `trl_draft_opd/drafters/attention` against one dense mask over every key of every block.
 """
+
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from trl_draft_opd.drafters import attention
-from trl_draft_opd.drafters.attention import anchored_attention
+from benchmarks.counters import PeakBytes
+from trl_draft_opd.drafters.attention import AttentionPlan, anchored_attention, kernels, tiles
+from trl_draft_opd.drafters.attention import plan as planning
 
 
 B, L, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 6, 2, 4
@@ -27,10 +31,22 @@ def make_inputs(queries, block_keys, dtype=torch.float64):
     return [(2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes]
 
 
-def run(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1, firsts=None):
+@pytest.fixture(params=["flash", "products", "flex"])
+def run(request, monkeypatch):
+    """Attention by each backend; by itself only `"flash"` is used on this device."""
+    # torch's own reference of its fused kernel, which has gradients here too; it reads the mask by pairs alone.
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    return partial(attend, backend=request.param)
+
+
+def attend(
+    query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1, firsts=None, backend=None
+):
     keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
     values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
-    return anchored_attention(query, context_key, context_value, keys, values, anchors, SCALING, firsts)
+    plan = AttentionPlan(anchors, firsts)
+    return anchored_attention(query, context_key, context_value, keys, values, plan, SCALING, backend)
 
 
 def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, firsts=None):
@@ -51,13 +67,13 @@ def dense_reference(query, context_key, context_value, block_key, block_value, a
 
 
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (1, 1), (1, 3), (4, 4), (3, 0)])
-def test_packed_blocks_equal_attention_under_a_dense_mask(queries, block_keys):
+def test_packed_blocks_equal_attention_under_a_dense_mask(run, queries, block_keys):
     inputs = make_inputs(queries, block_keys)
     torch.testing.assert_close(run(*inputs), dense_reference(*inputs), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (1, 2), (4, 4)])
-def test_gradients_equal_those_under_a_dense_mask(queries, block_keys):
+def test_gradients_equal_those_under_a_dense_mask(run, queries, block_keys):
     inputs = [tensor.requires_grad_() for tensor in make_inputs(queries, block_keys)]
     wanted = inputs if block_keys else inputs[:3]
     expected = dense_reference(*inputs)
@@ -69,7 +85,7 @@ def test_gradients_equal_those_under_a_dense_mask(queries, block_keys):
 
 
 @pytest.mark.parametrize("block_keys", [0, 3])
-def test_a_context_entry_at_or_behind_the_anchor_has_no_influence(block_keys):
+def test_a_context_entry_at_or_behind_the_anchor_has_no_influence(run, block_keys):
     query, context_key, context_value, block_key, block_value = make_inputs(3, block_keys)
     clean = run(query, context_key, context_value, block_key, block_value)
     for position in range(L):
@@ -83,7 +99,7 @@ def test_a_context_entry_at_or_behind_the_anchor_has_no_influence(block_keys):
         assert (seeing.abs().flatten(1).amax(dim=1) > 1).all()
 
 
-def test_no_gradient_reaches_an_entry_that_no_block_sees():
+def test_no_gradient_reaches_an_entry_that_no_block_sees(run):
     inputs = [tensor.requires_grad_() for tensor in make_inputs(2, 2)]
     anchors = torch.full_like(ANCHORS, 3)
     run(*inputs, anchors=anchors).square().sum().backward()
@@ -92,7 +108,7 @@ def test_no_gradient_reaches_an_entry_that_no_block_sees():
         assert tensor.grad[:, :, :3].ne(0).all()
 
 
-def test_blocks_do_not_see_each_other():
+def test_blocks_do_not_see_each_other(run):
     query, context_key, context_value, block_key, block_value = make_inputs(2, 2)
     clean = run(query, context_key, context_value, block_key, block_value)
     block_key[:, :, 1] += 3
@@ -103,14 +119,14 @@ def test_blocks_do_not_see_each_other():
     assert not torch.allclose(changed[:, 1], clean[:, 1])
 
 
-def test_a_later_query_of_a_block_is_seen_by_an_earlier_one():
+def test_a_later_query_of_a_block_is_seen_by_an_earlier_one(run):
     inputs = make_inputs(3, 3)
     clean = run(*inputs)
     inputs[4][:, :, :, 2] += 5
     assert ((run(*inputs) - clean)[:, :, 0].abs().amax(dim=-1) > 1e-3).all()
 
 
-def test_low_precision_keeps_its_type_and_normalises_in_float32():
+def test_low_precision_keeps_its_type_and_normalises_in_float32(run):
     exact = make_inputs(2, 2)
     low = [tensor.bfloat16() for tensor in exact]
     output = run(*low)
@@ -138,29 +154,19 @@ def assert_all_close(actual, expected, tolerance):
         torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["fused", "products"])
-def kernel(request, monkeypatch):
-    """The two kernels of the context part; on this device only one of them is used by itself."""
-    if request.param == "products":
-        monkeypatch.setattr(attention, "_context", attention._context_by_products)
-        monkeypatch.setattr(attention, "_context_backward", attention._context_by_products_backward)
-    return request.param
-
-
 @pytest.mark.parametrize("tile_queries", [1, 3, 7])
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (1, 2), (3, 3)])
-def test_tiles_of_any_size_give_what_the_dense_mask_gives(kernel, tile_queries, queries, block_keys, monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
-    num_tiles = len(list(attention._tiles(ANCHORS, None, queries, torch.float64)))
-    assert num_tiles == -(-5 // max(1, tile_queries // queries))
+def test_tiles_of_any_size_give_what_the_dense_mask_gives(run, tile_queries, queries, block_keys, monkeypatch):
+    monkeypatch.setattr(planning, "TILE_QUERIES", tile_queries)
+    assert len(AttentionPlan(ANCHORS).tiles(queries)) == -(-5 // max(1, tile_queries // queries))
     inputs = make_inputs(queries, block_keys)
     assert_all_close(values_and_grads(run, inputs), values_and_grads(dense_reference, inputs), 1e-12)
 
 
 @pytest.mark.parametrize("tile_queries", [1, 4, 64])
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 0), (2, 2)])
-def test_a_block_sees_no_context_before_its_first_entry(kernel, tile_queries, queries, block_keys, monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", tile_queries)
+def test_a_block_sees_no_context_before_its_first_entry(run, tile_queries, queries, block_keys, monkeypatch):
+    monkeypatch.setattr(planning, "TILE_QUERIES", tile_queries)
     firsts = torch.tensor([[0, 2, 6, 0, 1], [0, 0, 3, 3, 6]])
     inputs = make_inputs(queries, block_keys)
     expected = values_and_grads(dense_reference, inputs, firsts=firsts)
@@ -168,22 +174,37 @@ def test_a_block_sees_no_context_before_its_first_entry(kernel, tile_queries, qu
 
 
 def test_a_tile_reads_no_more_context_than_its_farthest_anchor_sees(monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", 4)
-    tiles = list(attention._tiles(ANCHORS, None, 2, torch.float64))
-    assert [(tile.start, tile.stop, tile.end) for tile in tiles] == [(0, 2, 4), (2, 4, 7), (4, 5, 7)]
-    lengths, context = [], attention._context
+    monkeypatch.setattr(planning, "TILE_QUERIES", 4)
+    cut = [(tile.start, tile.stop, tile.first, tile.end) for tile in AttentionPlan(ANCHORS).tiles(2)]
+    assert cut == [(0, 2, 0, 4), (2, 4, 0, 7), (4, 5, 0, 7)]
+    lengths = []
 
     def watched(query, key, *rest):
         lengths.append((query.shape[2], key.shape[2]))
-        return context(query, key, *rest)
+        return kernels.products(query, key, *rest)
 
-    monkeypatch.setattr(attention, "_context", watched)
-    run(*make_inputs(2, 2))
+    monkeypatch.setitem(tiles.KERNELS, "products", (watched, None))
+    attend(*make_inputs(2, 2), backend="products")
     assert lengths == [(4, 4), (4, 7), (2, 7)]
 
 
-def test_no_gradient_reaches_unseen_entries_through_any_tile(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", 3)
+def test_texts_share_a_tile_only_where_that_is_cheap():
+    def cut(*lengths):
+        """Blocks at every token of texts of these lengths, packed end to end."""
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        anchors = [start + position for start, n in zip(starts, lengths, strict=True) for position in range(1, n)]
+        firsts = [start for start, n in zip(starts, lengths, strict=True) for _ in range(1, n)]
+        plan = AttentionPlan(torch.tensor([anchors]), torch.tensor([firsts]))
+        return [tuple(tile) for tile in plan.tiles(1)]
+
+    assert cut(11, 11, 11) == [(0, 30, 0, 32, 22, 1)]
+    # Long texts are kept apart, and each tile of one reads that one alone.
+    assert cut(201, 101) == [(0, 200, 0, 200, 0, 1), (200, 300, 201, 301, 201, 202)]
+    assert cut(301)[1:] == [(256, 300, 0, 300, 0, 257)]
+
+
+def test_no_gradient_reaches_unseen_entries_through_any_tile(run, monkeypatch):
+    monkeypatch.setattr(planning, "TILE_QUERIES", 3)
     anchors = torch.tensor([[1, 5, 2, 4, 3], [2, 2, 2, 1, 1]])
     grads = values_and_grads(run, make_inputs(1, 1), anchors=anchors)
     for grad in grads[2:4]:
@@ -191,8 +212,8 @@ def test_no_gradient_reaches_unseen_entries_through_any_tile(kernel, monkeypatch
             assert grad[row, :, first_unseen:].eq(0).all() and grad[row, :, :first_unseen].ne(0).all()
 
 
-def test_the_order_of_the_anchors_is_free(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", 4)
+def test_the_order_of_the_anchors_is_free(run, monkeypatch):
+    monkeypatch.setattr(planning, "TILE_QUERIES", 4)
     inputs = make_inputs(2, 2)
     order = torch.tensor([4, 0, 3, 2, 1])
     moved = [tensor[:, :, order] if dim in (0, 3, 4) else tensor for dim, tensor in enumerate(inputs)]
@@ -202,54 +223,63 @@ def test_the_order_of_the_anchors_is_free(kernel, monkeypatch):
 
 @pytest.mark.parametrize("pieces", [2, 3, 5])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_a_block_may_come_in_pieces(queries, pieces):
+def test_a_block_may_come_in_pieces(run, queries, pieces):
     inputs = make_inputs(queries, 5)
     actual = values_and_grads(run, inputs, pieces=pieces)
     assert_all_close(actual, values_and_grads(dense_reference, inputs), 1e-12)
 
 
 @pytest.mark.parametrize("block_keys", [0, 3])
-def test_a_single_block_needs_no_mask(kernel, block_keys):
+def test_a_single_block_needs_no_mask(run, block_keys):
     inputs = [
         tensor[:1, :, :1] if dim in (0, 3, 4) else tensor[:1] for dim, tensor in enumerate(make_inputs(3, block_keys))
     ]
-    anchors = torch.tensor([[5]])
-    assert [tile.mask for tile in attention._tiles(anchors, None, 3, torch.float64)] == [None]
-    actual = values_and_grads(run, inputs, anchors=anchors)
-    assert_all_close(actual, values_and_grads(dense_reference, inputs, anchors=anchors), 1e-12)
+    anchors, firsts = torch.tensor([[5]]), torch.tensor([[2]])
+    assert [tile.has_hidden for tile in AttentionPlan(anchors, firsts).tiles(3)] == [False]
+    actual = values_and_grads(run, inputs, anchors=anchors, firsts=firsts)
+    assert_all_close(actual, values_and_grads(dense_reference, inputs, anchors=anchors, firsts=firsts), 1e-12)
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_both_kernels_of_the_context_are_one_function(dtype, tolerance, is_masked):
     query, key, value, *_ = make_inputs(3, 0, dtype)
-    query = query.flatten(2, 3)
-    mask = None
-    if is_masked:
-        (tile,) = attention._tiles(ANCHORS, None, 3, dtype)
-        mask = tile.mask
-    fused = attention._context(query, key, value, mask, SCALING)
-    products = attention._context_by_products(query, key, value, mask, SCALING)
+    query, plan = query.flatten(2, 3), AttentionPlan(ANCHORS)
+    hide = partial(plan.hide, tile=plan.tiles(3)[0], num_queries=3) if is_masked else None
+    fused = kernels.flash(query, key, value, hide, SCALING)
+    products = kernels.products(query, key, value, hide, SCALING)
     assert_all_close(products, fused, tolerance)
     assert [tensor.dtype for tensor in products] == [dtype, dtype]
     # Outputs and log-sum-exps that are not the kernel's own, as the merge with a block hands them in.
     grad, shift = torch.randn_like(query), torch.rand_like(fused[1])
     merged = (0.3 * fused[0] + 0.7 * torch.randn_like(query), fused[1] + shift)
-    backward = (grad, query, key, value, *merged, mask, SCALING)
-    expected = attention._context_backward(*backward)
-    assert_all_close(attention._context_by_products_backward(*backward), expected, 10 * tolerance)
+    backward = (grad, query, key, value, *merged, hide, SCALING)
+    expected = kernels.flash_backward(*backward)
+    assert_all_close(kernels.products_backward(*backward), expected, 10 * tolerance)
 
 
-def test_gradients_pass_a_numerical_check(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "TILE_QUERIES", 4)
+def test_products_copy_no_key_per_query_head():
+    heads, groups, length, num_blocks, dim = 8, 1, 4096, 4, 64
+    query = torch.randn(1, heads, num_blocks, 1, dim, requires_grad=True)
+    key, value = (torch.randn(1, groups, length, dim, requires_grad=True) for _ in range(2))
+    plan = AttentionPlan(torch.full((1, num_blocks), length))
+    with PeakBytes() as counter:
+        anchored_attention(query, key, value, [], [], plan, SCALING, "products").sum().backward()
+    # Two gradients with one tile's share each, and scores of a third of that; copies per head would be sixteen more.
+    assert counter.peak < 6 * key.nbytes
+
+
+def test_gradients_pass_a_numerical_check(run, monkeypatch):
+    monkeypatch.setattr(planning, "TILE_QUERIES", 4)
     inputs = [tensor.requires_grad_() for tensor in make_inputs(2, 2)]
     # Random projections of the Jacobian: all entries would take minutes.
     assert torch.autograd.gradcheck(lambda *tensors: run(*tensors, pieces=2), inputs, fast_mode=True)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("backend", ["flash", "products"])
+def test_a_second_derivative_is_refused(backend):
     inputs = [tensor.requires_grad_() for tensor in make_inputs(1, 1)]
-    (grad,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)
+    (grad,) = torch.autograd.grad(attend(*inputs, backend=backend).square().sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -258,14 +288,14 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 2), (3, 3)])
-def test_float32_keeps_values_and_gradients_to_its_precision(kernel, queries, block_keys):
+def test_float32_keeps_values_and_gradients_to_its_precision(run, queries, block_keys):
     single = make_inputs(queries, block_keys, torch.float32)
     exact = values_and_grads(dense_reference, [tensor.double() for tensor in single])
     assert_all_close(values_and_grads(run, single), exact, 2e-5)
 
 
 @pytest.mark.parametrize(("queries", "block_keys"), [(1, 2), (3, 3), (2, 0)])
-def test_bfloat16_gradients_stay_close(kernel, queries, block_keys):
+def test_bfloat16_gradients_stay_close(run, queries, block_keys):
     low = make_inputs(queries, block_keys, torch.bfloat16)
     exact = values_and_grads(dense_reference, [tensor.double() for tensor in low])
     actual = values_and_grads(run, low)
@@ -276,7 +306,8 @@ def test_bfloat16_gradients_stay_close(kernel, queries, block_keys):
         assert (one.double() - other).norm() < 0.04 * other.norm()
 
 
-def test_under_autocast_precision_follows_the_values(kernel):
+@pytest.mark.parametrize("run", ["flash", "products"], indirect=True)
+def test_under_autocast_precision_follows_the_values(run):
     exact = make_inputs(2, 2)
     query, context_key, context_value, block_key, block_value = (tensor.float() for tensor in exact)
     # Rotary angles leave queries and keys in float32 where the projections already gave bfloat16.
@@ -291,7 +322,8 @@ def test_under_autocast_precision_follows_the_values(kernel):
     assert all(torch.equal(one.bfloat16(), other) for one, other in zip(inside, plain, strict=True))
 
 
-def test_autocast_does_not_lower_float32_inputs(kernel):
+@pytest.mark.parametrize("run", ["flash", "products"], indirect=True)
+def test_autocast_does_not_lower_float32_inputs(run):
     single = make_inputs(3, 3, torch.float32)
     plain = values_and_grads(run, single)
     with torch.autocast("cpu", torch.bfloat16):
@@ -302,3 +334,10 @@ def test_autocast_does_not_lower_float32_inputs(kernel):
     outside = [output.detach(), *[tensor.grad for tensor in single]]
     for one, inner, outer in zip(plain, inside, outside, strict=True):
         assert torch.equal(one, inner) and torch.equal(one, outer)
+
+
+def test_autocast_leaves_flex_as_it_is_too():
+    single = make_inputs(3, 3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attend(*single, backend="flex")
+    assert torch.equal(inside, attend(*single, backend="flex"))

@@ -26,6 +26,7 @@ from helpers.rollouts import GREEDY, Options, decode, draft_at, replay
 from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.rollout import replay as walks
 from trl_draft_opd.rollout.acceptance import count_accepted, token_probs
 from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
 from trl_draft_opd.rollout.replay import TargetText
@@ -235,6 +236,44 @@ def test_the_head_sees_each_decided_slot_once_and_no_other(family, settings, tar
     num_rows.clear()
     replay(target, drafter, text, replace(one_walk, keep_branch_hidden=True))
     assert sum(num_rows) == K * num_blocks
+
+
+@pytest.mark.parametrize("slots,ahead,tokens", [(2, 1, 2**15), (3, 4, 2**15), (K, 2, 2**15), (2, 3, 2 * (K + 1))])
+@pytest.mark.parametrize("settings", [DRAWN, ARGMAX, replace(DRAWN, keep_branch_hidden=False)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_does_not_depend_on_how_many_slots_and_blocks_a_card_takes_at_once(
+    family, settings, slots, ahead, tokens, target, drafters, monkeypatch
+):
+    text = make_text(random_rows([40, 23, 1, 9]))
+    expected = replay(target, drafters[family], text, settings)
+    taken, blocks_drafted, begin = set(), [], drafters[family].begin
+
+    def some_slots(num_blocks, num_slots, device_type):
+        taken.add(min(slots, num_slots))
+        return min(slots, num_slots)
+
+    def counted(context, anchors, *args):
+        blocks_drafted.append(anchors.shape[1])
+        return begin(context, anchors, *args)
+
+    monkeypatch.setattr(walks, "slots_at_once", some_slots)
+    monkeypatch.setattr(walks, "blocks_ahead", lambda num_walkers, device_type: ahead)
+    monkeypatch.setattr(walks, "TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(drafters[family], "begin", counted, raising=False)
+    actual = replay(target, drafters[family], text, settings)
+    assert slots in taken and max(blocks_drafted) <= (tokens if family == "eagle3" else tokens // (K + 1))
+    for row in range(4):
+        assert_same_blocks(blocks_of(actual, row), blocks_of(expected, row))
+
+
+def test_a_card_judges_more_slots_of_fewer_blocks_and_a_cpu_one_at_a_time():
+    def first_groups(num_blocks):
+        return [walks.slots_at_once(num_blocks, 15, device) for device in ("cpu", "cuda")]
+
+    assert [first_groups(count) for count in (1, 43, 160, 400, 10**5)] == [[1, 15], [1, 14], [1, 4], [1, 1], [1, 1]]
+    assert walks.slots_at_once(1, 2, "cuda") == 2
+    ahead = [[walks.blocks_ahead(count, device) for device in ("cpu", "cuda")] for count in (1, 10, 33)]
+    assert ahead == [[1, 32], [1, 3], [1, 1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -37,7 +37,7 @@ class OneTokenTrainer(DraftOPDTrainer):
     @staticmethod
     def _step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
         assert drafter.draft_token_ids is None, "the one-token arm compares token ids of the full vocabulary"
-        blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids)
+        blocks, reading = batch.blocks, batch.read_by(target, drafter.config.target_layer_ids).padded()
         hidden = run_blocks(
             drafter, reading.features, batch.text.input_ids, blocks.anchors, blocks.drafts, target.embed
         )

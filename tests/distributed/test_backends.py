@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.distributed.backends import BACKENDS, CONFIGS
-from helpers.distributed.cases import CASES, POISONED, largest_difference, make_case_drafter, prepare, run_case
+from helpers.distributed.cases import CASES, MUON, POISONED, largest_difference, make_case_drafter, prepare, run_case
 from helpers.tiny import make_target
 from trl_draft_opd.runs.checkpoints import newest_valid
 
@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as launch:
-        alone = {name: run_case(name, folder, folder / "alone" / name, ALONE, 1) for name in CASES}
+        alone = {name: run_case(name, folder, folder / "alone" / name, ALONE, 1) for name in CASES | MUON}
         try:
             output, _ = launch.communicate(timeout=600)
         except subprocess.TimeoutExpired:
@@ -86,6 +86,17 @@ def test_adamw_under_two_processes_drifts_less_than_its_own_rounding(runs, backe
     alone = runs[2]["adamw"]
     assert main["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert largest_difference(main["weights"], alone["weights"]) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_muon_under_two_processes_drifts_less_than_its_own_rounding(runs, backend):
+    # It works in bfloat16, so rounding shows as a share of the learning rate too.
+    main, other = (results["muon"] for results in _found(runs, backend))
+    alone = runs[2]["muon"]
+    assert main["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert largest_difference(main["weights"], alone["weights"]) < 1e-3
+    assert main["state"].tensors.keys() == alone["state"].tensors.keys()
+    assert any(name.startswith("momentum_buffer/") for name in main["state"].tensors)
 
 
 @backends

@@ -3,6 +3,7 @@
 What a micro-batch has to compute, whatever the code: tokens, blocks, slots, rows of the loss, the walk of a replay.
 """
 
+import functools
 import random
 from dataclasses import dataclass
 
@@ -50,21 +51,32 @@ JOBS = (
 
 
 @dataclass(frozen=True)
-class Walk:
+class Round:
     """
-    The walk of a replay.
+    One round of a walk, in which all walkers draft; or all rounds together.
 
     Attributes:
-        rounds (`int`): Times that all walkers draft.
         blocks (`int`): Blocks that are drafted, those off the chain included.
-        rows (`int`): Slots that are judged: those kept, and the first refused one of a block.
-        chain (`int`): Blocks of the chain.
+        rows (`int`): Slots that are judged: those kept, and the first refused one of a block, if no more at a time.
+        reads (`int`): Times that the host reads what became of judged slots.
     """
 
-    rounds: int
     blocks: int
     rows: int
+    reads: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The walk of a replay: its rounds, and the blocks of its chain."""
+
+    rounds: tuple[Round, ...]
     chain: int
+
+    @property
+    def all(self) -> Round:
+        """All rounds together."""
+        return Round(*(sum(getattr(each, name) for each in self.rounds) for name in ("blocks", "rows", "reads")))
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Volume:
         rows (`int`): Slots that the loss is computed on.
         states (`int`): Distinct states of the target that they are compared with.
         visible (`float`): Context entries that a slot sees, on average.
-        walk (`Walk` or `None`): The replay, under Draft-OPD.
+        walk (`Walk` or `None`): The replay that drafts and judges least, under Draft-OPD.
     """
 
     tokens: int
@@ -125,32 +137,58 @@ def acceptance_of(tau: float, num_drafts: int) -> float:
     return low
 
 
-def simulate_walk(rows: int, response: int, segment: int, tau: float, num_drafts: int) -> Walk:
+@functools.cache
+def simulate_walk(
+    rows: int,
+    response: int,
+    segment: int,
+    tau: float,
+    num_drafts: int,
+    *,
+    blocks_at_once: int = 1,
+    rows_at_once: int = 1,
+) -> Walk:
     """
     Walk responses as a replay does, with drafts kept by chance; the same result on every run.
 
-    A walk begins at every segment and ends at the end of the text or at an anchor that was drafted from.
+    A walk begins at every segment and ends at the end of its response or at an anchor that was drafted from. Where
+    fewer than `blocks_at_once` walkers are left, each drafts from the positions ahead of it too; where fewer than
+    `rows_at_once` blocks are judged, several slots of each are judged before the host reads the result.
     """
     keep, rng = acceptance_of(tau, num_drafts), random.Random(0)
-    found = {"rounds": 0, "blocks": 0, "rows": 0, "chain": 0}
-    for _ in range(rows):
-        kept = []
-        for _ in range(response):
-            count = 0
-            while count < num_drafts and rng.random() < keep:
-                count += 1
-            kept.append(count)
-        walkers, drafted, rounds = set(range(0, response, segment)), set(), 0
-        while walkers:
-            rounds += 1
-            drafted |= walkers
-            found["rows"] += sum(max(0, min(kept[a] + 1, num_drafts, response - 1 - a)) for a in walkers)
-            following = {a + kept[a] + 1 for a in walkers}
-            walkers = {a for a in following if a < response - 1 and a not in drafted}
-        found["rounds"] = max(found["rounds"], rounds)
-        found["blocks"] += len(drafted)
-        anchor = 0
-        while anchor < response - 1:
-            found["chain"] += 1
-            anchor += kept[anchor] + 1
-    return Walk(**found)
+    # The last token of a response has nothing behind it to draft.
+    ends = [response * (place // response + 1) - 1 for place in range(rows * response)]
+    kept = []
+    for _ in ends:
+        count = 0
+        while count < num_drafts and rng.random() < keep:
+            count += 1
+        kept.append(count)
+
+    def follow(place: int, known: set[int]) -> int:
+        """Return where a walk at an anchor comes to: the first that is not known, or the end of its response."""
+        end = ends[place]
+        while place < end and place in known:
+            place = min(end, place + kept[place] + 1)
+        return place
+
+    walkers = {start for start in range(len(ends)) if start % response % segment == 0 and start < ends[start]}
+    drafted: set[int] = set()
+    rounds = []
+    while walkers:
+        ahead = range(max(1, blocks_at_once // len(walkers)))
+        places = {walker + i for walker in walkers for i in ahead if walker + i < ends[walker]} - drafted
+        drafted |= places
+        running, slot, judged, reads = places, 0, 0, 0
+        while running and slot < num_drafts:
+            size = max(1, min(num_drafts - slot, rows_at_once // len(running)))
+            judged, reads, slot = judged + size * len(running), reads + 1, slot + size
+            running = {place for place in running if kept[place] >= slot and place + slot < ends[place]}
+        rounds.append(Round(len(places), judged, reads))
+        walkers = {place for place in (follow(walker, drafted) for walker in walkers) if place < ends[place]}
+    chain = 0
+    for start in range(0, len(ends), response):
+        place = start
+        while place < ends[start]:
+            chain, place = chain + 1, place + kept[place] + 1
+    return Walk(tuple(rounds), chain)

@@ -19,8 +19,8 @@ NUM_RANKS = 8
 LAUNCHES = ("one GPU", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2, target sharded", "one GPU, 4-bit target")
 BF16, FP32 = 2, 4
 GIB = 2**30
-# A drafter's layers are computed again in the backward pass where keeping them takes more than this share of the card.
-KEPT_SHARE = 0.25
+# Of a card, what a step is planned to take at most: the estimate, and what an allocator wastes.
+PLANNED_SHARE = 0.9
 CARD_BYTES = 80 * GIB
 
 
@@ -35,6 +35,9 @@ class Workload:
         accumulation (`int`): Micro-batches.
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
         chunk_bytes (`int`): `loss_chunk_bytes`; by default that of a card of `CARD_BYTES`.
+        reading_bytes (`int`): `reading_bytes`.
+        read_tokens (`int` or `None`): Tokens of a row that the target reads at a time, on its cache; `None` for all.
+        part_blocks (`int` or `None`): Most blocks of a micro-batch that are trained at a time; `None` for all.
     """
 
     rows: int
@@ -43,6 +46,19 @@ class Workload:
     accumulation: int
     checkpointing: bool
     chunk_bytes: int = chunk_bytes_of_card(CARD_BYTES)
+    reading_bytes: int = 2 * GIB
+    read_tokens: int | None = None
+    part_blocks: int | None = None
+
+    @property
+    def texts(self) -> int:
+        """Text tokens of a micro-batch."""
+        return self.rows * self.length
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks whose activations exist at a time."""
+        return min(self.rows * self.blocks, self.part_blocks or self.rows * self.blocks)
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class Stages:
     Bytes per stage on one GPU without any sharding; see [`Stages.rows`] for what each is.
 
     `kept` is what of `activations` lives from forward to backward: the rest is one layer that is computed again.
+    `logits` is what of `loss` is let go before the backward pass.
     """
 
     target: int
@@ -66,6 +83,7 @@ class Stages:
     readings: int
     forward: int
     loss: int
+    logits: int
     cache: int
 
     def rows(self) -> list[tuple[str, int]]:
@@ -86,7 +104,12 @@ class Stages:
     @property
     def working(self) -> int:
         """What a step needs beside weights and optimizer: reading, update and live rollout take turns."""
-        return max(self.readings + max(self.activations + self.loss, self.forward), self.cache)
+        return max(self.readings + max(self.update, self.forward), self.cache)
+
+    @property
+    def update(self) -> int:
+        """What loss and backward pass need: the logits are gone before a layer is computed again."""
+        return max(self.kept + self.loss, self.activations + self.loss - self.logits)
 
 
 # -- what each part takes ---------------------------------------------------------------------------------------------
@@ -111,7 +134,7 @@ def dflash_activations(drafter: DrafterShape, work: Workload) -> int:
     """Return what a DFlash step keeps from forward to backward under bf16 autocast."""
     H, inner, S, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
     q, k, F = drafter.query_width, drafter.kv_width, drafter.features
-    texts, slots = work.rows * work.length, work.rows * work.blocks * S
+    texts, slots = work.texts, work.blocks_at_once * S
     # Fused features; keys and values of every layer, behind a norm per head.
     rotation = 2 * FP32 * drafter.head_dim
     key = FP32 if work.checkpointing else BF16  # a layer that is run again is given the key before its cast
@@ -132,7 +155,7 @@ def eagle3_activations(drafter: DrafterShape, work: Workload) -> int:
     """Return what an EAGLE-3 step keeps from forward to backward under bf16 autocast."""
     H, inner, K, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
     q, k, F = drafter.query_width, drafter.kv_width, drafter.features
-    texts, blocks = work.rows * work.length, work.rows * work.blocks
+    texts, blocks = work.texts, work.blocks_at_once
     # Fused features; token and state normed and joined, cast once for keys and once for values.
     rotation = 2 * BF16 * drafter.head_dim
     context = BF16 * F + BF16 * H + _norm(H, BF16) + 2 * BF16 * 2 * H + 2 * BF16 * k + rotation
@@ -148,14 +171,6 @@ def activation_bytes(drafter: DrafterShape, work: Workload) -> int:
     return {"dflash": dflash_activations, "eagle3": eagle3_activations}[drafter.family](drafter, work)
 
 
-def checkpointing_pays(drafter: DrafterShape, work: Workload, card: int) -> bool:
-    """
-    Tell whether the drafter's layers should be computed again in the backward pass: where keeping them takes more than
-    `KEPT_SHARE` of a card of `card` bytes. It costs a forward of the drafter, and changes no value.
-    """
-    return activation_bytes(drafter, replace(work, checkpointing=False)) > KEPT_SHARE * card
-
-
 def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> Stages:
     """Return the bytes of every stage."""
     kept = activation_bytes(drafter, work)
@@ -164,16 +179,16 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         # One layer or step at a time exists whole.
         units = drafter.layers if drafter.family == "dflash" else drafter.width
         again = (activation_bytes(drafter, replace(work, checkpointing=False)) - kept) // units
-    texts = work.rows * work.length
+    texts = work.texts
     reading = texts * BF16 * (drafter.features + target.hidden)
     cached = 2 * BF16 * target.kv_width * target.layers
     # The taps, and the widest layer: gate, up and product of the MLP beside some states.
     widest = BF16 * (5 * target.hidden + 3 * target.intermediate)
     forward = texts * (BF16 * drafter.features + widest)
     if work.read_tokens is not None and work.read_tokens < work.length:
-        # A part at a time is in a layer; the cache and the states of all parts stay.
-        forward = work.rows * work.read_tokens * widest + texts * cached + reading
-    slots = work.rows * work.blocks * drafter.num_drafts
+        # A part at a time is in a layer; the cache of all parts stays.
+        forward = work.rows * work.read_tokens * widest + texts * cached
+    slots = work.blocks_at_once * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
     # gradient.
@@ -197,6 +212,7 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
         loss=loss + work.chunk_bytes,
+        logits=work.chunk_bytes,
         cache=texts * (cached + own),
     )
 
@@ -224,28 +240,52 @@ def launch_bytes(stages: Stages, launch: str, ranks: int) -> int:
     return target + state // ranks + 2 * whole_bf16 + stages.working
 
 
+def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> bool:
+    """
+    Tell whether the drafter's layers should be computed again in the backward pass, which costs a forward of the
+    drafter and changes no value: where a step that keeps them does not fit into `PLANNED_SHARE` of `card` bytes.
+    """
+    kept = count_stages(target, drafter, replace(work, checkpointing=False))
+    return launch_bytes(kept, "one GPU", 1) > PLANNED_SHARE * card
+
+
+def blocks_at_once(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> int | None:
+    """
+    Return how many blocks of a micro-batch to train at a time, in as few equal parts as let a step fit into
+    `PLANNED_SHARE` of `card` bytes; `None` where not even single blocks do.
+    """
+    num_blocks = work.rows * work.blocks
+    for parts in range(1, num_blocks + 1):
+        size = -(-num_blocks // parts)
+        stages = count_stages(target, drafter, replace(work, part_blocks=size))
+        if launch_bytes(stages, "one GPU", 1) <= PLANNED_SHARE * card:
+            return size
+    return None
+
+
 # -- a card that is too small -----------------------------------------------------------------------------------------
 
 
-def refuse_small_card(target: int, trained: int, card: int) -> None:
+def refuse_small_card(target: int, trained: int, moments: int, card: int) -> None:
     """
-    Refuse a card that cannot hold what is certain: the weights, and what AdamW keeps of the trained ones.
+    Refuse a card that cannot hold what is certain: the weights, and what the optimizer keeps of the trained ones.
 
     Args:
         target (`int`): Bytes of the target's weights on this card.
-        trained (`int`): Bytes of the drafter's trained weights on this card; gradients and two moments come on top.
+        trained (`int`): Bytes of the drafter's trained weights on this card, as much as of their gradients.
+        moments (`int`): Numbers the optimizer keeps per trained weight: 2 of AdamW, 1 of Muon, 0 if unknown.
         card (`int`): Bytes of the card.
 
     Raises:
         ValueError: With the sizes and what makes them smaller.
     """
-    needed = target + 4 * trained
-    if needed > card:
+    of_drafter = (2 + moments) * trained
+    if target + of_drafter > card:
         raise ValueError(
-            f"The card has {gib(card)} GiB, and weights and optimizer alone need {gib(needed)} GiB: {gib(target)} for "
-            f"the target, {gib(4 * trained)} for the drafter with gradients and AdamW's moments. Shard the drafter "
-            "(ZeRO-2, ZeRO-3 or FSDP2) or the target (`shard_target=True`) over more cards, load the target in 4 bits "
-            "(`target_init_kwargs`), or take a smaller one."
+            f"The card has {gib(card)} GiB, but weights and optimizer alone need {gib(target + of_drafter)}: "
+            f"{gib(target)} for the target, {gib(of_drafter)} for the drafter with its gradients and the optimizer's "
+            "state. Load the target in 4 bits (`target_init_kwargs`) or shard it over several cards "
+            "(`shard_target=True`), shard the drafter (ZeRO-2, ZeRO-3 or FSDP2), or take a smaller target."
         )
 
 

@@ -11,15 +11,16 @@ Shape letters:  T = text tokens, H = hidden size, V = the target's vocabulary, D
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..losses.budget import chunk_bytes_of_card
+from ..losses.fused import bytes_per_logit
 from .gpus import ATTENTION_SHARE, LAUNCH_SECONDS, SYNC_SECONDS, Gpu
-from .jobs import Job, Volume, volume_of
+from .jobs import Job, Round, Volume, simulate_walk, volume_of
 from .shapes import DrafterShape, TargetShape
 
 
-BF16 = 2
+BF16, FP32 = 2, 4
 # Bytes a weight of clipping (read, read and write) and of AdamW in one kernel (read four, write three) in float32.
 UPDATE_BYTES = 4 + 8 + 28
 
@@ -33,18 +34,19 @@ class FamilyCounts:
         context_bytes, slot_bytes (`tuple[float, float]`):
             Bytes beside products, forward and backward, per unit of H: of a text token, and of a slot.
         weight_bytes (`tuple[float, float]`): The same per weight: casts, and sums of gradients.
-        launches (`tuple[int, int]`), walk_launches (`tuple[int, int]`):
-            Kernels of forward and backward; of the walk, once and per round.
-        syncs (`int`), walk_syncs (`tuple[int, float]`): Waits of a micro-batch without walk; of the walk likewise.
+        launches (`tuple[int, int]`): Kernels of forward and backward.
+        syncs (`int`): Waits of the host in a micro-batch, its read included, the walk left out.
+        walk_launches (`tuple[int, int, int]`), walk_syncs (`tuple[int, int, int]`):
+            Kernels and waits of the walk: once, per round, and per time that judged slots are read.
     """
 
     context_bytes: tuple[float, float]
     slot_bytes: tuple[float, float]
     weight_bytes: tuple[float, float]
     launches: tuple[int, int]
-    walk_launches: tuple[int, float]
     syncs: int
-    walk_syncs: tuple[int, float]
+    walk_launches: tuple[int, int, int]
+    walk_syncs: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Counts:
         read_bytes (`float`): Bytes beside products of one target layer, per token and unit of H.
         read_launches (`int`): Kernels of one target layer.
         mask_share (`float`): Time that an attention mask adds to the target's read.
-        logit_bytes (`float`): Bytes a logit of the drafter in divergence and gradient.
+        logit_bytes (`float` or `None`):
+            Bytes a logit of the drafter in divergence and gradient; `None` for those of the fused kernels.
         reduced_bytes (`float`): Bytes a logit of the target where the drafter's vocabulary is a part of it.
         head_gradient_bytes (`float`): Bytes a weight, once per chunk, for the gradient of a head that trains.
         judged_bytes (`float`): Bytes a logit of the walk.
@@ -64,13 +67,14 @@ class Counts:
             Bytes a score of plain attention, forward and backward; 0 for a kernel that keeps scores on the chip.
         chunk_launches (`float`), block_launches (`float`): Kernels of a chunk of the loss, and of a block in it.
         update_launches (`int`): Kernels of clipping and AdamW.
+        blocks_at_once (`int`), rows_at_once (`int`): See [`simulate_walk`].
         families (`dict[str, FamilyCounts]`): What happens in the drafter.
     """
 
     read_bytes: float
     read_launches: int
     mask_share: float
-    logit_bytes: float
+    logit_bytes: float | None
     reduced_bytes: float
     head_gradient_bytes: float
     judged_bytes: float
@@ -78,6 +82,8 @@ class Counts:
     chunk_launches: float
     block_launches: float
     update_launches: int
+    blocks_at_once: int
+    rows_at_once: int
     families: dict[str, FamilyCounts]
 
 
@@ -102,7 +108,9 @@ class Stage:
         attention_flops (`float`): Of attention in one kernel, which is slower than large products.
         bytes (`float`): What all other kernels move.
         launches (`float`), syncs (`float`): Kernels, and waits of the host.
+        again (`float`): FLOPs of products that are made once more, no part of the floor.
         extra (`float`): Share of time on top, of the target's read with a mask.
+        idle (`float`): Seconds for which the card waits for launches within the stage.
     """
 
     name: str
@@ -113,17 +121,15 @@ class Stage:
     bytes: float = 0.0
     launches: float = 0.0
     syncs: float = 0.0
+    again: float = 0.0
     extra: float = 0.0
+    idle: float = 0.0
 
     def busy(self, gpu: Gpu) -> float:
         """Return the seconds of its kernels."""
-        products = max(self.flops / gpu.flops, self.product_bytes / gpu.bytes_per_second)
+        products = max((self.flops + self.again) / gpu.flops, self.product_bytes / gpu.bytes_per_second)
         attention = self.attention_flops / (gpu.flops * ATTENTION_SHARE)
         return (products + attention + self.bytes / gpu.bytes_per_second) * (1 + self.extra)
-
-    def waits(self) -> float:
-        """Return the seconds the host waits."""
-        return self.syncs * SYNC_SECONDS
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Prediction:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the step."""
+        """FLOPs that the step needs."""
         return sum(stage.flops + stage.attention_flops for stage in self.stages)
 
     @property
@@ -201,7 +207,7 @@ def predict(
     draft, attention, backward = _drafting(volume, drafter, counts, checkpointing)
     stages = [_read(job, volume, target, counts)]
     if volume.walk is not None:
-        stages.append(_walk(volume, target, drafter, counts, chunks))
+        stages.append(_walk(job, volume, target, drafter, counts, chunks, gpu))
     stages += [draft, attention, *_loss(volume, target, drafter, counts, chunks), backward]
     stages.append(
         Stage("clipping and AdamW", "", bytes=UPDATE_BYTES * drafter.parameters, launches=counts.update_launches)
@@ -211,12 +217,12 @@ def predict(
 
 def chunks_of(chunk_bytes: int, target_vocab: int, draft_vocab: int) -> Chunks:
     """
-    Return the chunks of the fused loss: a chunk holds logits of target and drafter in bf16, or the target's whole ones
-    beside those picked of them, and needs no temporaries.
+    Return the chunks of the fused loss, whose budget counts logits in float32: the drafter's and the target's, or
+    while the target is read its whole ones beside those picked of them. Without temporaries a chunk is one block.
     """
-    while_reading = target_vocab + (draft_vocab if draft_vocab < target_vocab else 0)
-    rows = max(1, chunk_bytes // (BF16 * max(while_reading, 2 * draft_vocab)))
-    return Chunks(rows, rows, max(1, chunk_bytes // (4 * target_vocab)))
+    picked = draft_vocab if draft_vocab < target_vocab else 0
+    rows = max(1, chunk_bytes // FP32 // max(target_vocab + picked, 2 * draft_vocab))
+    return Chunks(rows, rows, max(1, chunk_bytes // (FP32 * target_vocab)))
 
 
 def _seconds(stages: Sequence[Stage], gpu: Gpu) -> list[float]:
@@ -230,7 +236,7 @@ def _seconds(stages: Sequence[Stage], gpu: Gpu) -> list[float]:
         busy = sum(other.busy(gpu) for other in together)
         launching = sum(other.launches for other in together) * LAUNCH_SECONDS
         share = stage.busy(gpu) / busy if busy else 1 / len(together)
-        seconds.append(max(busy, launching) * share + stage.waits())
+        seconds.append(max(busy, launching) * share + stage.idle + stage.syncs * SYNC_SECONDS)
     return seconds
 
 
@@ -282,7 +288,8 @@ def _drafting(
     back = Stage(
         "backward",
         "drafter",
-        flops=backward + once_more,
+        flops=backward,
+        again=once_more,
         bytes=moved[1] + again * slot_bytes[0],
         launches=own.launches[1] + again * own.launches[0],
     )
@@ -305,29 +312,61 @@ def _loss(
         launches=counts.chunk_launches * num_chunks,
     )
     is_reduced = drafter.vocab < target.vocab
-    moved = counts.logit_bytes * volume.rows * drafter.vocab
+    logit_bytes = counts.logit_bytes
+    if logit_bytes is None:
+        logit_bytes = bytes_per_logit("forward_kl", BF16, volume.states / volume.rows)
+    moved = logit_bytes * volume.rows * drafter.vocab
     moved += counts.reduced_bytes * volume.states * target.vocab if is_reduced else 0
     blocks = num_chunks * math.ceil(min(chunks.rows, volume.rows) / chunks.block)
     return heads, Stage("loss: divergence", "heads", bytes=moved, launches=counts.block_launches * blocks)
 
 
-def _walk(volume: Volume, target: TargetShape, drafter: DrafterShape, counts: Counts, chunks: Chunks) -> Stage:
-    assert volume.walk is not None, "asked for under Draft-OPD"
-    walk, own = volume.walk, counts.families[drafter.family]
-    # EAGLE-3 goes on only where the earlier drafts were kept; DFlash drafts a block at once.
-    slots = walk.blocks * drafter.width if drafter.family == "dflash" else walk.rows
-    context = volume.tokens * (drafter.fusion + drafter.layers * drafter.key_value)
-    attention = _attention(slots, volume.visible, drafter, counts, "forward")
-    parts = max(walk.rounds, math.ceil(walk.rows / chunks.judged))
-    moved = drafter.hidden * (volume.tokens * own.context_bytes[0] + slots * own.slot_bytes[0])
-    return Stage(
-        "walk",
-        "walk",
-        flops=2 * (context + slots * drafter.layers * drafter.layer_matrices + walk.rows * drafter.head)
-        + attention.flops,
-        product_bytes=BF16 * parts * drafter.head,
-        attention_flops=attention.attention_flops,
-        bytes=moved + attention.bytes + counts.judged_bytes * walk.rows * drafter.vocab,
-        launches=own.walk_launches[0] + own.walk_launches[1] * walk.rounds,
-        syncs=own.walk_syncs[0] + own.walk_syncs[1] * walk.rounds,
+def _walk(
+    job: Job, volume: Volume, target: TargetShape, drafter: DrafterShape, counts: Counts, chunks: Chunks, gpu: Gpu
+) -> Stage:
+    """Return the replay as the code walks it; what it drafts and judges beyond the least is no part of the floor."""
+    assert volume.walk is not None and job.tau is not None, "asked for under Draft-OPD"
+    own, least = counts.families[drafter.family], volume.walk.all
+    walk = simulate_walk(
+        job.rows,
+        job.length - job.prompt,
+        job.segment,
+        job.tau,
+        drafter.num_drafts,
+        blocks_at_once=counts.blocks_at_once,
+        rows_at_once=counts.rows_at_once,
+    )
+    matrices = drafter.layers * drafter.layer_matrices
+
+    def stage_of(some: Round, calls: int) -> Stage:
+        """Return a round, or several: `calls` times the layers read their weights."""
+        # EAGLE-3 goes on only where the earlier drafts were kept; DFlash drafts a block at once.
+        slots = some.blocks * drafter.width if drafter.family == "dflash" else some.rows
+        attention = _attention(slots, volume.visible, drafter, counts, "forward")
+        parts = max(some.reads, math.ceil(some.rows / chunks.judged))
+        return Stage(
+            "walk",
+            "walk",
+            flops=2 * (slots * matrices + some.rows * drafter.head) + attention.flops,
+            product_bytes=BF16 * (parts * drafter.head + calls * matrices),
+            attention_flops=attention.attention_flops,
+            bytes=drafter.hidden * slots * own.slot_bytes[0]
+            + attention.bytes
+            + counts.judged_bytes * some.rows * drafter.vocab,
+            launches=own.walk_launches[1] * calls + own.walk_launches[2] * some.reads,
+        )
+
+    whole, needed = stage_of(walk.all, len(walk.rounds)), stage_of(least, 1)
+    # The host waits for the result of every round, so a small one takes as long as its launches.
+    each = [stage_of(some, 1) for some in walk.rounds]
+    idle = sum(max(0.0, stage.launches * LAUNCH_SECONDS - stage.busy(gpu)) for stage in each)
+    context = 2 * volume.tokens * (drafter.fusion + drafter.layers * drafter.key_value)
+    return replace(
+        whole,
+        flops=needed.flops + context,
+        again=whole.flops - needed.flops,
+        bytes=whole.bytes + drafter.hidden * volume.tokens * own.context_bytes[0],
+        launches=whole.launches + own.walk_launches[0],
+        syncs=own.walk_syncs[0] + own.walk_syncs[1] * len(each) + own.walk_syncs[2] * walk.all.reads,
+        idle=idle,
     )

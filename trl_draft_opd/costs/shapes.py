@@ -30,6 +30,21 @@ class TargetShape:
     is_tied: bool
     has_head_norms: bool
 
+    @classmethod
+    def of(cls, config: Any) -> "TargetShape":
+        """Read the sizes off the config of a target; of one that is no plain dense decoder, widths alone are right."""
+        return cls(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab=config.vocab_size,
+            is_tied=bool(config.tie_word_embeddings),
+            has_head_norms=config.model_type.startswith("qwen3"),
+        )
+
     @property
     def query_width(self) -> int:
         """Width of all query heads."""

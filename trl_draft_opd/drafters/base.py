@@ -41,6 +41,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .attention import AttentionPlan
 from .packing import BlockPacking
 from .portable_config import PortableConfig
 from .published.checkpoint import CheckpointSource, check_tensors_fit, read_drafter_config, read_drafter_tensors
@@ -83,9 +84,13 @@ class DraftContext:
         # The entry before an anchor is of its text, and there even if the text ends with it.
         return None if self.starts is None else self.starts.gather(1, anchors.clamp(min=1) - 1)
 
-    def pack_blocks(self, anchors: torch.Tensor) -> BlockPacking:
-        """Return the packing of blocks at `anchors`, among which there is no padding where texts are packed."""
-        return BlockPacking(anchors >= 1, is_whole=self.starts is not None)
+    def place_blocks(self, anchors: torch.Tensor) -> tuple[BlockPacking, AttentionPlan]:
+        """
+        Return the packing of blocks at `anchors` (`(B, A)`), and the plan of what they see. Where texts are packed,
+        there is no padding among the anchors.
+        """
+        packing = BlockPacking(anchors >= 1, is_whole=self.starts is not None)
+        return packing, AttentionPlan(anchors.clamp(min=1), self.firsts(anchors))
 
     def extended(self, capacity: int) -> "DraftContext":
         """Return a copy whose buffers hold `capacity` entries; the new ones are zero and of the text before them."""

@@ -33,9 +33,9 @@ FORMAT_VERSION = 1
 FAMILIES, METHODS = ("eagle3", "dflash"), ("sft", "opd")
 # Settings that describe the training, and are numbers. A name that is in none of these lists is never published.
 _NUMBERS = (
-    "learning_rate warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm num_train_epochs max_steps "
-    "per_device_train_batch_size gradient_accumulation_steps generation_batch_size seed bf16 fp16 max_length "
-    "max_prompt_length max_completion_length accepted_weight rejected_weight supervised_weight slot_decay "
+    "learning_rate muon_learning_rate warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm num_train_epochs "
+    "max_steps per_device_train_batch_size gradient_accumulation_steps generation_batch_size seed bf16 fp16 "
+    "max_length max_prompt_length max_completion_length accepted_weight rejected_weight supervised_weight slot_decay "
     "position_decay d_pace_floor num_anchors num_supervised_anchors num_drafts temperature top_k top_p regenerate "
     "completions_from_target"
 ).split()

@@ -30,8 +30,8 @@ from .types import Rollout, response_ends
 
 
 # A card reads the head's weight once per product, which takes it as long as some 230 rows (its FLOPs over its bytes a
-# second); launches and the host's wait are another 70. Up to about that many rows, one more costs less than waiting.
-ROWS_AT_ONCE = 512
+# second); launches and the host's wait are another 70. Up to about twice that, rows in vain cost less than one more wait.
+ROWS_AT_ONCE = 640
 # For the same reason a card drafts this many blocks in little more time than one.
 BLOCKS_AT_ONCE = 32
 # Tokens of the blocks that are drafted in one forward, so that its activations are bounded.
@@ -155,9 +155,11 @@ class ReplayWalk:
         start_of = torch.where(self._is_start(), index, 0).cummax(dim=0).values
         is_walker = self.is_written & (index < self.ends) & ~self.is_refused_row[self.rows]
         walkers = (is_walker & ((index - start_of) % segment_length == 0)).nonzero()[:, 0]
+        is_passed = torch.zeros_like(is_walker)
+        is_passed[walkers] = True
         while len(walkers):
             self.draft(self._round(walkers))
-            walkers = self._follow(walkers)
+            walkers = self._follow(walkers, is_passed)
 
     def _is_start(self) -> Tensor:
         """Return whether a token is the first of a response, `(T,)`."""
@@ -172,16 +174,19 @@ class ReplayWalk:
         places = places[places < self.ends[walkers, None]].unique()
         return places[self.accepted[places] < 0]
 
-    def _follow(self, walkers: Tensor) -> Tensor:
-        """Return the open anchors that the walkers come to next, each once: two walks that meet continue as one."""
-        ends = self.ends[walkers]
-        while True:
-            is_open = walkers < ends
-            walkers, ends = walkers[is_open], ends[is_open]
-            accepted = self.accepted[walkers]
-            if not (accepted >= 0).any():
-                return walkers.unique()
-            walkers = torch.where(accepted >= 0, walkers + accepted + 1, walkers)
+    def _follow(self, walkers: Tensor, is_passed: Tensor) -> Tensor:
+        """Move walkers on to anchors that were not drafted from, and return those; mark what they pass, `(T,)`."""
+        found = []
+        while len(walkers):
+            following = walkers + self.accepted[walkers] + 1
+            following = following[following < self.ends[walkers]].unique()
+            # Two walks that meet continue as one.
+            following = following[~is_passed[following]]
+            is_passed[following] = True
+            is_open = self.accepted[following] < 0
+            found.append(following[is_open])
+            walkers = following[~is_open]
+        return torch.cat(found).sort().values
 
     def chain(self) -> Tensor:
         """Read each response's chain off the table, `(B, A)` positions with -1 for padding, on the host."""
@@ -415,9 +420,10 @@ class ReplayWalk:
             torch.stack([places, accepted, self.refused_drafts[places], self._num_known(places)])
         )
         slots = torch.arange(1, num_drafts + 1, device=anchors.device)
-        # Accepted drafts equal the text.
+        # Accepted drafts equal the text, and a censored block knows no other.
         drafts = self.ids[(anchors[:, None] + slots).clamp(max=len(self.ids) - 1)]
-        drafts = torch.where(slots == accepted[:, None] + 1, refused[:, None], drafts)
+        is_refused = (slots == known[:, None]) & (known > accepted)[:, None]
+        drafts = torch.where(is_refused, refused[:, None], drafts)
         if self.suffixes is not None:
             drafts = torch.where(slots > known[:, None], self.suffixes[anchors], drafts)
         elif self.settings.keep_branch_hidden:

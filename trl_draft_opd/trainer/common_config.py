@@ -25,6 +25,7 @@ from ..utils.bars import can_draw_bars
 from ..utils.private_trl import _BaseConfig
 from ..utils.settings import check_at_least, check_settings
 from .metrics import is_loss
+from .muon import check_muon_settings
 from .unusable_options import check_options
 
 
@@ -122,6 +123,13 @@ class DraftTrainingConfig(_BaseConfig):
             more forward pass of its blocks (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to a
             few layers. `gradient_checkpointing`, the older name, is read where this one is unset.
 
+        > Parameters that control the optimizer, beside those of transformers
+
+        muon_learning_rate (`float`, *optional*):
+            Initial learning rate of Muon for the matrices of the drafter's layers; `learning_rate` stays that of
+            AdamW, which trains heads, norms and biases. Its updates are scaled to the size of AdamW's, so start from
+            the same rate. Unset, AdamW trains everything. See docs/do/training.md.
+
         > Parameters that control drafting and evaluation
 
         num_drafts (`int`, *optional*):
@@ -170,6 +178,9 @@ class DraftTrainingConfig(_BaseConfig):
     )
     gradient_checkpointing: bool | None = setting(None, "Older name of the same.", nargs="?", const=True)
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")
+    muon_learning_rate: float | None = setting(
+        None, "Initial learning rate of Muon for the matrices of layers; unset, AdamW trains everything."
+    )
     lr_scheduler_type: str = setting(
         "cosine", "Learning rate schedule.", choices=tuple(each.value for each in SchedulerType)
     )
@@ -263,6 +274,7 @@ class DraftTrainingConfig(_BaseConfig):
             check_checkpointing_kwargs(options)
             # torch's own default differs between versions.
             options.setdefault("use_reentrant", False)
+        check_muon_settings(self)
         check_choice("accepted_loss", self.accepted_loss, LOSS_TYPES)
         check_choice("slot_weighting", self.slot_weighting, SLOT_WEIGHTINGS)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

@@ -25,12 +25,13 @@ from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
 from ..rollout.types import Rollout
-from ..runs.distributed.launch import loss_entry
+from ..runs.distributed.launch import is_sharded, loss_entry
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
+from .card_memory import check_weights_fit, warn_of_small_card
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
@@ -87,6 +88,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 pair.target.require_rollback()
             # Refuses what could not be pushed before the target responds to anything.
             repo_id = claim_repository(args, pair)
+            check_weights_fit(pair, args)
             pair.target.place(args.device)
             super().__init__(
                 pair,
@@ -163,6 +165,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
+        if self.state.global_step == 0 and not is_sharded(self.accelerator):
+            warn_of_small_card(self.drafter, self.target, prepared, self._chunk_bytes, device)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
         # The host waits once, here, and not for each stream of each micro-batch.

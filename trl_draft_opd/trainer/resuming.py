@@ -59,6 +59,7 @@ from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
 from .common_config import DraftTrainingConfig
 from .metrics import MetricSums
+from .muon import check_muon, make_optimizer
 from .pair import Pair, compile_drafter
 from .step import PreparedBatch
 
@@ -84,6 +85,7 @@ class ResumingTrainer(_BaseTrainer):
         super().__init__(model=pair.drafter, args=compile_drafter(pair.drafter, args), **kwargs)
         self.target, self.num_drafts = pair.target, pair.num_drafts
         prepare_drafter(self.accelerator, self.model, self.args.n_gpu)
+        check_muon(self.args, self.accelerator, self.model, self.optimizer)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._guard = NonFiniteGuard(self.accelerator, self.args.on_nonfinite, self.args.max_skipped_updates)
         self._stop = StopOnSigterm(self.accelerator)
@@ -106,6 +108,15 @@ class ResumingTrainer(_BaseTrainer):
     @abstractmethod
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the loss on an evaluation batch, and add what was measured on it to the metrics."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW as transformers does, with Muon beside it where it has a learning rate."""
+        if self.args.muon_learning_rate is not None and self.optimizer is None:
+            drafter: Any = self.model if model is None else model
+            _, adamw = self.get_optimizer_cls_and_kwargs(self.args, drafter)
+            decayed = set(self.get_decay_parameter_names(drafter))
+            self.optimizer = make_optimizer(drafter, self.args, decayed, adamw)
+        return super().create_optimizer(model)
 
     # -- beginning and end of a run -----------------------------------------------------------------------------------
 

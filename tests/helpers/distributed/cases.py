@@ -69,6 +69,8 @@ CASES = {
     "live_eagle3": Case("opd", "eagle3", {"rollout": "live", "shard_target": True}, evaluates_first=True),
     "adamw": Case("sft", "eagle3", ADAMW, frozen="midlayer.mlp.up_proj"),
 }
+# Refused under ZeRO.
+MUON = {"muon": Case("sft", "eagle3", ADAMW | {"muon_learning_rate": 2e-3, "save_strategy": "no"})}
 SKIP = {"optim": "adamw_torch", "on_nonfinite": "skip", "max_steps": 1}
 STOPPED = {"stopped": Case("sft", "eagle3", {"max_steps": 4, "save_strategy": "steps", "save_steps": 100})}
 # Finite gradients, and a step that takes the weights out of range.
@@ -133,7 +135,7 @@ def run_case(
     Train a case, two steps from the start or two more from a checkpoint, and return what came of it: weights, losses,
     tau, optimizer state, and idle forward passes of the target.
     """
-    case = (CASES | POISONED | STOPPED | TOO_LARGE)[name]
+    case = (CASES | MUON | POISONED | STOPPED | TOO_LARGE)[name]
     target = FrozenTarget.load(folder / "target")
     rows = Dataset.from_dict(json.loads((folder / "rows.json").read_text()))
     trainer_class, config_class = (

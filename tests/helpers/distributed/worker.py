@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from helpers.distributed.backends import BACKENDS, launched_as
-from helpers.distributed.cases import CASES, POISONED, STOPPED, TOO_LARGE, run_case
+from helpers.distributed.cases import CASES, MUON, POISONED, STOPPED, TOO_LARGE, run_case
 
 
 def main(folder: Path, backends: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(folder: Path, backends: list[str]) -> None:
             # It would be compiled for minutes; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         results = {}
-        for name in CASES | POISONED | STOPPED | TOO_LARGE:
+        for name in CASES | ({} if backend.startswith("zero") else MUON) | POISONED | STOPPED | TOO_LARGE:
             start = time.monotonic()
             with launched_as(backend) as launch:
                 results[name] = run_case(name, folder, folder / backend / name, launch, 2, rank)

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from ..attention import anchored_attention
+from ..attention import AttentionPlan, anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
+from ..precision import activation_dtype, run_norm
 from ..target_shape import middle_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
 from .draft_vocabulary import DraftVocabulary
@@ -53,8 +54,8 @@ class _Blocks:
     Attributes:
         context (`DraftContext`), anchors (`torch.LongTensor` of shape `(B, A)`), embed (`Callable`):
             As the blocks were begun.
-        firsts (`torch.LongTensor` of shape `(B, A)` or `None`): Where the text of each block starts; `None` for 0.
         packing (`BlockPacking`): The N blocks that are not padding, which only attention sees.
+        plan (`AttentionPlan`): What they see of the context.
         fed (`torch.Tensor` of shape `(N, H)`): What the next step reads beside the token.
         keys (`list[torch.Tensor]`), values (`list[torch.Tensor]`):
             `(B, g, A, 1, d)` of every step but the first, whose are the context's.
@@ -63,8 +64,8 @@ class _Blocks:
     context: DraftContext
     anchors: torch.Tensor
     embed: Embed
-    firsts: torch.Tensor | None
     packing: BlockPacking
+    plan: AttentionPlan
     fed: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -90,7 +91,7 @@ class Eagle3Layer(nn.Module):
 
     def attention_input(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Join the normed token embedding and the normed state, `(..., 2H)`."""
-        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+        return torch.cat([run_norm(self.input_layernorm, embeds), run_norm(self.hidden_norm, hidden)], dim=-1)
 
 
 class Eagle3DraftModel(Drafter):
@@ -243,10 +244,11 @@ class Eagle3DraftModel(Drafter):
         """Fuse the tapped layers, `(B, n, F)` to `(B, n, H)`."""
         if self.config.fc_norm:
             chunks = target_features.chunk(len(self.fc_norm), dim=-1)
-            target_features = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+            normed = [run_norm(norm, chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)]
+            target_features = torch.cat(normed, dim=-1)
         if self.config.norm_before_fc:
-            target_features = self.input_norm(target_features)
-        return self.fc(target_features.to(self.fc.weight.dtype))
+            target_features = run_norm(self.input_norm, target_features)
+        return self.fc(target_features.to(activation_dtype(self.fc.weight)))
 
     def encode_context(
         self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
@@ -269,11 +271,10 @@ class Eagle3DraftModel(Drafter):
         embed: Embed,
     ) -> "Eagle3State":
         assert context.fused is not None, "a context of this family"
-        packing = context.pack_blocks(anchors)
+        packing, plan = context.place_blocks(anchors)
         index = (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, context.fused.shape[-1])
         fed = packing.pack(context.fused.gather(1, index))
-        blocks = _Blocks(context, anchors, embed, context.firsts(anchors), packing, fed, [], [])
-        return self._run_slot(blocks, anchor_tokens, 1)
+        return self._run_slot(_Blocks(context, anchors, embed, packing, plan, fed, [], []), anchor_tokens, 1)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "Eagle3State":
         assert isinstance(state, Eagle3State), "a state of this family"
@@ -282,14 +283,14 @@ class Eagle3DraftModel(Drafter):
             is_padding, columns = columns < 0, columns.clamp(min=0)
             index = columns[..., None].expand(-1, -1, blocks.fed.shape[-1])
             anchors = blocks.anchors.gather(1, columns).masked_fill(is_padding, -1)
-            packing, firsts = blocks.context.pack_blocks(anchors), blocks.context.firsts(anchors)
+            packing, plan = blocks.context.place_blocks(anchors)
             fed = packing.pack(blocks.packing.unpack(blocks.fed).gather(1, index))
             keys, values = ([_pick_columns(part, columns) for part in parts] for parts in (blocks.keys, blocks.values))
-            blocks = _Blocks(blocks.context, anchors, blocks.embed, firsts, packing, fed, keys, values)
+            blocks = _Blocks(blocks.context, anchors, blocks.embed, packing, plan, fed, keys, values)
         return self._run_slot(blocks, tokens, state.slot + 1)
 
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        return self.lm_head(hidden.to(activation_dtype(self.lm_head.weight)))
 
     def _run_slot(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> "Eagle3State":
         slot_hidden, blocks = self.run_recomputed(self._step, blocks, tokens, slot)
@@ -301,8 +302,7 @@ class Eagle3DraftModel(Drafter):
         packing, fed, keys, values = blocks.packing, blocks.fed, blocks.keys, blocks.values
         joined = layer.attention_input(blocks.embed(packing.pack(tokens)).to(fed.dtype), fed)
         query = attention.split_heads(attention.q_proj(joined)[None])
-        positions = blocks.anchors if blocks.firsts is None else blocks.anchors - blocks.firsts
-        cos, sin = self.rotary_emb(query, packing.pack(positions)[None] + slot - 2)
+        cos, sin = self.rotary_emb(query, packing.pack(blocks.plan.positions)[None] + slot - 2)
 
         def spread(states: torch.Tensor) -> torch.Tensor:
             """Turn `(1, heads, N, d)` into `(B, heads, A, 1, d)`."""
@@ -323,14 +323,13 @@ class Eagle3DraftModel(Drafter):
             blocks.context.values[0],
             keys,
             values,
-            blocks.anchors.clamp(min=1),
+            blocks.plan,
             attention.head_dim**-0.5,
-            blocks.firsts,
         )
-        residual = layer.hidden_norm(fed) if self.config.norm_before_residual else fed
+        residual = run_norm(layer.hidden_norm, fed) if self.config.norm_before_residual else fed
         hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
-        hidden = hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
-        slot_hidden = self.norm(hidden)
+        hidden = hidden + run_mlp(layer.mlp, run_norm(layer.post_attention_layernorm, hidden))
+        slot_hidden = run_norm(self.norm, hidden)
         fed = slot_hidden if self.config.norm_output else hidden
         return slot_hidden, replace(blocks, fed=fed, keys=keys, values=values)
 

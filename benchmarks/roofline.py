@@ -1,0 +1,142 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Predict tokens per second and memory of a training step on a GPU, stage by stage. Nothing is measured here.
+
+    python -m benchmarks.roofline                                         # six jobs, Qwen3-8B on an H100
+    python -m benchmarks.roofline --target-shape qwen3-4b --gpu 4090 --stages
+    python -m benchmarks.roofline --measured gpu.jsonl                    # beside what benchmarks/gpu.py measured
+    python -m benchmarks.roofline --memory                                # one row of 32,768 tokens, stage by stage
+    python -m benchmarks.roofline --count                                 # trl_draft_opd/costs/counted.py anew
+
+The arithmetic is in `trl_draft_opd/costs/`.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.scaling import markdown
+from trl_draft_opd.costs.counted import NOW
+from trl_draft_opd.costs.gpus import GPUS, Gpu
+from trl_draft_opd.costs.jobs import JOBS
+from trl_draft_opd.costs.memory import Workload, blocks_at_once, checkpointing_pays, count_stages, gib, launch_bytes
+from trl_draft_opd.costs.roofline import Prediction, predict
+from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+
+
+# Asked: predicted tokens a second over the floor's.
+REACH_SHARE = 0.6
+LONG_ROW, LONG_PROMPT, READ_TOKENS = 32_768, 2_048, 8_192
+
+
+def predictions(target: TargetShape, gpu: Gpu, checkpointing: bool = False) -> list[Prediction]:
+    """Return what every job takes with the code as it is."""
+    return [predict(job, target, gpu, NOW, checkpointing=checkpointing) for job in JOBS]
+
+
+def job_table(found: list[Prediction], measured: dict[str, dict] | None = None) -> str:
+    """Return the table of jobs; with what was measured, where there is something."""
+    header = [
+        "job",
+        "TFLOP: target / drafter / heads / walk",
+        "floor, s",
+        "step, s",
+        "tokens/s",
+        "of the floor",
+        "MFU",
+    ]
+    rows = []
+    for each in found:
+        parts = " / ".join(
+            f"{each.column(c) / 1e12:.0f}" if each.column(c) else "-" for c in ("target", "drafter", "heads", "walk")
+        )
+        row = [each.job.name, parts, f"{each.floor:.2f}", f"{each.total:.2f}"]
+        row += [f"{each.tokens_per_second:,.0f}", f"{each.share:.2f}", f"{each.utilisation:.1%}"]
+        if measured is not None:
+            known = measured.get(each.job.name)
+            row += ["-"] if known is None else [f"{known['tokens_per_s']:,.0f}"]
+        rows.append(row)
+    return markdown(header + ([] if measured is None else ["measured tokens/s"]), rows)
+
+
+def stage_table(found: Prediction) -> str:
+    """Return the stages of a job: what they need, and what they take."""
+    rows = []
+    for stage, seconds in zip(found.stages, found.seconds, strict=True):
+        flops = stage.flops + stage.attention_flops
+        row = [stage.name, f"{1e3 * flops / found.gpu.flops:.1f}", f"{flops / 1e12:.1f}"]
+        row += [f"{(stage.bytes + stage.product_bytes) / 1e9:.1f}", f"{stage.launches:,.0f}", f"{stage.syncs:,.0f}"]
+        rows.append([*row, f"{1e3 * seconds:.1f}"])
+    total = [f"{1e3 * found.floor:.1f}", f"{found.flops / 1e12:.1f}", "", "", "", f"{1e3 * found.total:.1f}"]
+    header = [found.job.name, "floor, ms", "TFLOP", "GB", "launches", "waits", "ms"]
+    return markdown(header, [*rows, ["**step**", *total]])
+
+
+def read_measured(path: Path) -> dict[str, dict]:
+    """Return the whole steps that were measured at the default settings, by job."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {row["job"]: row for row in rows if row.get("stage") == "step" and not row.get("note")}
+
+
+def long_row(name: str, family: str, card: int) -> Workload:
+    """
+    Return a micro-batch of one long row under Draft-OPD (tau 3 for EAGLE-3, 4 for DFlash), its layers computed again
+    and its blocks trained in parts where it fits by that.
+    """
+    target = TARGETS[name]
+    drafter, blocks = (
+        DrafterShape.fresh(family, target),
+        (LONG_ROW - LONG_PROMPT) // {"eagle3": 3, "dflash": 4}[family],
+    )
+    work = Workload(1, LONG_ROW, blocks, 1, False, read_tokens=READ_TOKENS)
+    work = replace(work, checkpointing=checkpointing_pays(target, drafter, work, card))
+    return replace(work, part_blocks=blocks_at_once(target, drafter, work, card))
+
+
+def memory_table(name: str, gpu: Gpu) -> str:
+    """Return the stages of a step on one long row, both families, and the peak beside the card."""
+    target = TARGETS[name]
+    works = [long_row(name, family, gpu.memory) for family in FAMILIES]
+    columns = [
+        count_stages(target, DrafterShape.fresh(family, target), work)
+        for family, work in zip(FAMILIES, works, strict=True)
+    ]
+    labels = [label for label, _ in columns[0].rows()]
+    rows = [[label, *(gib(stages.rows()[i][1]) for stages in columns)] for i, label in enumerate(labels)]
+    rows.append(["layers computed again in the backward pass", *("yes" if w.checkpointing else "no" for w in works)])
+    rows.append(["blocks, and how many are trained at a time", *(f"{w.blocks:,}, {w.part_blocks:,}" for w in works)])
+    rows.append([f"**peak, of {gib(gpu.memory)}**", *(f"**{gib(launch_bytes(s, 'one GPU', 1))}**" for s in columns)])
+    return markdown([f"{name}, one row of {LONG_ROW:,} tokens, GiB", "EAGLE-3", "DFlash"], rows)
+
+
+def main() -> None:
+    """Print what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target-shape", choices=list(TARGETS), default="qwen3-8b")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100")
+    parser.add_argument("--stages", action="store_true", help="a table of stages for every job")
+    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--measured", type=Path, help="JSON lines of benchmarks/gpu.py")
+    parser.add_argument("--memory", action="store_true", help="memory of one long row")
+    parser.add_argument("--count", action="store_true", help="count layers, kernels and waits anew, and print them")
+    args = parser.parse_args()
+    gpu = GPUS[args.gpu]
+    if args.count:
+        from benchmarks.traffic import counted, on_pretended
+
+        print(on_pretended(counted))
+        return
+    if args.memory:
+        print(memory_table(args.target_shape, gpu))
+        return
+    measured = None if args.measured is None else read_measured(args.measured)
+    found = predictions(TARGETS[args.target_shape], gpu, args.checkpointing)
+    print(f"{args.target_shape} on one {gpu.name} ({gpu.source}), predicted:\n")
+    print(job_table(found, measured))
+    if args.stages:
+        print("", *map(stage_table, found), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Memory that is computed beforehand: a card too small is told with sizes and settings, long rows fit where the pages say
+so, and layers are computed again where that is what makes a step fit.
+"""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import roofline
+from helpers.oracle import greedy_rows
+from helpers.tiny import TINY_RUN, make_drafter, make_target, make_tokenizer
+from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.costs.gpus import GPUS
+from trl_draft_opd.costs.memory import (
+    GIB,
+    Workload,
+    activation_bytes,
+    checkpointing_pays,
+    count_stages,
+    describe_shortage,
+    launch_bytes,
+    refuse_small_card,
+)
+from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.trainer import card_memory
+
+
+QWEN3_8B = TARGETS["qwen3-8b"]
+DFLASH = DrafterShape.fresh("dflash", QWEN3_8B)
+H100 = GPUS["h100"].memory
+# 8 rows of 2,048 tokens with 512 anchors each.
+LARGE = Workload(8, 2048, 512, 1, False)
+
+
+# -- pure arithmetic --------------------------------------------------------------------------------------------------
+
+
+def test_eight_rows_of_512_dflash_anchors_keep_about_70_gib_and_are_computed_again_on_80():
+    assert activation_bytes(DFLASH, LARGE) / GIB == pytest.approx(70, rel=0.05)
+    assert checkpointing_pays(QWEN3_8B, DFLASH, LARGE, H100)
+    assert activation_bytes(DFLASH, replace(LARGE, checkpointing=True)) < activation_bytes(DFLASH, LARGE) / 4
+
+
+def test_layers_are_not_computed_again_where_a_step_fits_anyway():
+    assert not checkpointing_pays(QWEN3_8B, DFLASH, Workload(4, 2048, 64, 1, False), H100)
+    assert checkpointing_pays(QWEN3_8B, DFLASH, Workload(4, 2048, 64, 1, False), 40 * GIB)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_32k_tokens_of_an_8b_target_fits_on_80_gb(family):
+    work = roofline.long_row("qwen3-8b", family, H100)
+    stages = count_stages(QWEN3_8B, DrafterShape.fresh(family, QWEN3_8B), work)
+    assert work.length == 32_768 and launch_bytes(stages, "one GPU", 1) < H100
+
+
+def test_a_row_read_in_parts_takes_its_cache_and_the_layers_of_one_part():
+    found = {
+        n: count_stages(QWEN3_8B, DFLASH, Workload(1, n, 100, 1, False, read_tokens=8_192)) for n in (2**15, 2**16)
+    }
+    # Keys and values of 36 layers, features of five and the last states: what a token more costs.
+    per_token = (found[2**16].forward - found[2**15].forward) / 2**15
+    assert per_token == 2 * (2 * 1024 * 36 + 6 * 4096)
+    # Where a part is as long as the row there is nothing to save.
+    short = [count_stages(QWEN3_8B, DFLASH, Workload(1, 4096, 100, 1, False, read_tokens=n)) for n in (None, 8_192)]
+    assert short[0] == short[1]
+
+
+def test_blocks_in_parts_bound_the_drafters_activations():
+    whole, halves = (
+        count_stages(QWEN3_8B, DFLASH, Workload(1, 8192, 1000, 1, False, part_blocks=n)) for n in (None, 500)
+    )
+    assert halves.activations < 0.6 * whole.activations and halves.readings == whole.readings
+
+
+def test_the_workload_has_the_trainers_defaults():
+    assert LARGE.reading_bytes == DraftOPDConfig.__dataclass_fields__["reading_bytes"].default
+
+
+def test_shapes_are_read_off_configs():
+    target = make_target()
+    shape = TargetShape.of(target.config)
+    assert shape.parameters == sum(p.numel() for p in target.causal_lm.parameters())
+
+
+# -- a card that is too small -----------------------------------------------------------------------------------------
+
+
+def test_a_card_that_cannot_hold_the_weights_is_refused_with_sizes_and_what_helps():
+    target, trained = 2 * QWEN3_8B.parameters, 4 * DFLASH.parameters
+    refuse_small_card(target, trained, 2, 40 * GIB)
+    with pytest.raises(ValueError, match=r"has 24\.0 GiB.* 15\.3 for the target, 15\.6 .*shard_target"):
+        refuse_small_card(target, trained, 2, 24 * GIB)
+    # Without an optimizer's moments it is not certain.
+    refuse_small_card(target, trained, 0, 24 * GIB)
+
+
+def test_a_step_that_does_not_fit_is_described_with_its_parts_and_settings():
+    stages = count_stages(QWEN3_8B, DFLASH, LARGE)
+    fixed = stages.target + stages.masters + stages.gradients + stages.adamw
+    assert describe_shortage(stages, fixed, 200 * GIB, ("lower `num_anchors`",)) is None
+    message = describe_shortage(stages, fixed, 80 * GIB, ("lower `num_anchors`",))
+    assert message is not None and "the card has 80.0 GiB" in message and "lower `num_anchors`" in message
+    assert "68.6 for the drafter's activations" in message
+
+
+def make_trainer(tmp_path):
+    target = make_target()
+    args = DraftSFTConfig(
+        output_dir=str(tmp_path), **TINY_RUN, save_strategy="no", max_steps=2, max_completion_length=12
+    )
+    return DraftSFTTrainer(
+        make_drafter("dflash", target), target, args, greedy_rows(target, 4, 12), None, make_tokenizer()
+    )
+
+
+def test_training_refuses_a_card_that_cannot_hold_the_pair(tmp_path, monkeypatch):
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: 2**10)
+    with pytest.raises(ValueError, match="weights and optimizer alone need"):
+        make_trainer(tmp_path)
+
+
+def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    pair = trainer.target, trainer.drafter
+    fixed = card_memory.target_bytes(pair[0]) + 4 * card_memory.trained_bytes(pair[1])
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: fixed + 2**10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(w.message) for w in caught if "computed to need" in str(w.message)]
+    assert len(messages) == 1 and "per_device_train_batch_size" in messages[0]
+
+
+def test_a_cpu_is_no_card(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*computed to need.*")
+        make_trainer(tmp_path).train()

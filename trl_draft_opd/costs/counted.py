@@ -1,0 +1,50 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+What the code does beside what it must, counted: `python -m benchmarks.roofline --count` writes the figures of layers,
+kernels and waits anew, `tests/test_roofline.py` counts some of them again.
+"""
+
+from .roofline import Counts, FamilyCounts
+
+
+NOW = Counts(
+    # The target's own code: norms in float32, rotation, residuals.
+    read_bytes=191.5,
+    read_launches=54,
+    mask_share=0.0,
+    # The fused kernels; with a reduced vocabulary, one pass over the target's logits and a copy of those picked.
+    logit_bytes=None,
+    reduced_bytes=3.0,
+    # A float32 sum, read and written by the product that adds to it.
+    head_gradient_bytes=8.0,
+    # Written in bf16 and read once by the argmax.
+    judged_bytes=4.0,
+    # Attention in one kernel, no score leaves the chip.
+    score_bytes=(0.0, 0.0),
+    chunk_launches=25,
+    block_launches=4,
+    update_launches=100,
+    # As in `rollout/replay.py`.
+    blocks_at_once=32,
+    rows_at_once=640,
+    families={
+        "eagle3": FamilyCounts(
+            context_bytes=(167.9, 208.1),
+            slot_bytes=(300.2, 661.5),
+            weight_bytes=(6.0, 56.8),
+            launches=(607, 910),
+            syncs=9,
+            walk_launches=(81, 585, 12),
+            walk_syncs=(1, 1, 1),
+        ),
+        "dflash": FamilyCounts(
+            context_bytes=(258.0, 494.8),
+            slot_bytes=(1220.5, 3264.2),
+            weight_bytes=(6.0, 7.7),
+            launches=(487, 830),
+            syncs=9,
+            walk_launches=(148, 364, 13),
+            walk_syncs=(1, 1, 1),
+        ),
+    },
+)

@@ -1,0 +1,80 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+A card that is too small for a run, told before the memory runs out: refused where weights alone exceed it, warned of
+where a step is computed to.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from ..costs.memory import Workload, count_stages, describe_shortage, refuse_small_card
+from ..costs.shapes import DrafterShape, TargetShape
+from ..drafters.base import Drafter
+from ..target.frozen import FrozenTarget
+from .common_config import DraftTrainingConfig
+from .pair import Pair
+from .step import PreparedBatch
+
+
+SETTINGS = (
+    "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
+    "set `gradient_checkpointing=True`",
+    "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
+)
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Return the memory of a CUDA card in bytes; `None` of any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def check_weights_fit(pair: Pair, args: DraftTrainingConfig) -> None:
+    """
+    Refuse a card that cannot hold the weights and what an optimizer keeps of them, before they are moved there.
+
+    Raises:
+        ValueError: With the sizes and what makes them smaller.
+    """
+    card = card_bytes(args.device)
+    if card is None:
+        return
+    # What is spread over cards, or may be, is no reason to refuse this one.
+    is_spread = args.shard_target or getattr(pair.target.causal_lm, "hf_device_map", None) is not None
+    refuse_small_card(
+        target=0 if is_spread else target_bytes(pair.target),
+        trained=trained_bytes(pair.drafter) if args.world_size == 1 else 0,
+        moments=2 if args.optim.startswith("adamw_torch") else 0,
+        card=card,
+    )
+
+
+def warn_of_small_card(
+    drafter: Drafter, target: FrozenTarget, batches: Sequence[PreparedBatch], chunk_bytes: int, device: torch.device
+) -> None:
+    """Warn if the largest of some micro-batches is computed to need more memory than the card has."""
+    card = card_bytes(device)
+    if card is None or not batches:
+        return
+    fixed = target_bytes(target) + 4 * trained_bytes(drafter)
+    shapes = TargetShape.of(target.config), DrafterShape.of(drafter.config)
+    found = []
+    for batch in batches:
+        tokens, blocks = int(batch.text.attention_mask.sum()), int((batch.blocks.anchors >= 0).sum())
+        work = Workload(1, tokens, blocks, len(batches), drafter.gradient_checkpointing, chunk_bytes)
+        found.append(count_stages(*shapes, work))
+    largest = max(found, key=lambda stages: stages.working)
+    message = describe_shortage(largest, fixed, card, SETTINGS)
+    if message is not None:
+        warnings.warn(message, stacklevel=2)
+
+
+def target_bytes(target: FrozenTarget) -> int:
+    """Return the bytes of the target's weights."""
+    return sum(parameter.nbytes for parameter in target.causal_lm.parameters())
+
+
+def trained_bytes(drafter: Drafter) -> int:
+    """Return the bytes of the weights that are trained."""
+    return sum(parameter.nbytes for parameter in drafter.parameters() if parameter.requires_grad)
