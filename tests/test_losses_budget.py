@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trl_draft_opd.losses import default_chunk_bytes
+from trl_draft_opd.trainer.draft_trainer import DraftTrainer
 
 
 GIB = 2**30
@@ -20,3 +21,9 @@ def test_a_card_gives_a_twentieth_of_its_memory_and_at_most_four_gib(monkeypatch
 
 def test_every_other_device_gives_what_suits_a_cpu():
     assert default_chunk_bytes("cpu") == default_chunk_bytes(torch.device("meta")) == 64 * 2**20
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, 64 * 2**20), (1000, 1000)])
+def test_a_trainer_takes_the_setting_or_else_what_suits_its_device(setting, expected):
+    args = SimpleNamespace(loss_chunk_bytes=setting, device=torch.device("cpu"))
+    assert DraftTrainer._chunk_bytes.fget(SimpleNamespace(args=args)) == expected

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.tiny import make_target
 from trl_draft_opd.losses import Head, chunked_divergence, heads, score_labels
+from trl_draft_opd.trainer import step
 
 
 ROWS, HIDDEN, VOCAB = 24, 6, 32
@@ -138,3 +140,29 @@ def test_products_are_added_to_float32_where_the_device_can(monkeypatch):
 def test_whether_a_device_adds_to_float32_is_tried_and_not_assumed():
     heads._adds_to_float32.cache_clear()
     assert heads._adds_to_float32("cpu", BF16) is False  # there is no such kernel for a CPU
+
+
+def test_without_such_a_product_on_cuda_one_warning_says_what_is_rounded(monkeypatch):
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device=None, **options: ones(*shape, **options))
+    heads._adds_to_float32.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="made in torch.bfloat16 chunk by chunk in its place") as caught:
+            assert [heads._adds_to_float32("cuda", BF16) for _ in range(2)] == [False, False]
+        assert len(caught) == 1
+    finally:
+        heads._adds_to_float32.cache_clear()
+
+
+def test_a_targets_head_is_a_bare_product_unless_something_is_done_to_its_logits():
+    target = make_target()
+    hidden = draw(3, target.config.hidden_size, dtype=BF16)
+    head = step._target_head(target)
+    with torch.autocast("cpu", BF16):
+        logits = heads.open_head(head).project(hidden)
+    assert head.product is not None and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, target.project(hidden))
+    target.config.logit_scale = 2.0
+    scaled = step._target_head(target)
+    assert scaled.product is None and scaled.num_buffers == 2
+    torch.testing.assert_close(heads.open_head(scaled).project(hidden), 2 * logits)

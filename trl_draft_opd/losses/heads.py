@@ -7,6 +7,7 @@ Linear heads are two products without a graph; any other head goes through autog
 Shape letters:  C = rows of one chunk, H = hidden size, D = logits per row
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,6 +175,11 @@ def _adds_to_float32(device_type: str, dtype: torch.dtype) -> bool:
     try:
         torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):  # no kernel for this device, no such argument in this torch
+        if device_type == "cuda":
+            warnings.warn(
+                f"This torch adds no product of {dtype} to a float32 sum. The gradient of a trained head is made in "
+                f"{dtype} chunk by chunk in its place, and added: slower, and rounded once per chunk."
+            )
         return False
     return bool((total == 17).all())
 
