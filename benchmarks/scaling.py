@@ -35,7 +35,9 @@ from trl_draft_opd.utils.versions import switch_checkpointing
 
 DRAFT_VOCABULARY = 32_000
 # Small enough for a test; the loss in chunks of 1 MiB, so that a chunk is no more than is needed.
-CHECKED = Workload(rows=2, length=256, blocks=40, accumulation=1, checkpointing=False, chunk_bytes=2**20)
+CHECKED = Workload(
+    rows=2, length=256, blocks=40, accumulation=1, checkpointing=False, chunk_bytes=2**20, is_on_cpu=True
+)
 STREAMS = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 0.0, 1.0)}
 
 

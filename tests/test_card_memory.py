@@ -38,10 +38,11 @@ LARGE = Workload(8, 2048, 512, 1, False)
 # -- pure arithmetic --------------------------------------------------------------------------------------------------
 
 
-def test_eight_rows_of_512_dflash_anchors_keep_about_70_gib_and_are_computed_again_on_80():
-    assert activation_bytes(DFLASH, LARGE) / GIB == pytest.approx(70, rel=0.05)
+def test_eight_rows_of_512_dflash_anchors_are_computed_again_on_80_gb():
+    # 70 GiB while norms and residuals were kept in float32.
+    assert activation_bytes(DFLASH, LARGE) / GIB == pytest.approx(36.5, rel=0.01)
     assert checkpointing_pays(QWEN3_8B, DFLASH, LARGE, H100)
-    assert activation_bytes(DFLASH, replace(LARGE, checkpointing=True)) < activation_bytes(DFLASH, LARGE) / 4
+    assert activation_bytes(DFLASH, replace(LARGE, checkpointing=True)) < activation_bytes(DFLASH, LARGE) / 3
 
 
 def test_layers_are_not_computed_again_where_a_step_fits_anyway():
@@ -57,12 +58,10 @@ def test_a_row_of_32k_tokens_of_an_8b_target_fits_on_80_gb(family):
 
 
 def test_a_row_read_in_parts_takes_its_cache_and_the_layers_of_one_part():
-    found = {
-        n: count_stages(QWEN3_8B, DFLASH, Workload(1, n, 100, 1, False, read_tokens=8_192)) for n in (2**15, 2**16)
-    }
-    # Keys and values of 36 layers, features of five and the last states: what a token more costs.
-    per_token = (found[2**16].forward - found[2**15].forward) / 2**15
-    assert per_token == 2 * (2 * 1024 * 36 + 6 * 4096)
+    works = [Workload(1, length, 100, 1, False, read_tokens=8_192) for length in (2**15, 2**16)]
+    few, many = (count_stages(QWEN3_8B, DFLASH, work).forward for work in works)
+    # Keys and values of 36 layers are what a token more costs.
+    assert many - few == 2**15 * 2 * 2 * 1024 * 36
     # Where a part is as long as the row there is nothing to save.
     short = [count_stages(QWEN3_8B, DFLASH, Workload(1, 4096, 100, 1, False, read_tokens=n)) for n in (None, 8_192)]
     assert short[0] == short[1]
@@ -101,9 +100,9 @@ def test_a_step_that_does_not_fit_is_described_with_its_parts_and_settings():
     stages = count_stages(QWEN3_8B, DFLASH, LARGE)
     fixed = stages.target + stages.masters + stages.gradients + stages.adamw
     assert describe_shortage(stages, fixed, 200 * GIB, ("lower `num_anchors`",)) is None
-    message = describe_shortage(stages, fixed, 80 * GIB, ("lower `num_anchors`",))
-    assert message is not None and "the card has 80.0 GiB" in message and "lower `num_anchors`" in message
-    assert "68.6 for the drafter's activations" in message
+    message = describe_shortage(stages, fixed, 70 * GIB, ("lower `num_anchors`",))
+    assert message is not None and "the card has 70.0 GiB" in message and "lower `num_anchors`" in message
+    assert "36.5 for the drafter's activations" in message
 
 
 def make_trainer(tmp_path):
