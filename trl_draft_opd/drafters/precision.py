@@ -4,8 +4,10 @@ Under autocast every layer hands on its output in autocast's dtype, so that noth
 nothing changes. Knows nothing of drafters.
 """
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -17,9 +19,9 @@ def activation_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def run_norm(norm: LlamaRMSNorm | Qwen3RMSNorm, hidden: Tensor) -> Tensor:
+def run_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     """
-    Run `norm` on hidden states `(..., n)`; under autocast return its dtype, where the layer would return float32.
+    Run a norm on hidden states `(..., n)`; under autocast return its dtype, where the layer would return float32.
 
     The norm is then one kernel that keeps nothing but its input, with a weight rounded as autocast rounds those of
     projections. Any other layer (an adapter's copy, compiled) is called as it is.
@@ -30,5 +32,6 @@ def run_norm(norm: LlamaRMSNorm | Qwen3RMSNorm, hidden: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(kind)
     if type(norm) not in (LlamaRMSNorm, Qwen3RMSNorm) or norm._compiled_call_impl is not None:
         return norm(hidden).to(dtype)
+    weight = cast(Tensor, norm.weight)
     with torch.autocast(kind, enabled=False):
-        return rms_norm(hidden.to(dtype), norm.weight.shape, norm.weight.to(dtype), norm.variance_epsilon)
+        return rms_norm(hidden.to(dtype), weight.shape, weight.to(dtype), cast(float, norm.variance_epsilon))
