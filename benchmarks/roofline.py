@@ -27,7 +27,7 @@ from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetSh
 
 # Asked: predicted tokens a second over the floor's.
 REACH_SHARE = 0.6
-LONG_ROW, LONG_PROMPT, READ_TOKENS = 32_768, 2_048, 8_192
+LONG_ROW, LONG_PROMPT = 32_768, 2_048
 
 
 def predictions(target: TargetShape, gpu: Gpu, checkpointing: bool = False) -> list[Prediction]:
@@ -89,7 +89,7 @@ def long_row(name: str, family: str, card: int) -> Workload:
         DrafterShape.fresh(family, target),
         (LONG_ROW - LONG_PROMPT) // {"eagle3": 3, "dflash": 4}[family],
     )
-    work = Workload(1, LONG_ROW, blocks, 1, False, read_tokens=READ_TOKENS)
+    work = Workload(1, LONG_ROW, blocks, 1, False)
     work = replace(work, checkpointing=checkpointing_pays(target, drafter, work, card))
     return replace(work, part_blocks=blocks_at_once(target, drafter, work, card))
 

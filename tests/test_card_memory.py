@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import roofline
 from helpers.oracle import greedy_rows
@@ -25,6 +26,7 @@ from trl_draft_opd.costs.memory import (
     refuse_small_card,
 )
 from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.target.texts import tokens_at_once
 from trl_draft_opd.trainer import card_memory
 
 
@@ -57,14 +59,15 @@ def test_a_row_of_32k_tokens_of_an_8b_target_fits_on_80_gb(family):
     assert work.length == 32_768 and launch_bytes(stages, "one GPU", 1) < H100
 
 
-def test_a_row_read_in_parts_takes_its_cache_and_the_layers_of_one_part():
-    works = [Workload(1, length, 100, 1, False, read_tokens=8_192) for length in (2**15, 2**16)]
-    few, many = (count_stages(QWEN3_8B, DFLASH, work).forward for work in works)
-    # Keys and values of 36 layers are what a token more costs.
-    assert many - few == 2**15 * 2 * 2 * 1024 * 36
-    # Where a part is as long as the row there is nothing to save.
-    short = [count_stages(QWEN3_8B, DFLASH, Workload(1, 4096, 100, 1, False, read_tokens=n)) for n in (None, 8_192)]
-    assert short[0] == short[1]
+def test_a_row_longer_than_a_pass_takes_its_cache_and_the_layers_of_one_pass():
+    works = [Workload(1, length, 100, 1, False) for length in (2**12, 2**13, 2**15, 2**16)]
+    half, whole, long, longer = (count_stages(QWEN3_8B, DFLASH, work).forward for work in works)
+    assert whole == 2 * half
+    # Keys and values of 36 layers.
+    per_token = 2 * 2 * 1024 * 36
+    assert long == whole + 2**15 * per_token and longer - long == 2**15 * per_token
+    # Many short rows are read pass by pass.
+    assert count_stages(QWEN3_8B, DFLASH, Workload(8, 2048, 100, 1, False)).forward == whole
 
 
 def test_blocks_in_parts_bound_the_drafters_activations():
@@ -74,8 +77,9 @@ def test_blocks_in_parts_bound_the_drafters_activations():
     assert halves.activations < 0.6 * whole.activations and halves.readings == whole.readings
 
 
-def test_the_workload_has_the_trainers_defaults():
+def test_the_workload_has_the_defaults_of_training():
     assert LARGE.reading_bytes == DraftOPDConfig.__dataclass_fields__["reading_bytes"].default
+    assert LARGE.read_tokens == tokens_at_once(torch.device("cuda"))
 
 
 def test_shapes_are_read_off_configs():

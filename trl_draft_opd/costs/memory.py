@@ -36,7 +36,7 @@ class Workload:
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
         chunk_bytes (`int`): `loss_chunk_bytes`; by default that of a card of `CARD_BYTES`.
         reading_bytes (`int`): `reading_bytes`.
-        read_tokens (`int` or `None`): Tokens of a row that the target reads at a time, on its cache; `None` for all.
+        read_tokens (`int`): Tokens that the target reads at a time; a longer row is read in parts, on its cache.
         part_blocks (`int` or `None`): Most blocks of a micro-batch that are trained at a time; `None` for all.
         is_on_cpu (`bool`): Whether the kernels are the CPU's, which keep more than those of CUDA.
     """
@@ -48,7 +48,7 @@ class Workload:
     checkpointing: bool
     chunk_bytes: int = chunk_bytes_of_card(CARD_BYTES)
     reading_bytes: int = 2 * GIB
-    read_tokens: int | None = None
+    read_tokens: int = 8192
     part_blocks: int | None = None
     is_on_cpu: bool = False
 
@@ -195,12 +195,10 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     texts = work.texts
     reading = texts * BF16 * (drafter.features + target.hidden)
     cached = 2 * BF16 * target.kv_width * target.layers
-    # The taps, and the widest layer: gate, up and product of the MLP beside some states.
-    widest = BF16 * (5 * target.hidden + 3 * target.intermediate)
-    forward = texts * (BF16 * drafter.features + widest)
-    if work.read_tokens is not None and work.read_tokens < work.length:
-        # A part at a time is in a layer; the cache of all parts stays.
-        forward = work.rows * work.read_tokens * widest + texts * cached
+    # The widest layer: gate, up and product of the MLP beside some states.
+    forward = min(texts, work.read_tokens) * BF16 * (4 * target.hidden + 3 * target.intermediate)
+    if work.length > work.read_tokens:
+        forward += work.length * cached
     slots = work.blocks_at_once * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
