@@ -17,6 +17,7 @@ from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.memory import (
     GIB,
+    SLOTS_PER_PASS,
     Workload,
     activation_bytes,
     checkpointing_pays,
@@ -26,6 +27,7 @@ from trl_draft_opd.costs.memory import (
     refuse_small_card,
 )
 from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.drafters import base
 from trl_draft_opd.target.texts import tokens_at_once
 from trl_draft_opd.trainer import card_memory
 
@@ -42,9 +44,10 @@ LARGE = Workload(8, 2048, 512, 1, False)
 
 def test_eight_rows_of_512_dflash_anchors_are_computed_again_on_80_gb():
     # 70 GiB while norms and residuals were kept in float32.
-    assert activation_bytes(DFLASH, LARGE) / GIB == pytest.approx(36.5, rel=0.01)
+    assert activation_bytes(DFLASH, LARGE)[0] / GIB == pytest.approx(36.5, rel=0.01)
     assert checkpointing_pays(QWEN3_8B, DFLASH, LARGE, H100)
-    assert activation_bytes(DFLASH, replace(LARGE, checkpointing=True)) < activation_bytes(DFLASH, LARGE) / 3
+    again = activation_bytes(DFLASH, replace(LARGE, checkpointing=True))[1]
+    assert again < activation_bytes(DFLASH, LARGE)[1] / 3
 
 
 def test_layers_are_not_computed_again_where_a_step_fits_anyway():
@@ -70,15 +73,25 @@ def test_a_row_longer_than_a_pass_takes_its_cache_and_the_layers_of_one_pass():
     assert count_stages(QWEN3_8B, DFLASH, Workload(8, 2048, 100, 1, False)).forward == whole
 
 
-def test_blocks_in_parts_bound_the_drafters_activations():
-    whole, halves = (
-        count_stages(QWEN3_8B, DFLASH, Workload(1, 8192, 1000, 1, False, part_blocks=n)) for n in (None, 500)
-    )
-    assert halves.activations < 0.6 * whole.activations and halves.readings == whole.readings
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_bound_what_a_step_keeps_by_that_of_one(checkpointing):
+    work = Workload(1, 8192, 1000, 1, checkpointing)
+    one, four = (count_stages(QWEN3_8B, DFLASH, replace(work, blocks_per_pass=n)) for n in (1000, 250))
+    states = 1000 * 16 * 2 * 2 * 4096
+    assert four.activations < states + (0.3 if not checkpointing else 0.7) * one.activations
+    assert four.readings == one.readings and four.loss == one.loss
+
+
+def test_passes_are_of_one_size_and_no_more_than_needed():
+    assert Workload(1, 8192, 1000, 1, False, blocks_per_pass=400).blocks_at_once(15) == 334
+    assert Workload(1, 8192, 1000, 1, False).blocks_at_once(15) == 1000
+    assert Workload(1, 32768, 7680, 1, False).blocks_at_once(15) == 3840
+    assert Workload(1, 8192, 0, 1, False).blocks_at_once(15) == 0
 
 
 def test_the_workload_has_the_defaults_of_training():
     assert LARGE.reading_bytes == DraftOPDConfig.__dataclass_fields__["reading_bytes"].default
+    assert SLOTS_PER_PASS == base.SLOTS_PER_PASS
     assert LARGE.read_tokens == tokens_at_once(torch.device("cuda"))
 
 

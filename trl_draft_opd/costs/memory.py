@@ -21,6 +21,8 @@ BF16, FP32 = 2, 4
 GIB = 2**30
 # Of a card, what a step is planned to take at most: the estimate, and what an allocator wastes.
 PLANNED_SHARE = 0.9
+# As in `drafters/base.py`: what a pass holds unless `blocks_per_pass` is set.
+SLOTS_PER_PASS = 2**16
 CARD_BYTES = 80 * GIB
 
 
@@ -37,7 +39,8 @@ class Workload:
         chunk_bytes (`int`): `loss_chunk_bytes`; by default that of a card of `CARD_BYTES`.
         reading_bytes (`int`): `reading_bytes`.
         read_tokens (`int`): Tokens that the target reads at a time; a longer row is read in parts, on its cache.
-        part_blocks (`int` or `None`): Most blocks of a micro-batch that are trained at a time; `None` for all.
+        blocks_per_pass (`int` or `None`):
+            As the setting of that name: more blocks are drafted in passes, each computed again in the backward pass.
         is_on_cpu (`bool`): Whether the kernels are the CPU's, which keep more than those of CUDA.
     """
 
@@ -49,7 +52,7 @@ class Workload:
     chunk_bytes: int = chunk_bytes_of_card(CARD_BYTES)
     reading_bytes: int = 2 * GIB
     read_tokens: int = 8192
-    part_blocks: int | None = None
+    blocks_per_pass: int | None = None
     is_on_cpu: bool = False
 
     @property
@@ -57,10 +60,11 @@ class Workload:
         """Text tokens of a micro-batch."""
         return self.rows * self.length
 
-    @property
-    def blocks_at_once(self) -> int:
-        """Blocks whose activations exist at a time."""
-        return min(self.rows * self.blocks, self.part_blocks or self.rows * self.blocks)
+    def blocks_at_once(self, num_drafts: int) -> int:
+        """Blocks of a pass, of as many as the micro-batch needs, all of one size."""
+        num_blocks = self.rows * self.blocks
+        most = self.blocks_per_pass or max(1, SLOTS_PER_PASS // num_drafts)
+        return -(-num_blocks // max(1, -(-num_blocks // most)))
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ def _norm(work: Workload) -> int:
     return 2 * FP32 if work.is_on_cpu else BF16
 
 
-def dflash_activations(drafter: DrafterShape, work: Workload) -> int:
-    """Return what a DFlash step keeps from forward to backward under bf16 autocast."""
+def dflash_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """Return what DFlash keeps per text token, and per block, from forward to backward under bf16 autocast."""
     H, inner, S, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
     q, k, norm = drafter.query_width, drafter.kv_width, _norm(work)
     # Cosines and sines; the norm at the end, or of the fused features.
@@ -152,11 +156,11 @@ def dflash_activations(drafter: DrafterShape, work: Workload) -> int:
         else:
             context += drafter.layers * 2 * BF16 * k  # keys of context and blocks are joined in every layer
         layers *= drafter.layers
-    return work.texts * (context + around) + work.blocks_at_once * S * (layers + around)
+    return context + around, S * (layers + around)
 
 
-def eagle3_activations(drafter: DrafterShape, work: Workload) -> int:
-    """Return what an EAGLE-3 step keeps from forward to backward under bf16 autocast."""
+def eagle3_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """Return what EAGLE-3 keeps per text token, and per block, from forward to backward under bf16 autocast."""
     H, inner, K, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
     q, k, norm = drafter.query_width, drafter.kv_width, _norm(work)
     rotation = 2 * BF16 * drafter.head_dim
@@ -166,7 +170,7 @@ def eagle3_activations(drafter: DrafterShape, work: Workload) -> int:
     context = BF16 * H + joined + 2 * BF16 * k + rotation
     own = 2 * BF16 * k * (K - 1)  # of a block: keys and values of all steps but the first
     if work.checkpointing:
-        return work.texts * context + work.blocks_at_once * (K * 2 * BF16 * H + own)
+        return context, K * 2 * BF16 * H + own
     # Query, output and log-sum-exp of the attention; the norm before the MLP, its gate and up; the norm at the end.
     step = joined + 2 * BF16 * q + FP32 * h + (norm + BF16) * H + 2 * BF16 * inner + rotation
     # Off the CPU, the last norm's input is the next step's, kept there already.
@@ -176,22 +180,34 @@ def eagle3_activations(drafter: DrafterShape, work: Workload) -> int:
     else:
         context += K * 2 * BF16 * k  # keys of context and blocks are joined in every step
         own = own * K // 2
-    return work.texts * context + work.blocks_at_once * (K * step + own)
+    return context, K * step + own
 
 
-def activation_bytes(drafter: DrafterShape, work: Workload) -> int:
-    """Return what the drafter's step keeps from forward to backward under bf16 autocast, casts of weights left out."""
-    return {"dflash": dflash_activations, "eagle3": eagle3_activations}[drafter.family](drafter, work)
+def activation_bytes(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """
+    Return what the drafter's step keeps from forward to backward, casts of weights left out, and that with what exists
+    of it in the backward pass beside: a layer or a whole pass that is computed again.
+    """
+    rates = {"dflash": dflash_activations, "eagle3": eagle3_activations}[drafter.family]
+    (text, block), (whole_text, whole_block) = (rates(drafter, replace(work, checkpointing=c)) for c in (True, False))
+    num_blocks, at_once = work.rows * work.blocks, work.blocks_at_once(drafter.num_drafts)
+    # One layer or step at a time.
+    units = drafter.layers if drafter.family == "dflash" else drafter.width
+    if not work.checkpointing:
+        text, block = whole_text, whole_block
+    again = (work.texts * (whole_text - text) + at_once * (whole_block - block)) // units
+    if at_once == num_blocks:
+        kept = work.texts * text + num_blocks * block
+        return kept, kept + again
+    # The states of every pass, alone and joined.
+    kept = work.texts * rates(drafter, replace(work, checkpointing=True))[0]
+    kept += num_blocks * drafter.width * 2 * BF16 * drafter.hidden
+    return kept, kept + at_once * block + again
 
 
 def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> Stages:
     """Return the bytes of every stage."""
-    kept = activation_bytes(drafter, work)
-    again = 0
-    if work.checkpointing:
-        # One layer or step at a time exists whole.
-        units = drafter.layers if drafter.family == "dflash" else drafter.width
-        again = (activation_bytes(drafter, replace(work, checkpointing=False)) - kept) // units
+    kept, activations = activation_bytes(drafter, work)
     texts = work.texts
     reading = texts * BF16 * (drafter.features + target.hidden)
     cached = 2 * BF16 * target.kv_width * target.layers
@@ -199,13 +215,13 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     forward = min(texts, work.read_tokens) * BF16 * (4 * target.hidden + 3 * target.intermediate)
     if work.length > work.read_tokens:
         forward += work.length * cached
-    slots = work.blocks_at_once * drafter.num_drafts
+    slots = work.rows * work.blocks * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
     # gradient.
     loss = slots * target.hidden * 3 * BF16 + texts * target.hidden * BF16 + head
     # Of gate, up and product of an MLP; EAGLE-3's steps are differentiated one by one.
-    at_once = work.blocks_at_once * (drafter.width if drafter.family == "dflash" else 1)
+    at_once = work.blocks_at_once(drafter.num_drafts) * (drafter.width if drafter.family == "dflash" else 1)
     own = 2 * BF16 * target.kv_width * drafter.layers
     if drafter.family == "eagle3":
         own = BF16 * (2 * target.kv_width + target.hidden)
@@ -220,7 +236,7 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         adamw=2 * masters,
         casts=BF16 * drafter.matrices,
         kept=kept,
-        activations=kept + again,
+        activations=activations,
         # Beyond the budget a reading is let go and made again, so one more than fits is alive at most.
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
@@ -261,20 +277,6 @@ def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workloa
     """
     kept = count_stages(target, drafter, replace(work, checkpointing=False))
     return launch_bytes(kept, "one GPU", 1) > PLANNED_SHARE * card
-
-
-def blocks_at_once(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> int | None:
-    """
-    Return how many blocks of a micro-batch to train at a time, in as few equal parts as let a step fit into
-    `PLANNED_SHARE` of `card` bytes; `None` where not even single blocks do.
-    """
-    num_blocks = work.rows * work.blocks
-    for parts in range(1, num_blocks + 1):
-        size = -(-num_blocks // parts)
-        stages = count_stages(target, drafter, replace(work, part_blocks=size))
-        if launch_bytes(stages, "one GPU", 1) <= PLANNED_SHARE * card:
-            return size
-    return None
 
 
 # -- a card that is too small -----------------------------------------------------------------------------------------
