@@ -6,6 +6,7 @@ where a step is computed to.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,8 +21,8 @@ from .step import PreparedBatch
 
 SETTINGS = (
     "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
-    "set `gradient_checkpointing=True`",
-    "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
+    "set `activation_checkpointing=True`",
+    "lower `blocks_per_pass`, `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
 )
 
 
@@ -51,10 +52,14 @@ def check_weights_fit(pair: Pair, args: DraftTrainingConfig) -> None:
 
 
 def warn_of_small_card(
-    drafter: Drafter, target: FrozenTarget, batches: Sequence[PreparedBatch], chunk_bytes: int, device: torch.device
+    drafter: Drafter,
+    target: FrozenTarget,
+    batches: Sequence[PreparedBatch],
+    args: DraftTrainingConfig,
+    chunk_bytes: int,
 ) -> None:
     """Warn if the largest of some micro-batches is computed to need more memory than the card has."""
-    card = card_bytes(device)
+    card = card_bytes(args.device)
     if card is None or not batches:
         return
     fixed = target_bytes(target) + 4 * trained_bytes(drafter)
@@ -63,6 +68,7 @@ def warn_of_small_card(
     for batch in batches:
         tokens, blocks = int(batch.text.attention_mask.sum()), int((batch.blocks.anchors >= 0).sum())
         work = Workload(1, tokens, blocks, len(batches), drafter.gradient_checkpointing, chunk_bytes)
+        work = replace(work, blocks_per_pass=args.blocks_per_pass)
         found.append(count_stages(*shapes, work))
     largest = max(found, key=lambda stages: stages.working)
     message = describe_shortage(largest, fixed, card, SETTINGS)

@@ -166,7 +166,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         if self.state.global_step == 0 and not is_sharded(self.accelerator):
-            warn_of_small_card(self.drafter, self.target, prepared, self._chunk_bytes, device)
+            warn_of_small_card(self.drafter, self.target, prepared, self.args, self._chunk_bytes)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
         # The host waits once, here, and not for each stream of each micro-batch.
