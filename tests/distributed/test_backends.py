@@ -93,7 +93,7 @@ def test_muon_under_two_processes_drifts_less_than_its_own_rounding(runs, backen
     # It works in bfloat16, so rounding shows as a share of the learning rate too.
     main, other = (results["muon"] for results in _found(runs, backend))
     alone = runs[2]["muon"]
-    assert main["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert main["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     assert largest_difference(main["weights"], alone["weights"]) < 1e-3
     assert main["state"].tensors.keys() == alone["state"].tensors.keys()
     assert any(name.startswith("momentum_buffer/") for name in main["state"].tensors)
