@@ -202,10 +202,13 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
         hidden = scene.draft()
         kept = drafting.alive
     del hidden
+    scene.forward()
+    scene.backward()
+    gradients = sum(p.grad.nbytes for p in parameters)
+    # Once more: gradients are there already, as in all micro-batches but the first.
     with PeakBytes() as stepping:
         scene.forward()
         scene.backward()
-    gradients = sum(p.grad.nbytes for p in parameters)
     scene.update()
     moments = sum(s[key].nbytes for s in scene.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     cache = DynamicCache(config=target.config)
@@ -218,7 +221,6 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
     cached += [*own.keys, *own.values, *([] if own.fused is None else [own.fused])]
     # The head is not cast while blocks run, only in the loss.
     head_cast = scene.drafter.lm_head.weight.numel() * 2 if scene.drafter.owns_head else 0
-    whole = stages.casts + stages.activations + stages.loss + stages.gradients
     return [
         ("target", stages.target, sum(p.nbytes for p in target.causal_lm.parameters())),
         ("target's gradients and optimizer state", 0, sum(p.grad is not None for p in target.causal_lm.parameters())),
@@ -228,7 +230,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
         ("target's forward", stages.forward, reading.peak),
         ("target's reading", stages.readings // work.accumulation, scene.reading.num_bytes),
         ("activations and casts", stages.casts - head_cast + stages.kept, kept),
-        ("loss and backward, whole", whole, stepping.peak),
+        ("loss and backward", stages.casts + stages.update, stepping.peak),
         ("live caches", stages.cache, sum(tensor.nbytes for tensor in cached)),
     ]
 
@@ -259,14 +261,15 @@ def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, in
     scene: Scene = run("drafter made", fixed, lambda: Scene.make(target, family, work))
     run("target reads the text", fixed + stages.forward, scene.read)
     fixed += scene.reading.num_bytes
-    run("loss", fixed + stages.casts + stages.activations + stages.loss, scene.forward)
-    whole = stages.casts + stages.activations + stages.loss + stages.gradients
-    run("backward", fixed + whole, scene.backward)
+    loss = stages.casts + stages.kept + stages.loss
+    run("loss", fixed + loss, scene.forward)
+    # At most: gradients come into being as activations go.
+    run("backward", fixed + stages.casts + stages.update + stages.gradients, scene.backward)
     # AdamW's own temporaries: it updates all tensors together.
     run("first update", fixed + stages.gradients + 2 * stages.adamw, scene.update)
     fixed += stages.adamw + stages.gradients
-    run("second loss", fixed + stages.casts + stages.activations + stages.loss, scene.forward)
-    run("second backward", fixed + whole, scene.backward)
+    run("second loss", fixed + loss, scene.forward)
+    run("second backward", fixed + stages.casts + stages.update, scene.backward)
     scene.optimizer.zero_grad(set_to_none=True)
     scene.reading = None
     run("live rollout, 16 tokens", None, lambda: scene.live(16))

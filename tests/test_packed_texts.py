@@ -25,7 +25,7 @@ def make_texts(drafter, seed=0):
         reading = TARGET.read_text(ids, torch.ones_like(ids), drafter.config.target_layer_ids)
         anchors = 1 + torch.randperm(length - 1, generator=generator)[None]
         drafts = torch.randint(7, VOCAB, (*anchors.shape, K), generator=generator)
-        texts.append([reading.features, ids, anchors, drafts])
+        texts.append([reading.features[None], ids, anchors, drafts])
     return texts
 
 

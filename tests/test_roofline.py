@@ -9,14 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import roofline
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
-from trl_draft_opd.costs.jobs import JOBS, Round, Walk, acceptance_of, simulate_walk, volume_of
+from trl_draft_opd.costs.jobs import JOBS, Round, Walk, acceptance_of, simulate_walk
 from trl_draft_opd.costs.roofline import Chunks, Counts, FamilyCounts, chunks_of, predict
-from trl_draft_opd.costs.shapes import TARGETS, DrafterShape
+from trl_draft_opd.costs.shapes import TARGETS
+from trl_draft_opd.losses import Head
+from trl_draft_opd.losses.budget import fit_budget
+from trl_draft_opd.rollout import replay
+from trl_draft_opd.trainer.draft_opd_config import SEGMENT_LENGTHS
 
 
 H100, QWEN3_8B = GPUS["h100"], TARGETS["qwen3-8b"]
@@ -145,6 +150,12 @@ def test_drafting_ahead_takes_fewer_rounds_and_judging_more_at_a_time_fewer_read
     assert least.chain == ahead.chain == both.chain
 
 
+def test_walks_are_predicted_with_the_settings_of_replay():
+    assert (NOW.blocks_at_once, NOW.rows_at_once) == (replay.BLOCKS_AT_ONCE, replay.ROWS_AT_ONCE)
+    for job in JOBS:
+        assert job.tau is None or job.segment == SEGMENT_LENGTHS[job.family]
+
+
 def test_a_drafter_that_is_never_right_walks_every_token_of_a_segment():
     assert simulate_walk(1, 64, 16, 1.0, 7) == Walk((Round(4, 4, 1),) * 15 + (Round(3, 3, 1),), chain=63)
 
@@ -197,7 +208,9 @@ def test_the_pages_quote_the_tables_as_they_are_printed():
     assert roofline.memory_table("qwen3-8b", H100) in page
 
 
-def test_the_chunks_of_the_loss_are_those_it_cuts():
-    drafter = DrafterShape.fresh("eagle3", QWEN3_8B, 32_000)
-    assert chunks_of(4 * 2**30, QWEN3_8B.vocab, drafter.vocab).rows > 8_000
-    assert volume_of(JOBS[1], drafter).rows == 4 * 1536 * 7
+@pytest.mark.parametrize("draft_vocab", [None, 300], ids=["full", "reduced"])
+def test_the_chunks_of_the_loss_are_those_it_cuts(draft_vocab):
+    target, size = 1000, draft_vocab or 1000
+    head, target_head = Head.linear(torch.zeros(size, 8)), Head.linear(torch.zeros(target, 8))
+    budget = fit_budget(10**6, torch.zeros(1, 8), head, target_head, is_reduced=draft_vocab is not None, is_fused=True)
+    assert chunks_of(10**6, target, size).rows == budget.rows_per_chunk

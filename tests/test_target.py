@@ -185,30 +185,25 @@ def test_packed_branches_equal_one_forward_each(target, num_drafts, dtype):
 
 
 def test_rows_are_scored_with_others_of_similar_width():
-    widths = torch.tensor([1000, 0, 300, 900, 600, 250, 1])
-    assert rows_of_similar_width(widths) == [[0, 3, 4], [2, 5], [6]]
-    assert rows_of_similar_width(torch.tensor([60, 1])) == [[0, 1]] and rows_of_similar_width(torch.zeros(2)) == []
+    widths = [1000, 0, 300, 900, 600, 250, 1]
+    assert rows_of_similar_width(widths, 10_000) == [[0, 3, 4], [2, 5], [6]]
+    assert rows_of_similar_width(widths, 2000) == [[0, 3], [4], [2, 5], [6]]
+    assert rows_of_similar_width([60, 1], 120) == [[0, 1]] and rows_of_similar_width([0, 0], 9) == []
 
 
-def test_rows_read_and_scored_apart_are_those_done_together(monkeypatch):
-    target = make_target()
-    input_ids, mask, lengths = make_rows()
-    anchors = torch.tensor([[1, 4, 3], [3, -1, -1], [0, 2, -1]])
-    drafts = torch.randint(4, VOCAB, (3, 3, 4), generator=torch.Generator().manual_seed(1))
-    is_branch = (torch.arange(1, 5) > 1).expand(3, 3, 4) & (anchors >= 0)[..., None]
-    readings, states, forwards = [], [], []
+def test_padded_rows_read_apart_are_those_read_together(monkeypatch):
+    target = make_target("gemma2")
+    input_ids, mask, _ = make_rows()
+    readings, forwards = [], []
     for tokens in (64, 0):
         monkeypatch.setattr(target_rows, "SIMILAR_TOKENS", tokens)
         before = target.num_forwards
-        readings.append(target.read_text(input_ids, mask, LAYER_IDS, keep_cache=True))
-        states.append(score_branches(target, readings[-1], anchors, drafts, is_branch))
+        readings.append(target.read_text(input_ids, mask, LAYER_IDS))
         forwards.append(target.num_forwards - before)
-    # Texts of 9 and 7 tokens apart from one of 4, and then branches of 9 and 6 tokens apart from one of 3.
-    assert forwards == [2, 4]
+    # Texts of 9 and 7 tokens apart from one of 4.
+    assert forwards == [1, 2]
     torch.testing.assert_close(readings[1].features, readings[0].features, **FEATURE_TOLERANCE)
     torch.testing.assert_close(readings[1].last_hidden, readings[0].last_hidden, **TOLERANCE)
-    assert not readings[1].padded().features[1, 4:].any()
-    torch.testing.assert_close(states[1], states[0], **TOLERANCE)
 
 
 def test_nothing_is_kept_but_the_layers_asked_for(target):
@@ -222,10 +217,11 @@ def test_nothing_is_kept_but_the_layers_asked_for(target):
         return keep
 
     handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(target.layers)]
-    with target._tapped(LAYER_IDS) as taps:
+    taps = {}
+    with target._tapped(LAYER_IDS, taps.__setitem__):
         with torch.no_grad():
             target.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        assert sorted(taps) == LAYER_IDS
+        assert sorted(taps) == [0, 1, 2]
         assert [index for index, output in sorted(outputs.items()) if output() is not None] == LAYER_IDS
     for handle in handles:
         handle.remove()
@@ -236,7 +232,7 @@ def test_taps_are_taken_away_even_when_the_forward_fails():
     before = [len(layer._forward_hooks) for layer in target.layers]
     target.read_text(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.long), LAYER_IDS)
     assert [len(layer._forward_hooks) for layer in target.layers] == before
-    with pytest.raises(RuntimeError), target._tapped(LAYER_IDS):
+    with pytest.raises(RuntimeError), target._tapped(LAYER_IDS, lambda *_: None):
         raise RuntimeError
     assert [len(layer._forward_hooks) for layer in target.layers] == before
 

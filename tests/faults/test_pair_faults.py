@@ -296,17 +296,23 @@ def half_broken():
     return FrozenTarget(model, make_tokenizer())
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_reading_that_is_not_finite_names_its_rows_and_padding_does_not_count(target, monkeypatch, value):
+def test_a_reading_that_is_not_finite_names_its_rows_and_padding_does_not_count(target, monkeypatch, value, is_padded):
     ids, mask = torch.full((3, 5), 9), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
-    step = target.step
+    norm = target.backbone.norm.forward
+    monkeypatch.setattr(target, "_padding_reason", "is told to" if is_padded else None)
 
-    def broken(*arguments):
-        reading = step(*arguments)
-        reading.last_hidden[1, 3:], reading.last_hidden[2, 3, 7] = value, value
-        return reading
+    def broken(states):
+        states = norm(states)
+        # The fourth token of the third text: of padded rows, or of 5 + 2 + 4 tokens end to end.
+        if is_padded:
+            states[1, 3:], states[2, 3, 7] = value, value
+        else:
+            states[0, 5 + 2 + 3 :, 7] = value
+        return states
 
-    monkeypatch.setattr(target, "step", broken)
+    monkeypatch.setattr(target.backbone.norm, "forward", broken)
     with pytest.raises(NotFiniteError, match=r"NaN or infinite in rows \[2\] of the text"):
         target.read_text(ids, mask, [1])
     mask[2, 3] = 0

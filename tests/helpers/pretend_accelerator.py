@@ -147,8 +147,14 @@ def apart() -> Iterator[Callable[..., Any]]:
     Yield `call(function, *args)`, which runs functions of test modules one after another in one process of its own.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(1, spawn, initializer=_begin) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    # Before any backward pass: the first one starts autograd's threads, one per device there is.
+    _register()
 
 
 # -- operations -------------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Stages:
     Bytes per stage on one GPU without any sharding; see [`Stages.rows`] for what each is.
 
     `kept` is what of `activations` lives from forward to backward: the rest is one layer that is computed again.
+    `logits` is what of `loss` is let go before the backward pass.
     """
 
     target: int
@@ -82,6 +83,7 @@ class Stages:
     readings: int
     forward: int
     loss: int
+    logits: int
     cache: int
 
     def rows(self) -> list[tuple[str, int]]:
@@ -102,7 +104,12 @@ class Stages:
     @property
     def working(self) -> int:
         """What a step needs beside weights and optimizer: reading, update and live rollout take turns."""
-        return max(self.readings + max(self.activations + self.loss, self.forward), self.cache)
+        return max(self.readings + max(self.update, self.forward), self.cache)
+
+    @property
+    def update(self) -> int:
+        """What loss and backward pass need: the logits are gone before a layer is computed again."""
+        return max(self.kept + self.loss, self.activations + self.loss - self.logits)
 
 
 # -- what each part takes ---------------------------------------------------------------------------------------------
@@ -179,8 +186,8 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     widest = BF16 * (5 * target.hidden + 3 * target.intermediate)
     forward = texts * (BF16 * drafter.features + widest)
     if work.read_tokens is not None and work.read_tokens < work.length:
-        # A part at a time is in a layer; the cache and the states of all parts stay.
-        forward = work.rows * work.read_tokens * widest + texts * cached + reading
+        # A part at a time is in a layer; the cache of all parts stays.
+        forward = work.rows * work.read_tokens * widest + texts * cached
     slots = work.blocks_at_once * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
@@ -205,6 +212,7 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
         loss=loss + work.chunk_bytes,
+        logits=work.chunk_bytes,
         cache=texts * (cached + own),
     )
 
@@ -243,8 +251,8 @@ def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workloa
 
 def blocks_at_once(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> int | None:
     """
-    Return how many blocks of a micro-batch to train at a time so that a step fits into `PLANNED_SHARE` of `card` bytes,
-    in as few parts of equal size as that takes; `None` where not even single blocks make it fit.
+    Return how many blocks of a micro-batch to train at a time, in as few equal parts as let a step fit into
+    `PLANNED_SHARE` of `card` bytes; `None` where not even single blocks do.
     """
     num_blocks = work.rows * work.blocks
     for parts in range(1, num_blocks + 1):

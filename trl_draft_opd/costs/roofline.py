@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..losses.budget import chunk_bytes_of_card
+from ..losses.fused import bytes_per_logit
 from .gpus import ATTENTION_SHARE, LAUNCH_SECONDS, SYNC_SECONDS, Gpu
 from .jobs import Job, Round, Volume, simulate_walk, volume_of
 from .shapes import DrafterShape, TargetShape
 
 
-BF16 = 2
+BF16, FP32 = 2, 4
 # Bytes a weight of clipping (read, read and write) and of AdamW in one kernel (read four, write three) in float32.
 UPDATE_BYTES = 4 + 8 + 28
 
@@ -57,7 +58,8 @@ class Counts:
         read_bytes (`float`): Bytes beside products of one target layer, per token and unit of H.
         read_launches (`int`): Kernels of one target layer.
         mask_share (`float`): Time that an attention mask adds to the target's read.
-        logit_bytes (`float`): Bytes a logit of the drafter in divergence and gradient.
+        logit_bytes (`float` or `None`):
+            Bytes a logit of the drafter in divergence and gradient; `None` for those of the fused kernels.
         reduced_bytes (`float`): Bytes a logit of the target where the drafter's vocabulary is a part of it.
         head_gradient_bytes (`float`): Bytes a weight, once per chunk, for the gradient of a head that trains.
         judged_bytes (`float`): Bytes a logit of the walk.
@@ -72,7 +74,7 @@ class Counts:
     read_bytes: float
     read_launches: int
     mask_share: float
-    logit_bytes: float
+    logit_bytes: float | None
     reduced_bytes: float
     head_gradient_bytes: float
     judged_bytes: float
@@ -215,12 +217,12 @@ def predict(
 
 def chunks_of(chunk_bytes: int, target_vocab: int, draft_vocab: int) -> Chunks:
     """
-    Return the chunks of the fused loss: a chunk holds logits of target and drafter in bf16, or the target's whole ones
-    beside those picked of them, and needs no temporaries.
+    Return the chunks of the fused loss, whose budget counts logits in float32: the drafter's and the target's, or
+    while the target is read its whole ones beside those picked of them. Without temporaries a chunk is one block.
     """
-    while_reading = target_vocab + (draft_vocab if draft_vocab < target_vocab else 0)
-    rows = max(1, chunk_bytes // (BF16 * max(while_reading, 2 * draft_vocab)))
-    return Chunks(rows, rows, max(1, chunk_bytes // (4 * target_vocab)))
+    picked = draft_vocab if draft_vocab < target_vocab else 0
+    rows = max(1, chunk_bytes // FP32 // max(target_vocab + picked, 2 * draft_vocab))
+    return Chunks(rows, rows, max(1, chunk_bytes // (FP32 * target_vocab)))
 
 
 def _seconds(stages: Sequence[Stage], gpu: Gpu) -> list[float]:
@@ -310,7 +312,10 @@ def _loss(
         launches=counts.chunk_launches * num_chunks,
     )
     is_reduced = drafter.vocab < target.vocab
-    moved = counts.logit_bytes * volume.rows * drafter.vocab
+    logit_bytes = counts.logit_bytes
+    if logit_bytes is None:
+        logit_bytes = bytes_per_logit("forward_kl", BF16, volume.states / volume.rows)
+    moved = logit_bytes * volume.rows * drafter.vocab
     moved += counts.reduced_bytes * volume.states * target.vocab if is_reduced else 0
     blocks = num_chunks * math.ceil(min(chunks.rows, volume.rows) / chunks.block)
     return heads, Stage("loss: divergence", "heads", bytes=moved, launches=counts.block_launches * blocks)

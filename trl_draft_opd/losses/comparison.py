@@ -93,13 +93,7 @@ class Comparison:
             logits_SD, statistics_2S = (target.logits_SD, target.statistics_2S) if target else (None, None)
             if labels_C is not None or statistics_2S is not None:
                 losses_C = fused.differentiate(
-                    logits_CD,
-                    logits_SD,
-                    statistics_2S,
-                    places_C,
-                    labels_C,
-                    weights_C,
-                    self.loss_type,
+                    logits_CD, logits_SD, statistics_2S, places_C, labels_C, weights_C, self.loss_type
                 )
                 if losses_C is not None:
                     return losses_C

@@ -200,7 +200,9 @@ def differentiate_kernel(
                     grad = q * held - tl.exp(lower - log_alpha) * (_sign(log_p - log_q) + 1) / 2
                 if (LOSS == "tv") or (LOSS == "lk_hybrid"):
                     gap = tl.exp(log_p) - q
-                    grad = (1 - kl_share) * (mean_sign - _sign(gap)) * q / 2 - kl_share * gap
+                    grad = (mean_sign - _sign(gap)) * q / 2
+                    if LOSS == "lk_hybrid":
+                        grad = (1 - kl_share) * grad - kl_share * gap
             if WITH_GRAD:
                 tl.store(draft + columns * draft_stride, weight * grad, mask=is_inside)
     tl.store(losses_C + index, loss)

@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..rollout.acceptance import SamplingSettings, token_probs
 from ..target.frozen import FrozenTarget
+from ..target.reading import TextReading
 
 
-# Padded tokens the target reads at once, and bytes of one float32 buffer of logits.
+# Tokens the target reads at once, those of padding included, and bytes of one float32 buffer of logits.
 _TOKENS_PER_BATCH = 8192
 _CHUNK_BYTES = 32 * 2**20
 # Sampled text of another distribution is less likely than the target's own by whole nats per token; other precision or
@@ -180,26 +181,26 @@ def score_responses(
     target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
 ) -> Iterator[tuple[int, ResponseScores]]:
     """
-    Yield the index of each text and its response's scores, shortest text first, by one forward pass per batch of
-    similar length; the head runs in chunks, on response tokens only.
+    Yield the index of each text and its response's scores, shortest text first, in batches of similar length; the head
+    runs in chunks, on response tokens only.
     """
     empty = [row for row, (prompt, response) in enumerate(texts) if len(prompt) == 0 or len(response) == 0]
     if empty:
         raise ValueError(f"Texts {empty[:10]} have an empty prompt or response. Drop them.")
     for rows in _batches([len(prompt) + len(response) for prompt, response in texts]):
-        hidden_BLH = read_texts(target, [[*texts[row][0], *texts[row][1]] for row in rows])
-        for hidden_LH, row in zip(hidden_BLH, rows, strict=True):
+        reading = read_texts(target, [[*texts[row][0], *texts[row][1]] for row in rows])
+        for hidden_LH, row in zip(reading.last_hidden.split(reading.packing.lengths), rows, strict=True):
             prompt, response = texts[row]
             # The state before a token predicts it.
             hidden_NH = hidden_LH[len(prompt) - 1 :][: len(response)]
             yield row, _score_tokens(target, hidden_NH, torch.tensor(response, device=target.device), sampling)
 
 
-def read_texts(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the last hidden states of texts of token ids, right-padded, of shape `(B, L, H)`."""
+def read_texts(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> TextReading:
+    """Return the last hidden states of texts of token ids."""
     ids = [torch.tensor(text, device=target.device) for text in texts]
     mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-    return target.read_text(pad_sequence(ids, True, target.pad_token_id), mask, ()).padded().last_hidden
+    return target.read_text(pad_sequence(ids, True, target.pad_token_id), mask, ())
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

@@ -3,17 +3,23 @@
 The target's states on drafted branches of a text. A branch starts at the first rejected draft of a block, on the
 committed prefix before it; many branches are packed behind the text's cache and read in one forward pass.
 
-Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L = text length, n = branch tokens of a
-                row, H = the target's hidden size
+Shape letters:  B = sequences, A = blocks per sequence, K = drafts per block, L = tokens of a row's text,
+                N = branch tokens of all rows, n = of one row in one pass, H = the target's hidden size
 """
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
 
+from .attention import Span, Spans
 from .frozen import FrozenTarget
-from .reading import TextReading, rows_of_similar_width
+from .reading import CachedTexts, TextReading
+from .texts import tokens_at_once
+
+
+# Elements of the masks of one pass: each branch token has one for every token of its text.
+_MASK_ELEMENTS = 2**24
 
 
 @torch.no_grad()
@@ -25,8 +31,8 @@ def score_branches(
     is_branch: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Return the target's hidden states on draft-induced states: one packed forward on top of the text's cache, or a few
-    where rows differ widely in length or in the number of branch tokens.
+    Return the target's hidden states on draft-induced states: packed forward passes on top of the text's cache, of
+    bounded size.
 
     The tokens of a branch attend to the committed prefix and to their own branch, at the positions the drafts were
     proposed for; blocks do not see each other.
@@ -45,64 +51,83 @@ def score_branches(
     target.require_rollback()
     assert reading.caches, "branches are scored on top of the text's cache"
     hidden = reading.last_hidden.new_zeros(*drafts.shape, reading.last_hidden.shape[-1])
-    num_tokens = is_branch.flatten(1).sum(dim=1)
-    for text in reading.caches:
-        for places in rows_of_similar_width(num_tokens[text.rows]):
-            picked = torch.tensor(places, device=hidden.device)
-            rows = text.rows[picked]
-            cache = text.cache
-            if len(places) < len(text.rows):
-                cache = DynamicCache(config=target.config)
-                layers: list[Any] = text.cache.layers
-                for number, layer in enumerate(layers):
-                    own = picked.to(layer.keys.device)
-                    cache.update(layer.keys[own], layer.values[own], number)
-            scored = _score_rows(target, cache, text.length, anchors[rows], drafts[rows], is_branch[rows])
-            hidden[rows] = scored.to(hidden)
+    row, block, slot = is_branch.nonzero(as_tuple=True)
+    # The state of slot k (index k - 1) ends with the draft before it, at position a + k - 1.
+    tokens, positions = drafts[row, block, slot - 1], anchors[row, block] + slot
+    first_slot = is_branch.to(torch.uint8).argmax(dim=-1)[row, block]
+    prefix_ends, branch = positions - slot + first_slot, row * is_branch.shape[1] + block
+    lengths, dtype, limit = reading.packing.lengths, target.causal_lm.dtype, tokens_at_once(target.device)
+    for texts, parts in _passes(reading, is_branch.sum(dim=-1).tolist(), limit):
+        run = slice(parts[0].first, parts[-1].last)
+        spans = []
+        for part in parts:
+            own = slice(part.first, part.last)
+            is_visible = branch_mask(prefix_ends[own], branch[own], slot[own], lengths[part.row])
+            # In the additive form, which every attention implementation takes.
+            mask = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
+            mask.masked_fill_(~is_visible, torch.finfo(dtype).min)
+            spans.append(_span(part, run, texts, lengths, mask))
+        ids, places = tokens[None, run], positions[None, run]
+        if target.reads_packed:
+            scored = target.step(ids, None, places, texts.cache, (), Spans(spans)).last_hidden
+        else:
+            scored = target.step(ids, spans[0].mask[None, None], places, texts.cache, ()).last_hidden
+        hidden[row[run], block[run], slot[run]] = scored[0].to(hidden)
+        texts.cache.crop(run.start - run.stop)
     return hidden
 
 
-def _score_rows(
-    target: FrozenTarget,
-    cache: DynamicCache,
-    length: int,
-    anchors: torch.Tensor,
-    drafts: torch.Tensor,
-    is_branch: torch.Tensor,
-) -> torch.Tensor:
-    """Score the branches of rows whose text of padded `length` is in `cache`, as [`score_branches`] does."""
-    B, A, K = drafts.shape
-    num_tokens = is_branch.flatten(1).sum(dim=1)
-    # The tokens of a row's branches, packed to the front in order of block and slot.
-    order = is_branch.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    order = order[:, : int(num_tokens.max())]
-    is_token = torch.arange(order.shape[1], device=order.device) < num_tokens[:, None]
-    block, slot = order // K, order % K  # the slot's index: slot k is at k - 1
-    # The state of slot k ends with the draft before it, at position a + k - 1.
-    tokens = drafts.flatten(1).gather(1, (order - 1).clamp(min=0))
-    positions = (anchors.gather(1, block) + slot).clamp(min=0)
-    first_slot = is_branch.to(torch.uint8).argmax(dim=-1).gather(1, block)
-    is_visible = branch_mask(positions - slot + first_slot, block, slot, is_token, length)
-    # In the additive form, which every attention implementation takes.
-    mask = torch.zeros(is_visible.shape, dtype=target.causal_lm.dtype, device=is_visible.device)
-    mask = mask.masked_fill_(~is_visible, torch.finfo(mask.dtype).min)[:, None]
-    tokens, positions = (torch.where(is_token, ids, 0) for ids in (tokens, positions))
-    scored = target.step(tokens, mask, positions, cache, ()).last_hidden
-    row = torch.arange(B, device=order.device)[:, None].expand_as(order)
-    hidden = scored.new_zeros(B, A, K, scored.shape[-1])
-    hidden[row[is_token], block[is_token], slot[is_token]] = scored[is_token]
-    return hidden
+class _Part(NamedTuple):
+    """Branch tokens `first..last` of all, which are of one row."""
+
+    row: int
+    first: int
+    last: int
 
 
-def branch_mask(
-    prefix_ends: torch.Tensor, block: torch.Tensor, slot: torch.Tensor, is_token: torch.Tensor, length: int
-) -> torch.Tensor:
+def _passes(
+    reading: TextReading, counts: Sequence[Sequence[int]], limit: int
+) -> Iterator[tuple[CachedTexts, list[_Part]]]:
     """
-    Return `(B, n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its
+    Yield the parts of each forward pass, whole branches of `counts` `(B, A)` tokens in order of row and block, and the
+    texts that they are of: at most `limit` tokens and `_MASK_ELEMENTS`, or a single branch.
+    """
+    first = 0
+    for texts in reading.caches:
+        parts: list[_Part] = []
+        num_tokens = num_elements = 0
+        for row in texts.rows:
+            for count in counts[row]:
+                if count == 0:
+                    continue
+                # Tokens of earlier branches of the row are keys, too: at most as many as a pass has.
+                elements = count * (reading.packing.lengths[row] + limit)
+                if parts and (num_tokens + count > limit or num_elements + elements > _MASK_ELEMENTS):
+                    yield texts, parts
+                    parts, num_tokens, num_elements = [], 0, 0
+                if parts and parts[-1].row == row:
+                    parts[-1] = parts[-1]._replace(last=first + count)
+                else:
+                    parts.append(_Part(row, first, first + count))
+                first, num_tokens, num_elements = first + count, num_tokens + count, num_elements + elements
+        if parts:
+            yield texts, parts
+
+
+def _span(part: _Part, run: slice, texts: CachedTexts, lengths: Sequence[int], mask: torch.Tensor) -> Span:
+    """Return the span of a part of the pass `run`: its keys are its row's text, and its own tokens behind all."""
+    start = sum(lengths[texts.rows.start : part.row])
+    stop, num_cached = start + lengths[part.row], sum(lengths[texts.rows.start : texts.rows.stop])
+    own = slice(part.first - run.start, part.last - run.start)
+    keys = (slice(start, stop), slice(num_cached + own.start, num_cached + own.stop))
+    return Span(own, keys if stop < keys[1].start else (slice(start, keys[1].stop),), mask)
+
+
+def branch_mask(prefix_ends: torch.Tensor, block: torch.Tensor, slot: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    Return `(n, length + n)`, true where a branch token may see a key: a text position before `prefix_ends` (its
     branch's first token), or a token of its own branch up to itself.
     """
-    index = torch.arange(length, device=block.device)
-    # Position 0 is text in every row, so that no query is left without a key.
-    sees_text = (index < prefix_ends[..., None]) | (index == 0)
-    sees_branch = (block[:, :, None] == block[:, None]) & (slot[:, :, None] >= slot[:, None]) & is_token[:, None]
-    return torch.cat([sees_text, sees_branch], dim=2)
+    sees_text = torch.arange(length, device=block.device) < prefix_ends[:, None]
+    sees_branch = (block[:, None] == block) & (slot[:, None] >= slot)
+    return torch.cat([sees_text, sees_branch], dim=1)

@@ -31,6 +31,9 @@ _SAMPLING_SETTINGS: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
 }
 
+# Rotary embeddings that depend on a token's position and on nothing else.
+_FIXED_ROPE_TYPES = {"default", "linear", "llama3", "proportional", "yarn"}
+
 
 def require_weights(causal_lm: PreTrainedModel) -> None:
     """Refuse a model whose embedding or head is missing, offloaded or quantised."""
@@ -66,6 +69,36 @@ def find_layers(backbone: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
         f"Target of type {config.model_type!r} has no list of {config.num_hidden_layers} decoder layers in its "
         f"backbone {type(backbone).__name__}. Use a decoder-only target of transformers."
     )
+
+
+def rollback_reason(causal_lm: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """Return why a model's cache cannot go back to before a token that it has read, or `None` if it can."""
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if causal_lm._is_stateful:
+        return "keeps a recurrent state, which cannot be rolled back to before a rejected draft"
+    if layer_types - {"full_attention"}:
+        others = sorted(layer_types - {"full_attention"})
+        return f"has layers of type {others}, whose cache drops or mixes what a rejected draft must not touch"
+    if not layer_types and getattr(config, "sliding_window", None) is not None:
+        window = config.sliding_window
+        return f"uses a sliding window of {window} tokens, counted in cache slots that include rejected drafts"
+    return None
+
+
+def chunking_reason(causal_lm: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """Return why a text read in chunks, on the cache, would not be the text read at once; or `None` if it is."""
+    kinds = _rope_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    if changing := sorted(kinds - _FIXED_ROPE_TYPES):
+        return f"has rotary embeddings of type {changing}, which may depend on the longest text that is read"
+    return rollback_reason(causal_lm, config)
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Return the types of rotary embeddings that a config names, at whatever depth."""
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters[name]) for name in ("rope_type", "type") if parameters.get(name) is not None}
+    return own.union(*(_rope_types(value) for value in parameters.values()))
 
 
 def describe_text_settings(causal_lm: PreTrainedModel) -> str | None:
@@ -108,10 +141,10 @@ def naming_rows(names: Sequence[int] | torch.Tensor, place: str) -> Iterator[Non
         raise NotFiniteError([int(names[row]) for row in error.rows], error.dtype, place) from error
 
 
-def refuse_not_finite(hidden: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Raise [`NotFiniteError`] if hidden states `(B, L, H)` of text, 1 in a mask `(B, L)`, are not finite."""
-    # One pass that keeps two numbers per position; NaN passes through both.
+def refuse_not_finite(hidden: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raise [`NotFiniteError`] if hidden states `(T, H)` of tokens that are of `rows` `(T,)` are not finite."""
+    # One pass that keeps two numbers per token; NaN passes through both.
     low, high = torch.aminmax(hidden, dim=-1)
-    is_wrong = ~(low.isfinite() & high.isfinite()) & attention_mask.bool()
+    is_wrong = ~(low.isfinite() & high.isfinite())
     if is_wrong.any():
-        raise NotFiniteError(is_wrong.any(dim=1).nonzero()[:, 0].tolist(), hidden.dtype)
+        raise NotFiniteError(rows[is_wrong].unique().tolist(), hidden.dtype)

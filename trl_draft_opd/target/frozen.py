@@ -8,7 +8,7 @@ Shape letters:  B = sequences, L = text length, C = cached slots, n = new tokens
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,20 @@ from ..drafters.target_model import (
 )
 from ..drafters.target_shape import text_config
 from ..utils.versions import cache_name_of
-from .checks import describe_text_settings, find_layers, refuse_not_finite, require_weights
+from .attention import Spans, UnknownAttentionError, attending_within_texts, text_spans
+from .cache import text_cache
+from .checks import (
+    chunking_reason,
+    describe_text_settings,
+    find_layers,
+    refuse_not_finite,
+    require_weights,
+    rollback_reason,
+)
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
-from .reading import CachedRows, TargetReading, TextReading, pad_rows, rows_of_similar_width
+from .reading import TargetReading, TextReading
+from .texts import LAST, Keep, Passes, read_packed, read_padded, tokens_at_once
 from .vocabulary import describe_beyond, find_unused_id
 
 
@@ -40,6 +50,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+# Implementations of transformers that attend within texts by positions that start anew, without a mask.
+_OWN_VARLEN = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 _SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start")
 
 
@@ -81,7 +93,14 @@ class FrozenTarget:
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
         require_weights(model)
-        self._check_head()
+        self._has_own_varlen = False
+        self._padding_reason = self._find_padding_reason(self._check_head())
+        if self._padding_reason is not None:
+            warnings.warn(
+                f"Target of type {self.config.model_type!r} {self._padding_reason}. So its texts are read in padded "
+                "rows with a mask, which costs time where they differ in length."
+            )
+        self.num_forwards = 0
         if (settings := describe_text_settings(model)) is not None:
             warnings.warn(settings)
 
@@ -225,16 +244,7 @@ class FrozenTarget:
 
     def require_rollback(self) -> None:
         """Refuse recurrent, linear-attention and sliding-window targets: no rejected draft leaves their caches."""
-        reason = None
-        layer_types = set(getattr(self.config, "layer_types", None) or [])
-        if self.causal_lm._is_stateful:
-            reason = "keeps a recurrent state, which cannot be rolled back to before a rejected draft"
-        elif layer_types - {"full_attention"}:
-            others = sorted(layer_types - {"full_attention"})
-            reason = f"has layers of type {others}, whose cache drops or mixes what a rejected draft must not touch"
-        elif not layer_types and getattr(self.config, "sliding_window", None) is not None:
-            window = self.config.sliding_window
-            reason = f"uses a sliding window of {window} tokens, counted in cache slots that include rejected drafts"
+        reason = rollback_reason(self.causal_lm, self.config)
         if reason is not None:
             raise ValueError(
                 f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full "
@@ -251,15 +261,14 @@ class FrozenTarget:
                 on another kind of device.
         """
         is_spread = getattr(self.causal_lm, "hf_device_map", None) is not None
-        is_quantized = getattr(self.causal_lm.config, "quantization_config", None) is not None
-        if not is_spread and not is_quantized:
+        if not is_spread and not self._is_quantized:
             self.causal_lm.to(device)  # pyright: ignore[reportArgumentType]
         if is_spread and self.device != device:
             raise ValueError(
                 f"The target's `device_map` puts its embedding on {self.device}, but the drafter trains on {device}. "
                 "Map `embed_tokens` there."
             )
-        if is_quantized and self.device.type != device.type:
+        if self._is_quantized and self.device.type != device.type:
             raise ValueError(
                 f"The quantised target was loaded to {self.device.type!r} but training runs on {device.type!r}. Name "
                 "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
@@ -277,6 +286,15 @@ class FrozenTarget:
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
 
     @property
+    def reads_packed(self) -> bool:
+        """Whether texts are read end to end; else in padded rows, for a reason that was given on loading."""
+        return self._padding_reason is None
+
+    @property
+    def _is_quantized(self) -> bool:
+        return getattr(self.causal_lm.config, "quantization_config", None) is not None
+
+    @property
     def is_sharded(self) -> bool:
         """Whether [`shard`] was called."""
         return self._lockstep is not None
@@ -292,19 +310,24 @@ class FrozenTarget:
         """Embed token ids as transformers' DFlash decoding does: with the family's scale, without an input norm."""
         embedding: Any = self.causal_lm.get_input_embeddings()
         norm = getattr(embedding, "embed_norm", None)
-        if norm is None:
-            return embedding(input_ids)
-        embedding.embed_norm = nn.Identity()
+        if norm is not None:
+            embedding.embed_norm = nn.Identity()
         try:
-            return embedding(input_ids)
+            with self._outside_autocast():
+                return embedding(input_ids)
         finally:
-            embedding.embed_norm = norm
+            if norm is not None:
+                embedding.embed_norm = norm
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included."""
+        """
+        Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included. In the
+        head's own precision, whatever autocast says.
+        """
         head: Any = self.causal_lm.get_output_embeddings()
-        # A head on another device hands its logits back to where the states are.
-        logits = head(hidden.to(device_of(head), head.weight.dtype)).to(hidden.device)
+        with self._outside_autocast():
+            # A head on another device hands its logits back to where the states are.
+            logits = head(hidden.to(device_of(head), head.weight.dtype)).to(hidden.device)
         config = self.config
         if getattr(config, "logits_scaling", None):
             logits = logits / config.logits_scaling
@@ -344,33 +367,26 @@ class FrozenTarget:
         Raises:
             NotFiniteError: If a hidden state of the text is NaN or infinite.
         """
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        lengths = attention_mask.sum(dim=1)
-        parts, caches = [], []
-        for row_list in rows_of_similar_width(lengths):
-            rows = torch.tensor(row_list, device=input_ids.device)
-            length = int(lengths[rows].max())
-            cache = DynamicCache(config=self.config) if keep_cache else None
-            ids, mask, places = (tensor[rows, :length] for tensor in (input_ids, attention_mask, position_ids))
-            parts.append((rows, length, self.step(ids, mask, places, cache, layer_ids)))
-            if cache is not None:
-                caches.append(CachedRows(rows, length, cache))
-        features, last_hidden = (
-            pad_rows([(rows, length, getattr(part, name)) for rows, length, part in parts], input_ids.shape)
-            for name in ("features", "last_hidden")
-        )
-        refuse_not_finite(last_hidden, attention_mask)
         packing = RowPacking.of(attention_mask)
-        return TextReading(packing.pack(features), packing.pack(last_hidden), packing, tuple(caches))
+        new_cache = partial(text_cache, self.config)
+        passes = Passes(layer_ids, tokens_at_once(self.device), keep_cache, new_cache)
+        if self.reads_packed:
+            reading = read_packed(self._forward, passes, input_ids, packing, self.causal_lm.dtype)
+        else:
+            can_chunk = chunking_reason(self.causal_lm, self.config) is None
+            reading = read_padded(self._forward, passes, input_ids, attention_mask, packing, can_chunk)
+        refuse_not_finite(reading.last_hidden, packing.rows)
+        return reading
 
     @torch.no_grad()
     def step(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: DynamicCache | None,
         layer_ids: Sequence[int],
+        spans: Spans | None = None,
     ) -> TargetReading:
         """
         Read `n` new tokens per row in one forward pass, on top of the cache, which grows by `n` slots.
@@ -382,43 +398,67 @@ class FrozenTarget:
             position_ids (`torch.LongTensor` of shape `(B, n)`): True positions, whatever slots hold the tokens.
             cache ([`~transformers.DynamicCache`] or `None`): Cache of `C` slots, changed in place.
             layer_ids (`Sequence[int]`): Layers to tap, ascending.
+            spans ([`Spans`], *optional*):
+                Instead of a mask, where [`reads_packed`] is true: the tokens are of several texts, end to end.
         """
+        outputs: dict[int, torch.Tensor] = {}
+        self._forward(input_ids, attention_mask, position_ids, cache, layer_ids, outputs.__setitem__, spans)
+        last_hidden = outputs.pop(LAST)
+        features = [outputs[place] for place in range(len(layer_ids))]
+        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden)
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: DynamicCache | None,
+        layer_ids: Sequence[int],
+        keep: Keep,
+        spans: Spans | None = None,
+    ) -> None:
+        """Run the backbone once, as [`step`] does, and hand its outputs to `keep`, on the target's device."""
         self.num_forwards += 1
-        with self._tapped(layer_ids) as taps:
+        options: dict[str, Any] = {self._cache_name: cache}
+        switch: Any = nullcontext()
+        if spans is not None and not (self._has_own_varlen and spans.has_no_mask):
+            switch, options["text_spans"] = attending_within_texts(self.config), spans
+        with self._outside_autocast(), self._tapped(layer_ids, keep), switch:
             output = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=cache is not None,
-                **{self._cache_name: cache},
+                **options,
             )
-        # A target spread over devices leaves each layer's output on the layer's own.
-        last_hidden = output.last_hidden_state.to(self.device)
-        features = [taps[i].to(self.device) for i in layer_ids]
-        return TargetReading(torch.cat(features, dim=-1) if features else last_hidden[..., :0], last_hidden)
+        keep(LAST, output.last_hidden_state.to(self.device))
+
+    def _outside_autocast(self) -> Any:
+        """Return the context in which the target computes: in the precision that it was loaded in."""
+        kind = self.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     @contextmanager
-    def _tapped(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-        """Collect the outputs of the chosen layers, and of no other, for one forward."""
-        taps: dict[int, torch.Tensor] = {}
+    def _tapped(self, layer_ids: Sequence[int], keep: Keep) -> Iterator[None]:
+        """Hand the outputs of the chosen layers, and of no other, to `keep` during one forward."""
 
-        def keep(index: int, module: nn.Module, args: Any, output: Any) -> None:
-            taps[index] = output[0] if isinstance(output, tuple) else output
+        def tap(place: int, module: nn.Module, args: Any, output: Any) -> None:
+            # A target spread over devices leaves each layer's output on the layer's own.
+            keep(place, (output[0] if isinstance(output, tuple) else output).to(self.device))
 
-        handles = [self.layers[i].register_forward_hook(partial(keep, i)) for i in layer_ids]
+        handles = [self.layers[i].register_forward_hook(partial(tap, place)) for place, i in enumerate(layer_ids)]
         try:
-            yield taps
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Prove on three tokens that `project` reproduces the model's own logits."""
-        probe = torch.arange(3, device=self.device)[None] % self.vocab_size
-        expected = self.causal_lm(input_ids=probe, use_cache=False).logits
-        hidden = self.backbone(input_ids=probe, use_cache=False).last_hidden_state
-        refuse_not_finite(hidden, torch.ones_like(probe))
+    def _check_head(self) -> torch.Tensor:
+        """Prove on three tokens that `project` reproduces the model's own logits; return their states, `(3, H)`."""
+        expected = self.causal_lm(input_ids=self._probe(3), use_cache=False).logits
+        hidden = self.backbone(input_ids=self._probe(3), use_cache=False).last_hidden_state
+        refuse_not_finite(hidden[0], hidden.new_zeros(3))
         actual = self.project(hidden)
         if actual.shape != expected.shape or not torch.allclose(
             actual.float(), expected.float(), rtol=1e-2, atol=1e-2
@@ -427,3 +467,30 @@ class FrozenTarget:
                 f"The head of target type {self.config.model_type!r} changes its logits in a way that this package "
                 "does not know. Please report the family."
             )
+        return hidden[0]
+
+    def _probe(self, num_tokens: int) -> torch.Tensor:
+        return torch.arange(num_tokens, device=self.device)[None] % self.vocab_size
+
+    @torch.no_grad()
+    def _find_padding_reason(self, alone: torch.Tensor) -> str | None:
+        """Return why texts cannot be read end to end, or `None`: proven by states that were read `alone`, `(3, H)`."""
+        name = str(self.config._attn_implementation)
+        if (reason := chunking_reason(self.causal_lm, self.config)) is not None:
+            return reason
+        if not self.causal_lm._supports_attention_backend or name not in ("sdpa", *_OWN_VARLEN):
+            return f"attends by {name!r} in a way of its own"
+        is_exact = alone.dtype in (torch.float32, torch.float64) and not self._is_quantized
+        # Rounding of half precision adds up over layers; a text that sees another is off by more than its own size.
+        tolerance = 1e-3 if is_exact else 0.1
+        for has_own_varlen in (False, True) if name in _OWN_VARLEN else (False,):
+            self._has_own_varlen, outputs, spans = has_own_varlen, {}, text_spans((5, 3))
+            ids, positions = (torch.cat([self._probe(5), self._probe(3)], dim=1) for _ in range(2))
+            try:
+                self._forward(ids, None, positions, None, (), outputs.__setitem__, spans)
+            except (UnknownAttentionError, TypeError) as error:
+                return f"does not attend within single texts: {error}"
+            error = float((outputs[LAST][0, 5:] - alone).norm() / alone.norm())
+            if not error <= tolerance or (not has_own_varlen and spans.num_uses < self.num_layers):
+                return f"reads a text behind another one differently, by {error:.1%}"
+        return None

@@ -2,8 +2,8 @@
 """
 What a forward pass of the target leaves behind, and which rows it reads together. Data and lists: knows no model.
 
-Shape letters:  B = sequences, L = text length, T = tokens of all texts, R = rows of a group, n = tokens,
-                F = feature width, H = hidden size
+Shape letters:  B = sequences, L = text length, T = tokens of all texts, n = tokens, F = feature width,
+                H = hidden size
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,16 @@ from transformers import DynamicCache
 from ..drafters.packing import RowPacking
 
 
-# Rows are read together down to this share of the widest one's tokens, and in any case within this many tokens of it:
-# beyond, padding costs more than another forward.
+# Where rows are padded, they are read together down to this share of the widest one's tokens, and in any case within
+# this many tokens of it: beyond, padding costs more than another forward.
 SIMILAR_WIDTH, SIMILAR_TOKENS = 0.6, 64
 
 
 @dataclass(frozen=True)
-class CachedRows:
-    """Keys and values of some rows `(R,)` of a text, ascending, over the `length` of the longest of them."""
+class CachedTexts:
+    """Keys and values of consecutive rows of a text, end to end."""
 
-    rows: torch.Tensor
-    length: int
+    rows: range
     cache: DynamicCache
 
 
@@ -52,13 +51,13 @@ class TextReading:
         features (`torch.Tensor` of shape `(T, F)`): Outputs of the tapped layers, concatenated in ascending order.
         last_hidden (`torch.Tensor` of shape `(T, H)`): Input of the target's head.
         packing ([`RowPacking`]): Which token of which row each entry is of.
-        caches (`tuple[CachedRows, ...]`): Keys and values of what was read, where they were kept.
+        caches (`tuple[CachedTexts, ...]`): Keys and values of what was read, where they were kept.
     """
 
     features: torch.Tensor
     last_hidden: torch.Tensor
     packing: RowPacking
-    caches: tuple[CachedRows, ...] = ()
+    caches: tuple[CachedTexts, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -74,26 +73,63 @@ class TextReading:
         return TargetReading(self.packing.unpack(self.features), self.packing.unpack(self.last_hidden))
 
 
-def pad_rows(parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
-    """Put the parts, `(rows, length, (R, length, ...) tensor)` each, into one `(B, L, ...)` tensor."""
-    rows, length, first = parts[0]
-    if len(rows) == shape[0] and length == shape[1]:
-        return first
-    padded = first.new_zeros(*shape, first.shape[-1])
-    for rows, length, part in parts:
-        padded[rows, :length] = part
-    return padded
+class StateBuffer:
+    """
+    States of `num_tokens` tokens, which come column by column and run by run; made when the first of them come.
+
+    Args:
+        num_tokens (`int`): T.
+        num_parts (`int`): Columns of H numbers each: F = num_parts * H.
+    """
+
+    def __init__(self, num_tokens: int, num_parts: int):
+        self._states: torch.Tensor | None = None
+        self._num_tokens, self._num_parts = num_tokens, num_parts
+
+    def put(self, part: int, places: slice | torch.Tensor, states: torch.Tensor) -> None:
+        """Write the states `(n, H)` of the tokens at `places` into column `part`."""
+        size = states.shape[-1]
+        if self._states is None:
+            if self._num_parts == 1 and len(states) == self._num_tokens and isinstance(places, slice):
+                self._states = states
+                return
+            self._states = states.new_empty(self._num_tokens, self._num_parts * size)
+        self._states[places, part * size : (part + 1) * size] = states
+
+    def states(self, like: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what was written, `(T, F)`; without columns or tokens, nothing of the kind of `like`."""
+        if self._states is not None:
+            return self._states
+        assert like is not None, "some tokens were read"
+        return like.new_empty(self._num_tokens, 0)
 
 
-def rows_of_similar_width(widths: torch.Tensor) -> list[list[int]]:
-    """Group rows of similar width `(B,)`, see `SIMILAR_WIDTH`, widest first; rows without tokens are left out."""
-    counts = widths.tolist()
+def rows_in_turn(lengths: Sequence[int], limit: int) -> list[range]:
+    """Group consecutive rows of at most `limit` tokens together; a longer one is alone."""
+    groups: list[range] = []
+    num_tokens = 0
+    for row, length in enumerate(lengths):
+        if groups and num_tokens + length <= limit:
+            groups[-1] = range(groups[-1].start, row + 1)
+        else:
+            groups.append(range(row, row + 1))
+            num_tokens = 0
+        num_tokens += length
+    return groups
+
+
+def rows_of_similar_width(widths: Sequence[int], limit: int) -> list[list[int]]:
+    """
+    Group rows of similar width, see `SIMILAR_WIDTH`, widest first, of at most `limit` padded tokens together; rows
+    without tokens are left out.
+    """
     groups: list[list[int]] = []
-    for row in sorted(range(len(counts)), key=lambda row: -counts[row]):
-        if counts[row] == 0:
+    for row in sorted(range(len(widths)), key=lambda row: -widths[row]):
+        if widths[row] == 0:
             continue
-        widest = counts[groups[-1][0]] if groups else None
-        if widest is None or counts[row] < min(SIMILAR_WIDTH * widest, widest - SIMILAR_TOKENS):
+        widest = widths[groups[-1][0]] if groups else 0
+        is_similar = widths[row] >= min(SIMILAR_WIDTH * widest, widest - SIMILAR_TOKENS)
+        if not groups or not is_similar or (len(groups[-1]) + 1) * widest > limit:
             groups.append([])
         groups[-1].append(row)
     return [sorted(group) for group in groups]

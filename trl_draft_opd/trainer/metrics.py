@@ -45,12 +45,10 @@ class DeviceSums:
     def of(cls, sums: Mapping[str, Sequence[float | torch.Tensor]], device: torch.device) -> "DeviceSums":
         """Gather numbers, and scalars of the device, as float64."""
         flat = [value for pair in sums.values() for value in pair]
-        scalars = [
-            value.detach().double()
-            if isinstance(value, torch.Tensor)
-            else torch.full((), value, dtype=torch.float64, device=device)
-            for value in flat
-        ]
+        # One tensor for all equal numbers.
+        numbers = {value for value in flat if not isinstance(value, torch.Tensor)}
+        filled = {value: torch.full((), value, dtype=torch.float64, device=device) for value in numbers}
+        scalars = [value.detach().double() if isinstance(value, torch.Tensor) else filled[value] for value in flat]
         return cls(tuple(sums), torch.stack(scalars).view(-1, 2))
 
     def read(self) -> dict[str, tuple[float, float]]:
@@ -107,7 +105,7 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:
 
     tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`.
     """
-    num_drafts, num_rows = rollout.drafts.shape[-1], float(len(rollout.anchors))
+    num_rows = float(len(rollout.anchors))
     # The last token of every response: of a chat, there are several in a row.
     is_written = rollout.completion_mask
     is_last = is_written.clone()
@@ -116,18 +114,19 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:
     for token_id in eos_token_ids:
         is_cut = is_cut & (rollout.input_ids != token_id)
     counted = rollout.is_counted
-    num_blocks = counted.sum()
+    slots = torch.arange(1, rollout.drafts.shape[-1] + 1, device=counted.device)
+    kept = ((rollout.accepted[..., None] >= slots) & counted[..., None]).sum(dim=(0, 1), dtype=torch.float64)
+    num_blocks = counted.sum(dtype=torch.float64)
     sums: dict[str, tuple[float | torch.Tensor, float | torch.Tensor]] = {
-        "tau": (num_blocks + (rollout.accepted * counted).sum(), num_blocks),
-        "response_length": (is_written.sum(), num_rows),
-        "rounds": (rollout.num_rounds.sum(), num_rows),
+        "tau": (num_blocks + kept.sum(), num_blocks),
+        "response_length": (is_written.sum(dtype=torch.float64), num_rows),
+        "rounds": (rollout.num_rounds.sum(dtype=torch.float64), num_rows),
         "refused_responses": (float(rollout.num_refused), num_rows),
-        "truncated_responses": (is_cut.sum(), is_last.sum()),
+        "truncated_responses": (is_cut.sum(dtype=torch.float64), is_last.sum(dtype=torch.float64)),
         # A text that ends with its first token has nothing to draft.
-        "empty_responses": ((is_written.sum(dim=1) <= 1).sum(), num_rows),
+        "empty_responses": ((is_written.sum(dim=1) <= 1).sum(dtype=torch.float64), num_rows),
     }
-    for slot in range(1, num_drafts + 1):
-        sums[f"acceptance/slot_{slot}"] = (((rollout.accepted >= slot) & counted).sum(), num_blocks)
+    sums |= {f"acceptance/slot_{slot}": (each, num_blocks) for slot, each in enumerate(kept.unbind(), 1)}
     return DeviceSums.of(sums, counted.device)
 
 

@@ -338,7 +338,7 @@ def _stream_sums(
     total = weights.sum(dtype=torch.float64)
     sums: dict[str, tuple[float | torch.Tensor, float | torch.Tensor]] = {
         f"loss/{name}": ((rows.rows_N * weights).sum(dtype=torch.float64), total),
-        f"slots/{name}": ((weights > 0).sum(), 1.0),
+        f"slots/{name}": ((weights > 0).sum(dtype=torch.float64), 1.0),
     }
     if drafter.draft_token_ids is not None:
         sums[f"lost_target_mass/{name}"] = ((rows.lost_mass_N * weights).sum(dtype=torch.float64), total)

@@ -83,9 +83,7 @@ def block_mask(plan: AttentionPlan, num_queries: int, context_length: int, sizes
 
     some, all_ = tile_sight(ends, firsts, block, A, context_length, sizes)
     counts, order = _in_order(torch.stack([some & ~all_, all_]))
-    return BlockMask.from_kv_blocks(
-        counts[0], order[0], counts[1], order[1], TILE, is_seen, (len(block), len(owner)), compute_q_blocks=True
-    )
+    return BlockMask.from_kv_blocks(counts[0], order[0], counts[1], order[1], TILE, is_seen, (len(block), len(owner)))
 
 
 def tile_sight(

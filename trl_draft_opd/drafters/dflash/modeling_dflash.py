@@ -23,6 +23,7 @@ from ..attention import AttentionPlan, anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
+from ..precision import activation_dtype, run_norm
 from ..target_shape import shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
 
@@ -49,13 +50,13 @@ class DFlashAttention(nn.Module):
     def query(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Return rotated queries `(B, heads, n, d)` of `(B, n, H)` states."""
         split = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        return rotate(self.q_norm(split).transpose(1, 2), cos, sin)
+        return rotate(run_norm(self.q_norm, split).transpose(1, 2), cos, sin)
 
     def key_value(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rotated keys and values `(B, kv_heads, n, d)` of `(B, n, H)` states."""
-        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        key = run_norm(self.k_norm, self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return rotate(key, cos, sin), value
 
@@ -73,7 +74,7 @@ class DFlashLayer(nn.Module):
     def add_attention(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Add the attention's output to the residual and run the MLP."""
         hidden = residual + self.self_attn.o_proj(mixed)
-        return hidden + run_mlp(self.mlp, self.post_attention_layernorm(hidden))
+        return hidden + run_mlp(self.mlp, run_norm(self.post_attention_layernorm, hidden))
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,14 @@ class DFlashDraftModel(Drafter):
     def default_num_drafts(self) -> int:
         return self.config.block_size - 1
 
+    def _inject(self, target_features: torch.Tensor) -> torch.Tensor:
+        """Turn features `(B, n, F)` into the states `(B, n, H)` whose keys and values every layer reads."""
+        return run_norm(self.hidden_norm, self.fc(target_features.to(activation_dtype(self.fc.weight))))
+
     def encode_context(
         self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
     ) -> DraftContext:
-        injected = self.hidden_norm(self.fc(target_features.to(self.fc.weight.dtype)))
+        injected = self._inject(target_features)
         cos, sin = self.rotary_emb(injected, position_ids)
         pairs = [layer.self_attn.key_value(injected, cos, sin) for layer in self.layers]
         return DraftContext(keys=[key for key, _ in pairs], values=[value for _, value in pairs], fused=None)
@@ -212,7 +217,7 @@ class DFlashDraftModel(Drafter):
             is the anchor's and proposes nothing.
         """
         cache = past_key_values if cache is None else cache
-        injected = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
+        injected = self._inject(context_hidden_states)
         num_context, block = injected.shape[1], noise_embeds.shape[1]
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
@@ -221,14 +226,14 @@ class DFlashDraftModel(Drafter):
         cos, sin = self.rotary_emb(hidden, position_ids)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         for index, layer in enumerate(self.layers):
-            normed = layer.input_layernorm(hidden)
+            normed = run_norm(layer.input_layernorm, hidden)
             query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
             key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
             if cache is not None:
                 key, value = cache.update(key, value, index)
             mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
             hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE_NAME: cache})
+        return BaseModelOutputWithPast(last_hidden_state=run_norm(self.norm, hidden), **{CACHE_NAME: cache})
 
     def begin(
         self,
@@ -243,12 +248,12 @@ class DFlashDraftModel(Drafter):
         masks = anchor_tokens.new_full((*anchors.shape, self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_tokens[..., None], masks], dim=-1))
         packing, plan = context.place_blocks(anchors)
-        hidden = packing.pack(noise_embeds.to(self.fc.weight.dtype))
+        hidden = packing.pack(noise_embeds.to(activation_dtype(self.fc.weight)))
         positions = packing.pack(plan.positions)[:, None] + torch.arange(self.config.block_size, device=anchors.device)
         rotation = self.rotary_emb(hidden, positions)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, plan, packing)
-        slots = packing.unpack(self.norm(hidden))[:, :, 1 : 1 + num_drafts]
+        slots = packing.unpack(run_norm(self.norm, hidden))[:, :, 1 : 1 + num_drafts]
         return DFlashState(1, slots[:, :, 0], slots, None)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "DFlashState":
@@ -284,7 +289,7 @@ class DFlashDraftModel(Drafter):
             """Turn `(N, heads, S, d)` into `(B, heads, A, S, d)`."""
             return packing.unpack(states).transpose(1, 2)
 
-        normed = layer.input_layernorm(hidden)
+        normed = run_norm(layer.input_layernorm, hidden)
         key, value = attention.key_value(normed, *rotation)
         mixed = anchored_attention(
             spread(attention.query(normed, *rotation)),

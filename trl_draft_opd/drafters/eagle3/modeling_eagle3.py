@@ -21,6 +21,7 @@ from ..attention import AttentionPlan, anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed, Project
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
+from ..precision import activation_dtype, run_norm
 from ..target_shape import middle_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
 from .draft_vocabulary import DraftVocabulary
@@ -90,7 +91,7 @@ class Eagle3Layer(nn.Module):
 
     def attention_input(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Join the normed token embedding and the normed state, `(..., 2H)`."""
-        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+        return torch.cat([run_norm(self.input_layernorm, embeds), run_norm(self.hidden_norm, hidden)], dim=-1)
 
 
 class Eagle3DraftModel(Drafter):
@@ -243,10 +244,11 @@ class Eagle3DraftModel(Drafter):
         """Fuse the tapped layers, `(B, n, F)` to `(B, n, H)`."""
         if self.config.fc_norm:
             chunks = target_features.chunk(len(self.fc_norm), dim=-1)
-            target_features = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+            normed = [run_norm(norm, chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)]
+            target_features = torch.cat(normed, dim=-1)
         if self.config.norm_before_fc:
-            target_features = self.input_norm(target_features)
-        return self.fc(target_features.to(self.fc.weight.dtype))
+            target_features = run_norm(self.input_norm, target_features)
+        return self.fc(target_features.to(activation_dtype(self.fc.weight)))
 
     def encode_context(
         self, target_features: torch.Tensor, next_ids: torch.Tensor, position_ids: torch.Tensor, embed: Embed
@@ -288,7 +290,7 @@ class Eagle3DraftModel(Drafter):
         return self._run_slot(blocks, tokens, state.slot + 1)
 
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        return self.lm_head(hidden.to(activation_dtype(self.lm_head.weight)))
 
     def _run_slot(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> "Eagle3State":
         slot_hidden, blocks = self.run_recomputed(self._step, blocks, tokens, slot)
@@ -324,10 +326,10 @@ class Eagle3DraftModel(Drafter):
             blocks.plan,
             attention.head_dim**-0.5,
         )
-        residual = layer.hidden_norm(fed) if self.config.norm_before_residual else fed
+        residual = run_norm(layer.hidden_norm, fed) if self.config.norm_before_residual else fed
         hidden = residual + attention.o_proj(packing.pack(mixed[:, :, 0]))
-        hidden = hidden + run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
-        slot_hidden = self.norm(hidden)
+        hidden = hidden + run_mlp(layer.mlp, run_norm(layer.post_attention_layernorm, hidden))
+        slot_hidden = run_norm(self.norm, hidden)
         fed = slot_hidden if self.config.norm_output else hidden
         return slot_hidden, replace(blocks, fed=fed, keys=keys, values=values)
 

@@ -1,0 +1,140 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Claims about the passes of a loss through a head: without autograd a linear head gives what autograd gives, in the
+dtype of autocast, with its weight cast once per call and its gradient summed in float32.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trl_draft_opd.losses import Head, chunked_divergence, heads, score_labels
+
+
+ROWS, HIDDEN, VOCAB = 24, 6, 32
+BF16 = torch.bfloat16
+
+
+def draw(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) / 2).to(dtype)
+
+
+def run(hidden, head, target_head=None, chunk_bytes=4 * VOCAB * 20):
+    """Return the loss, its rows, and the gradients of hidden states and parameters."""
+    result = chunked_divergence(
+        hidden,
+        head,
+        draw(ROWS, HIDDEN, dtype=hidden.dtype),
+        target_head or Head.linear(draw(VOCAB, HIDDEN)),
+        target_rows_N=None,
+        labels_N=None,
+        weights_N=torch.full((ROWS,), 1 / ROWS),
+        loss_type="forward_kl",
+        draft_token_ids=None,
+        chunk_bytes=chunk_bytes,
+    )
+    leaves = [leaf for leaf in (hidden, *head.parameters) if leaf.requires_grad]
+    return result.total.detach(), result.rows_N, torch.autograd.grad(result.total, leaves)
+
+
+def by_autograd(head):
+    """The same head, of which nothing but its projection is known."""
+    return Head(head.project, head.parameters, head.vocab_size)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight", "hidden weight bias", "weight", "bias"])
+@pytest.mark.parametrize("has_autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(
+    ("hidden_dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (BF16, BF16), (BF16, torch.float32), (torch.float32, BF16)],
+)
+def test_a_linear_head_without_autograd_gives_what_autograd_gives(trained, has_autocast, hidden_dtype, weight_dtype):
+    hidden = draw(ROWS, HIDDEN, dtype=hidden_dtype).requires_grad_("hidden" in trained)
+    weight = draw(VOCAB, HIDDEN, dtype=weight_dtype).requires_grad_("weight" in trained)
+    bias = draw(VOCAB, dtype=weight_dtype).requires_grad_("bias" in trained)
+    head = Head.linear(weight, bias)
+    with torch.autocast("cpu", BF16) if has_autocast else nullcontext():
+        actual, expected = run(hidden, head), run(hidden, by_autograd(head))
+    assert [grad.dtype for grad in actual[2]] == [grad.dtype for grad in expected[2]]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_linear_head_never_calls_autograd_for_a_chunk(monkeypatch):
+    hidden, weight = draw(ROWS, HIDDEN).requires_grad_(), draw(VOCAB, HIDDEN).requires_grad_()
+    expected = run(hidden, Head.linear(weight))
+    differentiated = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **kwargs: differentiated.append(args) or grad(*args, **kwargs)
+    )
+    torch.testing.assert_close(run(hidden, Head.linear(weight)), expected, rtol=0, atol=0)
+    assert len(differentiated) == 1  # by `run` itself
+    run(hidden, by_autograd(Head.linear(weight)))
+    assert len(differentiated) > 3
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of tensors of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_cast = func._overloadpacket is torch.ops.aten._to_copy and args[0].dtype != (kwargs or {}).get("dtype")
+        self.count += is_cast and tuple(args[0].shape) == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["frozen", "trained"])
+def test_autocast_casts_a_float32_head_once_per_call_and_not_per_chunk(is_trained):
+    hidden, weight = draw(ROWS, HIDDEN).requires_grad_(), draw(VOCAB, HIDDEN).requires_grad_(is_trained)
+    target_head = Head.linear(draw(VOCAB, HIDDEN, dtype=BF16))
+    with torch.autocast("cpu", BF16), Casts((VOCAB, HIDDEN)) as casts:
+        run(hidden, Head.linear(weight), target_head)
+    assert casts.count == 1
+    with torch.autocast("cpu", BF16), Casts((VOCAB, HIDDEN)) as casts:
+        score_labels(hidden, Head.linear(weight), torch.arange(ROWS), draft_token_ids=None, chunk_bytes=4 * VOCAB * 12)
+    assert casts.count == 1
+
+
+def test_a_head_that_keeps_its_dtype_multiplies_in_it_under_autocast():
+    weight, hidden = draw(VOCAB, HIDDEN), draw(ROWS, HIDDEN, dtype=BF16)
+    with torch.autocast("cpu", BF16):
+        kept, cast = (
+            heads.open_head(Head.linear(weight, keeps_dtype=keeps)).project(hidden) for keeps in (True, False)
+        )
+    assert (kept.dtype, cast.dtype) == (torch.float32, BF16)
+    assert torch.equal(kept, F.linear(hidden.float(), weight))
+
+
+def test_a_head_in_float64_stays_in_float64_under_autocast():
+    weight = draw(VOCAB, HIDDEN).double()
+    with torch.autocast("cpu", BF16):
+        assert heads.open_head(Head.linear(weight)).project(draw(ROWS, HIDDEN)).dtype == torch.float64
+
+
+def test_products_are_added_to_float32_where_the_device_can(monkeypatch):
+    hidden, weight = draw(ROWS, HIDDEN, dtype=BF16), draw(VOCAB, HIDDEN, dtype=BF16).requires_grad_()
+    rounded = run(hidden, Head.linear(weight))[2][0]
+    calls = []
+
+    def addmm(summed, left, right, *, out_dtype, out):
+        assert out is summed and out_dtype == out.dtype == torch.float32 and left.dtype == right.dtype == BF16
+        calls.append(left.shape)
+        return out.add_(left.float() @ right.float())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(heads, "_adds_to_float32", lambda device_type, dtype: True)
+    summed = run(hidden, Head.linear(weight))[2][0]
+    assert len(calls) > 2
+    torch.testing.assert_close(summed, rounded, rtol=2**-6, atol=2**-9)
+
+
+def test_whether_a_device_adds_to_float32_is_tried_and_not_assumed():
+    heads._adds_to_float32.cache_clear()
+    assert heads._adds_to_float32("cpu", BF16) is False  # there is no such kernel for a CPU

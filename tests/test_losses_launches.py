@@ -1,0 +1,84 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""
+Claims about what the loss asks of an accelerator: how often the host waits for it, and how many kernels it launches.
+
+EAGLE-3 SFT on Qwen3-8B, 4 texts of 2,048 tokens, 7 slots, the full vocabulary: the real loss runs over all of its
+rows, in the chunks and blocks that a card of 80 GB gets. Only what no launch depends on is small: the hidden size, and
+the vocabulary, divided by 1,187 as is the budget, so that as many rows fit into a chunk.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence, fused
+from trl_draft_opd.losses.budget import chunk_bytes_of_card
+
+
+VOCAB, SCALE = 128, 1187
+assert VOCAB * SCALE == 151_936
+STATES, SLOTS = 4 * 2048, 7
+CHUNK_BYTES = chunk_bytes_of_card(80 * 2**30)
+
+
+@pytest.fixture(scope="module")
+def call():
+    with apart() as call:
+        yield call
+
+
+def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0):
+    """Return launches, syncs and uploads of the loss and its gradient, and where the first two are."""
+    num_rows = STATES * num_slots
+    with pretend_accelerator() as counts, pytest.MonkeyPatch.context() as patch:
+        own_launches = []
+        patch.setattr(fused, "_launch", lambda *args, **kwargs: own_launches.append(args) or True)
+        patch.setattr(fused, "is_used_for", lambda hidden: is_fused)
+        hidden = torch.zeros(num_rows, 2, device=DEVICE).requires_grad_()
+        weight = torch.zeros(VOCAB, 2, device=DEVICE).requires_grad_()
+        target_weight = torch.zeros(VOCAB, 2, dtype=torch.bfloat16, device=DEVICE)
+        target_hidden = torch.zeros(STATES, 2, device=DEVICE)
+        target_rows = torch.arange(num_rows, device=DEVICE) % STATES if num_slots > 1 else None
+        labels = torch.full((num_rows,), -1, device=DEVICE)
+        weights = (torch.arange(num_rows, device=DEVICE) >= num_weightless).float()
+        counts.clear()
+        with torch.autocast("pretend", torch.bfloat16):
+            result = chunked_divergence(
+                hidden,
+                Head.linear(weight),
+                target_hidden,
+                Head.linear(target_weight, keeps_dtype=True),
+                target_rows_N=target_rows,
+                labels_N=labels,
+                weights_N=weights,
+                loss_type=loss_type,
+                draft_token_ids=None,
+                chunk_bytes=chunk_bytes // SCALE,
+            )
+        result.total.backward()
+        totals = counts.totals()
+        totals["launches"] += len(own_launches)
+        return totals, counts.table("launches"), counts.table("syncs")
+
+
+@pytest.mark.parametrize(("is_fused", "most"), [(False, 9000), (True, 500)], ids=["eager", "fused"])
+@pytest.mark.parametrize("loss_type", ["forward_kl", "reverse_kl", "lk_hybrid"])
+def test_the_loss_of_an_eagle3_micro_batch_launches_few_kernels(call, loss_type, is_fused, most):
+    totals, launches, _ = call(count, loss_type, is_fused)
+    assert totals["launches"] <= most, launches
+
+
+def test_a_larger_budget_is_what_saves_launches(call):
+    of_a_cpu, _, _ = call(partial(count, chunk_bytes=2**28, num_slots=1), "forward_kl", False)
+    of_a_card, _, _ = call(partial(count, num_slots=1), "forward_kl", False)
+    assert of_a_cpu["launches"] > 10 * of_a_card["launches"]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("num_slots", [1, 2], ids=["own states", "shared states"])
+def test_the_host_waits_once_for_the_chunks_and_once_more_for_labels(call, loss_type, num_slots):
+    totals, _, syncs = call(partial(count, num_slots=num_slots, num_weightless=STATES // 2), loss_type, True)
+    assert totals["syncs"] == (2 if loss_type == "ce" else 1), syncs
+    assert totals["uploads"] == 0
