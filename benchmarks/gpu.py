@@ -183,6 +183,14 @@ def chunks(bench: Bench) -> None:
     bench.measure(bench.job("eagle3-sft-full"), "loss_chunk_bytes 64 MiB", **options)
 
 
+def compiled(bench: Bench) -> None:
+    """Supervised jobs with `torch_compile`, and DFlash at 512 anchors without activation checkpointing."""
+    compiler = "eager" if bench.is_rehearsal else "inductor"
+    bench.measure(bench.job("dflash-sft-64"), "torch_compile", compiler=compiler)
+    bench.measure(bench.job("eagle3-sft-32k"), "torch_compile", compiler=compiler)
+    bench.measure(bench.job("dflash-sft-512"), "no activation checkpointing", repeats=3)
+
+
 def on_policy(bench: Bench) -> None:
     """Draft-OPD of both families, with the accepted lengths of gpu.md."""
     bench.measure(bench.job("eagle3-opd"))
@@ -209,6 +217,7 @@ ITEMS = (
     Item("small pairs", 1, 90, gpu_checks.small_pairs),
     Item("supervised", 1, 200, supervised),
     Item("chunks", 1, 45, chunks),
+    Item("compiled", 1, 90, compiled),
     Item("on policy", 2, 90, on_policy),
     Item("long rows", 2, 60, long_rows),
     Item("loss arms", 2, 40, gpu_arms.losses),
