@@ -102,7 +102,11 @@ def differentiate_kernel(
     weight = 0.0
     if WITH_GRAD:
         weight = tl.load(weights_C + index)
-    if LOSS != "ce":
+    if LOSS == "ce":
+        label = tl.load(labels_C + index)
+        # Now: warps wait for each other in the first pass alone, and the gradient is written over this logit.
+        label_logit = tl.load(draft + label * draft_stride).to(tl.float32)
+    else:
         place = tl.load(places_C + index)
         target = target_logits_SD + place * target_row_stride
         target_largest = tl.load(statistics_2S + place)
@@ -125,8 +129,7 @@ def differentiate_kernel(
     if LOSS == "reverse_kl":
         loss = mean_ratio / total - log_total
     if LOSS == "ce":
-        label = tl.load(labels_C + index)
-        loss = log_total - (tl.load(draft + label * draft_stride).to(tl.float32) - largest)
+        loss = log_total - (label_logit - largest)
 
     # What the gradient needs of the whole row.
     draft_half = 0.0
