@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from benchmarks.traffic import Size, count_step, on_pretended
+from helpers.pretend_accelerator import apart
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.jobs import JOBS, Round, Walk, acceptance_of, simulate_walk
@@ -166,10 +167,10 @@ def test_a_drafter_that_is_never_right_walks_every_token_of_a_segment():
 
 
 def recount(family):
-    from benchmarks.traffic import Size, count_step
+    def count(device, counts):
+        return [count_step(family, device, Size(blocks=blocks), counts) for blocks in (16, 32)]
 
-    with pretend_accelerator() as counts:
-        return [count_step(family, DEVICE, Size(blocks=blocks), counts) for blocks in (16, 32)]
+    return on_pretended(count)
 
 
 def test_a_count_of_a_tiny_pair_gives_what_is_stored():
@@ -189,15 +190,18 @@ def test_a_count_of_a_tiny_pair_gives_what_is_stored():
 
 
 def test_what_a_gpu_measured_stands_beside_what_is_predicted(tmp_path):
+    step = {"job": "dflash-sft-64", "stage": "step", "note": "", "target": "qwen3-8b", "tokens_per_s": 20_480.0}
     rows = [
-        {"job": "dflash-sft-64", "stage": "step", "seconds": 0.4, "tokens_per_s": 20_480.0, "note": ""},
-        {"job": "dflash-sft-64", "stage": "step", "seconds": 0.9, "tokens_per_s": 9_102.0, "note": "chunks of 64 MiB"},
-        {"job": "dflash-sft-64", "stage": "read", "seconds": 0.2, "note": ""},
+        step,
+        step | {"note": "loss_chunk_bytes 64 MiB", "tokens_per_s": 9_102.0},
+        step | {"target": "qwen3-4b", "tokens_per_s": 33_000.0},
+        step | {"stage": "read", "seconds": 0.2},
         {"job": "copy bandwidth", "stage": "probe", "seconds": 0.1},
     ]
     path = tmp_path / "gpu.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    table = roofline.job_table(roofline.predictions(QWEN3_8B, H100), roofline.read_measured(path)).splitlines()
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "dflash-sft-512", "sta', encoding="utf-8")
+    measured = roofline.read_measured(path, "qwen3-8b")
+    table = roofline.job_table(roofline.predictions(QWEN3_8B, H100), measured).splitlines()
     assert table[0].endswith("measured tokens/s |")
     assert [line.split("|")[-2].strip() for line in table[2:]] == ["-", "-", "-", "20,480", "-", "-"]
 
