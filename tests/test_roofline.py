@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.traffic import Size, count_step, on_pretended
+from benchmarks.counters import FlopCount
+from benchmarks.traffic import Size, count_step, make_scene, on_pretended
 from helpers.pretend_accelerator import apart
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
-from trl_draft_opd.costs.jobs import JOBS, Round, Walk, acceptance_of, simulate_walk
+from trl_draft_opd.costs.jobs import JOBS, Job, Round, Walk, acceptance_of, simulate_walk
 from trl_draft_opd.costs.roofline import TILE, Chunks, Counts, FamilyCounts, chunks_of, predict
-from trl_draft_opd.costs.shapes import TARGETS
+from trl_draft_opd.costs.shapes import TARGETS, TargetShape
 from trl_draft_opd.drafters.attention import flex
 from trl_draft_opd.losses import Head
 from trl_draft_opd.losses.budget import fit_budget
@@ -119,6 +120,23 @@ def test_launches_bind_a_loss_of_many_small_chunks():
     divergence = next(i for i, stage in enumerate(slow.stages) if stage.name == "loss: divergence")
     launching = sum(stage.launches for stage in slow.stages if stage.column == "heads") * 5.5e-6
     assert slow.seconds[divergence - 1] + slow.seconds[divergence] == pytest.approx(launching)
+
+
+@pytest.mark.parametrize("family", NOW.families)
+def test_the_flops_of_drafting_are_those_a_small_pair_makes(family):
+    scene = make_scene(family, "cpu", Size(head_dim=8))
+    scene.read()
+    with scene.autocast(), FlopCount() as forward:
+        hidden = scene.draft()
+    with FlopCount() as backward:
+        hidden.sum().backward()
+    target = TargetShape.of(scene.target.config)
+    job = Job("small", family, num_anchors=16, rows=2, length=64, prompt=16)
+    stages = {stage.name: stage for stage in predict(job, target, H100, NOW).stages}
+    # Attention is 2 to 6 % of it, in kernels that differ in the pairs they compute.
+    assert forward.total == pytest.approx(stages["draft"].flops, rel=0.08)
+    assert backward.total == pytest.approx(stages["backward"].flops, rel=0.08)
+    assert 0.01 < stages["attention"].attention_flops / (forward.total + backward.total) < 0.08
 
 
 # -- the walk ---------------------------------------------------------------------------------------------------------
