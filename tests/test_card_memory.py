@@ -154,3 +154,18 @@ def test_a_cpu_is_no_card(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*computed to need.*")
         make_trainer(tmp_path).train()
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_layers_are_computed_again_where_a_card_would_be_nearly_full_unless_refused(tmp_path, monkeypatch, asked):
+    trainer = make_trainer(tmp_path)
+    trainer.args.activation_checkpointing = asked
+    drafter = trainer.drafter
+    needed = card_memory.target_bytes(trainer.target) + 4 * card_memory.trained_bytes(drafter)
+    # Weights, optimizer and the loss fit; what the layers keep does not.
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: needed + 2**14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    assert drafter.gradient_checkpointing is (asked is None)
+    assert trainer.state.global_step == 2
