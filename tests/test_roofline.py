@@ -230,6 +230,11 @@ def test_the_pages_quote_the_tables_as_they_are_printed():
     found = roofline.predictions(QWEN3_8B, H100)
     assert roofline.job_table(found) in page
     assert roofline.memory_table("qwen3-8b", H100) in page
+    page = (docs / "why" / "performance.md").read_text(encoding="utf-8")
+    for each in found:
+        name, audit, then = each.job.name, AUDIT[each.job.name][0], before(each.job).total
+        row = f"| {name} | {audit:g} | {then:.2f} | {each.total:.2f} | {each.tokens_per_second:,.0f} |"
+        assert f"{row} {each.share:.2f} |" in page
 
 
 @pytest.mark.parametrize("draft_vocab", [None, 300], ids=["full", "reduced"])
