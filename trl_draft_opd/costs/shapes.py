@@ -118,10 +118,12 @@ class DrafterShape:
     def of(cls, config: Any) -> "DrafterShape":
         """Read the sizes off a drafter's config."""
         is_dflash = config.family == "dflash"
-        taps, hidden, layers = len(config.target_layer_ids), config.hidden_size, config.num_hidden_layers
-        features = taps * config.target_hidden_size
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        head_dim = config.head_dim or hidden // config.num_attention_heads
+        features = len(config.target_layer_ids or ()) * (config.target_hidden_size or hidden)
         if is_dflash:
-            norms = layers * (2 * hidden + 2 * config.head_dim) + 2 * hidden
+            # Two norms per layer and two per head size; one of the context and one at the end.
+            norms = layers * (2 * hidden + 2 * head_dim) + 2 * hidden
         else:
             norms = 4 * hidden + features * (int(config.fc_norm) + int(config.norm_before_fc))
         return cls(
@@ -131,9 +133,9 @@ class DrafterShape:
             layers=layers,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            head_dim=head_dim,
             features=features,
-            vocab=config.vocab_size if is_dflash else config.draft_vocab_size,
+            vocab=config.vocab_size if is_dflash else config.draft_vocab_size or config.vocab_size,
             width=config.block_size if is_dflash else config.ttt_steps,
             num_norms=norms,
         )

@@ -6,7 +6,7 @@ When a drafter pays: an estimate from shapes of what drafting and verifying cost
 from collections.abc import Sequence
 from typing import Any
 
-from ..drafters.dflash import DFlashDraftConfig
+from ..costs.shapes import DrafterShape
 from .publication import DraftConfig
 
 
@@ -18,40 +18,7 @@ RIDGE_TOKENS = 295
 
 def drafter_parameters(config: DraftConfig) -> int:
     """Return how many parameters are trained: neither the target's embedding nor, for DFlash, its head."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    parts = _fused(config) + layers * _layer(config)
-    if isinstance(config, DFlashDraftConfig):
-        # Two norms per layer and two per head size; one norm of the context and one at the end.
-        return parts + layers * (2 * hidden + 2 * _head_dim(config)) + 2 * hidden
-    norms = 4 * hidden + _tapped(config) * (int(config.fc_norm) + int(config.norm_before_fc))
-    return parts + _head(config) + norms
-
-
-def _tapped(config: DraftConfig) -> int:
-    """Return the width of all layers that are read."""
-    return len(config.target_layer_ids or ()) * (config.target_hidden_size or config.hidden_size)
-
-
-def _fused(config: DraftConfig) -> int:
-    return _tapped(config) * config.hidden_size
-
-
-def _head_dim(config: DraftConfig) -> int:
-    return config.head_dim or config.hidden_size // config.num_attention_heads
-
-
-def _layer(config: DraftConfig) -> int:
-    """Return the parameters of one layer's matrices; EAGLE-3's projections read embedding and state side by side."""
-    hidden, width = config.hidden_size, _head_dim(config)
-    queries, keys = width * config.num_attention_heads, width * config.num_key_value_heads
-    inputs = 2 * hidden if config.family == "eagle3" else hidden
-    return inputs * (queries + 2 * keys) + queries * hidden + 3 * hidden * config.intermediate_size
-
-
-def _head(config: DraftConfig) -> int:
-    """Return the parameters of the head that drafts: the drafter's own, or for DFlash the target's."""
-    own = None if isinstance(config, DFlashDraftConfig) else config.draft_vocab_size
-    return config.hidden_size * (own or config.vocab_size)
+    return DrafterShape.of(config).parameters
 
 
 def drafter_reads(config: DraftConfig, num_drafts: int) -> int:
@@ -60,8 +27,9 @@ def drafter_reads(config: DraftConfig, num_drafts: int) -> int:
 
     EAGLE-3 runs its layer and head once per draft; DFlash its layers once, and the target's head on all slots at once.
     """
+    shape = DrafterShape.of(config)
     blocks = 1 if config.family == "dflash" else num_drafts
-    return _fused(config) + blocks * (config.num_hidden_layers * _layer(config) + _head(config))
+    return shape.fusion + blocks * (shape.layers * shape.layer_matrices + shape.head)
 
 
 def break_even(
