@@ -11,7 +11,11 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 
+from helpers.tiny import VOCAB, make_drafter, make_target
+from trl_draft_opd.drafters import attention
 from trl_draft_opd.drafters.attention import AttentionPlan, backends, flex
+from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.utils.versions import switch_checkpointing
 
 
 def make_plan(name, num_anchors=37, length=600):
@@ -124,6 +128,38 @@ def test_one_compilation_serves_all_lengths_of_text(monkeypatch):
             actual = flex.attend_by_flex(*inputs)
         torch.testing.assert_close(actual, backends.attend_in_tiles(*inputs, "products"), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_drafters_compute_the_same_through_it(family, is_recomputed, monkeypatch):
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    target = make_target()
+    drafter = make_drafter(family, target).train()
+    if is_recomputed:
+        switch_checkpointing(drafter, "enable")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, VOCAB, (1, 200), generator=generator)
+    features = torch.randn(1, 200, drafter.fc.in_features, generator=generator)
+    plan, _ = make_plan("packed", 60, 200)
+    starts = torch.zeros_like(ids)
+    for start in (130, 133, 140):
+        starts[:, start:] = start
+    # Never the first token of a text.
+    anchors = torch.where(plan.anchors == plan.firsts, plan.anchors + 1, plan.anchors).clamp(max=199)
+    drafts = torch.randint(7, VOCAB, (1, 60, 4), generator=generator)
+    weight, results = None, []
+    for backend in ("flash", "flex"):
+        monkeypatch.setattr(attention, "choose_backend", lambda *args, backend=backend: backend)
+        drafter.zero_grad()
+        hidden = run_blocks(drafter, features, ids, anchors, drafts, target.embed, starts)
+        weight = torch.randn(hidden.shape, generator=generator) if weight is None else weight
+        (hidden * weight).sum().backward()
+        grads = [parameter.grad.clone() for parameter in drafter.parameters() if parameter.grad is not None]
+        results.append([hidden.detach(), *grads])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() < 2e-5 * other.norm()
 
 
 # -- when it is used --------------------------------------------------------------------------------------------------

@@ -89,9 +89,13 @@ def test_a_norm_without_autocast_is_the_layer_itself(norm_class, monkeypatch):
     assert torch.equal(run_norm(norm.bfloat16(), hidden.bfloat16()), norm(hidden.bfloat16()))
 
 
-@pytest.mark.parametrize("is_other", [False, True])
-def test_a_norm_under_autocast_is_the_rounded_layer(is_other):
-    norm = type("OtherNorm", (LlamaRMSNorm,), {})(64) if is_other else LlamaRMSNorm(64, eps=1e-5)
+@pytest.mark.parametrize("kind", ["plain", "other", "hooked"])
+def test_a_norm_under_autocast_is_the_rounded_layer(kind, monkeypatch):
+    norm = type("OtherNorm", (LlamaRMSNorm,), {})(64) if kind == "other" else LlamaRMSNorm(64, eps=1e-5)
+    if kind == "hooked":
+        norm.register_forward_pre_hook(lambda module, args: None)
+    if kind != "plain":
+        monkeypatch.setattr("trl_draft_opd.drafters.precision.rms_norm", None)
     nn.init.normal_(norm.weight, 1.0, 0.3)
     hidden = torch.randn(50, 64).mul(3).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -24,13 +24,14 @@ def run_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     Run a norm on hidden states `(..., n)`; under autocast return its dtype, where the layer would return float32.
 
     The norm is then one kernel that keeps nothing but its input, with a weight rounded as autocast rounds those of
-    projections. Any other layer (an adapter's copy, compiled) is called as it is.
+    projections. Any other layer (an adapter's copy, compiled, with hooks that fetch its weight) is called as it is.
     """
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind):
         return norm(hidden)
     dtype = torch.get_autocast_dtype(kind)
-    if type(norm) not in (LlamaRMSNorm, Qwen3RMSNorm) or norm._compiled_call_impl is not None:
+    is_plain = type(norm) in (LlamaRMSNorm, Qwen3RMSNorm) and norm._compiled_call_impl is None
+    if not is_plain or norm._forward_pre_hooks or norm._forward_hooks:
         return norm(hidden).to(dtype)
     weight = cast(Tensor, norm.weight)
     with torch.autocast(kind, enabled=False):
