@@ -26,6 +26,7 @@ from helpers.tiny import TARGETS, VOCAB, make_causal_lm, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.target import attention, branches, texts
 from trl_draft_opd.target.branches import score_branches
+from trl_draft_opd.target.placement import Lockstep
 
 
 TAPS = [0, 3, 6]
@@ -170,6 +171,17 @@ def test_a_pass_over_texts_makes_no_mask_over_all_of_them(monkeypatch):
     assert max(largest) <= 1000 * VOCAB
 
 
+def test_every_pass_of_a_sharded_target_is_announced_to_the_other_ranks(monkeypatch):
+    # Ranks read texts of different lengths, so in different numbers of chunks.
+    target = make_target()
+    lockstep = Lockstep(target.backbone, torch.device("cpu"))
+    needed = []
+    monkeypatch.setattr(lockstep, "_is_needed", needed.append)
+    monkeypatch.setattr(texts, "_CPU_TOKENS_AT_ONCE", 8)
+    target.read_text(*make_rows([30, 3, 4]), TAPS)
+    assert needed == [True] * target.num_forwards == [True] * 5
+
+
 # -- which targets ----------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +197,7 @@ UNPACKED = {
         lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4, layer_types=["full_attention"] * 2)),
         "its attention is given sliding_window",
     ),
-    "soft caps": (TARGETS["gemma2"], "attends by 'eager'"),
+    "soft caps": (TARGETS["gemma2"], "(attends by 'eager'|is given softcap)"),
     "rope that changes": (
         lambda: LlamaForCausalLM(
             LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
