@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    DynamicCache,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -26,6 +27,7 @@ from helpers.tiny import TARGETS, VOCAB, make_causal_lm, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.target import attention, branches, texts
 from trl_draft_opd.target.branches import score_branches
+from trl_draft_opd.target.cache import text_cache
 from trl_draft_opd.target.placement import Lockstep
 
 
@@ -151,6 +153,20 @@ def test_memory_and_work_outside_attention_grow_with_the_length_of_a_row():
         for shorter, longer in ((0, 1), (1, 2)):
             growth = math.log(counts[longer] / counts[shorter]) / math.log(lengths[longer] / lengths[shorter])
             assert growth <= most
+
+
+def test_chunks_of_a_text_are_written_where_they_stay_and_more_is_added_behind():
+    config = make_causal_lm().config
+    ours, plain = text_cache(config, 12), DynamicCache(config=config)
+    places = []
+    for length in (8, 4, 3):
+        states = [torch.randn(1, 2, length, 8) for _ in range(2)]
+        for kept, expected in zip(ours.update(*states, 0), plain.update(*states, 0), strict=True):
+            assert torch.equal(kept, expected)
+        places.append(ours.layers[0].keys.data_ptr())
+    assert places[0] == places[1] and ours.get_seq_length() == 15
+    ours.crop(-3)
+    assert ours.get_seq_length() == 12
 
 
 def test_a_pass_over_texts_makes_no_mask_over_all_of_them(monkeypatch):
