@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    DynamicCache,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -26,6 +27,8 @@ from helpers.tiny import TARGETS, VOCAB, make_causal_lm, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.target import attention, branches, texts
 from trl_draft_opd.target.branches import score_branches
+from trl_draft_opd.target.cache import text_cache
+from trl_draft_opd.target.placement import Lockstep
 
 
 TAPS = [0, 3, 6]
@@ -152,6 +155,20 @@ def test_memory_and_work_outside_attention_grow_with_the_length_of_a_row():
             assert growth <= most
 
 
+def test_chunks_of_a_text_are_written_where_they_stay_and_more_is_added_behind():
+    config = make_causal_lm().config
+    ours, plain = text_cache(config, 12), DynamicCache(config=config)
+    places = []
+    for length in (8, 4, 3):
+        states = [torch.randn(1, 2, length, 8) for _ in range(2)]
+        for kept, expected in zip(ours.update(*states, 0), plain.update(*states, 0), strict=True):
+            assert torch.equal(kept, expected)
+        places.append(ours.layers[0].keys.data_ptr())
+    assert places[0] == places[1] and ours.get_seq_length() == 15
+    ours.crop(-3)
+    assert ours.get_seq_length() == 12
+
+
 def test_a_pass_over_texts_makes_no_mask_over_all_of_them(monkeypatch):
     # Every tensor of a pass is linear in its tokens; a mask would have 1,000 times 1,000 elements.
     target = make_long_target()
@@ -170,6 +187,17 @@ def test_a_pass_over_texts_makes_no_mask_over_all_of_them(monkeypatch):
     assert max(largest) <= 1000 * VOCAB
 
 
+def test_every_pass_of_a_sharded_target_is_announced_to_the_other_ranks(monkeypatch):
+    # Ranks read texts of different lengths, so in different numbers of chunks.
+    target = make_target()
+    lockstep = Lockstep(target.backbone, torch.device("cpu"))
+    needed = []
+    monkeypatch.setattr(lockstep, "_is_needed", needed.append)
+    monkeypatch.setattr(texts, "_CPU_TOKENS_AT_ONCE", 8)
+    target.read_text(*make_rows([30, 3, 4]), TAPS)
+    assert needed == [True] * target.num_forwards == [True] * 5
+
+
 # -- which targets ----------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +213,7 @@ UNPACKED = {
         lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4, layer_types=["full_attention"] * 2)),
         "its attention is given sliding_window",
     ),
-    "soft caps": (TARGETS["gemma2"], "attends by 'eager'"),
+    "soft caps": (TARGETS["gemma2"], "(attends by 'eager'|is given softcap)"),
     "rope that changes": (
         lambda: LlamaForCausalLM(
             LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})

@@ -68,8 +68,8 @@ class DraftTrainingConfig(_BaseConfig):
         target_revision (`str`, *optional*):
             Revision of the target.
         target_dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the target's weights. `"auto"` keeps the checkpoint's; use `"float32"` where losslessness must
-            hold to the last token.
+            Precision of the target's weights, in which it computes whatever `bf16` says of the drafter. `"auto"` keeps
+            the checkpoint's; use `"float32"` where losslessness must hold to the last token.
         shard_target (`bool`, *optional*, defaults to `False`):
             Shard the target's layers over all processes. Off, because a target that fits is faster whole.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
