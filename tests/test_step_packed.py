@@ -242,7 +242,7 @@ def test_of_blocks_drafted_in_passes_only_the_results_are_kept(monkeypatch, fami
         features, starts = reading.features[None], torch.zeros_like(text.input_ids)
         context = saved_bytes(lambda: drafter.encode_text(features, text.input_ids, target.embed, starts))  # noqa: B023
         kept[per_pass] = -context + saved_bytes(
-            lambda: base.run_blocks(  # noqa: B023
+            lambda: base.run_blocks(
                 drafter,
                 features,  # noqa: B023
                 text.input_ids,  # noqa: B023
