@@ -5,6 +5,7 @@ small pair computes there what it computes on a CPU.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from benchmarks.gpu_jobs import GREEDY, Training, make_drafter, make_target, mak
 from benchmarks.gpu_rows import Clock, time_runs
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.costs.jobs import Job
-from trl_draft_opd.costs.shapes import TARGETS
 from trl_draft_opd.losses import fused
 from trl_draft_opd.losses.divergences import differentiate
 from trl_draft_opd.rollout.drafting import DraftingSettings
@@ -152,39 +152,36 @@ def small_pairs(bench: Any) -> None:
 
 def shortened(job: Job) -> Job:
     """Return a job of two short rows."""
-    return Job(job.name, job.family, None, job.num_anchors, job.tau, 4 if job.family == "dflash" else 1, 2, 96, 32)
+    return replace(job, segment=4 if job.family == "dflash" else 1, rows=2, length=64, prompt=24)
 
 
 def compare_devices(bench: Any, job: Job) -> None:
     """Write how far loss and gradients on the card are from the CPU's, in float32 and in bfloat16; refuse too much."""
-    text = make_text(job, 4096, torch.device("cpu"))
-    pairs = {}
-    for name, device, dtype in (
-        ("cpu float32", torch.device("cpu"), torch.float32),
-        ("float32", bench.device, torch.float32),
-        ("bfloat16", bench.device, torch.bfloat16),
-    ):
-        target = load_small_target(bench, device, dtype)
-        drafter = make_drafter(job.family, load_small_target(bench, torch.device("cpu"), torch.float32)).to(device)
-        moved = TargetText(*(each.to(device) for each in (text.input_ids, text.attention_mask)), *_rest(text, device))
-        pairs[name] = Training(target, drafter, job, moved, is_mixed=dtype == torch.bfloat16)
-    loss, gradients = pairs["cpu float32"].gradients()
-    for name in ("float32", "bfloat16"):
-        with Roundings() as roundings:
-            own_loss, own = pairs[name].gradients()
-        bound = FLOAT32_TOLERANCE if name == "float32" else math.sqrt(max(roundings.count, 1)) * BF16_ROUNDING
+    cpu = torch.device("cpu")
+    loss, gradients = small_training(bench, job, cpu, torch.float32).gradients()
+    size = math.sqrt(sum(float(grad.norm()) ** 2 for grad in gradients.values()))
+    # Counted on the CPU: what the card's compilers make of a step shows no single operations.
+    with Roundings() as roundings:
+        small_training(bench, job, cpu, torch.bfloat16).gradients()
+    for dtype in (torch.float32, torch.bfloat16):
+        own_loss, own = small_training(bench, job, bench.device, dtype).gradients()
         assert own.keys() == gradients.keys(), "another set of parameters has gradients"
-        size = math.sqrt(sum(float(grad.norm()) ** 2 for grad in gradients.values()))
-        error = math.sqrt(sum(float((own[key] - grad).norm()) ** 2 for key, grad in gradients.items())) / size
+        error = math.sqrt(sum(float((own[name] - grad).norm()) ** 2 for name, grad in gradients.items())) / size
+        bound = FLOAT32_TOLERANCE if dtype == torch.float32 else math.sqrt(roundings.count) * BF16_ROUNDING
         values = {"loss": own_loss, "cpu_loss": loss, "loss_error": abs(own_loss - loss) / abs(loss)}
         values |= {"gradient_error": error, "bound": bound, "roundings": roundings.count}
         is_kept = values["loss_error"] <= bound and error <= bound
+        name = str(dtype).removeprefix("torch.")
         bench.rows.add(job.name, f"against cpu, {name}", is_kept=is_kept, **values)
         assert is_kept, f"{job.name} in {name}: loss or gradients differ from the CPU's by more than {bound:.2g}"
 
 
-def _rest(text: TargetText, device: torch.device) -> tuple[torch.Tensor, Any]:
-    return text.completion_mask.to(device), text.sample_ids
+def small_training(bench: Any, job: Job, device: torch.device, dtype: torch.dtype) -> Training:
+    """Return a job on the small pair, with the same weights and text on every device."""
+    target = load_small_target(bench, device, dtype)
+    drafter = make_drafter(job.family, load_small_target(bench, torch.device("cpu"), torch.float32)).to(device)
+    text = make_text(job, bench.shape("qwen3-7m").vocab, device)
+    return Training(target, drafter, job, text, is_mixed=dtype == torch.bfloat16)
 
 
 def decode_and_replay(bench: Any, family: str) -> None:
@@ -192,7 +189,7 @@ def decode_and_replay(bench: Any, family: str) -> None:
     target = load_small_target(bench, bench.device, torch.float32)
     drafter = make_drafter(family, target).eval()
     generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(3, 4000, (4, 24), generator=generator).tolist()
+    prompts = torch.randint(3, target.vocab_size - 1, (4, 24), generator=generator).tolist()
     settings = DraftingSettings(drafter.default_num_drafts, GREEDY, "greedy", keep_branch_hidden=False)
     options = {"max_completion_length": bench.sizes.decoded, "eos_token_ids": target.eos_token_ids}
     live = rollout_live(target, drafter, prompts, settings, DrawKeys(0, 0, range(4)), **options)
@@ -216,7 +213,7 @@ def load_small_target(bench: Any, device: torch.device, dtype: torch.dtype) -> F
     if bench.shared is not None:
         target = FrozenTarget.load(bench.shared / "targets" / "gsm8k-qwen3-7m", dtype=dtype)
     else:
-        target = make_target(TARGETS["qwen3-7m"], torch.device("cpu"), torch.float32, 2048)
+        target = make_target(bench.shape("qwen3-7m"), torch.device("cpu"), torch.float32, 2048)
         target = FrozenTarget(target.causal_lm.to(dtype))
     target.place(device)
     return target

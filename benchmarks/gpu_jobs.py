@@ -5,9 +5,11 @@ and one training step, stage by stage, as the trainers take it.
 """
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,6 +31,7 @@ from trl_draft_opd.rollout.keyed_random import DrawKeys
 from trl_draft_opd.rollout.replay import ReplayWalk, TargetText
 from trl_draft_opd.rollout.types import Rollout
 from trl_draft_opd.trainer import step
+from trl_draft_opd.trainer.pair import compile_drafter
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, weight_sums
 
 
@@ -94,14 +97,18 @@ class ForcedWalk(ReplayWalk):
 
     def _judge(self, hidden: Tensor, anchors: Tensor, room: Tensor, slot: int, uniforms) -> tuple[Tensor, Tensor]:
         super()._judge(hidden, anchors, room, slot, uniforms)
-        if not hasattr(self, "coins"):
-            keep, rng = acceptance_of(self.tau, self.settings.num_drafts), random.Random(0)
-            coins = [rng.random() < keep for _ in range(len(self.ids) * self.settings.num_drafts)]
-            self.coins = torch.tensor(coins).view(len(self.ids), -1).to(self.ids.device)
+        coins = kept_by_chance(self.tau, len(self.ids), self.settings.num_drafts, self.ids.device)
         slots = torch.arange(slot, slot + hidden.shape[1], device=anchors.device)
         committed = self.ids[(anchors[:, None] + slots + 1).clamp(max=len(self.ids) - 1)]
-        is_kept = self.coins[anchors[:, None], slots] & (slots < room[:, None])
+        is_kept = coins[anchors[:, None], slots] & (slots < room[:, None])
         return torch.where(is_kept, committed, (committed + 1) % self.target.vocab_size), is_kept
+
+
+@cache
+def kept_by_chance(tau: float, num_tokens: int, num_drafts: int, device: torch.device) -> Tensor:
+    """Return whether the draft of each slot is kept at each anchor, `(num_tokens, num_drafts)`; drawn once."""
+    keep, generator = acceptance_of(tau, num_drafts), torch.Generator().manual_seed(0)
+    return (torch.rand(num_tokens, num_drafts, generator=generator) < keep).to(device)
 
 
 @contextlib.contextmanager
@@ -124,6 +131,7 @@ class Training:
         job ([`Job`]), text ([`TargetText`]): What a step is made of.
         chunk_bytes (`int` or `None`): Setting of that name.
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
+        compiler (`str` or `None`): Backend of `torch_compile`, as the trainers use it.
         is_mixed (`bool`): Whether the drafter computes in bfloat16, as training on a GPU does.
         learning_rate (`float`): 0 does all of the work and changes nothing.
     """
@@ -134,6 +142,7 @@ class Training:
     text: TargetText
     chunk_bytes: int | None = None
     checkpointing: bool = False
+    compiler: str | None = None
     is_mixed: bool = True
     learning_rate: float = 0.0
 
@@ -154,6 +163,10 @@ class Training:
             self.segment_length = self.job.segment
         if self.checkpointing:
             self.drafter.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compiler is not None:
+            options = {"torch_compile": True, "torch_compile_backend": self.compiler, "torch_compile_mode": None}
+            settings: Any = SimpleNamespace(**options)
+            compile_drafter(self.drafter, settings)
         self.blocks_per_pass = args.blocks_per_pass
         self.optimizer = torch.optim.AdamW(
             self.drafter.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=is_cuda

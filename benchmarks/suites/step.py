@@ -80,7 +80,7 @@ class SftProblem:
         """
         layer_ids = self.drafter.config.target_layer_ids
         tapped = sorted({*layer_ids, self.target.num_layers - 1})
-        features = self.target.read_text(self.input_ids, self.attention_mask, tapped).padded().features
+        features = self.target.read_text(self.input_ids, self.attention_mask, tapped).features
         layers = dict(zip(tapped, features.chunk(len(tapped), dim=-1), strict=True))
         own = torch.cat([layers[index] for index in layer_ids], dim=-1)
         return peers.pack(self.rows, self.marks, own, layers[tapped[-1]], self.family)
