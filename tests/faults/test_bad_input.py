@@ -324,6 +324,7 @@ def test_an_unknown_setting_is_named(tmp_path, kind):
         ({"max_prompt_length": 0}, "`max_prompt_length` must be at least 1, got 0"),
         ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0"),
         ({"loss_chunk_bytes": 0}, "`loss_chunk_bytes` must be at least 1, got 0"),
+        ({"blocks_per_pass": 0}, "`blocks_per_pass` must be at least 1, got 0"),
         ({"num_drafts": 0}, "`num_drafts` must be at least 1, got 0"),
     ],
 )
