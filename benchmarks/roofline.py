@@ -20,14 +20,14 @@ from benchmarks.scaling import markdown
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS, Gpu
 from trl_draft_opd.costs.jobs import JOBS
-from trl_draft_opd.costs.memory import Workload, blocks_at_once, checkpointing_pays, count_stages, gib, launch_bytes
+from trl_draft_opd.costs.memory import Workload, checkpointing_pays, count_stages, gib, launch_bytes
 from trl_draft_opd.costs.roofline import Prediction, predict
 from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
 
 
 # Asked: predicted tokens a second over the floor's.
 REACH_SHARE = 0.6
-LONG_ROW, LONG_PROMPT, READ_TOKENS = 32_768, 2_048, 8_192
+LONG_ROW, LONG_PROMPT = 32_768, 2_048
 
 
 def predictions(target: TargetShape, gpu: Gpu, checkpointing: bool = False) -> list[Prediction]:
@@ -82,30 +82,29 @@ def read_measured(path: Path) -> dict[str, dict]:
 def long_row(name: str, family: str, card: int) -> Workload:
     """
     Return a micro-batch of one long row under Draft-OPD (tau 3 for EAGLE-3, 4 for DFlash), its layers computed again
-    and its blocks trained in parts where it fits by that.
+    where it would not fit otherwise.
     """
     target = TARGETS[name]
     drafter, blocks = (
         DrafterShape.fresh(family, target),
         (LONG_ROW - LONG_PROMPT) // {"eagle3": 3, "dflash": 4}[family],
     )
-    work = Workload(1, LONG_ROW, blocks, 1, False, read_tokens=READ_TOKENS)
-    work = replace(work, checkpointing=checkpointing_pays(target, drafter, work, card))
-    return replace(work, part_blocks=blocks_at_once(target, drafter, work, card))
+    work = Workload(1, LONG_ROW, blocks, 1, False)
+    return replace(work, checkpointing=checkpointing_pays(target, drafter, work, card))
 
 
 def memory_table(name: str, gpu: Gpu) -> str:
     """Return the stages of a step on one long row, both families, and the peak beside the card."""
     target = TARGETS[name]
     works = [long_row(name, family, gpu.memory) for family in FAMILIES]
-    columns = [
-        count_stages(target, DrafterShape.fresh(family, target), work)
-        for family, work in zip(FAMILIES, works, strict=True)
-    ]
+    drafters = [DrafterShape.fresh(family, target) for family in FAMILIES]
+    columns = [count_stages(target, drafter, work) for drafter, work in zip(drafters, works, strict=True)]
+    passes = [w.blocks_at_once(drafter.num_drafts) for drafter, w in zip(drafters, works, strict=True)]
     labels = [label for label, _ in columns[0].rows()]
     rows = [[label, *(gib(stages.rows()[i][1]) for stages in columns)] for i, label in enumerate(labels)]
     rows.append(["layers computed again in the backward pass", *("yes" if w.checkpointing else "no" for w in works)])
-    rows.append(["blocks, and how many are trained at a time", *(f"{w.blocks:,}, {w.part_blocks:,}" for w in works)])
+    counts = (f"{work.blocks:,}, {size:,}" for work, size in zip(works, passes, strict=True))
+    rows.append(["blocks, and how many a pass drafts (`blocks_per_pass`)", *counts])
     rows.append([f"**peak, of {gib(gpu.memory)}**", *(f"**{gib(launch_bytes(s, 'one GPU', 1))}**" for s in columns)])
     return markdown([f"{name}, one row of {LONG_ROW:,} tokens, GiB", "EAGLE-3", "DFlash"], rows)
 

@@ -35,7 +35,9 @@ from trl_draft_opd.utils.versions import switch_checkpointing
 
 DRAFT_VOCABULARY = 32_000
 # Small enough for a test; the loss in chunks of 1 MiB, so that a chunk is no more than is needed.
-CHECKED = Workload(rows=2, length=256, blocks=40, accumulation=1, checkpointing=False, chunk_bytes=2**20)
+CHECKED = Workload(
+    rows=2, length=256, blocks=40, accumulation=1, checkpointing=False, chunk_bytes=2**20, is_on_cpu=True
+)
 STREAMS = {"accepted": StreamSettings("forward_kl", 1.0, 1.0), "rejected": StreamSettings("reverse_kl", 0.0, 1.0)}
 
 
@@ -227,7 +229,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
         ("drafter's masters", stages.masters, sum(p.nbytes for p in parameters)),
         ("drafter's gradients", stages.gradients, gradients),
         ("AdamW's moments", stages.adamw, moments),
-        ("target's forward", stages.forward, reading.peak),
+        ("target's forward and reading", stages.forward + stages.readings // work.accumulation, reading.peak),
         ("target's reading", stages.readings // work.accumulation, scene.reading.num_bytes),
         ("activations and casts", stages.casts - head_cast + stages.kept, kept),
         ("loss and backward", stages.casts + stages.update, stepping.peak),
@@ -259,7 +261,7 @@ def measure_on_gpu(name: str, family: str, work: Workload) -> list[tuple[str, in
     target = FrozenTarget(run("target made", stages.target, lambda: make_target(name, "cuda", torch.bfloat16)))
     fixed = stages.target + stages.masters
     scene: Scene = run("drafter made", fixed, lambda: Scene.make(target, family, work))
-    run("target reads the text", fixed + stages.forward, scene.read)
+    run("target reads the text", fixed + stages.readings + stages.forward, scene.read)
     fixed += scene.reading.num_bytes
     loss = stages.casts + stages.kept + stages.loss
     run("loss", fixed + loss, scene.forward)

@@ -159,11 +159,11 @@ def test_the_command_line_takes_it_with_and_without_a_value(tmp_path, name):
         (args,) = TrlParser((DraftOPDConfig,)).parse_args_and_config(
             ["--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
         )
-        assert args.activation_checkpointing is args.gradient_checkpointing is is_on
+        assert args.gradient_checkpointing is is_on and bool(args.activation_checkpointing) is is_on
 
 
 def test_it_is_off_unless_asked_for(tmp_path):
     args = make_args("opd", tmp_path)
-    assert args.activation_checkpointing is args.gradient_checkpointing is False
+    assert args.activation_checkpointing is None and args.gradient_checkpointing is False
     options = make_args("sft", tmp_path, gradient_checkpointing_kwargs={"preserve_rng_state": False})
     assert options.gradient_checkpointing_kwargs == {"preserve_rng_state": False, "use_reentrant": False}

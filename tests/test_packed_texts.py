@@ -3,9 +3,12 @@
 Texts packed end to end in one row give each text's own hidden states and gradients, in both families.
 """
 
+import math
+
 import pytest
 import torch
 
+from benchmarks.counters import PeakBytes
 from helpers.tiny import VOCAB, make_drafter, make_target
 from trl_draft_opd.drafters.base import DraftContext, run_blocks
 from trl_draft_opd.utils.versions import switch_checkpointing
@@ -112,3 +115,21 @@ def test_a_context_keeps_the_starts_of_its_entries():
     assert written.starts.tolist() == [[0, 0, 2, 2, 4], [0, 1, 1, 1, 4]] and context.starts is starts
     plain = DraftContext([tensor], [tensor], None)
     assert plain.firsts(torch.tensor([[1], [2]])) is None and plain.extended(6).starts is None
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_memory_grows_with_the_text_and_not_with_its_square(family, is_recomputed):
+    drafter = make_drafter(family, TARGET, **({"block_size": 4} if family == "dflash" else {"ttt_steps": 2})).train()
+    if is_recomputed:
+        switch_checkpointing(drafter, "enable")
+    peaks, lengths = [], [1024, 4096]
+    for length in lengths:
+        # EAGLE-3 at every token; DFlash at every eighth, in blocks of four, so that the last tile is a whole one.
+        anchors = torch.arange(1, length, 1 if family == "eagle3" else 8)[None]
+        ids, drafts = torch.randint(7, VOCAB, (1, length)), torch.randint(7, VOCAB, (1, anchors.shape[1], 2))
+        features = torch.randn(1, length, drafter.fc.in_features)
+        with PeakBytes() as counter:
+            run_blocks(drafter, features, ids, anchors, drafts, TARGET.embed, torch.zeros_like(ids)).sum().backward()
+        peaks.append(counter.peak)
+    assert math.log(peaks[1] / peaks[0]) / math.log(lengths[1] / lengths[0]) <= 1.05

@@ -7,7 +7,9 @@ Compares replay with itself under another cut of the same work, and with a walk 
 trainer.
 """
 
+import importlib
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,15 +23,18 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from benchmarks.counters import peak_bytes
 from helpers.oracle import greedy_text
 from helpers.rollouts import GREEDY, Options, decode, draft_at, replay
 from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.drafters.packing import RowPacking
 from trl_draft_opd.rollout import replay as walks
 from trl_draft_opd.rollout.acceptance import count_accepted, token_probs
 from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
 from trl_draft_opd.rollout.replay import TargetText
+from trl_draft_opd.target.reading import TextReading
 
 
 K = 4
@@ -304,6 +309,44 @@ def test_blocks_that_go_on_are_untouched_by_those_that_stop(family, target, draf
             places = None if following is columns else torch.where(following >= 0, places, -1)
             state = drafter.advance(state, tokens, places)
     assert (expected[:, 1:] - expected[:, :-1]).abs().max() > 0.1
+
+
+def walk_in_memory(family, target, length, monkeypatch):
+    """Return the peak bytes of a walk along one row, without the attention, whose memory is tested where it is."""
+    options = {"block_size": 16, "num_hidden_layers": 1} if family == "dflash" else {"ttt_steps": 7}
+    drafter = make_drafter(family, target, **options)
+    module = importlib.import_module(type(drafter).__module__)
+
+    def no_attention(query, context_key, *_):
+        return query.transpose(1, 2).transpose(2, 3).flatten(3)
+
+    monkeypatch.setattr(module, "anchored_attention", no_attention)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, VOCAB, (length,), generator=generator).tolist()
+    text = make_text([one_turn(ids, 16)])
+    features = torch.randn(length, drafter.fc.in_features, generator=generator)
+    hidden = torch.randn(length, drafter.config.hidden_size, generator=generator, dtype=torch.float64)
+    reading = TextReading(features, hidden, RowPacking.of(text.attention_mask))
+    settings = replace(DRAWN, num_drafts=7, keep_branch_hidden=False, segment_length=16, chunk_bytes=2**16)
+    return peak_bytes(lambda: replay(target, drafter, text, settings, reading))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_takes_memory_in_proportion_to_the_text(family, target, monkeypatch):
+    lengths = (2048, 8192, 32768)
+    peaks = [walk_in_memory(family, target, length, monkeypatch) for length in lengths]
+    for (length, peak), (longer, higher) in itertools.pairwise(zip(lengths, peaks, strict=True)):
+        assert math.log(higher / peak) / math.log(longer / length) <= 1.05, peaks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_drafter_of_nan_is_refused_with_the_place(family, target):
+    drafter = make_drafter(family, target)
+    drafter.norm.weight.data.fill_(float("nan"))
+    for keep_branch_hidden in (False, True):
+        settings = replace(DRAWN, keep_branch_hidden=keep_branch_hidden)
+        with pytest.raises(ValueError, match=r"No draft can be drawn for .* token \d+ of row 0: .* NaN"):
+            replay(target, drafter, make_text(random_rows([30])), settings)
 
 
 # -- chats and odd rows -----------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.jobs import JOBS, Round, Walk, acceptance_of, simulate_walk
-from trl_draft_opd.costs.roofline import Chunks, Counts, FamilyCounts, chunks_of, predict
+from trl_draft_opd.costs.roofline import TILE, Chunks, Counts, FamilyCounts, chunks_of, predict
 from trl_draft_opd.costs.shapes import TARGETS
+from trl_draft_opd.drafters.attention import flex
 from trl_draft_opd.losses import Head
 from trl_draft_opd.losses.budget import fit_budget
 from trl_draft_opd.rollout import replay
@@ -150,8 +151,9 @@ def test_drafting_ahead_takes_fewer_rounds_and_judging_more_at_a_time_fewer_read
     assert least.chain == ahead.chain == both.chain
 
 
-def test_walks_are_predicted_with_the_settings_of_replay():
+def test_walks_and_attention_are_predicted_with_their_own_constants():
     assert (NOW.blocks_at_once, NOW.rows_at_once) == (replay.BLOCKS_AT_ONCE, replay.ROWS_AT_ONCE)
+    assert TILE == flex.TILE
     for job in JOBS:
         assert job.tau is None or job.segment == SEGMENT_LENGTHS[job.family]
 

@@ -148,19 +148,19 @@ def test_in_float32_the_losses_are_those_of_the_cpu(call, kind, family):
 # -- a budget ---------------------------------------------------------------------------------------------------------
 
 # Of a step on four rows: waits for the device, and kernels that the package starts itself; waits of one more
-# micro-batch. Raise a number only with a reason.
+# micro-batch. About a tenth above what is counted; raise a number only with a reason.
 BUDGET = {
-    "sft eagle3": (("sft", "eagle3", {}), 14, 1, 10),
-    "sft dflash": (("sft", "dflash", {}), 14, 1, 10),
-    "opd eagle3 first": (("opd", "eagle3", {}), 30, 1, 20),
-    "opd dflash first": (("opd", "dflash", {}), 30, 1, 20),
-    "opd eagle3 suffix": (("opd", "eagle3", {"rejected_scope": "suffix"}), 30, 1, 20),
+    "sft eagle3": (("sft", "eagle3", {}), 13, 1000, 10),
+    "sft dflash": (("sft", "dflash", {}), 13, 800, 10),
+    "opd eagle3 first": (("opd", "eagle3", {}), 17, 1740, 14),
+    "opd dflash first": (("opd", "dflash", {}), 19, 1420, 12),
+    "opd eagle3 suffix": (("opd", "eagle3", {"rejected_scope": "suffix"}), 20, 2250, 18),
 }
 
 
 def ours(counter):
     """Kernels that the package starts: not the target's layers, the optimizer, or what transformers does."""
-    foreign = ("target/frozen.py", "trainer/resuming.py", "runs/guard.py")
+    foreign = ("target/", "trainer/resuming.py", "runs/guard.py")
     return Counter({line: n for line, n in counter.items() if not line.startswith(foreign) and "/" in line})
 
 
@@ -169,7 +169,7 @@ def cost_of_step_and_micro_batch(kind, family, options):
     costs = []
     for num_parts in (1, 2):
         split = {"per_device_train_batch_size": 4 // num_parts, "gradient_accumulation_steps": num_parts}
-        costs.append(train(kind, family, {"logging_steps": 100} | split | options, steps=3)[1])
+        costs.append(train(kind, family, {"logging_steps": 100} | split | options, steps=2)[1])
     whole, split = costs
     return {
         "waits": whole["syncs"],

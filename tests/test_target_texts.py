@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from benchmarks.counters import PeakBytes
+from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
 from helpers.tiny import TARGETS, VOCAB, make_causal_lm, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.target import attention, branches, texts
@@ -298,3 +299,37 @@ def test_states_in_half_precision_train_through_a_float32_head():
         logits = target.project(hidden)
     logits.sum().backward()
     assert logits.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16 and hidden.grad.any()
+
+
+# -- on an accelerator ------------------------------------------------------------------------------------------------
+
+
+def waits_of_a_reading(limit):
+    """Return the waits of reading and scoring on a pretend device, and whether the states are the CPU's."""
+    texts._TOKENS_AT_ONCE = texts._CPU_TOKENS_AT_ONCE = limit
+    ids, mask, anchors, drafts, is_branch = make_branches([30, 5, 17], 9)
+    waits, states = [], []
+    with pretend_accelerator() as counts:
+        for device in ("cpu", DEVICE):
+            target = FrozenTarget(make_causal_lm().to(device))
+            inputs = [tensor.to(device) for tensor in (ids, mask, anchors, drafts, is_branch)]
+            counts.clear()
+            reading = target.read_text(*inputs[:2], TAPS, keep_cache=True)
+            waits.append((counts.totals(), counts.table("syncs") + counts.table("uploads")))
+            counts.clear()
+            branch_states = score_branches(target, reading, *inputs[2:])
+            waits.append((counts.totals(), counts.table("syncs") + counts.table("uploads")))
+            states.append([tensor.cpu() for tensor in (reading.features, reading.last_hidden, branch_states)])
+    for other, own in zip(*states, strict=True):
+        torch.testing.assert_close(own, other, **FEATURE_TOLERANCE)
+    return waits[2:]
+
+
+def test_an_accelerator_is_waited_for_twice_by_a_reading_and_twice_by_its_branches():
+    with apart() as call:
+        # In one pass, and in several.
+        for limit in (1000, 8):
+            (reading, lines), (scoring, more_lines) = call(waits_of_a_reading, limit)
+            # The lengths and whether all is finite; how many branch tokens there are in all, and in each block.
+            assert reading["syncs"] <= 2 and reading["uploads"] == 0, lines
+            assert scoring["syncs"] <= 2 and scoring["uploads"] == 0, more_lines

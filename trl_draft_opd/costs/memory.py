@@ -21,6 +21,8 @@ BF16, FP32 = 2, 4
 GIB = 2**30
 # Of a card, what a step is planned to take at most: the estimate, and what an allocator wastes.
 PLANNED_SHARE = 0.9
+# As in `drafters/base.py`: what a pass holds unless `blocks_per_pass` is set.
+SLOTS_PER_PASS = 2**16
 CARD_BYTES = 80 * GIB
 
 
@@ -36,8 +38,10 @@ class Workload:
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
         chunk_bytes (`int`): `loss_chunk_bytes`; by default that of a card of `CARD_BYTES`.
         reading_bytes (`int`): `reading_bytes`.
-        read_tokens (`int` or `None`): Tokens of a row that the target reads at a time, on its cache; `None` for all.
-        part_blocks (`int` or `None`): Most blocks of a micro-batch that are trained at a time; `None` for all.
+        read_tokens (`int`): Tokens that the target reads at a time; a longer row is read in parts, on its cache.
+        blocks_per_pass (`int` or `None`):
+            As the setting of that name: more blocks are drafted in passes, each computed again in the backward pass.
+        is_on_cpu (`bool`): Whether the kernels are the CPU's, which keep more than those of CUDA.
     """
 
     rows: int
@@ -47,18 +51,20 @@ class Workload:
     checkpointing: bool
     chunk_bytes: int = chunk_bytes_of_card(CARD_BYTES)
     reading_bytes: int = 2 * GIB
-    read_tokens: int | None = None
-    part_blocks: int | None = None
+    read_tokens: int = 8192
+    blocks_per_pass: int | None = None
+    is_on_cpu: bool = False
 
     @property
     def texts(self) -> int:
         """Text tokens of a micro-batch."""
         return self.rows * self.length
 
-    @property
-    def blocks_at_once(self) -> int:
-        """Blocks whose activations exist at a time."""
-        return min(self.rows * self.blocks, self.part_blocks or self.rows * self.blocks)
+    def blocks_at_once(self, num_drafts: int) -> int:
+        """Blocks of a pass, of as many as the micro-batch needs, all of one size."""
+        num_blocks = self.rows * self.blocks
+        most = self.blocks_per_pass or max(1, SLOTS_PER_PASS // num_drafts)
+        return -(-num_blocks // max(1, -(-num_blocks // most)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Stages:
     Bytes per stage on one GPU without any sharding; see [`Stages.rows`] for what each is.
 
     `kept` is what of `activations` lives from forward to backward: the rest is one layer that is computed again.
-    `logits` is what of `loss` is let go before the backward pass.
+    `logits` is what of `loss` is let go before the backward pass, in which `gradient` is the widest layer's.
     """
 
     target: int
@@ -84,6 +90,7 @@ class Stages:
     forward: int
     loss: int
     logits: int
+    gradient: int
     cache: int
 
     def rows(self) -> list[tuple[str, int]]:
@@ -109,7 +116,7 @@ class Stages:
     @property
     def update(self) -> int:
         """What loss and backward pass need: the logits are gone before a layer is computed again."""
-        return max(self.kept + self.loss, self.activations + self.loss - self.logits)
+        return max(self.kept + self.loss, self.activations + self.loss - self.logits + self.gradient)
 
 
 # -- what each part takes ---------------------------------------------------------------------------------------------
@@ -123,77 +130,99 @@ def quantised_bytes(target: TargetShape) -> int:
     return BF16 * target.parameters + linear // 2 + linear // 64 * FP32 - linear * BF16
 
 
-def _norm(width: int, input_width: int) -> int:
+def _norm(work: Workload) -> int:
     """
-    Return what an RMSNorm keeps per token: its input in float32, the normalised input at its own width, a factor.
+    Return the bytes a number that an RMSNorm keeps beside its output: its input, or on the CPU, where torch runs it in
+    parts, the input and the normalised input in float32.
     """
-    return width * (FP32 + input_width) + FP32
+    return 2 * FP32 if work.is_on_cpu else BF16
 
 
-def dflash_activations(drafter: DrafterShape, work: Workload) -> int:
-    """Return what a DFlash step keeps from forward to backward under bf16 autocast."""
+def dflash_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """Return what DFlash keeps per text token, and per block, from forward to backward under bf16 autocast."""
     H, inner, S, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
-    q, k, F = drafter.query_width, drafter.kv_width, drafter.features
-    texts, slots = work.texts, work.blocks_at_once * S
-    # Fused features; keys and values of every layer, behind a norm per head.
-    rotation = 2 * FP32 * drafter.head_dim
-    key = FP32 if work.checkpointing else BF16  # a layer that is run again is given the key before its cast
-    context = BF16 * F + _norm(H, BF16) + rotation
-    context += drafter.layers * (2 * BF16 * H + k * (FP32 + BF16) + (key + BF16) * k)
-    inside = 3 * BF16 * H + (q + k) * (FP32 + BF16) + FP32 * (h + drafter.kv_heads)
-    inside += (
-        BF16 * (2 * q + 2 * k + h * S) + FP32 * h
-    )  # the attention: query, output, key, value, weights, log-sum-exp
-    inside += _norm(H, FP32) + 2 * BF16 * H + 2 * BF16 * inner
-    layers = drafter.layers * (_norm(H, FP32) + inside) - FP32 * H  # no gradient goes to the first layer's input
+    q, k, norm = drafter.query_width, drafter.kv_width, _norm(work)
+    # Cosines and sines; the norm at the end, or of the fused features.
+    around = 2 * BF16 * drafter.head_dim + (norm + BF16) * H
+    # Keys behind a norm per head, and values.
+    context = drafter.layers * (norm + 2 * BF16) * k
     if work.checkpointing:
-        layers = drafter.layers * FP32 * H
-    return texts * context + slots * (layers + rotation + _norm(H, FP32) + FP32 * H)
+        layers = drafter.layers * BF16 * H
+    else:
+        # Two norms and their outputs; query, output and log-sum-exp of the attention; gate and up of the MLP.
+        layers = 2 * (norm + BF16) * H + (norm + 2 * BF16) * q + (norm + 2 * BF16) * k + FP32 * h + 2 * BF16 * inner
+        if work.is_on_cpu:
+            layers += BF16 * h * S  # the weights of a block's own keys
+        else:
+            context += drafter.layers * 2 * BF16 * k  # keys of context and blocks are joined in every layer
+        layers *= drafter.layers
+    return context + around, S * (layers + around)
 
 
-def eagle3_activations(drafter: DrafterShape, work: Workload) -> int:
-    """Return what an EAGLE-3 step keeps from forward to backward under bf16 autocast."""
+def eagle3_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """Return what EAGLE-3 keeps per text token, and per block, from forward to backward under bf16 autocast."""
     H, inner, K, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
-    q, k, F = drafter.query_width, drafter.kv_width, drafter.features
-    texts, blocks = work.texts, work.blocks_at_once
-    # Fused features; token and state normed and joined, cast once for keys and once for values.
+    q, k, norm = drafter.query_width, drafter.kv_width, _norm(work)
     rotation = 2 * BF16 * drafter.head_dim
-    context = BF16 * F + BF16 * H + _norm(H, BF16) + 2 * BF16 * 2 * H + 2 * BF16 * k + rotation
-    step = BF16 * H + _norm(H, BF16) + 3 * BF16 * 2 * H + 2 * BF16 * (q + k) + FP32 * h + BF16 * h * (K - 1) // 2
-    step += 2 * _norm(H, BF16) + 2 * BF16 * H + 2 * BF16 * inner + rotation
+    # Fused features; token and state normed and joined; keys and values.
+    embeds = norm - FP32 if work.is_on_cpu else norm  # no gradient goes to the tokens
+    joined = (embeds + norm + 2 * BF16) * H
+    context = BF16 * H + joined + 2 * BF16 * k + rotation
+    own = 2 * BF16 * k * (K - 1)  # of a block: keys and values of all steps but the first
     if work.checkpointing:
-        step = BF16 * (H + 2 * k)
-    return texts * context + blocks * K * (step + FP32 * H)
+        return context, K * 2 * BF16 * H + own
+    # Query, output and log-sum-exp of the attention; the norm before the MLP, its gate and up; the norm at the end.
+    step = joined + 2 * BF16 * q + FP32 * h + (norm + BF16) * H + 2 * BF16 * inner + rotation
+    # Off the CPU, the last norm's input is the next step's, kept there already.
+    step += (norm + BF16) * H if work.is_on_cpu else BF16 * H
+    if work.is_on_cpu:
+        own += BF16 * h * K * (K - 1) // 2  # the weights of a block's own keys
+    else:
+        context += K * 2 * BF16 * k  # keys of context and blocks are joined in every step
+        own = own * K // 2
+    return context, K * step + own
 
 
-def activation_bytes(drafter: DrafterShape, work: Workload) -> int:
-    """Return what the drafter's step keeps from forward to backward under bf16 autocast, casts of weights left out."""
-    return {"dflash": dflash_activations, "eagle3": eagle3_activations}[drafter.family](drafter, work)
+def activation_bytes(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """
+    Return what the drafter's step keeps from forward to backward, casts of weights left out, and that with what exists
+    of it in the backward pass beside: a layer or a whole pass that is computed again.
+    """
+    rates = {"dflash": dflash_activations, "eagle3": eagle3_activations}[drafter.family]
+    (text, block), (whole_text, whole_block) = (rates(drafter, replace(work, checkpointing=c)) for c in (True, False))
+    num_blocks, at_once = work.rows * work.blocks, work.blocks_at_once(drafter.num_drafts)
+    # One layer or step at a time.
+    units = drafter.layers if drafter.family == "dflash" else drafter.width
+    if not work.checkpointing:
+        text, block = whole_text, whole_block
+    again = (work.texts * (whole_text - text) + at_once * (whole_block - block)) // units
+    if at_once == num_blocks:
+        kept = work.texts * text + num_blocks * block
+        return kept, kept + again
+    # The states of every pass, alone and joined.
+    kept = work.texts * rates(drafter, replace(work, checkpointing=True))[0]
+    kept += num_blocks * drafter.width * 2 * BF16 * drafter.hidden
+    return kept, kept + at_once * block + again
 
 
 def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> Stages:
     """Return the bytes of every stage."""
-    kept = activation_bytes(drafter, work)
-    again = 0
-    if work.checkpointing:
-        # One layer or step at a time exists whole.
-        units = drafter.layers if drafter.family == "dflash" else drafter.width
-        again = (activation_bytes(drafter, replace(work, checkpointing=False)) - kept) // units
+    kept, activations = activation_bytes(drafter, work)
     texts = work.texts
     reading = texts * BF16 * (drafter.features + target.hidden)
     cached = 2 * BF16 * target.kv_width * target.layers
-    # The taps, and the widest layer: gate, up and product of the MLP beside some states.
-    widest = BF16 * (5 * target.hidden + 3 * target.intermediate)
-    forward = texts * (BF16 * drafter.features + widest)
-    if work.read_tokens is not None and work.read_tokens < work.length:
-        # A part at a time is in a layer; the cache of all parts stays.
-        forward = work.rows * work.read_tokens * widest + texts * cached
-    slots = work.blocks_at_once * drafter.num_drafts
+    # The widest layer: gate, up and product of the MLP beside some states.
+    forward = min(texts, work.read_tokens) * BF16 * (4 * target.hidden + 3 * target.intermediate)
+    if work.length > work.read_tokens:
+        forward += work.length * cached
+    slots = work.rows * work.blocks * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
     # gradient.
-    loss = slots * target.hidden * 3 * FP32 + texts * target.hidden * BF16 + head
-    own = (FP32 + BF16) * target.kv_width * drafter.layers  # DFlash rotates its keys in float32
+    loss = slots * target.hidden * 3 * BF16 + texts * target.hidden * BF16 + head
+    # Of gate, up and product of an MLP; EAGLE-3's steps are differentiated one by one.
+    at_once = work.blocks_at_once(drafter.num_drafts) * (drafter.width if drafter.family == "dflash" else 1)
+    own = 2 * BF16 * target.kv_width * drafter.layers
     if drafter.family == "eagle3":
         own = BF16 * (2 * target.kv_width + target.hidden)
     masters = FP32 * drafter.parameters
@@ -207,12 +236,13 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         adamw=2 * masters,
         casts=BF16 * drafter.matrices,
         kept=kept,
-        activations=kept + again,
+        activations=activations,
         # Beyond the budget a reading is let go and made again, so one more than fits is alive at most.
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
         loss=loss + work.chunk_bytes,
         logits=work.chunk_bytes,
+        gradient=at_once * 3 * BF16 * drafter.intermediate,
         cache=texts * (cached + own),
     )
 
@@ -247,20 +277,6 @@ def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workloa
     """
     kept = count_stages(target, drafter, replace(work, checkpointing=False))
     return launch_bytes(kept, "one GPU", 1) > PLANNED_SHARE * card
-
-
-def blocks_at_once(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> int | None:
-    """
-    Return how many blocks of a micro-batch to train at a time, in as few equal parts as let a step fit into
-    `PLANNED_SHARE` of `card` bytes; `None` where not even single blocks do.
-    """
-    num_blocks = work.rows * work.blocks
-    for parts in range(1, num_blocks + 1):
-        size = -(-num_blocks // parts)
-        stages = count_stages(target, drafter, replace(work, part_blocks=size))
-        if launch_bytes(stages, "one GPU", 1) <= PLANNED_SHARE * card:
-            return size
-    return None
 
 
 # -- a card that is too small -----------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from .shapes import DrafterShape, TargetShape
 
 
 BF16, FP32 = 2, 4
+# Queries and keys of a tile of flex attention, as in `drafters/attention/flex.py`.
+TILE = 128
 # Bytes a weight of clipping (read, read and write) and of AdamW in one kernel (read four, write three) in float32.
 UPDATE_BYTES = 4 + 8 + 28
 
@@ -109,6 +111,7 @@ class Stage:
         bytes (`float`): What all other kernels move.
         launches (`float`), syncs (`float`): Kernels, and waits of the host.
         again (`float`): FLOPs of products that are made once more, no part of the floor.
+        waste (`float`): Share of `attention_flops` on top that the kernel makes for nothing.
         extra (`float`): Share of time on top, of the target's read with a mask.
         idle (`float`): Seconds for which the card waits for launches within the stage.
     """
@@ -122,13 +125,14 @@ class Stage:
     launches: float = 0.0
     syncs: float = 0.0
     again: float = 0.0
+    waste: float = 0.0
     extra: float = 0.0
     idle: float = 0.0
 
     def busy(self, gpu: Gpu) -> float:
         """Return the seconds of its kernels."""
         products = max((self.flops + self.again) / gpu.flops, self.product_bytes / gpu.bytes_per_second)
-        attention = self.attention_flops / (gpu.flops * ATTENTION_SHARE)
+        attention = self.attention_flops * (1 + self.waste) / (gpu.flops * ATTENTION_SHARE)
         return (products + attention + self.bytes / gpu.bytes_per_second) * (1 + self.extra)
 
 
@@ -259,14 +263,16 @@ def _read(job: Job, volume: Volume, target: TargetShape, counts: Counts) -> Stag
 def _attention(slots: float, visible: float, drafter: DrafterShape, counts: Counts, passes: str) -> Stage:
     """Return the attention of slots over the context, forward (`"forward"`) or forward and backward (`"both"`)."""
     scores = slots * visible * drafter.layers
-    products = {"forward": 2, "both": 7}[passes]  # a flash kernel makes the scores again: 5 products backward
-    flops = 2 * products * scores * drafter.query_width
     score_bytes = counts.score_bytes[0] if passes == "forward" else sum(counts.score_bytes)
+    # Products of a pair of query and key, two forward and four backward; a flash kernel makes the scores once more.
+    products = {"forward": 2, "both": 6 if score_bytes else 7}[passes]
+    flops = 2 * products * scores * drafter.query_width
     if score_bytes:
-        # Plain products: 4 backward.
-        flops = 2 * {"forward": 2, "both": 6}[passes] * scores * drafter.query_width
         return Stage("attention", "drafter", flops=flops, bytes=score_bytes * scores * drafter.heads)
-    return Stage("attention", "drafter", attention_flops=flops)
+    # Whole tiles: half of one at the end of the context, one of a DFlash block's own keys, and one for each key that
+    # earlier steps of EAGLE-3 added.
+    tiles = 0.5 + (1 if drafter.family == "dflash" else (drafter.width - 1) / 2)
+    return Stage("attention", "drafter", attention_flops=flops, waste=tiles * TILE / visible)
 
 
 def _drafting(
@@ -350,6 +356,7 @@ def _walk(
             flops=2 * (slots * matrices + some.rows * drafter.head) + attention.flops,
             product_bytes=BF16 * (parts * drafter.head + calls * matrices),
             attention_flops=attention.attention_flops,
+            waste=attention.waste,
             bytes=drafter.hidden * slots * own.slot_bytes[0]
             + attention.bytes
             + counts.judged_bytes * some.rows * drafter.vocab,

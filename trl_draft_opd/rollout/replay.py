@@ -30,7 +30,7 @@ from .types import Rollout, response_ends
 
 
 # A card reads the head's weight once per product, which takes it as long as some 230 rows (its FLOPs over its bytes a
-# second); launches and the host's wait are another 70. Up to about twice that, rows in vain cost less than one more wait.
+# second); launches and the host's wait are another 70. Up to twice that, rows in vain cost less than one more wait.
 ROWS_AT_ONCE = 640
 # For the same reason a card drafts this many blocks in little more time than one.
 BLOCKS_AT_ONCE = 32
@@ -380,19 +380,13 @@ class ReplayWalk:
         outcome = settle_blocks(self.accepted[places], places, self.ends[places], num_drafts)
         drafts = self._drafts(places, outcome.accepted)
 
-        def spread(values: Tensor, empty: Tensor) -> Tensor:
-            """Turn values of the N blocks into `(B, A, ...)`."""
-            return empty.flatten(0, 1).index_copy_(0, index.to(empty.device), values).view_as(empty)
-
-        accepted, is_censored, is_counted = (
-            spread(values.long(), torch.zeros_like(anchors))
-            for values in (outcome.accepted, outcome.is_censored, outcome.is_counted)
-        )
-        # One upload for what was decided on the host.
-        anchors, accepted, is_censored, is_counted = self._send(
-            torch.stack([anchors, accepted, is_censored, is_counted])
-        )
-        drafts = spread(drafts, drafts.new_zeros(*anchors.shape, num_drafts))
+        # What was decided on the host, `(B, A)` each, in one upload.
+        table = torch.zeros(4, *anchors.shape, dtype=torch.long)
+        table[0] = anchors
+        table[1:, is_block] = torch.stack([outcome.accepted, outcome.is_censored, outcome.is_counted])
+        anchors, accepted, is_censored, is_counted = self._send(table)
+        padded = drafts.new_zeros(anchors.numel(), num_drafts)
+        drafts = padded.index_copy_(0, self._send(index), drafts).view(*anchors.shape, num_drafts)
         hidden, forwards_before = None, self.target.num_forwards
         if self.settings.keep_branch_hidden:
             slots = torch.arange(1, num_drafts + 1, device=anchors.device)

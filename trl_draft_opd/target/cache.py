@@ -26,8 +26,9 @@ class TextLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the states of new tokens; return those of all."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self._stores = (self._make_store(key_states), self._make_store(value_states))
+            self.keys, self.values = (store[:, :, :0] for store in self._stores)
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
         if self._stores is None or stop > self._num_tokens:

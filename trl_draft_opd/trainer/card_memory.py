@@ -4,24 +4,29 @@ A card that is too small for a run, told before the memory runs out: refused whe
 where a step is computed to.
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from ..costs.memory import Workload, count_stages, describe_shortage, refuse_small_card
+from ..costs.memory import PLANNED_SHARE, Stages, Workload, count_stages, describe_shortage, refuse_small_card
 from ..costs.shapes import DrafterShape, TargetShape
 from ..drafters.base import Drafter
 from ..target.frozen import FrozenTarget
+from ..utils.versions import switch_checkpointing
 from .common_config import DraftTrainingConfig
 from .pair import Pair
 from .step import PreparedBatch
 
 
+logger = logging.getLogger(__name__)
+
 SETTINGS = (
     "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
-    "set `gradient_checkpointing=True`",
-    "lower `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
+    "set `activation_checkpointing=True`",
+    "lower `blocks_per_pass`, `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
 )
 
 
@@ -50,24 +55,41 @@ def check_weights_fit(pair: Pair, args: DraftTrainingConfig) -> None:
     )
 
 
-def warn_of_small_card(
-    drafter: Drafter, target: FrozenTarget, batches: Sequence[PreparedBatch], chunk_bytes: int, device: torch.device
+def fit_to_card(
+    drafter: Drafter,
+    target: FrozenTarget,
+    batches: Sequence[PreparedBatch],
+    args: DraftTrainingConfig,
+    chunk_bytes: int,
 ) -> None:
-    """Warn if the largest of some micro-batches is computed to need more memory than the card has."""
-    card = card_bytes(device)
+    """
+    Compute what the largest of some micro-batches needs. Turn activation checkpointing on where it was left open and a
+    card would be nearly full without; warn if the card is too small all the same.
+    """
+    card = card_bytes(args.device)
     if card is None or not batches:
         return
     fixed = target_bytes(target) + 4 * trained_bytes(drafter)
     shapes = TargetShape.of(target.config), DrafterShape.of(drafter.config)
-    found = []
-    for batch in batches:
-        tokens, blocks = int(batch.text.attention_mask.sum()), int((batch.blocks.anchors >= 0).sum())
-        work = Workload(1, tokens, blocks, len(batches), drafter.gradient_checkpointing, chunk_bytes)
-        found.append(count_stages(*shapes, work))
-    largest = max(found, key=lambda stages: stages.working)
-    message = describe_shortage(largest, fixed, card, SETTINGS)
+
+    def largest() -> Stages:
+        works = [_workload(batch, len(batches), drafter.gradient_checkpointing, chunk_bytes) for batch in batches]
+        found = [count_stages(*shapes, replace(work, blocks_per_pass=args.blocks_per_pass)) for work in works]
+        return max(found, key=lambda stages: stages.working)
+
+    stages = largest()
+    if args.activation_checkpointing is None and fixed + stages.casts + stages.working > PLANNED_SHARE * card:
+        logger.warning("The drafter's layers are computed again in the backward pass: they would fill the card.")
+        switch_checkpointing(drafter, "enable", {"use_reentrant": False})
+        stages = largest()
+    message = describe_shortage(stages, fixed, card, SETTINGS)
     if message is not None:
         warnings.warn(message, stacklevel=2)
+
+
+def _workload(batch: PreparedBatch, num_batches: int, checkpointing: bool, chunk_bytes: int) -> Workload:
+    tokens, blocks = int(batch.text.attention_mask.sum()), int((batch.blocks.anchors >= 0).sum())
+    return Workload(1, tokens, blocks, num_batches, checkpointing, chunk_bytes)
 
 
 def target_bytes(target: FrozenTarget) -> int:

@@ -118,10 +118,11 @@ class DraftTrainingConfig(_BaseConfig):
             Bytes of logits, gradients and temporaries alive at a time, in the loss and in replay. By default 64 MiB on
             a CPU, whose caches like small chunks, and on CUDA 5 % of the card's memory, at most 4 GiB: each chunk
             reads the whole head and launches the same kernels, however few its rows. The result is the same.
-        activation_checkpointing (`bool`, *optional*, defaults to `False`):
+        activation_checkpointing (`bool`, *optional*):
             Compute the drafter's layers again in the backward pass: a quarter to half off a step's peak memory for one
-            more forward pass of its blocks (docs/do/scaling.md). Off, unlike in TRL's trainers: a drafter has one to a
-            few layers. `gradient_checkpointing`, the older name, is read where this one is unset.
+            more forward pass of its blocks (docs/do/scaling.md). Unlike in TRL's trainers, unset means on only where
+            the first step is computed to exceed nine tenths of a CUDA card without: a drafter has one to a few layers.
+            `gradient_checkpointing`, the older name, is read where this one is unset.
 
         > Parameters that control the optimizer, beside those of transformers
 
@@ -164,9 +165,9 @@ class DraftTrainingConfig(_BaseConfig):
             Licence of the published drafter, e.g. `apache-2.0`. Never guessed: that of data and target may bind it.
 
     > [!NOTE]
-    > Defaults that differ from TRL's: `activation_checkpointing=False`, `bf16` only where an accelerator is present,
-    > `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the paper's),
-    > `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter),
+    > Defaults that differ from TRL's: `activation_checkpointing` only where a card needs it, `bf16` only where an
+    > accelerator is present, `learning_rate=3e-4`, `lr_scheduler_type="cosine"`, `warmup_steps=0.05` (all three the
+    > paper's), `remove_unused_columns=False`, `ddp_find_unused_parameters=False` (every step uses every parameter),
     > `disable_tqdm` unless a terminal or a notebook shows the bars (in a file they are garbage).
     """
 
@@ -263,9 +264,12 @@ class DraftTrainingConfig(_BaseConfig):
         if self.disable_tqdm is None:
             self.disable_tqdm = not can_draw_bars()
         if self.activation_checkpointing is None:
-            self.activation_checkpointing = bool(self.gradient_checkpointing)
-        self.gradient_checkpointing = self.activation_checkpointing
+            self.activation_checkpointing = self.gradient_checkpointing
+        checkpointing = self.activation_checkpointing
+        self.gradient_checkpointing = self.activation_checkpointing = bool(checkpointing)
         super().__post_init__()
+        # Unset, it stays so: a run on a card decides before its first step.
+        self.activation_checkpointing = checkpointing
         check_processes(PartialState())
         # Again, because dictionaries are JSON until here.
         check_settings(self)

@@ -31,7 +31,7 @@ from ..target.frozen import FrozenTarget
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
-from .card_memory import check_weights_fit, warn_of_small_card
+from .card_memory import check_weights_fit, fit_to_card
 from .common_config import DraftTrainingConfig
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
@@ -166,7 +166,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         if self.state.global_step == 0 and not is_sharded(self.accelerator):
-            warn_of_small_card(self.drafter, self.target, prepared, self._chunk_bytes, device)
+            fit_to_card(self.drafter, self.target, prepared, self.args, self._chunk_bytes)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
         # The host waits once, here, and not for each stream of each micro-batch.

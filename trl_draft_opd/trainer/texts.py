@@ -107,10 +107,12 @@ def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[Ta
     """
     if len(texts) < 2:
         return list(texts)
+    # In one read of the device.
+    lengths = iter(torch.cat([text.attention_mask.sum(dim=1) for text in texts]).tolist())
     rows = [
         (text.input_ids[row, :length], text.completion_mask[row, :length], text.sample_ids[row])
         for text in texts
-        for row, length in enumerate(text.attention_mask.sum(dim=1).tolist())
+        for row, length in zip(range(len(text.sample_ids)), lengths, strict=False)
     ]
     by_length = iter(sorted(rows, key=lambda row: len(row[0])))
     return [

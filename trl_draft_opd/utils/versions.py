@@ -51,7 +51,7 @@ def cache_in(options: Mapping[str, Any]) -> Any:
     return next((options[name] for name in _CACHE_NAMES if options.get(name) is not None), None)
 
 
-def switch_checkpointing(model: PreTrainedModel, state: str) -> None:
-    """Turn a model's activation checkpointing on or off: `state` is `"enable"` or `"disable"`."""
+def switch_checkpointing(model: PreTrainedModel, state: str, options: dict[str, Any] | None = None) -> None:
+    """Turn activation checkpointing on, with torch's `options`, or off: `state` is `"enable"` or `"disable"`."""
     names = (f"activation_checkpointing_{state}", f"gradient_checkpointing_{state}")
-    getattr(model, next(name for name in names if hasattr(model, name)))()
+    getattr(model, next(name for name in names if hasattr(model, name)))(*([options] if options else []))

@@ -55,7 +55,9 @@ def _try_flex(device: torch.device, dtype: torch.dtype, num_heads: int, num_grou
     num_blocks, num_queries, length = 115, 7, 500
 
     def draw(heads: int, *shape: int) -> Tensor:
-        return torch.randn(1, heads, *shape, head_dim, generator=generator).to(device, dtype).requires_grad_()
+        # Heads side by side in each row, as projections give them: other strides would be compiled for anew.
+        drawn = torch.randn(1, *shape, heads, head_dim, generator=generator).to(device, dtype)
+        return drawn.movedim(-2, 1).requires_grad_()
 
     query, key, value = draw(num_heads, num_blocks, num_queries), draw(num_groups, length), draw(num_groups, length)
     pieces = [draw(num_groups, num_blocks, num_queries) for _ in range(2)]

@@ -42,13 +42,15 @@ def attend_by_flex(
     shape = (S, context_key.shape[2], sizes)
     mask = plan.remember(("flex", shape), lambda: block_mask(plan, *shape))
     run = compiled_flex() if query.is_cuda else flex_attention
+    if scaling != d**-0.5:
+        # The kernel's own scaling is a constant of its code; one handed in would be compiled as a variable.
+        query = query * (scaling * d**0.5)
     with torch.autocast(query.device.type, enabled=False):
         out = run(
             query.flatten(2, 3),
             torch.cat([context_key, *(piece.flatten(2, 3) for piece in keys)], dim=2),
             torch.cat([context_value, *(piece.flatten(2, 3) for piece in values)], dim=2),
             block_mask=mask,
-            scale=scaling,
             enable_gqa=h != context_key.shape[1],
         )
     return out.transpose(1, 2).reshape(B, A, S, h * d)
