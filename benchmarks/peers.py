@@ -12,7 +12,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -58,7 +60,9 @@ def stand_in_for_clients() -> None:
     for name, parts in _CLIENTS.items():
         if importlib.util.find_spec(name) is None:
             for part in (name, *(f"{name}.{part}" for part in parts)):
-                sys.modules[part] = mock.MagicMock(__spec__=None, __path__=[], HiddenStatesBackend=str)
+                # With a spec, because others look for the module by it; `str`, because settings are typed with it.
+                options = {"__spec__": ModuleSpec(part, None), "__path__": [], "HiddenStatesBackend": str}
+                sys.modules[part] = mock.MagicMock(**options)
 
 
 def attention_on(device: torch.device) -> str:
@@ -222,18 +226,23 @@ def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head
             for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
         }
         options = {"eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids)} | flags
-        model = Eagle3DraftModel(
-            Eagle3SpeculatorConfig(transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options)
+        settings: Any = Eagle3SpeculatorConfig(
+            transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options
         )
+        kind: Any = Eagle3DraftModel
     else:
         from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
 
         layers = Qwen3Config(**shape, attn_implementation=attention)
         options = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
         options["aux_hidden_state_layer_ids"] = list(config.target_layer_ids)
-        model = DFlashDraftModel(
-            DFlashSpeculatorConfig(transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options)
+        settings = DFlashSpeculatorConfig(
+            transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options
         )
+        kind = DFlashDraftModel
+    # Where it is to be: a CPU takes a minute to draw what is overwritten next.
+    with device:
+        model = kind(settings)
     own = {name.replace("midlayer.", "layers.0."): value for name, value in drafter.state_dict().items()}
     head = target.get_output_embeddings().weight.detach()
     own |= {"embed_tokens.weight": target.get_input_embeddings().weight.detach(), "verifier_lm_head.weight": head}
