@@ -114,6 +114,21 @@ def test_a_head_that_keeps_its_dtype_multiplies_in_it_under_autocast():
     assert torch.equal(kept, F.linear(hidden.float(), weight))
 
 
+def test_a_head_that_left_autocast_is_differentiated_outside_of_it_too():
+    hidden, weight = draw(ROWS, HIDDEN).requires_grad_(), draw(VOCAB, HIDDEN)
+
+    def project(states):
+        with torch.autocast("cpu", enabled=False):
+            return torch.tanh(F.linear(states, weight) / 4) * 4
+
+    head = Head(project, (), VOCAB, 4)
+    plain = run(hidden, head)
+    with torch.autocast("cpu", dtype=BF16):
+        inside = run(hidden, head, Head.linear(draw(VOCAB, HIDDEN), keeps_dtype=True))
+    assert torch.equal(plain[0], inside[0])
+    assert torch.equal(plain[2][0], inside[2][0])
+
+
 def test_a_head_in_float64_stays_in_float64_under_autocast():
     weight = draw(VOCAB, HIDDEN).double()
     with torch.autocast("cpu", BF16):

@@ -6,7 +6,7 @@ Each formula is the one of `divergences.differentiate`, its reference. A row's p
 largest logit and the sum of exponentials relative to it, both rescaled as the largest grows (online log-sum-exp).
 """
 
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 # What Triton's functions return is known to its compiler alone.
 
 import triton

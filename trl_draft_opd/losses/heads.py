@@ -136,7 +136,9 @@ class AutogradPass:
         hidden_CH, logits_CD = self._chunk
         self._chunk = None  # its logits are freed with the caller's
         wanted = [hidden_CH, *self._parameters] if self._wants_hidden_grad else list(self._parameters)
-        grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD))
+        # What is called under autocast would be cast again, of a head that left it too.
+        with _outside_autocast(grad_CD.device):
+            grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD))
         grad_CH = grads.pop(0) if self._wants_hidden_grad else None
         for summed, grad in zip(self.sums, grads, strict=True):
             summed.add_(grad)
