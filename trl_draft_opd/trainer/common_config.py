@@ -128,8 +128,8 @@ class DraftTrainingConfig(_BaseConfig):
 
         muon_learning_rate (`float`, *optional*):
             Initial learning rate of Muon for the matrices of the drafter's layers; `learning_rate` stays that of
-            AdamW, which trains heads, norms and biases. Its updates are scaled to the size of AdamW's, so start from
-            the same rate. Unset, AdamW trains everything. See docs/do/training.md.
+            AdamW, which trains heads, norms and biases. Its updates are scaled alike for matrices of every shape; try
+            five to ten times AdamW's rate. Unset, AdamW trains everything. See docs/do/training.md.
 
         > Parameters that control drafting and evaluation
 

@@ -43,7 +43,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others: list[dict[str, Any]],
         adamw: dict[str, Any],
     ):
-        # Updates as large as AdamW's, so that a rate means the same for every shape and for both optimizers.
+        # Each weight moves by a fifth of the rate, whatever the shape of its matrix.
         options: dict[str, Any] = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         self._muon = torch.optim.Muon(matrices, lr=learning_rate, **options)
         self._adamw = torch.optim.AdamW(others, **adamw)
