@@ -5,6 +5,7 @@ A folder that takes another's place: at no moment is neither of the two there.
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trl_draft_opd.utils.atomic_files import (
+    check_place,
     clear_leftovers,
     explaining_failure,
     making_folder,
@@ -101,3 +103,17 @@ def test_a_full_disk_under_safetensors_is_the_systems_own_number_and_reason():
     with pytest.raises(OSError, match=r"^\[Errno 28\] A file could not be written \(No space left on device\)"):
         with explaining_failure("A file", "Make room"):
             raise full
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_no_file(tmp_path, monkeypatch):
+    folder, look = tmp_path / "made", Path.is_dir
+
+    def is_dir(path):
+        was_there = look(path)
+        if path == folder:
+            folder.mkdir(exist_ok=True)
+        return was_there
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    check_place(folder, "`output_dir`")
+    assert look(folder)

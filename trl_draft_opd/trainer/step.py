@@ -159,7 +159,9 @@ def weight_sums(
     Return the sum of each stream's weights over micro-batches, `(3,)` in the order of `STREAMS`, float64, where the
     blocks are; 0 for a stream that takes no part.
     """
-    sums = torch.zeros(len(STREAMS), dtype=torch.float64, device=batches[0].anchors.device)
+    # A run that is asked for no more has no batches.
+    device = batches[0].anchors.device if batches else None
+    sums = torch.zeros(len(STREAMS), dtype=torch.float64, device=device)
     for batch in batches:
         for index, name in enumerate(STREAMS):
             if name in streams and streams[name].weight > 0:

@@ -45,13 +45,15 @@ def check_place(folder: Path, name: str) -> None:
         PermissionError: If the nearest folder on the way does not let anything be written.
     """
     for path in (folder, *folder.parents):
+        # Asked first: another process may make the folder in between.
+        is_there = path.is_symlink() or path.exists()
         if path.is_dir():
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(
                     f"{name} {str(folder)!r}: nothing can be written in {str(path)!r}. Name another."
                 )
             return
-        if path.is_symlink() or path.exists():
+        if is_there:
             what = "a link that leads nowhere" if path.is_symlink() else "a file"
             raise ValueError(f"{name} {str(folder)!r} cannot be a folder: {str(path)!r} is {what}. Name another one.")
 
