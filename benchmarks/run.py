@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 
-SUITES = ("loss", "ttt", "dflash", "rollout", "step")
+SUITES = ("loss", "ttt", "dflash", "rollout", "step", "long")
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:

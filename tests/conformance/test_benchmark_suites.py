@@ -37,7 +37,7 @@ class Watched:
         return arms.time_in_turns(given, pairs=pairs)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [suite for suite in SUITES if suite != "long"])
 def test_every_arm_of_a_suite_runs_and_is_found_equal_before_it_is_timed(suite, shared_dir, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.suites.{suite}")
     watched = Watched(monkeypatch, module)
@@ -52,3 +52,11 @@ def test_every_arm_of_a_suite_runs_and_is_found_equal_before_it_is_timed(suite, 
     if suite in PEERS_ARE_IN:
         assert "speculators" in watched.timed
         assert any(figure.name.startswith("speculators / ours, time") for figure in report.figures)
+
+
+def test_the_memory_of_a_step_grows_no_faster_than_a_row_gets_longer():
+    module = importlib.import_module("benchmarks.suites.long")
+    report = arms.Report("long", {})
+    module.run(parse_arguments(["--suite", "long", "--quick"]), report)
+    of_memory = [figure for figure in report.figures if "peak bytes" in figure.name]
+    assert len(of_memory) == 4 and all(figure.is_reached for figure in of_memory)
