@@ -87,7 +87,7 @@ def run(target, drafter, batches, *, streams=STREAMS, rules=SlotRules(), per_pas
         loss = step_loss(drafter, target, batch, objective).loss
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in drafter.named_parameters()}
+    return total, {name: p.grad.clone() for name, p in drafter.named_parameters() if p.requires_grad}
 
 
 def assert_same(first, second, loss_tolerance, tolerance):
@@ -228,6 +228,22 @@ def test_blocks_drafted_in_passes_give_the_same_loss_and_gradients(monkeypatch, 
     in_passes = run(target, drafter, [batch], streams=streams, per_pass=num_blocks // 4)
     assert len(calls) >= 5 and max(calls) <= num_blocks // 4 and sum(calls[: len(calls) // 2]) == num_blocks
     assert_same(at_once, in_passes, 1e-6, 2e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_is_computed_again_draws_an_adapters_dropout_again(monkeypatch, family):
+    from peft import LoraConfig, get_peft_model
+
+    target, batch, found = make_target(), supervised(random_text([60, 20])), []
+    for checkpoint in (base.checkpoint, lambda part, *args, **options: part(*args)):
+        monkeypatch.setattr(base, "checkpoint", checkpoint)
+        drafter = make_drafter(family, target)
+        config = LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_dropout=0.5, init_lora_weights=False)
+        torch.manual_seed(2)
+        get_peft_model(drafter, config)
+        torch.manual_seed(3)
+        found.append(run(target, drafter.train(), [batch], streams={"accepted": STREAMS["accepted"]}, per_pass=10))
+    assert_same(*found, 1e-6, 2e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

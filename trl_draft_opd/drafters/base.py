@@ -423,6 +423,7 @@ def run_blocks(
     # Of equal size: one small remainder would take as many launches as the others.
     num_passes = -(-num_blocks // per_pass)
     passes = zip(*(each.tensor_split(num_passes, dim=1) for each in (anchors, tokens, drafts)), strict=True)
-    # There is no dropout whose draws would have to be repeated.
-    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    # An adapter's dropout must draw again what it drew. Without one, fetching the generator's state is a wait in vain.
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in drafter.modules())
+    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=has_dropout)
     return torch.cat([again(*part) for part in passes], dim=1)
