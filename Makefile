@@ -17,7 +17,7 @@ ARGS ?=
 # What touches foreign code, for `make test-oldest` and `make test-newest`: what breaks when a dependency renames a thing.
 FOREIGN_TESTS := $(patsubst %,tests/test_%.py,\
 	versions \
-	target quantized_target text_reader \
+	target target_texts quantized_target text_reader \
 	dflash eagle3 auto_drafter \
 	rollout_live native_generate custom_generate parity \
 	trainers adapters activation_checkpointing resume \
