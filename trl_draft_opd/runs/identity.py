@@ -105,7 +105,8 @@ class RunIdentity:
 
     def check_continues(self, stored: "RunIdentity", *, ignores_position: bool) -> list[str]:
         """
-        Return how the settings differ from those of the run that wrote a checkpoint; raise `ValueError` if more does.
+        Return how the settings differ from those of the run that wrote a checkpoint; raise `ValueError` if more does,
+        or if one of them trains with Muon and the other without.
 
         `ignores_position` (`ignore_data_skip=True`): the data is read from its start again and may be another.
         """
@@ -122,6 +123,14 @@ class RunIdentity:
                 fix += " `ignore_data_skip=True` continues with the new data or batches from their start."
             raise ValueError(
                 f"This run cannot resume from that checkpoint, because these differ: {differences}. {fix}"
+            )
+        rate, own_rate = (each.settings.get("muon_learning_rate") for each in (stored, self))
+        if (rate is None) != (own_rate is None):
+            fix = "Leave it out" if rate is None else f"Set it to {rate!r}"
+            raise ValueError(
+                "This run cannot resume from that checkpoint, because one trains with Muon and the other without: "
+                f"`muon_learning_rate` is {rate!r} there, {own_rate!r} here. {fix}, or start a new run from the "
+                "checkpoint's folder (`--drafter`, or `model`)."
             )
         names = sorted(self.settings.keys() | stored.settings.keys())
         pairs = [(name, stored.settings.get(name), self.settings.get(name)) for name in names]
