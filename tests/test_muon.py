@@ -137,6 +137,25 @@ def test_groups_of_muon_and_adamw_are_told_apart_where_they_hold_the_same(target
             load_full_optimizer_state(accelerator, drafter, second, state)
 
 
+def test_changed_rates_are_told_as_kept_and_they_are(tmp_path, target, rows, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    make_trainer(tmp_path / "first", target, rows, max_steps=1, **options).train()
+    changed = {"learning_rate": 2e-2, "muon_learning_rate": 5e-2, "weight_decay": 0.3, "adam_beta2": 0.9}
+    other = make_trainer(tmp_path / "other", target, rows, **options | changed | {"adam_epsilon": 1e-7})
+    other.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-1")
+    groups = other.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {1e-2, 3e-2}
+    assert {group["weight_decay"] for group in groups} == {0.0}
+    assert {group.get("betas", (0.9, 0.999)) for group in groups} == {(0.9, 0.999)}
+    assert {group["eps"] for group in groups if "betas" in group} == {1e-8}
+    for name, there in {"learning_rate": 0.01, "muon_learning_rate": 0.03, "weight_decay": 0.0}.items():
+        assert f"{name}: {there} there, {changed[name]} here (the checkpoint's is kept)" in caplog.text
+    for name in ("adam_beta2: 0.999 there, 0.9", "adam_epsilon: 1e-08 there, 1e-07"):
+        assert f"{name} here (the checkpoint's is kept)" in caplog.text
+    assert "max_steps: 1 there, 2 here;" in caplog.text
+    assert "under other settings; but for those that are kept, the run will differ" in caplog.text
+
+
 def test_what_muon_cannot_train_is_refused_with_the_reason(tmp_path, target, rows, monkeypatch):
     make_drafter("eagle3", target).save_pretrained(tmp_path / "drafter")
     with pytest.raises(ValueError, match="an adapter is trained"):

@@ -40,6 +40,8 @@ _FURTHER = ("adam_epsilon", "chat_template", "target_revision", "on_nonfinite")
 _OF_ADAPTERS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
 # How an update's rows are dealt to batches and processes: their product is compared by itself.
 _DEALING = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size"}
+# Settings that are the optimizer's and the scheduler's, whose state is the checkpoint's.
+_KEPT = {"learning_rate", "muon_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # Where these differ, the stored state means something else in this run.
 _BINDING = {
     "method": "the trainer's kind",
@@ -134,7 +136,11 @@ class RunIdentity:
             )
         names = sorted(self.settings.keys() | stored.settings.keys())
         pairs = [(name, stored.settings.get(name), self.settings.get(name)) for name in names]
-        return [f"{name}: {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+        return [
+            f"{name}: {there!r} there, {here!r} here" + (" (the checkpoint's is kept)" if name in _KEPT else "")
+            for name, there, here in pairs
+            if there != here
+        ]
 
 
 def _differing(there: Any, here: Any) -> list[str]:
