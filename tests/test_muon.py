@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from test_resume import differing, train
 
 from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.runs.distributed.sharding import full_optimizer_state, load_full_optimizer_state
 from trl_draft_opd.trainer.muon import MuonWithAdamW, check_muon, is_matrix
 
 
@@ -99,6 +101,59 @@ def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, target, rows):
     assert differing(whole, resumed) == []
     without = train(tmp_path / "without", "sft", target, rows, weight_decay=0.1)
     assert "model.safetensors" in differing(whole, without)
+
+
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("rate,own_rate", [(None, 3e-2), (3e-2, None)])
+def test_a_checkpoint_is_not_gone_on_with_across_adamw_and_muon(tmp_path, target, rows, family, rate, own_rate):
+    def trainer(folder, rate, **changes):
+        options = {"muon_learning_rate": rate, "save_strategy": "steps", "save_steps": 1} | changes
+        return make_trainer(tmp_path / folder, target, rows, make_drafter(family, target), **options)
+
+    first = trainer("first", rate, max_steps=1)
+    first.train()
+    start, other = tmp_path / "first" / "checkpoint-1", trainer("other", own_rate, ignore_data_skip=True)
+    fix = r"Set it to 0.03, or start" if rate else "Leave it out, or start"
+    with pytest.raises(ValueError, match=f"`muon_learning_rate` is {rate} there, {own_rate} here. {fix}"):
+        other.train(resume_from_checkpoint=start)
+    # The state itself is refused too, whatever the settings say.
+    state = full_optimizer_state(first.accelerator, first.model, first.optimizer)
+    weights = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"[Pp]arameter group.*`muon_learning_rate`"):
+        load_full_optimizer_state(other.accelerator, other.model, other.create_optimizer(), state)
+    assert not other.optimizer.state
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in other.model.state_dict().items())
+
+
+def test_groups_of_muon_and_adamw_are_told_apart_where_they_hold_the_same(target):
+    accelerator, drafter = Accelerator(cpu=True), make_drafter("dflash", target)
+    norms = [parameter for parameter in drafter.parameters() if parameter.dim() == 1]
+    matrices = [parameter for parameter in drafter.parameters() if parameter.dim() == 2]
+    adamw = torch.optim.AdamW([{"params": norms}, {"params": matrices}])
+    muon = MuonWithAdamW(matrices, 1e-2, 0.0, [{"params": norms}], {"lr": 1e-2})
+    for first, second, kinds in ((adamw, muon, "not Muon's .* Muon's"), (muon, adamw, "Muon's .* not Muon's")):
+        state = full_optimizer_state(accelerator, drafter, first)
+        with pytest.raises(ValueError, match=f"Parameter group 1 is {kinds} in this optimizer"):
+            load_full_optimizer_state(accelerator, drafter, second, state)
+
+
+def test_changed_rates_are_told_as_kept_and_they_are(tmp_path, target, rows, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    make_trainer(tmp_path / "first", target, rows, max_steps=1, **options).train()
+    changed = {"learning_rate": 2e-2, "muon_learning_rate": 5e-2, "weight_decay": 0.3, "adam_beta2": 0.9}
+    other = make_trainer(tmp_path / "other", target, rows, **options | changed | {"adam_epsilon": 1e-7})
+    other.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-1")
+    groups = other.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {1e-2, 3e-2}
+    assert {group["weight_decay"] for group in groups} == {0.0}
+    assert {group.get("betas", (0.9, 0.999)) for group in groups} == {(0.9, 0.999)}
+    assert {group["eps"] for group in groups if "betas" in group} == {1e-8}
+    for name, there in {"learning_rate": 0.01, "muon_learning_rate": 0.03, "weight_decay": 0.0}.items():
+        assert f"{name}: {there} there, {changed[name]} here (the checkpoint's is kept)" in caplog.text
+    for name in ("adam_beta2: 0.999 there, 0.9", "adam_epsilon: 1e-08 there, 1e-07"):
+        assert f"{name} here (the checkpoint's is kept)" in caplog.text
+    assert "max_steps: 1 there, 2 here;" in caplog.text
+    assert "under other settings; but for those that are kept, the run will differ" in caplog.text
 
 
 def test_what_muon_cannot_train_is_refused_with_the_reason(tmp_path, target, rows, monkeypatch):

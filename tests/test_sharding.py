@@ -126,6 +126,19 @@ def test_state_of_other_parameters_or_groups_is_refused():
         load_full_optimizer_state(accelerator, drafter, optimizer, state)
 
 
+def test_groups_of_the_same_number_and_other_parameters_are_refused():
+    accelerator = Accelerator(cpu=True)
+    drafter, optimizer = _pair("adamw", seed=1)
+    _step(drafter, optimizer, 0)
+    state = full_optimizer_state(accelerator, drafter, optimizer)
+    trained = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
+    other = torch.optim.AdamW([{"params": trained[3:]}, {"params": trained[:3]}])
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=r"Parameter group 0 holds other parameters .*fc\.weight.*`optim`"):
+        load_full_optimizer_state(accelerator, drafter, other, state)
+    assert other.state_dict() == before
+
+
 def test_a_plain_drafter_is_whole_as_it_stands():
     accelerator = Accelerator(cpu=True)
     drafter, _ = _pair("sgd", seed=1)

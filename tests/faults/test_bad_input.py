@@ -326,6 +326,11 @@ def test_an_unknown_setting_is_named(tmp_path, kind):
         ({"loss_chunk_bytes": 0}, "`loss_chunk_bytes` must be at least 1, got 0"),
         ({"blocks_per_pass": 0}, "`blocks_per_pass` must be at least 1, got 0"),
         ({"num_drafts": 0}, "`num_drafts` must be at least 1, got 0"),
+        ({"blocks_per_pass": 1.5}, "`blocks_per_pass` must be an integer, got 1.5"),
+        ({"num_drafts": True}, "`num_drafts` must be an integer, got True"),
+        ({"loss_chunk_bytes": "64MB"}, "`loss_chunk_bytes` must be an integer, got '64MB'"),
+        ({"muon_learning_rate": "3e-3"}, "`muon_learning_rate` must be a number, got '3e-3'"),
+        ({"muon_learning_rate": True}, "`muon_learning_rate` must be a number, got True"),
     ],
 )
 def test_a_setting_out_of_range(tmp_path, kind, changes, match):

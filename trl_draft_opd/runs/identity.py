@@ -40,6 +40,8 @@ _FURTHER = ("adam_epsilon", "chat_template", "target_revision", "on_nonfinite")
 _OF_ADAPTERS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
 # How an update's rows are dealt to batches and processes: their product is compared by itself.
 _DEALING = {"per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size"}
+# Settings that are the optimizer's and the scheduler's, whose state is the checkpoint's.
+_KEPT = {"learning_rate", "muon_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # Where these differ, the stored state means something else in this run.
 _BINDING = {
     "method": "the trainer's kind",
@@ -105,7 +107,8 @@ class RunIdentity:
 
     def check_continues(self, stored: "RunIdentity", *, ignores_position: bool) -> list[str]:
         """
-        Return how the settings differ from those of the run that wrote a checkpoint; raise `ValueError` if more does.
+        Return how the settings differ from those of the run that wrote a checkpoint; raise `ValueError` if more does,
+        or if one of them trains with Muon and the other without.
 
         `ignores_position` (`ignore_data_skip=True`): the data is read from its start again and may be another.
         """
@@ -123,9 +126,21 @@ class RunIdentity:
             raise ValueError(
                 f"This run cannot resume from that checkpoint, because these differ: {differences}. {fix}"
             )
+        rate, own_rate = (each.settings.get("muon_learning_rate") for each in (stored, self))
+        if (rate is None) != (own_rate is None):
+            fix = "Leave it out" if rate is None else f"Set it to {rate!r}"
+            raise ValueError(
+                "This run cannot resume from that checkpoint, because one trains with Muon and the other without: "
+                f"`muon_learning_rate` is {rate!r} there, {own_rate!r} here. {fix}, or start a new run from the "
+                "checkpoint's folder (`--drafter`, or `model`)."
+            )
         names = sorted(self.settings.keys() | stored.settings.keys())
         pairs = [(name, stored.settings.get(name), self.settings.get(name)) for name in names]
-        return [f"{name}: {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+        return [
+            f"{name}: {there!r} there, {here!r} here" + (" (the checkpoint's is kept)" if name in _KEPT else "")
+            for name, there, here in pairs
+            if there != here
+        ]
 
 
 def _differing(there: Any, here: Any) -> list[str]:

@@ -18,7 +18,7 @@ from .distributed.sharding import OptimizerState
 from .identity import RunIdentity
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 

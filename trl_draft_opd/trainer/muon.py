@@ -14,13 +14,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.training_args import OptimizerNames
 
+from ..runs.distributed.sharding import OF_MUON
 from .adapters import is_adapted
 
 
 # Matrices whose rows are tokens: each row is a vector of its own, and Muon would mix them.
 _ROWS_ARE_TOKENS = ("embed_tokens", "lm_head")
-# A setting that only Muon's parameter groups have.
-_OF_MUON = "ns_steps"
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -56,7 +55,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for optimizer in (self._muon, self._adamw):
             is_muon = optimizer is self._muon
             # Loading a state, or a wrapper, puts others in the place of groups and state.
-            optimizer.param_groups = [group for group in self.param_groups if (_OF_MUON in group) == is_muon]
+            optimizer.param_groups = [group for group in self.param_groups if (OF_MUON in group) == is_muon]
             optimizer.state = self.state
             optimizer.step()
 

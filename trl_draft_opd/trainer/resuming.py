@@ -176,7 +176,7 @@ class ResumingTrainer(_BaseTrainer):
         changed = identity.check_continues(state.identity, ignores_position=self.args.ignore_data_skip)
         if changed and self.is_world_process_zero():
             logger.warning(
-                "Resuming from %s under other settings, so the run will differ from one that never stopped: %s.",
+                "Resuming from %s under other settings; but for those that are kept, the run will differ by them: %s.",
                 folder.name,
                 "; ".join(changed),
             )

@@ -1,19 +1,23 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""What no setting can be, whoever gives it: a number that is not finite or too small, or text that is empty."""
+"""What no setting can be, whoever gives it: no number, one that is not finite or too small, or text that is empty."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 
 def check_settings(settings: Any) -> None:
     """
-    Refuse values of a dataclass that no setting can have: NaN, infinity, and empty text that is not the default.
+    Refuse values of a dataclass that no setting can have: NaN, infinity, empty text that is not the default, and in a
+    field of numbers alone what is none: text, a truth value, or a fraction where the field counts.
 
     Raises:
         ValueError: Naming the setting; inside of dictionaries and lists, the place too.
     """
+    wanted = _numbers(type(settings))
     for each in fields(settings):
         value = getattr(settings, each.name)
         is_empty = value == "" or (isinstance(value, list) and "" in value)
@@ -21,6 +25,17 @@ def check_settings(settings: Any) -> None:
             raise ValueError(f"`{each.name}` is empty. Give it a value, or leave it out.")
         if (found := find_not_finite(value, each.name)) is not None:
             raise ValueError(f"`{found[0]}` must be a finite number, got {found[1]}.")
+        number = wanted.get(each.name)
+        if number and value is not None and (isinstance(value, bool) or not isinstance(value, number)):
+            kind = "an integer" if number is Integral else "a number"
+            raise ValueError(f"`{each.name}` must be {kind}, got {value!r}.")
+
+
+@cache
+def _numbers(settings: type) -> dict[str, type]:
+    """Return the fields of a dataclass that hold nothing but a number or `None`, with what the number must be."""
+    kinds = {name: set(get_args(hint) or (hint,)) - {type(None)} for name, hint in get_type_hints(settings).items()}
+    return {name: Real if float in kind else Integral for name, kind in kinds.items() if kind and kind <= {int, float}}
 
 
 def check_at_least(settings: Any, least: int, *names: str) -> None:

@@ -27,6 +27,8 @@ from . import zero
 
 # How an optimizer computes its step on this machine; not part of its state.
 _KERNEL_SETTINGS = {"foreach", "fused", "capturable", "differentiable"}
+# A setting that only Muon's parameter groups have.
+OF_MUON = "ns_steps"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class OptimizerState:
         tensors: On the CPU, by `"<state's name>/<parameter's name>"`, e.g. `"exp_avg/fc.weight"`. Step counters too.
         values:
             The rest, as JSON holds it. `"groups"`: the settings of each parameter group, learning rate included.
-            `"parameters"`: by parameter's name, what is not a tensor.
+            `"members"`: the names of each group's parameters. `"parameters"`: by parameter's name, what is not a
+            tensor.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -107,8 +110,8 @@ def full_optimizer_state(
     Frozen parameters, and those that were never stepped, have no entries.
     """
     optimizer = zero.without_accelerate(optimizer)
-    state = OptimizerState({}, {"groups": [], "parameters": {}})
     drafter: Any = accelerator.unwrap_model(model)
+    state = OptimizerState({}, {"groups": [], "members": [], "parameters": {}})
     for name, parameter in drafter.named_parameters():
         if zero.is_optimizer(optimizer):
             entries = zero.parameter_state(optimizer, parameter)
@@ -122,6 +125,7 @@ def full_optimizer_state(
             else:
                 state.values["parameters"].setdefault(name, {})[key] = value
     if accelerator.is_main_process:
+        state.values["members"] = _members(optimizer, drafter)
         for group in zero.torch_optimizer(optimizer).param_groups:
             settings = {name: group[name] for name in sorted(group.keys() - _KERNEL_SETTINGS - {"params"})}
             # A learning rate may be a tensor.
@@ -136,14 +140,14 @@ def load_full_optimizer_state(
 ) -> None:
     """
     Load the state of [`full_optimizer_state`], the same on every rank, into an optimizer of the same parameter groups.
+
+    Raises:
+        ValueError: If the groups are others, by their number, kind or parameters. Nothing was loaded.
     """
     optimizer = zero.without_accelerate(optimizer)
+    drafter: Any = accelerator.unwrap_model(model)
     groups, own_groups = state.values["groups"], zero.torch_optimizer(optimizer).param_groups
-    if len(groups) != len(own_groups):
-        raise ValueError(
-            f"The optimizer's state has {len(groups)} parameter groups, this optimizer {len(own_groups)}. Resume with "
-            "the settings it was saved under (`optim`, `weight_decay`, adapters)."
-        )
+    _check_groups(groups, state.values["members"], own_groups, _members(optimizer, drafter))
     settings = [
         {key: _like(own.get(key), value) for key, value in group.items()}
         for own, group in zip(own_groups, groups, strict=True)
@@ -152,7 +156,6 @@ def load_full_optimizer_state(
     for path, tensor in state.tensors.items():
         key, name = path.split("/", 1)
         entries.setdefault(name, {})[key] = tensor
-    drafter: Any = accelerator.unwrap_model(model)
     parameters = dict(drafter.named_parameters())
     if unknown := sorted(entries.keys() - parameters.keys()):
         raise ValueError(
@@ -166,6 +169,43 @@ def load_full_optimizer_state(
             own.update(group)
     else:
         _load_torch_state(optimizer, by_parameter, settings)
+
+
+def _members(optimizer: Any, drafter: nn.Module) -> list[list[str]]:
+    """Return the names of the trained parameters in each parameter group, sorted. Not collective."""
+    own_groups = zero.torch_optimizer(optimizer).param_groups
+    group_of = {parameter: index for index, group in enumerate(own_groups) for parameter in group["params"]}
+    members: list[list[str]] = [[] for _ in own_groups]
+    for name, parameter in sorted(drafter.named_parameters()):
+        index = zero.group_of(optimizer, parameter) if zero.is_optimizer(optimizer) else group_of.get(parameter)
+        if index is not None:
+            members[index].append(name)
+    return members
+
+
+def _check_groups(
+    groups: list[dict[str, Any]], members: list[list[str]], own_groups: list[dict[str, Any]], own: list[list[str]]
+) -> None:
+    """Raise `ValueError` unless stored parameter groups and an optimizer's are of the same kinds and parameters."""
+    fix = (
+        "Resume with the settings it was saved under (`optim`, `muon_learning_rate`, `weight_decay`, adapters), or "
+        "start a new run from the checkpoint's folder (`--drafter`, or `model`)."
+    )
+    if len(groups) != len(own_groups):
+        raise ValueError(
+            f"The optimizer's state has {len(groups)} parameter groups, this optimizer {len(own_groups)}. {fix}"
+        )
+    for index, (group, own_group) in enumerate(zip(groups, own_groups, strict=True)):
+        kind, own_kind = ("Muon's" if OF_MUON in each else "not Muon's" for each in (group, own_group))
+        if kind != own_kind:
+            raise ValueError(
+                f"Parameter group {index} is {kind} in the optimizer's state and {own_kind} in this optimizer. {fix}"
+            )
+        if differing := sorted(set(members[index]) ^ set(own[index])):
+            raise ValueError(
+                f"Parameter group {index} holds other parameters in the optimizer's state than in this optimizer: "
+                f"{differing[:10]} are in one of them only. {fix}"
+            )
 
 
 def _load_torch_state(

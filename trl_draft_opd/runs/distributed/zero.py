@@ -106,6 +106,12 @@ def parameter_state(optimizer: Any, parameter: Any) -> dict[str, Any]:
     return {key: _join(optimizer, parameter, value) if is_cut[key] else value for key, value in state.items()}
 
 
+def group_of(optimizer: Any, parameter: Any) -> int | None:
+    """Return the index of a parameter's group in the inner optimizer, `None` if it is not trained. Not collective."""
+    place = _masters(optimizer, parameter)
+    return None if place is None else place[1]
+
+
 def load_parameter_states(optimizer: Any, states: dict[torch.Tensor, dict[str, Any]]) -> None:
     """Replace the inner optimizer's state by that of the given parameters."""
     inner = optimizer.optimizer
