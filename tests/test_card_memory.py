@@ -122,11 +122,10 @@ def test_a_step_that_does_not_fit_is_described_with_its_parts_and_settings():
     assert "36.5 for the drafter's activations" in message
 
 
-def make_trainer(tmp_path):
+def make_trainer(tmp_path, **changes):
     target = make_target()
-    args = DraftSFTConfig(
-        output_dir=str(tmp_path), **TINY_RUN, save_strategy="no", max_steps=2, max_completion_length=12
-    )
+    options = {**TINY_RUN, "save_strategy": "no", "max_steps": 2, "max_completion_length": 12} | changes
+    args = DraftSFTConfig(output_dir=str(tmp_path), **options)
     return DraftSFTTrainer(
         make_drafter("dflash", target), target, args, greedy_rows(target, 4, 12), None, make_tokenizer()
     )
@@ -169,3 +168,15 @@ def test_layers_are_computed_again_where_a_card_would_be_nearly_full_unless_refu
         trainer.train()
     assert drafter.gradient_checkpointing is (asked is None)
     assert trainer.state.global_step == 2
+
+
+def test_a_resumed_run_decides_again(tmp_path, monkeypatch):
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **saved, max_steps=1).train()
+    trainer = make_trainer(tmp_path, **saved)
+    needed = card_memory.target_bytes(trainer.target) + 4 * card_memory.trained_bytes(trainer.drafter)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: needed + 2**14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2 and trainer.drafter.gradient_checkpointing

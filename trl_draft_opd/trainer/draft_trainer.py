@@ -102,6 +102,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             )
         print_logs_readably(self)
         self._pair = pair
+        # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
+        self._is_fitted = False
         self._set_up(args, pair.drafter.config.family)
 
     @classmethod
@@ -165,7 +167,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
-        if self.state.global_step == 0 and not is_sharded(self.accelerator):
+        if not self._is_fitted and not is_sharded(self.accelerator):
+            self._is_fitted = True
             fit_to_card(self.drafter, self.target, prepared, self.args, self._chunk_bytes)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
