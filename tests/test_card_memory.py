@@ -39,20 +39,25 @@ H100 = GPUS["h100"].memory
 LARGE = Workload(8, 2048, 512, 1, False)
 
 
+def pays(work, card):
+    """Tell whether Qwen3-8B's DFlash drafter is computed again on a card."""
+    return checkpointing_pays(launch_bytes(count_stages(QWEN3_8B, DFLASH, work), "one GPU", 1), card)
+
+
 # -- pure arithmetic --------------------------------------------------------------------------------------------------
 
 
 def test_eight_rows_of_512_dflash_anchors_are_computed_again_on_80_gb():
     # 70 GiB while norms and residuals were kept in float32.
     assert activation_bytes(DFLASH, LARGE)[0] / GIB == pytest.approx(36.5, rel=0.01)
-    assert checkpointing_pays(QWEN3_8B, DFLASH, LARGE, H100)
+    assert pays(LARGE, H100)
     again = activation_bytes(DFLASH, replace(LARGE, checkpointing=True))[1]
     assert again < activation_bytes(DFLASH, LARGE)[1] / 3
 
 
 def test_layers_are_not_computed_again_where_a_step_fits_anyway():
-    assert not checkpointing_pays(QWEN3_8B, DFLASH, Workload(4, 2048, 64, 1, False), H100)
-    assert checkpointing_pays(QWEN3_8B, DFLASH, Workload(4, 2048, 64, 1, False), 40 * GIB)
+    assert not pays(Workload(4, 2048, 64, 1, False), H100)
+    assert pays(Workload(4, 2048, 64, 1, False), 40 * GIB)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,9 +111,9 @@ def test_shapes_are_read_off_configs():
 
 def test_a_card_that_cannot_hold_the_weights_is_refused_with_sizes_and_what_helps():
     target, trained = 2 * QWEN3_8B.parameters, 4 * DFLASH.parameters
-    refuse_small_card(target, trained, 2, 40 * GIB)
+    refuse_small_card(target, trained, 2 * trained, 40 * GIB)
     with pytest.raises(ValueError, match=r"has 24\.0 GiB.* 15\.3 for the target, 15\.6 .*shard_target"):
-        refuse_small_card(target, trained, 2, 24 * GIB)
+        refuse_small_card(target, trained, 2 * trained, 24 * GIB)
     # Without an optimizer's moments it is not certain.
     refuse_small_card(target, trained, 0, 24 * GIB)
 
@@ -122,19 +127,59 @@ def test_a_step_that_does_not_fit_is_described_with_its_parts_and_settings():
     assert "36.5 for the drafter's activations" in message
 
 
-def make_trainer(tmp_path, **changes):
+def make_trainer(tmp_path, optimizer=None, **changes):
     target = make_target()
+    drafter = make_drafter("dflash", target)
+    given = None if optimizer is None else optimizer(drafter.parameters())
     options = {**TINY_RUN, "save_strategy": "no", "max_steps": 2, "max_completion_length": 12} | changes
     args = DraftSFTConfig(output_dir=str(tmp_path), **options)
-    return DraftSFTTrainer(
-        make_drafter("dflash", target), target, args, greedy_rows(target, 4, 12), None, make_tokenizer()
-    )
+    rows = greedy_rows(target, 4, 12)
+    return DraftSFTTrainer(drafter, target, args, rows, None, make_tokenizer(), optimizers=(given, None))
 
 
 def test_training_refuses_a_card_that_cannot_hold_the_pair(tmp_path, monkeypatch):
     monkeypatch.setattr(card_memory, "card_bytes", lambda device: 2**10)
     with pytest.raises(ValueError, match="weights and optimizer alone need"):
         make_trainer(tmp_path)
+
+
+MUON = {"muon_learning_rate": 2e-2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_known"),
+    [
+        ({"optim": "adamw_torch"}, True),
+        ({"optim": "adamw_torch_fused"}, True),
+        ({"optim": "adamw_torch"} | MUON, True),
+        ({"optim": "adafactor"}, False),
+        ({"optim": "adamw_torch_8bit"}, False),
+    ],
+)
+def test_what_the_optimizer_keeps_is_what_its_state_holds_or_unknown(tmp_path, settings, is_known):
+    needs_torchao = settings["optim"] == "adamw_torch_8bit"
+    trainer = make_trainer(tmp_path, **settings)
+    computed = card_memory.optimizer_bytes(trainer.args, trainer.drafter, is_given=False)
+    if not is_known:
+        assert computed == 0
+    if not needs_torchao:
+        trainer.train()
+        states = trainer.optimizer.state.values()
+        kept = sum(each.nbytes for state in states for each in state.values() if torch.is_tensor(each) and each.dim())
+        assert kept > 0 and (kept == computed) is is_known
+
+
+@pytest.mark.parametrize("settings", [MUON, {"optim": "adafactor"}, {"optimizer": torch.optim.SGD}])
+def test_a_card_with_room_for_less_than_adamw_is_refused_to_adamw_alone(tmp_path, monkeypatch, settings):
+    target = make_target()
+    trained = card_memory.trained_bytes(make_drafter("dflash", target))
+    # Weights, gradients, and 1.99 numbers of each weight in place of two.
+    monkeypatch.setattr(
+        card_memory, "card_bytes", lambda device: card_memory.target_bytes(target) + 399 * trained // 100
+    )
+    with pytest.raises(ValueError, match="weights and optimizer alone need"):
+        make_trainer(tmp_path)
+    make_trainer(tmp_path, **settings)
 
 
 def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monkeypatch):

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import torch
 
-from ..costs.memory import PLANNED_SHARE, Stages, Workload, count_stages, describe_shortage, refuse_small_card
+from ..costs.memory import Stages, Workload, checkpointing_pays, count_stages, describe_shortage, refuse_small_card
 from ..costs.shapes import DrafterShape, TargetShape
 from ..drafters.base import Drafter
 from ..target.frozen import FrozenTarget
 from ..utils.versions import switch_checkpointing
 from .common_config import DraftTrainingConfig
+from .muon import is_matrix
 from .pair import Pair
 from .step import PreparedBatch
 
@@ -35,9 +36,10 @@ def card_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def check_weights_fit(pair: Pair, args: DraftTrainingConfig) -> None:
+def check_weights_fit(pair: Pair, args: DraftTrainingConfig, is_given: bool) -> None:
     """
-    Refuse a card that cannot hold the weights and what an optimizer keeps of them, before they are moved there.
+    Refuse a card that cannot hold the weights and what an optimizer keeps of them, before they are moved there;
+    `is_given`: whether the optimizer is the user's own.
 
     Raises:
         ValueError: With the sizes and what makes them smaller.
@@ -47,10 +49,11 @@ def check_weights_fit(pair: Pair, args: DraftTrainingConfig) -> None:
         return
     # What is spread over cards, or may be, is no reason to refuse this one.
     is_spread = args.shard_target or getattr(pair.target.causal_lm, "hf_device_map", None) is not None
+    is_whole = args.world_size == 1
     refuse_small_card(
         target=0 if is_spread else target_bytes(pair.target),
-        trained=trained_bytes(pair.drafter) if args.world_size == 1 else 0,
-        moments=2 if args.optim.startswith("adamw_torch") else 0,
+        trained=trained_bytes(pair.drafter) if is_whole else 0,
+        optimizer=optimizer_bytes(args, pair.drafter, is_given) if is_whole else 0,
         card=card,
     )
 
@@ -61,15 +64,17 @@ def fit_to_card(
     batches: Sequence[PreparedBatch],
     args: DraftTrainingConfig,
     chunk_bytes: int,
+    is_given: bool,
 ) -> None:
     """
     Compute what the largest of some micro-batches needs. Turn activation checkpointing on where it was left open and a
-    card would be nearly full without; warn if the card is too small all the same.
+    card would be nearly full without; warn if the card is too small all the same. `is_given`: whether the optimizer is
+    the user's own.
     """
     card = card_bytes(args.device)
     if card is None or not batches:
         return
-    fixed = target_bytes(target) + 4 * trained_bytes(drafter)
+    fixed = target_bytes(target) + 2 * trained_bytes(drafter) + optimizer_bytes(args, drafter, is_given)
     shapes = TargetShape.of(target.config), DrafterShape.of(drafter.config)
 
     def largest() -> Stages:
@@ -78,7 +83,7 @@ def fit_to_card(
         return max(found, key=lambda stages: stages.working)
 
     stages = largest()
-    if args.activation_checkpointing is None and fixed + stages.casts + stages.working > PLANNED_SHARE * card:
+    if args.activation_checkpointing is None and checkpointing_pays(fixed + stages.step, card):
         logger.warning("The drafter's layers are computed again in the backward pass: they would fill the card.")
         switch_checkpointing(drafter, "enable", {"use_reentrant": False})
         stages = largest()
@@ -100,3 +105,15 @@ def target_bytes(target: FrozenTarget) -> int:
 def trained_bytes(drafter: Drafter) -> int:
     """Return the bytes of the weights that are trained."""
     return sum(parameter.nbytes for parameter in drafter.parameters() if parameter.requires_grad)
+
+
+def optimizer_bytes(args: DraftTrainingConfig, drafter: Drafter, is_given: bool) -> int:
+    """
+    Return the bytes that the optimizer keeps of the trained weights: AdamW two numbers of each, Muon one. 0 of
+    another optimizer, or one that is given: unknown.
+    """
+    if is_given or args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        return 0
+    has_muon = args.muon_learning_rate is not None
+    trained = [(name, parameter) for name, parameter in drafter.named_parameters() if parameter.requires_grad]
+    return sum((1 if has_muon and is_matrix(name, each) else 2) * each.nbytes for name, each in trained)
