@@ -5,10 +5,15 @@ so, and layers are computed again where that is what makes a step fit.
 """
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import roofline
 from helpers.oracle import greedy_rows
@@ -192,6 +197,45 @@ def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monk
         trainer.train()
     messages = [str(w.message) for w in caught if "computed to need" in str(w.message)]
     assert len(messages) == 1 and "per_device_train_batch_size" in messages[0]
+
+
+def test_of_a_spread_target_what_lies_on_the_card_is_counted(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    target, device = trainer.target, trainer.args.device
+    whole = card_memory.target_bytes(target, device)
+    assert whole == card_memory.target_bytes(target)
+    target.causal_lm.model.layers[3].to("meta")
+    elsewhere = sum(each.nbytes for each in target.causal_lm.model.layers[3].parameters())
+    assert card_memory.target_bytes(target, device) == whole - elsewhere
+    # Before the first step, and before it is placed: what a `device_map` put elsewhere is not refused.
+    monkeypatch.setattr(target.causal_lm, "hf_device_map", {"": "cpu"}, raising=False)
+    trained = card_memory.trained_bytes(trainer.drafter)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: whole - elsewhere + 4 * trained)
+    card_memory.check_weights_fit(trainer._pair, trainer.args, is_given=False)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: whole - elsewhere + 4 * trained - 1)
+    with pytest.raises(ValueError, match="weights and optimizer alone need"):
+        card_memory.check_weights_fit(trainer._pair, trainer.args, is_given=False)
+
+
+@contextmanager
+def one_rank_of(num_ranks):
+    """Be the first of some ranks, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield init_device_mesh("cpu", (num_ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_a_sharded_target_the_local_shards_are_counted():
+    target = make_target()
+    whole = card_memory.target_bytes(target)
+    weight = target.causal_lm.model.layers[0].mlp.up_proj.weight
+    with one_rank_of(2) as mesh:
+        shard = DTensor.from_local(weight[: len(weight) // 2].detach(), mesh, [Shard(0)], run_check=False)
+        assert shard.shape == weight.shape
+        target.causal_lm.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(shard, requires_grad=False)
+        assert card_memory.target_bytes(target, torch.device("cpu")) == whole - weight.nbytes // 2
 
 
 def test_a_cpu_is_no_card(tmp_path):

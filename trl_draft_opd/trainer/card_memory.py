@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..costs.memory import Stages, Workload, checkpointing_pays, count_stages, describe_shortage, refuse_small_card
 from ..costs.shapes import DrafterShape, TargetShape
@@ -47,11 +48,11 @@ def check_weights_fit(pair: Pair, args: DraftTrainingConfig, is_given: bool) -> 
     card = card_bytes(args.device)
     if card is None:
         return
-    # What is spread over cards, or may be, is no reason to refuse this one.
-    is_spread = args.shard_target or getattr(pair.target.causal_lm, "hf_device_map", None) is not None
+    # What a `device_map` has placed stays there; the rest is to come, unless it will be sharded.
+    is_placed = getattr(pair.target.causal_lm, "hf_device_map", None) is not None
     is_whole = args.world_size == 1
     refuse_small_card(
-        target=0 if is_spread else target_bytes(pair.target),
+        target=0 if args.shard_target else target_bytes(pair.target, device=args.device if is_placed else None),
         trained=trained_bytes(pair.drafter) if is_whole else 0,
         optimizer=optimizer_bytes(args, pair.drafter, is_given) if is_whole else 0,
         card=card,
@@ -74,7 +75,7 @@ def fit_to_card(
     card = card_bytes(args.device)
     if card is None or not batches:
         return
-    fixed = target_bytes(target) + 2 * trained_bytes(drafter) + optimizer_bytes(args, drafter, is_given)
+    fixed = target_bytes(target, args.device) + 2 * trained_bytes(drafter) + optimizer_bytes(args, drafter, is_given)
     shapes = TargetShape.of(target.config), DrafterShape.of(drafter.config)
 
     def largest() -> Stages:
@@ -97,9 +98,11 @@ def _workload(batch: PreparedBatch, num_batches: int, checkpointing: bool, chunk
     return Workload(1, tokens, blocks, num_batches, checkpointing, chunk_bytes)
 
 
-def target_bytes(target: FrozenTarget) -> int:
-    """Return the bytes of the target's weights."""
-    return sum(parameter.nbytes for parameter in target.causal_lm.parameters())
+def target_bytes(target: FrozenTarget, device: torch.device | None = None) -> int:
+    """Return the bytes of the target's weights, or of those, and of this rank's shards, that lie on `device`."""
+    parameters = target.causal_lm.parameters()
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in parameters]
+    return sum(each.nbytes for each in local if device is None or each.device == device)
 
 
 def trained_bytes(drafter: Drafter) -> int:
