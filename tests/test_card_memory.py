@@ -83,6 +83,12 @@ def test_a_row_longer_than_a_pass_takes_its_cache_and_the_layers_of_one_pass():
     assert count_stages(QWEN3_8B, DFLASH, Workload(8, 2048, 100, 1, False)).forward == whole
 
 
+def test_rows_end_to_end_take_what_they_take_side_by_side():
+    side_by_side = Workload(8, 2048, 100, 1, False)
+    joined = Workload(1, 8 * 2048, 8 * 100, 1, False, longest=2048)
+    assert count_stages(QWEN3_8B, DFLASH, joined) == count_stages(QWEN3_8B, DFLASH, side_by_side)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_bound_what_a_step_keeps_by_that_of_one(checkpointing):
     work = Workload(1, 8192, 1000, 1, checkpointing)
@@ -215,6 +221,48 @@ def test_of_a_spread_target_what_lies_on_the_card_is_counted(tmp_path, monkeypat
     monkeypatch.setattr(card_memory, "card_bytes", lambda device: whole - elsewhere + 4 * trained - 1)
     with pytest.raises(ValueError, match="weights and optimizer alone need"):
         card_memory.check_weights_fit(trainer._pair, trainer.args, is_given=False)
+
+
+def test_a_step_is_counted_by_its_text_blocks_and_settings_beside_all_weights(tmp_path, monkeypatch):
+    works, weights = [], []
+
+    def count(target, drafter, work):
+        works.append(work)
+        return count_stages(target, drafter, work)
+
+    def describe(stages, fixed, card, settings):
+        weights.append(fixed)
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = make_trainer(tmp_path, **options, blocks_per_pass=3, loss_chunk_bytes=2**16)
+    target, drafter = trainer.target, trainer.drafter
+    batches = []
+    prepare = trainer._prepare
+    monkeypatch.setattr(trainer, "_prepare", lambda *given: batches.extend(prepare(*given)) or batches)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(card_memory, "count_stages", count)
+    monkeypatch.setattr(card_memory, "describe_shortage", describe)
+    whole = card_memory.target_bytes(target)
+    elsewhere = target.causal_lm.model.layers[7].mlp.up_proj.weight.nbytes
+    monkeypatch.setattr(card_memory, "target_bytes", lambda target, device: whole - elsewhere * (device.type == "cpu"))
+    trainer.train()
+    assert [work.longest for work in works] == [max(map(sum, b.text.attention_mask.tolist())) for b in batches]
+    expected = [
+        Workload(
+            rows=1,
+            length=int(batch.text.attention_mask.sum()),
+            blocks=sum(anchor >= 0 for row in batch.blocks.anchors.tolist() for anchor in row),
+            accumulation=2,
+            checkpointing=False,
+            chunk_bytes=2**16,
+            blocks_per_pass=3,
+            longest=work.longest,
+        )
+        for batch, work in zip(batches, works, strict=True)
+    ]
+    assert works == expected and len(works) == 2 and all(work.longest < work.length for work in works)
+    # AdamW's two numbers of each trained weight, beside the weight and its gradient.
+    assert weights == [whole - elsewhere + 4 * sum(p.nbytes for p in drafter.parameters() if p.requires_grad)]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Workload:
 
     Attributes:
         rows (`int`), length (`int`): Rows of a micro-batch and tokens of each, prompt included.
+        longest (`int` or `None`): Tokens of the longest row, where rows lie end to end as one; `length` if unset.
         blocks (`int`): Blocks of a row: its response over tau under Draft-OPD.
         accumulation (`int`): Micro-batches.
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
@@ -53,6 +54,7 @@ class Workload:
     reading_bytes: int = 2 * GIB
     read_tokens: int = 8192
     blocks_per_pass: int | None = None
+    longest: int | None = None
     is_on_cpu: bool = False
 
     @property
@@ -218,8 +220,9 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     cached = 2 * BF16 * target.kv_width * target.layers
     # The widest layer: gate, up and product of the MLP beside some states.
     forward = min(texts, work.read_tokens) * BF16 * (4 * target.hidden + 3 * target.intermediate)
-    if work.length > work.read_tokens:
-        forward += work.length * cached
+    longest = work.longest or work.length
+    if longest > work.read_tokens:
+        forward += longest * cached
     slots = work.rows * work.blocks * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed

@@ -79,8 +79,14 @@ def fit_to_card(
     shapes = TargetShape.of(target.config), DrafterShape.of(drafter.config)
 
     def largest() -> Stages:
-        works = [_workload(batch, len(batches), drafter.gradient_checkpointing, chunk_bytes) for batch in batches]
-        found = [count_stages(*shapes, replace(work, blocks_per_pass=args.blocks_per_pass)) for work in works]
+        settings = Workload(
+            *(1, 0, 0),
+            accumulation=len(batches),
+            checkpointing=drafter.gradient_checkpointing,
+            chunk_bytes=chunk_bytes,
+            blocks_per_pass=args.blocks_per_pass,
+        )
+        found = [count_stages(*shapes, _workload(batch, settings)) for batch in batches]
         return max(found, key=lambda stages: stages.working)
 
     stages = largest()
@@ -93,9 +99,11 @@ def fit_to_card(
         warnings.warn(message, stacklevel=2)
 
 
-def _workload(batch: PreparedBatch, num_batches: int, checkpointing: bool, chunk_bytes: int) -> Workload:
-    tokens, blocks = int(batch.text.attention_mask.sum()), int((batch.blocks.anchors >= 0).sum())
-    return Workload(1, tokens, blocks, num_batches, checkpointing, chunk_bytes)
+def _workload(batch: PreparedBatch, settings: Workload) -> Workload:
+    """Return what a micro-batch is, its rows end to end as one, with everything else of `settings`."""
+    lengths = batch.text.attention_mask.sum(1)
+    blocks = int((batch.blocks.anchors >= 0).sum())
+    return replace(settings, length=int(lengths.sum()), blocks=blocks, longest=int(lengths.max()))
 
 
 def target_bytes(target: FrozenTarget, device: torch.device | None = None) -> int:
