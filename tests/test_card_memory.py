@@ -7,6 +7,7 @@ so, and layers are computed again where that is what makes a step fit.
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -193,8 +194,9 @@ def test_a_card_with_room_for_less_than_adamw_is_refused_to_adamw_alone(tmp_path
     make_trainer(tmp_path, **settings)
 
 
-def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monkeypatch, asked):
+    trainer = make_trainer(tmp_path, activation_checkpointing=asked)
     pair = trainer.target, trainer.drafter
     fixed = card_memory.target_bytes(pair[0]) + 4 * card_memory.trained_bytes(pair[1])
     monkeypatch.setattr(card_memory, "card_bytes", lambda device: fixed + 2**10)
@@ -203,6 +205,9 @@ def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monk
         trainer.train()
     messages = [str(w.message) for w in caught if "computed to need" in str(w.message)]
     assert len(messages) == 1 and "per_device_train_batch_size" in messages[0]
+    # It had been turned on before that.
+    assert trainer.drafter.gradient_checkpointing is (asked is not False)
+    assert ("activation_checkpointing" in messages[0]) is (asked is False)
 
 
 def test_of_a_spread_target_what_lies_on_the_card_is_counted(tmp_path, monkeypatch):
@@ -294,8 +299,8 @@ def test_a_cpu_is_no_card(tmp_path):
 
 @pytest.mark.parametrize("asked", [None, False])
 def test_layers_are_computed_again_where_a_card_would_be_nearly_full_unless_refused(tmp_path, monkeypatch, asked):
-    trainer = make_trainer(tmp_path)
-    trainer.args.activation_checkpointing = asked
+    options = {"preserve_rng_state": False}
+    trainer = make_trainer(tmp_path, activation_checkpointing=asked, gradient_checkpointing_kwargs=options)
     drafter = trainer.drafter
     needed = card_memory.target_bytes(trainer.target) + 4 * card_memory.trained_bytes(drafter)
     # Weights, optimizer and the loss fit; what the layers keep does not.
@@ -304,6 +309,9 @@ def test_layers_are_computed_again_where_a_card_would_be_nearly_full_unless_refu
         warnings.simplefilter("ignore")
         trainer.train()
     assert drafter.gradient_checkpointing is (asked is None)
+    if asked is None:
+        used: Any = drafter._gradient_checkpointing_func
+        assert used.keywords == {"use_reentrant": False, "preserve_rng_state": False}
     assert trainer.state.global_step == 2
 
 

@@ -17,7 +17,7 @@ from ..costs.shapes import DrafterShape, TargetShape
 from ..drafters.base import Drafter
 from ..target.frozen import FrozenTarget
 from ..utils.versions import switch_checkpointing
-from .common_config import DraftTrainingConfig
+from .common_config import DraftTrainingConfig, parsed
 from .muon import is_matrix
 from .pair import Pair
 from .step import PreparedBatch
@@ -25,11 +25,14 @@ from .step import PreparedBatch
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = (
-    "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
-    "set `activation_checkpointing=True`",
-    "lower `blocks_per_pass`, `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
-)
+
+def smaller_settings(is_checkpointing: bool) -> tuple[str, ...]:
+    """Return the settings that make a step smaller, but for activation checkpointing where it is on already."""
+    return (
+        "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
+        *(() if is_checkpointing else ("set `activation_checkpointing=True`",)),
+        "lower `blocks_per_pass`, `loss_chunk_bytes`, `max_completion_length` or `num_anchors`",
+    )
 
 
 def card_bytes(device: torch.device) -> int | None:
@@ -92,9 +95,10 @@ def fit_to_card(
     stages = largest()
     if args.activation_checkpointing is None and checkpointing_pays(fixed + stages.step, card):
         logger.warning("The drafter's layers are computed again in the backward pass: they would fill the card.")
-        switch_checkpointing(drafter, "enable", {"use_reentrant": False})
+        options = {"use_reentrant": False} | (parsed(args.gradient_checkpointing_kwargs) or {})
+        switch_checkpointing(drafter, "enable", options)
         stages = largest()
-    message = describe_shortage(stages, fixed, card, SETTINGS)
+    message = describe_shortage(stages, fixed, card, smaller_settings(drafter.gradient_checkpointing))
     if message is not None:
         warnings.warn(message, stacklevel=2)
 
