@@ -93,7 +93,8 @@ def long_row(name: str, family: str, card: int) -> Workload:
         (LONG_ROW - LONG_PROMPT) // {"eagle3": 3, "dflash": 4}[family],
     )
     work = Workload(1, LONG_ROW, blocks, 1, False)
-    return replace(work, checkpointing=checkpointing_pays(target, drafter, work, card))
+    needed = launch_bytes(count_stages(target, drafter, work), "one GPU", 1)
+    return replace(work, checkpointing=checkpointing_pays(needed, card))
 
 
 def memory_table(name: str, gpu: Gpu) -> str:

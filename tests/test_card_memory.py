@@ -5,10 +5,16 @@ so, and layers are computed again where that is what makes a step fit.
 """
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import roofline
 from helpers.oracle import greedy_rows
@@ -39,20 +45,25 @@ H100 = GPUS["h100"].memory
 LARGE = Workload(8, 2048, 512, 1, False)
 
 
+def pays(work, card):
+    """Tell whether Qwen3-8B's DFlash drafter is computed again on a card."""
+    return checkpointing_pays(launch_bytes(count_stages(QWEN3_8B, DFLASH, work), "one GPU", 1), card)
+
+
 # -- pure arithmetic --------------------------------------------------------------------------------------------------
 
 
 def test_eight_rows_of_512_dflash_anchors_are_computed_again_on_80_gb():
     # 70 GiB while norms and residuals were kept in float32.
     assert activation_bytes(DFLASH, LARGE)[0] / GIB == pytest.approx(36.5, rel=0.01)
-    assert checkpointing_pays(QWEN3_8B, DFLASH, LARGE, H100)
+    assert pays(LARGE, H100)
     again = activation_bytes(DFLASH, replace(LARGE, checkpointing=True))[1]
     assert again < activation_bytes(DFLASH, LARGE)[1] / 3
 
 
 def test_layers_are_not_computed_again_where_a_step_fits_anyway():
-    assert not checkpointing_pays(QWEN3_8B, DFLASH, Workload(4, 2048, 64, 1, False), H100)
-    assert checkpointing_pays(QWEN3_8B, DFLASH, Workload(4, 2048, 64, 1, False), 40 * GIB)
+    assert not pays(Workload(4, 2048, 64, 1, False), H100)
+    assert pays(Workload(4, 2048, 64, 1, False), 40 * GIB)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,6 +82,12 @@ def test_a_row_longer_than_a_pass_takes_its_cache_and_the_layers_of_one_pass():
     assert long == whole + 2**15 * per_token and longer - long == 2**15 * per_token
     # Many short rows are read pass by pass.
     assert count_stages(QWEN3_8B, DFLASH, Workload(8, 2048, 100, 1, False)).forward == whole
+
+
+def test_rows_end_to_end_take_what_they_take_side_by_side():
+    side_by_side = Workload(8, 2048, 100, 1, False)
+    joined = Workload(1, 8 * 2048, 8 * 100, 1, False, longest=2048)
+    assert count_stages(QWEN3_8B, DFLASH, joined) == count_stages(QWEN3_8B, DFLASH, side_by_side)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -106,9 +123,9 @@ def test_shapes_are_read_off_configs():
 
 def test_a_card_that_cannot_hold_the_weights_is_refused_with_sizes_and_what_helps():
     target, trained = 2 * QWEN3_8B.parameters, 4 * DFLASH.parameters
-    refuse_small_card(target, trained, 2, 40 * GIB)
+    refuse_small_card(target, trained, 2 * trained, 40 * GIB)
     with pytest.raises(ValueError, match=r"has 24\.0 GiB.* 15\.3 for the target, 15\.6 .*shard_target"):
-        refuse_small_card(target, trained, 2, 24 * GIB)
+        refuse_small_card(target, trained, 2 * trained, 24 * GIB)
     # Without an optimizer's moments it is not certain.
     refuse_small_card(target, trained, 0, 24 * GIB)
 
@@ -122,14 +139,14 @@ def test_a_step_that_does_not_fit_is_described_with_its_parts_and_settings():
     assert "36.5 for the drafter's activations" in message
 
 
-def make_trainer(tmp_path):
+def make_trainer(tmp_path, optimizer=None, **changes):
     target = make_target()
-    args = DraftSFTConfig(
-        output_dir=str(tmp_path), **TINY_RUN, save_strategy="no", max_steps=2, max_completion_length=12
-    )
-    return DraftSFTTrainer(
-        make_drafter("dflash", target), target, args, greedy_rows(target, 4, 12), None, make_tokenizer()
-    )
+    drafter = make_drafter("dflash", target)
+    given = None if optimizer is None else optimizer(drafter.parameters())
+    options = {**TINY_RUN, "save_strategy": "no", "max_steps": 2, "max_completion_length": 12} | changes
+    args = DraftSFTConfig(output_dir=str(tmp_path), **options)
+    rows = greedy_rows(target, 4, 12)
+    return DraftSFTTrainer(drafter, target, args, rows, None, make_tokenizer(), optimizers=(given, None))
 
 
 def test_training_refuses_a_card_that_cannot_hold_the_pair(tmp_path, monkeypatch):
@@ -138,8 +155,48 @@ def test_training_refuses_a_card_that_cannot_hold_the_pair(tmp_path, monkeypatch
         make_trainer(tmp_path)
 
 
-def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
+MUON = {"muon_learning_rate": 2e-2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_known"),
+    [
+        ({"optim": "adamw_torch"}, True),
+        ({"optim": "adamw_torch_fused"}, True),
+        ({"optim": "adamw_torch"} | MUON, True),
+        ({"optim": "adafactor"}, False),
+        ({"optim": "adamw_torch_8bit"}, False),
+    ],
+)
+def test_what_the_optimizer_keeps_is_what_its_state_holds_or_unknown(tmp_path, settings, is_known):
+    needs_torchao = settings["optim"] == "adamw_torch_8bit"
+    trainer = make_trainer(tmp_path, **settings)
+    computed = card_memory.optimizer_bytes(trainer.args, trainer.drafter, is_given=False)
+    if not is_known:
+        assert computed == 0
+    if not needs_torchao:
+        trainer.train()
+        states = trainer.optimizer.state.values()
+        kept = sum(each.nbytes for state in states for each in state.values() if torch.is_tensor(each) and each.dim())
+        assert kept > 0 and (kept == computed) is is_known
+
+
+@pytest.mark.parametrize("settings", [MUON, {"optim": "adafactor"}, {"optimizer": torch.optim.SGD}])
+def test_a_card_with_room_for_less_than_adamw_is_refused_to_adamw_alone(tmp_path, monkeypatch, settings):
+    target = make_target()
+    trained = card_memory.trained_bytes(make_drafter("dflash", target))
+    # Weights, gradients, and 1.99 numbers of each weight in place of two.
+    monkeypatch.setattr(
+        card_memory, "card_bytes", lambda device: card_memory.target_bytes(target) + 399 * trained // 100
+    )
+    with pytest.raises(ValueError, match="weights and optimizer alone need"):
+        make_trainer(tmp_path)
+    make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monkeypatch, asked):
+    trainer = make_trainer(tmp_path, activation_checkpointing=asked)
     pair = trainer.target, trainer.drafter
     fixed = card_memory.target_bytes(pair[0]) + 4 * card_memory.trained_bytes(pair[1])
     monkeypatch.setattr(card_memory, "card_bytes", lambda device: fixed + 2**10)
@@ -148,6 +205,90 @@ def test_training_warns_once_before_a_first_step_that_may_not_fit(tmp_path, monk
         trainer.train()
     messages = [str(w.message) for w in caught if "computed to need" in str(w.message)]
     assert len(messages) == 1 and "per_device_train_batch_size" in messages[0]
+    # It had been turned on before that.
+    assert trainer.drafter.gradient_checkpointing is (asked is not False)
+    assert ("activation_checkpointing" in messages[0]) is (asked is False)
+
+
+def test_of_a_spread_target_what_lies_on_the_card_is_counted(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    target, device = trainer.target, trainer.args.device
+    whole = card_memory.target_bytes(target, device)
+    assert whole == card_memory.target_bytes(target)
+    target.causal_lm.model.layers[3].to("meta")
+    elsewhere = sum(each.nbytes for each in target.causal_lm.model.layers[3].parameters())
+    assert card_memory.target_bytes(target, device) == whole - elsewhere
+    # Before the first step, and before it is placed: what a `device_map` put elsewhere is not refused.
+    monkeypatch.setattr(target.causal_lm, "hf_device_map", {"": "cpu"}, raising=False)
+    trained = card_memory.trained_bytes(trainer.drafter)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: whole - elsewhere + 4 * trained)
+    card_memory.check_weights_fit(trainer._pair, trainer.args, is_given=False)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: whole - elsewhere + 4 * trained - 1)
+    with pytest.raises(ValueError, match="weights and optimizer alone need"):
+        card_memory.check_weights_fit(trainer._pair, trainer.args, is_given=False)
+
+
+def test_a_step_is_counted_by_its_text_blocks_and_settings_beside_all_weights(tmp_path, monkeypatch):
+    works, weights = [], []
+
+    def count(target, drafter, work):
+        works.append(work)
+        return count_stages(target, drafter, work)
+
+    def describe(stages, fixed, card, settings):
+        weights.append(fixed)
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = make_trainer(tmp_path, **options, blocks_per_pass=3, loss_chunk_bytes=2**16)
+    target, drafter = trainer.target, trainer.drafter
+    batches = []
+    prepare = trainer._prepare
+    monkeypatch.setattr(trainer, "_prepare", lambda *given: batches.extend(prepare(*given)) or batches)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(card_memory, "count_stages", count)
+    monkeypatch.setattr(card_memory, "describe_shortage", describe)
+    whole = card_memory.target_bytes(target)
+    elsewhere = target.causal_lm.model.layers[7].mlp.up_proj.weight.nbytes
+    monkeypatch.setattr(card_memory, "target_bytes", lambda target, device: whole - elsewhere * (device.type == "cpu"))
+    trainer.train()
+    assert [work.longest for work in works] == [max(map(sum, b.text.attention_mask.tolist())) for b in batches]
+    expected = [
+        Workload(
+            rows=1,
+            length=int(batch.text.attention_mask.sum()),
+            blocks=sum(anchor >= 0 for row in batch.blocks.anchors.tolist() for anchor in row),
+            accumulation=2,
+            checkpointing=False,
+            chunk_bytes=2**16,
+            blocks_per_pass=3,
+            longest=work.longest,
+        )
+        for batch, work in zip(batches, works, strict=True)
+    ]
+    assert works == expected and len(works) == 2 and all(work.longest < work.length for work in works)
+    # AdamW's two numbers of each trained weight, beside the weight and its gradient.
+    assert weights == [whole - elsewhere + 4 * sum(p.nbytes for p in drafter.parameters() if p.requires_grad)]
+
+
+@contextmanager
+def one_rank_of(num_ranks):
+    """Be the first of some ranks, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield init_device_mesh("cpu", (num_ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_a_sharded_target_the_local_shards_are_counted():
+    target = make_target()
+    whole = card_memory.target_bytes(target)
+    weight = target.causal_lm.model.layers[0].mlp.up_proj.weight
+    with one_rank_of(2) as mesh:
+        shard = DTensor.from_local(weight[: len(weight) // 2].detach(), mesh, [Shard(0)], run_check=False)
+        assert shard.shape == weight.shape
+        target.causal_lm.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(shard, requires_grad=False)
+        assert card_memory.target_bytes(target, torch.device("cpu")) == whole - weight.nbytes // 2
 
 
 def test_a_cpu_is_no_card(tmp_path):
@@ -158,8 +299,8 @@ def test_a_cpu_is_no_card(tmp_path):
 
 @pytest.mark.parametrize("asked", [None, False])
 def test_layers_are_computed_again_where_a_card_would_be_nearly_full_unless_refused(tmp_path, monkeypatch, asked):
-    trainer = make_trainer(tmp_path)
-    trainer.args.activation_checkpointing = asked
+    options = {"preserve_rng_state": False}
+    trainer = make_trainer(tmp_path, activation_checkpointing=asked, gradient_checkpointing_kwargs=options)
     drafter = trainer.drafter
     needed = card_memory.target_bytes(trainer.target) + 4 * card_memory.trained_bytes(drafter)
     # Weights, optimizer and the loss fit; what the layers keep does not.
@@ -168,4 +309,19 @@ def test_layers_are_computed_again_where_a_card_would_be_nearly_full_unless_refu
         warnings.simplefilter("ignore")
         trainer.train()
     assert drafter.gradient_checkpointing is (asked is None)
+    if asked is None:
+        used: Any = drafter._gradient_checkpointing_func
+        assert used.keywords == {"use_reentrant": False, "preserve_rng_state": False}
     assert trainer.state.global_step == 2
+
+
+def test_a_resumed_run_decides_again(tmp_path, monkeypatch):
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **saved, max_steps=1).train()
+    trainer = make_trainer(tmp_path, **saved)
+    needed = card_memory.target_bytes(trainer.target) + 4 * card_memory.trained_bytes(trainer.drafter)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: needed + 2**14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2 and trainer.drafter.gradient_checkpointing

@@ -50,10 +50,18 @@ def test_a_training_step_names_rows_tokens_and_blocks(monkeypatch, tmp_path, tar
     with pytest.raises(
         torch.OutOfMemoryError,
         match=r"Out of memory in a training step \(2 rows of up to \d+ tokens, \d+ blocks of 4 drafts\): .*allocate.*"
-        r"lower `per_device_train_batch_size`.*`gradient_checkpointing=True`.*`loss_chunk_bytes`.*"
+        r"lower `per_device_train_batch_size`.*`activation_checkpointing=True`.*`loss_chunk_bytes`.*"
         "resume_from_checkpoint=True",
     ):
         trainer.train()
+
+
+def test_a_setting_that_is_on_is_not_advised(monkeypatch, tmp_path, target, rows):
+    trainer = make_trainer("sft", tmp_path, target, rows, activation_checkpointing=True)
+    monkeypatch.setattr(trainer, "_step_loss", exhaust)
+    with pytest.raises(torch.OutOfMemoryError, match="lower `per_device_train_batch_size`") as caught:
+        trainer.train()
+    assert "_checkpointing=True" not in str(caught.value)
 
 
 def test_a_rollout_names_its_rows_and_settings(monkeypatch, tmp_path, target, rows):

@@ -33,6 +33,7 @@ class Workload:
 
     Attributes:
         rows (`int`), length (`int`): Rows of a micro-batch and tokens of each, prompt included.
+        longest (`int` or `None`): Tokens of the longest row, where rows lie end to end as one; `length` if unset.
         blocks (`int`): Blocks of a row: its response over tau under Draft-OPD.
         accumulation (`int`): Micro-batches.
         checkpointing (`bool`): Whether the drafter's layers are computed again in the backward pass.
@@ -53,6 +54,7 @@ class Workload:
     reading_bytes: int = 2 * GIB
     read_tokens: int = 8192
     blocks_per_pass: int | None = None
+    longest: int | None = None
     is_on_cpu: bool = False
 
     @property
@@ -107,6 +109,11 @@ class Stages:
             ("loss: rows, and logits within `loss_chunk_bytes`", self.loss),
             ("live rollout alone: the target's and the drafter's cache", self.cache),
         ]
+
+    @property
+    def step(self) -> int:
+        """What a step needs beside masters, gradients and optimizer, the copies of autocast included."""
+        return self.casts + self.working
 
     @property
     def working(self) -> int:
@@ -213,8 +220,9 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     cached = 2 * BF16 * target.kv_width * target.layers
     # The widest layer: gate, up and product of the MLP beside some states.
     forward = min(texts, work.read_tokens) * BF16 * (4 * target.hidden + 3 * target.intermediate)
-    if work.length > work.read_tokens:
-        forward += work.length * cached
+    longest = work.longest or work.length
+    if longest > work.read_tokens:
+        forward += longest * cached
     slots = work.rows * work.blocks * drafter.num_drafts
     head = drafter.head * FP32 if drafter.owns_head else 0
     # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
@@ -255,7 +263,6 @@ def launch_bytes(stages: Stages, launch: str, ranks: int) -> int:
     weights and gradients are whole on every rank, masters, summed gradients and AdamW's moments are not.
     """
     state = stages.masters + stages.gradients + stages.adamw
-    step = stages.casts + stages.working
     whole_bf16 = stages.masters // 2
     target = stages.target
     if launch == "one GPU, 4-bit target":
@@ -264,38 +271,38 @@ def launch_bytes(stages: Stages, launch: str, ranks: int) -> int:
         # The layer that runs and the one fetched ahead are whole.
         target += stages.target_layers // ranks - stages.target_layers + 2 * stages.target_layer
     if launch in ("one GPU", "one GPU, 4-bit target"):
-        return target + state + step
+        return target + state + stages.step
     if launch == "DDP":
-        return target + state + stages.gradients + step
+        return target + state + stages.gradients + stages.step
     return target + state // ranks + 2 * whole_bf16 + stages.working
 
 
-def checkpointing_pays(target: TargetShape, drafter: DrafterShape, work: Workload, card: int) -> bool:
+def checkpointing_pays(needed: int, card: int) -> bool:
     """
     Tell whether the drafter's layers should be computed again in the backward pass, which costs a forward of the
-    drafter and changes no value: where a step that keeps them does not fit into `PLANNED_SHARE` of `card` bytes.
+    drafter and changes no value: where what a step that keeps them needs, weights and optimizer included, does not fit
+    into `PLANNED_SHARE` of `card` bytes.
     """
-    kept = count_stages(target, drafter, replace(work, checkpointing=False))
-    return launch_bytes(kept, "one GPU", 1) > PLANNED_SHARE * card
+    return needed > PLANNED_SHARE * card
 
 
 # -- a card that is too small -----------------------------------------------------------------------------------------
 
 
-def refuse_small_card(target: int, trained: int, moments: int, card: int) -> None:
+def refuse_small_card(target: int, trained: int, optimizer: int, card: int) -> None:
     """
     Refuse a card that cannot hold what is certain: the weights, and what the optimizer keeps of the trained ones.
 
     Args:
         target (`int`): Bytes of the target's weights on this card.
         trained (`int`): Bytes of the drafter's trained weights on this card, as much as of their gradients.
-        moments (`int`): Numbers the optimizer keeps per trained weight: 2 of AdamW, 1 of Muon, 0 if unknown.
+        optimizer (`int`): Bytes that the optimizer keeps, 0 if unknown.
         card (`int`): Bytes of the card.
 
     Raises:
         ValueError: With the sizes and what makes them smaller.
     """
-    of_drafter = (2 + moments) * trained
+    of_drafter = 2 * trained + optimizer
     if target + of_drafter > card:
         raise ValueError(
             f"The card has {gib(card)} GiB, but weights and optimizer alone need {gib(target + of_drafter)}: "
@@ -315,7 +322,7 @@ def describe_shortage(stages: Stages, fixed: int, card: int, settings: Sequence[
         card (`int`): Bytes of the card.
         settings (`Sequence[str]`): Settings that make a step smaller, the most effective first.
     """
-    needed = fixed + stages.casts + stages.working
+    needed = fixed + stages.step
     if needed <= card:
         return None
     parts = [

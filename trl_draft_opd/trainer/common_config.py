@@ -122,7 +122,8 @@ class DraftTrainingConfig(_BaseConfig):
             Compute the drafter's layers again in the backward pass: a quarter to half off a step's peak memory for one
             more forward pass of its blocks (docs/do/scaling.md). Unlike in TRL's trainers, unset means on only where
             the first step is computed to exceed nine tenths of a CUDA card without: a drafter has one to a few layers.
-            `gradient_checkpointing`, the older name, is read where this one is unset.
+            Under FSDP2 and ZeRO nothing is decided: unset is off. `gradient_checkpointing`, the older name, is read
+            where this one is unset.
 
         > Parameters that control the optimizer, beside those of transformers
 
@@ -175,7 +176,11 @@ class DraftTrainingConfig(_BaseConfig):
 
     # transformers renamed it in 5.23; both names work with every version, and without a value on the command line.
     activation_checkpointing: bool | None = setting(
-        None, "Compute the drafter's layers again in the backward pass to save memory.", nargs="?", const=True
+        None,
+        "Compute the drafter's layers again in the backward pass to save memory; unset, only where the first step is "
+        "computed to exceed nine tenths of a CUDA card without.",
+        nargs="?",
+        const=True,
     )
     gradient_checkpointing: bool | None = setting(None, "Older name of the same.", nargs="?", const=True)
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")

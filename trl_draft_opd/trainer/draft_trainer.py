@@ -88,7 +88,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 pair.target.require_rollback()
             # Refuses what could not be pushed before the target responds to anything.
             repo_id = claim_repository(args, pair)
-            check_weights_fit(pair, args)
+            check_weights_fit(pair, args, optimizers[0] is not None)
             pair.target.place(args.device)
             super().__init__(
                 pair,
@@ -101,7 +101,9 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
                 optimizers=optimizers,
             )
         print_logs_readably(self)
-        self._pair = pair
+        self._pair, self._optimizer_is_given = pair, optimizers[0] is not None
+        # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
+        self._is_fitted = False
         self._set_up(args, pair.drafter.config.family)
 
     @classmethod
@@ -165,8 +167,9 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
-        if self.state.global_step == 0 and not is_sharded(self.accelerator):
-            fit_to_card(self.drafter, self.target, prepared, self.args, self._chunk_bytes)
+        if not self._is_fitted and not is_sharded(self.accelerator):
+            self._is_fitted = True
+            fit_to_card(self.drafter, self.target, prepared, self.args, self._chunk_bytes, self._optimizer_is_given)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
         # The host waits once, here, and not for each stream of each micro-batch.

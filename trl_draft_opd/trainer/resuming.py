@@ -57,6 +57,7 @@ from ..runs.sigterm import StopOnSigterm
 from ..utils.atomic_files import explaining_failure
 from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
+from .card_memory import smaller_settings
 from .common_config import DraftTrainingConfig
 from .metrics import MetricSums
 from .muon import check_muon, make_optimizer
@@ -244,11 +245,7 @@ class ResumingTrainer(_BaseTrainer):
         self, model: nn.Module, inputs: PreparedBatch, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run one micro-batch forward and backward; see [`~transformers.Trainer.training_step`]."""
-        settings = (
-            "lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`)",
-            "set `gradient_checkpointing=True`",
-            "lower `loss_chunk_bytes`, `blocks_per_pass`, `max_completion_length` or `num_anchors`",
-        )
+        settings = smaller_settings(self.drafter.gradient_checkpointing)
         batch: Any = inputs
         with explained_memory("a training step", inputs.describe, settings):
             return super().training_step(model, batch, num_items_in_batch)
