@@ -319,6 +319,12 @@ class FrozenTarget:
             if norm is not None:
                 embedding.embed_norm = norm
 
+    @property
+    def scales_logits(self) -> bool:
+        """Whether `project` scales or caps what the head returns, and so holds two copies beside it."""
+        names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        return any(getattr(self.config, name, None) for name in names)
+
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """
         Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included. In the
