@@ -237,6 +237,19 @@ def test_a_target_that_texts_end_to_end_would_change_is_read_in_padded_rows(case
     torch.testing.assert_close(reading.last_hidden, own[-1][mask.bool()], **TOLERANCE)
 
 
+@pytest.mark.parametrize(("kind", "has_remedy"), [("qwen3", True), ("sinks", False)])
+def test_a_target_that_attends_on_its_own_is_told_how_to_load_it_if_there_is_a_way(kind, has_remedy):
+    model = make_causal_lm(kind) if kind in TARGETS else UNPACKED[kind][0]().eval()
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="attends by 'eager'") as caught:
+        FrozenTarget(model)
+    message = next(str(warning.message) for warning in caught if "attends by" in str(warning.message))
+    assert ("load it with `attn_implementation='sdpa'`" in message) == has_remedy
+    if has_remedy:
+        model.set_attn_implementation("sdpa")
+        assert FrozenTarget(model).reads_packed
+
+
 def test_attention_that_ignores_the_switch_is_found_on_loading(monkeypatch):
     # A model of its own code that names the interface, but attends over whatever lies before.
     model = make_causal_lm("llama")

@@ -77,7 +77,7 @@ def rollout_replay(
 
     Args:
         segment_length (`int`): Tokens per segment walked in parallel; 1 drafts at every position in one pass.
-        chunk_bytes (`int`): Bytes of float32 logits alive at a time.
+        chunk_bytes (`int`): Bytes of logits, and of what is made of them, alive at a time.
         reading ([`TextReading`], *optional*):
             The text as read at the drafter's layers, with its cache if branches are kept; made here if not given.
     """
@@ -140,12 +140,15 @@ class ReplayWalk:
             return is_refused  # Argmax drafts are compared with the text; no probability is needed.
         index, is_impossible = self._send(places), []
         for part in self._parts(len(places)):
-            distribution = token_probs(
-                self.target.project(self.reading.last_hidden[index[part] - 1]), self.settings.sampling
-            )
+            distribution = self._text_probs(index[part])
             is_impossible.append(~(distribution.gather(1, self.ids[index[part], None])[:, 0] > 0))
+            del distribution  # Or it would be alive beside the next one.
         is_refused[self.rows[places[torch.cat(is_impossible).cpu()]]] = True
         return is_refused
+
+    def _text_probs(self, places: Tensor) -> Tensor:
+        """Return the distribution that the text's tokens at `places` were drawn from, `(N, V)`."""
+        return token_probs(self.target.project(self.reading.last_hidden[places - 1]), self.settings.sampling)
 
     # -- where to draft: on the host ----------------------------------------------------------------------------------
 
@@ -293,14 +296,12 @@ class ReplayWalk:
         if uniforms is not None:
             accept_uniforms, draft_uniforms = (draws[:, slot : slot + shape[1]].flatten() for draws in uniforms)
         for part in self._parts(len(places)):
-            logits = self.drafter.draft_logits(hidden[part], self.target.project)
             if uniforms is None:
-                drafts[part] = self.drafter.to_target_ids(logits.argmax(dim=-1))
+                drafts[part] = self._likeliest(hidden[part])
                 is_kept[part] = (drafts[part] == committed[part]) & is_in_text[part]
                 continue
-            draft_probs = self.drafter.to_target_probs(token_probs(logits, self.settings.sampling))
-            states = self.reading.last_hidden[places[part] - 1]
-            target_probs = token_probs(self.target.project(states), self.settings.sampling).to(draft_probs)
+            draft_probs = self.drafter.to_target_probs(self._draft_probs(hidden[part]))
+            target_probs = self._text_probs(places[part]).to(draft_probs)
             chosen, accepted = sample_posterior(
                 committed[part, None],
                 draft_probs[:, None],
@@ -310,7 +311,16 @@ class ReplayWalk:
                 is_in_text[part, None],
             )
             drafts[part], is_kept[part] = chosen[:, 0], accepted == 1
+            del draft_probs, target_probs  # Or they would be alive beside the next part's.
         return drafts.view(shape), is_kept.view(shape)
+
+    def _likeliest(self, hidden: Tensor) -> Tensor:
+        """Return the drafter's argmax at each of N states."""
+        return self.drafter.to_target_ids(self.drafter.draft_logits(hidden, self.target.project).argmax(dim=-1))
+
+    def _draft_probs(self, hidden: Tensor) -> Tensor:
+        """Return the distribution of drafts at each of N states, `(N, DV)` over the drafter's vocabulary."""
+        return token_probs(self.drafter.draft_logits(hidden, self.target.project), self.settings.sampling)
 
     def _check_drawn(self, is_missing: Tensor, places: Tensor) -> None:
         """Raise `ValueError` if a block misses a draft, which could not be drawn (-1)."""
@@ -360,11 +370,10 @@ class ReplayWalk:
         """Return a draft for each of the states (rows of `hidden`) in `index` from the drafter's own distribution."""
         chosen = torch.empty_like(index)
         for part in self._parts(len(index)):
-            logits = self.drafter.draft_logits(hidden[index[part]], self.target.project)
             if uniforms is None:
-                chosen[part] = self.drafter.to_target_ids(logits.argmax(dim=-1))
+                chosen[part] = self._likeliest(hidden[index[part]])
                 continue
-            draft_ids = draw_tokens(token_probs(logits, self.settings.sampling), uniforms[index[part]])
+            draft_ids = draw_tokens(self._draft_probs(hidden[index[part]]), uniforms[index[part]])
             chosen[part] = self.drafter.to_target_ids(draft_ids.clamp(min=0)).where(draft_ids >= 0, -1)
         return chosen
 
@@ -439,9 +448,14 @@ class ReplayWalk:
 
     def _parts(self, num_rows: int) -> list[slice]:
         """Return slices of rows, as many at a time as have logits that fit the budget."""
-        # Where drafts are drawn, a distribution and its cumulative sum live beside the logits.
-        row_bytes = (16 if self.settings.draws_drafts else 4) * self.target.vocab_size
-        size = max(1, self.chunk_bytes // row_bytes)
+        # Bytes of one token of the vocabulary, counted by `tests/test_replay_memory.py`.
+        if not self.settings.draws_drafts:
+            token_bytes = 12 if self.target.scales_logits else 4
+        elif self.settings.sampling.top_p < 1:
+            token_bytes = 36  # Both distributions, the second among its sorted logits and their indices.
+        else:
+            token_bytes = 22  # Both distributions, their difference, and its cumulative sum in float64.
+        size = max(1, self.chunk_bytes // (token_bytes * self.target.vocab_size))
         return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 

@@ -319,6 +319,12 @@ class FrozenTarget:
             if norm is not None:
                 embedding.embed_norm = norm
 
+    @property
+    def scales_logits(self) -> bool:
+        """Whether `project` scales or caps what the head returns, and so holds two copies beside it."""
+        names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        return any(getattr(self.config, name, None) for name in names)
+
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """
         Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included. In the
@@ -479,7 +485,10 @@ class FrozenTarget:
         if (reason := chunking_reason(self.causal_lm, self.config)) is not None:
             return reason
         if not self.causal_lm._supports_attention_backend or name not in ("sdpa", *_OWN_VARLEN):
-            return f"attends by {name!r} in a way of its own"
+            # Only a family of the general interface would be read end to end then.
+            can_sdpa = self.causal_lm._supports_attention_backend and self.causal_lm._supports_sdpa
+            remedy = " (load it with `attn_implementation='sdpa'`)" if can_sdpa else ""
+            return f"attends by {name!r} in a way of its own{remedy}"
         is_exact = alone.dtype in (torch.float32, torch.float64) and not self._is_quantized
         # Rounding of half precision adds up over layers; a text that sees another is off by more than its own size.
         tolerance = 1e-3 if is_exact else 0.1
