@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_draft_opd.rollout.acceptance import settle_blocks
-from trl_draft_opd.rollout.blocks import join_blocks, mark_slots, sample_anchors, split_blocks
+from trl_draft_opd.rollout.blocks import mark_slots, sample_anchors
 from trl_draft_opd.rollout.types import Rollout
 
 
@@ -181,31 +181,3 @@ def test_no_sample_has_the_draw_of_another_in_the_next_epoch():
     first = sample(ids, mask, [1_000_003], num_anchors=6, epoch=0)
     second = sample(ids, mask, [0], num_anchors=6, epoch=1)
     assert chosen(first, 0) != chosen(second, 0)
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("max_blocks", "sizes"), [(1, [1] * 9), (2, [2, 2, 2, 2, 1]), (4, [3, 3, 3]), (8, [5, 4])])
-def test_parts_hold_every_block_once_in_its_place_and_are_of_almost_equal_size(max_blocks, sizes):
-    supervised = sample([[7] * 15 + [0, 0]] * 1, [[0] * 3 + [1] * 12 + [0, 0]], [0], num_anchors=5, num_drafts=5)
-    batch = join_blocks(replay(ROUNDS), supervised.as_supervised())
-    parts = split_blocks(batch, max_blocks)
-    counts = [int((part.anchors >= 0).sum()) for part in parts]
-    assert sorted(counts, reverse=True) == sizes and max(counts) <= max_blocks
-    places = [(part.anchors >= 0).nonzero().tolist() for part in parts]
-    assert sum(places, []) == (batch.anchors >= 0).nonzero().tolist()
-    for name in ("is_accepted", "is_rejected", "is_branch", "is_supervised"):
-        masks = torch.stack([getattr(part, name) for part in parts])
-        assert torch.equal(masks.sum(dim=0), getattr(batch, name).long()) and getattr(batch, name).any(), name
-        for part, mask in zip(parts, masks, strict=True):
-            assert not mask[part.anchors < 0].any(), name
-    for name in ("anchors", "labels"):
-        assert torch.equal(torch.stack([getattr(part, name) for part in parts]).amax(dim=0), getattr(batch, name))
-
-
-def test_a_batch_that_fits_is_its_own_only_part():
-    batch = replay(ROUNDS)
-    assert split_blocks(batch, 4) == [batch] and split_blocks(batch, 100) == [batch]
-    nothing = sample([[10, 11, 12]], [[0, 0, 1]], [0])
-    assert split_blocks(nothing, 1) == [nothing]

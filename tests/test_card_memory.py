@@ -291,6 +291,17 @@ def test_of_a_sharded_target_the_local_shards_are_counted():
         assert card_memory.target_bytes(target, torch.device("cpu")) == whole - weight.nbytes // 2
 
 
+def test_under_zero_nothing_is_decided(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: 2**10)
+    for plugin, decided in ((object(), False), (None, True)):
+        monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+        assert bool(caught) is decided and trainer.drafter.gradient_checkpointing is decided
+
+
 def test_a_cpu_is_no_card(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*computed to need.*")

@@ -13,7 +13,7 @@ from helpers.rollouts import Options, decode
 from helpers.tiny import EOS, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import DraftVocabulary
 from trl_draft_opd.drafters.base import run_blocks
-from trl_draft_opd.rollout.blocks import BlockBatch, join_blocks, mark_slots, sample_anchors, split_blocks
+from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
 from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.trainer.step import (
     Objective,
@@ -226,23 +226,6 @@ def test_micro_batches_order_and_padding_change_nothing(monkeypatch, exact_norms
     parts = [rollout.rows(2, 3), rollout.rows(0, 2)]
     assert parts[0].input_ids.shape != parts[1].input_ids.shape
     assert_close(run(target, drafter, parts, [replay(part) for part in parts], settings), whole, 1e-12)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_blocks_dealt_out_to_parts_have_the_loss_and_gradients_of_the_whole(monkeypatch, exact_norms, case):
-    target, drafter = make_pair(case, torch.float64)
-    rollout = roll_out(monkeypatch, target, drafter)
-    on_text = sample_anchors(
-        rollout.input_ids, rollout.completion_mask, [0, 1, 2], num_anchors=3, num_drafts=NUM_DRAFTS, seed=0, epoch=0
-    ).as_supervised()
-    # Branch states are found by a block's place, which differs between rows; the blocks behind them have none.
-    blocks = join_blocks(replay(rollout), on_text)
-    settings = streams() | {"supervised": StreamSettings("forward_kl", 1.0, 0.7)}
-    whole = run(target, drafter, rollout, blocks, settings)
-    for max_blocks in (1, 5):
-        parts = split_blocks(blocks, max_blocks)
-        assert len(parts) > 2 and any(part.is_branch.any() for part in parts[1:])
-        assert_close(run(target, drafter, [rollout] * len(parts), parts, settings), whole, 1e-12)
 
 
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch, exact_norms):

@@ -217,47 +217,6 @@ def join_blocks(first: BlockBatch, second: BlockBatch) -> BlockBatch:
     return BlockBatch(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in vars(first)})
 
 
-def split_blocks(batch: BlockBatch, max_blocks: int) -> list[BlockBatch]:
-    """
-    Deal the blocks of a batch out to parts that are trained one after the other.
-
-    Row weights are divided by the sums of the whole optimiser step, so the parts' losses and gradients add up to those
-    of the batch. A block keeps its place, by which branch states of the target are found; what belongs to another part
-    is padding.
-
-    Args:
-        batch ([`BlockBatch`]): Blocks of any rows.
-        max_blocks (`int`): Most blocks of one part, at least 1.
-
-    Returns:
-        `list` of [`BlockBatch`], as few as can be and of almost equal size, in order of row and place.
-    """
-    is_block = batch.anchors >= 0
-    number = is_block.flatten().cumsum(dim=0).view_as(is_block) - 1
-    num_blocks = int(number[-1, -1]) + 1
-    num_parts = -(-num_blocks // max_blocks)
-    if num_parts <= 1:
-        return [batch]
-    # Equal parts: one small remainder would cost another encoding of the text for few blocks.
-    part_of = number * num_parts // num_blocks
-    return [_only(batch, is_block & (part_of == part)) for part in range(num_parts)]
-
-
-def _only(batch: BlockBatch, is_kept: torch.Tensor) -> BlockBatch:
-    """Return the batch with the blocks outside of `is_kept`, `(B, A)`, turned into padding."""
-    masks = {
-        name: value & is_kept[..., None]
-        for name, value in vars(batch).items()
-        if name.startswith("is_") and value is not None
-    }
-    return replace(
-        batch,
-        anchors=batch.anchors.masked_fill(~is_kept, -1),
-        labels=batch.labels.masked_fill(~is_kept[..., None], -1),
-        **masks,
-    )
-
-
 def _slot_positions(anchors: torch.Tensor, num_drafts: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the text position of every slot, clamped into the text, and whether it lies inside, `(B, A, K)` each."""
     slots = torch.arange(1, num_drafts + 1, device=anchors.device)

@@ -167,7 +167,9 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prepared = self._prepare(batches, int(self.state.epoch or 0))
-        if not self._is_fitted and not is_sharded(self.accelerator):
+        # ZeRO-2 keeps a share of what `fit_to_card` counts whole.
+        is_split = is_sharded(self.accelerator) or self.accelerator.state.deepspeed_plugin is not None
+        if not self._is_fitted and not is_split:
             self._is_fitted = True
             fit_to_card(self.drafter, self.target, prepared, self.args, self._chunk_bytes, self._optimizer_is_given)
         sums = weight_sums([batch.blocks for batch in prepared], self.streams, self.drafter.draft_token_ids)
