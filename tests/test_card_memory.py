@@ -7,6 +7,7 @@ so, and layers are computed again where that is what makes a step fit.
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,11 +295,12 @@ def test_of_a_sharded_target_the_local_shards_are_counted():
 def test_under_zero_nothing_is_decided(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(card_memory, "card_bytes", lambda device: 2**10)
-    for plugin, decided in ((object(), False), (None, True)):
+    batches = [iter(trainer.get_train_dataloader()) for _ in range(2)]
+    for plugin, decided in ((SimpleNamespace(zero_stage=2), False), (None, True)):
         monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+            trainer.get_batch_samples(batches.pop(), 1, trainer.args.device)
         assert bool(caught) is decided and trainer.drafter.gradient_checkpointing is decided
 
 
