@@ -58,8 +58,9 @@ class Rows:
         self.rows = [row for row in map(_parsed, lines) if row is not None]
 
     def find(self, job: str, stage: str, note: str = "") -> dict[str, Any] | None:
-        """Return the last row of a measurement, if there is one."""
-        found = [row for row in self.rows if (row["job"], row["stage"], row["note"]) == (job, stage, note)]
+        """Return the last row of a measurement on this device, if there is one."""
+        wanted = (job, stage, note, self.common.get("gpu"))
+        found = [row for row in self.rows if (row["job"], row["stage"], row["note"], row.get("gpu")) == wanted]
         return found[-1] if found else None
 
     def add(self, job: str, stage: str, note: str = "", **values: Any) -> dict[str, Any]:

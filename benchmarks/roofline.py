@@ -73,13 +73,14 @@ def stage_table(found: Prediction) -> str:
     return markdown(header, [*rows, ["**step**", *total]])
 
 
-def read_measured(path: Path, target: str) -> dict[str, dict]:
-    """Return the whole steps that were measured with a target at the default settings, by job."""
+def read_measured(path: Path, target: str, gpu: str) -> dict[str, dict]:
+    """Return the whole steps that were measured on a card with a target at the default settings, by job."""
     # The last line of a run that was stopped may be half a line.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     wanted = ("step", "", target)
     rows = [row for row in map(json.loads, lines) if (row.get("stage"), row.get("note"), row.get("target")) == wanted]
-    return {row["job"]: row for row in rows}
+    # A rehearsal's rows, or those of another card, stand beside no prediction of this one.
+    return {row["job"]: row for row in rows if gpu.upper() in str(row.get("gpu")).upper()}
 
 
 def long_row(name: str, family: str, card: int) -> Workload:
@@ -133,7 +134,7 @@ def main() -> None:
     if args.memory:
         print(memory_table(args.target_shape, gpu))
         return
-    measured = None if args.measured is None else read_measured(args.measured, args.target_shape)
+    measured = None if args.measured is None else read_measured(args.measured, args.target_shape, args.gpu)
     found = predictions(TARGETS[args.target_shape], gpu, args.checkpointing)
     print(f"{args.target_shape} on one {gpu.name} ({gpu.source}), predicted:\n")
     print(job_table(found, measured))

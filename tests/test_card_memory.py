@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks import roofline
 from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target, make_tokenizer
-from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.memory import (
     GIB,
@@ -302,6 +302,20 @@ def test_under_zero_nothing_is_decided(tmp_path, monkeypatch):
             warnings.simplefilter("always")
             trainer.get_batch_samples(batches.pop(), 1, trainer.args.device)
         assert bool(caught) is decided and trainer.drafter.gradient_checkpointing is decided
+
+
+def test_a_head_that_may_still_be_reduced_is_no_reason_to_refuse_a_card(monkeypatch):
+    target = FrozenTarget.load(make_target())
+    pair = SimpleNamespace(target=target, drafter=make_drafter("eagle3", target))
+    args = SimpleNamespace(
+        device=torch.device("cpu"), world_size=1, shard_target=False, optim="adamw_torch", muon_learning_rate=None
+    )
+    monkeypatch.setattr(card_memory, "card_bytes", lambda device: card_memory.target_bytes(target) + 2**10)
+    pair.drafter.vocabulary_is_open = True
+    card_memory.check_weights_fit(pair, args, is_given=False)
+    pair.drafter.vocabulary_is_open = False
+    with pytest.raises(ValueError, match="weights and optimizer alone need"):
+        card_memory.check_weights_fit(pair, args, is_given=False)
 
 
 def test_a_cpu_is_no_card(tmp_path):

@@ -96,6 +96,13 @@ def test_an_item_that_fails_or_takes_too_long_leaves_the_others_alone(tmp_path):
     assert statuses(rows)["late"][0] == "no time left"
 
 
+def test_rows_of_another_device_are_not_taken_for_those_of_this_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    Rows(path, {"gpu": "cpu, rehearsal"}).add("probes", "item")
+    assert Rows(path, {"gpu": "cpu, rehearsal"}).find("probes", "item") is not None
+    assert Rows(path, {"gpu": "NVIDIA H100"}).find("probes", "item") is None
+
+
 @pytest.mark.parametrize(("name", "tau"), [("eagle3-opd", 3.0), ("dflash-opd", 4.0)])
 def test_a_forced_walk_keeps_as_many_drafts_as_it_is_told(tmp_path, name, tau):
     rows = Rows(tmp_path / "rows.jsonl", {"gpu": "none"})

@@ -209,8 +209,11 @@ def test_a_count_of_a_tiny_pair_gives_what_is_stored():
 
 def test_what_a_gpu_measured_stands_beside_what_is_predicted(tmp_path):
     step = {"job": "dflash-sft-64", "stage": "step", "note": "", "target": "qwen3-8b", "tokens_per_s": 20_480.0}
+    step["gpu"] = "NVIDIA H100 80GB HBM3"
     rows = [
         step,
+        step | {"gpu": "cpu, rehearsal", "tokens_per_s": 1_681.0},
+        step | {"gpu": "NVIDIA H200", "tokens_per_s": 24_000.0},
         step | {"note": "loss_chunk_bytes 64 MiB", "tokens_per_s": 9_102.0},
         step | {"target": "qwen3-4b", "tokens_per_s": 33_000.0},
         step | {"stage": "read", "seconds": 0.2},
@@ -218,7 +221,7 @@ def test_what_a_gpu_measured_stands_beside_what_is_predicted(tmp_path):
     ]
     path = tmp_path / "gpu.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "dflash-sft-512", "sta', encoding="utf-8")
-    measured = roofline.read_measured(path, "qwen3-8b")
+    measured = roofline.read_measured(path, "qwen3-8b", "h100")
     table = roofline.job_table(roofline.predictions(QWEN3_8B, H100), measured).splitlines()
     assert table[0].endswith("measured tokens/s |")
     assert [line.split("|")[-2].strip() for line in table[2:]] == ["-", "-", "-", "20,480", "-", "-"]
