@@ -55,7 +55,7 @@ class Rows:
         self.path, self.common = path, common
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         # The last line of a run that was killed may be half a line.
-        self.rows = [row for row in map(_parsed, lines) if row is not None]
+        self.rows = [row for row in map(parse_row, lines) if row is not None]
 
     def find(self, job: str, stage: str, note: str = "") -> dict[str, Any] | None:
         """Return the last row of a measurement on this device, if there is one."""
@@ -78,7 +78,8 @@ class Rows:
         return row
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def parse_row(line: str) -> dict[str, Any] | None:
+    """Return a row of the file, or `None` for a line that is none, such as half of one."""
     try:
         row = json.loads(line)
     except ValueError:

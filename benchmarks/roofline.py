@@ -12,10 +12,10 @@ The arithmetic is in `trl_draft_opd/costs/`.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.gpu_rows import parse_row
 from benchmarks.scaling import markdown
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS, Gpu
@@ -75,10 +75,9 @@ def stage_table(found: Prediction) -> str:
 
 def read_measured(path: Path, target: str, gpu: str) -> dict[str, dict]:
     """Return the whole steps that were measured on a card with a target at the default settings, by job."""
-    # The last line of a run that was stopped may be half a line.
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    wanted = ("step", "", target)
-    rows = [row for row in map(json.loads, lines) if (row.get("stage"), row.get("note"), row.get("target")) == wanted]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    parsed = [row for row in map(parse_row, lines) if row is not None]
+    rows = [row for row in parsed if (row["stage"], row["note"], row.get("target")) == ("step", "", target)]
     # A rehearsal's rows, or those of another card, stand beside no prediction of this one.
     return {row["job"]: row for row in rows if gpu.upper() in str(row.get("gpu")).upper()}
 
@@ -125,6 +124,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="memory of one long row")
     parser.add_argument("--count", action="store_true", help="count layers, kernels and waits anew, and print them")
     args = parser.parse_args()
+    if args.measured is not None and not args.measured.is_file():
+        parser.error(f"`--measured` {str(args.measured)!r} is no file. Name one that `benchmarks/gpu.py --out` wrote.")
     gpu = GPUS[args.gpu]
     if args.count:
         from benchmarks.traffic import counted, on_pretended

@@ -327,6 +327,8 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="eagle3")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     args = parser.parse_args()
+    if args.measure and not torch.cuda.is_available():
+        parser.error("`--measure` needs a CUDA device, and there is none here. Leave it out for what is computed.")
     if args.check:
         for family in FAMILIES:
             counted = count_on_cpu("qwen3-7m", family, replace(CHECKED, checkpointing=args.checkpointing))

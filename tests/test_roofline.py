@@ -217,7 +217,7 @@ def test_what_a_gpu_measured_stands_beside_what_is_predicted(tmp_path):
         step | {"note": "loss_chunk_bytes 64 MiB", "tokens_per_s": 9_102.0},
         step | {"target": "qwen3-4b", "tokens_per_s": 33_000.0},
         step | {"stage": "read", "seconds": 0.2},
-        {"job": "copy bandwidth", "stage": "probe", "seconds": 0.1},
+        {"job": "copy bandwidth", "stage": "probe", "note": "", "seconds": 0.1},
     ]
     path = tmp_path / "gpu.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "dflash-sft-512", "sta', encoding="utf-8")
