@@ -222,7 +222,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
     cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     cached += [*own.keys, *own.values, *([] if own.fused is None else [own.fused])]
     # The head is not cast while blocks run, only in the loss.
-    head_cast = scene.drafter.lm_head.weight.numel() * 2 if scene.drafter.owns_head else 0
+    head_cast = scene.drafter.lm_head.weight.numel() * 2 if scene.drafter.config.owns_head else 0
     return [
         ("target", stages.target, sum(p.nbytes for p in target.causal_lm.parameters())),
         ("target's gradients and optimizer state", 0, sum(p.grad is not None for p in target.causal_lm.parameters())),

@@ -349,7 +349,7 @@ def test_five_layers_are_the_default_and_the_shape_is_the_targets():
     drafter, target = DFlashDraftModel.from_target(TARGET, mask_token_id=MASK), TARGET.config
     config = drafter.config
     assert len(drafter.layers) == 5 and config.layer_types == ["full_attention"] * 5
-    assert config.mask_token_id == MASK and drafter.draft_token_ids is None and not drafter.owns_head
+    assert config.mask_token_id == MASK and drafter.draft_token_ids is None and not drafter.config.owns_head
     for name in (
         "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim rms_norm_eps "
         "max_position_embeddings eos_token_id pad_token_id"

@@ -21,10 +21,10 @@ from trl_draft_opd.costs.jobs import JOBS, Job, Round, Walk, acceptance_of, simu
 from trl_draft_opd.costs.roofline import TILE, Chunks, Counts, FamilyCounts, chunks_of, predict
 from trl_draft_opd.costs.shapes import TARGETS, TargetShape
 from trl_draft_opd.drafters.attention import flex
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.losses import Head
 from trl_draft_opd.losses.budget import fit_budget
 from trl_draft_opd.rollout import replay
-from trl_draft_opd.trainer.draft_opd_config import SEGMENT_LENGTHS
 
 
 H100, QWEN3_8B = GPUS["h100"], TARGETS["qwen3-8b"]
@@ -174,7 +174,7 @@ def test_walks_and_attention_are_predicted_with_their_own_constants():
     assert (NOW.blocks_at_once, NOW.rows_at_once) == (replay.BLOCKS_AT_ONCE, replay.ROWS_AT_ONCE)
     assert TILE == flex.TILE
     for job in JOBS:
-        assert job.tau is None or job.segment == SEGMENT_LENGTHS[job.family]
+        assert job.tau is None or job.segment == DRAFTER_CLASSES[job.family].config_class.default_segment_length
 
 
 def test_a_drafter_that_is_never_right_walks_every_token_of_a_segment():

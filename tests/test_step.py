@@ -101,7 +101,7 @@ def slot_logits(target, drafter, ids, anchor, drafts):
     text = torch.tensor([ids[: anchor + 1]])
     features = target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).padded().features
     hidden = run_blocks(drafter, features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
-    return drafter.lm_head(hidden) if drafter.owns_head else target.causal_lm.get_output_embeddings()(hidden)
+    return drafter.lm_head(hidden) if drafter.config.owns_head else target.causal_lm.get_output_embeddings()(hidden)
 
 
 def target_logits(target, ids, anchor, drafts, slot):
@@ -189,7 +189,7 @@ def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_dra
     rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_completion_length=16))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids).padded()
     hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
-    logits = drafter.lm_head(hidden) if drafter.owns_head else target.project(hidden)
+    logits = drafter.lm_head(hidden) if drafter.config.owns_head else target.project(hidden)
     assert torch.equal(logits.argmax(-1)[rollout.is_block], rollout.drafts[rollout.is_block])
 
 

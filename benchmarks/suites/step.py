@@ -64,7 +64,7 @@ class SftProblem:
         self.rows, self.marks = [row.to(device) for row in rows], [mark.to(device) for mark in marks]
         self.input_ids = pad_sequence(self.rows, batch_first=True)
         self.attention_mask = pad_sequence([torch.ones_like(row) for row in self.rows], batch_first=True)
-        if drafter.owns_head:
+        if drafter.config.owns_head:
             drafter.lm_head.requires_grad_(trains_head)
         self.optimizer = self._make_optimizer(drafter)
         self.reading = target.read_text(self.input_ids, self.attention_mask, drafter.config.target_layer_ids)
@@ -269,10 +269,10 @@ def compare(args, report: Report, label: str, target, drafter, rows, marks, *, a
     measure(args, report, f"{label}, with the target's reading", arms, (None, None))
     if not peers.has_speculators(report):
         return
-    for trains_head in (True, False) if drafter.owns_head else (False,):
+    for trains_head in (True, False) if drafter.config.owns_head else (False,):
         problem = SftProblem(target, drafter, rows, marks, trains_head=trains_head, **options)
         problem.add_speculators(trains_head)
-        head = ("trained head" if trains_head else "frozen head") if drafter.owns_head else "target's head"
+        head = ("trained head" if trains_head else "frozen head") if drafter.config.owns_head else "target's head"
         reach = REACH[problem.family] if asked else (None, None)
         for reads in (False, True):
             arms = (
@@ -305,13 +305,13 @@ def count_rows(report: Report, label: str, problem: SftProblem) -> None:
     supervised = int(problem.anchors.is_accepted.sum())
     target_head = problem.target.causal_lm.get_output_embeddings().weight
     heads = {"target": target_head}
-    if problem.drafter.owns_head:
+    if problem.drafter.config.owns_head:
         heads = {"drafter": problem.drafter.lm_head.weight, "target": target_head}
     with HeadRows(heads) as counter:
         problem.ours()
     # Only a drafter's rows have a gradient to send back; a head that both share shows them by that.
-    drafter_rows = counter.forward["drafter"] if problem.drafter.owns_head else counter.backward["target"]
-    target_rows = counter.forward["target"] - (0 if problem.drafter.owns_head else drafter_rows)
+    drafter_rows = counter.forward["drafter"] if problem.drafter.config.owns_head else counter.backward["target"]
+    target_rows = counter.forward["target"] - (0 if problem.drafter.config.owns_head else drafter_rows)
     report.figure(f"drafter head rows / supervised rows, {label}", drafter_rows / supervised, 1.0)
     report.figure(f"target head rows / supervised rows, {label}", target_rows / supervised, 1.0)
     if torch.cuda.is_available():

@@ -17,13 +17,17 @@ Training runs all slots along recorded drafts with gradient (`run_blocks`), live
 (`rollout/drafting.py`), replay drops blocks on the way (`rollout/replay.py`). What a family must fulfil:
 
 - A state is a value: `advance` returns a new one and leaves the old one as it was.
-- `state.hidden` is `(B, A, H)`, ready for the head. A block sees the context before its anchor and its own earlier
+- `state.hidden` is `(B, A, W)`, ready for the head: the columns that `head_parts` multiply, side by side, and behind
+  them what only the family's own `draft_logits` reads. A block sees the context before its anchor and its own earlier
   slots only, so its states depend neither on other blocks nor on which of them continue.
 - Anchors below 1, and columns below 0, are padding: it costs no layer, and its states hold no meaning.
-- A family that drafts all slots at once (`reads_drafts = False`) ignores tokens and fills `state.block_hidden`.
+- A family whose slots read no draft (`reads_drafts = False`) ignores tokens and fills `state.block_hidden`. One that
+  drafts whole blocks whose slots do read the draft before them keeps the block in its state, and joins the two in
+  `advance`; `run_along` does so for all slots at once.
 - Gradients flow through all of it, each step under `run_recomputed`; callers that need none switch them off.
 
 Shape letters:  B = sequences, L = text length, A = anchors per sequence, K = drafts per block, H = hidden size,
+                W = width of a state that is ready for the head (H, and what else a family's head reads),
                 F = width of the target's features (number of tapped layers times the target's hidden size),
                 V = the target's vocabulary, DV = the drafter's vocabulary
 """
@@ -44,6 +48,7 @@ from transformers import PreTrainedModel
 from .attention import AttentionPlan
 from .packing import BlockPacking
 from .portable_config import PortableConfig
+from .precision import activation_dtype
 from .published.checkpoint import CheckpointSource, check_tensors_fit, read_drafter_config, read_drafter_tensors
 from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
@@ -141,14 +146,44 @@ class DraftState:
 
     Attributes:
         slot (`int`): The current slot, 1 for the first draft.
-        hidden (`torch.Tensor` of shape `(B, A, H)`): Its hidden states, ready for the head.
-        block_hidden (`torch.Tensor` of shape `(B, A, K, H)` or `None`):
-            Hidden states of all slots of the blocks as begun; `None` from a family that drafts slot by slot.
+        hidden (`torch.Tensor` of shape `(B, A, W)`): Its hidden states, ready for the head.
+        block_hidden (`torch.Tensor` of shape `(B, A, K, W)` or `None`):
+            Hidden states of all slots of the blocks as begun; `None` from a family whose slots read the drafts before
+            them.
     """
 
     slot: int
     hidden: torch.Tensor
     block_hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """
+    One of the products whose sum are a drafter's logits.
+
+    Attributes:
+        module (`nn.Module` or `None`): A linear layer to `(..., DV)`; `None` is the target's head.
+        width (`int`): Columns of a hidden state that it reads.
+    """
+
+    module: nn.Module | None
+    width: int
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """
+    What chooses among the likeliest tokens of the head: the score of a candidate `b` is its logit and the product of
+    its row with the last `R` columns of the hidden state. Other tokens are never drafted.
+
+    Attributes:
+        rows (`torch.Tensor` of shape `(DV, R)`): One row per token of the drafter's vocabulary.
+        top_k (`int`): Candidates per slot, by the head's logits alone.
+    """
+
+    rows: torch.Tensor
+    top_k: int
 
 
 class Drafter(PreTrainedModel):
@@ -163,9 +198,7 @@ class Drafter(PreTrainedModel):
 
     #: Set by transformers' switch of activation checkpointing.
     gradient_checkpointing: bool = False
-    #: Whether the drafter has a head of its own (EAGLE-3) or drafts through the target's (DFlash).
-    owns_head: bool = False
-    #: Whether a slot reads the drafts before it (EAGLE-3), or all slots of a block are drafted at once (DFlash).
+    #: Whether a slot reads the drafts before it.
     reads_drafts: bool = True
     #: What the trainer that trained this instance recorded, for the next one; `None` where it was not trained here.
     training_record: Any = None
@@ -267,9 +300,48 @@ class Drafter(PreTrainedModel):
                 Which of the `A` blocks of `state` these are, -1 for padding. All continue, in order, if not given.
         """
 
-    @abstractmethod
+    def run_along(self, state: DraftState, drafts: torch.Tensor) -> tuple[DraftState, torch.Tensor]:
+        """
+        Run blocks on along given drafts, from the current slot of `state` on.
+
+        Args:
+            state (`DraftState`): From [`begin`] or [`advance`].
+            drafts (`torch.LongTensor` of shape `(B, A, n)`): Tokens of the current slot and those behind it.
+
+        Returns:
+            `tuple` of the state at the last of `n + 1` slots, and the hidden states of all of them, `(B, A, n + 1,
+            W)`.
+        """
+        hidden = [state.hidden]
+        for tokens in drafts.unbind(dim=-1):
+            state = self.advance(state, tokens)
+            hidden.append(state.hidden)
+        return state, torch.stack(hidden, dim=2)
+
+    @property
+    def head_parts(self) -> list[HeadPart]:
+        """The products whose sum are the logits, in the order of the columns they read."""
+        return [HeadPart(self.lm_head if self.config.owns_head else None, self.config.hidden_size)]
+
+    @property
+    def candidates(self) -> Candidates | None:
+        """How a draft is chosen among the likeliest tokens, by a family that does so."""
+        return None
+
     def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        """Turn hidden states `(..., H)` into draft logits `(..., DV)`, through the head the family drafts with."""
+        """
+        Turn hidden states `(..., W)` into the logits of the distribution that drafts are drawn from, `(..., DV)`;
+        `-inf` where a token cannot be drafted. `project` is the target's head.
+        """
+        parts, logits = self.head_parts, None
+        columns = hidden.split([part.width for part in parts], dim=-1)
+        for part, own in zip(parts, columns, strict=True):
+            product = (
+                project(own) if part.module is None else part.module(own.to(activation_dtype(part.module.weight)))
+            )
+            logits = product if logits is None else logits + product
+        assert logits is not None, "a head has a part"
+        return logits
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Turn ids of the drafter's vocabulary into the target's."""
@@ -402,20 +474,14 @@ def run_blocks(
             `SLOTS_PER_PASS` slots.
 
     Returns:
-        `torch.Tensor` of shape `(B, A, K, H)`: hidden state of slot `k` at index `k - 1`, ready for the head.
+        `torch.Tensor` of shape `(B, A, K, W)`: hidden state of slot `k` at index `k - 1`, ready for the head.
     """
     context = drafter.encode_text(target_features, input_ids, embed, starts)
     tokens = input_ids.gather(1, anchors.clamp(min=1))
 
     def run(anchors: torch.Tensor, tokens: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
         state = drafter.begin(context, anchors, tokens, drafts.shape[-1], embed)
-        if state.block_hidden is not None:
-            return state.block_hidden
-        hidden = [state.hidden]
-        for slot in range(1, drafts.shape[-1]):
-            state = drafter.advance(state, drafts[:, :, slot - 1])
-            hidden.append(state.hidden)
-        return torch.stack(hidden, dim=2)
+        return state.block_hidden if state.block_hidden is not None else drafter.run_along(state, drafts[..., :-1])[1]
 
     num_blocks, per_pass = anchors.shape[1], blocks_per_pass or max(1, SLOTS_PER_PASS // drafts.shape[-1])
     if num_blocks <= per_pass:

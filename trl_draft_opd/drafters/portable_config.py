@@ -32,6 +32,8 @@ class PortableConfig(PreTrainedConfig):
             Width of one tapped layer.
         target_layer_ids (`list[int]`):
             Ascending 0-based ids of the target layers whose outputs are read.
+        draft_vocab_size (`int`, *optional*):
+            Tokens of the target's vocabulary that can be drafted; `None` stands for all of them.
         num_target_layers (`int`, *optional*):
             Layers of the target these ids belong to.
         target_model_name_or_path (`str`, *optional*), target_model_revision (`str`, *optional*):
@@ -41,7 +43,16 @@ class PortableConfig(PreTrainedConfig):
         ValueError: If a setting is misspelt, or layer ids do not fit the target.
     """
 
+    #: Key of the family, in files and on the command line, and its name in prose.
     family: ClassVar[str]
+    title: ClassVar[str]
+    #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.
+    drafts_whole_blocks: ClassVar[bool]
+    #: Defaults of training, see `num_anchors` (0 is every position) and `position_decay` of [`DraftSFTConfig`], and
+    #: `replay_segment_length` of [`DraftOPDConfig`].
+    default_num_anchors: ClassVar[int]
+    default_position_decay: ClassVar[float]
+    default_segment_length: ClassVar[int]
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -58,6 +69,7 @@ class PortableConfig(PreTrainedConfig):
     attention_bias: bool = False
     target_layer_ids: list[int] | None = None
     num_target_layers: int | None = None
+    draft_vocab_size: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -71,9 +83,26 @@ class PortableConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
         super().__post_init__(**kwargs)
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` must lie in 1..{self.vocab_size} (the target's vocabulary), got "
+                f"{self.draft_vocab_size}."
+            )
         if self.target_layer_ids is not None:
             check_layer_ids(self.target_layer_ids, self.num_target_layers or max(self.target_layer_ids, default=0) + 2)
+
+    @property
+    def has_reduced_vocabulary(self) -> bool:
+        """Whether only a part of the target's vocabulary can be drafted (`d2t` and `t2d` exist)."""
+        return self.draft_vocab_size != self.vocab_size
+
+    @property
+    def owns_head(self) -> bool:
+        """Whether the drafter has an `lm_head` of its own; without one it drafts through the target's."""
+        return self.has_reduced_vocabulary
 
     def portable(self) -> dict[str, Any]:
         """Return the keys that all families' profiles share."""

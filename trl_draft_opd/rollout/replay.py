@@ -251,7 +251,7 @@ class ReplayWalk:
             uniforms = None if uniforms is None else (uniforms[0][picked], uniforms[1][picked])
             columns = picked if columns is None else columns[picked]
             if state.block_hidden is None:
-                state = self.drafter.advance(state, self._tokens(anchors, slot), picked[None])
+                state = self.drafter.advance(state, self._tokens(anchors + slot), picked[None])
         if self.suffixes is not None:
             self._choose_suffixes(state, places, draws)
 
@@ -266,16 +266,14 @@ class ReplayWalk:
         return state, (self.keys.uniforms(*where, REPLAY_ACCEPT), self.keys.uniforms(*where, REPLAY_DRAFT))
 
     def _run_slots(self, state: DraftState, anchors: Tensor, size: int) -> tuple[DraftState, Tensor]:
-        """Run blocks along the text from the slot of `state` on; return states of `size` slots, `(N, M, H)`."""
-        hidden = [state.hidden[0]]
-        for _ in range(size - 1):
-            state = self.drafter.advance(state, self._tokens(anchors, state.slot))
-            hidden.append(state.hidden[0])
-        return state, torch.stack(hidden, dim=1)
+        """Run blocks along the text from the slot of `state` on; return states of `size` slots, `(N, M, W)`."""
+        slots = torch.arange(state.slot, state.slot + size - 1, device=anchors.device)
+        state, hidden = self.drafter.run_along(state, self._tokens(anchors[:, None] + slots))
+        return state, hidden[0]
 
-    def _tokens(self, anchors: Tensor, slot: int) -> Tensor:
-        """Return the text's token at a slot of each block, `(1, N)`; any token behind all texts."""
-        return self.ids[(anchors + slot).clamp(max=len(self.ids) - 1)][None]
+    def _tokens(self, places: Tensor) -> Tensor:
+        """Return the text's tokens at places, in a row of their own; any token behind all texts."""
+        return self.ids[places.clamp(max=len(self.ids) - 1)][None]
 
     def _judge(
         self, hidden: Tensor, anchors: Tensor, room: Tensor, slot: int, uniforms: tuple[Tensor, Tensor] | None

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+from ..drafters.portable_config import PortableConfig
 from ..losses import LOSS_TYPES
 from ..rollout.blocks import REJECTED_SCOPES
 from ..utils.settings import check_at_least
@@ -11,9 +12,6 @@ from .common_config import DraftTrainingConfig, check_choice, check_position_dec
 
 ROLLOUTS = ("live", "replay")
 SUPERVISED_ANCHORS = ("random", "error")
-# Tokens per segment of a replay. EAGLE-3's later steps run only where the earlier drafts were right; DFlash's blocks
-# cost more than a few more rounds.
-SEGMENT_LENGTHS = {"eagle3": 1, "dflash": 16}
 
 
 @dataclass
@@ -166,6 +164,6 @@ class DraftOPDConfig(DraftTrainingConfig):
         """Weight decay per slot in use: 1 where D-PACE weighs the slots."""
         return 1.0 if self.uses_d_pace else self.position_decay
 
-    def segment_length(self, family: str) -> int:
-        """Return the tokens per segment of a replay for a drafter family."""
-        return SEGMENT_LENGTHS[family] if self.replay_segment_length is None else self.replay_segment_length
+    def segment_length(self, drafter: PortableConfig) -> int:
+        """Return the tokens per segment of a replay for a drafter of this config."""
+        return drafter.default_segment_length if self.replay_segment_length is None else self.replay_segment_length

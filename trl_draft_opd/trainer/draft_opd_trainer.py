@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from ..drafters.base import Drafter
+from ..drafters.portable_config import PortableConfig
 from ..rollout.blocks import BlockBatch, draft_text, join_blocks, mark_slots, sample_anchors
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.replay import TargetText, rollout_replay
@@ -95,8 +96,8 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
         return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
 
-    def _set_up(self, args: DraftOPDConfig, family: str) -> None:
-        self.segment_length = args.segment_length(family)
+    def _set_up(self, args: DraftOPDConfig, drafter: PortableConfig) -> None:
+        self.segment_length = args.segment_length(drafter)
         self.streams = {
             "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),
             "rejected": StreamSettings(args.rejected_loss, args.rejected_weight, args.slot_decay),

@@ -5,18 +5,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Self
 
+from ..drafters.portable_config import PortableConfig
 from ..target.lengths import fit_text_length
 from ..utils.settings import check_at_least
 from .common_config import DraftTrainingConfig, check_choice, check_position_decay, setting
 
 
 SLOT_SCOPES = ("block", "until_fail")
-# Anchors per row; 0 is every position, over which step 1 of EAGLE-3 runs anyway. In DFlash every anchor costs a block.
-NUM_ANCHORS = {"eagle3": 0, "dflash": 64}
 # Holds the longest prompt and response, and a turn more.
 MAX_LENGTH = 4096
-# EAGLE's training code; DFlash's exp(-(k-1)/7).
-POSITION_DECAYS = {"eagle3": 0.8, "dflash": 0.87}
 # A head over more tokens than this costs more than all else in an EAGLE-3 drafter; its authors publish 32,000 tokens.
 LARGE_VOCABULARY, DRAFT_VOCAB_SIZE = 65_536, 32_000
 
@@ -91,15 +88,15 @@ class DraftSFTConfig(DraftTrainingConfig):
         fitted.max_length = fit_text_length(num_positions, self.max_length, num_drafts=num_drafts, default=MAX_LENGTH)
         return fitted
 
-    def anchors_per_row(self, family: str) -> int | None:
-        """Return the anchors sampled per row for a drafter family, `None` for every position."""
-        return (NUM_ANCHORS[family] if self.num_anchors is None else self.num_anchors) or None
+    def anchors_per_row(self, drafter: PortableConfig) -> int | None:
+        """Return the anchors sampled per row for a drafter of this config, `None` for every position."""
+        return (drafter.default_num_anchors if self.num_anchors is None else self.num_anchors) or None
 
-    def decay(self, family: str) -> float:
-        """Return the weight decay per slot for a drafter family; 1 where D-PACE weighs the slots."""
+    def decay(self, drafter: PortableConfig) -> float:
+        """Return the weight decay per slot for a drafter of this config; 1 where D-PACE weighs the slots."""
         if self.uses_d_pace:
             return 1.0
-        return POSITION_DECAYS[family] if self.position_decay is None else self.position_decay
+        return drafter.default_position_decay if self.position_decay is None else self.position_decay
 
     @property
     def completions_are_given(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..drafters.portable_config import PortableConfig
 from ..rollout.blocks import sample_anchors
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout
@@ -96,9 +97,9 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
             settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
         return check_mask_token(drafter, pair.target, rows, "input_ids")
 
-    def _set_up(self, args: DraftSFTConfig, family: str) -> None:
-        self.num_anchors = args.anchors_per_row(family)
-        self.streams = {"accepted": StreamSettings(args.accepted_loss, 1.0, args.decay(family))}
+    def _set_up(self, args: DraftSFTConfig, drafter: PortableConfig) -> None:
+        self.num_anchors = args.anchors_per_row(drafter)
+        self.streams = {"accepted": StreamSettings(args.accepted_loss, 1.0, args.decay(drafter))}
         self.slot_rules = SlotRules(args.d_pace_floor if args.uses_d_pace else None, args.slot_scope == "until_fail")
 
     def _recorded_settings(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
+from ..drafters.portable_config import PortableConfig
 from ..losses import default_chunk_bytes
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
@@ -104,7 +105,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._pair, self._optimizer_is_given = pair, optimizers[0] is not None
         # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
         self._is_fitted = False
-        self._set_up(args, pair.drafter.config.family)
+        self._set_up(args, pair.drafter.config)
 
     @classmethod
     def _check_request(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset] | None) -> None:
@@ -143,7 +144,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """Tokenize a dataset."""
 
     @abstractmethod
-    def _set_up(self, args: Settings, family: str) -> None:
+    def _set_up(self, args: Settings, drafter: PortableConfig) -> None:
         """Set `streams`, `slot_rules` and what else the steps of a trainer need."""
 
     @abstractmethod

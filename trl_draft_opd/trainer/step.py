@@ -195,7 +195,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
         blocks_per_pass=objective.blocks_per_pass,
     )[0]
     target_head = _target_head(target)
-    head = _own_head(drafter, target) if drafter.owns_head else target_head
+    head = _draft_head(drafter, target, target_head)
     labels = blocks.pick(batch.blocks.labels)
     states, target_rows = blocks.target_states(batch, reading.last_hidden)
     factors = _slot_factors(drafter, hidden, head, labels, blocks.trained_slots(batch.blocks, trained), objective)
@@ -281,13 +281,16 @@ def _target_head(target: FrozenTarget) -> Head:
     return Head(target.project, (), target.vocab_size, target.num_logit_buffers)
 
 
-def _own_head(drafter: Drafter, target: FrozenTarget) -> Head:
-    """Return the head of a family that has one; an adapter around it is applied and trained."""
-    head = drafter.lm_head
-    if type(head) is nn.Linear:
-        return Head.linear(head.weight)
+def _draft_head(drafter: Drafter, target: FrozenTarget, target_head: Head) -> Head:
+    """Return the head a drafter drafts through; adapters around its parts are applied and trained."""
+    modules = [part.module for part in drafter.head_parts]
+    if modules == [None]:
+        return target_head
+    if len(modules) == 1 and type(modules[0]) is nn.Linear:
+        return Head.linear(modules[0].weight)
     # Four buffers: base and adapter product, the scaled one, and their sum, which the gradient may overwrite.
-    trained = tuple(parameter for parameter in head.parameters() if parameter.requires_grad)
+    own = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    trained = tuple(parameter for parameter in own if parameter.requires_grad)
     return Head(
         lambda hidden: drafter.draft_logits(hidden, target.project), trained, drafter.config.draft_vocab_size, 4
     )

@@ -26,6 +26,14 @@ class DFlashDraftConfig(PortableConfig):
 
     model_type = "draft_opd_dflash"
     family = "dflash"
+    title = "DFlash"
+    drafts_whole_blocks = True
+    # Every anchor costs a block: about half the positions of a short response.
+    default_num_anchors = 64
+    # A block costs more than a few more rounds.
+    default_segment_length = 16
+    # exp(-1 / 7), as published.
+    default_position_decay = 0.87
 
     num_hidden_layers: int = 5
     layer_types: list[str] | None = None

@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 from ...utils.versions import CACHE_NAME
 from ..attention import AttentionPlan, anchored_attention
-from ..base import DraftContext, Drafter, DraftState, Embed, Project
+from ..base import DraftContext, Drafter, DraftState, Embed
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..precision import activation_dtype, run_norm
@@ -103,7 +103,6 @@ class DFlashDraftModel(Drafter):
     config: DFlashDraftConfig
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
-    owns_head = False
     reads_drafts = False
 
     def __init__(self, config: DFlashDraftConfig):
@@ -268,9 +267,6 @@ class DFlashDraftModel(Drafter):
         if columns is not None:
             hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
         return replace(state, slot=state.slot + 1, hidden=hidden, columns=columns)
-
-    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        return project(hidden)
 
     def _run_layer(
         self,

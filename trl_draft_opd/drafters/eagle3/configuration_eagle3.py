@@ -12,8 +12,6 @@ class Eagle3DraftConfig(PortableConfig):
     `config.json` is the flat portable profile that vLLM, SGLang and EAGLE's code read.
 
     Args:
-        draft_vocab_size (`int`, *optional*):
-            Rows of the drafter's head; `None` stands for the full vocabulary.
         fc_norm (`bool`, *optional*, defaults to `False`):
             RMSNorm on each tapped layer before the fusion (EAGLE-3.1).
         norm_output (`bool`, *optional*, defaults to `False`):
@@ -33,8 +31,14 @@ class Eagle3DraftConfig(PortableConfig):
 
     model_type = "draft_opd_eagle3"
     family = "eagle3"
+    title = "EAGLE-3"
+    drafts_whole_blocks = False
+    # Step 1 runs over all positions anyway, and later steps only where the earlier drafts were right.
+    default_num_anchors = 0
+    default_segment_length = 1
+    # As in EAGLE's training code.
+    default_position_decay = 0.8
 
-    draft_vocab_size: int | None = None
     num_hidden_layers: int = 1
     mlp_bias: bool = False
     fc_norm: bool = False
@@ -44,8 +48,6 @@ class Eagle3DraftConfig(PortableConfig):
     ttt_steps: int = 7
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.draft_vocab_size is None:
-            self.draft_vocab_size = self.vocab_size
         super().__post_init__(**kwargs)
         if self.num_hidden_layers != 1:
             raise ValueError(
@@ -54,18 +56,12 @@ class Eagle3DraftConfig(PortableConfig):
             )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("`fc_norm` and `norm_before_fc` norm the same features; set one of them.")
-        if not 1 <= self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(
-                f"`draft_vocab_size` must lie in 1..{self.vocab_size} (the target's vocabulary), got "
-                f"{self.draft_vocab_size}."
-            )
         if self.ttt_steps < 1:
             raise ValueError(f"`ttt_steps` must be at least 1, got {self.ttt_steps}. The published setting is 7.")
 
     @property
-    def has_reduced_vocabulary(self) -> bool:
-        """Whether the head covers only a part of the target's vocabulary (`d2t` and `t2d` exist)."""
-        return self.draft_vocab_size != self.vocab_size
+    def owns_head(self) -> bool:
+        return True
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat portable profile, the form written to `config.json`."""

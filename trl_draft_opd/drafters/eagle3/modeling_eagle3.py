@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ..attention import AttentionPlan, anchored_attention
-from ..base import DraftContext, Drafter, DraftState, Embed, Project
+from ..base import DraftContext, Drafter, DraftState, Embed
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..precision import activation_dtype, run_norm
@@ -114,7 +114,6 @@ class Eagle3DraftModel(Drafter):
     d2t: torch.Tensor
     t2d: torch.Tensor
     _no_split_modules = ["Eagle3Layer"]
-    owns_head = True
     # A fresh drafter whose vocabulary nobody chose: supervised training may reduce it once it has the responses.
     vocabulary_is_open = False
     # Share of the response tokens trained on that are in a reduced vocabulary, once it was counted.
@@ -288,9 +287,6 @@ class Eagle3DraftModel(Drafter):
             keys, values = ([_pick_columns(part, columns) for part in parts] for parts in (blocks.keys, blocks.values))
             blocks = _Blocks(blocks.context, anchors, blocks.embed, packing, plan, fed, keys, values)
         return self._run_slot(blocks, tokens, state.slot + 1)
-
-    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        return self.lm_head(hidden.to(activation_dtype(self.lm_head.weight)))
 
     def _run_slot(self, blocks: _Blocks, tokens: torch.Tensor, slot: int) -> "Eagle3State":
         slot_hidden, blocks = self.run_recomputed(self._step, blocks, tokens, slot)
