@@ -336,9 +336,7 @@ class Drafter(PreTrainedModel):
         parts, logits = self.head_parts, None
         columns = hidden.split([part.width for part in parts], dim=-1)
         for part, own in zip(parts, columns, strict=True):
-            product = (
-                project(own) if part.module is None else part.module(own.to(activation_dtype(part.module.weight)))
-            )
+            product = project(own) if part.module is None else _multiply(part.module, own)
             logits = product if logits is None else logits + product
         assert logits is not None, "a head has a part"
         return logits
@@ -446,6 +444,10 @@ class Drafter(PreTrainedModel):
         if isinstance(target, PreTrainedModel) or is_adapted_target(target):
             return whole_model(target)
         return target.causal_lm
+
+
+def _multiply(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return module(hidden.to(activation_dtype(module.weight)))
 
 
 def run_blocks(

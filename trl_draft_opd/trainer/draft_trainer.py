@@ -105,6 +105,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._pair, self._optimizer_is_given = pair, optimizers[0] is not None
         # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
         self._is_fitted = False
+        assert isinstance(pair.drafter.config, PortableConfig), "every family's"
         self._set_up(args, pair.drafter.config)
 
     @classmethod
