@@ -6,7 +6,10 @@ every layer.
 Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
 assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H =
+A block holds the anchor and `S - 1` masks. Its position `i` drafts the token at anchor `+ i`, the anchor's none
+(`S - 1` drafts); with `sample_from_anchor`, the token at anchor `+ i + 1` (`S` drafts).
+
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = drafts per block, H =
                 hidden size, F = feature width
 """
 
@@ -150,6 +153,7 @@ class DFlashDraftModel(Drafter):
         num_hidden_layers: int = 5,
         block_size: int = 16,
         target_layer_ids: list[int] | None = None,
+        sample_from_anchor: bool = False,
     ) -> "DFlashDraftModel":
         """
         Make a fresh drafter of the target's shape.
@@ -161,15 +165,23 @@ class DFlashDraftModel(Drafter):
             num_hidden_layers (`int`, *optional*, defaults to 5):
                 Layers of the drafter, as published.
             block_size (`int`, *optional*, defaults to 16):
-                Anchor and drafts, as published: 15 drafts.
+                Positions of a block, as published: the anchor's and 15 masks.
             target_layer_ids (`list[int]`, *optional*):
                 0-based layers to read. Defaults to five ids spread over layers `1..N - 3`, the published rule.
+            sample_from_anchor (`bool`, *optional*, defaults to `False`):
+                Whether the anchor's position drafts too, see [`DFlashDraftConfig`].
 
         Raises:
             ValueError: If the target has fewer than 7 layers and no ids are given, or an id or size is out of range.
         """
         shape = cls.shape_for_target(target, mask_token_id, target_layer_ids)
-        return cls(DFlashDraftConfig(**shape, num_hidden_layers=num_hidden_layers, block_size=block_size))
+        config = DFlashDraftConfig(
+            **shape,
+            num_hidden_layers=num_hidden_layers,
+            block_size=block_size,
+            sample_from_anchor=sample_from_anchor,
+        )
+        return cls(config)
 
     @classmethod
     def shape_for_target(cls, target: Any, mask_token_id: int, target_layer_ids: list[int] | None) -> dict[str, Any]:
@@ -187,11 +199,11 @@ class DFlashDraftModel(Drafter):
 
     @property
     def max_drafts(self) -> int | None:
-        return self.config.block_size - 1
+        return self.config.drafts_per_block
 
     @property
     def default_num_drafts(self) -> int:
-        return self.config.block_size - 1
+        return self.config.drafts_per_block
 
     def _inject(self, target_features: torch.Tensor) -> torch.Tensor:
         """Turn features `(B, n, F)` into the states `(B, n, H)` whose keys and values every layer reads."""
@@ -229,8 +241,8 @@ class DFlashDraftModel(Drafter):
             past_key_values (`DFlashCache`, *optional*): The same as `cache`, for versions that call it so.
 
         Returns:
-            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
-            is the anchor's and proposes nothing.
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`. Unless
+            `sample_from_anchor`, the anchor's own position proposes nothing.
         """
         cache = past_key_values if cache is None else cache
         injected = self._inject(context_hidden_states)
@@ -272,9 +284,10 @@ class DFlashDraftModel(Drafter):
         rotation = self.rotary_emb(hidden, positions)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, plan, packing)
-        block = packing.unpack(run_norm(self.norm, hidden))[:, :, 1 : 1 + num_drafts]
-        first = self.join_token(block[:, :, 0], anchor_tokens)
-        return DFlashState(1, first, None if self.reads_drafts else block, block, None)
+        first = 0 if self.config.sample_from_anchor else 1
+        block = packing.unpack(run_norm(self.norm, hidden))[:, :, first : first + num_drafts]
+        hidden = self.join_token(block[:, :, 0], anchor_tokens)
+        return DFlashState(1, hidden, None if self.reads_drafts else block, block, None)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "DFlashState":
         assert isinstance(state, DFlashState), "a state of this family"
