@@ -8,6 +8,7 @@ import torch
 
 from .base import Drafter
 from .dflash import DFlashDraftModel
+from .dflash2 import DFlash2DraftModel
 from .dspark import DSparkDraftModel
 from .eagle3 import Eagle3DraftModel
 from .merging import merge_chain
@@ -19,6 +20,7 @@ from .published.checkpoint import CheckpointSource, read_drafter_config
 DRAFTER_CLASSES: dict[str, type[Drafter]] = {
     "dflash": DFlashDraftModel,
     "dspark": DSparkDraftModel,
+    "dflash2": DFlash2DraftModel,
     "eagle3": Eagle3DraftModel,
 }
 _OTHER_BASE = "Give its drafter as `base`."
