@@ -24,8 +24,6 @@ class DFlashDraftConfig(PortableConfig):
         sample_from_anchor (`bool`, *optional*, defaults to `False`):
             Every position of a block drafts the token behind it, the anchor's too: `block_size` drafts per block.
             Otherwise every mask drafts the token at its own position: `block_size - 1` drafts.
-
-            Token fed at the slots to fill. Must not occur in text.
         layer_types (`list[str]`, *optional*):
             Per layer, `"full_attention"`, the default, or `"sliding_attention"`.
         sliding_window (`int`, *optional*):
@@ -104,8 +102,8 @@ class DFlashDraftConfig(PortableConfig):
         if has_windows and (self.sliding_window is None or self.sliding_window <= self.block_size):
             raise ValueError(
                 f"`sliding_window` must exceed `block_size` ({self.block_size}) where a layer has {_SLIDING!r}, got "
-                f"{self.sliding_window}. Within it a slot sees its block and the context before it; published are 2048 "
-                "and more."
+                f"{self.sliding_window}. Within it a slot sees its block and the context before it; published are "
+                "2048 and more."
             )
         if not has_windows and self.sliding_window is not None:
             raise ValueError(
