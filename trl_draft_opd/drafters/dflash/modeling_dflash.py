@@ -175,13 +175,8 @@ class DFlashDraftModel(Drafter):
             ValueError: If the target has fewer than 7 layers and no ids are given, or an id or size is out of range.
         """
         shape = cls.shape_for_target(target, mask_token_id, target_layer_ids)
-        config = DFlashDraftConfig(
-            **shape,
-            num_hidden_layers=num_hidden_layers,
-            block_size=block_size,
-            sample_from_anchor=sample_from_anchor,
-        )
-        return cls(config)
+        settings = {"block_size": block_size, "sample_from_anchor": sample_from_anchor}
+        return cls(DFlashDraftConfig(**shape, num_hidden_layers=num_hidden_layers, **settings))
 
     @classmethod
     def shape_for_target(cls, target: Any, mask_token_id: int, target_layer_ids: list[int] | None) -> dict[str, Any]:
@@ -284,10 +279,10 @@ class DFlashDraftModel(Drafter):
         rotation = self.rotary_emb(hidden, positions)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, plan, packing)
-        first = 0 if self.config.sample_from_anchor else 1
-        block = packing.unpack(run_norm(self.norm, hidden))[:, :, first : first + num_drafts]
-        hidden = self.join_token(block[:, :, 0], anchor_tokens)
-        return DFlashState(1, hidden, None if self.reads_drafts else block, block, None)
+        start = 0 if self.config.sample_from_anchor else 1
+        block = packing.unpack(run_norm(self.norm, hidden))[:, :, start : start + num_drafts]
+        first = self.join_token(block[:, :, 0], anchor_tokens)
+        return DFlashState(1, first, None if self.reads_drafts else block, block, None)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "DFlashState":
         assert isinstance(state, DFlashState), "a state of this family"
