@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..portable_config import PortableConfig
+from .published_dflash import PublishedDFlash
 
 
 class DFlashDraftConfig(PortableConfig):
@@ -27,6 +28,7 @@ class DFlashDraftConfig(PortableConfig):
     model_type = "draft_opd_dflash"
     family = "dflash"
     title = "DFlash"
+    published = PublishedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.
     default_num_anchors = 64
