@@ -107,6 +107,11 @@ class PortableConfig(PreTrainedConfig):
         """Whether the drafter has an `lm_head` of its own; without one it drafts through the target's."""
         return self.has_reduced_vocabulary
 
+    @property
+    def has_confidence_head(self) -> bool:
+        """Whether the drafter says how likely the target keeps each draft, see `confidence_logits`."""
+        return False
+
     def portable(self) -> dict[str, Any]:
         """Return the keys that all families' profiles share."""
         # RoPE is written twice: EAGLE's code reads the legacy pair, SGLang and transformers 5 the new form.
