@@ -6,6 +6,7 @@ from typing import Any
 
 from ..attention import Sight
 from ..portable_config import PortableConfig
+from .published_dflash import PublishedDFlash
 
 
 _SLIDING = "sliding_attention"
@@ -47,6 +48,7 @@ class DFlashDraftConfig(PortableConfig):
     model_type = "draft_opd_dflash"
     family = "dflash"
     title = "DFlash"
+    published = PublishedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.
     default_num_anchors = 64
