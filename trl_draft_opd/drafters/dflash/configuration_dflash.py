@@ -14,9 +14,12 @@ class DFlashDraftConfig(PortableConfig):
         num_hidden_layers (`int`, *optional*, defaults to 5):
             Layers of the drafter; 5 as published.
         block_size (`int`, *optional*, defaults to 16):
-            The anchor and its drafts; a block has `block_size - 1` drafts. 16 as published.
+            Positions of a block: the anchor's and the masks'. 16 as published.
         mask_token_id (`int`):
-            Token fed at the slots to fill. Must not occur in text.
+            Token fed at the masks. Must not occur in text.
+        sample_from_anchor (`bool`, *optional*, defaults to `False`):
+            Every position of a block drafts the token behind it, the anchor's too: `block_size` drafts per block.
+            Otherwise every mask drafts the token at its own position: `block_size - 1` drafts.
         kwargs:
             As in [`PortableConfig`]; five layers are tapped as published.
 
@@ -41,6 +44,7 @@ class DFlashDraftConfig(PortableConfig):
     sliding_window: int | None = None
     block_size: int = 16
     mask_token_id: int | None = None
+    sample_from_anchor: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_hidden_layers < 1:
@@ -68,11 +72,17 @@ class DFlashDraftConfig(PortableConfig):
                 "Choose an id that the target's embedding has and no text uses."
             )
 
+    @property
+    def drafts_per_block(self) -> int:
+        """Most drafts of a block: one per mask, and the anchor's where it drafts too."""
+        return self.block_size - (0 if self.sample_from_anchor else 1)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat portable profile, the form written to `config.json`."""
         dflash = {
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
+            "sample_from_anchor": self.sample_from_anchor,
             "target_layer_ids": list(self.target_layer_ids or []),
         }
         return (

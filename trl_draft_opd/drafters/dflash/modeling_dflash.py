@@ -6,11 +6,16 @@ every layer.
 Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
 assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H =
+A block holds the anchor and `S - 1` masks. Its position `i` drafts the token at anchor `+ i`, the anchor's none
+(`S - 1` drafts); with `sample_from_anchor`, the token at anchor `+ i + 1` (`S` drafts).
+
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = drafts per block, H =
                 hidden size, F = feature width
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +31,8 @@ from ..packing import BlockPacking
 from ..precision import activation_dtype, run_norm
 from ..target_shape import shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -71,9 +78,9 @@ class DFlashLayer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def add_attention(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Add the attention's output to the residual and run the MLP."""
-        hidden = residual + self.self_attn.o_proj(mixed)
+    def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Run the layer on block states `(N, n, H)`; `attend` mixes the normed ones with all that they see."""
+        hidden = hidden + self.self_attn.o_proj(attend(run_norm(self.input_layernorm, hidden)))
         return hidden + run_mlp(self.mlp, run_norm(self.post_attention_layernorm, hidden))
 
 
@@ -115,6 +122,7 @@ class DFlashDraftModel(Drafter):
 
     config_class = DFlashDraftConfig
     config: DFlashDraftConfig
+    layer_class = DFlashLayer
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
     reads_drafts = False
@@ -130,7 +138,7 @@ class DFlashDraftModel(Drafter):
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(list[DFlashLayer], layers)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
@@ -145,6 +153,7 @@ class DFlashDraftModel(Drafter):
         num_hidden_layers: int = 5,
         block_size: int = 16,
         target_layer_ids: list[int] | None = None,
+        sample_from_anchor: bool = False,
     ) -> "DFlashDraftModel":
         """
         Make a fresh drafter of the target's shape.
@@ -156,15 +165,23 @@ class DFlashDraftModel(Drafter):
             num_hidden_layers (`int`, *optional*, defaults to 5):
                 Layers of the drafter, as published.
             block_size (`int`, *optional*, defaults to 16):
-                Anchor and drafts, as published: 15 drafts.
+                Positions of a block, as published: the anchor's and 15 masks.
             target_layer_ids (`list[int]`, *optional*):
                 0-based layers to read. Defaults to five ids spread over layers `1..N - 3`, the published rule.
+            sample_from_anchor (`bool`, *optional*, defaults to `False`):
+                Whether the anchor's position drafts too, see [`DFlashDraftConfig`].
 
         Raises:
             ValueError: If the target has fewer than 7 layers and no ids are given, or an id or size is out of range.
         """
         shape = cls.shape_for_target(target, mask_token_id, target_layer_ids)
-        return cls(DFlashDraftConfig(**shape, num_hidden_layers=num_hidden_layers, block_size=block_size))
+        config = DFlashDraftConfig(
+            **shape,
+            num_hidden_layers=num_hidden_layers,
+            block_size=block_size,
+            sample_from_anchor=sample_from_anchor,
+        )
+        return cls(config)
 
     @classmethod
     def shape_for_target(cls, target: Any, mask_token_id: int, target_layer_ids: list[int] | None) -> dict[str, Any]:
@@ -182,11 +199,11 @@ class DFlashDraftModel(Drafter):
 
     @property
     def max_drafts(self) -> int | None:
-        return self.config.block_size - 1
+        return self.config.drafts_per_block
 
     @property
     def default_num_drafts(self) -> int:
-        return self.config.block_size - 1
+        return self.config.drafts_per_block
 
     def _inject(self, target_features: torch.Tensor) -> torch.Tensor:
         """Turn features `(B, n, F)` into the states `(B, n, H)` whose keys and values every layer reads."""
@@ -224,8 +241,8 @@ class DFlashDraftModel(Drafter):
             past_key_values (`DFlashCache`, *optional*): The same as `cache`, for versions that call it so.
 
         Returns:
-            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
-            is the anchor's and proposes nothing.
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`. Unless
+            `sample_from_anchor`, the anchor's own position proposes nothing.
         """
         cache = past_key_values if cache is None else cache
         injected = self._inject(context_hidden_states)
@@ -236,14 +253,17 @@ class DFlashDraftModel(Drafter):
         hidden = noise_embeds.to(injected.dtype)
         cos, sin = self.rotary_emb(hidden, position_ids)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-        for index, layer in enumerate(self.layers):
-            normed = run_norm(layer.input_layernorm, hidden)
+
+        def attend(layer: DFlashLayer, index: int, normed: torch.Tensor) -> torch.Tensor:
             query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
             key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
             if cache is not None:
                 key, value = cache.update(key, value, index)
             mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
+            return mixed.transpose(1, 2).flatten(2)
+
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, partial(attend, layer, index))
         return BaseModelOutputWithPast(last_hidden_state=run_norm(self.norm, hidden), **{CACHE_NAME: cache})
 
     def begin(
@@ -264,9 +284,10 @@ class DFlashDraftModel(Drafter):
         rotation = self.rotary_emb(hidden, positions)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, plan, packing)
-        block = packing.unpack(run_norm(self.norm, hidden))[:, :, 1 : 1 + num_drafts]
-        first = self.join_token(block[:, :, 0], anchor_tokens)
-        return DFlashState(1, first, None if self.reads_drafts else block, block, None)
+        first = 0 if self.config.sample_from_anchor else 1
+        block = packing.unpack(run_norm(self.norm, hidden))[:, :, first : first + num_drafts]
+        hidden = self.join_token(block[:, :, 0], anchor_tokens)
+        return DFlashState(1, hidden, None if self.reads_drafts else block, block, None)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "DFlashState":
         assert isinstance(state, DFlashState), "a state of this family"
@@ -307,15 +328,17 @@ class DFlashDraftModel(Drafter):
             """Turn `(N, heads, S, d)` into `(B, heads, A, S, d)`."""
             return packing.unpack(states).transpose(1, 2)
 
-        normed = run_norm(layer.input_layernorm, hidden)
-        key, value = attention.key_value(normed, *rotation)
-        mixed = anchored_attention(
-            spread(attention.query(normed, *rotation)),
-            context_key,
-            context_value,
-            [spread(key)],
-            [spread(value)],
-            plan,
-            attention.head_dim**-0.5,
-        )
-        return layer.add_attention(hidden, packing.pack(mixed))
+        def attend(normed: torch.Tensor) -> torch.Tensor:
+            key, value = attention.key_value(normed, *rotation)
+            mixed = anchored_attention(
+                spread(attention.query(normed, *rotation)),
+                context_key,
+                context_value,
+                [spread(key)],
+                [spread(value)],
+                plan,
+                attention.head_dim**-0.5,
+            )
+            return packing.pack(mixed)
+
+        return layer(hidden, attend)
