@@ -8,6 +8,7 @@ import torch
 
 from .base import Drafter
 from .dflash import DFlashDraftModel
+from .dflash2 import DFlash2DraftModel
 from .dspark import DSparkDraftModel
 from .eagle3 import Eagle3DraftModel
 from .merging import merge_chain
@@ -19,6 +20,7 @@ from .published.family import FAMILIES
 #: The class of each family; its config's is `config_class`.
 DRAFTER_CLASSES: dict[str, type[Drafter]] = {
     "dflash": DFlashDraftModel,
+    "dflash2": DFlash2DraftModel,
     "dspark": DSparkDraftModel,
     "eagle3": Eagle3DraftModel,
 }
