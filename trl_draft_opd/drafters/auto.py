@@ -20,8 +20,8 @@ from .published.family import FAMILIES
 #: The class of each family; its config's is `config_class`.
 DRAFTER_CLASSES: dict[str, type[Drafter]] = {
     "dflash": DFlashDraftModel,
-    "dflash2": DFlash2DraftModel,
     "dspark": DSparkDraftModel,
+    "dflash2": DFlash2DraftModel,
     "eagle3": Eagle3DraftModel,
 }
 # What reads a `config.json` lies below the families, and knows them from here.
