@@ -4,11 +4,11 @@
 from .drafters.auto import AutoDrafter as AutoDrafter
 from .drafters.dflash import DFlashDraftConfig as DFlashDraftConfig
 from .drafters.dflash import DFlashDraftModel as DFlashDraftModel
-from .drafters.eagle3 import DraftVocabulary as DraftVocabulary
+from .drafters.draft_vocabulary import DraftVocabulary as DraftVocabulary
+from .drafters.draft_vocabulary import build_draft_vocabulary as build_draft_vocabulary
+from .drafters.draft_vocabulary import count_tokens as count_tokens
 from .drafters.eagle3 import Eagle3DraftConfig as Eagle3DraftConfig
 from .drafters.eagle3 import Eagle3DraftModel as Eagle3DraftModel
-from .drafters.eagle3 import build_draft_vocabulary as build_draft_vocabulary
-from .drafters.eagle3 import count_tokens as count_tokens
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import evaluate_drafter as evaluate_drafter
 from .export import ExportResult as ExportResult
