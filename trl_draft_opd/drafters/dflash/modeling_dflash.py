@@ -13,7 +13,9 @@ Shape letters:  B = sequences, L = context length, A = anchors per sequence, S =
                 hidden size, F = feature width
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,6 +31,8 @@ from ..packing import BlockPacking
 from ..precision import activation_dtype, run_norm
 from ..target_shape import shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -74,9 +78,9 @@ class DFlashLayer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def add_attention(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Add the attention's output to the residual and run the MLP."""
-        hidden = residual + self.self_attn.o_proj(mixed)
+    def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Run the layer on block states `(N, n, H)`; `attend` mixes the normed ones with all that they see."""
+        hidden = hidden + self.self_attn.o_proj(attend(run_norm(self.input_layernorm, hidden)))
         return hidden + run_mlp(self.mlp, run_norm(self.post_attention_layernorm, hidden))
 
 
@@ -118,6 +122,7 @@ class DFlashDraftModel(Drafter):
 
     config_class = DFlashDraftConfig
     config: DFlashDraftConfig
+    layer_class = DFlashLayer
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
     reads_drafts = False
@@ -133,7 +138,7 @@ class DFlashDraftModel(Drafter):
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(list[DFlashLayer], layers)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
@@ -244,14 +249,17 @@ class DFlashDraftModel(Drafter):
         hidden = noise_embeds.to(injected.dtype)
         cos, sin = self.rotary_emb(hidden, position_ids)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-        for index, layer in enumerate(self.layers):
-            normed = run_norm(layer.input_layernorm, hidden)
+
+        def attend(layer: DFlashLayer, index: int, normed: torch.Tensor) -> torch.Tensor:
             query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
             key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
             if cache is not None:
                 key, value = cache.update(key, value, index)
             mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
+            return mixed.transpose(1, 2).flatten(2)
+
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, partial(attend, layer, index))
         return BaseModelOutputWithPast(last_hidden_state=run_norm(self.norm, hidden), **{CACHE_NAME: cache})
 
     def begin(
@@ -316,15 +324,17 @@ class DFlashDraftModel(Drafter):
             """Turn `(N, heads, S, d)` into `(B, heads, A, S, d)`."""
             return packing.unpack(states).transpose(1, 2)
 
-        normed = run_norm(layer.input_layernorm, hidden)
-        key, value = attention.key_value(normed, *rotation)
-        mixed = anchored_attention(
-            spread(attention.query(normed, *rotation)),
-            context_key,
-            context_value,
-            [spread(key)],
-            [spread(value)],
-            plan,
-            attention.head_dim**-0.5,
-        )
-        return layer.add_attention(hidden, packing.pack(mixed))
+        def attend(normed: torch.Tensor) -> torch.Tensor:
+            key, value = attention.key_value(normed, *rotation)
+            mixed = anchored_attention(
+                spread(attention.query(normed, *rotation)),
+                context_key,
+                context_value,
+                [spread(key)],
+                [spread(value)],
+                plan,
+                attention.head_dim**-0.5,
+            )
+            return packing.pack(mixed)
+
+        return layer(hidden, attend)
