@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from trl_draft_opd.drafters.dflash import DFlashDraftConfig, DFlashDraftModel
-from trl_draft_opd.drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel, build_draft_vocabulary
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from trl_draft_opd.drafters.published.configs import parse_drafter_config
 from trl_draft_opd.drafters.target_shape import spread_layer_ids
 

@@ -4,7 +4,7 @@
 from typing import Any
 
 from ..dflash.published_dflash import PublishedDFlash
-from ..published.sections import Sections, agreed, integer, refusal
+from ..published.sections import Sections, agreed, integer
 
 
 # As the speculators library fills in what is not written.
@@ -23,9 +23,6 @@ class PublishedDFlash2(PublishedDFlash):
     default_non_causal = True
 
     def arguments(self, sections: Sections, shared: dict[str, Any]) -> dict[str, Any]:
-        found = super().arguments(sections, shared)
-        if found["draft_vocab_size"] not in (None, shared["vocab_size"]):
-            raise refusal("draft_vocab_size", found["draft_vocab_size"], "a selector over a part of the vocabulary")
         own = {key: agreed(key, sections.stated(key)) for key in _DEFAULTS}
         if sections.layout == "speculators":
             own = _DEFAULTS | {key: value for key, value in own.items() if value is not None}
@@ -35,4 +32,4 @@ class PublishedDFlash2(PublishedDFlash):
                 f"config.json does not say {missing}, which the weights were trained with. Add them to its "
                 "dflash_config."
             )
-        return found | {key: integer(key, value, 1) for key, value in own.items()}
+        return super().arguments(sections, shared) | {key: integer(key, value, 1) for key, value in own.items()}
