@@ -67,7 +67,7 @@ class PublishedDFlash(PublishedFamily):
             **self._read_attention(sections, shared["num_hidden_layers"]),
             "sample_from_anchor": self.samples_from_anchor(sections),
             "attention_bias": sections.flag("attention_bias"),
-            "draft_vocab_size": None if size is None else integer("draft_vocab_size", size, 1),
+            "draft_vocab_size": None if size in (None, shared["vocab_size"]) else integer("draft_vocab_size", size, 1),
         }
 
     def samples_from_anchor(self, sections: Sections) -> bool:
