@@ -85,6 +85,23 @@ def test_packed_blocks_equal_the_native_forward_of_each(block_size):
             torch.testing.assert_close(hidden[row, block], native[0, 1:], **TOLERANCE)
 
 
+def test_with_sample_from_anchor_every_position_of_a_block_drafts_the_token_behind_it():
+    """A plain loop over blocks: position 0 is the anchor's, whose state is slot 1's."""
+    drafter = make_dflash(sample_from_anchor=True)
+    assert drafter.max_drafts == drafter.default_num_drafts == BLOCK
+    input_ids, features = make_text()
+    with torch.no_grad():
+        context = drafter.encode_text(features, input_ids, TARGET.embed)
+        state = drafter.begin(context, ANCHORS, input_ids.gather(1, ANCHORS.clamp(min=1)), BLOCK, TARGET.embed)
+        _, slots = drafter.run_along(state, no_drafts(BLOCK - 1))
+        trained = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(BLOCK), TARGET.embed)
+        for row, block in (ANCHORS >= 1).nonzero().tolist():
+            anchor = int(ANCHORS[row, block])
+            native = drafter(embed_block(input_ids[row, anchor]), features[row : row + 1, :anchor]).last_hidden_state
+            torch.testing.assert_close(trained[row, block], native[0], **TOLERANCE)
+            torch.testing.assert_close(slots[row, block], native[0], **TOLERANCE)
+
+
 def native_chain(model, features, input_ids, anchors, embeds_of):
     """
     Run a chain of blocks of one row as transformers' generation does: new context each round, noise dropped after.

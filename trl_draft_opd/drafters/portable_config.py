@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .published.configs import parse_drafter_config
+from .published.family import PublishedFamily
 from .target_shape import check_layer_ids, refuse_misspelt
 
 
@@ -46,6 +47,8 @@ class PortableConfig(PreTrainedConfig):
     #: Key of the family, in files and on the command line, and its name in prose.
     family: ClassVar[str]
     title: ClassVar[str]
+    #: What is published of the family, and how it is read.
+    published: ClassVar[PublishedFamily]
     #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.
     drafts_whole_blocks: ClassVar[bool]
     #: Defaults of training, see `num_anchors` (0 is every position) and `position_decay` of [`DraftSFTConfig`], and
@@ -103,6 +106,16 @@ class PortableConfig(PreTrainedConfig):
     def owns_head(self) -> bool:
         """Whether the drafter has an `lm_head` of its own; without one it drafts through the target's."""
         return self.has_reduced_vocabulary
+
+    @property
+    def has_confidence_head(self) -> bool:
+        """Whether the drafter says how likely the target keeps each draft, see `confidence_logits`."""
+        return False
+
+    @classmethod
+    def own_settings(cls) -> list[str]:
+        """Return the names of the settings that decide a drafter's shape: those that not every config has."""
+        return [setting.name for setting in fields(cls) if setting.name not in PreTrainedConfig.__dataclass_fields__]
 
     def portable(self) -> dict[str, Any]:
         """Return the keys that all families' profiles share."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..attention import Sight
 from ..portable_config import PortableConfig
+from .published_dflash import PublishedDFlash
 
 
 _SLIDING = "sliding_attention"
@@ -19,9 +20,12 @@ class DFlashDraftConfig(PortableConfig):
         num_hidden_layers (`int`, *optional*, defaults to 5):
             Layers of the drafter; 5 as published.
         block_size (`int`, *optional*, defaults to 16):
-            The anchor and its drafts; a block has `block_size - 1` drafts. 16 as published.
+            Positions of a block: the anchor's and the masks'. 16 as published.
         mask_token_id (`int`):
-            Token fed at the slots to fill. Must not occur in text.
+            Token fed at the masks. Must not occur in text.
+        sample_from_anchor (`bool`, *optional*, defaults to `False`):
+            Every position of a block drafts the token behind it, the anchor's too: `block_size` drafts per block.
+            Otherwise every mask drafts the token at its own position: `block_size - 1` drafts.
         layer_types (`list[str]`, *optional*):
             Per layer, `"full_attention"`, the default, or `"sliding_attention"`.
         sliding_window (`int`, *optional*):
@@ -44,6 +48,7 @@ class DFlashDraftConfig(PortableConfig):
     model_type = "draft_opd_dflash"
     family = "dflash"
     title = "DFlash"
+    published = PublishedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.
     default_num_anchors = 64
@@ -61,6 +66,7 @@ class DFlashDraftConfig(PortableConfig):
     attention_value_scale: float = 1.0
     block_size: int = 16
     mask_token_id: int | None = None
+    sample_from_anchor: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_hidden_layers < 1:
@@ -83,6 +89,11 @@ class DFlashDraftConfig(PortableConfig):
                 f"`mask_token_id` {self.mask_token_id} lies outside the target's vocabulary 0..{self.vocab_size - 1}. "
                 "Choose an id that the target's embedding has and no text uses."
             )
+
+    @property
+    def drafts_per_block(self) -> int:
+        """Most drafts of a block: one per mask, and the anchor's where it drafts too."""
+        return self.block_size - (0 if self.sample_from_anchor else 1)
 
     def _check_attention(self, layer_types: list[str]) -> None:
         if len(layer_types) != self.num_hidden_layers or set(layer_types) - {"full_attention", _SLIDING}:
@@ -121,6 +132,7 @@ class DFlashDraftConfig(PortableConfig):
         top = {
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
+            "sample_from_anchor": self.sample_from_anchor,
             "target_layer_ids": list(self.target_layer_ids or []),
         }
         dflash: dict[str, Any] = dict(top)
