@@ -51,7 +51,7 @@ def attend(
     pieces=1,
     firsts=None,
     backend=None,
-    sight=Sight(),
+    sight=planning.SEES_ALL,
 ):
     keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
     values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
@@ -69,7 +69,7 @@ def dense_reference(
     sinks=None,
     anchors=ANCHORS,
     firsts=None,
-    sight=Sight(),
+    sight=planning.SEES_ALL,
 ):
     """Line up the keys of the context and of all blocks, and let a boolean mask say who sees what."""
     num_anchors, queries, block_keys = anchors.shape[1], query.shape[3], block_key.shape[3]
@@ -172,7 +172,7 @@ def test_a_window_costs_its_width_and_not_the_text(spacing):
     assert anchors.numel() * window < pairs * 1.03 < 1.1 * anchors.numel() * window < whole / 14
     mask = flex.block_mask(plan, num_queries, length, (num_queries,), Sight(window))
     used = (mask.kv_num_blocks + mask.full_kv_num_blocks)[0, 0]
-    # Eight blocks share a tile of queries: their windows, their own keys' tile, and the rests of the tiles at the ends.
+    # Eight blocks share a tile of queries: their windows, their own keys' tile, and the rests of tiles at the ends.
     assert used.max() <= -(-(window + 7 * spacing) // flex.TILE) + 2
 
 

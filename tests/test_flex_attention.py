@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_mask
 from helpers.tiny import VOCAB, make_drafter, make_target
 from trl_draft_opd.drafters import attention
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, backends, flex
+from trl_draft_opd.drafters.attention.plan import SEES_ALL
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.utils.versions import switch_checkpointing
 
@@ -33,7 +34,7 @@ def make_plan(name, num_anchors=37, length=600):
     return AttentionPlan(anchors, firsts), length
 
 
-def visible_pairs(plan, num_queries, length, sizes, sight=Sight()):
+def visible_pairs(plan, num_queries, length, sizes, sight=SEES_ALL):
     """Say pair by pair who sees whom, `(B, Q, M)`."""
     B, A = plan.anchors.shape
     seen = torch.zeros(B, A * num_queries, length + A * sum(sizes), dtype=torch.bool)
