@@ -43,7 +43,7 @@ def attend_by_flex(
     sizes = tuple(piece.shape[3] for piece in keys)
     shape = (S, context_key.shape[2], sizes)
     mask = plan.remember(("flex", shape, sight), lambda: block_mask(plan, *shape, sight))
-    run = compiled_flex() if query.is_cuda else flex_attention
+    run: Callable[..., Any] = compiled_flex() if query.is_cuda else flex_attention
     if scaling != d**-0.5:
         # The kernel's own scaling is a constant of its code; one handed in would be compiled as a variable.
         query = query * (scaling * d**0.5)
