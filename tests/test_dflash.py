@@ -417,7 +417,17 @@ def test_what_cannot_be_built_or_served_is_refused():
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
     }
-    with pytest.raises(ValueError, match="Only full-attention DFlash drafters"):
-        DFlashDraftConfig(**shape, num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+    mixed = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    for sliding_window in (None, 16):
+        with pytest.raises(ValueError, match=rf"must exceed `block_size` \(16\).*got\s{sliding_window}"):
+            DFlashDraftConfig(**shape, **mixed, sliding_window=sliding_window)
+    with pytest.raises(ValueError, match="`sliding_window` is 20, but no layer"):
+        DFlashDraftConfig(**shape, num_hidden_layers=2, sliding_window=20)
+    for layer_types in (["full_attention"], ["full_attention", "chunked_attention"]):
+        with pytest.raises(ValueError, match="layer"):
+            DFlashDraftConfig(**shape, num_hidden_layers=2, layer_types=layer_types)
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="`attention_value_scale` must be a number above 0"):
+            DFlashDraftConfig(**shape, attention_value_scale=scale)
     with pytest.raises(ValueError, match=r"`target_layer_ids` \(None\) and `mask_token_id` \(3\) must both be set"):
         DFlashDraftModel(DFlashDraftConfig(**shape, num_hidden_layers=1, mask_token_id=3))
