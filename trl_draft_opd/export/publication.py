@@ -105,5 +105,5 @@ class Publication:
 
     @property
     def has_custom_generate(self) -> bool:
-        """Whether the folder holds a decoding function; DFlash's reads transformers' own layout next to it."""
-        return self.layouts[0] == "flat" and (self.family == "eagle3" or "transformers" in self.layouts)
+        """Whether the folder holds a decoding function, which reads the flat layout at its root."""
+        return self.layouts[0] == "flat"

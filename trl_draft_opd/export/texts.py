@@ -94,7 +94,7 @@ def renamed_texts(folder: Path, repo_id: str) -> dict[str, bytes]:
         place = Path(scratch)
         write_texts(place, publication, notes_of=folder)
         if publication.has_custom_generate:
-            write_custom_generate(place, publication.family, repo_id)
+            write_custom_generate(place, repo_id)
         return {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
