@@ -85,6 +85,23 @@ def test_packed_blocks_equal_the_native_forward_of_each(block_size):
             torch.testing.assert_close(hidden[row, block], native[0, 1:], **TOLERANCE)
 
 
+def test_with_sample_from_anchor_every_position_of_a_block_drafts_the_token_behind_it():
+    """A plain loop over blocks: position 0 is the anchor's, whose state is slot 1's."""
+    drafter = make_dflash(sample_from_anchor=True)
+    assert drafter.max_drafts == drafter.default_num_drafts == BLOCK
+    input_ids, features = make_text()
+    with torch.no_grad():
+        context = drafter.encode_text(features, input_ids, TARGET.embed)
+        state = drafter.begin(context, ANCHORS, input_ids.gather(1, ANCHORS.clamp(min=1)), BLOCK, TARGET.embed)
+        _, slots = drafter.run_along(state, no_drafts(BLOCK - 1))
+        trained = run_blocks(drafter, features, input_ids, ANCHORS, no_drafts(BLOCK), TARGET.embed)
+        for row, block in (ANCHORS >= 1).nonzero().tolist():
+            anchor = int(ANCHORS[row, block])
+            native = drafter(embed_block(input_ids[row, anchor]), features[row : row + 1, :anchor]).last_hidden_state
+            torch.testing.assert_close(trained[row, block], native[0], **TOLERANCE)
+            torch.testing.assert_close(slots[row, block], native[0], **TOLERANCE)
+
+
 def native_chain(model, features, input_ids, anchors, embeds_of):
     """
     Run a chain of blocks of one row as transformers' generation does: new context each round, noise dropped after.
@@ -400,7 +417,17 @@ def test_what_cannot_be_built_or_served_is_refused():
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
     }
-    with pytest.raises(ValueError, match="Only full-attention DFlash drafters"):
-        DFlashDraftConfig(**shape, num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+    mixed = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    for sliding_window in (None, 16):
+        with pytest.raises(ValueError, match=rf"must exceed `block_size` \(16\).*got\s{sliding_window}"):
+            DFlashDraftConfig(**shape, **mixed, sliding_window=sliding_window)
+    with pytest.raises(ValueError, match="`sliding_window` is 20, but no layer"):
+        DFlashDraftConfig(**shape, num_hidden_layers=2, sliding_window=20)
+    for layer_types in (["full_attention"], ["full_attention", "chunked_attention"]):
+        with pytest.raises(ValueError, match="layer"):
+            DFlashDraftConfig(**shape, num_hidden_layers=2, layer_types=layer_types)
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="`attention_value_scale` must be a number above 0"):
+            DFlashDraftConfig(**shape, attention_value_scale=scale)
     with pytest.raises(ValueError, match=r"`target_layer_ids` \(None\) and `mask_token_id` \(3\) must both be set"):
         DFlashDraftModel(DFlashDraftConfig(**shape, num_hidden_layers=1, mask_token_id=3))

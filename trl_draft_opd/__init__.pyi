@@ -4,6 +4,10 @@
 from .drafters.auto import AutoDrafter as AutoDrafter
 from .drafters.dflash import DFlashDraftConfig as DFlashDraftConfig
 from .drafters.dflash import DFlashDraftModel as DFlashDraftModel
+from .drafters.dflash2 import DFlash2DraftConfig as DFlash2DraftConfig
+from .drafters.dflash2 import DFlash2DraftModel as DFlash2DraftModel
+from .drafters.dspark import DSparkDraftConfig as DSparkDraftConfig
+from .drafters.dspark import DSparkDraftModel as DSparkDraftModel
 from .drafters.eagle3 import DraftVocabulary as DraftVocabulary
 from .drafters.eagle3 import Eagle3DraftConfig as Eagle3DraftConfig
 from .drafters.eagle3 import Eagle3DraftModel as Eagle3DraftModel

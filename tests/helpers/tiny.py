@@ -3,6 +3,8 @@
 Tiny random targets, drafters and a tokenizer, built on the spot: eight layers, so that three taps are distinct.
 """
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,7 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import DFlashDraftModel, DSparkDraftModel, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.drafters.base import Drafter
 
 
@@ -88,14 +90,26 @@ def make_target(kind: str = "qwen3", seed: int = 0) -> FrozenTarget:
     return FrozenTarget(make_causal_lm(kind, seed), make_tokenizer())
 
 
+_BLOCKS = {"mask_token_id": MASK, "num_hidden_layers": 2, "block_size": 5}
+# The class of each family, and settings of its tiny drafters: four drafts per block.
+_DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dflash": (DFlashDraftModel, _BLOCKS),
+    "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
+    "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
+}
+FAMILIES = list(_DRAFTERS)
+
+
 def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) -> Drafter:
     """Return a random drafter of a family, with four drafts per block unless told otherwise."""
     torch.manual_seed(seed)
-    if family == "eagle3":
-        return Eagle3DraftModel.from_target(target, **{"ttt_steps": 4} | options).eval()
-    return DFlashDraftModel.from_target(
-        target, **{"mask_token_id": MASK, "num_hidden_layers": 2, "block_size": 5} | options
-    ).eval()
+    family_class, settings = _DRAFTERS[family]
+    drafter = family_class.from_target(target, **settings | options).eval()
+    if family == "dspark":
+        # As large as the target's logits, so that no draft survives a wrong token before its slot.
+        with torch.no_grad():
+            drafter.markov_head.markov_w2.weight.mul_(6)
+    return drafter
 
 
 def make_prompts(count: int, seed: int = 0, longest: int = 9) -> list[list[int]]:

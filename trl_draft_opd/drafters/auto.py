@@ -8,6 +8,8 @@ import torch
 
 from .base import Drafter
 from .dflash import DFlashDraftModel
+from .dflash2 import DFlash2DraftModel
+from .dspark import DSparkDraftModel
 from .eagle3 import Eagle3DraftModel
 from .merging import merge_chain
 from .published.adapter import adapter_chain, naming_base, require_peft
@@ -15,7 +17,12 @@ from .published.checkpoint import CheckpointSource, read_drafter_config
 
 
 #: The class of each family; its config's is `config_class`.
-DRAFTER_CLASSES: dict[str, type[Drafter]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel}
+DRAFTER_CLASSES: dict[str, type[Drafter]] = {
+    "dflash": DFlashDraftModel,
+    "dspark": DSparkDraftModel,
+    "dflash2": DFlash2DraftModel,
+    "eagle3": Eagle3DraftModel,
+}
 _OTHER_BASE = "Give its drafter as `base`."
 
 

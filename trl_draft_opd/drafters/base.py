@@ -341,6 +341,13 @@ class Drafter(PreTrainedModel):
         assert logits is not None, "a head has a part"
         return logits
 
+    def confidence_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """
+        Return the logit of the chance that the target keeps the draft of each slot, `(...)` of states `(..., W)`;
+        `None` from a drafter without a confidence head. It must not depend on the slot's own draft.
+        """
+        return None
+
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Turn ids of the drafter's vocabulary into the target's."""
         token_ids = self.draft_token_ids

@@ -104,6 +104,16 @@ class PortableConfig(PreTrainedConfig):
         """Whether the drafter has an `lm_head` of its own; without one it drafts through the target's."""
         return self.has_reduced_vocabulary
 
+    @property
+    def has_confidence_head(self) -> bool:
+        """Whether the drafter says how likely the target keeps each draft, see `confidence_logits`."""
+        return False
+
+    @classmethod
+    def own_settings(cls) -> list[str]:
+        """Return the names of the settings that decide a drafter's shape: those that not every config has."""
+        return [setting.name for setting in fields(cls) if setting.name not in PreTrainedConfig.__dataclass_fields__]
+
     def portable(self) -> dict[str, Any]:
         """Return the keys that all families' profiles share."""
         # RoPE is written twice: EAGLE's code reads the legacy pair, SGLang and transformers 5 the new form.

@@ -165,8 +165,8 @@ def _dflash_sections(flat: dict[str, Any], boundaries: list[int]) -> tuple[dict[
         # vLLM turns `false`, the library's own default, into causal attention in every layer.
         "sliding_window_non_causal": True,
     }
-    copied = {name: flat[name] for name in ("is_causal", "layer_types", "max_window_layers", "sliding_window")}
-    return own, copied | {"model_type": "qwen3", "use_sliding_window": False}
+    copied = "is_causal layer_types max_window_layers sliding_window use_sliding_window".split()
+    return own, {name: flat[name] for name in copied if name in flat} | {"model_type": "qwen3"}
 
 
 def _refuse_speculators(drafter: Drafter, target: TargetOfExport) -> str | None:

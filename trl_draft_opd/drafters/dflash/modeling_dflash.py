@@ -6,11 +6,16 @@ every layer.
 Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
 assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
 
-Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = S - 1 drafts, H =
+A block holds the anchor and `S - 1` masks. Its position `i` drafts the token at anchor `+ i`, the anchor's none
+(`S - 1` drafts); with `sample_from_anchor`, the token at anchor `+ i + 1` (`S` drafts).
+
+Shape letters:  B = sequences, L = context length, A = anchors per sequence, S = block size, K = drafts per block, H =
                 hidden size, F = feature width
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +31,8 @@ from ..packing import BlockPacking
 from ..precision import activation_dtype, run_norm
 from ..target_shape import shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -71,17 +78,31 @@ class DFlashLayer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def add_attention(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Add the attention's output to the residual and run the MLP."""
-        hidden = residual + self.self_attn.o_proj(mixed)
+    def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Run the layer on block states `(N, n, H)`; `attend` mixes the normed ones with all that they see."""
+        hidden = hidden + self.self_attn.o_proj(attend(run_norm(self.input_layernorm, hidden)))
         return hidden + run_mlp(self.mlp, run_norm(self.post_attention_layernorm, hidden))
 
 
 @dataclass(frozen=True)
 class DFlashState(DraftState):
-    """Blocks that are drafted whole; they are `columns` of `block_hidden`, `(B, A')`, or all if `None`."""
+    """
+    Blocks that are drafted whole.
 
+    Attributes:
+        block (`torch.Tensor` of shape `(B, A, K, H)`): What the layers make of all slots of the blocks as begun.
+        columns (`torch.Tensor` of shape `(B, A')` or `None`): The blocks among them that these are; all if `None`.
+    """
+
+    block: torch.Tensor
     columns: torch.Tensor | None
+
+    def slots(self, first: int, count: int) -> torch.Tensor:
+        """Return what the layers made of `count` slots from slot `first` on, `(B, A', count, H)`."""
+        slots = self.block[:, :, first - 1 : first - 1 + count]
+        if self.columns is None:
+            return slots
+        return slots.gather(1, self.columns[..., None, None].expand(-1, -1, *slots.shape[2:]))
 
 
 class DFlashDraftModel(Drafter):
@@ -101,6 +122,7 @@ class DFlashDraftModel(Drafter):
 
     config_class = DFlashDraftConfig
     config: DFlashDraftConfig
+    layer_class = DFlashLayer
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
     reads_drafts = False
@@ -116,7 +138,7 @@ class DFlashDraftModel(Drafter):
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(list[DFlashLayer], layers)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
@@ -131,6 +153,7 @@ class DFlashDraftModel(Drafter):
         num_hidden_layers: int = 5,
         block_size: int = 16,
         target_layer_ids: list[int] | None = None,
+        sample_from_anchor: bool = False,
     ) -> "DFlashDraftModel":
         """
         Make a fresh drafter of the target's shape.
@@ -142,15 +165,23 @@ class DFlashDraftModel(Drafter):
             num_hidden_layers (`int`, *optional*, defaults to 5):
                 Layers of the drafter, as published.
             block_size (`int`, *optional*, defaults to 16):
-                Anchor and drafts, as published: 15 drafts.
+                Positions of a block, as published: the anchor's and 15 masks.
             target_layer_ids (`list[int]`, *optional*):
                 0-based layers to read. Defaults to five ids spread over layers `1..N - 3`, the published rule.
+            sample_from_anchor (`bool`, *optional*, defaults to `False`):
+                Whether the anchor's position drafts too, see [`DFlashDraftConfig`].
 
         Raises:
             ValueError: If the target has fewer than 7 layers and no ids are given, or an id or size is out of range.
         """
-        model = cls.resolve_target(target)
-        shape = shape_from_target(model.config)
+        shape = cls.shape_for_target(target, mask_token_id, target_layer_ids)
+        settings = {"block_size": block_size, "sample_from_anchor": sample_from_anchor}
+        return cls(DFlashDraftConfig(**shape, num_hidden_layers=num_hidden_layers, **settings))
+
+    @classmethod
+    def shape_for_target(cls, target: Any, mask_token_id: int, target_layer_ids: list[int] | None) -> dict[str, Any]:
+        """Return the arguments of a config that the target decides; the arguments are those of [`from_target`]."""
+        shape = shape_from_target(cls.resolve_target(target).config)
         if target_layer_ids is None:
             target_layer_ids = spread_layer_ids(shape["num_target_layers"])
         special = shape["eos_token_id"] if isinstance(shape["eos_token_id"], list) else [shape["eos_token_id"]]
@@ -159,22 +190,15 @@ class DFlashDraftModel(Drafter):
             raise ValueError(
                 f"`mask_token_id` {mask_token_id} is the target's eos, bos or pad token. Choose an id no text uses."
             )
-        config = DFlashDraftConfig(
-            **shape,
-            target_layer_ids=list(target_layer_ids),
-            num_hidden_layers=num_hidden_layers,
-            block_size=block_size,
-            mask_token_id=mask_token_id,
-        )
-        return cls(config)
+        return shape | {"target_layer_ids": list(target_layer_ids), "mask_token_id": mask_token_id}
 
     @property
     def max_drafts(self) -> int | None:
-        return self.config.block_size - 1
+        return self.config.drafts_per_block
 
     @property
     def default_num_drafts(self) -> int:
-        return self.config.block_size - 1
+        return self.config.drafts_per_block
 
     def _inject(self, target_features: torch.Tensor) -> torch.Tensor:
         """Turn features `(B, n, F)` into the states `(B, n, H)` whose keys and values every layer reads."""
@@ -212,8 +236,8 @@ class DFlashDraftModel(Drafter):
             past_key_values (`DFlashCache`, *optional*): The same as `cache`, for versions that call it so.
 
         Returns:
-            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; slot 0 of each block
-            is the anchor's and proposes nothing.
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`. Unless
+            `sample_from_anchor`, the anchor's own position proposes nothing.
         """
         cache = past_key_values if cache is None else cache
         injected = self._inject(context_hidden_states)
@@ -224,14 +248,17 @@ class DFlashDraftModel(Drafter):
         hidden = noise_embeds.to(injected.dtype)
         cos, sin = self.rotary_emb(hidden, position_ids)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-        for index, layer in enumerate(self.layers):
-            normed = run_norm(layer.input_layernorm, hidden)
+
+        def attend(layer: DFlashLayer, index: int, normed: torch.Tensor) -> torch.Tensor:
             query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
             key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
             if cache is not None:
                 key, value = cache.update(key, value, index)
             mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            hidden = layer.add_attention(hidden, mixed.transpose(1, 2).flatten(2))
+            return mixed.transpose(1, 2).flatten(2)
+
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, partial(attend, layer, index))
         return BaseModelOutputWithPast(last_hidden_state=run_norm(self.norm, hidden), **{CACHE_NAME: cache})
 
     def begin(
@@ -252,21 +279,32 @@ class DFlashDraftModel(Drafter):
         rotation = self.rotary_emb(hidden, positions)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = self.run_recomputed(self._run_layer, layer, hidden, rotation, key, value, plan, packing)
-        slots = packing.unpack(run_norm(self.norm, hidden))[:, :, 1 : 1 + num_drafts]
-        return DFlashState(1, slots[:, :, 0], slots, None)
+        start = 0 if self.config.sample_from_anchor else 1
+        block = packing.unpack(run_norm(self.norm, hidden))[:, :, start : start + num_drafts]
+        first = self.join_token(block[:, :, 0], anchor_tokens)
+        return DFlashState(1, first, None if self.reads_drafts else block, block, None)
 
     def advance(self, state: DraftState, tokens: torch.Tensor, columns: torch.Tensor | None = None) -> "DFlashState":
         assert isinstance(state, DFlashState), "a state of this family"
-        if columns is None:
-            columns = state.columns
-        else:
+        if columns is not None:
             columns = columns.clamp(min=0)
             columns = columns if state.columns is None else state.columns.gather(1, columns)
-        assert state.block_hidden is not None
-        hidden = state.block_hidden[:, :, state.slot]
-        if columns is not None:
-            hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-        return replace(state, slot=state.slot + 1, hidden=hidden, columns=columns)
+            state = replace(state, columns=columns)
+        hidden = self.join_token(state.slots(state.slot + 1, 1)[:, :, 0], tokens)
+        return replace(state, slot=state.slot + 1, hidden=hidden)
+
+    def run_along(self, state: DraftState, drafts: torch.Tensor) -> tuple["DFlashState", torch.Tensor]:
+        assert isinstance(state, DFlashState), "a state of this family"
+        following = self.join_token(state.slots(state.slot + 1, drafts.shape[-1]), drafts)
+        hidden = torch.cat([state.hidden[:, :, None], following], dim=2)
+        return replace(state, slot=state.slot + drafts.shape[-1], hidden=hidden[:, :, -1]), hidden
+
+    def join_token(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        Make states ready for the head, `(..., W)`, of what the layers make of a slot, `(..., H)`, and the token before
+        it, `(...)`, in target ids. A family whose slots read no draft has nothing to join.
+        """
+        return hidden
 
     def _run_layer(
         self,
@@ -285,15 +323,17 @@ class DFlashDraftModel(Drafter):
             """Turn `(N, heads, S, d)` into `(B, heads, A, S, d)`."""
             return packing.unpack(states).transpose(1, 2)
 
-        normed = run_norm(layer.input_layernorm, hidden)
-        key, value = attention.key_value(normed, *rotation)
-        mixed = anchored_attention(
-            spread(attention.query(normed, *rotation)),
-            context_key,
-            context_value,
-            [spread(key)],
-            [spread(value)],
-            plan,
-            attention.head_dim**-0.5,
-        )
-        return layer.add_attention(hidden, packing.pack(mixed))
+        def attend(normed: torch.Tensor) -> torch.Tensor:
+            key, value = attention.key_value(normed, *rotation)
+            mixed = anchored_attention(
+                spread(attention.query(normed, *rotation)),
+                context_key,
+                context_value,
+                [spread(key)],
+                [spread(value)],
+                plan,
+                attention.head_dim**-0.5,
+            )
+            return packing.pack(mixed)
+
+        return layer(hidden, attend)

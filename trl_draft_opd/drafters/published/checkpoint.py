@@ -194,7 +194,7 @@ def read_drafter_tensors(
                 "Remove one."
             )
         published_names[name] = published_name
-        if name in _OF_THE_TARGET[imported.family]:
+        if name in _OF_THE_TARGET.get(imported.family, ()):
             if tensor.shape != (vocab_size, hidden_size):
                 raise ValueError(
                     f"{published_name!r} has shape {tuple(tensor.shape)}, but the target's would be "
@@ -226,7 +226,7 @@ def check_tensors_fit(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, 
 
 def _our_name(published_name: str, family: str) -> str:
     name = published_name.removeprefix("model.")
-    for beginning, ours in _RENAMED[family].items():
+    for beginning, ours in _RENAMED.get(family, {}).items():
         if name.startswith(beginning):
             return ours + name.removeprefix(beginning)
     return name

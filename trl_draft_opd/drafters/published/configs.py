@@ -24,6 +24,7 @@ _KNOWN = {
     "Eagle3LlamaForCausalLM": ("eagle3", "flat"),
     "LlamaForCausalLM": ("eagle3", "flat"),
     "DFlashDraftModel": ("dflash", "flat"),
+    "DFlash2DraftModel": ("dflash2", "flat"),
     "MuseGlimmerAssistantModel": ("dflash", "transformers"),
 }
 # Ends of the names of what is no drafter, unless it is known as one.
@@ -37,7 +38,6 @@ _PEAGLE = "P-EAGLE (all drafts in one pass from a learned hidden state)"
 _EAGLE1 = "EAGLE-1/2 (features of the last layer only)"
 _QK_NORM = "EAGLE-3 with query and key norms (the Qwen3 layer)"
 _UNSUPPORTED = {
-    "DFlash2DraftModel": _DFLASH2,
     "Qwen3DSparkModel": _DSPARK,
     "DSparkDraftModel": _DSPARK,
     "DominoDraftModel": _DOMINO,
@@ -86,11 +86,12 @@ _SIZES = (
 _COPIED = ("hidden_act", "rms_norm_eps", "initializer_range")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OF_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _NORM_FLAGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
 # Every name that is looked at, in whatever section; a misspelt one would leave a default in its place.
 _READ = {
-    *(*_SIZES, *_COPIED, *_TOKEN_IDS, *_NORM_FLAGS, *_REFUSED_EAGLE3, *_REFUSED_DFLASH),
+    *(*_SIZES, *_COPIED, *_TOKEN_IDS, *_OF_DFLASH2, *_NORM_FLAGS, *_REFUSED_EAGLE3, *_REFUSED_DFLASH),
     *(
         "architectures speculators_model_type speculators_config eagle_config dflash_config projector_type "
         "transformer_layer_config rope_parameters rope_scaling rope_theta num_target_layers target_hidden_size "
@@ -169,7 +170,7 @@ def parse_drafter_config(
     """
     refuse_not_finite(raw, "config.json")
     family, layout = _decide(raw)
-    nested_name = {"eagle3": "eagle_config", "dflash": "dflash_config"}[family]
+    nested_name = "eagle_config" if family == "eagle3" else "dflash_config"
     shape = _mapping(raw, "transformer_layer_config") if layout == "speculators" else raw
     sections = _Sections(layout, raw, shape, _mapping(raw, nested_name), nested_name)
     for section in (raw, shape, sections.nested):
@@ -464,4 +465,6 @@ def _dflash_kwargs(sections: _Sections, shared: dict[str, Any]) -> dict[str, Any
         )
     _integer("block_size", found["block_size"], 2)
     _integer("mask_token_id", found["mask_token_id"], 0)
+    if sections.raw.get("architectures") == ["DFlash2DraftModel"]:
+        found |= {key: _integer(key, sections.nested.get(key), 1) for key in _OF_DFLASH2}
     return found
