@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from ..portable_config import PortableConfig
+from .exported_dflash import ExportedDFlash
 
 
 _SLIDING = "sliding_attention"
@@ -46,6 +47,7 @@ class DFlashDraftConfig(PortableConfig):
     model_type = "draft_opd_dflash"
     family = "dflash"
     title = "DFlash"
+    exported = ExportedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.
     default_num_anchors = 64

@@ -32,6 +32,7 @@ from ..precision import activation_dtype, run_norm
 from ..target_shape import shape_from_target, spread_layer_ids
 from .configuration_dflash import DFlashDraftConfig
 
+
 Attend = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..dflash import DFlashDraftConfig
+from .exported_dflash2 import ExportedDFlash2
 
 
 class DFlash2DraftConfig(DFlashDraftConfig):
@@ -30,6 +31,7 @@ class DFlash2DraftConfig(DFlashDraftConfig):
     model_type = "draft_opd_dflash2"
     family = "dflash2"
     title = "DFlash 2"
+    exported = ExportedDFlash2()
 
     conv_kernel_size: int = 2
     conv_group_size: int = 16

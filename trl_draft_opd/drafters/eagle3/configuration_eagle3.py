@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..portable_config import PortableConfig
+from .exported_eagle3 import ExportedEagle3
 
 
 class Eagle3DraftConfig(PortableConfig):
@@ -32,6 +33,7 @@ class Eagle3DraftConfig(PortableConfig):
     model_type = "draft_opd_eagle3"
     family = "eagle3"
     title = "EAGLE-3"
+    exported = ExportedEagle3()
     drafts_whole_blocks = False
     # Step 1 runs over all positions anyway, and later steps only where the earlier drafts were right.
     default_num_anchors = 0
