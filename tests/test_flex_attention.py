@@ -100,12 +100,16 @@ def test_one_mask_serves_all_layers_of_a_step(monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     made, block_mask = [], flex.block_mask
     monkeypatch.setattr(flex, "block_mask", lambda *args: (made.append(args[1:]), block_mask(*args))[1])
+    plain, causal = flex.Sight(), flex.Sight(window=4, is_causal=True)
     plan = AttentionPlan(torch.tensor([[2, 5, 9]]))
     draw = torch.randn
     for pieces in ([], [], [1], [1], [1, 1]):
         keys = [draw(1, 1, 3, size, 16) for size in pieces]
-        flex.attend_by_flex(draw(1, 2, 3, 1, 16), draw(1, 1, 9, 16), draw(1, 1, 9, 16), [*keys, *keys], plan, 1.0)
-    assert made == [(1, 9, ()), (1, 9, (1,)), (1, 9, (1, 1))]
+        inputs = (draw(1, 2, 3, 1, 16), draw(1, 1, 9, 16), draw(1, 1, 9, 16), [*keys, *keys], plan, 1.0)
+        flex.attend_by_flex(*inputs)
+        if pieces == [1]:
+            flex.attend_by_flex(*inputs, sight=causal)
+    assert made == [(1, 9, (), plain), (1, 9, (1,), plain), (1, 9, (1,), causal), (1, 9, (1, 1), plain)]
 
 
 def test_one_compilation_serves_all_lengths_of_text(monkeypatch):
@@ -180,7 +184,7 @@ def test_it_is_used_on_cuda_for_whole_tiles_of_usual_heads(works, monkeypatch):
     asked = []
     monkeypatch.setattr(backends, "_flex_works", lambda *args: (asked.append(args), works)[1])
     assert backends.choose_backend(Query(1, 32, 8, 16, 128), 8) == ("flex" if works else "products")
-    assert asked == [(torch.device("cuda:0"), torch.bfloat16, 32, 8, 128)]
+    assert asked == [(torch.device("cuda:0"), torch.bfloat16, 32, 8, 128, False, False)]
     for query in (
         Query(1, 32, 127, 1, 128),
         Query(1, 32, 8, 16, 8),
@@ -190,6 +194,9 @@ def test_it_is_used_on_cuda_for_whole_tiles_of_usual_heads(works, monkeypatch):
     ):
         assert backends.choose_backend(query, 8) == "products"
     assert len(asked) == 1
+    # Causal blocks are another mask, and sinks another output.
+    backends.choose_backend(Query(1, 32, 8, 16, 128), 8, True, True)
+    assert asked[1:] == [(torch.device("cuda:0"), torch.bfloat16, 32, 8, 128, True, True)]
     assert backends.choose_backend(torch.zeros(1, 4, 200, 1, 64), 2) == "flash"
 
 
@@ -199,15 +206,18 @@ def tried_on_the_cpu(monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     backends._flex_works.cache_clear()
-    yield lambda dtype=torch.bfloat16: backends._flex_works(torch.device("cpu"), dtype, 4, 2, 16)
+    yield lambda dtype=torch.bfloat16, variant=(False, False): backends._flex_works(
+        torch.device("cpu"), dtype, 4, 2, 16, *variant
+    )
     backends._flex_works.cache_clear()
 
 
+@pytest.mark.parametrize("variant", [(False, False), (True, True)], ids=["plain", "causal with sinks"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_kernel_that_is_right_is_trusted_without_a_word(tried_on_the_cpu, dtype):
+def test_a_kernel_that_is_right_is_trusted_without_a_word(tried_on_the_cpu, dtype, variant):
     with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error")
-        assert tried_on_the_cpu(dtype)
+        assert tried_on_the_cpu(dtype, variant)
 
 
 def test_a_kernel_that_does_not_compile_is_told_of_once(tried_on_the_cpu, monkeypatch):

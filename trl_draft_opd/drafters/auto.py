@@ -14,6 +14,7 @@ from .eagle3 import Eagle3DraftModel
 from .merging import merge_chain
 from .published.adapter import adapter_chain, naming_base, require_peft
 from .published.checkpoint import CheckpointSource, read_drafter_config
+from .published.family import FAMILIES
 
 
 #: The class of each family; its config's is `config_class`.
@@ -23,6 +24,8 @@ DRAFTER_CLASSES: dict[str, type[Drafter]] = {
     "dflash2": DFlash2DraftModel,
     "eagle3": Eagle3DraftModel,
 }
+# What reads a `config.json` lies below the families, and knows them from here.
+FAMILIES |= {name: drafter.config_class.published for name, drafter in DRAFTER_CLASSES.items()}
 _OTHER_BASE = "Give its drafter as `base`."
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .published.configs import parse_drafter_config
 from .published.exported import ExportedFamily
+from .published.family import PublishedFamily
 from .target_shape import check_layer_ids, refuse_misspelt
 
 
@@ -49,6 +50,8 @@ class PortableConfig(PreTrainedConfig):
     title: ClassVar[str]
     #: How the family is written, and who reads it.
     exported: ClassVar[ExportedFamily]
+    #: What is published of the family, and how it is read.
+    published: ClassVar[PublishedFamily]
     #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.
     drafts_whole_blocks: ClassVar[bool]
     #: Defaults of training, see `num_anchors` (0 is every position) and `position_decay` of [`DraftSFTConfig`], and

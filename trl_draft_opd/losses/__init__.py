@@ -5,6 +5,7 @@ from .budget import default_chunk_bytes
 from .chunked import LabelScores, RowLosses, chunked_divergence, score_labels
 from .divergences import LOSS_TYPES, divergence
 from .heads import Head
+from .keeping import Verification
 from .weights import d_pace_weights, mark_until_fail, position_weights, stream_scale
 
 
@@ -13,6 +14,7 @@ __all__ = [
     "Head",
     "LabelScores",
     "RowLosses",
+    "Verification",
     "chunked_divergence",
     "d_pace_weights",
     "default_chunk_bytes",

@@ -57,18 +57,28 @@ class Budget:
 
 
 def fit_budget(
-    chunk_bytes: int, hidden_NH: Tensor, head: Head, target_head: Head | None, *, is_reduced: bool, is_fused: bool
+    chunk_bytes: int,
+    hidden_NH: Tensor,
+    head: Head,
+    target_head: Head | None,
+    *,
+    is_reduced: bool,
+    is_fused: bool,
+    holds_probs: bool = False,
 ) -> Budget:
-    """Return how many rows fit into `chunk_bytes`; the fused kernels take no temporaries."""
+    """
+    Return how many rows fit into `chunk_bytes`; the fused kernels take no temporaries. `holds_probs` is whether the
+    target's probabilities of the drafter's tokens lie beside its logits.
+    """
     num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
     block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
     draft_vocab, target_vocab = head.vocab_size, target_head.vocab_size if target_head else 0
     temporaries = NUM_TEMPORARIES * max(draft_vocab, target_vocab)
     rows_per_block = max(1, int(num_logits * block_share) // temporaries)
     while_reading = target_vocab * target_head.num_buffers if target_head else 0
-    if target_head and is_reduced:
-        while_reading = max(while_reading, target_vocab + draft_vocab)
-    while_comparing = draft_vocab * (head.num_buffers + (target_head is not None))
+    if target_head and (is_reduced or holds_probs):
+        while_reading = max(while_reading, target_vocab + draft_vocab * (is_reduced + holds_probs))
+    while_comparing = draft_vocab * (head.num_buffers + (target_head is not None) + holds_probs)
     if not is_fused:
         num_logits -= rows_per_block * temporaries
     return Budget(max(1, num_logits // max(while_reading, while_comparing)), rows_per_block)

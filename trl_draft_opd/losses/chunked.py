@@ -22,23 +22,26 @@ from .budget import Chunk, cut_chunks, fit_budget
 from .comparison import Comparison, Target
 from .divergences import NO_TOKEN, accumulation_dtype, check_labels, check_sources, find_wrong_labels, normalise
 from .heads import Head, open_head
+from .keeping import Verification
 
 
 @dataclass(frozen=True)
 class RowLosses:
     """
-    The weighted loss of a set of rows, and two detached values of each row (`0` where its weight is `0`).
+    The weighted loss of a set of rows, and detached values of each row (`0` where its weight is `0`).
 
     Args:
         total (`torch.Tensor` of shape `()`):
             Differentiable `sum_n weights_n * loss_n` in nats, connected to the graph even without rows.
         rows_N (`torch.Tensor` of shape `(N,)`), lost_mass_N (`torch.Tensor` of shape `(N,)`):
             Losses before weighting, in nats, and the target's probability outside the drafter's vocabulary.
+        kept_N (`torch.Tensor` of shape `(N,)` or `None`): Chance that the draft is kept, where it was asked for.
     """
 
     total: Tensor
     rows_N: Tensor
     lost_mass_N: Tensor
+    kept_N: Tensor | None = None
 
 
 def chunked_divergence(
@@ -53,6 +56,7 @@ def chunked_divergence(
     loss_type: str,
     draft_token_ids: Tensor | None,
     chunk_bytes: int,
+    verification: Verification | None = None,
 ) -> RowLosses:
     """
     Compute the weighted sum of [`divergence`] from hidden states, with one chunk of logits alive at a time.
@@ -77,6 +81,8 @@ def chunked_divergence(
         chunk_bytes (`int`):
             Budget of all logit-sized tensors alive at a time, counted in float32 (float64 if given so). Exceeded only
             if one row does not fit. The gradient of a head that trains is beside it.
+        verification ([`Verification`], *optional*):
+            How drafts are verified, to have `kept_N` from the same logits. Needs the target, under `"ce"` too.
 
     Returns:
         `RowLosses`, its values per row in the order given.
@@ -85,6 +91,8 @@ def chunked_divergence(
         ValueError: If arguments do not fit together, or a label the drafter lacks has a nonzero weight under `"ce"`.
     """
     check_sources(loss_type, target_head is not None, labels_N)
+    if verification is not None and target_head is None:
+        raise ValueError("The chance that a draft is kept needs the target, got None. Pass it, or no `verification`.")
     if (target_hidden_MH is None) != (target_head is None):
         raise ValueError("Pass `target_hidden_MH` and `target_head` together, or neither: one of them is None.")
     if weights_N.requires_grad:
@@ -95,15 +103,22 @@ def chunked_divergence(
     if loss_type == "ce":
         assert labels_N is not None, "checked above"
         labels_N, needs_target = _draft_labels(labels_N, weights_N, head, target_head, draft_token_ids)
-        if not needs_target:
+        if not needs_target and verification is None:
             target_head = None  # nothing would be read from it: spare its projection
     is_fused = fused.is_used_for(hidden_NH)
     budget = fit_budget(
-        chunk_bytes, hidden_NH, head, target_head, is_reduced=draft_token_ids is not None, is_fused=is_fused
+        chunk_bytes,
+        hidden_NH,
+        head,
+        target_head,
+        is_reduced=draft_token_ids is not None,
+        # No kernel takes the chances.
+        is_fused=is_fused and verification is None,
+        holds_probs=verification is not None and verification.text is not None,
     )
     chunks = cut_chunks(weights_N, target_rows_N, num_states, budget.rows_per_chunk)
     work = _Work(
-        Comparison(loss_type, draft_token_ids, budget.rows_per_block, is_fused),
+        Comparison(loss_type, draft_token_ids, budget.rows_per_block, is_fused, verification),
         chunks,
         head,
         target_head,
@@ -117,7 +132,8 @@ def chunked_divergence(
         parameters = list(dict.fromkeys(parameter for parameter in head.parameters if parameter.requires_grad))
     else:
         hidden_NH = hidden_NH.detach()
-    return RowLosses(*_GradInForward.apply(work, hidden_NH, *parameters))
+    total, rows_N, lost_mass_N, kept_N = _GradInForward.apply(work, hidden_NH, *parameters)
+    return RowLosses(total, rows_N, lost_mass_N, None if verification is None else kept_N)
 
 
 @dataclass(frozen=True)
@@ -198,17 +214,19 @@ class _GradInForward(torch.autograd.Function):
     """Differentiate every chunk while its logits exist; the backward pass only scales what was stored."""
 
     @staticmethod
-    def forward(ctx: Any, work: _Work, hidden_NH: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, work: _Work, hidden_NH: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         wants_hidden_grad = ctx.needs_input_grad[1]
         wants_grad = wants_hidden_grad or len(parameters) > 0
         opened = open_head(work.head, parameters, wants_hidden_grad)
         weights_N = work.weights_N
-        rows_N, lost_mass_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
+        rows_N, lost_mass_N, kept_N = (torch.zeros_like(weights_N) for _ in range(3))
         hidden_grad_NH = torch.zeros_like(hidden_NH) if wants_hidden_grad else None
         for target, rows_C, places_C in work.read_targets():
             logits_CD = opened.project(hidden_NH[rows_C])
             weights_C = weights_N[rows_C] if wants_grad else None
             labels_C = None if work.labels_N is None else work.labels_N[rows_C]
+            if target is not None and target.text_S is not None:
+                kept_N[rows_C] = work.comparison.keep_chances(logits_CD, target, places_C).to(kept_N.dtype)
             losses_C = work.comparison.compare(logits_CD, weights_C, target, places_C, labels_C)
             rows_N[rows_C] = losses_C.to(rows_N.dtype)
             if target is not None and target.lost_mass_S is not None:
@@ -220,8 +238,8 @@ class _GradInForward(torch.autograd.Function):
             del logits_CD, target  # before the next chunk's exist
         sums = (summed.to(tensor.dtype) for summed, tensor in zip(opened.sums, parameters, strict=True))
         ctx.save_for_backward(hidden_grad_NH, *sums)
-        ctx.mark_non_differentiable(rows_N, lost_mass_N)
-        return (rows_N * weights_N).sum(), rows_N, lost_mass_N
+        ctx.mark_non_differentiable(rows_N, lost_mass_N, kept_N)
+        return (rows_N * weights_N).sum(), rows_N, lost_mass_N, kept_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -7,13 +7,14 @@ Shape letters:  C = rows of one chunk, S = target states of one chunk, b = rows 
 of the target, D = vocabulary of the drafter (`D == V` unless it is reduced)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import fused
 from .divergences import NO_TOKEN, accumulation_dtype, differentiate, differentiate_ce
+from .keeping import Verification
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class Target:
     """
     What rows are compared with: the target's logits, or under `ce` only the token it would choose.
 
-    `lost_mass_S` is `None` with a full vocabulary, `statistics_2S` where the eager formulas are used.
+    `lost_mass_S` is `None` with a full vocabulary, `statistics_2S` where the eager formulas are used, `text_S` (see
+    [`Verification`]) where nobody asks for the chances that drafts are kept.
     """
 
     logits_SD: Tensor | None
     choices_S: Tensor | None
     lost_mass_S: Tensor | None
     statistics_2S: Tensor | None = None
+    text_S: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,31 @@ class Comparison:
         rows_per_block (`int`): Rows that the eager formulas compare at a time: few keep their temporaries small, and
             on the CPU in its cache.
         is_fused (`bool`): Whether the fused kernels are used, as long as they run.
+        verification ([`Verification`], *optional*): How drafts are verified, where the chances of it are asked for.
     """
 
     loss_type: str
     draft_token_ids: Tensor | None
     rows_per_block: int
     is_fused: bool
+    verification: Verification | None = None
 
     def read_target(self, logits_SV: Tensor) -> Target:
-        """Take what the loss needs from the target's logits."""
+        """Take what is needed of the target's logits."""
+        if self.verification is None:
+            return self._read_loss(logits_SV)
+        blocks = self._blocks(len(logits_SV))
+        text_S = self.verification.read_text(logits_SV, self.draft_token_ids, blocks)
+        return replace(self._read_loss(logits_SV), text_S=text_S)
+
+    def keep_chances(self, logits_CD: Tensor, target: Target, places_C: Tensor) -> Tensor:
+        """Return the chance that the draft of each row is kept, `(C,)`; before [`compare`] overwrites its logits."""
+        assert self.verification is not None and target.text_S is not None, "asked for"
+        blocks = self._blocks(len(logits_CD))
+        return self.verification.chances(logits_CD, target.text_S, places_C, self.draft_token_ids, blocks)
+
+    def _read_loss(self, logits_SV: Tensor) -> Target:
+        """Take what the loss needs."""
         ids, is_ce = self.draft_token_ids, self.loss_type == "ce"
         if self.is_fused and not (ids is None and is_ce):
             found = fused.read_target(logits_SV, ids)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import SchedulerType
 
 from ..data.templates import read_template
+from ..drafters.base import Drafter
 from ..losses import LOSS_TYPES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
@@ -110,6 +111,9 @@ class DraftTrainingConfig(_BaseConfig):
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the
             committed token no probability.
+        confidence_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of a confidence head's loss beside the divergences, as DSpark is published; 0 only watches it. See
+            docs/learn/losses.md. Drafters without such a head take no other value.
         blocks_per_pass (`int`, *optional*):
             Most blocks of a micro-batch drafted at once in a step. More are drafted in several passes, each computed
             again in the backward pass: memory is that of one pass, however long a row is, for one more forward pass of
@@ -211,6 +215,7 @@ class DraftTrainingConfig(_BaseConfig):
         "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
     )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
+    confidence_loss_weight: float = setting(1.0, "Weight of a confidence head's loss, at least 0.")
     blocks_per_pass: int | None = setting(
         None, "Most blocks of a micro-batch drafted at once in a step; by default as many as have 65,536 slots."
     )
@@ -289,7 +294,7 @@ class DraftTrainingConfig(_BaseConfig):
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_draft_sampling(self.draft_sampling)
         self.sampling_settings()
-        check_at_least(self, 0, "max_skipped_updates")
+        check_at_least(self, 0, "max_skipped_updates", "confidence_loss_weight")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
         check_at_least(self, 1, "blocks_per_pass", "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         if not 0 <= self.d_pace_floor <= 1:
@@ -391,6 +396,16 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise `ValueError` unless `value`, given for the setting `name`, is one of `known`."""
     if value not in known:
         raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+
+
+def check_confidence_weight(args: DraftTrainingConfig, drafter: Drafter) -> None:
+    """Raise `ValueError` if the loss of a confidence head is weighed of a drafter that has none."""
+    config: Any = drafter.config
+    if args.confidence_loss_weight != DraftTrainingConfig.confidence_loss_weight and not config.has_confidence_head:
+        raise ValueError(
+            f"`confidence_loss_weight` is {args.confidence_loss_weight}, but this {config.title} drafter has no "
+            "confidence head. Leave it out."
+        )
 
 
 def check_position_decay(position_decay: float) -> None:

@@ -33,13 +33,22 @@ from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
 from .card_memory import check_weights_fit, fit_to_card
-from .common_config import DraftTrainingConfig
+from .common_config import DraftTrainingConfig, check_confidence_weight
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
 from .metrics import best_model_metrics
 from .pair import Pair, load_pair
 from .publishing import PublishingTrainer
-from .step import Objective, PreparedBatch, SlotRules, StepLoss, StreamSettings, step_loss, weight_sums
+from .step import (
+    Objective,
+    PreparedBatch,
+    SlotRules,
+    StepLoss,
+    StreamSettings,
+    step_loss,
+    verification_of,
+    weight_sums,
+)
 from .texts import AnyDataset, read_each
 
 
@@ -80,6 +89,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._check_request(args, eval_dataset)
         with library_bars(not args.disable_tqdm):
             pair = load_pair(model, target, args, processing_class, peft_config)
+            check_confidence_weight(args, pair.drafter)
             if eval_dataset is not None:
                 self._check_best_metric(args, eval_dataset, pair.num_drafts)
             # Before a row is read: what would not fit into the target's positions is refused or counted.
@@ -216,7 +226,15 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return loss * self.accelerator.num_processes
 
     def _objective(self, sums: torch.Tensor) -> Objective:
-        return Objective(self.streams, self.slot_rules, self._chunk_bytes, sums, self.args.blocks_per_pass)
+        return Objective(
+            self.streams,
+            self.slot_rules,
+            self._chunk_bytes,
+            sums,
+            self.args.blocks_per_pass,
+            verification_of(self._drafting),
+            self.args.confidence_loss_weight,
+        )
 
     @property
     def _chunk_bytes(self) -> int:

@@ -8,9 +8,11 @@ Shape letters:  B = sequences, A = blocks per sequence, N = blocks that are trai
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..drafters.base import Drafter, run_blocks
@@ -18,6 +20,7 @@ from ..drafters.packing import RowPacking
 from ..losses import (
     Head,
     RowLosses,
+    Verification,
     chunked_divergence,
     d_pace_weights,
     mark_until_fail,
@@ -25,7 +28,9 @@ from ..losses import (
     score_labels,
     stream_scale,
 )
+from ..rollout.acceptance import token_probs
 from ..rollout.blocks import BlockBatch
+from ..rollout.drafting import DraftingSettings
 from ..rollout.replay import TargetText
 from ..rollout.types import Rollout
 from ..target.frozen import FrozenTarget
@@ -100,6 +105,8 @@ class Objective:
         weight_sums (`torch.Tensor` of shape `(3,)`):
             [`weight_sums`] of the whole step, all ranks together, on the host.
         blocks_per_pass: Most blocks drafted at once, see [`run_blocks`].
+        verification: How drafts are verified, which the labels of a confidence head follow; greedily by default.
+        confidence_weight: Weight of a confidence head's loss beside the divergences.
     """
 
     streams: dict[str, StreamSettings]
@@ -107,6 +114,8 @@ class Objective:
     chunk_bytes: int
     weight_sums: torch.Tensor
     blocks_per_pass: int | None = None
+    verification: Verification = Verification(None, None)
+    confidence_weight: float = 1.0
 
     def scale(self, stream: str) -> float:
         """Return the factor of each row weight of a stream: its share of the loss over the sum of its weights."""
@@ -170,6 +179,19 @@ def weight_sums(
     return sums
 
 
+def verification_of(settings: DraftingSettings) -> Verification:
+    """
+    Return how drafts are verified under these settings: what a confidence head is trained to foresee.
+
+    At temperature 0 a draft is kept or not, and the label is 1 or 0. Above, it is a chance: `sum min(p, q)` where
+    drafts are drawn, `p(draft)` where they are argmax, with temperature, top-k and top-p in both distributions.
+    """
+    probs = partial(token_probs, settings=settings.sampling)
+    return Verification(
+        text=None if settings.sampling.is_greedy else probs, drafts=probs if settings.draws_drafts else None
+    )
+
+
 def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, objective: Objective) -> StepLoss:
     """
     Draft the blocks of a micro-batch anew, with gradient, and compare the drafter with the target on the same states.
@@ -199,6 +221,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
     labels = blocks.pick(batch.blocks.labels)
     states, target_rows = blocks.target_states(batch, reading.last_hidden)
     factors = _slot_factors(drafter, hidden, head, labels, blocks.trained_slots(batch.blocks, trained), objective)
+    confidence = drafter.confidence_logits(hidden)
     # Each total reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
     loss = hidden.new_zeros(())
     sums: dict[str, tuple[float | torch.Tensor, float | torch.Tensor]] = {}
@@ -216,9 +239,16 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
             loss_type=settings.loss_type,
             draft_token_ids=drafter.draft_token_ids,
             chunk_bytes=objective.chunk_bytes,
+            verification=None if confidence is None else objective.verification,
         )
         loss = loss + objective.scale(name) * rows.total
         sums |= _stream_sums(name, rows, own_weights.flatten(), drafter)
+        if confidence is not None:
+            # Without the factors of slot rules, but for the rows that these leave out: those have no label.
+            fixed_weights = (blocks.pick(weights[name]) * (own_weights != 0)).flatten()
+            total, own_sums = _confidence_loss(name, confidence.flatten(), rows, fixed_weights)
+            loss = loss + objective.scale(name) * objective.confidence_weight * total
+            sums |= own_sums
     return StepLoss(loss, DeviceSums.of(sums, hidden.device))
 
 
@@ -334,6 +364,28 @@ def _slot_factors(
     if rules.is_until_fail:
         factors = factors * mark_until_fail(scores.is_top_N.view_as(labels))
     return factors
+
+
+def _confidence_loss(
+    name: str, logits: torch.Tensor, rows: RowLosses, weights: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]]:
+    """
+    Return the weighted sum of a confidence head's losses on the rows of a stream, and what it adds to the metrics.
+
+    The loss of a row is the cross-entropy between the chance that its draft is kept, a constant, and the predicted
+    one: least where they are equal. Its gradient reaches the layers too. Source:
+    [DSpark](https://huggingface.co/papers/2607.05147).
+    """
+    assert rows.kept_N is not None, "asked for"
+    logits = logits.to(rows.kept_N.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, rows.kept_N, reduction="none") * weights
+    total = weights.sum(dtype=torch.float64)
+    predicted = logits.detach().sigmoid()
+    return losses.sum(), {
+        f"confidence_loss/{name}": (losses.detach().sum(dtype=torch.float64), total),
+        f"confidence/{name}": ((predicted * weights).sum(dtype=torch.float64), total),
+        f"kept/{name}": ((rows.kept_N * weights).sum(dtype=torch.float64), total),
+    }
 
 
 def _stream_sums(

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .backends import choose_backend
 from .flex import attend_by_flex
-from .plan import AttentionPlan
+from .plan import AttentionPlan, Sight
 from .tiles import attend_in_tiles
 
 
-__all__ = ["AttentionPlan", "anchored_attention", "choose_backend"]
+__all__ = ["AttentionPlan", "Sight", "anchored_attention", "choose_backend"]
 
 
 def anchored_attention(
@@ -32,12 +32,14 @@ def anchored_attention(
     blocks: Tensor | AttentionPlan,
     scaling: float,
     backend: str | None = None,
+    sight: Sight = Sight(),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """
     Let every block attend to the context before its anchor and to its own block keys.
 
-    A context entry is visible to a block iff its index is at least the block's first and smaller than its anchor;
-    blocks never see each other. Differentiable once.
+    A context entry is visible to a block iff its index is at least the block's first and smaller than its anchor, and
+    within the window, if there is one; blocks never see each other. Differentiable once.
 
     Args:
         query (`torch.Tensor` of shape `(B, h, A, S, d)`): Queries, positions already rotated in.
@@ -50,6 +52,9 @@ def anchored_attention(
             above its block's first entry, so that every query sees a key. Cheapest when ascending.
         scaling (`float`): Factor on the scores, usually `d ** -0.5`.
         backend (`str`, *optional*): `"flash"`, `"flex"` or `"products"`; [`choose_backend`] says which by default.
+        sight ([`Sight`], *optional*): Window and order of the layer; all of the plan if not given.
+        sinks (`torch.Tensor` of shape `(h,)`, *optional*):
+            A logit per head, added to the softmax's denominator: a key that all queries see, whose value is zero.
 
     Returns:
         `torch.Tensor` of shape `(B, A, S, h * d)`.
@@ -58,7 +63,7 @@ def anchored_attention(
     dtype = context_value.dtype
     query, context_key = query.to(dtype), context_key.to(dtype)
     pieces = [piece.to(dtype) for piece in (*block_keys, *block_values)]
-    backend = backend or choose_backend(query, context_key.shape[1])
+    backend = backend or choose_backend(query, context_key.shape[1], sight.is_causal, sinks is not None)
     if backend == "flex":
-        return attend_by_flex(query, context_key, context_value, pieces, plan, scaling)
-    return attend_in_tiles(query, context_key, context_value, pieces, plan, scaling, backend)
+        return attend_by_flex(query, context_key, context_value, pieces, plan, scaling, sight, sinks)
+    return attend_in_tiles(query, context_key, context_value, pieces, plan, scaling, backend, sight, sinks)

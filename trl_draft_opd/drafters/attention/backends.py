@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from .flex import TILE, attend_by_flex
-from .plan import AttentionPlan
+from .plan import AttentionPlan, Sight
 from .tiles import attend_in_tiles
 
 
-def choose_backend(query: Tensor, num_groups: int) -> str:
+def choose_backend(query: Tensor, num_groups: int, is_causal: bool = False, has_sinks: bool = False) -> str:
     """
-    Return the fastest backend for the attention of `query`, `(B, h, A, S, d)`, on keys of `num_groups` heads.
+    Return the fastest backend for the attention of `query`, `(B, h, A, S, d)`, on keys of `num_groups` heads, with
+    causal blocks or not, and with sinks or not.
 
     On the CPU that is its fused kernel; on CUDA `flex_attention`, but for float64, unusual heads, and fewer queries
     than one of its tiles, as live decoding has. Everywhere else it is products.
@@ -29,17 +30,17 @@ def choose_backend(query: Tensor, num_groups: int) -> str:
         return "flash"
     _, num_heads, num_blocks, num_queries, head_dim = query.shape
     if query.is_cuda and num_blocks * num_queries >= TILE and 16 <= head_dim <= 256 and query.dtype != torch.float64:
-        if _flex_works(query.device, query.dtype, num_heads, num_groups, head_dim):
+        if _flex_works(query.device, query.dtype, num_heads, num_groups, head_dim, is_causal, has_sinks):
             return "flex"
     return "products"
 
 
 @cache
-def _flex_works(device: torch.device, dtype: torch.dtype, num_heads: int, num_groups: int, head_dim: int) -> bool:
-    """Return whether the fused kernel compiles and is right for these heads; warn if not."""
+def _flex_works(device: torch.device, dtype: torch.dtype, *shape: int) -> bool:
+    """Return whether the fused kernel compiles and is right for heads as in [`_try_flex`]; warn if not."""
     # This is asked under any mode of autograd and autocast, and inside of checkpointed layers. Threads begin without.
     with ThreadPoolExecutor(1) as thread:
-        failure = thread.submit(_try_flex, device, dtype, num_heads, num_groups, head_dim).result()
+        failure = thread.submit(_try_flex, device, dtype, *shape).result()
     if failure is not None:
         warnings.warn(
             f"torch's flex_attention does not work here ({failure}). The drafter's attention is computed by matrix "
@@ -48,7 +49,15 @@ def _flex_works(device: torch.device, dtype: torch.dtype, num_heads: int, num_gr
     return failure is None
 
 
-def _try_flex(device: torch.device, dtype: torch.dtype, num_heads: int, num_groups: int, head_dim: int) -> str | None:
+def _try_flex(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_groups: int,
+    head_dim: int,
+    is_causal: bool,
+    has_sinks: bool,
+) -> str | None:
     """Hold values and gradients of the fused kernel to products; return what is wrong, or `None`."""
     generator = torch.Generator().manual_seed(0)
     # Seven tiles of queries on eleven of keys: sizes that equal a number of heads would be compiled in as that number.
@@ -64,11 +73,14 @@ def _try_flex(device: torch.device, dtype: torch.dtype, num_heads: int, num_grou
     # Two texts, blocks at every fourth token.
     anchors = torch.arange(4, 4 * num_blocks + 1, 4, device=device)[None]
     plan = AttentionPlan(anchors, (anchors > length // 2).long() * (length // 2))
-    leaves = [query, key, value, *pieces]
+    sinks = torch.zeros(num_heads, device=device, dtype=dtype, requires_grad=True) if has_sinks else None
+    leaves = [query, key, value, *pieces] + ([] if sinks is None else [sinks])
     results: list[list[Tensor]] = []
     try:
         for attend, options in ((attend_by_flex, ()), (attend_in_tiles, ("products",))):
-            out = attend(query, key, value, pieces, plan, head_dim**-0.5, *options)
+            # A window is another number in the mask's tensors, the same code.
+            sight = Sight(window=100, is_causal=is_causal)
+            out = attend(query, key, value, pieces, plan, head_dim**-0.5, *options, sight=sight, sinks=sinks)
             results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out) + out.detach())])
     except Exception as error:  # noqa: BLE001  a compiler raises anything
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .plan import AttentionPlan
+from .plan import AttentionPlan, Sight
 
 
 # Queries, and keys, of one tile: torch's own choice, which its kernels divide further.
@@ -34,25 +34,34 @@ def attend_by_flex(
     pieces: list[Tensor],
     plan: AttentionPlan,
     scaling: float,
+    sight: Sight = Sight(),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As [`attend_in_tiles`]."""
     B, h, A, S, d = query.shape
     keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
     sizes = tuple(piece.shape[3] for piece in keys)
     shape = (S, context_key.shape[2], sizes)
-    mask = plan.remember(("flex", shape), lambda: block_mask(plan, *shape))
+    mask = plan.remember(("flex", shape, sight), lambda: block_mask(plan, *shape, sight))
     run = compiled_flex() if query.is_cuda else flex_attention
     if scaling != d**-0.5:
         # The kernel's own scaling is a constant of its code; one handed in would be compiled as a variable.
         query = query * (scaling * d**0.5)
     with torch.autocast(query.device.type, enabled=False):
-        out = run(
+        result = run(
             query.flatten(2, 3),
             torch.cat([context_key, *(piece.flatten(2, 3) for piece in keys)], dim=2),
             torch.cat([context_value, *(piece.flatten(2, 3) for piece in values)], dim=2),
             block_mask=mask,
             enable_gqa=h != context_key.shape[1],
+            return_aux=None if sinks is None else AuxRequest(lse=True),
         )
+        if sinks is None:
+            out = result
+        else:
+            # What the softmax over keys alone gives, times the share that the sink leaves the keys.
+            out, lse = result[0], result[1].lse
+            out = out * (lse - sinks.to(lse.dtype)[:, None]).sigmoid()[..., None].to(out.dtype)
     return out.transpose(1, 2).reshape(B, A, S, h * d)
 
 
@@ -62,7 +71,9 @@ def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def block_mask(plan: AttentionPlan, num_queries: int, context_length: int, sizes: Sequence[int]) -> BlockMask:
+def block_mask(
+    plan: AttentionPlan, num_queries: int, context_length: int, sizes: Sequence[int], sight: Sight = Sight()
+) -> BlockMask:
     """
     Return who sees whom in terms of tiles, without looking at any pair: from the least and greatest entries that the
     queries of a tile see. Waits for nothing.
@@ -72,9 +83,8 @@ def block_mask(plan: AttentionPlan, num_queries: int, context_length: int, sizes
     # By query: its block, and the context entries it sees, `first <= entry < end`.
     block = torch.arange(A * num_queries, device=device, dtype=torch.int32) // num_queries
     ends = plan.anchors.int().repeat_interleave(num_queries, dim=1, output_size=len(block))
-    firsts = torch.zeros_like(ends)
-    if plan.firsts is not None:
-        firsts = plan.firsts.int().repeat_interleave(num_queries, dim=1, output_size=len(block))
+    entries = plan.first_entries(num_queries, sight.window)
+    firsts = torch.zeros_like(ends) if entries is None else entries.int().expand(-1, -1, num_queries).reshape(B, -1)
     # By key: its block, -1 in the context.
     owners = [torch.arange(A * size, device=device, dtype=torch.int32) // size for size in sizes]
     owner = torch.cat([block.new_full((context_length,), -1), *owners])
@@ -83,9 +93,16 @@ def block_mask(plan: AttentionPlan, num_queries: int, context_length: int, sizes
         # Lookups alone, and no number: a number would be compiled in. An own key's index lies above every end.
         return ((firsts[b, q] <= k) & (k < ends[b, q])) | (owner[k] == block[q])
 
+    # Where causal blocks have one key per query, in their order: the place of each query's own key.
+    places = torch.arange(context_length, context_length + len(block), device=device, dtype=torch.int32)
+
+    def is_seen_in_order(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((firsts[b, q] <= k) & (k < ends[b, q])) | ((owner[k] == block[q]) & (k <= places[q]))
+
     some, all_ = tile_sight(ends, firsts, block, A, context_length, sizes)
     counts, order = _in_order(torch.stack([some & ~all_, all_]))
-    return BlockMask.from_kv_blocks(counts[0], order[0], counts[1], order[1], TILE, is_seen, (len(block), len(owner)))
+    shown, lengths = is_seen_in_order if sight.is_causal else is_seen, (len(block), len(owner))
+    return BlockMask.from_kv_blocks(counts[0], order[0], counts[1], order[1], TILE, shown, lengths)
 
 
 def tile_sight(

@@ -17,10 +17,14 @@ def softmax_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def block_scores(query: Tensor, keys: Sequence[Tensor], scaling: float) -> Tensor:
-    """Return the scores of every query with its own block's keys, `(B, h, A, S, T)`."""
+def block_scores(query: Tensor, keys: Sequence[Tensor], scaling: float, is_causal: bool) -> Tensor:
+    """Return the scores of every query with its own block's keys, `(B, h, A, S, T)`; -inf where it is blind."""
     dtype = softmax_dtype(query)
-    return torch.cat([_pairwise(query.to(dtype), key.to(dtype)) for key in keys], dim=-1).mul_(scaling)
+    scores = torch.cat([_pairwise(query.to(dtype), key.to(dtype)) for key in keys], dim=-1).mul_(scaling)
+    if is_causal:
+        slots = torch.arange(query.shape[3], device=query.device)
+        scores.masked_fill_(slots > slots[:, None], float("-inf"))
+    return scores
 
 
 def _pairwise(left: Tensor, right: Tensor) -> Tensor:

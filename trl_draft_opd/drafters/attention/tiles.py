@@ -17,7 +17,7 @@ from torch import Tensor
 from . import kernels
 from .kernels import Hide
 from .own_keys import block_backward, block_scores, mix_block, softmax_dtype
-from .plan import AttentionPlan
+from .plan import AttentionPlan, Sight
 
 
 # Forward and backward of the context part, by name.
@@ -35,18 +35,22 @@ def attend_in_tiles(
     plan: AttentionPlan,
     scaling: float,
     kernel: str,
+    sight: Sight = Sight(),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """
     Attend with a kernel of `KERNELS`, all tensors of one dtype; `pieces` are the blocks' keys, then their values. The
     shapes are those of [`anchored_attention`]. Differentiable once.
     """
-    return _Attention.apply(plan, scaling, kernel, query, context_key, context_value, *pieces)
+    return _Attention.apply(plan, scaling, kernel, sight, sinks, query, context_key, context_value, *pieces)
 
 
-def _walk(plan: AttentionPlan, num_queries: int) -> Iterator[tuple[slice, slice, Hide]]:
+def _walk(plan: AttentionPlan, num_queries: int, window: int | None) -> Iterator[tuple[slice, slice, Hide]]:
     """Yield each tile's queries, its context entries, and how to hide those that a query does not see."""
-    for tile in plan.tiles(num_queries):
-        hide = partial(plan.hide, tile=tile, num_queries=num_queries) if tile.has_hidden else None
+    for tile in plan.tiles(num_queries, window):
+        hide = None
+        if tile.has_hidden:
+            hide = partial(plan.hide, tile=tile, num_queries=num_queries, window=window)
         yield slice(tile.start * num_queries, tile.stop * num_queries), slice(tile.first, tile.end), hide
 
 
@@ -59,6 +63,8 @@ class _Attention(torch.autograd.Function):
         plan: AttentionPlan,
         scaling: float,
         kernel: str,
+        sight: Sight,
+        sinks: Tensor | None,
         query: Tensor,
         context_key: Tensor,
         context_value: Tensor,
@@ -72,26 +78,29 @@ class _Attention(torch.autograd.Function):
             out = query.new_empty(B, A * S, h, d)
             lse = query.new_empty(B, h, A * S, dtype=softmax_dtype(query))
             flat = query.flatten(2, 3)
-            for part, seen, hide in _walk(plan, S):
+            for part, seen, hide in _walk(plan, S, sight.window):
                 tile_key, tile_value = context_key[:, :, seen], context_value[:, :, seen]
                 tile_out, lse[:, :, part] = attend(flat[:, :, part], tile_key, tile_value, hide, scaling)
                 out[:, part] = tile_out.transpose(1, 2)
-            weights = None
+            weights, scores, merged = None, None, lse
             if keys:
-                scores = block_scores(query, keys, scaling)
-                merged = torch.logaddexp(lse, scores.logsumexp(dim=-1).flatten(2, 3))
+                scores = block_scores(query, keys, scaling, sight.is_causal)
+                merged = torch.logaddexp(merged, scores.logsumexp(dim=-1).flatten(2, 3))
+            if sinks is not None:
+                merged = torch.logaddexp(merged, sinks.to(merged.dtype)[:, None])
+            if merged is not lse:
                 out *= (lse - merged).exp_().transpose(1, 2)[..., None].to(out.dtype)
+            if scores is not None:
                 weights = scores.sub_(merged.unflatten(2, (A, S))[..., None]).exp_().to(query.dtype)
-                lse = merged
                 out += mix_block(weights, values).transpose(1, 2)
-        ctx.save_for_backward(query, context_key, context_value, out, lse, weights, *pieces)
-        ctx.plan, ctx.scaling, ctx.kernel = plan, scaling, kernel
+        ctx.save_for_backward(sinks, query, context_key, context_value, out, merged, weights, *pieces)
+        ctx.plan, ctx.scaling, ctx.sight, ctx.kernel = plan, scaling, sight, kernel
         return out.view(B, A, S, h * d)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, context_key, context_value, out, lse, weights, *pieces = ctx.saved_tensors
+        sinks, query, context_key, context_value, out, lse, weights, *pieces = ctx.saved_tensors
         keys, values = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
         B, h, A, S, d = query.shape
         _, attend_backward = KERNELS[ctx.kernel]
@@ -101,7 +110,7 @@ class _Attention(torch.autograd.Function):
             flat = query.flatten(2, 3)
             grad_query = torch.empty_like(flat)
             grad_key, grad_value = torch.zeros_like(context_key), torch.zeros_like(context_value)
-            for part, seen, hide in _walk(ctx.plan, S):
+            for part, seen, hide in _walk(ctx.plan, S, ctx.sight.window):
                 # With the merged output and log-sum-exp, the kernel's formulas differentiate the merged softmax.
                 tile_grads = attend_backward(
                     grad[:, :, part],
@@ -116,12 +125,14 @@ class _Attention(torch.autograd.Function):
                 grad_query[:, :, part] = tile_grads[0]
                 grad_key[:, :, seen] += tile_grads[1]
                 grad_value[:, :, seen] += tile_grads[2]
-            grad_query = grad_query.view_as(query)
-            grad_pieces = []
-            if keys:
-                delta = (grad * out).sum(dim=-1, dtype=lse.dtype).unflatten(2, (A, S))
+            grad_query, grad_sinks, grad_pieces = grad_query.view_as(query), None, []
+            delta = None if sinks is None and not keys else (grad * out).sum(dim=-1, dtype=lse.dtype)
+            if delta is not None and sinks is not None:
+                # A sink is a key like others, whose value is zero.
+                grad_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum(dim=(0, 2)).to(sinks.dtype)
+            if delta is not None and keys:
                 grad_block, *grad_pieces = block_backward(
-                    grad.unflatten(2, (A, S)), query, keys, values, weights, delta, ctx.scaling
+                    grad.unflatten(2, (A, S)), query, keys, values, weights, delta.unflatten(2, (A, S)), ctx.scaling
                 )
                 grad_query += grad_block
-        return None, None, None, grad_query, grad_key, grad_value, *grad_pieces
+        return None, None, None, None, grad_sinks, grad_query, grad_key, grad_value, *grad_pieces

@@ -4,8 +4,10 @@
 import math
 from typing import Any
 
+from ..attention import Sight
 from ..portable_config import PortableConfig
 from .exported_dflash import ExportedDFlash
+from .published_dflash import PublishedDFlash
 
 
 _SLIDING = "sliding_attention"
@@ -48,6 +50,7 @@ class DFlashDraftConfig(PortableConfig):
     family = "dflash"
     title = "DFlash"
     exported = ExportedDFlash()
+    published = PublishedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.
     default_num_anchors = 64
@@ -119,11 +122,12 @@ class DFlashDraftConfig(PortableConfig):
                 f"`attention_value_scale` must be a number above 0, got {self.attention_value_scale}. 1.0 is no scale."
             )
 
-    def layer_attention(self, layer: int) -> tuple[int | None, bool]:
-        """Return the window of a layer, or `None`, and whether its slots see no slot behind them."""
+    def sight_of(self, layer: int) -> Sight:
+        """Return what the slots of a layer see."""
         assert self.layer_types is not None, "set by the config"
         is_sliding = self.layer_types[layer] == _SLIDING
-        return self.sliding_window if is_sliding else None, is_sliding if self.is_causal is None else self.is_causal
+        is_causal = is_sliding if self.is_causal is None else self.is_causal
+        return Sight(self.sliding_window if is_sliding else None, is_causal)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat portable profile, the form written to `config.json`."""

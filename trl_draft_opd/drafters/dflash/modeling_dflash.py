@@ -44,7 +44,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class DFlashAttention(nn.Module):
     """Qwen3-style attention whose keys and values come from the context features and from the block."""
 
-    def __init__(self, config: DFlashDraftConfig):
+    def __init__(self, config: DFlashDraftConfig, layer: int):
         super().__init__()
         assert config.head_dim is not None, "set by the config"
         self.head_dim = config.head_dim
@@ -54,6 +54,11 @@ class DFlashAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.sight, self.value_scale = config.sight_of(layer), config.attention_value_scale
+        # The published name; no bias, but a logit that no key has.
+        self.attention_sink_bias = None
+        if config.attention_sinks:
+            self.attention_sink_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def query(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Return rotated queries `(B, heads, n, d)` of `(B, n, H)` states."""
@@ -66,16 +71,44 @@ class DFlashAttention(nn.Module):
         """Return rotated keys and values `(B, kv_heads, n, d)` of `(B, n, H)` states."""
         key = run_norm(self.k_norm, self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return rotate(key, cos, sin), value
+        return rotate(key, cos, sin), value if self.value_scale == 1 else value * self.value_scale
+
+    def attend_natively(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Return the attention of one block, `(B, heads, S, d)`, for queries of that shape, and keys and values `(B,
+        kv_heads, n, d)` of the last `n` tokens, the block's own among them; `mask`, `(B, n or more)`, is false where
+        all queries are blind.
+        """
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        mask = None if mask is None else mask[:, None, None, -num_keys:]
+        window, is_causal = self.sight
+        # Tokens between a key and a query; below 0 for keys behind it. A window sees no less than the block.
+        places = torch.arange(num_keys, device=key.device)
+        behind = places[-num_queries:, None] - places
+        if window is not None:
+            mask = behind < window if mask is None else mask & (behind < window)
+        if is_causal:
+            mask = behind >= 0 if mask is None else mask & (behind >= 0)
+        if self.attention_sink_bias is not None:
+            # One more key, whose score is the sink and whose value is zero.
+            key, value = (nn.functional.pad(states, (0, 0, 0, 1)) for states in (key, value))
+            scores = query.new_zeros(query.shape[0], query.shape[1], num_queries, num_keys + 1)
+            scores[..., -1] = self.attention_sink_bias.to(query.dtype)[:, None]
+            if mask is not None:
+                scores[..., :-1].masked_fill_(~mask, float("-inf"))
+            mask = scores
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 class DFlashLayer(nn.Module):
     """One decoder layer under its published tensor names."""
 
-    def __init__(self, config: DFlashDraftConfig):
+    def __init__(self, config: DFlashDraftConfig, layer: int):
         super().__init__()
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = DFlashAttention(config)
+        self.self_attn = DFlashAttention(config, layer)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
@@ -139,7 +172,7 @@ class DFlashDraftModel(Drafter):
         feature_width = len(config.target_layer_ids) * config.target_hidden_size
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.layers = cast(list[DFlashLayer], layers)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
@@ -248,14 +281,14 @@ class DFlashDraftModel(Drafter):
             position_ids = torch.arange(seen, seen + num_context + block, device=noise_embeds.device)[None]
         hidden = noise_embeds.to(injected.dtype)
         cos, sin = self.rotary_emb(hidden, position_ids)
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        mask = None if attention_mask is None else attention_mask.bool()
 
         def attend(layer: DFlashLayer, index: int, normed: torch.Tensor) -> torch.Tensor:
             query = layer.self_attn.query(normed, cos[:, num_context:], sin[:, num_context:])
             key, value = layer.self_attn.key_value(torch.cat([injected, normed], dim=1), cos, sin)
             if cache is not None:
                 key, value = cache.update(key, value, index)
-            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            mixed = layer.self_attn.attend_natively(query, key, value, mask)
             return mixed.transpose(1, 2).flatten(2)
 
         for index, layer in enumerate(self.layers):
@@ -334,6 +367,8 @@ class DFlashDraftModel(Drafter):
                 [spread(value)],
                 plan,
                 attention.head_dim**-0.5,
+                sight=attention.sight,
+                sinks=attention.attention_sink_bias,
             )
             return packing.pack(mixed)
 

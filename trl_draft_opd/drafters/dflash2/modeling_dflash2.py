@@ -74,8 +74,8 @@ def convolve(states: torch.Tensor, base_kernel: torch.Tensor, kernels: torch.Ten
 class DFlash2Layer(DFlashLayer):
     """One decoder layer under its published tensor names: a DFlash's, with convolutions around both sublayers."""
 
-    def __init__(self, config: DFlash2DraftConfig):
-        super().__init__(config)
+    def __init__(self, config: DFlash2DraftConfig, layer: int):
+        super().__init__(config, layer)
         self.attention_conv = BlockConvolution(config)
         self.mlp_conv = BlockConvolution(config)
 

@@ -3,7 +3,7 @@
 Read a published drafter from a folder or the Hub: its config, and its tensors under this package's names.
 
 Nothing here runs code that comes with a checkpoint, or skips a tensor it does not know: whatever is not in the short
-lists below is handed on, and loading reports it.
+lists below and of its family is handed on, and loading reports it.
 """
 
 import json
@@ -21,28 +21,14 @@ from safetensors.torch import load_file
 
 from ...utils.loading import require_model
 from .configs import ParsedConfig, parse_drafter_config, refuse_not_finite
-from .vocabulary_maps import complete_vocabulary_maps
+from .family import FAMILIES, PublishedFamily
 
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
-# Engines embed masks with this file instead of the target's embedding.
-MASK_EMBEDDING_FILE = "mask_embedding.pt"
 
-# Beginnings of published names -> ours, after a leading `model.` is taken off.
-_RENAMED = {
-    "eagle3": {
-        "layers.0.": "midlayer.",
-        "aux_norm_low.": "fc_norm.0.",
-        "aux_norm_mid.": "fc_norm.1.",
-        "aux_norm_high.": "fc_norm.2.",
-    },
-    "dflash": {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."},
-}
-# The target's own tensors: copies in a drafter's file are not read. Their shape must be the target's.
-_OF_THE_TARGET = {"eagle3": {"embed_tokens.weight"}, "dflash": {"embed_tokens.weight", "lm_head.weight"}}
 # Computed from the config, or used by a trainer only.
 _NOT_LEARNED = re.compile(r"(.+\.)?rotary_emb\.(original_)?inv_freq")
 _TRAINING_ONLY = re.compile(r"verifier_.+")
@@ -172,20 +158,20 @@ def read_drafter_tensors(
     """
     Read the weights of a checkpoint, on the CPU and in the precision of the file, under this package's names.
 
-    Left out, because drafters here do not own them: the target's embedding (and, for DFlash, head), rotary
-    frequencies, `verifier_*` of the speculators format, and the vocabulary maps of an EAGLE-3 drafter over the full
-    vocabulary.
+    Left out, because drafters here do not own them: the target's embedding (and its head, where the drafter has none
+    of its own), rotary frequencies, `verifier_*` of the speculators format, and the vocabulary maps of a drafter over
+    the full vocabulary.
     """
-    if imported.family == "dflash" and source.find(MASK_EMBEDDING_FILE) is not None:
-        raise ValueError(
-            f"{str(source)!r} has a {MASK_EMBEDDING_FILE}, which is not supported: drafters here embed masks with the "
-            "target's embedding."
-        )
+    family = FAMILIES[imported.family]
+    for file, meaning in family.unread_files.items():
+        if source.find(file) is not None:
+            raise ValueError(f"{str(source)!r} has a {file}, which is not supported: {meaning}.")
+    of_the_target = family.of_the_target(imported.arguments)
     tensors: dict[str, torch.Tensor] = {}
     published_names: dict[str, str] = {}
     vocab_size, hidden_size = (imported.arguments[key] for key in ("vocab_size", "hidden_size"))
     for published_name, tensor in _read_weights(source, allow_pickle_weights).items():
-        name = _our_name(published_name, imported.family)
+        name = _our_name(published_name, family)
         if _NOT_LEARNED.fullmatch(name) or (imported.layout == "speculators" and _TRAINING_ONLY.fullmatch(name)):
             continue
         if name in published_names:
@@ -194,7 +180,7 @@ def read_drafter_tensors(
                 "Remove one."
             )
         published_names[name] = published_name
-        if name in _OF_THE_TARGET.get(imported.family, ()):
+        if name in of_the_target:
             if tensor.shape != (vocab_size, hidden_size):
                 raise ValueError(
                     f"{published_name!r} has shape {tuple(tensor.shape)}, but the target's would be "
@@ -204,7 +190,7 @@ def read_drafter_tensors(
         if name not in ("d2t", "t2d"):
             check_weight(published_name, tensor)
         tensors[name] = tensor
-    return complete_vocabulary_maps(tensors, imported.arguments) if imported.family == "eagle3" else tensors
+    return family.completed(tensors, imported.arguments)
 
 
 def check_tensors_fit(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], whose: str) -> None:
@@ -224,9 +210,9 @@ def check_tensors_fit(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, 
         )
 
 
-def _our_name(published_name: str, family: str) -> str:
+def _our_name(published_name: str, family: PublishedFamily) -> str:
     name = published_name.removeprefix("model.")
-    for beginning, ours in _RENAMED.get(family, {}).items():
+    for beginning, ours in family.renamed.items():
         if name.startswith(beginning):
             return ours + name.removeprefix(beginning)
     return name

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The two maps of an EAGLE-3 checkpoint over a part of the target's vocabulary: `d2t` and `t2d`.
+The two maps of a checkpoint over a part of the target's vocabulary: `d2t` and `t2d`.
 
 Shape letters:  V = the target's vocabulary, DV = draft vocabulary
 """
