@@ -5,6 +5,7 @@ from typing import Any
 
 from ..dflash import DFlashDraftConfig
 from .exported_dspark import ExportedDSpark
+from .published_dspark import PublishedDSpark
 
 
 class DSparkDraftConfig(DFlashDraftConfig):
@@ -35,6 +36,7 @@ class DSparkDraftConfig(DFlashDraftConfig):
     family = "dspark"
     title = "DSpark"
     exported = ExportedDSpark()
+    published = PublishedDSpark()
     # exp(-1 / 4), as published.
     default_position_decay = 0.78
 
