@@ -111,12 +111,13 @@ class PortableConfig(PreTrainedConfig):
         """Whether only a part of the target's vocabulary can be drafted (`d2t` and `t2d` exist)."""
         return self.draft_vocab_size != self.vocab_size
 
-    def check_reducible(self) -> None:
+    @classmethod
+    def check_reducible(cls) -> None:
         """Raise `ValueError` if drafters of this family draft from the whole vocabulary of their target alone."""
-        if self.whole_vocabulary_reason is not None:
+        if cls.whole_vocabulary_reason is not None:
             raise ValueError(
-                f"`draft_vocab_size` cannot be below {self.vocab_size} in a {self.title} drafter: "
-                f"{self.whole_vocabulary_reason}. Leave it out."
+                f"`draft_vocab_size` asks for a part of the vocabulary, which a {cls.title} drafter cannot have: "
+                f"{cls.whole_vocabulary_reason}. Leave it out."
             )
 
     @property
