@@ -98,13 +98,13 @@ class LinearPass:
     def project(self, hidden_CH: Tensor) -> Tensor:
         """Return the logits of a chunk, which may be overwritten."""
         self._hidden_CH = hidden_CH = hidden_CH.detach().to(self._weight.dtype)
-        with _outside_autocast(self._weight.device):
+        with outside_autocast(self._weight.device):
             return F.linear(hidden_CH, self._weight, self._bias)
 
     def pull_back(self, grad_CD: Tensor) -> Tensor | None:
         """Send the gradient of the chunk's logits back; return that of its hidden states, where it is wanted."""
         assert self._hidden_CH is not None, "the chunk was projected"
-        with _outside_autocast(grad_CD.device):
+        with outside_autocast(grad_CD.device):
             for parameter, summed in zip(self._parameters, self.sums, strict=True):
                 if parameter is self._product.weight:
                     _add_product(summed, grad_CD.T, self._hidden_CH)
@@ -137,7 +137,7 @@ class AutogradPass:
         self._chunk = None  # its logits are freed with the caller's
         wanted = [hidden_CH, *self._parameters] if self._wants_hidden_grad else list(self._parameters)
         # What is called under autocast would be cast again, of a head that left it too.
-        with _outside_autocast(grad_CD.device):
+        with outside_autocast(grad_CD.device):
             grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD))
         grad_CH = grads.pop(0) if self._wants_hidden_grad else None
         for summed, grad in zip(self.sums, grads, strict=True):
@@ -191,7 +191,7 @@ def _is_autocast_on(device: torch.device) -> bool:
 
 
 @contextmanager
-def _outside_autocast(device: torch.device) -> Iterator[None]:
+def outside_autocast(device: torch.device) -> Iterator[None]:
     """Multiply in the dtype of the operands, which was chosen already."""
     if not _is_autocast_on(device):
         yield
