@@ -316,7 +316,7 @@ def walk_in_memory(family, target, length, monkeypatch):
     drafter = make_drafter(family, target, **options)
     module = importlib.import_module(type(drafter).begin.__module__)
 
-    def no_attention(query, context_key, *_):
+    def no_attention(query, context_key, *_, **__):
         return query.transpose(1, 2).transpose(2, 3).flatten(3)
 
     monkeypatch.setattr(module, "anchored_attention", no_attention)
