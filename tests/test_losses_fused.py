@@ -210,7 +210,7 @@ def test_a_selector_adds_the_same_beside_the_kernels(interpreted, loss_type, is_
     actual = interpreted(partial(run_loss, has_selector=True), loss_type, is_reduced, True)
     expected = run_loss(loss_type, is_reduced, False, has_selector=True)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert actual[0] > run_loss(loss_type, is_reduced, False)[0]
+    assert (actual[-1] != 0).any(), "the rows of the selector have a gradient"
 
 
 def run_float64():

@@ -106,9 +106,9 @@ def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) ->
     family_class, settings = _DRAFTERS[family]
     drafter = family_class.from_target(target, **settings | options).eval()
     if family == "dspark":
-        # As large as the target's logits, so that no draft survives a wrong token before its slot.
-        with torch.no_grad():
-            drafter.markov_head.markov_w2.weight.mul_(6)
+        # A bias as large as the target's logits, so that few drafts survive a wrong token before their slot.
+        for factor in drafter.markov_head.parameters():
+            torch.nn.init.normal_(factor)
     return drafter
 
 

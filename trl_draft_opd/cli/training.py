@@ -16,8 +16,8 @@ from transformers import set_seed
 from ..data.columns import PROMPT_FORMS, TEXT_FORMS, find_format
 from ..drafters.base import Drafter
 from ..drafters.dflash import DFlashDraftModel
+from ..drafters.draft_vocabulary import check_draft_vocab_size
 from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
-from ..drafters.eagle3.draft_vocabulary import check_draft_vocab_size
 from ..drafters.published.adapter import require_peft
 from ..export import hub_id_of
 from ..responses import Origin, ResponseStore

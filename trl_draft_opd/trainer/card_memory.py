@@ -54,7 +54,7 @@ def check_weights_fit(pair: Pair, args: DraftTrainingConfig, is_given: bool) -> 
     # What a `device_map` has placed stays there; the rest is to come, unless it will be sharded.
     is_placed = getattr(pair.target.causal_lm, "hf_device_map", None) is not None
     # A fresh EAGLE-3 may lose most of its head once the responses are known.
-    is_whole = args.world_size == 1 and not getattr(pair.drafter, "vocabulary_is_open", False)
+    is_whole = args.world_size == 1 and not pair.drafter.vocabulary_is_open
     refuse_small_card(
         target=0 if args.shard_target else target_bytes(pair.target, device=args.device if is_placed else None),
         trained=trained_bytes(pair.drafter) if is_whole else 0,
@@ -132,4 +132,4 @@ def optimizer_bytes(args: DraftTrainingConfig, drafter: Drafter, is_given: bool)
         return 0
     has_muon = args.muon_learning_rate is not None
     trained = [(name, parameter) for name, parameter in drafter.named_parameters() if parameter.requires_grad]
-    return sum((1 if has_muon and is_matrix(name, each) else 2) * each.nbytes for name, each in trained)
+    return sum((1 if has_muon and is_matrix(drafter, name, each) else 2) * each.nbytes for name, each in trained)

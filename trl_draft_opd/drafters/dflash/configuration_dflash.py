@@ -154,4 +154,6 @@ class DFlashDraftConfig(PortableConfig):
         # Engines take a key that is not there for causal blocks in sliding layers alone.
         if self.is_causal is None:
             del written["is_causal"]
+        if self.has_reduced_vocabulary:
+            written["draft_vocab_size"] = self.draft_vocab_size
         return self.portable() | top | written

@@ -47,8 +47,8 @@ class PublishedFamily(ABC):
     renamed: ClassVar[dict[str, str]] = {}
     unread_files: ClassVar[dict[str, str]] = {}
 
-    def defaults(self, sections: Sections) -> type[PreTrainedConfig]:
-        """Return the transformers class whose defaults stand for keys that are not written."""
+    def defaults(self, layout: str, shape: dict[str, Any]) -> type[PreTrainedConfig]:
+        """Return the transformers class whose defaults stand for keys that `shape`, the layer's section, lacks."""
         return Qwen3Config
 
     @abstractmethod
