@@ -21,7 +21,7 @@ from trl_draft_opd import DFlashDraftModel, DraftOPDConfig, DraftSFTConfig, Eagl
 from trl_draft_opd.costs.jobs import Job, acceptance_of
 from trl_draft_opd.costs.shapes import TargetShape
 from trl_draft_opd.drafters.base import Drafter
-from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout import replay
 from trl_draft_opd.rollout.acceptance import SamplingSettings

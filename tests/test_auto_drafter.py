@@ -93,8 +93,8 @@ def test_the_signature_is_that_of_the_classes_and_the_drafter_under_an_adapter()
 
 def test_a_variant_that_is_not_supported_is_named(tmp_path):
     save("dflash", tmp_path)
-    edit_config(tmp_path, architectures=["DFlash2DraftModel"])
-    with pytest.raises(ValueError, match="'DFlash2DraftModel' is not supported"):
+    edit_config(tmp_path, architectures=["DominoDraftModel"])
+    with pytest.raises(ValueError, match="'DominoDraftModel' is not supported: Domino"):
         AutoDrafter.from_pretrained(tmp_path)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny import VOCAB, make_drafter, make_target
 from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel
 from trl_draft_opd.drafters.base import run_blocks
-from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 
 
 TARGET = make_target("llama")

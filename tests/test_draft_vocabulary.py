@@ -1,11 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Tests of `trl_draft_opd/drafters/eagle3/draft_vocabulary.py`, on a vocabulary of eight tokens."""
+"""Tests of `trl_draft_opd/drafters/draft_vocabulary.py`, on a vocabulary of eight tokens."""
 
 import pytest
 import torch
 from datasets import Dataset
 
-from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary, count_tokens
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary, count_tokens
 from trl_draft_opd.drafters.published.vocabulary_maps import check_draft_vocabulary
 
 

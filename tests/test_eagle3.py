@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers.tiny import VOCAB, make_causal_lm, make_drafter, make_target
 from trl_draft_opd import Eagle3DraftConfig, Eagle3DraftModel, SamplingSettings
 from trl_draft_opd.drafters.base import DraftContext, run_blocks
-from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.drafters.portable_config import PortableConfig
 from trl_draft_opd.rollout.drafting import DraftingSettings, draft_blocks
 

@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from helpers import rollouts
 from helpers.rollouts import Options, decode
 from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
-from trl_draft_opd.drafters.eagle3.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.rollout import acceptance as verification
 from trl_draft_opd.rollout import keyed_random, live, replay
 from trl_draft_opd.rollout.acceptance import choose_tokens, sample_posterior, token_probs

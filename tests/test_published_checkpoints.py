@@ -492,8 +492,8 @@ def test_only_listed_tensors_are_left_out(tmp_path):
     )
     assert "'optimizer' is unexpected; 'verifier_norm.weight' is unexpected." in message
     config, tensors = zlab(dflash())
-    message = refusal(tmp_path, config, tensors | {"d2t": torch.zeros(3)}, DFlashDraftModel)
-    assert "'d2t' is unexpected." in message
+    message = refusal(tmp_path, config, tensors | {"fc_norm.0.weight": torch.zeros(H)}, DFlashDraftModel)
+    assert "'fc_norm.0.weight' is unexpected." in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

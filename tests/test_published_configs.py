@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from trl_draft_opd.drafters.dflash import DFlashDraftConfig, DFlashDraftModel
-from trl_draft_opd.drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel, build_draft_vocabulary
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.drafters.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from trl_draft_opd.drafters.published.configs import parse_drafter_config
 from trl_draft_opd.drafters.target_shape import spread_layer_ids
 
@@ -316,6 +317,7 @@ REFUSALS = [
     (EAGLE3, "hidden_size", ..., r"does not say ['hidden_size']"),
     (EAGLE3, "eagle_config", [1, 3, 4], "eagle_config=[1, 3, 4]; it must be an object"),
     (EAGLE3, "architectures", ["Eagle3Qwen3ForCausalLM"], "query and key norms"),
+    (EAGLE3, "architectures", ["Qwen3Eagle3Model"], "'Qwen3Eagle3Model' is not supported: EAGLE-3 with query and key"),
     (EAGLE3, "architectures", ["LlamaForCausalLMEagle"], "EAGLE-1/2"),
     (EAGLE3, "architectures", ["PEagleDraftModel"], "P-EAGLE"),
     (EAGLE3, "architectures", ["Qwen3ForCausalLM"], "Qwen3ForCausalLM is a language model, not a drafter"),
@@ -329,28 +331,32 @@ REFUSALS = [
     (SPECULATORS_EAGLE3, "embed_requires_grad", True, "a trained embedding of its own"),
     (SPECULATORS_EAGLE3, "speculators_model_type", "peagle", "'peagle' is not supported: P-EAGLE"),
     (SPECULATORS_EAGLE3, "speculators_model_type", "mtp", "speculators format: 'mtp'"),
-    (DFLASH, "layer_types", ["full_attention", "sliding_attention"], "layer_types=['full_attention', 'sliding_"),
+    (DFLASH, "layer_types", ["full_attention", "chunked_attention"], "layer_types=['full_attention', 'chunked_"),
+    (DFLASH, "layer_types", ["full_attention", "sliding_attention"], "use_sliding_window=False, with which engines drop"),
     (DFLASH, "layer_types", ["full_attention"], "1 layer_types for 2 layers"),
-    (DFLASH, "is_causal", True, "is_causal=True"),
-    (DFLASH, "dflash_config.causal", True, "is_causal=True"),
-    (DFLASH, "draft_vocab_size", 32, "draft_vocab_size=32: DFlash over a part"),
-    (DFLASH, "dflash_config.use_swa", True, "use_swa=True: sliding-window"),
+    (DFLASH, "is_causal", "yes", "is_causal='yes'; it must be true or false"),
+    (DFLASH, "draft_vocab_size", 0, "draft_vocab_size=0; it must be an integer of at least 1"),
+    (DFLASH, "dflash_config.use_swa", True, "use_sliding_window=False, with which engines drop"),
+    (DFLASH, "dflash_config.attention_value_scale", 0, "attention_value_scale=0; it must be a number above 0"),
+    (DFLASH, "dflash_config.output_multiplier", 0.2, "output_multiplier=0.2: scaled hidden states"),
+    (DFLASH, "dflash_config.final_logit_softcapping", 20.0, "final_logit_softcapping=20.0: capped logits"),
+    (DFLASH, "dflash_config.use_aux_hidden_state", False, "no features of the target's layers"),
+    (DFLASH, "is_neox_style", False, "is_neox_style=False: rotary positions on neighbouring channels"),
+    (DFLASH, "partial_rotary_factor", 0.5, "partial_rotary_factor=0.5: RoPE on a part"),
+    (DFLASH, "quantization_config", {"quant_algo": "NVFP4"}, "quantised weights"),
+    (DFLASH, "mlp_bias", True, "mlp_bias=True: biases"),
     (DFLASH, "dflash_config.projector_type", "domino", "'domino' is not supported: Domino"),
     (DFLASH, "dflash_config.projector_type", "new", "projector_type='new' is unknown"),
-    (DFLASH, "dflash_config.sample_from_anchor", True, "an anchor slot that proposes"),
     (DFLASH, "dflash_config.target_layer_ids", ..., "does not say ['target_layer_ids']"),
     (DFLASH, "dflash_config.mask_token_id", ..., "does not say ['mask_token_id']"),
     (DFLASH, "block_size", 1, "block_size=1; it must be an integer of at least 2"),
-    (DFLASH, "architectures", ["DFlash2DraftModel"], "DFlash2"),
-    (DFLASH, "architectures", ["Qwen3DSparkModel"], "DSpark"),
-    (DFLASH, "architectures", ["DSparkDraftModel"], "DSpark"),
+    (DFLASH, "architectures", ["DFlash2DraftModel"], "does not say ['conv_kernel_size', 'conv_group_size', 'sel"),
+    (DFLASH, "architectures", ["Qwen3DSparkModel"], "does not say `markov_rank`"),
+    (DFLASH, "architectures", ["Gemma4DSparkModel"], "'Gemma4DSparkModel' is not supported: DSpark with the layers of"),
     (DFLASH, "architectures", ["DominoDraftModel"], "Domino"),
-    (DFLASH, "attention_bias", True, "attention_bias=True"),
-    (SPECULATORS_DFLASH, "transformer_layer_config.layer_types", ["sliding_attention"] * 2, "do not see the whole"),
-    (SPECULATORS_DFLASH, "transformer_layer_config.is_causal", True, "is_causal=True"),
-    (SPECULATORS_DFLASH, "draft_vocab_size", 32, "draft_vocab_size=32"),
-    (SPECULATORS_DFLASH, "speculators_model_type", "dspark", "DSpark"),
-    (NATIVE, "layer_types", ..., "layer_types=None: sliding-window attention by default"),
+    (DFLASH, "dflash_config.projector_type", "dspark", "projector_type='dspark' is unknown and not supported"),
+    (SPECULATORS_DFLASH, "transformer_layer_config.layer_types", ["sliding_attention"] * 2, "engines drop the window"),
+    (NATIVE, "is_causal", True, "causal blocks, which transformers' class does not have"),
 ]
 
 
@@ -465,7 +471,7 @@ def test_a_saved_dflash_config_keeps_the_rules_of_the_engines(tmp_path, target):
     saved = saved_config(drafter, tmp_path)
     check_rules_of_both_families(saved, target)
     assert saved["architectures"] == ["DFlashDraftModel"]
-    keys = {"block_size": 4, "mask_token_id": 63, "target_layer_ids": DFLASH_IDS}
+    keys = {"block_size": 4, "mask_token_id": 63, "sample_from_anchor": False, "target_layer_ids": DFLASH_IDS}
     assert saved["dflash_config"] == keys == {key: saved[key] for key in keys}
     assert IDS not in saved
     assert saved["is_causal"] is False and saved["use_sliding_window"] is False

@@ -6,13 +6,13 @@ from .drafters.dflash import DFlashDraftConfig as DFlashDraftConfig
 from .drafters.dflash import DFlashDraftModel as DFlashDraftModel
 from .drafters.dflash2 import DFlash2DraftConfig as DFlash2DraftConfig
 from .drafters.dflash2 import DFlash2DraftModel as DFlash2DraftModel
+from .drafters.draft_vocabulary import DraftVocabulary as DraftVocabulary
+from .drafters.draft_vocabulary import build_draft_vocabulary as build_draft_vocabulary
+from .drafters.draft_vocabulary import count_tokens as count_tokens
 from .drafters.dspark import DSparkDraftConfig as DSparkDraftConfig
 from .drafters.dspark import DSparkDraftModel as DSparkDraftModel
-from .drafters.eagle3 import DraftVocabulary as DraftVocabulary
 from .drafters.eagle3 import Eagle3DraftConfig as Eagle3DraftConfig
 from .drafters.eagle3 import Eagle3DraftModel as Eagle3DraftModel
-from .drafters.eagle3 import build_draft_vocabulary as build_draft_vocabulary
-from .drafters.eagle3 import count_tokens as count_tokens
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import evaluate_drafter as evaluate_drafter
 from .export import ExportResult as ExportResult

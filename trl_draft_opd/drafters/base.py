@@ -43,14 +43,15 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from .attention import AttentionPlan
+from .head import Candidates as Candidates
+from .head import DraftingHead
+from .head import HeadPart as HeadPart
+from .head import Project as Project
 from .packing import BlockPacking
 from .portable_config import PortableConfig
-from .precision import activation_dtype
 from .published.checkpoint import CheckpointSource, check_tensors_fit, read_drafter_config, read_drafter_tensors
-from .target_model import is_adapted_target, load_target_model, target_chain, whole_model
 
 
 # Slots that are drafted at once, unless a caller says otherwise: the states of a pass are kept for its backward pass.
@@ -58,7 +59,6 @@ SLOTS_PER_PASS = 2**16
 
 Result = TypeVar("Result")
 Embed = Callable[[torch.Tensor], torch.Tensor]
-Project = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -157,36 +157,7 @@ class DraftState:
     block_hidden: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class HeadPart:
-    """
-    One of the products whose sum are a drafter's logits.
-
-    Attributes:
-        module (`nn.Module` or `None`): A linear layer to `(..., DV)`; `None` is the target's head.
-        width (`int`): Columns of a hidden state that it reads.
-    """
-
-    module: nn.Module | None
-    width: int
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """
-    What chooses among the likeliest tokens of the head: the score of a candidate `b` is its logit and the product of
-    its row with the last `R` columns of the hidden state. Other tokens are never drafted.
-
-    Attributes:
-        rows (`torch.Tensor` of shape `(DV, R)`): One row per token of the drafter's vocabulary.
-        top_k (`int`): Candidates per slot, by the head's logits alone.
-    """
-
-    rows: torch.Tensor
-    top_k: int
-
-
-class Drafter(PreTrainedModel):
+class Drafter(DraftingHead):
     """Base of all drafters: a small network that proposes tokens from the target's hidden states."""
 
     config_class: type[PortableConfig]
@@ -245,11 +216,6 @@ class Drafter(PreTrainedModel):
     @abstractmethod
     def default_num_drafts(self) -> int:
         """Drafts per block in rollouts and evaluation unless another number is given."""
-
-    @property
-    def draft_token_ids(self) -> torch.Tensor | None:
-        """Target ids of the draft logits, `(DV,)`; `None` for the target's full vocabulary."""
-        return None
 
     @abstractmethod
     def encode_context(
@@ -317,50 +283,6 @@ class Drafter(PreTrainedModel):
             state = self.advance(state, tokens)
             hidden.append(state.hidden)
         return state, torch.stack(hidden, dim=2)
-
-    @property
-    def head_parts(self) -> list[HeadPart]:
-        """The products whose sum are the logits, in the order of the columns they read."""
-        return [HeadPart(self.lm_head if self.config.owns_head else None, self.config.hidden_size)]
-
-    @property
-    def candidates(self) -> Candidates | None:
-        """How a draft is chosen among the likeliest tokens, by a family that does so."""
-        return None
-
-    def draft_logits(self, hidden: torch.Tensor, project: Project) -> torch.Tensor:
-        """
-        Turn hidden states `(..., W)` into the logits of the distribution that drafts are drawn from, `(..., DV)`;
-        `-inf` where a token cannot be drafted. `project` is the target's head.
-        """
-        parts, logits = self.head_parts, None
-        columns = hidden.split([part.width for part in parts], dim=-1)
-        for part, own in zip(parts, columns, strict=True):
-            product = project(own) if part.module is None else _multiply(part.module, own)
-            logits = product if logits is None else logits + product
-        assert logits is not None, "a head has a part"
-        return logits
-
-    def confidence_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """
-        Return the logit of the chance that the target keeps the draft of each slot, `(...)` of states `(..., W)`;
-        `None` from a drafter without a confidence head. It must not depend on the slot's own draft.
-        """
-        return None
-
-    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        """Turn ids of the drafter's vocabulary into the target's."""
-        token_ids = self.draft_token_ids
-        return draft_ids if token_ids is None else token_ids[draft_ids]
-
-    def to_target_probs(self, draft_probs: torch.Tensor) -> torch.Tensor:
-        """Turn probabilities over the drafter's vocabulary `(..., DV)` into ones over the target's, `(..., V)`."""
-        token_ids = self.draft_token_ids
-        if token_ids is None:
-            return draft_probs
-        probs = draft_probs.new_zeros(*draft_probs.shape[:-1], self.config.vocab_size)
-        probs[..., token_ids] = draft_probs
-        return probs
 
     def encode_text(
         self,
@@ -442,19 +364,6 @@ class Drafter(PreTrainedModel):
         model.config.name_or_path = source.name_or_path
         model.config.dtype = dtype
         return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  its decorator hides `self` from the stub
-
-    @staticmethod
-    def resolve_target(target: Any) -> PreTrainedModel:
-        """Return the causal language model of an id, a path, a model, a [`~peft.PeftModel`] or a `FrozenTarget`."""
-        if isinstance(target, (str, Path)):
-            return load_target_model(target_chain(str(target)))
-        if isinstance(target, PreTrainedModel) or is_adapted_target(target):
-            return whole_model(target)
-        return target.causal_lm
-
-
-def _multiply(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return module(hidden.to(activation_dtype(module.weight)))
 
 
 def run_blocks(

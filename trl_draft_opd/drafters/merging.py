@@ -31,8 +31,9 @@ def merge_chain(drafter: Drafter, adapters: Sequence[CheckpointSource], *, dtype
             setattr(merged.config, name, own[name])
         merged.config.name_or_path = source.name_or_path
     merged.config.dtype = dtype
+    merged.train_all()
     for parameter in merged.parameters():
-        parameter.requires_grad_(True).data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype)
     return merged.eval()
 
 

@@ -56,6 +56,10 @@ class PortableConfig(PreTrainedConfig):
     default_num_anchors: ClassVar[int]
     default_position_decay: ClassVar[float]
     default_segment_length: ClassVar[int]
+    #: Whether a head of the drafter's own is trained; otherwise it keeps rows of the target's, as a whole one would.
+    trains_head: ClassVar[bool] = False
+    #: Why the drafter cannot have a part of the target's vocabulary; `None` where it can.
+    whole_vocabulary_reason: ClassVar[str | None] = None
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -94,6 +98,8 @@ class PortableConfig(PreTrainedConfig):
                 f"`draft_vocab_size` must lie in 1..{self.vocab_size} (the target's vocabulary), got "
                 f"{self.draft_vocab_size}."
             )
+        if self.has_reduced_vocabulary:
+            self.check_reducible()
         if self.target_layer_ids is not None:
             check_layer_ids(self.target_layer_ids, self.num_target_layers or max(self.target_layer_ids, default=0) + 2)
 
@@ -101,6 +107,15 @@ class PortableConfig(PreTrainedConfig):
     def has_reduced_vocabulary(self) -> bool:
         """Whether only a part of the target's vocabulary can be drafted (`d2t` and `t2d` exist)."""
         return self.draft_vocab_size != self.vocab_size
+
+    @classmethod
+    def check_reducible(cls) -> None:
+        """Raise `ValueError` if drafters of this family draft from the whole vocabulary of their target alone."""
+        if cls.whole_vocabulary_reason is not None:
+            raise ValueError(
+                f"`draft_vocab_size` asks for a part of the vocabulary, which a {cls.title} drafter cannot have: "
+                f"{cls.whole_vocabulary_reason}. Leave it out."
+            )
 
     @property
     def owns_head(self) -> bool:

@@ -64,6 +64,12 @@ def shape_from_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def scales_logits(target_config: PreTrainedConfig) -> bool:
+    """Whether a target scales or caps what its head returns."""
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    return any(getattr(target_config, name, None) for name in names)
+
+
 def middle_layer_ids(num_target_layers: int) -> list[int]:
     """Return the ids that EAGLE-3 and every engine default to: a low, a middle and a high layer."""
     _require_layers(num_target_layers)

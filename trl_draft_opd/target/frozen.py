@@ -27,7 +27,7 @@ from ..drafters.target_model import (
     target_chain,
     whole_model,
 )
-from ..drafters.target_shape import text_config
+from ..drafters.target_shape import scales_logits, text_config
 from ..utils.versions import cache_name_of
 from .attention import Spans, UnknownAttentionError, attending_within_texts, text_spans
 from .cache import text_cache
@@ -322,8 +322,7 @@ class FrozenTarget:
     @property
     def scales_logits(self) -> bool:
         """Whether `project` scales or caps what the head returns, and so holds two copies beside it."""
-        names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-        return any(getattr(self.config, name, None) for name in names)
+        return scales_logits(self.config)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """

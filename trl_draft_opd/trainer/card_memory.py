@@ -54,7 +54,7 @@ def check_weights_fit(pair: Pair, args: DraftTrainingConfig, is_given: bool) -> 
     # What a `device_map` has placed stays there; the rest is to come, unless it will be sharded.
     is_placed = getattr(pair.target.causal_lm, "hf_device_map", None) is not None
     # A fresh EAGLE-3 may lose most of its head once the responses are known.
-    is_whole = args.world_size == 1 and not getattr(pair.drafter, "vocabulary_is_open", False)
+    is_whole = args.world_size == 1 and not pair.drafter.vocabulary_is_open
     refuse_small_card(
         target=0 if args.shard_target else target_bytes(pair.target, device=args.device if is_placed else None),
         trained=trained_bytes(pair.drafter) if is_whole else 0,

@@ -81,9 +81,11 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
     @staticmethod
     def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset, its completions rewritten by the target first if asked for."""
-        drafter, eos_token_ids = pair.drafter, pair.target.eos_token_ids
+        drafter = pair.drafter
         # Refused before the target responds to anything.
-        vocab_size = wanted_vocab_size(drafter, args.draft_vocab_size, eos_token_ids) if is_training else None
+        vocab_size = (
+            wanted_vocab_size(drafter, args.draft_vocab_size, pair.target.eos_token_ids) if is_training else None
+        )
         reader = text_reader(pair.target, args, max_length=args.max_length)
         if args.regenerate:
             if is_training:
@@ -94,7 +96,7 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
             # As ids, they come out of a store or of the user's own work with the target.
             warnings.warn(_NOT_THE_TARGETS)
         if is_training:
-            settle_vocabulary(drafter, vocab_size, rows, eos_token_ids)
+            settle_vocabulary(drafter, pair.target, vocab_size, rows)
         return check_mask_token(drafter, pair.target, rows, "input_ids")
 
     def _set_up(self, args: DraftSFTConfig, drafter: PortableConfig) -> None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Which tokens an EAGLE-3 drafter can propose: chosen once, from the responses it is about to train on.
+Which tokens a drafter can propose: chosen once, from the responses it is about to train on.
 
 Every rank reads the same rows, so all choose alike; a run that resumes chooses again and then loads what it had.
 """
@@ -14,8 +14,8 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from ..drafters.base import Drafter
-from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
-from ..drafters.eagle3.draft_vocabulary import check_draft_vocab_size
+from ..drafters.draft_vocabulary import build_draft_vocabulary, check_draft_vocab_size, count_tokens
+from ..target.frozen import FrozenTarget
 from .adapters import is_adapted
 from .draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY
 
@@ -35,13 +35,6 @@ def wanted_vocab_size(drafter: Drafter, asked: int | None, eos_token_ids: Collec
         ValueError: If a drafter of that kind, or with that vocabulary, cannot have so many.
     """
     config = drafter.config
-    if config.family != "eagle3":
-        if asked is not None:
-            raise ValueError(
-                f"`draft_vocab_size` {asked} is a setting of EAGLE-3. A {config.family} drafter drafts with its "
-                "target's own head, over the whole vocabulary. Leave it out."
-            )
-        return None
     size, has = config.vocab_size, config.draft_vocab_size
     if asked is None:
         return DRAFT_VOCAB_SIZE if _is_reduced_unasked(drafter) else None
@@ -57,32 +50,31 @@ def wanted_vocab_size(drafter: Drafter, asked: int | None, eos_token_ids: Collec
             f"`draft_vocab_size` {asked} would change the drafter under the adapter, which is not saved with it. "
             "Leave it out, or train without `peft_config`."
         )
+    config.check_reducible()
     check_draft_vocab_size(asked, size, eos_token_ids)
     return asked
 
 
 def _is_reduced_unasked(drafter: Drafter) -> bool:
     """Whether a drafter is fresh, of nobody's choice and over a large vocabulary."""
-    return getattr(drafter, "vocabulary_is_open", False) and drafter.config.vocab_size > LARGE_VOCABULARY
+    return drafter.vocabulary_is_open and drafter.config.vocab_size > LARGE_VOCABULARY
 
 
 def settle_vocabulary(
-    drafter: Drafter, size: int | None, rows: Dataset | IterableDataset, eos_token_ids: Collection[int]
+    drafter: Drafter, target: FrozenTarget, size: int | None, rows: Dataset | IterableDataset
 ) -> None:
     """
     Reduce a drafter to the `size` most frequent tokens of what it will train on, unless that is `None`, and say how
     much of it a reduced vocabulary covers.
     """
     model: Any = drafter.get_base_model() if is_adapted(drafter) else drafter  # pyright: ignore[reportCallIssue]
-    if not isinstance(model, Eagle3DraftModel):
-        return
     model.vocabulary_is_open = False
     if size is None and (not model.config.has_reduced_vocabulary or isinstance(rows, IterableDataset)):
         return
     counted = rows.take(STREAMED_ROWS) if isinstance(rows, IterableDataset) else rows
     counts_V = count_tokens(counted, model.config.vocab_size)
     if size is not None:
-        model.reduce_vocabulary(build_draft_vocabulary(counts_V, size, eos_token_ids))
+        model.reduce_vocabulary(build_draft_vocabulary(counts_V, size, target.eos_token_ids), target)
     assert model.draft_token_ids is not None, "the vocabulary is reduced"
     num_tokens = int(counts_V.sum())
     model.draft_vocab_coverage = float(counts_V[model.draft_token_ids.cpu()].sum() / max(num_tokens, 1))
@@ -90,7 +82,7 @@ def settle_vocabulary(
         logger.warning(_describe(model, counts_V, is_chosen=size is not None))
 
 
-def _describe(model: Eagle3DraftModel, counts_V: torch.Tensor, *, is_chosen: bool) -> str:
+def _describe(model: Drafter, counts_V: torch.Tensor, *, is_chosen: bool) -> str:
     """
     Return what a reduced vocabulary holds, with an estimate for other text: a token seen once stands for one not yet
     seen. Source: Good, The population frequencies of species, 1953.
@@ -117,7 +109,7 @@ def note_whole_vocabulary(drafter: Drafter) -> None:
 
 def vocabulary_settings(drafter: Drafter) -> dict[str, Any]:
     """Return what a training record states about a reduced vocabulary that was counted: nothing where none was."""
-    coverage = getattr(drafter, "draft_vocab_coverage", None)
+    coverage = drafter.draft_vocab_coverage
     if coverage is None:
         return {}
     return {"draft_vocab_size": drafter.config.draft_vocab_size, "draft_vocab_coverage": round(coverage, 6)}

@@ -436,7 +436,7 @@ def check_resumes(method: str, pair: Pair, args: DraftTrainingConfig) -> None:
     stored = RunState.read(folder).identity
     identity = RunIdentity.of(method, args, pair.drafter, pair.target, None)
     drafter = identity.drafter
-    if getattr(pair.drafter, "vocabulary_is_open", False):
+    if pair.drafter.vocabulary_is_open or getattr(args, "draft_vocab_size", None):
         # The responses settle it.
         drafter = drafter | {"draft_vocab_size": stored.drafter["draft_vocab_size"]}
     known = replace(identity, drafter=drafter, dataset=stored.dataset)

@@ -176,6 +176,7 @@ class DFlashDraftModel(Drafter):
         self.layers = cast(list[DFlashLayer], layers)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
+        self.make_head()
         self.post_init()
 
     @classmethod

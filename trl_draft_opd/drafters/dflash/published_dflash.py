@@ -1,83 +1,156 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""What is published of DFlash drafters: z-lab, SpecForge, the speculators format, and transformers' own class."""
+"""What is published of DFlash drafters: z-lab, SpecForge, ModelOpt, the speculators format, transformers' class."""
 
 from typing import Any
 
+import torch
 from transformers import MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
 
 from ..published.family import PublishedFamily
-from ..published.sections import Sections, agreed, integer, layer_ids, refusal
+from ..published.sections import Sections, agreed, integer, layer_ids, number, refusal
+from ..published.vocabulary_maps import complete_vocabulary_maps
 
 
 _AUX, _BOUNDARIES = "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"
-_DFLASH2 = "DFlash2 (convolutions and a candidate selector)"
-_DSPARK = "DSpark (a Markov head, and slots that propose the next token)"
-_DOMINO = "Domino (a recurrent head over the drafted prefix)"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class PublishedDFlash(PublishedFamily):
-    """DFlash as it is published."""
+    """DFlash as it is published; other drafters of whole blocks are read likewise."""
 
     family = "dflash"
     architectures = {"DFlashDraftModel": "flat", "MuseGlimmerAssistantModel": "transformers"}
-    speculators_architectures = frozenset({"DFlashDraftModel"})
+    speculators_architectures = frozenset({"DFlashDraftModel", "DFlashSpeculator"})
     projector = "dflash"
     section = "dflash_config"
     keys = frozenset(
-        f"block_size mask_token_id target_layer_ids {_AUX} {_BOUNDARIES} projector_type is_causal causal".split()
+        f"block_size mask_token_id target_layer_ids {_AUX} {_BOUNDARIES} projector_type is_causal causal "
+        "sliding_window sliding_window_non_causal max_window_layers use_swa swa_window_size attention_sink_bias "
+        "add_swa_attention_sink_bias attention_value_scale sample_from_anchor attention_bias".split()
     )
     refused = {
-        "attention_bias": ((None, False), "biases in the attention projections"),
         "mlp_bias": ((None, False), "biases in the MLP"),
-        "use_swa": ((None, False), "sliding-window attention"),
-        "attention_sink_bias": ((None, False), "attention sinks"),
-        "attention_value_scale": ((None, 1.0), "scaled values"),
+        "use_aux_hidden_state": ((None, True), "no features of the target's layers"),
+        "is_neox_style": ((None, True), "rotary positions on neighbouring channels, not on halves of a head"),
+        "attention_mode": ((None, "gqa"), "another attention than grouped queries"),
         "final_logit_softcapping": ((None,), "capped logits"),
         "output_multiplier": ((None, 1.0), "scaled hidden states"),
         "input_embedding_scale": ((None, 1.0), "scaled embeddings"),
-        "sample_from_anchor": ((None, False), "an anchor slot that proposes a token"),
     }
     unread = {
-        "DFlash2DraftModel": _DFLASH2,
-        "Qwen3DSparkModel": _DSPARK,
-        "DSparkDraftModel": _DSPARK,
-        "DominoDraftModel": _DOMINO,
-        # As `speculators_model_type` and as `dflash_config.projector_type`.
-        "dflash2": _DFLASH2,
-        "dspark": _DSPARK,
-        "domino": _DOMINO,
+        "DominoDraftModel": "Domino (a recurrent head over the drafted prefix)",
+        # As `dflash_config.projector_type`.
+        "domino": "Domino (a recurrent head over the drafted prefix)",
     }
     renamed = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
-    unread_files = {"mask_embedding.pt": "an embedding of the mask of its own; engines embed masks with it"}
+    unread_files = {
+        "mask_embedding.pt": "an embedding of its own for the mask; drafters here embed masks with the target's"
+    }
+    #: What a speculators config without `sliding_window_non_causal` means by sliding layers; `None` where the format's
+    #: readers differ.
+    default_non_causal: bool | None = None
 
-    def defaults(self, sections: Sections) -> type[PreTrainedConfig]:
-        return MuseGlimmerAssistantConfig if sections.layout == "transformers" else Qwen3Config
+    def defaults(self, layout: str, shape: dict[str, Any]) -> type[PreTrainedConfig]:
+        return MuseGlimmerAssistantConfig if layout == "transformers" else Qwen3Config
 
     def of_the_target(self, arguments: dict[str, Any]) -> set[str]:
-        return {"embed_tokens.weight", "lm_head.weight"}
+        is_reduced = arguments.get("draft_vocab_size", arguments["vocab_size"]) != arguments["vocab_size"]
+        return {"embed_tokens.weight"} if is_reduced else {"embed_tokens.weight", "lm_head.weight"}
+
+    def completed(self, tensors: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return complete_vocabulary_maps(tensors, arguments)
 
     def arguments(self, sections: Sections, shared: dict[str, Any]) -> dict[str, Any]:
-        raw, shape = sections.raw, sections.shape
-        layer_types = shape.get("layer_types")
-        if layer_types is None and (sections.layout == "transformers" or shape.get("use_sliding_window")):
-            raise refusal("layer_types", None, "sliding-window attention by default")
-        if layer_types is not None and set(layer_types) != {"full_attention"}:
-            raise refusal("layer_types", layer_types, "layers that do not see the whole context")
-        if layer_types is not None and len(layer_types) != shared["num_hidden_layers"]:
+        size = sections.raw.get("draft_vocab_size")
+        return {
+            **_read_block(sections),
+            **self._read_attention(sections, shared["num_hidden_layers"]),
+            "sample_from_anchor": self.samples_from_anchor(sections),
+            "attention_bias": sections.flag("attention_bias") or False,
+            "draft_vocab_size": shared["vocab_size"] if size is None else integer("draft_vocab_size", size, 1),
+        }
+
+    def samples_from_anchor(self, sections: Sections) -> bool:
+        """Whether every position of a block drafts the token behind it, the anchor's too."""
+        return sections.flag("sample_from_anchor") or False
+
+    def _read_attention(self, sections: Sections, num_layers: int) -> dict[str, Any]:
+        layer_types = _read_layer_types(sections, num_layers)
+        is_causal = self._read_causality(sections, layer_types)
+        if sections.flag("use_swa") and _SLIDING not in layer_types:
+            # As vLLM reads it: every layer slides, and none is causal by it.
+            layer_types = [_SLIDING] * num_layers
+        scale = agreed("the scale of values", sections.stated("attention_value_scale"))
+        return {
+            "layer_types": layer_types,
+            "sliding_window": _read_window(sections) if _SLIDING in layer_types else None,
+            "is_causal": is_causal,
+            "attention_sinks": sections.flag("attention_sink_bias", "add_swa_attention_sink_bias") or False,
+            "attention_value_scale": 1.0 if scale is None else number("attention_value_scale", scale),
+        }
+
+    def _read_causality(self, sections: Sections, layer_types: list[str]) -> bool | None:
+        """Return whether a slot sees no slot behind it: in all layers, in none, or, `None`, in sliding ones alone."""
+        stated, is_sliding = sections.flag("is_causal", "causal"), _SLIDING in layer_types
+        if sections.layout == "transformers" and stated:
+            raise refusal("is_causal", True, "causal blocks, which transformers' class does not have")
+        if sections.layout != "speculators" or not is_sliding:
+            if stated is not None or not is_sliding:
+                return stated or False
+            return False if sections.layout == "transformers" else None
+        # The format's own key, about sliding layers alone: full attention is not causal there.
+        non_causal = sections.flag("sliding_window_non_causal")
+        non_causal = self.default_non_causal if non_causal is None and stated is None else non_causal
+        if non_causal is None and stated is None:
             raise ValueError(
-                f"config.json has {len(layer_types)} layer_types for {shared['num_hidden_layers']} layers."
+                "config.json has sliding layers and no `sliding_window_non_causal`, which the speculators library "
+                "takes for false and vLLM for true. Write what the drafter was trained with."
             )
-        # `sliding_window_non_causal` speaks of sliding layers only; full attention is not causal in the speculators
-        # format.
-        causal = {"is_causal": raw.get("is_causal"), "dflash_config.causal": sections.nested.get("causal")}
-        if agreed("causality", causal | {"transformer_layer_config.is_causal": shape.get("is_causal")}):
-            raise refusal("is_causal", True, "blocks whose slots see only earlier slots")
-        if raw.get("draft_vocab_size") not in (None, shared["vocab_size"]):
-            raise refusal("draft_vocab_size", raw["draft_vocab_size"], "DFlash over a part of the target's vocabulary")
-        return read_block(sections)
+        if stated is None:
+            return False if non_causal else None
+        if stated is non_causal:
+            raise ValueError(
+                f"Contradiction about causality: is_causal={stated}, sliding_window_non_causal={non_causal}. Remove "
+                "the wrong one."
+            )
+        return stated
 
 
-def read_block(sections: Sections) -> dict[str, Any]:
+def _read_layer_types(sections: Sections, num_layers: int) -> list[str]:
+    shape = sections.shape
+    layer_types = shape.get("layer_types")
+    if layer_types is None and sections.layout == "transformers":
+        return [_SLIDING] * num_layers
+    if layer_types is None:
+        # As Qwen3's config class fills it in.
+        first = integer("max_window_layers", shape.get("max_window_layers", Qwen3Config.max_window_layers), 0)
+        is_sliding = bool(shape.get("use_sliding_window")) and shape.get("sliding_window", 0) is not None
+        return [_SLIDING if is_sliding and i >= first else _FULL for i in range(num_layers)]
+    if not isinstance(layer_types, list) or set(map(str, layer_types)) - {_FULL, _SLIDING}:
+        raise refusal("layer_types", layer_types, f"layers that have neither {_FULL!r} nor {_SLIDING!r}")
+    if len(layer_types) != num_layers:
+        raise ValueError(f"config.json has {len(layer_types)} layer_types for {num_layers} layers.")
+    return layer_types
+
+
+def _read_window(sections: Sections) -> int:
+    """Return the window of sliding layers."""
+    shape, stated = sections.shape, sections.stated("swa_window_size")
+    if all(value is None for value in stated.values()):
+        own = shape.get("sliding_window", getattr(sections.defaults, "sliding_window", None))
+        if hasattr(sections.defaults, "use_sliding_window") and not shape.get("use_sliding_window"):
+            raise ValueError(
+                f"config.json has sliding layers and use_sliding_window={shape.get('use_sliding_window')}, with which "
+                "engines drop the window. Set `use_sliding_window` to true if the drafter was trained with a window, "
+                "or `layer_types` to full_attention."
+            )
+    else:
+        own = agreed("the sliding window", stated | {"sliding_window": shape.get("sliding_window")})
+    # transformers' class shows keys at a distance of up to its window; others count the query in.
+    return integer("sliding_window", own, 1) + (1 if sections.layout == "transformers" else 0)
+
+
+def _read_block(sections: Sections) -> dict[str, Any]:
     """Return layer ids, block size and mask token, which every drafter of whole blocks must state."""
     raw = sections.raw
     stated = {where: layer_ids(ids, where, 0) for where, ids in sections.stated("target_layer_ids").items()}

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..dflash import DFlashDraftConfig
+from .published_dflash2 import PublishedDFlash2
 
 
 class DFlash2DraftConfig(DFlashDraftConfig):
@@ -30,6 +31,8 @@ class DFlash2DraftConfig(DFlashDraftConfig):
     model_type = "draft_opd_dflash2"
     family = "dflash2"
     title = "DFlash 2"
+    published = PublishedDFlash2()
+    whole_vocabulary_reason = "its selector has rows for all tokens of the target, and no engine reads another"
 
     conv_kernel_size: int = 2
     conv_group_size: int = 16
@@ -54,11 +57,6 @@ class DFlash2DraftConfig(DFlashDraftConfig):
             raise ValueError(
                 f"`selector_top_k` must lie in 1..{self.vocab_size} (the vocabulary), got {self.selector_top_k}. "
                 "Published is 16."
-            )
-        if self.has_reduced_vocabulary:
-            raise ValueError(
-                f"`draft_vocab_size` {self.draft_vocab_size} is a part of the target's {self.vocab_size} tokens, but "
-                "a DFlash 2 drafter's selector has rows for all of them, and no engine reads another. Leave it out."
             )
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..dflash import DFlashDraftConfig
+from .published_dspark import PublishedDSpark
 
 
 class DSparkDraftConfig(DFlashDraftConfig):
@@ -33,6 +34,7 @@ class DSparkDraftConfig(DFlashDraftConfig):
     model_type = "draft_opd_dspark"
     family = "dspark"
     title = "DSpark"
+    published = PublishedDSpark()
     # exp(-1 / 4), as published.
     default_position_decay = 0.78
 

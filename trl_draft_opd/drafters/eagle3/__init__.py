@@ -2,8 +2,7 @@
 """EAGLE-3: a recurrent one-layer drafter over fused target features."""
 
 from .configuration_eagle3 import Eagle3DraftConfig
-from .draft_vocabulary import DraftVocabulary, build_draft_vocabulary, count_tokens
 from .modeling_eagle3 import Eagle3DraftModel
 
 
-__all__ = ["DraftVocabulary", "Eagle3DraftConfig", "Eagle3DraftModel", "build_draft_vocabulary", "count_tokens"]
+__all__ = ["Eagle3DraftConfig", "Eagle3DraftModel"]

@@ -40,6 +40,7 @@ class Eagle3DraftConfig(PortableConfig):
     default_segment_length = 1
     # As in EAGLE's training code.
     default_position_decay = 0.8
+    trains_head = True
 
     num_hidden_layers: int = 1
     mlp_bias: bool = False

@@ -19,12 +19,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from ..attention import AttentionPlan, anchored_attention
 from ..base import DraftContext, Drafter, DraftState, Embed
+from ..draft_vocabulary import DraftVocabulary
 from ..feed_forward import run_mlp
 from ..packing import BlockPacking
 from ..precision import activation_dtype, run_norm
 from ..target_shape import middle_layer_ids, shape_from_target
 from .configuration_eagle3 import Eagle3DraftConfig
-from .draft_vocabulary import DraftVocabulary
 
 
 class Eagle3Attention(nn.Module):
@@ -111,13 +111,7 @@ class Eagle3DraftModel(Drafter):
 
     config_class = Eagle3DraftConfig
     config: Eagle3DraftConfig
-    d2t: torch.Tensor
-    t2d: torch.Tensor
     _no_split_modules = ["Eagle3Layer"]
-    # A fresh drafter whose vocabulary nobody chose: supervised training may reduce it once it has the responses.
-    vocabulary_is_open = False
-    # Share of the response tokens trained on that are in a reduced vocabulary, once it was counted.
-    draft_vocab_coverage: float | None = None
 
     def __init__(self, config: Eagle3DraftConfig):
         super().__init__(config)
@@ -137,12 +131,8 @@ class Eagle3DraftModel(Drafter):
         self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.make_head()
         self.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  it reads shapes alone
-        if config.has_reduced_vocabulary:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-            is_first = torch.arange(config.vocab_size) < config.draft_vocab_size
-            self.register_buffer("t2d", is_first)
         self.post_init()
 
     @classmethod
@@ -205,39 +195,9 @@ class Eagle3DraftModel(Drafter):
         drafter.vocabulary_is_open = draft_vocabulary is None
         return drafter
 
-    def reduce_vocabulary(self, draft_vocabulary: DraftVocabulary) -> None:
-        """
-        Keep the head's rows of a part of the target's vocabulary, in place; before an optimizer or a wrapper holds the
-        drafter.
-
-        Args:
-            draft_vocabulary ([`DraftVocabulary`]): Tokens that the drafter can still propose.
-
-        Raises:
-            ValueError: If the vocabulary is reduced already, or the new one belongs to another target.
-        """
-        size = self.config.vocab_size
-        if self.config.has_reduced_vocabulary or draft_vocabulary.t2d.numel() != size:
-            raise ValueError(
-                f"A vocabulary built over {draft_vocabulary.t2d.numel()} tokens cannot reduce a drafter that proposes "
-                f"{self.config.draft_vocab_size} of {size}. Make a fresh drafter, and count tokens of its target."
-            )
-        device, weight = self.lm_head.weight.device, self.lm_head.weight.detach()
-        self.lm_head.weight = nn.Parameter(weight[draft_vocabulary.token_ids.to(device)])
-        self.config.draft_vocab_size = self.lm_head.out_features = len(self.lm_head.weight)
-        self.register_buffer("d2t", draft_vocabulary.d2t.to(device, copy=True))
-        self.register_buffer("t2d", draft_vocabulary.t2d.to(device, copy=True))
-        self.vocabulary_is_open = False
-
     @property
     def default_num_drafts(self) -> int:
         return self.config.ttt_steps
-
-    @property
-    def draft_token_ids(self) -> torch.Tensor | None:
-        if not self.config.has_reduced_vocabulary:
-            return None
-        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def fuse(self, target_features: torch.Tensor) -> torch.Tensor:
         """Fuse the tapped layers, `(B, n, F)` to `(B, n, H)`."""

@@ -46,6 +46,8 @@ class PublishedEagle3(PublishedFamily):
         "EagleLlamaForCausalLM": _EAGLE1,
         "LlamaForCausalLMEagle": _EAGLE1,
         "Eagle3Qwen3ForCausalLM": _QK_NORM,
+        "Qwen3Eagle3Model": _QK_NORM,
+        "Gemma4Eagle3Model": "EAGLE-3 with the layer of Gemma 4",
         # As `speculators_model_type`.
         "peagle": _PEAGLE,
         "eagle": _EAGLE1,
@@ -57,8 +59,8 @@ class PublishedEagle3(PublishedFamily):
         "aux_norm_high.": "fc_norm.2.",
     }
 
-    def defaults(self, sections: Sections) -> type[PreTrainedConfig]:
-        if sections.layout == "speculators" and sections.shape.get("model_type") == "qwen3":
+    def defaults(self, layout: str, shape: dict[str, Any]) -> type[PreTrainedConfig]:
+        if layout == "speculators" and shape.get("model_type") == "qwen3":
             raise refusal("transformer_layer_config.model_type", "qwen3", _QK_NORM)
         return LlamaConfig
 
@@ -72,11 +74,12 @@ class PublishedEagle3(PublishedFamily):
         ids = _read_layer_ids(sections, shared["num_target_layers"])
         counts = {key: raw[key] for key in ("draft_vocab_size", "ttt_steps") if raw.get(key) is not None}
         # The speculators format's readers take this one for true when it is not written.
-        defaults = {"norm_before_residual": sections.layout == "speculators"}
+        defaults = dict.fromkeys(_NORM_FLAGS, False) | {"norm_before_residual": sections.layout == "speculators"}
         return {
             "target_layer_ids": ids,
             **{key: integer(key, value, 1) for key, value in counts.items()},
-            **{flag: sections.flag(flag, defaults.get(flag, False)) for flag in _NORM_FLAGS},
+            **defaults,
+            **{flag: stated for flag in _NORM_FLAGS if (stated := sections.flag(flag)) is not None},
         }
 
     def completed(self, tensors: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -37,7 +37,6 @@ _SIZES = (
 _COPIED = ("hidden_act", "rms_norm_eps", "initializer_range")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_OF_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Every name looked at for all families, in whatever section; a misspelt one would leave a default in its place.
 _READ = {
@@ -105,17 +104,17 @@ def parse_drafter_config(
     refuse_not_finite(raw, "config.json")
     family, layout = _decide(raw)
     shape = mapping(raw, "transformer_layer_config") if layout == "speculators" else raw
-    sections = Sections(layout, raw, shape, mapping(raw, family.section), family.section)
+    defaults = _class_of_defaults(family, layout, shape)
+    sections = Sections(layout, raw, shape, mapping(raw, family.section), family.section, defaults)
     known = _READ.union(*({*each.keys, *each.refused} for each in FAMILIES.values()))
     for section in (raw, shape, sections.nested):
         refuse_misspelt(set(section) - known - _WRITTEN, known, "config.json")
         for key, (accepted, meaning) in (_REFUSED | family.refused).items():
             if section.get(key) not in accepted:
                 raise refusal(key, section[key], meaning)
-    arguments = _shared_arguments(sections, num_target_layers, _class_of_defaults(family, sections), name)
-    arguments |= family.arguments(sections, arguments)
-    stated = {key: value for key, value in arguments.items() if value is not None}
-    return ParsedConfig(family.family, layout, list(raw.get("architectures") or []), stated)
+    shared = _shared_arguments(sections, num_target_layers, name)
+    arguments = {key: value for key, value in shared.items() if value is not None} | family.arguments(sections, shared)
+    return ParsedConfig(family.family, layout, list(raw.get("architectures") or []), arguments)
 
 
 def _decide(raw: dict[str, Any]) -> tuple[PublishedFamily, str]:
@@ -170,26 +169,23 @@ def _target_layers(sections: Sections, given: int | None, name: str) -> int | No
     return given if stated is None else stated
 
 
-def _class_of_defaults(family: PublishedFamily, sections: Sections) -> type[PreTrainedConfig]:
-    """Return the transformers class whose defaults stand for keys that are not written."""
-    default = family.defaults(sections)
-    if sections.layout != "speculators":
+def _class_of_defaults(family: PublishedFamily, layout: str, shape: dict[str, Any]) -> type[PreTrainedConfig]:
+    default = family.defaults(layout, shape)
+    if layout != "speculators":
         return default
-    model_type = sections.shape.get("model_type", default.model_type)
+    model_type = shape.get("model_type", default.model_type)
     if model_type not in ("llama", "qwen3"):
         raise refusal("transformer_layer_config.model_type", model_type, "a layer that is neither llama nor qwen3")
     return LlamaConfig if model_type == "llama" else Qwen3Config
 
 
-def _shared_arguments(
-    sections: Sections, num_target_layers: int | None, defaults: type[PreTrainedConfig], name: str
-) -> dict[str, Any]:
-    """Return what the configs of all families take; `defaults` supplies what is not written."""
+def _shared_arguments(sections: Sections, num_target_layers: int | None, name: str) -> dict[str, Any]:
+    """Return what the configs of all families take."""
     raw, shape = sections.raw, sections.shape
     missing = [key for key in _REQUIRED if key not in shape]
     if missing and sections.layout != "speculators":
         raise ValueError(f"config.json does not say {missing}. Add them; `vocab_size` is the target's.")
-    kwargs = {key: shape.get(key, getattr(defaults, key, None)) for key in (*_SIZES, *_COPIED)}
+    kwargs = {key: shape.get(key, getattr(sections.defaults, key, None)) for key in (*_SIZES, *_COPIED)}
     if kwargs["num_key_value_heads"] is None:
         kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
     for key in _SIZES:
@@ -207,7 +203,7 @@ def _shared_arguments(
     target = mapping(mapping(raw, "speculators_config"), "verifier").get("name_or_path")
     return kwargs | {
         **{key: shape.get(key) if raw.get(key) is None else raw[key] for key in _TOKEN_IDS},
-        "rope_parameters": _checked_rope(_rope_parameters(shape, defaults.default_theta)),
+        "rope_parameters": _checked_rope(_rope_parameters(shape, sections.defaults.default_theta)),
         "num_target_layers": _target_layers(sections, num_target_layers, name),
         "target_model_name_or_path": raw.get("target_model_name_or_path", target),
         "target_model_revision": raw.get("target_model_revision"),

@@ -47,18 +47,18 @@ class PublishedFamily(ABC):
     renamed: ClassVar[dict[str, str]] = {}
     unread_files: ClassVar[dict[str, str]] = {}
 
-    def defaults(self, sections: Sections) -> type[PreTrainedConfig]:
-        """Return the transformers class whose defaults stand for keys that are not written."""
+    def defaults(self, layout: str, shape: dict[str, Any]) -> type[PreTrainedConfig]:
+        """Return the transformers class whose defaults stand for keys that `shape`, the layer's section, lacks."""
         return Qwen3Config
 
     @abstractmethod
     def arguments(self, sections: Sections, shared: dict[str, Any]) -> dict[str, Any]:
         """
-        Return the arguments of the family's config class beside those that all families share.
+        Return the arguments of the family's config class beside those that all families share; `None` is a value.
 
         Args:
             sections (`Sections`): The places of the `config.json`, values in `refused` looked at already.
-            shared (`dict[str, Any]`): The arguments that all families share; what is returned takes their place.
+            shared (`dict[str, Any]`): The arguments that all families share, `None` where nothing states one.
 
         Raises:
             ValueError: If a value would change what is computed, contradicts another, or is missing.

@@ -4,33 +4,42 @@
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 
 @dataclass(frozen=True)
 class Sections:
-    """The places of one `config.json`: all of it, the decoder layer's shape, and the family's own nested section."""
+    """
+    The places of one `config.json`.
+
+    Attributes:
+        layout (`str`): `"flat"`, `"speculators"` or `"transformers"`.
+        raw (`dict[str, Any]`): All of it.
+        shape (`dict[str, Any]`): What describes the decoder layers; the same as `raw` but in the speculators format.
+        nested (`dict[str, Any]`): The family's own section.
+        nested_name (`str`): Its key.
+        defaults (`type[PreTrainedConfig]`): The class of transformers whose defaults stand for what `shape` lacks.
+    """
 
     layout: str
     raw: dict[str, Any]
     shape: dict[str, Any]
     nested: dict[str, Any]
     nested_name: str
+    defaults: type[PreTrainedConfig]
 
-    def stated(self, key: str) -> dict[str, Any]:
-        """Return what stands under a key of the drafter's own, by its place."""
-        return {key: self.raw.get(key), f"{self.nested_name}.{key}": self.nested.get(key)}
+    def stated(self, *keys: str) -> dict[str, Any]:
+        """Return what stands under keys of one meaning, by place."""
+        places = {"": self.raw, f"{self.nested_name}.": self.nested}
+        if self.shape is not self.raw:
+            places["transformer_layer_config."] = self.shape
+        return {f"{place}{key}": section.get(key) for place, section in places.items() for key in keys}
 
-    def stated_anywhere(self, key: str) -> dict[str, Any]:
-        """As `stated`, and in the section of the layer's shape, for keys that some write there."""
-        shape = {} if self.shape is self.raw else {f"transformer_layer_config.{key}": self.shape.get(key)}
-        return self.stated(key) | shape
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Return what is true or false, by every place that states it."""
-        value = agreed(key, self.stated_anywhere(key))
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ValueError(f"config.json has {key}={value!r}; it must be true or false.")
+    def flag(self, *keys: str) -> bool | None:
+        """Return what keys of one meaning say, true or false, or `None` where none of them is written."""
+        value = agreed(keys[0], self.stated(*keys))
+        if not isinstance(value, bool | None):
+            raise ValueError(f"config.json has {keys[0]}={value!r}; it must be true or false.")
         return value
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Choose the reduced vocabulary of an EAGLE-3 head from token counts. Knows no model, head or tokenizer.
+Choose the reduced vocabulary of a drafter from token counts. Knows no model, head or tokenizer.
 
 Shape letters:  V = the target's vocabulary, DV = draft vocabulary
 """
