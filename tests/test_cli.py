@@ -180,7 +180,8 @@ def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytes
         ["sft", "--drafter", "m", "--block_size", "4"],
     ):
         assert "either `--drafter`" in _error([wrong[0], *needed, *wrong[1:]], capsys)
-    assert "for `--family eagle3`" in _error(["sft", *needed, "--family", "dflash", "--draft_vocab_size", "9"], capsys)
+    reduced = ["--family", "dflash2", "--draft_vocab_size", "9"]
+    assert "which a DFlash 2 drafter cannot have" in _error(["sft", *needed, *reduced], capsys)
     assert "--family" in _error(["opd", *needed, "--drafter", "m", "--family", "dflash"], capsys)
     assert "go together" in _error(["demo", "--target", "t"], capsys)
     init = ["init", "--family", "eagle3", "--target", "t", "--output", "o"]
@@ -190,8 +191,8 @@ def test_rules_between_flags_are_checked_before_anything_is_loaded(capsys: pytes
         ["--dataset", "d", "--responses", "r", "--draft-vocab-size", "9"],
     ):
         assert "goes together with one of `--responses`" in _error([*init, *wrong], capsys)
-    wrong = ["init", "--family", "dflash", *init[3:], "--dataset", "d", "--draft-vocab-size", "9"]
-    assert "are for `--family eagle3`" in _error(wrong, capsys)
+    wrong = ["init", *reduced, *init[3:], "--dataset", "d"]
+    assert "which a DFlash 2 drafter cannot have" in _error(wrong, capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -266,7 +267,7 @@ def test_unset_options_of_a_fresh_drafter_are_the_library_own():
 
 
 def test_an_option_of_the_other_family_is_refused():
-    with pytest.raises(ValueError, match=r"\['ttt_steps'\] are not options of a 'dflash' drafter"):
+    with pytest.raises(ValueError, match=r"\['ttt_steps'\] are not options of a DFlash drafter"):
         make_drafter(make_target(), "dflash", {"ttt_steps": 3, "target_layer_ids": [1]})
     with pytest.raises(ValueError, match="got 'medusa'"):
         make_drafter(make_target(), "medusa", {})

@@ -155,8 +155,8 @@ def test_a_stream_is_counted_as_far_as_its_first_rows(tmp_path, target, is_large
 @pytest.mark.parametrize(
     ("family", "options", "settings", "message"),
     [
-        ("dflash", {}, {"draft_vocab_size": 9}, "is a setting of EAGLE-3"),
-        ("dflash", {}, {"draft_vocab_size": 0}, "is a setting of EAGLE-3"),
+        ("dflash2", {}, {"draft_vocab_size": 9}, "which a DFlash 2 drafter cannot have"),
+        ("dflash", {}, {"draft_vocab_size": VOCAB + 1}, "must lie in 1..63"),
         ("eagle3", {"reduced": 24}, {"draft_vocab_size": 9}, "was made to propose 24 of 64 tokens"),
         ("eagle3", {"reduced": 24}, {"draft_vocab_size": 0}, "was made to propose 24 of 64 tokens"),
         ("eagle3", {}, {"draft_vocab_size": VOCAB + 1}, "must lie in 1..63"),

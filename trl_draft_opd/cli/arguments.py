@@ -40,9 +40,9 @@ _ELSEWHERE = {
 _MAX_LISTED_CHOICES = 6
 
 
-def flag(help: str, **default: Any) -> Any:
+def flag(help: str, choices: list[str] | None = None, **default: Any) -> Any:
     """Return a field with a help text; without a `default` it is required."""
-    return field(metadata={"help": help}, **default)
+    return field(metadata={"help": help} | ({} if choices is None else {"choices": choices}), **default)
 
 
 def write_json(path: str | None, numbers: dict) -> None:

@@ -4,9 +4,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from ..demo.run import DemoSettings
+from ..demo.run import FAMILIES, DemoSettings
 from ..demo.run import run_demo as run_phases
 from .arguments import flag, parse
 from .rows import load_rows
@@ -18,7 +17,7 @@ class DemoArguments:
 
     _argument_group_name = "demo"
 
-    family: Literal["dflash", "eagle3"] = flag("Family of the drafter.", default=DemoSettings.family)
+    family: str = flag("Family of the drafter.", choices=FAMILIES, default=DemoSettings.family)
     target: str | None = flag(
         "Hub id or path of a real target, in place of the tiny one; needs --dataset.", default=None
     )

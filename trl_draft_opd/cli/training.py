@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from transformers import set_seed
 
 from ..data.columns import PROMPT_FORMS, TEXT_FORMS, find_format
+from ..drafters.auto import DRAFTER_CLASSES, AutoDrafter
 from ..drafters.base import Drafter
-from ..drafters.dflash import DFlashDraftModel
-from ..drafters.draft_vocabulary import check_draft_vocab_size
-from ..drafters.eagle3 import Eagle3DraftModel, build_draft_vocabulary, count_tokens
+from ..drafters.dflash import DFlashDraftConfig
+from ..drafters.draft_vocabulary import build_draft_vocabulary, check_draft_vocab_size, count_tokens
 from ..drafters.published.adapter import require_peft
 from ..export import hub_id_of
 from ..responses import Origin, ResponseStore
@@ -27,7 +28,7 @@ from ..trainer.draft_opd_config import DraftOPDConfig
 from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
-from ..trainer.pair import load_target
+from ..trainer.pair import check_pair, load_target
 from ..utils.atomic_files import check_place, explaining_failure, writing_files
 from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
@@ -37,24 +38,29 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-# What `from_target` takes, by family.
-_FAMILY_OPTIONS = {
-    "dflash": ("block_size", "num_hidden_layers", "mask_token_id"),
-    "eagle3": ("ttt_steps", "draft_vocabulary"),
-}
+FAMILIES = sorted(DRAFTER_CLASSES)
 
 
 @dataclass(kw_only=True)
 class FreshDrafterArguments:
-    """Options of a fresh drafter; those that are unset are left to its `from_target`."""
+    """Options of a fresh drafter; those that are unset are left to its `from_target` or `from_dflash`."""
 
     _argument_group_name = "fresh drafter"
 
-    block_size: int | None = flag("DFlash: tokens per block, the anchor and its drafts.", default=None)
-    num_hidden_layers: int | None = flag("DFlash: number of layers.", default=None)
-    mask_token_id: int | None = flag("DFlash: an id that text never uses; searched for if unset.", default=None)
-    ttt_steps: int | None = flag("EAGLE-3: steps of training-time test.", default=None)
     target_layer_ids: list[int] | None = flag("Target layers to read, from 0 and ascending.", default=None)
+    ttt_steps: int | None = flag("EAGLE-3: steps of training-time test.", default=None)
+    block_size: int | None = flag("All but EAGLE-3: positions of a block, the anchor's included.", default=None)
+    num_hidden_layers: int | None = flag("All but EAGLE-3: number of layers.", default=None)
+    mask_token_id: int | None = flag(
+        "All but EAGLE-3: an id that text never uses; searched for if unset.", default=None
+    )
+    sample_from_anchor: bool | None = flag(
+        "DFlash, DSpark: whether the anchor's position drafts too, and every one the token behind it.", default=None
+    )
+    markov_rank: int | None = flag("DSpark: rank of the head that reads the token before a slot.", default=None)
+    enable_confidence_head: bool | None = flag("DSpark: whether it predicts what is accepted.", default=None)
+    selector_rank: int | None = flag("DFlash 2: width of the selector's codebooks.", default=None)
+    selector_top_k: int | None = flag("DFlash 2: tokens that the selector chooses among.", default=None)
 
     def given(self) -> dict[str, Any]:
         """Return the options that were set."""
@@ -62,18 +68,42 @@ class FreshDrafterArguments:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any]) -> Drafter:
-    """Return a fresh drafter by the options that were set."""
-    if family not in _FAMILY_OPTIONS:
-        raise ValueError(f"`family` must be one of {sorted(_FAMILY_OPTIONS)}, got {family!r}.")
-    foreign = sorted(set(options) - {"target_layer_ids", *_FAMILY_OPTIONS[family]})
+def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any], drafter: str | None = None) -> Drafter:
+    """
+    Return a fresh drafter by the options that were set, or one that starts from a DFlash `drafter`, which is an id or
+    a path.
+    """
+    if family not in DRAFTER_CLASSES:
+        raise ValueError(f"`family` must be one of {FAMILIES}, got {family!r}.")
+    family_class, title = DRAFTER_CLASSES[family], DRAFTER_CLASSES[family].config_class.title
+    make: Any = getattr(family_class, "from_target" if drafter is None else "from_dflash", None)
+    if make is None:
+        raise ValueError(
+            f"{drafter!r} was given to start from, but of all families only {_widening_families()} start from another "
+            "one's drafter. Leave it out, or train it as it is with `sft --drafter`."
+        )
+    known = inspect.signature(make).parameters
+    foreign = sorted(set(options) - set(known))
     if foreign:
-        raise ValueError(f"{foreign} are not options of a {family!r} drafter. Leave them out.")
-    if family == "eagle3":
-        return Eagle3DraftModel.from_target(target, **options)
-    if "mask_token_id" not in options:
+        where = f"a {title} drafter" if drafter is None else f"what a {title} drafter adds to a DFlash one"
+        raise ValueError(f"{foreign} are not options of {where}. Leave them out.")
+    if drafter is not None:
+        start = AutoDrafter.from_pretrained(drafter, num_target_layers=target.num_layers)
+        check_pair(start, target)
+        if start.config.family != DFlashDraftConfig.family:
+            raise ValueError(
+                f"{drafter!r} is a {start.config.title} drafter, but a {title} one starts from a DFlash drafter. Name "
+                "another, or leave it out."
+            )
+        return make(start, **options)
+    if "mask_token_id" in known and "mask_token_id" not in options:
         options = options | {"mask_token_id": target.find_mask_token_id()}
-    return DFlashDraftModel.from_target(target, **options)
+    return make(target, **options)
+
+
+def _widening_families() -> list[str]:
+    """Return the families whose drafters can start from a DFlash drafter."""
+    return [family for family in FAMILIES if hasattr(DRAFTER_CLASSES[family], "from_dflash")]
 
 
 @dataclass(kw_only=True)
@@ -82,11 +112,13 @@ class InitArguments(TargetArguments, FreshDrafterArguments):
 
     _argument_group_name = "drafter"
 
-    family: Literal["dflash", "eagle3"] = flag("Family of the drafter.")
+    family: str = flag("Family of the drafter.", choices=FAMILIES)
+    drafter: str | None = flag(
+        f"Hub id or path of a DFlash drafter to start from; families {_widening_families()}.", default=None
+    )
     output: str = flag("Folder to save the drafter in.")
     draft_vocab_size: int | None = flag(
-        "EAGLE-3: propose only this many tokens, the most frequent of the responses; all of them if unset.",
-        default=None,
+        "Propose only this many tokens, the most frequent of the responses; all of them if unset.", default=None
     )
     responses: str | None = flag("Folder of responses whose tokens --draft-vocab-size counts.", default=None)
     dataset: str | None = flag("Rows with responses, in place of --responses.", default=None)
@@ -99,11 +131,7 @@ class InitArguments(TargetArguments, FreshDrafterArguments):
         given = [name for name in ("responses", "dataset") if getattr(self, name) is not None]
         if not given and not self.draft_vocab_size:
             return
-        if self.family != "eagle3":
-            raise ValueError(
-                "`--draft-vocab-size`, and `--responses` or `--dataset` to count, are for `--family eagle3`: a DFlash "
-                "drafter drafts with its target's own head. Leave them out."
-            )
+        DRAFTER_CLASSES[self.family].config_class.check_reducible()
         if len(given) != 1 or not self.draft_vocab_size:
             raise ValueError(
                 "`--draft-vocab-size` goes together with one of `--responses` (a folder that `generate` wrote) and "
@@ -148,25 +176,25 @@ def run_init(argv: Sequence[str]) -> int:
     check_place(Path(args.output), "`--output`")
     rows = args.load_responses()
     target = args.load_target()
-    options = args.given()
+    if args.seed is not None:
+        set_seed(args.seed)
+    drafter = make_drafter(target, args.family, args.given(), args.drafter)
     if args.draft_vocab_size:
         # Before the text is read.
         check_draft_vocab_size(args.draft_vocab_size, target.vocab_size, target.eos_token_ids)
         counts = args.count_tokens(target, rows)
         vocabulary = build_draft_vocabulary(counts, args.draft_vocab_size, target.eos_token_ids)
-        options["draft_vocabulary"] = vocabulary
+        drafter.reduce_vocabulary(vocabulary, target)
         print(
             f"Draft vocabulary of {args.draft_vocab_size} tokens covers {vocabulary.coverage:.2%} of the response "
             "tokens."
         )
-    if args.seed is not None:
-        set_seed(args.seed)
-    drafter = make_drafter(target, args.family, options)
     with explaining_failure("The drafter", "Make room, or name another folder, and run the command again"):
         with writing_files(Path(args.output), "init") as staged:
             drafter.save_pretrained(staged)
-    print(f"A fresh {args.family} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
-    if args.draft_vocab_size is None and args.family == "eagle3" and target.vocab_size > LARGE_VOCABULARY:
+    origin = "A fresh" if args.drafter is None else f"Started from {args.drafter}, a"
+    print(f"{origin} {drafter.config.title} drafter of {drafter.num_parameters():,} parameters is in {args.output}")
+    if drafter.vocabulary_is_open and target.vocab_size > LARGE_VOCABULARY:
         print(
             f"It proposes all {target.vocab_size:,} tokens. `sft --draft-vocab-size {DRAFT_VOCAB_SIZE}` reduces it to "
             "the most frequent ones of the responses, which makes it much smaller."
@@ -249,7 +277,7 @@ class SFTArguments(TrainArguments, FreshDrafterArguments):
     _argument_group_name = "drafter"
 
     drafter: str | None = flag("Hub id or path of a drafter to train further; give this or --family.", default=None)
-    family: Literal["dflash", "eagle3"] | None = flag("Train a fresh drafter of this family.", default=None)
+    family: str | None = flag("Train a fresh drafter of this family.", default=None, choices=FAMILIES)
 
 
 @dataclass(kw_only=True)
@@ -270,11 +298,8 @@ def run_sft(argv: Sequence[str]) -> int:
             "Give either `--drafter`, to train one further, or `--family`, to make a fresh one. Only a fresh drafter "
             f"takes {flags}."
         )
-    if args.family == "dflash" and config.draft_vocab_size is not None:
-        raise ValueError(
-            f"`--draft-vocab-size {config.draft_vocab_size}` is for `--family eagle3`: a DFlash drafter drafts with "
-            "its target's own head. Leave it out."
-        )
+    if args.family is not None and config.draft_vocab_size:
+        DRAFTER_CLASSES[args.family].config_class.check_reducible()
 
     def fresh_drafter(target: FrozenTarget) -> Drafter:
         set_seed(config.seed)

@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from ..drafters.auto import AutoDrafter
-from ..drafters.dflash import DFlashDraftModel
-from ..drafters.eagle3 import Eagle3DraftModel
+from ..drafters.auto import DRAFTER_CLASSES, AutoDrafter
+from ..drafters.base import Drafter
 from ..evaluation import EvaluationReport, evaluate_drafter, paired_gain
 from ..responses import generate_responses
 from ..rollout.acceptance import SamplingSettings
@@ -40,7 +39,7 @@ from .results import draw_plot, require_matplotlib, results_table
 from .tiny_target import TinyTargetSettings, train_target
 
 
-FAMILIES = ("dflash", "eagle3")
+FAMILIES = sorted(DRAFTER_CLASSES)
 # Leaves room for a response in the tiny target's 1,024 positions; its own prompts are far shorter.
 MAX_PROMPT_LENGTH = 512
 
@@ -120,7 +119,7 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
     plot, numbers = settings.output / "demo.png", settings.output / "results.json"
     numbers.write_text(json.dumps(results, indent=2), encoding="utf-8")
     draw_plot(before, after, plot)
-    console.print(results_table(before, after, gain, settings.family))
+    console.print(results_table(before, after, gain, DRAFTER_CLASSES[settings.family].config_class.title))
     console.print(f"Plot: {plot}   numbers: {numbers}   drafter: {drafters[1]}", soft_wrap=True)
     return results
 
@@ -248,15 +247,7 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
             num_anchors=16,
         )
         set_seed(settings.seed)
-        if settings.family == "eagle3":
-            drafter = Eagle3DraftModel.from_target(target, ttt_steps=settings.num_drafts)
-        else:
-            drafter = DFlashDraftModel.from_target(
-                target,
-                mask_token_id=target.find_mask_token_id(),
-                num_hidden_layers=2,
-                block_size=settings.num_drafts + 1,
-            )
+        drafter = _make_drafter(settings, target)
         _train(DraftSFTTrainer(drafter, target, config, rows), phases.console)
         with writing_files(folder, "drafter") as staged:
             drafter.save_pretrained(staged)
@@ -282,6 +273,19 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
     sft_folder = phases.run("3/5 drafter by SFT", "drafter-sft", made_from, train_sft)
     made_from = settings.pick("opd_epochs opd_learning_rate")
     return sft_folder, phases.run("4/5 Draft-OPD", "drafter-opd", made_from, train_opd)
+
+
+def _make_drafter(settings: DemoSettings, target: FrozenTarget) -> Drafter:
+    """Return a small fresh drafter whose blocks have the demo's drafts."""
+    family_class: Any = DRAFTER_CLASSES[settings.family]
+    if not family_class.config_class.drafts_whole_blocks:
+        return family_class.from_target(target, ttt_steps=settings.num_drafts)
+    return family_class.from_target(
+        target,
+        mask_token_id=target.find_mask_token_id(),
+        num_hidden_layers=2,
+        block_size=settings.num_drafts + (0 if family_class.config_class.sample_from_anchor else 1),
+    )
 
 
 def _train(trainer: DraftSFTTrainer | DraftOPDTrainer, console: Console) -> None:

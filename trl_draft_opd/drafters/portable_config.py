@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .published.configs import parse_drafter_config
+from .published.exported import ExportedFamily
 from .published.family import PublishedFamily
 from .target_shape import check_layer_ids, refuse_misspelt
 
@@ -47,6 +48,8 @@ class PortableConfig(PreTrainedConfig):
     #: Key of the family, in files and on the command line, and its name in prose.
     family: ClassVar[str]
     title: ClassVar[str]
+    #: How the family is written, and who reads it.
+    exported: ClassVar[ExportedFamily]
     #: What is published of the family, and how it is read.
     published: ClassVar[PublishedFamily]
     #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.
@@ -108,12 +111,13 @@ class PortableConfig(PreTrainedConfig):
         """Whether only a part of the target's vocabulary can be drafted (`d2t` and `t2d` exist)."""
         return self.draft_vocab_size != self.vocab_size
 
-    def check_reducible(self) -> None:
+    @classmethod
+    def check_reducible(cls) -> None:
         """Raise `ValueError` if drafters of this family draft from the whole vocabulary of their target alone."""
-        if self.whole_vocabulary_reason is not None:
+        if cls.whole_vocabulary_reason is not None:
             raise ValueError(
-                f"`draft_vocab_size` cannot be below {self.vocab_size} in a {self.title} drafter: "
-                f"{self.whole_vocabulary_reason}. Leave it out."
+                f"`draft_vocab_size` asks for a part of the vocabulary, which a {cls.title} drafter cannot have: "
+                f"{cls.whole_vocabulary_reason}. Leave it out."
             )
 
     @property
