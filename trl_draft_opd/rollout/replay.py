@@ -504,7 +504,7 @@ class ReplayWalk:
         """Return slices of rows, as many at a time as have logits that fit the budget."""
         # Bytes of one token of the vocabulary, counted by `tests/test_replay_memory.py`.
         if not self.settings.draws_drafts:
-            token_bytes = 12 if self.target.scales_logits else 4
+            token_bytes = 4 * self.drafter.num_logit_buffers + (8 if self.target.scales_logits else 0)
         elif self.settings.sampling.top_p < 1:
             token_bytes = 36  # Both distributions, the second among its sorted logits and their indices.
         else:
