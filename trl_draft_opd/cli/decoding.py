@@ -103,7 +103,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         reader = target.text_reader(**self.reading(lengths.prompt))
         settings = {"sampling": self.sampling_settings(), "max_completion_length": lengths.completion}
         store = ResponseStore.open(self.responses, Origin.of(target, reader, **settings))
-        sizes = {"batch_size": self.batch_size, "shard_size": max(self.batch_size, 64)}
+        sizes = {"batch_size": self.batch_size, "shard_size": default_of(write_responses, "shard_size")}
         generate_missing(store, target, prompts, **sizes, seed=self.seed, show_progress=True)
         return [found for prompt in prompts if (found := store.find(prompt)) is not None]
 

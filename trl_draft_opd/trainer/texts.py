@@ -117,7 +117,9 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
     those not in the store. Collective.
     """
     if isinstance(prompts, IterableDataset):
-        raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
+        raise ValueError(
+            "`regenerate=True`, and evaluation by replay, need a dataset of known length, got an `IterableDataset`."
+        )
     state = PartialState()
     with ExitStack() as lock:
         # As training holds it: a second run is refused before its target writes for hours.
