@@ -104,7 +104,11 @@ def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) ->
     """Return a random drafter of a family, with four drafts per block unless told otherwise."""
     torch.manual_seed(seed)
     family_class, settings = _DRAFTERS[family]
+    # EAGLE-3 alone makes its head by it.
+    vocabulary = None if family == "eagle3" else options.pop("draft_vocabulary", None)
     drafter = family_class.from_target(target, **settings | options).eval()
+    if vocabulary is not None:
+        drafter.reduce_vocabulary(vocabulary, target)
     if family == "dspark":
         # As large as the target's logits, so that no draft survives a wrong token before its slot.
         with torch.no_grad():
