@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .published.configs import parse_drafter_config
+from .published.exported import ExportedFamily
 from .published.family import PublishedFamily
 from .target_shape import check_layer_ids, refuse_misspelt
 
@@ -49,6 +50,8 @@ class PortableConfig(PreTrainedConfig):
     #: Key of the family, in files and on the command line, and its name in prose.
     family: ClassVar[str]
     title: ClassVar[str]
+    #: How the family is written, and who reads it.
+    exported: ClassVar[ExportedFamily]
     #: What is published of the family, and how it is read.
     published: ClassVar[PublishedFamily]
     #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.

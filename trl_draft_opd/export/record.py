@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..drafters.auto import DRAFTER_CLASSES
 from ..evaluation import EvaluationReport
 from ..losses import LOSS_TYPES
 from ..rollout.drafting import DRAFT_SAMPLING
@@ -30,7 +31,7 @@ from .source import hub_id_of
 
 RECORD_FILE = "training_record.json"
 FORMAT_VERSION = 1
-FAMILIES, METHODS = ("eagle3", "dflash"), ("sft", "opd")
+METHODS = ("sft", "opd")
 # Settings that describe the training, and are numbers. A name that is in none of these lists is never published.
 _NUMBERS = (
     "learning_rate muon_learning_rate warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm num_train_epochs "
@@ -262,7 +263,7 @@ class TrainingRecord:
     """
 
     target: TargetFacts
-    family: Annotated[str, _one_of(FAMILIES)]
+    family: Annotated[str, _one_of(tuple(DRAFTER_CLASSES))]
     stages: list[StageRecord]
     measurements: list[Measurement]
     versions: Annotated[
