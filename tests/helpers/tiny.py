@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trl_draft_opd import DFlashDraftModel, DSparkDraftModel, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import DFlash2DraftModel, DFlashDraftModel, DSparkDraftModel, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.drafters.base import Drafter
 
 
@@ -95,6 +95,7 @@ _BLOCKS = {"mask_token_id": MASK, "num_hidden_layers": 2, "block_size": 5}
 _DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dflash": (DFlashDraftModel, _BLOCKS),
     "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
+    "dflash2": (DFlash2DraftModel, _BLOCKS | {"selector_rank": 8, "selector_top_k": 6}),
     "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
 }
 FAMILIES = list(_DRAFTERS)
