@@ -66,8 +66,8 @@ class PublishedDFlash(PublishedFamily):
             **_read_block(sections),
             **self._read_attention(sections, shared["num_hidden_layers"]),
             "sample_from_anchor": self.samples_from_anchor(sections),
-            "attention_bias": sections.flag("attention_bias"),
-            "draft_vocab_size": None if size in (None, shared["vocab_size"]) else integer("draft_vocab_size", size, 1),
+            "attention_bias": sections.flag("attention_bias") or False,
+            "draft_vocab_size": shared["vocab_size"] if size is None else integer("draft_vocab_size", size, 1),
         }
 
     def samples_from_anchor(self, sections: Sections) -> bool:
@@ -85,8 +85,8 @@ class PublishedDFlash(PublishedFamily):
             "layer_types": layer_types,
             "sliding_window": _read_window(sections) if _SLIDING in layer_types else None,
             "is_causal": is_causal,
-            "attention_sinks": sections.flag("attention_sink_bias", "add_swa_attention_sink_bias"),
-            "attention_value_scale": None if scale is None else number("attention_value_scale", scale),
+            "attention_sinks": sections.flag("attention_sink_bias", "add_swa_attention_sink_bias") or False,
+            "attention_value_scale": 1.0 if scale is None else number("attention_value_scale", scale),
         }
 
     def _read_causality(self, sections: Sections, layer_types: list[str]) -> bool | None:

@@ -112,10 +112,9 @@ def parse_drafter_config(
         for key, (accepted, meaning) in (_REFUSED | family.refused).items():
             if section.get(key) not in accepted:
                 raise refusal(key, section[key], meaning)
-    arguments = _shared_arguments(sections, num_target_layers, name)
-    arguments |= family.arguments(sections, arguments)
-    stated = {key: value for key, value in arguments.items() if value is not None}
-    return ParsedConfig(family.family, layout, list(raw.get("architectures") or []), stated)
+    shared = _shared_arguments(sections, num_target_layers, name)
+    arguments = {key: value for key, value in shared.items() if value is not None} | family.arguments(sections, shared)
+    return ParsedConfig(family.family, layout, list(raw.get("architectures") or []), arguments)
 
 
 def _decide(raw: dict[str, Any]) -> tuple[PublishedFamily, str]:

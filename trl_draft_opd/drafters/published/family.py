@@ -54,11 +54,11 @@ class PublishedFamily(ABC):
     @abstractmethod
     def arguments(self, sections: Sections, shared: dict[str, Any]) -> dict[str, Any]:
         """
-        Return the arguments of the family's config class beside those that all families share.
+        Return the arguments of the family's config class beside those that all families share; `None` is a value.
 
         Args:
             sections (`Sections`): The places of the `config.json`, values in `refused` looked at already.
-            shared (`dict[str, Any]`): The arguments that all families share; what is returned takes their place.
+            shared (`dict[str, Any]`): The arguments that all families share, `None` where nothing states one.
 
         Raises:
             ValueError: If a value would change what is computed, contradicts another, or is missing.
