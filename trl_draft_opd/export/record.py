@@ -38,7 +38,7 @@ _NUMBERS = (
     "max_steps per_device_train_batch_size gradient_accumulation_steps generation_batch_size seed bf16 fp16 "
     "max_length max_prompt_length max_completion_length accepted_weight rejected_weight supervised_weight slot_decay "
     "position_decay d_pace_floor num_anchors num_supervised_anchors num_drafts temperature top_k top_p regenerate "
-    "completions_from_target confidence_loss_weight"
+    "completions_from_target confidence_loss_weight selector_loss_weight"
 ).split()
 # Settings that transformers turns into members of an enumeration.
 _ENUMERATED = ("lr_scheduler_type", "optim")

@@ -33,7 +33,7 @@ from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
 from .card_memory import check_weights_fit, fit_to_card
-from .common_config import DraftTrainingConfig, check_confidence_weight
+from .common_config import DraftTrainingConfig, check_part_weights
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
 from .metrics import best_model_metrics
@@ -89,7 +89,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._check_request(args, eval_dataset)
         with library_bars(not args.disable_tqdm):
             pair = load_pair(model, target, args, processing_class, peft_config)
-            check_confidence_weight(args, pair.drafter)
+            check_part_weights(args, pair.drafter)
             if eval_dataset is not None:
                 self._check_best_metric(args, eval_dataset, pair.num_drafts)
             # Before a row is read: what would not fit into the target's positions is refused or counted.
@@ -234,6 +234,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             self.args.blocks_per_pass,
             verification_of(self._drafting),
             self.args.confidence_loss_weight,
+            self.args.selector_loss_weight,
         )
 
     @property
