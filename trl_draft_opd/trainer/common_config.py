@@ -413,9 +413,7 @@ def check_part_weights(args: DraftTrainingConfig, drafter: Drafter) -> None:
     ):
         weight = getattr(args, name)
         if weight != getattr(DraftTrainingConfig, name) and not has_part:
-            raise ValueError(
-                f"`{name}` is {weight}, but this {config.title} drafter has no {part}. Leave it out."
-            )
+            raise ValueError(f"`{name}` is {weight}, but this {config.title} drafter has no {part}. Leave it out.")
 
 
 def check_position_decay(position_decay: float) -> None:
