@@ -102,7 +102,9 @@ def test_vllm_reads_blocks_windows_and_causality(exports, made, variant):
         assert [_dflash_layer_causal(config, layer) for layer in layers] == CAUSAL.get(variant, [False, False])
         assert config.layer_types == own.layer_types
         assert config.sliding_window == own.sliding_window
-        anchor = getattr(config, "sample_from_anchor", (getattr(config, "dflash_config", None) or {}).get("sample_from_anchor"))
+        anchor = getattr(
+            config, "sample_from_anchor", (getattr(config, "dflash_config", None) or {}).get("sample_from_anchor")
+        )
         assert bool(anchor) is own.sample_from_anchor
 
 
