@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.counters import PeakBytes
-from trl_draft_opd.drafters.attention import AttentionPlan, anchored_attention, kernels, tiles
+from trl_draft_opd.drafters.attention import AttentionPlan, Sight, anchored_attention, flex, kernels, tiles
 from trl_draft_opd.drafters.attention import plan as planning
 
 
@@ -41,15 +41,36 @@ def run(request, monkeypatch):
 
 
 def attend(
-    query, context_key, context_value, block_key, block_value, anchors=ANCHORS, pieces=1, firsts=None, backend=None
+    query,
+    context_key,
+    context_value,
+    block_key,
+    block_value,
+    sinks=None,
+    anchors=ANCHORS,
+    pieces=1,
+    firsts=None,
+    backend=None,
+    sight=planning.SEES_ALL,
 ):
     keys = list(block_key.tensor_split(pieces, dim=3)) if block_key.shape[3] else []
     values = list(block_value.tensor_split(pieces, dim=3)) if block_value.shape[3] else []
     plan = AttentionPlan(anchors, firsts)
-    return anchored_attention(query, context_key, context_value, keys, values, plan, SCALING, backend)
+    context = (context_key, context_value)
+    return anchored_attention(query, *context, keys, values, plan, SCALING, backend, sight=sight, sinks=sinks)
 
 
-def dense_reference(query, context_key, context_value, block_key, block_value, anchors=ANCHORS, firsts=None):
+def dense_reference(
+    query,
+    context_key,
+    context_value,
+    block_key,
+    block_value,
+    sinks=None,
+    anchors=ANCHORS,
+    firsts=None,
+    sight=planning.SEES_ALL,
+):
     """Line up the keys of the context and of all blocks, and let a boolean mask say who sees what."""
     num_anchors, queries, block_keys = anchors.shape[1], query.shape[3], block_key.shape[3]
     per_group = HEADS // KV_HEADS
@@ -59,10 +80,21 @@ def dense_reference(query, context_key, context_value, block_key, block_value, a
     mask = torch.zeros(num_rows, num_anchors * queries, L + num_anchors * block_keys, dtype=torch.bool)
     for row in range(num_rows):
         for block in range(num_anchors):
-            rows = slice(block * queries, (block + 1) * queries)
-            mask[row, rows, 0 if firsts is None else firsts[row, block] : anchors[row, block]] = True
-            mask[row, rows, L + block * block_keys : L + (block + 1) * block_keys] = True
-    mixed = scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask[:, None], scale=SCALING)
+            for slot in range(queries):
+                seen, anchor = mask[row, block * queries + slot], int(anchors[row, block])
+                first = 0 if firsts is None else int(firsts[row, block])
+                # A window holds the slot itself, at `anchor + slot` in the text, and the tokens before it.
+                window = anchor + slot + 1 if sight.window is None else sight.window
+                seen[max(first, anchor + slot - window + 1) : anchor] = True
+                num_seen = slot + 1 if sight.is_causal else block_keys
+                seen[L + block * block_keys : L + block * block_keys + num_seen] = True
+    flat, mask = query.flatten(2, 3), mask[:, None]
+    if sinks is None:
+        mixed = scaled_dot_product_attention(flat, key, value, attn_mask=mask, scale=SCALING)
+    else:
+        scores = (flat @ key.transpose(2, 3) * SCALING).masked_fill(~mask, float("-inf"))
+        sink = sinks[:, None, None].expand(num_rows, -1, scores.shape[2], -1)
+        mixed = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1] @ value
     return mixed.unflatten(2, (num_anchors, queries)).permute(0, 2, 3, 1, 4).flatten(3)
 
 
@@ -82,6 +114,66 @@ def test_gradients_equal_those_under_a_dense_mask(run, queries, block_keys):
     actual_grads = torch.autograd.grad(run(*inputs), wanted, upstream)
     for actual, reference in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, reference, rtol=0, atol=1e-12)
+
+
+SIGHTS = {
+    "window": Sight(window=4),
+    "wider window": Sight(window=5),
+    "causal": Sight(is_causal=True),
+    "window, causal": Sight(window=4, is_causal=True),
+}
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("tile_queries", [1, 4, 64])
+@pytest.mark.parametrize("name", [*SIGHTS, "sinks", "window, causal, sinks"])
+def test_windows_causal_blocks_and_sinks_equal_a_dense_mask(run, name, tile_queries, is_packed, monkeypatch):
+    monkeypatch.setattr(planning, "TILE_QUERIES", tile_queries)
+    options = {"sight": SIGHTS.get(name.removesuffix(", sinks"), Sight())}
+    if is_packed:
+        options["firsts"] = torch.tensor([[0, 2, 6, 0, 1], [0, 0, 3, 3, 6]])
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        inputs = make_inputs(3, 3, dtype)
+        if "sinks" in name:
+            inputs.append(torch.linspace(-3, 5, HEADS, dtype=dtype))
+        expected = values_and_grads(dense_reference, [tensor.double() for tensor in inputs], **options)
+        assert_all_close(values_and_grads(run, inputs, **options), expected, tolerance)
+
+
+def test_sinks_alone_join_a_softmax_without_own_keys(run):
+    inputs = [*make_inputs(2, 0), torch.linspace(-3, 5, HEADS, dtype=torch.float64)]
+    options = {"sight": Sight(window=3)}
+    expected = values_and_grads(dense_reference, inputs, **options)
+    assert_all_close(values_and_grads(run, inputs, **options), expected, 1e-12)
+
+
+def test_what_a_window_leaves_out_has_no_influence(run):
+    query, context_key, context_value, block_key, block_value = make_inputs(3, 3)
+    clean = run(query, context_key, context_value, block_key, block_value, sight=Sight(window=4))
+    for position in range(L):
+        key, value = context_key.clone(), context_value.clone()
+        key[:, :, position], value[:, :, position] = 1e4, -1e4
+        changed = run(query, key, value, block_key, block_value, sight=Sight(window=4))
+        for slot in range(3):
+            is_blind = (position >= ANCHORS) | (position < ANCHORS + slot - 3)
+            assert torch.equal(changed[:, :, slot][is_blind], clean[:, :, slot][is_blind])
+            seeing = (changed - clean)[:, :, slot][~is_blind]
+            assert (seeing.abs().amax(dim=-1) > 0.1).all()
+
+
+@pytest.mark.parametrize("spacing", [1, 20, 500])
+def test_a_window_costs_its_width_and_not_the_text(spacing):
+    length, num_queries, window = 32768, 16, 1024
+    anchors = torch.arange(2048, length + 1, spacing)[None]
+    plan = AttentionPlan(anchors)
+    pairs = sum(tile.num_pairs for tile in plan.tiles(num_queries, window))
+    whole = sum(tile.num_pairs for tile in plan.tiles(num_queries))
+    # The edges of tiles cost a little; without a window a block reads the text before it, half of all on average.
+    assert anchors.numel() * window < pairs * 1.03 < 1.1 * anchors.numel() * window < whole / 14
+    mask = flex.block_mask(plan, num_queries, length, (num_queries,), Sight(window))
+    used = (mask.kv_num_blocks + mask.full_kv_num_blocks)[0, 0]
+    # Eight blocks share a tile of queries: their windows, their own keys' tile, and the rests of tiles at the ends.
+    assert used.max() <= -(-(window + 7 * spacing) // flex.TILE) + 2
 
 
 @pytest.mark.parametrize("block_keys", [0, 3])

@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-from helpers.tiny import VOCAB, make_drafter, make_target
-from trl_draft_opd.drafters.attention import AttentionPlan, flex
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
+from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel
+from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.utils.versions import switch_checkpointing
 
 
 LENGTHS, K = [40, 3, 21], 4
+
+
+def make_variant(target):
+    """A DFlash drafter with a window, causal blocks and sinks in one of its layers and none of that in the other."""
+    shape = make_drafter("dflash", target).config.to_dict()
+    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9, "is_causal": None}
+    return DFlashDraftModel(DFlashDraftConfig.from_dict(shape | layers | {"attention_sinks": True}))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +33,8 @@ def call():
 def draft(family, device, is_recomputed):
     """Draft packed texts forward and backward; return the gradients' norms, what was counted, and where."""
     target = make_target()
-    drafter = make_drafter(family, target).train()
+    drafter = make_variant(target) if family == "windows" else make_drafter(family, target)
+    drafter.train()
     if is_recomputed:
         switch_checkpointing(drafter, "enable")
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +60,7 @@ def draft(family, device, is_recomputed):
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", [*FAMILIES, "windows"])
 def test_the_plan_is_the_only_wait_of_drafting_packed_texts(call, family, is_recomputed):
     norms, totals, table = call(draft, family, DEVICE, is_recomputed)
     expected, none, _ = call(draft, family, "cpu", is_recomputed)
@@ -67,11 +76,12 @@ def make_masks(family):
         plan = AttentionPlan(anchors, (anchors > 150).long() * 150)
         counts.clear()
         for sizes in [(1,) * slot for slot in range(7)] if family == "eagle3" else [(16,)]:
-            flex.block_mask(plan, sizes[-1] if sizes else 1, 300, sizes)
+            sight = Sight(window=100, is_causal=True) if family == "windows" else Sight()
+            flex.block_mask(plan, sizes[-1] if sizes else 1, 300, sizes, sight)
         return counts.totals()
 
 
-@pytest.mark.parametrize(("family", "most_launches"), [("eagle3", 700), ("dflash", 90)])
+@pytest.mark.parametrize(("family", "most_launches"), [("eagle3", 700), ("dflash", 90), ("windows", 90)])
 def test_masks_of_the_fused_kernel_wait_for_nothing(call, family, most_launches):
     totals = call(make_masks, family)
     assert totals["syncs"] == totals["uploads"] == 0

@@ -182,7 +182,7 @@ def test_the_cache_is_taken_under_both_of_its_names():
 # -- equal to transformers' own model ---------------------------------------------------------------------------------
 
 
-def make_assistant(drafter):
+def make_assistant(drafter, **options):
     """transformers' own DFlash model with this drafter's weights under its two other names."""
     config = drafter.config
     names = (
@@ -191,7 +191,7 @@ def make_assistant(drafter):
     ).split()
     special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
     assistant = MuseGlimmerAssistantModel(
-        MuseGlimmerAssistantConfig(**{name: getattr(config, name) for name in names} | special)
+        MuseGlimmerAssistantConfig(**{name: getattr(config, name) for name in names} | special | options)
     ).eval()
     renamed = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
     assistant.load_state_dict({renamed.get(name, name): tensor for name, tensor in drafter.state_dict().items()})

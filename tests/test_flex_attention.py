@@ -11,9 +11,10 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 
-from helpers.tiny import VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd.drafters import attention
-from trl_draft_opd.drafters.attention import AttentionPlan, backends, flex
+from trl_draft_opd.drafters.attention import AttentionPlan, Sight, backends, flex
+from trl_draft_opd.drafters.attention.plan import SEES_ALL
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.utils.versions import switch_checkpointing
 
@@ -33,29 +34,38 @@ def make_plan(name, num_anchors=37, length=600):
     return AttentionPlan(anchors, firsts), length
 
 
-def visible_pairs(plan, num_queries, length, sizes):
+def visible_pairs(plan, num_queries, length, sizes, sight=SEES_ALL):
     """Say pair by pair who sees whom, `(B, Q, M)`."""
     B, A = plan.anchors.shape
     seen = torch.zeros(B, A * num_queries, length + A * sum(sizes), dtype=torch.bool)
     for row in range(B):
         for block in range(A):
-            queries, offset = slice(block * num_queries, (block + 1) * num_queries), length
             first = 0 if plan.firsts is None else int(plan.firsts[row, block])
-            seen[row, queries, first : int(plan.anchors[row, block])] = True
-            for size in sizes:
-                seen[row, queries, offset + block * size : offset + (block + 1) * size] = True
-                offset += A * size
+            anchor = int(plan.anchors[row, block])
+            for slot in range(num_queries):
+                query, offset = block * num_queries + slot, length
+                low = first if sight.window is None else max(first, anchor + slot + 1 - sight.window)
+                seen[row, query, low:anchor] = True
+                for size in sizes:
+                    num_seen = slot + 1 if sight.is_causal else size
+                    seen[row, query, offset + block * size : offset + block * size + num_seen] = True
+                    offset += A * size
     return seen
 
 
 @pytest.mark.parametrize("name", ["ascending", "unordered", "packed", "rows"])
 @pytest.mark.parametrize(("num_queries", "sizes"), [(16, (16,)), (1, ()), (1, (1, 1, 1)), (3, (2, 5))])
 @pytest.mark.parametrize("tile", [128, 32])
-def test_the_mask_shows_each_query_what_it_sees_and_no_tile_is_left_out(name, num_queries, sizes, tile, monkeypatch):
+@pytest.mark.parametrize("sight", [Sight(), Sight(window=70), Sight(window=70, is_causal=True)])
+def test_the_mask_shows_each_query_what_it_sees_and_no_tile_is_left_out(
+    name, num_queries, sizes, tile, sight, monkeypatch
+):
+    if sight.is_causal and sizes != (num_queries,):
+        sight = Sight(window=70)
     monkeypatch.setattr(flex, "TILE", tile)
     plan, length = make_plan(name)
-    mask = flex.block_mask(plan, num_queries, length, sizes)
-    expected = visible_pairs(plan, num_queries, length, sizes)
+    mask = flex.block_mask(plan, num_queries, length, sizes, sight)
+    expected = visible_pairs(plan, num_queries, length, sizes, sight)
     B, Q, M = expected.shape
     assert torch.equal(create_mask(mask.mask_mod, B, 1, Q, M, device="cpu")[:, 0], expected)
     assert mask.seq_lengths == (Q, M) and mask.BLOCK_SIZE == (tile, tile)
@@ -73,7 +83,7 @@ def test_the_mask_shows_each_query_what_it_sees_and_no_tile_is_left_out(name, nu
     assert not (pairs.any(dim=-1) & ~partial & ~full).any()
     is_query = (torch.arange(padded.shape[1]) < Q).view(1, -1, 1, tile, 1).expand(B, -1, pairs.shape[2], -1, tile)
     assert (pairs | ~is_query.flatten(3)).all(dim=-1)[full].all()
-    if name == "ascending" and tile == 32:
+    if name == "ascending" and tile == 32 and sight.window is None:
         assert full.any() and (num_queries == 1 or (~partial & ~full).any())
 
 
@@ -100,7 +110,7 @@ def test_one_mask_serves_all_layers_of_a_step(monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     made, block_mask = [], flex.block_mask
     monkeypatch.setattr(flex, "block_mask", lambda *args: (made.append(args[1:]), block_mask(*args))[1])
-    plain, causal = flex.Sight(), flex.Sight(window=4, is_causal=True)
+    plain, causal = Sight(), Sight(window=4, is_causal=True)
     plan = AttentionPlan(torch.tensor([[2, 5, 9]]))
     draw = torch.randn
     for pieces in ([], [], [1], [1], [1, 1]):
@@ -132,10 +142,23 @@ def test_one_compilation_serves_all_lengths_of_text(monkeypatch):
             actual = flex.attend_by_flex(*inputs)
         torch.testing.assert_close(actual, backends.attend_in_tiles(*inputs, "products"), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
+    # Windows are read from the mask's tensors. Another mask, and the output that sinks need, are one graph each.
+    graphs.clear()
+    variants = [(Sight(), None), (Sight(window=50), None)]
+    variants += [(Sight(window=50, is_causal=True), None), (Sight(), torch.ones(4))] * 2
+    for index, (sight, sinks) in enumerate(variants):
+        num_anchors, length = 150 + 7 * index, 411 + 13 * index
+        plan, _ = make_plan("packed", num_anchors, length)
+        context = [draw(1, 2, length, 16) for _ in range(2)]
+        inputs = (draw(1, 4, num_anchors, 5, 16), *context, [draw(1, 2, num_anchors, 5, 16) for _ in range(2)], plan)
+        actual = flex.attend_by_flex(*inputs, 0.25, sight, sinks)
+        expected = backends.attend_in_tiles(*inputs, 0.25, "products", sight, sinks)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_drafters_compute_the_same_through_it(family, is_recomputed, monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)

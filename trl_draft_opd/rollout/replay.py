@@ -441,7 +441,7 @@ class ReplayWalk:
 
     def _slices(self, values: Tensor) -> list[Tensor]:
         """Split a list of blocks into parts that are drafted one after the other."""
-        tokens_at_once = 1 if self.drafter.reads_drafts else self.settings.num_drafts + 1
+        tokens_at_once = self.settings.num_drafts + 1 if self.drafter.config.drafts_whole_blocks else 1
         return [part for part in values.split(max(1, TOKENS_AT_ONCE // tokens_at_once)) if len(part)]
 
     def _parts(self, num_rows: int) -> list[slice]:

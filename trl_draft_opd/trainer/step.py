@@ -311,18 +311,30 @@ def _target_head(target: FrozenTarget) -> Head:
     return Head(target.project, (), target.vocab_size, target.num_logit_buffers)
 
 
+def _linear_head(module: nn.Module) -> Head | None:
+    """Return the head of a plain linear layer; `None` of one with adapters, which are applied too."""
+    return Head.linear(module.weight, module.bias) if type(module) is nn.Linear else None
+
+
 def _draft_head(drafter: Drafter, target: FrozenTarget, target_head: Head) -> Head:
     """Return the head a drafter drafts through; adapters around its parts are applied and trained."""
     modules = [part.module for part in drafter.head_parts]
     if modules == [None]:
         return target_head
-    if len(modules) == 1 and type(modules[0]) is nn.Linear:
-        return Head.linear(modules[0].weight)
-    # Four buffers: base and adapter product, the scaled one, and their sum, which the gradient may overwrite.
+    linear = [target_head if module is None else _linear_head(module) for module in modules]
+    parts = [part for part in linear if part is not None and part.products]
+    if len(parts) == len(linear):
+        return parts[0] if len(parts) == 1 else Head.joined(parts)
+    # Four buffers: base and adapter product, the scaled one, and their sum, which the gradient may overwrite; or those
+    # of a target that scales its logits. And one for the parts before.
+    num_buffers = max(4, target.num_logit_buffers) + len(modules) - 1
     own = [parameter for module in modules if module is not None for parameter in module.parameters()]
     trained = tuple(parameter for parameter in own if parameter.requires_grad)
     return Head(
-        lambda hidden: drafter.draft_logits(hidden, target.project), trained, drafter.config.draft_vocab_size, 4
+        lambda hidden: drafter.draft_logits(hidden, target.project),
+        trained,
+        drafter.config.draft_vocab_size,
+        num_buffers,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends import choose_backend
 from .flex import attend_by_flex
-from .plan import AttentionPlan, Sight
+from .plan import SEES_ALL, AttentionPlan, Sight
 from .tiles import attend_in_tiles
 
 
@@ -32,7 +32,7 @@ def anchored_attention(
     blocks: Tensor | AttentionPlan,
     scaling: float,
     backend: str | None = None,
-    sight: Sight = Sight(),
+    sight: Sight = SEES_ALL,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """

@@ -9,6 +9,7 @@ Shape letters:  A = blocks, S = queries per block, h = query heads, g = key/valu
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ def choose_backend(query: Tensor, num_groups: int, is_causal: bool = False, has_
 
 
 @cache
-def _flex_works(device: torch.device, dtype: torch.dtype, *shape: int) -> bool:
-    """Return whether the fused kernel compiles and is right for heads as in [`_try_flex`]; warn if not."""
+def _flex_works(*case: Any) -> bool:
+    """Return whether the fused kernel compiles and is right for a case of [`_try_flex`]; warn if not."""
     # This is asked under any mode of autograd and autocast, and inside of checkpointed layers. Threads begin without.
     with ThreadPoolExecutor(1) as thread:
-        failure = thread.submit(_try_flex, device, dtype, *shape).result()
+        failure = thread.submit(_try_flex, *case).result()
     if failure is not None:
         warnings.warn(
             f"torch's flex_attention does not work here ({failure}). The drafter's attention is computed by matrix "

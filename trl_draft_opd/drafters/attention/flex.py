@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .plan import AttentionPlan, Sight
+from .plan import SEES_ALL, AttentionPlan, Sight
 
 
 # Queries, and keys, of one tile: torch's own choice, which its kernels divide further.
@@ -34,7 +34,7 @@ def attend_by_flex(
     pieces: list[Tensor],
     plan: AttentionPlan,
     scaling: float,
-    sight: Sight = Sight(),
+    sight: Sight = SEES_ALL,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """As [`attend_in_tiles`]."""
@@ -43,7 +43,7 @@ def attend_by_flex(
     sizes = tuple(piece.shape[3] for piece in keys)
     shape = (S, context_key.shape[2], sizes)
     mask = plan.remember(("flex", shape, sight), lambda: block_mask(plan, *shape, sight))
-    run = compiled_flex() if query.is_cuda else flex_attention
+    run: Callable[..., Any] = compiled_flex() if query.is_cuda else flex_attention
     if scaling != d**-0.5:
         # The kernel's own scaling is a constant of its code; one handed in would be compiled as a variable.
         query = query * (scaling * d**0.5)
@@ -72,7 +72,7 @@ def compiled_flex() -> Callable[..., Any]:
 
 
 def block_mask(
-    plan: AttentionPlan, num_queries: int, context_length: int, sizes: Sequence[int], sight: Sight = Sight()
+    plan: AttentionPlan, num_queries: int, context_length: int, sizes: Sequence[int], sight: Sight = SEES_ALL
 ) -> BlockMask:
     """
     Return who sees whom in terms of tiles, without looking at any pair: from the least and greatest entries that the

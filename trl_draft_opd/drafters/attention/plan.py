@@ -29,11 +29,14 @@ class Sight(NamedTuple):
         window (`int` or `None`):
             Tokens that a query sees, itself and those right before it, as engines count; above the number of queries.
         is_causal (`bool`):
-            Whether a query sees no key of its block behind its own; the block's keys are one piece then, one per query.
+            Whether a query sees no key of its block behind its own; the block's keys are one piece, one per query.
     """
 
     window: int | None = None
     is_causal: bool = False
+
+
+SEES_ALL = Sight()
 
 
 class Tile(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import kernels
 from .kernels import Hide
 from .own_keys import block_backward, block_scores, mix_block, softmax_dtype
-from .plan import AttentionPlan, Sight
+from .plan import SEES_ALL, AttentionPlan, Sight
 
 
 # Forward and backward of the context part, by name.
@@ -35,7 +35,7 @@ def attend_in_tiles(
     plan: AttentionPlan,
     scaling: float,
     kernel: str,
-    sight: Sight = Sight(),
+    sight: Sight = SEES_ALL,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """

@@ -33,8 +33,9 @@ class DFlashDraftConfig(PortableConfig):
             Tokens that a slot of a sliding layer sees, itself and those right before it: the slot `s` places behind
             the anchor sees `sliding_window - 1 - s` entries of the context. Above `block_size`, so that it always
             sees its whole block and an entry of the context.
-        is_causal (`bool`, *optional*, defaults to `False`):
-            Whether a slot sees no slot behind it: in all layers, in none, or, with `None`, in the sliding ones alone.
+        is_causal (`bool`, *optional*):
+            Whether a slot sees no slot behind it: in all layers, in none, or, by default, in the sliding ones alone,
+            which is what engines take a `config.json` for that does not say.
         attention_sinks (`bool`, *optional*, defaults to `False`):
             Whether every head of every layer has a sink, a learned logit in the denominator of its softmax.
         attention_value_scale (`float`, *optional*, defaults to 1.0):
@@ -63,7 +64,7 @@ class DFlashDraftConfig(PortableConfig):
     layer_types: list[str] | None = None
     # These two are also read by the cache that transformers' generation builds from this config.
     sliding_window: int | None = None
-    is_causal: bool | None = False
+    is_causal: bool | None = None
     attention_sinks: bool = False
     attention_value_scale: float = 1.0
     block_size: int = 16

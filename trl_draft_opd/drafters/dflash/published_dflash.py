@@ -146,7 +146,8 @@ def _read_window(sections: Sections) -> int:
             )
     else:
         own = agreed("the sliding window", stated | {"sliding_window": shape.get("sliding_window")})
-    return integer("sliding_window", own, 1)
+    # transformers' class shows keys at a distance of up to its window; others count the query in.
+    return integer("sliding_window", own, 1) + (1 if sections.layout == "transformers" else 0)
 
 
 def _read_block(sections: Sections) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def convolve(states: torch.Tensor, base_kernel: torch.Tensor, kernels: torch.Ten
     for tap, base in enumerate(base_kernel.to(states.dtype)):
         moved = pad(states[:, : states.shape[1] - tap], (0, 0, tap, 0)) if tap else states
         grouped = moved.unflatten(-1, (num_groups, -1))
-        # Two products in place of one sum of factors, which would be kept for the backward pass, as large as the states.
+        # Two products: the sum of both factors, as large as the states, would be kept for the backward pass.
         mixed = mixed + moved * base + (grouped * kernels[:, :, tap, :, None]).flatten(-2)
     return mixed
 
@@ -158,6 +158,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         num_hidden_layers: int = 5,
         block_size: int = 16,
         target_layer_ids: list[int] | None = None,
+        sample_from_anchor: bool = False,
         conv_kernel_size: int = 2,
         conv_group_size: int = 16,
         selector_rank: int = 256,
@@ -167,7 +168,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         Make a fresh drafter of the target's shape, whose convolutions and selector change nothing yet.
 
         Args:
-            target, mask_token_id, num_hidden_layers, block_size, target_layer_ids:
+            target, mask_token_id, num_hidden_layers, block_size, target_layer_ids, sample_from_anchor:
                 As in [`DFlashDraftModel.from_target`].
             conv_kernel_size, conv_group_size, selector_rank, selector_top_k (`int`, *optional*):
                 As in [`DFlash2DraftConfig`].
@@ -176,6 +177,7 @@ class DFlash2DraftModel(DFlashDraftModel):
             **cls.shape_for_target(target, mask_token_id, target_layer_ids),
             num_hidden_layers=num_hidden_layers,
             block_size=block_size,
+            sample_from_anchor=sample_from_anchor,
             conv_kernel_size=conv_kernel_size,
             conv_group_size=conv_group_size,
             selector_rank=selector_rank,
@@ -202,15 +204,17 @@ class DFlash2DraftModel(DFlashDraftModel):
             conv_kernel_size, conv_group_size, selector_rank, selector_top_k (`int`, *optional*):
                 As in [`DFlash2DraftConfig`].
         """
-        settings = {key: value for key, value in drafter.config.to_dict().items() if key != "model_type"} | {
+        own: dict[str, Any] = {
             "conv_kernel_size": conv_kernel_size,
             "conv_group_size": conv_group_size,
             "selector_rank": selector_rank,
             "selector_top_k": selector_top_k,
         }
-        widened = cls(DFlash2DraftConfig(**settings))
+        shared = {key: value for key, value in drafter.config.to_dict().items() if key != "model_type"}
+        widened = cls(DFlash2DraftConfig(**shared | own))
         widened.load_state_dict(drafter.state_dict(), strict=False)
-        return widened.to(drafter.device, drafter.dtype).train(drafter.training)
+        widened.to(device=drafter.device, dtype=drafter.dtype)  # pyright: ignore[reportCallIssue]  hidden by a decorator
+        return widened.train(drafter.training)
 
     @property
     def candidates(self) -> Candidates:

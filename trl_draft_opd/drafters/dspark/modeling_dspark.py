@@ -52,6 +52,7 @@ class DSparkDraftModel(DFlashDraftModel):
 
     config_class = DSparkDraftConfig
     config: DSparkDraftConfig
+    names_of_heads = (*DFlashDraftModel.names_of_heads, "markov_head", "confidence_head")
 
     def __init__(self, config: DSparkDraftConfig):
         super().__init__(config)
