@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-from helpers.tiny import VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
 from trl_draft_opd.drafters.base import run_blocks
@@ -60,7 +60,7 @@ def draft(family, device, is_recomputed):
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash", "windows"])
+@pytest.mark.parametrize("family", [*FAMILIES, "windows"])
 def test_the_plan_is_the_only_wait_of_drafting_packed_texts(call, family, is_recomputed):
     norms, totals, table = call(draft, family, DEVICE, is_recomputed)
     expected, none, _ = call(draft, family, "cpu", is_recomputed)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from helpers.oracle import greedy_text, plant
-from helpers.tiny import EOS, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, FAMILIES, make_drafter, make_prompts, make_target
 from trl_draft_opd import (
     EvaluationReport,
     SamplingSettings,
@@ -98,7 +98,7 @@ def test_blocks_are_counted_by_geometry_and_not_by_their_fate(monkeypatch, targe
     assert evaluate(target, drafter, [prompt], max_completion_length=8).block_counts == [1]
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batches_of_any_size_give_the_same_report(family, target):
     drafter = make_drafter(family, target)
     prompts = make_prompts(3)
@@ -110,8 +110,8 @@ def test_batches_of_any_size_give_the_same_report(family, target):
 def test_a_lossy_loop_is_caught(monkeypatch, target):
     verify, calls = live.verify_greedy, []
 
-    def accept_one_wrong_draft(drafts, choices):
-        accepted, next_tokens = verify(drafts, choices)
+    def accept_one_wrong_draft(drafts, choices, num_verified):
+        accepted, next_tokens = verify(drafts, choices, num_verified)
         calls.append(accepted)
         if len(calls) == 2:
             accepted = (accepted + 1).clamp(max=drafts.shape[1])

@@ -10,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from helpers.oracle import greedy_text, plant
 from helpers.rollouts import Options, decode
-from helpers.tiny import EOS, VOCAB, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, FAMILIES, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import DraftVocabulary
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
@@ -182,7 +182,7 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
     assert_close(actual, reference(target, drafter, rollout, anchors, decay=0.8), 1e-5)
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_drafts", [2, 4])
 def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_drafts):
     target, drafter = make_pair(family, torch.float32)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from helpers.oracle import greedy_rows
 from helpers.pretend_accelerator import DEVICE, Counts, apart, pretend_accelerator
-from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, TINY_RUN, VOCAB, make_drafter, make_target
 from helpers.trained import overfit
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, DraftVocabulary
 
@@ -140,7 +140,7 @@ def test_no_operation_of_a_step_mixes_devices(call, name):
     assert torch.isfinite(torch.tensor(logs[0]["loss"])) and logs[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["sft", "opd"])
 def test_in_float32_the_losses_are_those_of_the_cpu(call, kind, family):
     there, _ = call(train, kind, family, {"bf16": False}, DEVICE, 2)

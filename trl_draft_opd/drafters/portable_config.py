@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..costs.shapes import OwnParts
 from .published.configs import parse_drafter_config
+from .published.exported import ExportedFamily
 from .published.family import PublishedFamily
 from .target_shape import check_layer_ids, refuse_misspelt
 
@@ -30,6 +31,8 @@ class PortableConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
         rope_parameters, max_position_embeddings:
             As in the target's config; head size and key/value heads must be the same: both share a cache layout.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Biases in the four projections of attention (EAGLE-3: vLLM only).
         target_hidden_size (`int`):
             Width of one tapped layer.
         target_layer_ids (`list[int]`):
@@ -48,6 +51,8 @@ class PortableConfig(PreTrainedConfig):
     #: Key of the family, in files and on the command line, and its name in prose.
     family: ClassVar[str]
     title: ClassVar[str]
+    #: How the family is written, and who reads it.
+    exported: ClassVar[ExportedFamily]
     #: What is published of the family, and how it is read.
     published: ClassVar[PublishedFamily]
     #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.
@@ -133,6 +138,12 @@ class PortableConfig(PreTrainedConfig):
         """Width of the target's layers that are read, side by side."""
         assert self.target_hidden_size is not None, "set by the config"
         return len(self.target_layer_ids or ()) * self.target_hidden_size
+
+    @property
+    def attention_biases(self) -> int:
+        """Numbers of a layer's biases in attention."""
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        return self.attention_bias * (heads * (self.head_dim or 0) + self.hidden_size)
 
     def own_parts(self) -> OwnParts:
         """Return what the family's blocks are, and what its drafters have beside the matrices of every decoder."""

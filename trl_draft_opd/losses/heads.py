@@ -124,7 +124,7 @@ class LinearPass:
         """Return the logits of a chunk, which may be overwritten."""
         columns = hidden_CH.detach().split(self._widths, dim=-1)
         self._parts = [own.to(weight.dtype) for own, weight in zip(columns, self._weights, strict=True)]
-        with _outside_autocast(hidden_CH.device):
+        with outside_autocast(hidden_CH.device):
             first, *others = zip(self._parts, self._weights, self._biases, strict=True)
             logits_CD = F.linear(*first).to(self._dtype)
             for own, weight, bias in others:
@@ -140,7 +140,7 @@ class LinearPass:
         """Send the gradient of the chunk's logits back; return that of its hidden states, where it is wanted."""
         assert self._parts, "the chunk was projected"
         grads: list[Tensor] = []
-        with _outside_autocast(grad_CD.device):
+        with outside_autocast(grad_CD.device):
             for product, weight, own in zip(self._products, self._weights, self._parts, strict=True):
                 own_grad_CD = grad_CD.to(weight.dtype)
                 for parameter, summed in zip(self._parameters, self.sums, strict=True):
@@ -179,7 +179,7 @@ class AutogradPass:
         self._chunk = None  # its logits are freed with the caller's
         wanted = [hidden_CH, *self._parameters] if self._wants_hidden_grad else list(self._parameters)
         # What is called under autocast would be cast again, of a head that left it too.
-        with _outside_autocast(grad_CD.device):
+        with outside_autocast(grad_CD.device):
             grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD))
         grad_CH = grads.pop(0) if self._wants_hidden_grad else None
         for summed, grad in zip(self.sums, grads, strict=True):
@@ -233,7 +233,7 @@ def _is_autocast_on(device: torch.device) -> bool:
 
 
 @contextmanager
-def _outside_autocast(device: torch.device) -> Iterator[None]:
+def outside_autocast(device: torch.device) -> Iterator[None]:
     """Multiply in the dtype of the operands, which was chosen already."""
     if not _is_autocast_on(device):
         yield

@@ -7,6 +7,7 @@ from typing import Any
 from ...costs.shapes import OwnParts
 from ..attention import Sight
 from ..portable_config import PortableConfig
+from .exported_dflash import ExportedDFlash
 from .published_dflash import PublishedDFlash
 
 
@@ -50,6 +51,7 @@ class DFlashDraftConfig(PortableConfig):
     model_type = "draft_opd_dflash"
     family = "dflash"
     title = "DFlash"
+    exported = ExportedDFlash()
     published = PublishedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.
@@ -100,8 +102,8 @@ class DFlashDraftConfig(PortableConfig):
     def own_parts(self) -> OwnParts:
         hidden, head_dim = self.hidden_size, self.head_dim or 0
         # Two norms per layer and two per head size; one of the context and one at the end.
-        vectors = self.num_hidden_layers * (2 * hidden + 2 * head_dim) + 2 * hidden
-        vectors += self.num_hidden_layers * self.num_attention_heads * self.attention_sinks
+        layer = 2 * hidden + 2 * head_dim + self.attention_biases + self.attention_sinks * self.num_attention_heads
+        vectors = self.num_hidden_layers * layer + 2 * hidden
         return OwnParts(self.block_size, self.drafts_per_block, hidden, vectors)
 
     def _check_attention(self, layer_types: list[str]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ...costs.shapes import OwnParts
 from ..portable_config import PortableConfig
+from .exported_eagle3 import ExportedEagle3
 from .published_eagle3 import PublishedEagle3
 
 
@@ -34,6 +35,7 @@ class Eagle3DraftConfig(PortableConfig):
     model_type = "draft_opd_eagle3"
     family = "eagle3"
     title = "EAGLE-3"
+    exported = ExportedEagle3()
     published = PublishedEagle3()
     drafts_whole_blocks = False
     # Step 1 runs over all positions anyway, and later steps only where the earlier drafts were right.
@@ -69,6 +71,7 @@ class Eagle3DraftConfig(PortableConfig):
 
     def own_parts(self) -> OwnParts:
         vectors = 4 * self.hidden_size + self.feature_width * (self.fc_norm + self.norm_before_fc)
+        vectors += self.attention_biases + self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
         # A layer reads token and state side by side.
         return OwnParts(self.ttt_steps, self.ttt_steps, 2 * self.hidden_size, vectors)
 
