@@ -75,7 +75,8 @@ class Stages:
     Bytes per stage on one GPU without any sharding; see [`Stages.rows`] for what each is.
 
     `kept` is what of `activations` lives from forward to backward: the rest is one layer that is computed again.
-    `logits` is what of `loss` is let go before the backward pass, in which `gradient` is the widest layer's.
+    `passing` is what of the loss and of states joined with tokens is let go before the layers' backward pass, in which
+    `gradient` is the widest layer's.
     """
 
     target: int
@@ -91,7 +92,7 @@ class Stages:
     readings: int
     forward: int
     loss: int
-    logits: int
+    passing: int
     gradient: int
     cache: int
 
@@ -122,8 +123,8 @@ class Stages:
 
     @property
     def update(self) -> int:
-        """What loss and backward pass need: the logits are gone before a layer is computed again."""
-        return max(self.kept + self.loss, self.activations + self.loss - self.logits + self.gradient)
+        """What loss and backward pass need: the loss is done before a layer is computed again."""
+        return max(self.kept + self.loss, self.activations + self.loss - self.passing + self.gradient)
 
 
 # -- what each part takes ---------------------------------------------------------------------------------------------
@@ -244,9 +245,11 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     # Of what is trained of the head: the cast, and the summed gradient.
     head = drafter.trained_head * (BF16 + FP32)
     # Slots that are trained on, their gradients, and those back in place; the target's states.
-    states = drafter.hidden + drafter.own.token_rank
-    loss = slots * states * 3 * BF16 + texts * target.hidden * BF16 + head
-    # Of gate, up and product of an MLP; steps of a chain are differentiated one by one.
+    of_tokens = slots * drafter.own.token_rank * 3 * BF16
+    loss = slots * target.hidden * 3 * BF16 + of_tokens + texts * target.hidden * BF16 + head
+    # Of gate, up and product of an MLP, behind whose convolution the gradient is; steps of a chain are differentiated
+    # one by one.
+    widest = BF16 * (3 * drafter.intermediate - drafter.own.taps * drafter.hidden)
     at_once = work.blocks_at_once(drafter.num_drafts) * (drafter.width if drafter.drafts_whole_blocks else 1)
     own = 2 * BF16 * target.kv_width * drafter.layers
     if not drafter.drafts_whole_blocks:
@@ -267,8 +270,8 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
         loss=loss + work.chunk_bytes,
-        logits=work.chunk_bytes + head,
-        gradient=at_once * 3 * BF16 * drafter.intermediate,
+        passing=work.chunk_bytes + head + of_tokens + slots * joined_bytes(drafter),
+        gradient=at_once * widest,
         cache=texts * (cached + own),
     )
 
