@@ -12,6 +12,7 @@ from helpers.rollouts import Options, decode, replay
 from helpers.tiny import EOS, MASK, TINY_RUN, VOCAB, make_drafter, make_prompts, make_target
 from helpers.trained import overfit, own_text
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
+from trl_draft_opd.costs.shapes import DrafterShape
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.rollout.replay import TargetText
@@ -115,6 +116,17 @@ def test_a_head_of_rows_is_refused_where_the_targets_head_does_more(target):
         reduced.reduce_vocabulary(VOCABULARY, target)
     with pytest.raises(ValueError, match="which a DFlash 2 drafter cannot have"):
         make_drafter("dflash2", target).reduce_vocabulary(VOCABULARY, target)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"draft_vocab_size": 20}], ids=str)
+@pytest.mark.parametrize("family", ["dflash", "dspark", "eagle3"])
+def test_costs_count_the_weights_that_are_trained(target, family, options):
+    drafter = make_drafter(family, target)
+    for name, value in options.items():
+        setattr(drafter.config, name, value)
+    drafter = type(drafter)(drafter.config)
+    trained = sum(parameter.numel() for parameter in drafter.parameters() if parameter.requires_grad)
+    assert DrafterShape.of(drafter.config).parameters == trained
 
 
 # -- trainers and folders ---------------------------------------------------------------------------------------------
