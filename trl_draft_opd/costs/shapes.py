@@ -100,7 +100,7 @@ class DrafterShape:
         vocab (`int`): Tokens that it can propose.
         width (`int`): Positions of a block that are computed: DFlash's block with its anchor, EAGLE-3's steps.
         num_drafts (`int`): Drafts of a block.
-        num_norms (`int`): Weights of all norms, and biases.
+        num_norms (`int`): Weights of all norms.
         owns_head (`bool`): Whether the head is trained with the drafter, or is the target's.
         extra (`int`): Weights that only its family has.
     """
@@ -132,8 +132,6 @@ class DrafterShape:
             norms = layers * (2 * hidden + 2 * head_dim) + 2 * hidden
         else:
             norms = 4 * hidden + features * (int(config.fc_norm) + int(config.norm_before_fc))
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        biases = layers * (heads * head_dim + hidden) if config.attention_bias else 0
         return cls(
             family="dflash" if is_dflash else "eagle3",
             hidden=hidden,
@@ -146,7 +144,7 @@ class DrafterShape:
             vocab=config.draft_vocab_size or config.vocab_size,
             width=config.block_size if is_dflash else config.ttt_steps,
             num_drafts=config.drafts_per_block if is_dflash else config.ttt_steps,
-            num_norms=norms + biases,
+            num_norms=norms,
             owns_head=config.owns_head and config.trains_head,
             extra=config.exported.extra_parameters(config),
         )
