@@ -96,6 +96,7 @@ _DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dflash": (DFlashDraftModel, _BLOCKS),
     "dflash2": (DFlash2DraftModel, _BLOCKS | {"conv_group_size": 8, "selector_rank": 6, "selector_top_k": 6}),
     "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
+    "dflash2": (DFlash2DraftModel, _BLOCKS | {"selector_rank": 8, "selector_top_k": 6}),
     "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
 }
 FAMILIES = list(_DRAFTERS)
@@ -105,7 +106,11 @@ def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) ->
     """Return a random drafter of a family, with four drafts per block unless told otherwise."""
     torch.manual_seed(seed)
     family_class, settings = _DRAFTERS[family]
+    # EAGLE-3 alone makes its head by it.
+    vocabulary = None if family == "eagle3" else options.pop("draft_vocabulary", None)
     drafter = family_class.from_target(target, **settings | options).eval()
+    if vocabulary is not None:
+        drafter.reduce_vocabulary(vocabulary, target)
     if family == "dspark":
         # A bias as large as the target's logits, so that few drafts survive a wrong token before their slot.
         for factor in drafter.markov_head.parameters():

@@ -79,6 +79,7 @@ def write_card(
         "readers": _table(["reader", "loads it as it is, by the rules it reads files with"], list(readers.items())),
         "serving_file": SERVING_FILE,
         "measurements": _table(_MEASURED, [_measurement(m) for m in measurements]) if measurements else None,
+        "has_replays": any(m.is_replay for m in measurements),
         "compared": [_comparison(m) for m in measurements if m.num_different is not None],
         "estimate": estimate,
         "costs": _costs(estimate["rows"]) if estimate else None,
@@ -176,7 +177,7 @@ def _costs(rows: list[dict[str, Any]]) -> str:
 
 
 def _measurement(m: Measurement) -> list[str]:
-    ending = ", end of sequence ignored" if m.ignore_eos else ""
+    ending = (", end of sequence ignored" if m.ignore_eos else "") + (", by replay" if m.is_replay else "")
     return [
         f"{plain(m.prompt_set)} ({m.num_prompts})",
         f"{m.temperature:g}" + (", drawn drafts" if m.draft_sampling == "sample" else ""),

@@ -225,6 +225,7 @@ class Measurement:
         acceptance_per_slot (`list[float]`): Share of blocks that keep at least `k` drafts.
         num_different (`int` or `None`): Outputs that differ from the target's own; `None` if not compared.
         after_steps (`int` or `None`): Optimizer steps of the last stage before it.
+        is_replay (`bool`): Whether the blocks were found along the target's responses, and none was decoded live.
     """
 
     prompt_set: Annotated[str, _PROMPT_SET]
@@ -247,6 +248,7 @@ class Measurement:
     num_different: int | None
     target_dtype: Annotated[str, _DTYPE]
     after_steps: int | None = None
+    is_replay: bool = False
 
 
 @dataclass(frozen=True)
@@ -413,7 +415,7 @@ def measurement_of(report: EvaluationReport, **conditions: Any) -> Measurement:
     """Return a report as it is recorded; `conditions` are the attributes of [`Measurement`] that it does not know."""
     names = (
         "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks "
-        "num_different"
+        "num_different is_replay"
     ).split()
     return Measurement(**{name: getattr(report, name) for name in names}, **conditions)
 

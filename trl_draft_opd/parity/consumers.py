@@ -263,7 +263,9 @@ def _why_not_speculators(scene: Scene) -> str | None:
         return "speculators is not installed"
     if scene.target_name is None:
         return "the library reads the target itself, and no folder or id of a whole model was given (`target_name`)"
-    return None
+    config = scene.drafter.config
+    refusals = config.exported.readers(config, set())["speculators"].refusals
+    return refusals[0] if refusals else None
 
 
 CONSUMERS = {

@@ -152,7 +152,9 @@ class DraftTrainingConfig(_BaseConfig):
             `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drawn from its distribution.
 
         eval_rollouts (`bool`, *optional*, defaults to `True`):
-            Decode the evaluation prompts and report tau and acceptance per slot, which the loss alone does not tell.
+            Decode the evaluation prompts and report tau and acceptance per slot, which the loss alone does not tell. A
+            target whose cache cannot be rolled back writes responses to them once (those given as ids are taken), and
+            the blocks are found along these by replay.
 
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
@@ -411,9 +413,7 @@ def check_part_weights(args: DraftTrainingConfig, drafter: Drafter) -> None:
     ):
         weight = getattr(args, name)
         if weight != getattr(DraftTrainingConfig, name) and not has_part:
-            raise ValueError(
-                f"`{name}` is {weight}, but this {config.title} drafter has no {part}. Leave it out."
-            )
+            raise ValueError(f"`{name}` is {weight}, but this {config.title} drafter has no {part}. Leave it out.")
 
 
 def check_position_decay(position_decay: float) -> None:

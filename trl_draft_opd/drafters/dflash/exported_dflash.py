@@ -136,7 +136,7 @@ class ExportedDFlash(ExportedFamily):
             "vLLM": Verdict(list(from_anchor), self.vllm_conditions(config, architectures)),
             "SGLang": Verdict([*from_anchor, *reduced, *special, *handed]),
             "transformers (custom_generate)": Verdict(),
-            "speculators": Verdict(),
+            "speculators": Verdict(self._differing_windows(config)),
             "z-lab's code": Verdict([*from_anchor, *reduced, *special]),
             "llama.cpp's converter": Verdict(
                 [*from_anchor, *self._refused_by_llama_cpp(config)], ["with `--target-model-dir TARGET`"]
@@ -155,6 +155,11 @@ class ExportedDFlash(ExportedFamily):
     def needs_gpu_in_vllm(self, config: Any) -> str | None:
         mixes = len(set(config.layer_types)) > 1
         return "its V2 runner alone mixes windows and full attention" if mixes else None
+
+    @staticmethod
+    def _differing_windows(config: Any) -> list[str]:
+        counted = "it counts the window of every slot from the anchor, where engines count it from the slot itself"
+        return [] if config.sliding_window is None else [counted]
 
     @staticmethod
     def _is_special(config: Any) -> bool:

@@ -49,7 +49,8 @@ class ExportedEagle3(ExportedFamily):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         # `ttt_steps` is not needed by the library, and kept so that the drafter comes back as it was.
         own = {name: flat[name] for name in ("draft_vocab_size", *_NORM_FLAGS, "ttt_steps")}
-        return own | {_IDS: boundaries, "embed_requires_grad": False}, {}
+        # vLLM takes three layers for granted where the layer's section does not say how many.
+        return own | {_IDS: boundaries, "embed_requires_grad": False}, {"num_aux_hidden_states": len(boundaries)}
 
     def layer_id_places(self, layout: str, ids: list[int]) -> dict[tuple[str, ...], list[int]]:
         boundaries = [i + 1 for i in ids]
