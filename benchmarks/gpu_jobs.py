@@ -95,8 +95,8 @@ class ForcedWalk(ReplayWalk):
 
     tau = 1.0
 
-    def _judge(self, hidden: Tensor, anchors: Tensor, room: Tensor, slot: int, uniforms) -> tuple[Tensor, Tensor]:
-        super()._judge(hidden, anchors, room, slot, uniforms)
+    def _judge(self, hidden: Tensor, anchors: Tensor, room: Tensor, slot: int, *rest) -> tuple[Tensor, Tensor]:
+        super()._judge(hidden, anchors, room, slot, *rest)
         coins = kept_by_chance(self.tau, len(self.ids), self.settings.num_drafts, self.ids.device)
         slots = torch.arange(slot, slot + hidden.shape[1], device=anchors.device)
         committed = self.ids[(anchors[:, None] + slots + 1).clamp(max=len(self.ids) - 1)]

@@ -244,7 +244,7 @@ def draft(drafter, features, input_ids, anchors, num_drafts, uniforms=None, temp
     with torch.no_grad():
         context = drafter.encode_text(features, input_ids, TARGET.embed)
     settings = DraftingSettings(num_drafts, SamplingSettings(temperature, 0, 1.0), "greedy", False)
-    return draft_blocks(TARGET, drafter, context, anchors, input_ids.gather(1, anchors), settings, uniforms)
+    return draft_blocks(TARGET, drafter, context, anchors, input_ids.gather(1, anchors), settings, uniforms)[:2]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)

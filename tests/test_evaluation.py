@@ -110,8 +110,8 @@ def test_batches_of_any_size_give_the_same_report(family, target):
 def test_a_lossy_loop_is_caught(monkeypatch, target):
     verify, calls = live.verify_greedy, []
 
-    def accept_one_wrong_draft(drafts, choices):
-        accepted, next_tokens = verify(drafts, choices)
+    def accept_one_wrong_draft(drafts, choices, num_verified):
+        accepted, next_tokens = verify(drafts, choices, num_verified)
         calls.append(accepted)
         if len(calls) == 2:
             accepted = (accepted + 1).clamp(max=drafts.shape[1])

@@ -520,7 +520,7 @@ def walk_one_by_one(target, drafter, ids, start):
     anchor, end, chain = start, ids.shape[1] - 1, []
     while anchor < end:
         place = torch.tensor([[anchor]])
-        drafts, _ = draft_blocks(target, drafter, context.prefix(anchor), place, ids[:, [anchor]], settings, None)
+        drafts = draft_blocks(target, drafter, context.prefix(anchor), place, ids[:, [anchor]], settings, None).ids
         drafts = drafts[0, 0, : end - anchor]
         accepted = int(count_accepted(drafts, ids[0, anchor + 1 : anchor + 1 + len(drafts)][:K]))
         chain.append((anchor, accepted, drafts[: accepted + 1].tolist()))

@@ -17,6 +17,7 @@ from helpers.tiny import EOS, MASK, VOCAB, make_prompts
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.drafters.base import Drafter, DraftState
 from trl_draft_opd.rollout import live
+from trl_draft_opd.rollout.drafting import DraftedBlocks
 from trl_draft_opd.rollout.replay import ReplayWalk
 
 
@@ -90,7 +91,7 @@ def plant(monkeypatch, drafter: Drafter, truths: list[list[int]], wrong: Callabl
         # A live batch loses rows as they end; it alone knows which are left.
         rows = zip(batch.active, anchors.tolist(), strict=True)
         drafts = [planted_drafts(truths[row], anchor, batch.settings.num_drafts, wrong(row)) for row, anchor in rows]
-        return torch.tensor(drafts, device=anchors.device), None
+        return DraftedBlocks(torch.tensor(drafts, device=anchors.device), None, None)
 
     monkeypatch.setattr(live._LiveBatch, "_draft", draft_live)
 

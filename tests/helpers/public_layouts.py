@@ -143,9 +143,7 @@ def modelopt_dflash() -> tuple[Drafter, Published]:
     """A window in every layer by `use_swa`, whatever `layer_types` says."""
     drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=6)
     nested = {"mask_token_id": MASK, "target_layer_ids": IDS, "use_swa": True, "swa_window_size": 6, "causal": False}
-    config = flat(
-        "DFlashDraftModel", block_size=5, layer_types=[FULL] * 2, sliding_window=6, dflash_config=nested
-    )
+    config = flat("DFlashDraftModel", block_size=5, layer_types=[FULL] * 2, sliding_window=6, dflash_config=nested)
     return drafter, (config, tensors_of(drafter))
 
 
@@ -319,9 +317,7 @@ def _redhat_dspark(drafter: Drafter, drafts: int, **own: Any) -> Published:
     own |= BLOCK | {AUX.removeprefix("eagle_"): BOUNDARIES, "draft_vocab_size": VOCAB, "markov_head_type": "vanilla"}
     own |= {"markov_rank": 6, "enable_confidence_head": True, "confidence_head_with_markov": True}
     layer = {"num_hidden_layers": 2, "layer_types": [FULL] * 2, "sliding_window": None}
-    config = speculators(
-        "dspark", "DSparkDraftModel", drafts, layer=layer, sliding_window_non_causal=False, **own
-    )
+    config = speculators("dspark", "DSparkDraftModel", drafts, layer=layer, sliding_window_non_causal=False, **own)
     return config, tensors_of(drafter, extra=(*_OF_TARGET, "verifier_lm_head.weight"))
 
 

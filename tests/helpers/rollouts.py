@@ -30,10 +30,19 @@ class Options:
     eos_token_ids: Sequence[int] = ()
     segment_length: int = 1
     chunk_bytes: int = 2**20
+    min_confidence: float | None = None
+    keep_confidences: bool = False
 
     @property
     def drafting(self) -> DraftingSettings:
-        return DraftingSettings(self.num_drafts, self.sampling, self.draft_sampling, self.keep_branch_hidden)
+        return DraftingSettings(
+            self.num_drafts,
+            self.sampling,
+            self.draft_sampling,
+            self.keep_branch_hidden,
+            self.min_confidence,
+            self.keep_confidences,
+        )
 
 
 def decode(target, drafter, prompts, options, sample_ids=None, on_finished=None):

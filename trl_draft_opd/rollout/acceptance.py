@@ -160,7 +160,9 @@ def residual_probs(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> tor
     return torch.where(mass > 0, excess / mass, target_probs)
 
 
-def verify_greedy(drafts_BK: torch.Tensor, target_choices_BK1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def verify_greedy(
+    drafts_BK: torch.Tensor, target_choices_BK1: torch.Tensor, num_verified_B: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Verify drafts against a greedy target: keep the leading matches, then commit the target's own next choice.
 
@@ -168,12 +170,16 @@ def verify_greedy(drafts_BK: torch.Tensor, target_choices_BK1: torch.Tensor) -> 
         drafts_BK (`torch.LongTensor` of shape `(B, K)`): Drafts.
         target_choices_BK1 (`torch.LongTensor` of shape `(B, K + 1)`):
             Target's argmax after the anchor and after each draft.
+        num_verified_B (`torch.LongTensor` of shape `(B,)`, *optional*):
+            Drafts of each block that are verified, `0..K`; the others are not looked at. All by default.
 
     Returns:
         `tuple` of two `torch.LongTensor` of shape `(B,)`: accepted drafts `0..K`; next token (correction or bonus).
     """
     _check_shape("target_choices_BK1", target_choices_BK1, (*drafts_BK.shape[:-1], drafts_BK.shape[-1] + 1))
     accepted_B = count_accepted(drafts_BK, target_choices_BK1[..., :-1])
+    if num_verified_B is not None:
+        accepted_B = accepted_B.minimum(num_verified_B)
     return accepted_B, _at(target_choices_BK1, accepted_B)
 
 
@@ -183,6 +189,7 @@ def verify_sampled(
     target_probs_BK1V: torch.Tensor,
     accept_uniforms_BK: torch.Tensor,
     next_uniforms_B: torch.Tensor,
+    num_verified_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Verify drafts by rejection sampling, so that the committed text has exactly the target's distribution.
@@ -201,6 +208,8 @@ def verify_sampled(
             Distribution `p` of the target after the anchor and each draft; temperature, top-k and top-p included.
         accept_uniforms_BK (`torch.FloatTensor` of shape `(B, K)`), next_uniforms_B (of shape `(B,)`):
             Uniform numbers in `[0, 1)`.
+        num_verified_B (`torch.LongTensor` of shape `(B,)`, *optional*):
+            As in [`verify_greedy`]. Must not depend on a draft that it leaves out, or on what is behind it.
 
     Returns:
         `tuple` of two `torch.LongTensor` of shape `(B,)`: accepted drafts `0..K`; next token (correction or bonus).
@@ -220,6 +229,8 @@ def verify_sampled(
         _check_possible("draft_probs_BKV", draft_prob_BK > 0, "Pass the distribution that the drafts were drawn from.")
     # As a product: a draft with p(d) = 0 is refused even at u = 0.
     accepted_B = (accept_uniforms_BK * draft_prob_BK < target_prob_BK).cumprod(dim=-1).sum(dim=-1)
+    if num_verified_B is not None:
+        accepted_B = accepted_B.minimum(num_verified_B)
     refused_slot_B = accepted_B.clamp(max=num_drafts - 1)
     target_row_BV = _row_at(target_probs_BK1V, accepted_B)
     if draft_probs_BKV is None:
@@ -227,7 +238,8 @@ def verify_sampled(
     else:
         draft_row_BV = _row_at(draft_probs_BKV, refused_slot_B)
     # The bonus replaces no draft: nothing is subtracted from its row.
-    draft_row_BV = draft_row_BV.masked_fill((accepted_B == num_drafts).unsqueeze(-1), 0)
+    is_whole_B = accepted_B == (num_drafts if num_verified_B is None else num_verified_B)
+    draft_row_BV = draft_row_BV.masked_fill(is_whole_B.unsqueeze(-1), 0)
     return accepted_B, choose_tokens(residual_probs(target_row_BV, draft_row_BV), next_uniforms_B)
 
 

@@ -177,6 +177,8 @@ def mark_slots(rollout: Rollout, *, rejected_scope: str, eos_token_ids: Sequence
     is_block = rollout.is_block[..., None]
     is_accepted = (slots <= accepted) & is_block
     is_rejected = (slots > accepted) & is_block & ~rollout.is_censored[..., None]
+    if rollout.verified is not None:
+        is_rejected &= slots <= rollout.verified[..., None]
     if rejected_scope == "first":
         is_rejected &= slots == accepted + 1
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=slots.device)

@@ -20,19 +20,21 @@ from ..target.frozen import FrozenTarget
 from ..target.lengths import Lengths, check_lengths
 from ..target.reading import TargetReading
 from .acceptance import choose_tokens, settle_blocks, token_probs, verify_greedy, verify_sampled
-from .drafting import DraftingSettings, draft_blocks
+from .drafting import DraftedBlocks, DraftingSettings, draft_blocks, mark_verified
 from .keyed_random import LIVE_ACCEPT, LIVE_DRAFT, LIVE_TOKEN, DrawKeys
 from .types import Rollout
 
 
 class _Round(NamedTuple):
-    """One verified block of every unfinished row: their numbers, `(B,)`, and their blocks."""
+    """One block of every unfinished row: their numbers, `(B,)`, and their blocks as in [`Rollout`]."""
 
     rows: torch.Tensor
     anchors: torch.Tensor
     drafts: torch.Tensor
     accepted: torch.Tensor
     branch_hidden: torch.Tensor | None
+    verified: torch.Tensor | None
+    confidences: torch.Tensor | None
 
 
 @torch.no_grad()
@@ -57,6 +59,7 @@ def rollout_live(
     last call; without EOS ids every row is decoded to the limit.
     """
     _check(target, drafter, prompts, settings.num_drafts, max_completion_length)
+    settings.check_drafter(drafter)
     keys.check_rows(len(prompts))
     with drafter.evaluating():
         batch = _LiveBatch(target, drafter, prompts, settings, keys, max_completion_length, eos_token_ids)
@@ -165,41 +168,58 @@ class _LiveBatch:
     def run_round(self) -> None:
         """Draft a block for every unfinished row, verify all of them in one target forward, and commit."""
         anchors = self.length - 1
-        drafts, draft_probs = self._draft(anchors)
+        drafted = self._draft(anchors)
+        drafts, draft_probs, num_verified = drafted.ids, drafted.probs, self._count_verified(drafted)
+        if num_verified is not None:
+            # As many as the longest block of the batch: what is not verified is not read.
+            longest = int(num_verified.max())
+            drafts, draft_probs = drafts[:, :longest], None if draft_probs is None else draft_probs[:, :longest]
         block = torch.cat([self.text.gather(1, anchors[:, None]), drafts], dim=1)
         positions = anchors[:, None] + torch.arange(block.shape[1], device=self.device)
         self.cache_mask = torch.cat([self.cache_mask, torch.ones_like(block)], dim=1)
         reading = self._step(block, positions)
-        accepted, next_tokens = self._verify(anchors, drafts, draft_probs, self.target.project(reading.last_hidden))
+        logits = self.target.project(reading.last_hidden)
+        accepted, next_tokens = self._verify(anchors, drafts, draft_probs, logits, num_verified)
         # A clone, so that the state behind the last draft is not kept alive.
         hidden = reading.last_hidden[:, :-1].clone() if self.settings.keep_branch_hidden else None
         rows = torch.tensor(self.active, device=self.device)
-        self.rounds.append(_Round(rows, anchors, drafts, accepted, hidden))
+        confidences = drafted.confidences if self.settings.keep_confidences else None
+        self.rounds.append(_Round(rows, anchors, drafted.ids, accepted, hidden, num_verified, confidences))
         self._commit(anchors, drafts, accepted, next_tokens, reading.features, positions)
 
-    def _draft(self, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a block of drafts per row, and the distributions they were drawn from, if they were."""
+    def _draft(self, anchors: torch.Tensor) -> DraftedBlocks:
+        """Return a block of drafts per row, `(B, K)`, and what else is known of it."""
         uniforms = None
         if self.settings.draws_drafts:
             uniforms = self._uniforms(anchors, self.slots, LIVE_DRAFT)[:, None]
         context = self.context.prefix(int(anchors.max()))
         tokens = self.text.gather(1, anchors[:, None])
-        drafts, probs = draft_blocks(
-            self.target, self.drafter, context, anchors[:, None], tokens, self.settings, uniforms
-        )
-        return drafts[:, 0], None if probs is None else probs[:, 0]
+        drafted = draft_blocks(self.target, self.drafter, context, anchors[:, None], tokens, self.settings, uniforms)
+        probs, confidences = (None if each is None else each[:, 0] for each in drafted[1:])
+        return DraftedBlocks(drafted.ids[:, 0], probs, confidences)
+
+    def _count_verified(self, drafted: DraftedBlocks) -> torch.Tensor | None:
+        """Return how many drafts of each row are verified, `(B,)`; `None` where all are."""
+        if self.settings.min_confidence is None:
+            return None
+        assert drafted.confidences is not None, "read where they are needed"
+        return mark_verified(drafted.confidences.cumprod(dim=-1), self.settings.min_confidence).sum(dim=-1)
 
     def _verify(
-        self, anchors: torch.Tensor, drafts: torch.Tensor, draft_probs: torch.Tensor | None, logits: torch.Tensor
+        self,
+        anchors: torch.Tensor,
+        drafts: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        num_verified: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return accepted drafts and the bonus or correction token of every row."""
         if self.settings.sampling.is_greedy:
-            return verify_greedy(drafts, logits.argmax(dim=-1))
+            return verify_greedy(drafts, logits.argmax(dim=-1), num_verified)
         target_probs = token_probs(logits, self.settings.sampling)
-        accept_uniforms = self._uniforms(anchors, self.slots, LIVE_ACCEPT)
-        return verify_sampled(
-            drafts, draft_probs, target_probs, accept_uniforms, self._uniforms(anchors, 0, LIVE_TOKEN)
-        )
+        accept_uniforms = self._uniforms(anchors, self.slots[: drafts.shape[1]], LIVE_ACCEPT)
+        next_uniforms = self._uniforms(anchors, 0, LIVE_TOKEN)
+        return verify_sampled(drafts, draft_probs, target_probs, accept_uniforms, next_uniforms, num_verified)
 
     def _commit(
         self,
@@ -273,19 +293,27 @@ class _LiveBatch:
         input_ids = pad_sequence(texts, batch_first=True, padding_value=self.target.pad_token_id)
         index = torch.arange(input_ids.shape[1], device=self.device)
         mask = (index < lengths[:, None]).long()
-        K, hidden = self.settings.num_drafts, None
+        K, hidden, verified, confidences = self.settings.num_drafts, None, None, None
         anchors = input_ids.new_full((len(input_ids), max(1, len(self.rounds))), -1)
         raw_accepted = torch.zeros_like(anchors)
         drafts = input_ids.new_zeros(*anchors.shape, K)
         if self.settings.keep_branch_hidden:
             shape = (*anchors.shape, K, self.target.config.hidden_size)
             hidden = torch.zeros(shape, dtype=self.target.causal_lm.dtype, device=self.device)
+        if self.settings.min_confidence is not None:
+            verified = torch.zeros_like(anchors)
+        if self.settings.keep_confidences:
+            confidences = torch.zeros(drafts.shape, dtype=torch.float64, device=self.device)
         # A row has a block in every round until it ends, so rounds and blocks have the same numbers.
         for number, block in enumerate(self.rounds):
             anchors[block.rows, number], raw_accepted[block.rows, number] = block.anchors, block.accepted
             drafts[block.rows, number] = block.drafts
             if hidden is not None and block.branch_hidden is not None:
                 hidden[block.rows, number] = block.branch_hidden.to(hidden)
+            if verified is not None and block.verified is not None:
+                verified[block.rows, number] = block.verified
+            if confidences is not None and block.confidences is not None:
+                confidences[block.rows, number] = block.confidences
         outcome = settle_blocks(raw_accepted, anchors, (lengths - 1)[:, None], K)
         is_block = anchors >= 0
         return Rollout(
@@ -301,4 +329,6 @@ class _LiveBatch:
             has_suffix=True,
             num_refused=0,
             num_target_forwards=self.num_target_forwards,
+            verified=verified,
+            confidences=confidences,
         )

@@ -24,7 +24,7 @@ from ..target.branches import score_branches
 from ..target.frozen import FrozenTarget
 from ..target.reading import TextReading
 from .acceptance import draw_tokens, sample_posterior, settle_blocks, token_probs
-from .drafting import DraftingSettings
+from .drafting import DraftingSettings, mark_verified, read_confidences
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
 from .types import Rollout, response_ends
 
@@ -89,8 +89,8 @@ def rollout_replay(
 
 class ReplayWalk:
     """
-    What became of every block that was drafted so far, by place: `accepted` (-1 where none was drafted) and the first
-    refused draft, both on the host.
+    What became of every block that was drafted so far, by place: `accepted` (-1 where none was drafted), the first
+    refused draft, and whether the block ended there because no more was verified, all on the host.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class ReplayWalk:
         self.target, self.drafter, self.text, self.settings, self.keys = target, drafter, text, settings, keys
         self.chunk_bytes = chunk_bytes
         keys.check_rows(len(text.input_ids))
+        settings.check_drafter(drafter)
         if settings.keep_branch_hidden:
             target.require_rollback()  # Before the work, not after it.
         if reading is None:
@@ -126,10 +127,13 @@ class ReplayWalk:
         self.ends = response_ends(mask)[self.rows, self.positions] + self.starts[self.rows]
         self.accepted = torch.full_like(self.ends, -1)
         self.refused_drafts = torch.zeros_like(self.ends)
+        self.is_cut = torch.zeros_like(self.is_written)
         self.is_refused_row = self._find_impossible_rows()
+        # How many drafts are verified depends on all of them.
+        self.has_suffix = settings.keep_branch_hidden or settings.min_confidence is not None
         # Where a slot reads no draft, a block's suffix needs only the head once its fate is known.
         self.suffixes = None
-        if settings.keep_branch_hidden and not drafter.reads_drafts:
+        if self.has_suffix and not drafter.reads_drafts:
             self.suffixes = self.ids.new_zeros(len(self.ids), settings.num_drafts)
 
     def _find_impossible_rows(self) -> Tensor:
@@ -227,6 +231,9 @@ class ReplayWalk:
         uniforms = draws
         # The blocks that are judged further: among `places` on the host, and on the device.
         running, columns, slot = torch.arange(len(places)), None, 0
+        reach, least = None, self.settings.min_confidence
+        if least is not None:
+            reach = torch.ones(len(places), 1, dtype=torch.float64, device=anchors.device)
         while True:
             size = slots_at_once(len(running), num_drafts - slot, self.ids.device.type)
             if state.block_hidden is None:
@@ -234,11 +241,21 @@ class ReplayWalk:
             else:
                 hidden = state.block_hidden[0, :, slot : slot + size]
                 hidden = hidden if columns is None else hidden.index_select(0, columns)
-            drafts, is_kept = self._judge(hidden, anchors, room, slot, uniforms)
+            is_verified = None
+            if reach is not None and least is not None:
+                # The product of all slots from the first on, in the order of live decoding.
+                reach = torch.cat([reach, read_confidences(self.drafter, hidden)], dim=1).cumprod(dim=1)[:, 1:]
+                is_verified = mark_verified(reach, least, slot + 1)
+            drafts, is_kept = self._judge(hidden, anchors, room, slot, uniforms, is_verified)
             kept = is_kept.long().cumprod(dim=1).sum(dim=1)
-            refused = drafts.gather(1, kept.clamp(max=size - 1)[:, None])[:, 0]
-            kept, refused = torch.stack([kept, refused]).cpu()
+            last = kept.clamp(max=size - 1)[:, None]
+            found = [kept, drafts.gather(1, last)[:, 0]]
+            if is_verified is not None:
+                found.append((~is_verified.gather(1, last)[:, 0]).long())
+            kept, refused, *is_cut = torch.stack(found).cpu()
             self._check_drawn(refused < 0, places[running])
+            if is_cut:
+                self.is_cut[places[running]] = is_cut[0].bool()
             self.accepted[places[running]] = slot + kept
             self.refused_drafts[places[running]] = refused
             slot += size
@@ -248,6 +265,7 @@ class ReplayWalk:
                 break
             running, picked = running[following], self._send(following)
             anchors, room = anchors[picked], room[picked]
+            reach = None if reach is None else reach[picked, -1:]
             uniforms = None if uniforms is None else (uniforms[0][picked], uniforms[1][picked])
             columns = picked if columns is None else columns[picked]
             if state.block_hidden is None:
@@ -276,10 +294,17 @@ class ReplayWalk:
         return self.ids[places.clamp(max=len(self.ids) - 1)][None]
 
     def _judge(
-        self, hidden: Tensor, anchors: Tensor, room: Tensor, slot: int, uniforms: tuple[Tensor, Tensor] | None
+        self,
+        hidden: Tensor,
+        anchors: Tensor,
+        room: Tensor,
+        slot: int,
+        uniforms: tuple[Tensor, Tensor] | None,
+        is_verified: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
-        Draft the slots behind `slot` of N blocks whose drafts up to there equal the text.
+        Draft the slots behind `slot` of N blocks whose drafts up to there equal the text. Those that are not verified
+        are drafted as behind the end of the text: nothing is known of their fate.
 
         Returns:
             `tuple` of drafts `(N, M)`, which are right up to the first that is not kept, and of whether each equals a
@@ -287,7 +312,8 @@ class ReplayWalk:
         """
         shape = hidden.shape[:2]
         slots = torch.arange(slot + 1, slot + 1 + shape[1], device=anchors.device)
-        is_in_text = (slots <= room[:, None]).flatten()
+        is_in_text = slots <= room[:, None]
+        is_in_text = (is_in_text if is_verified is None else is_in_text & is_verified).flatten()
         places = (anchors[:, None] + slots).clamp(max=len(self.ids) - 1).flatten()
         committed, hidden = self.ids[places], hidden.flatten(0, 1)
         drafts, is_kept = torch.empty_like(committed), torch.empty_like(is_in_text)
@@ -382,10 +408,18 @@ class ReplayWalk:
         num_drafts = self.settings.num_drafts
         anchors = anchors.masked_fill(self.is_refused_row[:, None], -1)
         is_block = anchors >= 0
-        index = is_block.flatten().nonzero()[:, 0]
+        index = self._send(is_block.flatten().nonzero()[:, 0])
         places = (self.starts[:, None] + anchors)[is_block]
         outcome = settle_blocks(self.accepted[places], places, self.ends[places], num_drafts)
         drafts = self._drafts(places, outcome.accepted)
+        verified = confidences = None
+        if self.settings.reads_confidences:
+            confidences = self._confidences(places, drafts)
+            if self.settings.min_confidence is not None:
+                verified = self._count_verified(places, confidences, self.settings.min_confidence)
+                verified = verified.new_zeros(anchors.numel()).index_copy_(0, index, verified).view(anchors.shape)
+            padded = confidences.new_zeros(anchors.numel(), num_drafts)
+            confidences = padded.index_copy_(0, index, confidences).view(*anchors.shape, num_drafts)
 
         # What was decided on the host, `(B, A)` each, in one upload.
         table = torch.zeros(4, *anchors.shape, dtype=torch.long)
@@ -393,7 +427,7 @@ class ReplayWalk:
         table[1:, is_block] = torch.stack([outcome.accepted, outcome.is_censored, outcome.is_counted])
         anchors, accepted, is_censored, is_counted = self._send(table)
         padded = drafts.new_zeros(anchors.numel(), num_drafts)
-        drafts = padded.index_copy_(0, self._send(index), drafts).view(*anchors.shape, num_drafts)
+        drafts = padded.index_copy_(0, index, drafts).view(*anchors.shape, num_drafts)
         hidden, forwards_before = None, self.target.num_forwards
         if self.settings.keep_branch_hidden:
             slots = torch.arange(1, num_drafts + 1, device=anchors.device)
@@ -409,9 +443,11 @@ class ReplayWalk:
             is_censored=is_censored.bool(),
             is_counted=is_counted.bool(),
             branch_hidden=hidden,
-            has_suffix=self.settings.keep_branch_hidden,
+            has_suffix=self.has_suffix,
             num_refused=int(self.is_refused_row.sum()),
             num_target_forwards=1 + self.target.num_forwards - forwards_before,
+            verified=verified,
+            confidences=confidences if self.settings.keep_confidences else None,
         )
 
     def _drafts(self, places: Tensor, accepted: Tensor) -> Tensor:
@@ -427,11 +463,31 @@ class ReplayWalk:
         drafts = torch.where(is_refused, refused[:, None], drafts)
         if self.suffixes is not None:
             drafts = torch.where(slots > known[:, None], self.suffixes[anchors], drafts)
-        elif self.settings.keep_branch_hidden:
+        elif self.has_suffix:
             self._draft_suffixes(places, drafts)
-        if self.settings.draws_drafts and self.settings.keep_branch_hidden:
+        if self.settings.draws_drafts and self.has_suffix:
             self._check_drawn((drafts < 0).any(dim=1), places)
         return drafts
+
+    def _confidences(self, places: Tensor, drafts: Tensor) -> Tensor:
+        """Return the drafter's confidence at all slots of blocks along their drafts, `(N, K)`."""
+        found = []
+        for part in self._slices(torch.arange(len(places))):
+            state, _ = self._begin(places[part], self._send(places[part]))
+            hidden = state.block_hidden
+            if hidden is None:
+                hidden = self.drafter.run_along(state, drafts[self._send(part)][None, :, :-1])[1]
+            found.append(read_confidences(self.drafter, hidden[0]))
+        return torch.cat(found) if found else drafts.new_zeros(drafts.shape, dtype=torch.float64)
+
+    def _count_verified(self, places: Tensor, confidences: Tensor, min_confidence: float) -> Tensor:
+        """Return how many drafts of each block are verified, `(N,)`, of the confidences along its drafts."""
+        accepted, known, is_cut = self._send(
+            torch.stack([self.accepted[places], self._num_known(places), self.is_cut[places].long()])
+        )
+        num_verified = mark_verified(confidences.cumprod(dim=1), min_confidence).sum(dim=1)
+        # What decided a block's fate was computed among other blocks, and may differ by round-off.
+        return torch.where(is_cut.bool(), accepted, num_verified.maximum(known))
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,11 @@ class Rollout:
         has_suffix (`bool`): Whether the slots behind the first rejection were drafted.
         num_refused (`int`): Rows left without blocks because their text is impossible under the sampling settings.
         num_target_forwards (`int`): Forward passes of the target for the whole batch, the prefill included.
+        verified (`torch.LongTensor` of shape `(B, A)` or `None`):
+            Drafts of each block that were verified, 1..K; `None` where whole blocks are.
+        confidences (`torch.DoubleTensor` of shape `(B, A, K)` or `None`):
+            The drafter's confidence at each slot up to the first rejection; anything behind it unless `has_suffix`.
+            `None` when not kept.
     """
 
     input_ids: torch.Tensor
@@ -48,6 +53,8 @@ class Rollout:
     has_suffix: bool
     num_refused: int
     num_target_forwards: int
+    verified: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
 
     @property
     def is_block(self) -> torch.Tensor:
