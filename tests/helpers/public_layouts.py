@@ -141,7 +141,7 @@ def zlab_anchor() -> tuple[Drafter, Published]:
 
 def modelopt_dflash() -> tuple[Drafter, Published]:
     """A window in every layer by `use_swa`, whatever `layer_types` says."""
-    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=6)
+    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=6, is_causal=False)
     nested = {"mask_token_id": MASK, "target_layer_ids": IDS, "use_swa": True, "swa_window_size": 6, "causal": False}
     config = flat("DFlashDraftModel", block_size=5, layer_types=[FULL] * 2, sliding_window=6, dflash_config=nested)
     return drafter, (config, tensors_of(drafter))
@@ -159,7 +159,12 @@ def modelopt_causal() -> tuple[Drafter, Published]:
 def mimo() -> tuple[Drafter, Published]:
     """MiMo's options but for the rotation of a part of each head, which is refused."""
     drafter = build(
-        "dflash", layer_types=[SLIDING] * 2, sliding_window=6, attention_sinks=True, attention_value_scale=0.612
+        "dflash",
+        layer_types=[SLIDING] * 2,
+        sliding_window=6,
+        is_causal=False,
+        attention_sinks=True,
+        attention_value_scale=0.612,
     )
     own = {
         "block_size": 5,
@@ -201,8 +206,8 @@ def redhat_dflash_sliding() -> tuple[Drafter, Published]:
 
 
 def native_sliding() -> tuple[Drafter, Published]:
-    """transformers' own class, whose sliding layers are not causal."""
-    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=9)
+    """transformers' own class, whose sliding layers are not causal and whose window leaves the query out."""
+    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=10, is_causal=False)
     names = "attention_dropout dtype rope_parameters tie_word_embeddings transformers_version".split()
     config = {name: value for name, value in flat("").items() if name in {*SHAPE, *names}} | {
         "architectures": ["MuseGlimmerAssistantModel"],
@@ -340,7 +345,7 @@ _CONVOLVED = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 6, 
 
 def zlab_dflash2() -> tuple[Drafter, Published]:
     """z-lab's and SpecForge's, with all settings in the nested section."""
-    drafter = build("dflash2", **_CONVOLVED, layer_types=[SLIDING] * 2, sliding_window=7)
+    drafter = build("dflash2", **_CONVOLVED, layer_types=[SLIDING] * 2, sliding_window=7, is_causal=False)
     nested = BLOCK | _CONVOLVED | {"target_layer_ids": IDS}
     own = {"is_causal": False, "layer_types": [SLIDING] * 2, "sliding_window": 7, "use_sliding_window": True}
     return drafter, (flat("DFlash2DraftModel", **own, dflash_config=nested), tensors_of(drafter))

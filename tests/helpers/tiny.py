@@ -106,7 +106,11 @@ def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) ->
     """Return a random drafter of a family, with four drafts per block unless told otherwise."""
     torch.manual_seed(seed)
     family_class, settings = _DRAFTERS[family]
+    # EAGLE-3 alone makes its head by it.
+    vocabulary = None if family == "eagle3" else options.pop("draft_vocabulary", None)
     drafter = family_class.from_target(target, **settings | options).eval()
+    if vocabulary is not None:
+        drafter.reduce_vocabulary(vocabulary, target)
     if family == "dspark":
         # A bias as large as the target's logits, so that few drafts survive a wrong token before their slot.
         for factor in drafter.markov_head.parameters():

@@ -30,6 +30,8 @@ class PortableConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
         rope_parameters, max_position_embeddings:
             As in the target's config; head size and key/value heads must be the same: both share a cache layout.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Biases in the four projections of attention (EAGLE-3: vLLM only).
         target_hidden_size (`int`):
             Width of one tapped layer.
         target_layer_ids (`list[int]`):

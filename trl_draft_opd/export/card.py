@@ -80,6 +80,7 @@ def write_card(
         "serving_file": SERVING_FILE,
         "measurements": _table(_MEASURED, [_measurement(m) for m in measurements]) if measurements else None,
         "calibrated": [_calibration(m) for m in measurements if m.calibration_error is not None],
+        "has_replays": any(m.is_replay for m in measurements),
         "compared": [_comparison(m) for m in measurements if m.num_different is not None],
         "estimate": estimate,
         "costs": _costs(estimate["rows"]) if estimate else None,
@@ -177,7 +178,7 @@ def _costs(rows: list[dict[str, Any]]) -> str:
 
 
 def _measurement(m: Measurement) -> list[str]:
-    ending = ", end of sequence ignored" if m.ignore_eos else ""
+    ending = (", end of sequence ignored" if m.ignore_eos else "") + (", by replay" if m.is_replay else "")
     return [
         f"{plain(m.prompt_set)} ({m.num_prompts})",
         f"{m.temperature:g}" + (", drawn drafts" if m.draft_sampling == "sample" else ""),

@@ -37,8 +37,8 @@ def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: i
     Put a fresh adapter into a drafter's layers and freeze everything else; with `peft_config=None` return it as it is.
 
     The drafter must equal the one that its config names: an adapter's file is useless without it. Without
-    `target_modules`, or with `"all-linear"`, the adapter goes into every linear layer but the heads. Its parameters are
-    float32, drawn by `seed`; until the first update the result drafts as the drafter does, bit for bit, unless
+    `target_modules`, or with `"all-linear"`, the adapter goes into every linear layer but the heads. Its parameters
+    are float32, drawn by `seed`; until the first update the result drafts as the drafter does, bit for bit, unless
     `init_lora_weights=False` asks for something else.
     """
     if peft_config is None:

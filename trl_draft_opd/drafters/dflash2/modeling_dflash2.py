@@ -9,14 +9,14 @@ Shape letters:  B = sequences, A = anchors per sequence, N = blocks, S = block s
                 convolution, G = its groups of channels, V = vocabulary, R = rank of the selector, C = candidates
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, pad
 
 from ..base import Candidates, Project
-from ..dflash import DFlashDraftModel
+from ..dflash import DFlashDraftConfig, DFlashDraftModel
 from ..dflash.modeling_dflash import Attend, DFlashLayer
 from ..feed_forward import run_mlp
 from ..precision import run_norm
@@ -135,6 +135,9 @@ class DFlash2DraftModel(DFlashDraftModel):
     config: DFlash2DraftConfig
     layer_class = DFlash2Layer
     _no_split_modules = ["DFlash2Layer"]
+    names_of_heads = (*DFlashDraftModel.names_of_heads, "codebook")
+    # The head's, and those that drafts are drawn from.
+    num_logit_buffers = 2
     reads_drafts = True
 
     def __init__(self, config: DFlash2DraftConfig):
@@ -194,7 +197,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         conv_group_size: int = 16,
         selector_rank: int = 256,
         selector_top_k: int = 16,
-    ) -> "DFlash2DraftModel":
+    ) -> Self:
         """
         Make a drafter that drafts what a DFlash does until it is trained: its states and the logits of the likeliest
         tokens are the same, bit for bit.
@@ -203,18 +206,27 @@ class DFlash2DraftModel(DFlashDraftModel):
             drafter ([`DFlashDraftModel`]): Where all weights but those of the convolutions and the selector come from.
             conv_kernel_size, conv_group_size, selector_rank, selector_top_k (`int`, *optional*):
                 As in [`DFlash2DraftConfig`].
+
+        Raises:
+            ValueError: If `drafter` is of another family, has a vocabulary of its own, or a size is out of range.
         """
-        own: dict[str, Any] = {
-            "conv_kernel_size": conv_kernel_size,
-            "conv_group_size": conv_group_size,
-            "selector_rank": selector_rank,
-            "selector_top_k": selector_top_k,
-        }
-        shared = {key: value for key, value in drafter.config.to_dict().items() if key != "model_type"}
-        widened = cls(DFlash2DraftConfig(**shared | own))
-        widened.load_state_dict(drafter.state_dict(), strict=False)
-        widened.to(device=drafter.device, dtype=drafter.dtype)  # pyright: ignore[reportCallIssue]  hidden by a decorator
-        return widened.train(drafter.training)
+        if drafter.config.family != DFlashDraftConfig.family:
+            raise ValueError(
+                f"A DFlash 2 drafter starts from a DFlash drafter, not from a {drafter.config.title} one. Use "
+                "`DFlash2DraftModel.from_target` for a fresh one."
+            )
+        shape: dict[str, Any] = {name: getattr(drafter.config, name) for name in DFlashDraftConfig.own_settings()}
+        config = DFlash2DraftConfig(
+            **shape,
+            conv_kernel_size=conv_kernel_size,
+            conv_group_size=conv_group_size,
+            selector_rank=selector_rank,
+            selector_top_k=selector_top_k,
+        )
+        model = cls(config)
+        missing, unexpected = model.load_state_dict(drafter.state_dict(), strict=False)
+        assert not unexpected and all("_conv." in name or name.startswith("candidate_selector.") for name in missing)
+        return model.to(device=drafter.device, dtype=drafter.dtype).train(drafter.training)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @property
     def candidates(self) -> Candidates:
@@ -232,4 +244,4 @@ class DFlash2DraftModel(DFlashDraftModel):
         successors = embedding(token_ids, rows)
         dtype = torch.promote_types(unary.dtype, torch.float32)
         scores = values.to(dtype) + (successors * context[..., None, :].to(dtype)).sum(dim=-1)
-        return torch.full_like(unary, -torch.inf, dtype=dtype).scatter(-1, token_ids, scores)
+        return torch.full_like(unary, -torch.inf, dtype=dtype).scatter_(-1, token_ids, scores)
