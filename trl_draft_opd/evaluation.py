@@ -54,11 +54,11 @@ class EvaluationReport:
         temperature (`float`): Of the target.
         accepted_sums (`list[int]`), block_counts (`list[int]`):
             Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
-        is_replay (`bool`): Whether the blocks were found along responses, and none was decoded live.
         drafts_per_block (`float`), kept_share (`float`):
             Drafts that the target verified per counted block, and which share of them it kept.
         min_confidence (`float` or `None`): As it was given.
         calibration (`dict` or `None`): See [`Calibration.report`]; `None` for a drafter without a confidence head.
+        is_replay (`bool`): Whether the blocks were found along responses, and none was decoded live.
     """
 
     tau: float
@@ -77,11 +77,11 @@ class EvaluationReport:
     temperature: float
     accepted_sums: list[int]
     block_counts: list[int]
-    is_replay: bool = False
     drafts_per_block: float | None = None
     kept_share: float | None = None
     min_confidence: float | None = None
     calibration: dict[str, Any] | None = None
+    is_replay: bool = False
 
     def to_dict(self) -> dict:
         """Return plain numbers and lists for JSON."""

@@ -225,9 +225,9 @@ class Measurement:
         acceptance_per_slot (`list[float]`): Share of blocks that keep at least `k` drafts.
         num_different (`int` or `None`): Outputs that differ from the target's own; `None` if not compared.
         after_steps (`int` or `None`): Optimizer steps of the last stage before it.
-        is_replay (`bool`): Whether the blocks were found along the target's responses, and none was decoded live.
         calibration_error (`float` or `None`), brier_score (`float` or `None`):
             Of a confidence head, over all slots; see [`Calibration`].
+        is_replay (`bool`): Whether the blocks were found along the target's responses, and none was decoded live.
     """
 
     prompt_set: Annotated[str, _PROMPT_SET]
@@ -250,9 +250,9 @@ class Measurement:
     num_different: int | None
     target_dtype: Annotated[str, _DTYPE]
     after_steps: int | None = None
-    is_replay: bool = False
     calibration_error: float | None = None
     brier_score: float | None = None
+    is_replay: bool = False
 
 
 @dataclass(frozen=True)
