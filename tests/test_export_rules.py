@@ -109,7 +109,7 @@ CONFIG_OFFENCES = [
     ("C9", "eagle3", "speculators", inside("speculators_config", proposal_methods=[])),
     ("C11", "eagle3", "flat", drop("draft_vocab_size")),
     ("files", "eagle3", "flat", put(rope_theta=5.0)),
-    ("files", "eagle3", "flat", put(attention_bias=True)),
+    ("files", "eagle3", "flat", put(mlp_bias=True)),
     ("files", "dflash", "flat", inside("dflash_config", target_layer_ids=[1, 2, 3, 4, 6])),
     ("files", "eagle3-norms", "flat", put(norm_before_fc="yes")),
 ]
