@@ -128,8 +128,9 @@ def test_windows_are_counted_from_the_anchor_by_the_library_and_from_the_slot_by
     length, window = 32, 9
     document = torch.zeros(length, dtype=torch.long)
     sees, _, _ = create_anchor_block_mask_mod(document, length, torch.tensor([20]), 5, window, True)
+    none = torch.tensor(0)
     seen = [
-        [position for position in range(length) if sees(0, 0, torch.tensor(slot), torch.tensor(position))]
+        [position for position in range(length) if sees(none, none, torch.tensor(slot), torch.tensor(position))]
         for slot in range(5)
     ]
     assert seen == [list(range(20 - window, 20))] * 5

@@ -96,7 +96,6 @@ _DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dflash": (DFlashDraftModel, _BLOCKS),
     "dflash2": (DFlash2DraftModel, _BLOCKS | {"conv_group_size": 8, "selector_rank": 6, "selector_top_k": 6}),
     "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
-    "dflash2": (DFlash2DraftModel, _BLOCKS | {"selector_rank": 8, "selector_top_k": 6}),
     "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
 }
 FAMILIES = list(_DRAFTERS)
