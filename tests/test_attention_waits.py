@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target, state_width
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
 from trl_draft_opd.drafters.base import run_blocks
@@ -48,7 +48,7 @@ def draft(family, device, is_recomputed):
         embedding = target.causal_lm.get_input_embeddings().to(device)
         drafter.to(device)
         inputs = [tensor.to(device) for tensor in (features, ids, anchors, drafts, starts)]
-        weight = torch.randn(*drafts.shape, drafter.config.hidden_size, generator=generator).to(device)
+        weight = torch.randn(*drafts.shape, state_width(drafter), generator=generator).to(device)
         counts.clear()
         hidden = run_blocks(drafter, *inputs[:4], embedding, inputs[4])
         (hidden * weight).sum().backward()
