@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target, state_width
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
 from trl_draft_opd.drafters.base import run_blocks
@@ -44,11 +44,13 @@ def draft(family, device, is_recomputed):
     starts = first.repeat_interleave(torch.tensor(LENGTHS))[None]
     anchors = (torch.arange(sum(LENGTHS))[None] != starts).nonzero()[:, 1][None]
     drafts = torch.randint(7, VOCAB, (1, anchors.shape[1], K), generator=generator)
+    with torch.no_grad():
+        width = run_blocks(drafter, features, ids, anchors, drafts, target.embed, starts).shape[-1]
     with pretend_accelerator() as counts:
         embedding = target.causal_lm.get_input_embeddings().to(device)
         drafter.to(device)
         inputs = [tensor.to(device) for tensor in (features, ids, anchors, drafts, starts)]
-        weight = torch.randn(*drafts.shape, state_width(drafter), generator=generator).to(device)
+        weight = torch.randn(*drafts.shape, width, generator=generator).to(device)
         counts.clear()
         hidden = run_blocks(drafter, *inputs[:4], embedding, inputs[4])
         (hidden * weight).sum().backward()

@@ -179,16 +179,21 @@ class Case:
     num_drafts: int = 2
     max_completion_length: int = 3
     eos: int = 1
+    min_confidence: float | None = None
 
 
 def blocks_of(rollout, row: int, has_suffix: bool) -> tuple:
-    """Return a row's text and blocks; drafts behind the first refused slot only where both engines have them."""
+    """
+    Return a row's text and blocks; drafts behind the first refused slot only where both engines have them. Of blocks
+    of several lengths, the number of verified drafts comes last.
+    """
     blocks = []
     for number in range(int(rollout.num_rounds[row])):
         accepted, is_censored = int(rollout.accepted[row, number]), bool(rollout.is_censored[row, number])
         drafts = rollout.drafts[row, number].tolist()
         drafts = tuple(drafts if has_suffix else drafts[: accepted + (not is_censored)])
-        blocks.append((int(rollout.anchors[row, number]), accepted, is_censored, drafts))
+        block = (int(rollout.anchors[row, number]), accepted, is_censored, drafts)
+        blocks.append(block if rollout.verified is None else (*block, int(rollout.verified[row, number])))
     return tuple(rollout.responses()[row]), tuple(blocks)
 
 
@@ -202,6 +207,7 @@ def live_distribution(name: str) -> dict[tuple, float]:
         case.draft_sampling,
         max_completion_length=case.max_completion_length,
         eos_token_ids=[case.eos],
+        min_confidence=case.min_confidence,
     )
 
     def run(prompts, tapes):
@@ -227,9 +233,10 @@ def replay_distributions(case: Case, texts: list[tuple[int, ...]]) -> list[dict[
         case.num_drafts,
         case.sampling,
         case.draft_sampling,
-        case.has_suffix,
+        case.has_suffix and case.min_confidence is None,
         segment_length=case.segment_length,
         chunk_bytes=10_000,
+        min_confidence=case.min_confidence,
     )
 
     def run(responses, tapes):

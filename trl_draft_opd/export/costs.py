@@ -32,7 +32,7 @@ def drafter_reads(config: PortableConfig, num_drafts: int) -> int:
     shape = DrafterShape.of(config)
     blocks = 1 if config.drafts_whole_blocks else num_drafts
     once = shape.fusion + blocks * (shape.layers * shape.layer_matrices + shape.head)
-    return once + num_drafts * config.exported.read_per_draft(config)
+    return once + config.exported.extra_reads(config, num_drafts)
 
 
 def break_even(

@@ -57,8 +57,9 @@ class ExportedDSpark(ExportedDFlash):
         markov = (config.vocab_size + config.draft_vocab_size) * config.markov_rank
         return super().extra_parameters(config) + confidence + markov
 
-    def read_per_draft(self, config: Any) -> int:
-        return config.draft_vocab_size * config.markov_rank
+    def extra_reads(self, config: Any, num_drafts: int) -> int:
+        # The head follows the drafts, one at a time.
+        return num_drafts * config.draft_vocab_size * config.markov_rank
 
     def facts(self, config: Any, num_drafts: int) -> list[tuple[str, Any]]:
         reads = "the token before the slot too" if config.confidence_head_with_markov else "the slot's state alone"

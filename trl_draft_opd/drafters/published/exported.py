@@ -101,8 +101,8 @@ class ExportedFamily(ABC):
         """Return how many weights the family has beside fusion, layers of the common kind, norms and head."""
         return 0
 
-    def read_per_draft(self, config: Any) -> int:
-        """Return how many of them are read once per draft of a block that is otherwise drafted at once."""
+    def extra_reads(self, config: Any, num_drafts: int) -> int:
+        """Return how many weights are read for them to draft one block; a row of a table is none."""
         return 0
 
     @abstractmethod
