@@ -10,7 +10,7 @@ from trl import TrlParser
 
 from benchmarks.counters import PeakBytes
 from helpers.oracle import greedy_text
-from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target
+from helpers.tiny import FAMILIES, TINY_RUN, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.trainer.pair import compile_drafter
@@ -19,8 +19,6 @@ from trl_draft_opd.utils.versions import switch_checkpointing
 
 CONFIGS = {"sft": DraftSFTConfig, "opd": DraftOPDConfig}
 TRAINERS = {"sft": DraftSFTTrainer, "opd": DraftOPDTrainer}
-STEPS = {"dflash": "_run_layer", "eagle3": "_step"}
-OPTIONS = {"dflash": {}, "eagle3": {"norm_output": True}}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def run_some_blocks(drafter, target):
 
 def count_steps(monkeypatch, drafter, family):
     """Count the layers or steps that are run, again or for the first time."""
-    calls, name = [], STEPS[family]
+    calls, name = [], "_step" if family == "eagle3" else "_run_layer"
     run = getattr(drafter, name)
     monkeypatch.setattr(drafter, name, lambda *args: (calls.append(torch.is_grad_enabled()), run(*args))[1])
     return calls
@@ -73,11 +71,11 @@ def gradients(drafter, target, bf16=False):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_the_same_bits_from_less_memory(target, tmp_path, family, bf16, compiled):
     results = []
     for is_on in (False, True):
-        drafter = make_drafter(family, target, **OPTIONS[family]).train()
+        drafter = make_drafter(family, target, **{"norm_output": True} if family == "eagle3" else {}).train()
         compile_drafter(drafter, make_args("sft", tmp_path, torch_compile=compiled, torch_compile_backend="aot_eager"))
         if is_on:
             switch_checkpointing(drafter, "enable")
@@ -90,7 +88,7 @@ def test_gradients_are_the_same_bits_from_less_memory(target, tmp_path, family, 
     assert peak < 0.75 * plain_peak
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_run_again_for_a_gradient_alone(monkeypatch, target, family):
     drafter = make_drafter(family, target)
     switch_checkpointing(drafter, "enable")
@@ -108,7 +106,7 @@ def test_layers_are_run_again_for_a_gradient_alone(monkeypatch, target, family):
     assert len(calls) == 5 * num_steps
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_of_an_adapter_is_drawn_once(target, family):
     from peft import LoraConfig, get_peft_model
 
@@ -134,7 +132,7 @@ def test_trainers_switch_it_on_under_both_names(monkeypatch, tmp_path, target, k
     columns = {"prompt_ids": [t[:n] for n, t in texts], "completion_ids": [t[n:] for n, t in texts]}
     final, counts = [], []
     for is_on in (False, True):
-        drafter = make_drafter(family, target, **OPTIONS[family])
+        drafter = make_drafter(family, target, **{"norm_output": True} if family == "eagle3" else {})
         calls = count_steps(monkeypatch, drafter, family)
         args = make_args(
             kind, tmp_path, bf16=True, torch_compile=True, torch_compile_backend="aot_eager", **{name: is_on}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-from helpers.tiny import VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
 from trl_draft_opd.drafters.base import run_blocks
@@ -44,11 +44,13 @@ def draft(family, device, is_recomputed):
     starts = first.repeat_interleave(torch.tensor(LENGTHS))[None]
     anchors = (torch.arange(sum(LENGTHS))[None] != starts).nonzero()[:, 1][None]
     drafts = torch.randint(7, VOCAB, (1, anchors.shape[1], K), generator=generator)
+    with torch.no_grad():
+        width = run_blocks(drafter, features, ids, anchors, drafts, target.embed, starts).shape[-1]
     with pretend_accelerator() as counts:
         embedding = target.causal_lm.get_input_embeddings().to(device)
         drafter.to(device)
         inputs = [tensor.to(device) for tensor in (features, ids, anchors, drafts, starts)]
-        weight = torch.randn(*drafts.shape, drafter.config.hidden_size, generator=generator).to(device)
+        weight = torch.randn(*drafts.shape, width, generator=generator).to(device)
         counts.clear()
         hidden = run_blocks(drafter, *inputs[:4], embedding, inputs[4])
         (hidden * weight).sum().backward()
@@ -60,7 +62,7 @@ def draft(family, device, is_recomputed):
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash", "windows"])
+@pytest.mark.parametrize("family", [*FAMILIES, "windows"])
 def test_the_plan_is_the_only_wait_of_drafting_packed_texts(call, family, is_recomputed):
     norms, totals, table = call(draft, family, DEVICE, is_recomputed)
     expected, none, _ = call(draft, family, "cpu", is_recomputed)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, TINY_RUN, VOCAB, make_drafter, make_target
 from trl_draft_opd import DraftSFTConfig
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.trainer.pair import compile_drafter
@@ -17,7 +17,7 @@ TARGET = make_target()
 
 
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_later_shapes_compile_nothing(tmp_path, family, is_mixed):
     drafter = make_drafter(family, TARGET).train()
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import export, make_variant
+from test_export import VARIANTS, export, make_variant
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from helpers.rollouts import Options, decode
-from helpers.tiny import EOS, PAD, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, PAD, make_drafter, make_target
 from trl_draft_opd import AutoDrafter, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.drafters.base import run_blocks
-from trl_draft_opd.export.custom_generate import dflash, eagle3, write_custom_generate
+from trl_draft_opd.export.custom_generate import drafters, generate, write_custom_generate
 from trl_draft_opd.rollout.blocks import sample_anchors
 from trl_draft_opd.utils.versions import CACHE_NAME
 
@@ -109,7 +109,7 @@ def make_normed(target):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, target):
     place = tmp_path_factory.mktemp("exports")
-    drafters = {name: make_variant(name, target) for name in ("eagle3", "eagle3-reduced", "eagle3-norms", "dflash")}
+    drafters = {name: make_variant(name, target) for name in VARIANTS}
     drafters |= {"eagle3-prenorms": make_normed(target), "trained": make_trained(target)}
     for name, drafter in drafters.items():
         export(drafter, target, place / name, dtype=torch.float32)
@@ -122,14 +122,6 @@ def speculate(model, ids, folder, **options):
 
 def as_ids(prompt):
     return torch.tensor([prompt])
-
-
-def test_dflash_text_is_the_targets_own(target, folders):
-    for prompt in ([17], *make_prompts(2, longest=12)):
-        ids, limits = as_ids(prompt), {"max_new_tokens": 20, "do_sample": False}
-        own, streamer = target.causal_lm.generate(ids, **limits), Collected()
-        assert torch.equal(speculate(target.causal_lm, ids, folders["dflash"], **limits, streamer=streamer), own)
-        assert streamer.tokens == own[0].tolist() and streamer.has_ended
 
 
 def test_greedy_text_of_an_untied_llama_is_its_own(tmp_path):
@@ -155,7 +147,7 @@ def blocks_of(model):
     handle.remove()
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "eagle3-reduced", "eagle3-norms", "eagle3-prenorms", "trained"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "eagle3-prenorms", "trained"])
 def test_text_is_the_targets_own_and_rounds_are_ours_draft_by_draft(target, folders, variant):
     model, drafter = target.causal_lm, AutoDrafter.from_pretrained(folders[variant])
     options = Options(4, eos_token_ids=target.eos_token_ids)
@@ -187,9 +179,9 @@ def test_right_drafts_are_kept_and_the_first_wrong_one_ends_a_block(target, fold
     torch.manual_seed(0)
     truth = model.generate(ids, **options)[0].tolist()
 
-    def planted(self, token, count, embed):
+    def planted(self, token, count, embed, project):
         # The committed text is read up to the anchor, whose position is therefore the number of keys.
-        anchor = self.keys.shape[2]
+        anchor = self.keys[0].shape[2]
         assert int(token) == truth[anchor]
         drafts = truth[anchor + 1 : anchor + 1 + count]
         wrong = 1 + anchor % 3
@@ -197,10 +189,10 @@ def test_right_drafts_are_kept_and_the_first_wrong_one_ends_a_block(target, fold
             :, :count
         ]
 
-    monkeypatch.setattr(eagle3.Drafter, "draft", planted)
+    monkeypatch.setattr(drafters.Eagle3Drafter, "draft", planted)
     torch.manual_seed(0)
     with blocks_of(model) as blocks:
-        ours = eagle3.generate(model, drafter=folders["eagle3"], inputs=ids, **options)
+        ours = generate.generate(model, drafter=folders["eagle3"], inputs=ids, **options)
     assert ours[0].tolist() == truth
     expected, anchor = [3], 3
     while anchor < len(truth) - 1:
@@ -380,7 +372,7 @@ def test_a_dict_result_holds_sequences_and_scores_of_plain_decoding(target, fold
         ([[9]], {"inputs_embeds": torch.zeros(1, 1, 32)}, r"not with \['inputs_embeds'\]"),
         ([[9]], {"return_dict_in_generate": True, "output_attentions": True}, r"not with \['output_attentions'\]"),
         ([[9, 9]], {"attention_mask": torch.tensor([[1, 0]])}, "hides tokens inside of the prompt"),
-        ([[9]], {"assistant_model": 1}, "has no part in EAGLE-3"),
+        ([[9]], {"assistant_model": 1}, "has no part here"),
     ],
 )
 def test_what_blocks_cannot_do_is_refused(target, folders, ids, options, message):
@@ -388,20 +380,10 @@ def test_what_blocks_cannot_do_is_refused(target, folders, ids, options, message
         speculate(target.causal_lm, torch.tensor(ids), folders["eagle3"], max_new_tokens=4, **options)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"num_beams": 2}, "cannot keep to num_beams=2"),
-        ({"guidance_scale": 1.3}, "cannot keep to guidance_scale=1.3"),
-        ({"num_drafts": 2}, "drafts whole blocks, 4 drafts for this drafter"),
-        ({"inputs": torch.tensor([[9], [10]])}, "batch_size = 1"),
-        ({"assistant_model": 1}, "is what this function supplies"),
-    ],
-)
-def test_what_dflash_decoding_cannot_do_is_refused(target, folders, options, message):
-    options = {"inputs": as_ids([9]), "max_new_tokens": 4} | options
-    with pytest.raises(ValueError, match=message):
-        dflash.generate(target.causal_lm, drafter=folders["dflash"], **options)
+@pytest.mark.parametrize("count", [0, 5])
+def test_more_drafts_than_a_block_holds_are_refused(target, folders, count):
+    with pytest.raises(ValueError, match=f"at most 4, the drafter's block, got {count}"):
+        speculate(target.causal_lm, as_ids([9]), folders["dflash"], max_new_tokens=4, num_drafts=count)
 
 
 def test_hooks_are_taken_off_a_target_that_failed(target, folders):
@@ -421,13 +403,13 @@ def test_a_target_with_an_encoder_is_refused(folders):
         speculate(T5ForConditionalGeneration(config), as_ids([9]), folders["eagle3"], max_new_tokens=2)
 
 
-@pytest.mark.parametrize("module, variant", [(eagle3, "eagle3"), (dflash, "dflash")])
+@pytest.mark.parametrize("variant", ["eagle3", "dflash"])
 @pytest.mark.parametrize("name, value", [("num_hidden_layers", 9), ("hidden_size", 64), ("vocab_size", 65)])
-def test_a_drafter_of_another_target_is_refused(target, folders, module, variant, name, value):
+def test_a_drafter_of_another_target_is_refused(target, folders, variant, name, value):
     other = copy.deepcopy(target.causal_lm)
     setattr(other.config, name, value)
     with pytest.raises(ValueError, match=f"made for another target.*{value}"):
-        module.generate(other, drafter=folders[variant], inputs=as_ids([9]), max_new_tokens=4)
+        generate.generate(other, drafter=folders[variant], inputs=as_ids([9]), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -436,17 +418,14 @@ def test_a_drafter_of_another_target_is_refused(target, folders, module, variant
         ("{missing}", ValueError, "neither a folder on this machine nor a Hub id"),
         ("org/nowhere", OSError, "Could not get 'config.json' of the drafter 'org/nowhere'"),
         ("{empty}", OSError, "holds no 'config.json', so it is no published drafter"),
-        ("{dflash}", ValueError, "no EAGLE-3 drafter in the flat layout: architectures .'DFlashDraftModel'"),
-        ("{eagle3}/speculators", ValueError, "no EAGLE-3 drafter in the flat layout"),
+        ("{dflash}/transformers", ValueError, "no drafter in the flat layout .*: architectures .'MuseGlimmerAssist"),
+        ("{eagle3}/speculators", ValueError, "no drafter in the flat layout"),
     ],
 )
 def test_what_is_no_published_drafter_is_named_with_the_way_out(tmp_path, target, folders, source, error, message):
     source = source.format(missing=tmp_path / "a" / "b", empty=tmp_path, **folders)
     with pytest.raises(error, match=message):
-        eagle3.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
-    if "Hub" in message or error is OSError:
-        with pytest.raises(OSError, match="Could not read the folder transformers/|holds no 'transformers/model.safe"):
-            dflash.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
+        generate.generate(target.causal_lm, drafter=source, inputs=as_ids([9]))
 
 
 def test_weights_that_do_not_fit_the_config_are_listed(tmp_path, target, folders):
@@ -455,29 +434,28 @@ def test_weights_that_do_not_fit_the_config_are_listed(tmp_path, target, folders
     tensors["mystery"] = tensors.pop("fc.weight")
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \['fc.weight'\], unexpected \['mystery'\]"):
-        eagle3.generate(target.causal_lm, drafter=str(folder), inputs=as_ids([9]))
+        generate.generate(target.causal_lm, drafter=str(folder), inputs=as_ids([9]))
 
 
 def test_a_drafter_is_loaded_once_and_again_when_its_folder_is_replaced(tmp_path, target, folders):
     model, folder = target.causal_lm, tmp_path / "out"
     shutil.copytree(folders["eagle3"], folder)
-    first = eagle3.load_drafter(str(folder), model)
-    assert eagle3.load_drafter(str(folder), model) is first
+    first = generate.load_drafter(str(folder), model)
+    assert generate.load_drafter(str(folder), model) is first
     shutil.rmtree(folder)
     shutil.copytree(folders["trained"], folder)
-    again = eagle3.load_drafter(str(folder), model)
+    again = generate.load_drafter(str(folder), model)
     assert not torch.equal(again.tensors["fc.weight"], first.tensors["fc.weight"])
     # A checkpoint of training has no embedding.
     AutoDrafter.from_pretrained(folder).save_pretrained(tmp_path / "checkpoint")
     assert "embed_tokens.weight" not in load_file(tmp_path / "checkpoint" / "model.safetensors")
-    bare = eagle3.load_drafter(str(tmp_path / "checkpoint"), model)
+    bare = generate.load_drafter(str(tmp_path / "checkpoint"), model)
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in bare.tensors.items())
 
 
-@pytest.mark.parametrize("module", [eagle3, dflash])
-def test_a_file_that_names_no_drafter_says_how_to_name_it(target, module):
+def test_a_file_that_names_no_drafter_says_how_to_name_it(target):
     with pytest.raises(ValueError, match='Pass `drafter="ORG/NAME"`'):
-        module.generate(target.causal_lm, inputs=as_ids([9]))
+        generate.generate(target.causal_lm, inputs=as_ids([9]))
 
 
 @pytest.mark.parametrize("variant", ["eagle3", "dflash"])
@@ -485,7 +463,7 @@ def test_a_local_folder_decodes_with_its_own_drafter_whatever_name_it_was_publis
     tmp_path, target, folders, variant, monkeypatch
 ):
     place = shutil.copytree(folders[variant], tmp_path / f"local-{variant}")
-    write_custom_generate(place, variant, "no-such-org/renamed-since")
+    write_custom_generate(place, "no-such-org/renamed-since")
     ids, limits = as_ids([9, 10, 11]), {"max_new_tokens": 8, "do_sample": False}
     own = target.causal_lm.generate(ids, **limits)
     options = limits | {"trust_remote_code": True}
@@ -494,7 +472,7 @@ def test_a_local_folder_decodes_with_its_own_drafter_whatever_name_it_was_publis
     monkeypatch.chdir(tmp_path)
     assert torch.equal(target.causal_lm.generate(ids, custom_generate=place.name, **options), own)
     # And nothing but that drafter: without its weights there is none.
-    (place / ("transformers/model.safetensors" if variant == "dflash" else "model.safetensors")).unlink()
+    (place / "model.safetensors").unlink()
     with pytest.raises(OSError):
         target.causal_lm.generate(ids, custom_generate=str(place), **options)
 
@@ -504,25 +482,24 @@ def test_code_of_an_export_runs_only_when_trusted(target, folders):
         target.causal_lm.generate(as_ids([9]), custom_generate=folders["eagle3"], drafter=folders["eagle3"])
 
 
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
-def test_the_published_file_names_its_repository_and_imports_no_more_than_it_may(tmp_path, family):
-    write_custom_generate(tmp_path, family, f"org/tiny-{family}")
-    tree = ast.parse((tmp_path / "custom_generate" / "generate.py").read_text())
-    values = [ast.literal_eval(node.value) for node in tree.body if ast.unparse(node).startswith("DRAFTER = ")]
-    assert values == [f"org/tiny-{family}"]
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {"." * node.level + node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+def test_the_published_files_name_their_repository_and_import_no_more_than_they_may(tmp_path):
+    write_custom_generate(tmp_path, "org/tiny-eagle3")
+    trees = {path.name: ast.parse(path.read_text()) for path in (tmp_path / "custom_generate").iterdir()}
+    body = trees["generate.py"].body
+    values = [ast.literal_eval(node.value) for node in body if ast.unparse(node).startswith("DRAFTER = ")]
+    assert values == ["org/tiny-eagle3"] and trees.keys() == {"generate.py", "drafters.py"}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {"." * node.level + node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     allowed = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "huggingface_hub"}
-    assert {name.split(".")[0] for name in imported} <= allowed
+    assert {name.split(".")[0] for name in imported - {".drafters"}} <= allowed
 
 
 @pytest.mark.parametrize("repo_id", ["org/na'me", 'org/"', "org/a\nimport os", "org/../x", "a/b/c", "org/na me"])
 def test_a_name_that_is_no_hub_id_never_gets_into_code(tmp_path, repo_id):
     with pytest.raises(ValueError):
-        write_custom_generate(tmp_path, "eagle3", repo_id)
+        write_custom_generate(tmp_path, repo_id)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="`family` must be one of"):
-        write_custom_generate(tmp_path, "../eagle3", None)
 
 
 ALONE = """
@@ -563,8 +540,12 @@ class Renamed:
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_an_export_decodes_whatever_transformers_calls_the_cache(monkeypatch, target, folders, name):
-    spec = importlib.util.spec_from_file_location("generate", Path(folders["trained"]) / "custom_generate/generate.py")
+    # A package, because one file imports the other.
+    folder = Path(folders["trained"])
+    spec = importlib.util.spec_from_file_location("carried", folder / "custom_generate" / "generate.py")
+    spec.submodule_search_locations = [str(folder / "custom_generate")]
     exported = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "carried", exported)
     spec.loader.exec_module(exported)
     monkeypatch.setattr(exported, "GenerateDecoderOnlyOutput", SimpleNamespace)
     options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
@@ -575,9 +556,6 @@ def test_an_export_decodes_whatever_transformers_calls_the_cache(monkeypatch, ta
         )
     assert torch.equal(ours.sequences, own.sequences) and len(blocks) < 20
     assert getattr(ours, name).get_seq_length() == own.sequences.shape[1] - 1
-    # DFlash's file hands everything on, so it knows no such name.
-    text = (Path(folders["dflash"]) / "custom_generate" / "generate.py").read_text("utf-8")
-    assert "past_key_values" not in text
 
 
 def test_an_export_decodes_where_the_package_is_not_installed(tmp_path, target, folders):

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from helpers.oracle import greedy_text, plant
-from helpers.tiny import EOS, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, FAMILIES, make_drafter, make_prompts, make_target
 from trl_draft_opd import (
     EvaluationReport,
     SamplingSettings,
@@ -98,7 +98,7 @@ def test_blocks_are_counted_by_geometry_and_not_by_their_fate(monkeypatch, targe
     assert evaluate(target, drafter, [prompt], max_completion_length=8).block_counts == [1]
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batches_of_any_size_give_the_same_report(family, target):
     drafter = make_drafter(family, target)
     prompts = make_prompts(3)

@@ -16,22 +16,54 @@ from trl_draft_opd.export.rules import check_folder
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
-VARIANTS = ("eagle3", "eagle3-reduced", "eagle3-norms", "dflash")
+_SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9}
+# By name: the family, the settings that differ from `make_drafter`'s, and the layouts that cannot hold it.
+VARIANTS = {
+    "eagle3": ("eagle3", {}, {"transformers"}),
+    "eagle3-reduced": ("eagle3", {}, {"transformers"}),
+    "eagle3-norms": ("eagle3", {"fc_norm": True, "norm_output": True}, {"transformers"}),
+    "eagle3-four": ("eagle3", {"target_layer_ids": [1, 2, 3, 4]}, {"transformers"}),
+    "dflash": ("dflash", {}, set()),
+    "dflash-reduced": ("dflash", {}, {"transformers"}),
+    "dflash-windows": ("dflash", _SLIDING, {"transformers"}),
+    "dflash-mixed": ("dflash", _MIXED, {"transformers"}),
+    "dflash-causal": ("dflash", {"is_causal": True}, {"transformers", "speculators"}),
+    "dflash-causal-windows": ("dflash", _SLIDING | {"is_causal": None}, {"transformers"}),
+    "dflash-causal-mixed": ("dflash", _MIXED | {"is_causal": None}, {"transformers", "speculators"}),
+    "dflash-sinks": ("dflash", {"attention_sinks": True}, {"transformers", "speculators"}),
+    "dflash-scaled": ("dflash", {"attention_value_scale": 0.5}, {"transformers", "speculators"}),
+    "dflash-anchor": ("dflash", {"sample_from_anchor": True, "block_size": 4}, {"transformers"}),
+    "dspark": ("dspark", {}, {"transformers"}),
+    "dspark-anchor": ("dspark", {"sample_from_anchor": True, "block_size": 4}, {"transformers"}),
+    "dspark-reduced": ("dspark", {}, {"transformers"}),
+    "dspark-bare": ("dspark", {"markov_rank": 0, "enable_confidence_head": False}, {"transformers"}),
+    "dspark-sliding": ("dspark", _MIXED | {"confidence_head_with_markov": False}, {"transformers"}),
+    "dflash2": ("dflash2", {}, {"transformers"}),
+    "dflash2-sliding": ("dflash2", _SLIDING, {"transformers"}),
+}
 
 
 def make_variant(variant, target):
-    """Return a drafter whose weights bfloat16 holds exactly, each tensor with values of its own."""
-    family, _, kind = variant.partition("-")
-    options = {}
-    if kind == "reduced":
-        options = {"draft_vocabulary": build_draft_vocabulary(torch.arange(1, 65), 24, target.eos_token_ids)}
-    if kind == "norms":
-        options = {"fc_norm": True, "norm_output": True}
-    drafter = make_drafter(family, target, **options)
+    """Return a drafter with four drafts whose weights bfloat16 holds exactly, each tensor with values of its own."""
+    family, changes, _ = VARIANTS[variant]
+    drafter = make_drafter(family, target)
+    settings = {name: getattr(drafter.config, name) for name in drafter.config.own_settings()} | changes
+    if not settings.get("enable_confidence_head", True):
+        settings["confidence_head_with_markov"] = False
+    drafter = type(drafter)(type(drafter.config)(**settings)).eval()
+    if variant.endswith("-reduced"):
+        drafter.reduce_vocabulary(build_draft_vocabulary(torch.arange(1, 65), 24, target.eos_token_ids), target)
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.copy_(parameter.normal_().bfloat16())
     return drafter
+
+
+def shape_of(drafter):
+    """Return the settings that decide what a drafter computes."""
+    not_written = {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "target_model_name_or_path"}
+    return {name: getattr(drafter.config, name) for name in drafter.config.own_settings() if name not in not_written}
 
 
 def export(drafter, target, folder, **options):
@@ -51,16 +83,15 @@ def target():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_layout_of_an_export_gives_the_drafter_back_bit_for_bit(tmp_path, target, variant):
     drafter = make_variant(variant, target)
-    result = export(drafter, target, tmp_path / "out", repo_id="org/tiny-" + drafter.config.family)
-    assert set(result.layouts) == {"flat", "speculators"} | ({"transformers"} if "dflash" in variant else set())
-    assert set(result.refused) == {"flat", "speculators", "transformers"} - set(result.layouts)
+    result = export(drafter, target, tmp_path / "out", repo_id="org/tiny-" + drafter.config.exported.word)
+    assert set(result.refused) == VARIANTS[variant][2]
+    assert set(result.layouts) == {"flat", "speculators", "transformers"} - set(result.refused)
     own = drafter.state_dict()
     for folder in result.layouts.values():
         loaded = AutoDrafter.from_pretrained(folder)
         assert loaded.state_dict().keys() == own.keys()
         assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
-        for name in ("target_layer_ids", "rope_parameters", "max_position_embeddings", "num_target_layers"):
-            assert getattr(loaded.config, name) == getattr(drafter.config, name), name
+        assert shape_of(loaded) == shape_of(drafter)
         assert loaded.default_num_drafts == drafter.default_num_drafts
         assert loaded.config.target_model_name_or_path == "org/target"
         assert check_folder(folder, TargetOfExport(config=target.causal_lm.config)) == []

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 
-from helpers.tiny import VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd.drafters import attention
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, backends, flex
 from trl_draft_opd.drafters.attention.plan import SEES_ALL
@@ -158,7 +158,7 @@ def test_one_compilation_serves_all_lengths_of_text(monkeypatch):
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_drafters_compute_the_same_through_it(family, is_recomputed, monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)

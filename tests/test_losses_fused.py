@@ -11,13 +11,14 @@ Shape letters:  C = rows, S = target states, V = vocabulary of the target, D = o
 
 import math
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers.pretend_accelerator import apart
-from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence, fused
+from trl_draft_opd.losses import LOSS_TYPES, Head, Selector, chunked_divergence, fused
 from trl_draft_opd.losses.comparison import Comparison
 from trl_draft_opd.losses.divergences import differentiate, differentiate_ce
 
@@ -162,7 +163,7 @@ def test_peaked_rows_of_a_thousand_tokens_are_as_exact_as_float32_allows(interpr
 # -- in place in the loss ---------------------------------------------------------------------------------------------
 
 
-def run_loss(loss_type, is_reduced, is_fused, dtype=torch.float32):
+def run_loss(loss_type, is_reduced, is_fused, dtype=torch.float32, has_selector=False):
     """Return total, rows, lost mass and gradients of rows that share states, some of weight 0."""
     generator = torch.Generator().manual_seed(2)
 
@@ -170,7 +171,8 @@ def run_loss(loss_type, is_reduced, is_fused, dtype=torch.float32):
         return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
     ids = torch.randperm(VOCAB, generator=generator)[:21] if is_reduced else None
-    hidden, weight = draw_leaf(9, 5), draw_leaf(21 if is_reduced else VOCAB, 5)
+    hidden, weight = draw_leaf(9, 8 if has_selector else 5), draw_leaf(21 if is_reduced else VOCAB, 5)
+    selector = Selector(draw_leaf(len(weight), 3), 4) if has_selector else None
     labels = (torch.arange(VOCAB) if ids is None else ids)[torch.randint(21, (9,), generator=generator)]
     labels[::4] = -1
     with pytest.MonkeyPatch.context() as patch:
@@ -186,8 +188,10 @@ def run_loss(loss_type, is_reduced, is_fused, dtype=torch.float32):
             loss_type=loss_type,
             draft_token_ids=ids,
             chunk_bytes=4 * VOCAB * 8,
+            selector=selector,
         )
-    grads = torch.autograd.grad(result.total, [hidden, weight])
+    trained = [hidden, weight] if selector is None else [hidden, weight, selector.rows_DR]
+    grads = torch.autograd.grad(result.total, trained)
     return [result.total.detach(), result.rows_N, result.lost_mass_N, *grads]
 
 
@@ -198,6 +202,15 @@ def test_a_loss_by_the_kernels_is_the_loss_by_the_eager_formulas(interpreted, lo
     expected = run_loss(loss_type, is_reduced, False)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (actual[2] > 0).any() == is_reduced
+
+
+@ALL_LOSSES
+@pytest.mark.parametrize("is_reduced", [False, True], ids=["full", "reduced"])
+def test_a_selector_adds_the_same_beside_the_kernels(interpreted, loss_type, is_reduced):
+    actual = interpreted(partial(run_loss, has_selector=True), loss_type, is_reduced, True)
+    expected = run_loss(loss_type, is_reduced, False, has_selector=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (actual[-1] != 0).any(), "the rows of the selector have a gradient"
 
 
 def run_float64():

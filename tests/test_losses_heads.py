@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.tiny import make_target
+from helpers.tiny import make_drafter, make_target
 from trl_draft_opd.losses import Head, chunked_divergence, heads, score_labels
 from trl_draft_opd.trainer import step
 
@@ -25,18 +25,18 @@ def draw(*shape, dtype=torch.float32):
     return (torch.randn(*shape, generator=generator) / 2).to(dtype)
 
 
-def run(hidden, head, target_head=None, chunk_bytes=4 * VOCAB * 20):
+def run(hidden, head, target_head=None, chunk_bytes=4 * VOCAB * 20, target_hidden=None, draft_token_ids=None):
     """Return the loss, its rows, and the gradients of hidden states and parameters."""
     result = chunked_divergence(
         hidden,
         head,
-        draw(ROWS, HIDDEN, dtype=hidden.dtype),
+        draw(ROWS, HIDDEN, dtype=hidden.dtype) if target_hidden is None else target_hidden,
         target_head or Head.linear(draw(VOCAB, HIDDEN)),
         target_rows_N=None,
         labels_N=None,
         weights_N=torch.full((ROWS,), 1 / ROWS),
         loss_type="forward_kl",
-        draft_token_ids=None,
+        draft_token_ids=draft_token_ids,
         chunk_bytes=chunk_bytes,
     )
     leaves = [leaf for leaf in (hidden, *head.parameters) if leaf.requires_grad]
@@ -63,6 +63,61 @@ def test_a_linear_head_without_autograd_gives_what_autograd_gives(trained, has_a
         actual, expected = run(hidden, head), run(hidden, by_autograd(head))
     assert [grad.dtype for grad in actual[2]] == [grad.dtype for grad in expected[2]]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+RANK, REDUCED = 3, 20
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden second", "hidden first second", "second"])
+@pytest.mark.parametrize("has_autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("is_reduced", [False, True], ids=["full", "reduced"])
+@pytest.mark.parametrize(
+    ("first_dtype", "keeps_dtype", "second_dtype"),
+    [(torch.float32, True, torch.float32), (BF16, True, torch.float32), (torch.float32, False, torch.float32)],
+)
+def test_a_sum_of_linear_heads_without_autograd_gives_what_autograd_gives(
+    trained, has_autocast, is_reduced, first_dtype, keeps_dtype, second_dtype
+):
+    """As a drafter's whose first part may be the target's frozen head, and whose second part reads columns behind."""
+    size = REDUCED if is_reduced else VOCAB
+    hidden = draw(ROWS, HIDDEN + RANK).requires_grad_("hidden" in trained)
+    first = draw(size, HIDDEN, dtype=first_dtype).requires_grad_("first" in trained)
+    second = draw(size, RANK, dtype=second_dtype).requires_grad_("second" in trained)
+    head = Head.joined([Head.linear(first, keeps_dtype=keeps_dtype), Head.linear(second)])
+
+    def plain(states):
+        """Sum and products as autograd would record them."""
+        with torch.autocast("cpu", enabled=False) if keeps_dtype else nullcontext():
+            logits = F.linear(states[:, :HIDDEN].to(first_dtype), first)
+        return logits + F.linear(states[:, HIDDEN:], second)
+
+    ids = torch.randperm(VOCAB)[:REDUCED] if is_reduced else None
+    target = {"draft_token_ids": ids, "target_hidden": draw(ROWS, HIDDEN)}
+    with torch.autocast("cpu", BF16) if has_autocast else nullcontext():
+        actual, expected = run(hidden, head, **target), run(hidden, Head(plain, head.parameters, size), **target)
+        scores, expected_scores = (
+            score_labels(hidden, each, torch.arange(ROWS), draft_token_ids=ids, chunk_bytes=4 * VOCAB * 12)
+            for each in (head, Head(plain, (), size))
+        )
+    assert [grad.dtype for grad in actual[2]] == [grad.dtype for grad in expected[2]]
+    # A sum in bfloat16 is rounded once here, and twice by autograd.
+    tolerance = {"rtol": 2**-6, "atol": 2**-9} if has_autocast else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    torch.testing.assert_close(scores.log_probs_N, expected_scores.log_probs_N, **tolerance)
+
+
+def test_a_sum_of_linear_heads_casts_each_weight_once_and_never_calls_autograd(monkeypatch):
+    hidden, first, second = draw(ROWS, HIDDEN + RANK).requires_grad_(), draw(VOCAB, HIDDEN), draw(VOCAB, RANK)
+    head = Head.joined([Head.linear(first), Head.linear(second.requires_grad_())])
+    target = {"target_head": Head.linear(draw(VOCAB, HIDDEN, dtype=BF16)), "target_hidden": draw(ROWS, HIDDEN)}
+    differentiated = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: differentiated.append(args) or grad(*args))
+    for weight in (first, second):
+        with torch.autocast("cpu", BF16), Casts(tuple(weight.shape)) as casts:
+            run(hidden, head, **target)
+        assert casts.count == 1
+    assert len(differentiated) == 2  # by `run` itself
 
 
 def test_a_linear_head_never_calls_autograd_for_a_chunk(monkeypatch):
@@ -175,9 +230,23 @@ def test_a_targets_head_is_a_bare_product_unless_something_is_done_to_its_logits
     head = step._target_head(target)
     with torch.autocast("cpu", BF16):
         logits = heads.open_head(head).project(hidden)
-    assert head.product is not None and logits.dtype == torch.float32
+    assert head.products and logits.dtype == torch.float32
     torch.testing.assert_close(logits, target.project(hidden))
     target.config.logit_scale = 2.0
     scaled = step._target_head(target)
-    assert scaled.product is None and scaled.num_buffers == 2
+    assert not scaled.products and scaled.num_buffers == 2
     torch.testing.assert_close(heads.open_head(scaled).project(hidden), 2 * logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_a_head_of_several_parts_is_their_products_unless_the_target_does_something_to_its_logits(kind):
+    target = make_target(kind)
+    drafter = make_drafter("dspark", target)
+    head = step._draft_head(drafter, target, step._target_head(target))
+    hidden = draw(5, target.config.hidden_size + drafter.config.markov_rank)
+    assert len(head.products) == (2 if kind == "qwen3" else 0)
+    assert head.parameters == (drafter.markov_head.markov_w2.weight,)
+    expected = drafter.draft_logits(hidden, target.project)
+    torch.testing.assert_close(heads.open_head(head).project(hidden), expected.detach())
+    alone = target.project(hidden[:, : target.config.hidden_size])
+    assert (expected - alone).abs().max() > 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-from trl_draft_opd.losses import LOSS_TYPES, Head, chunked_divergence, fused
+from trl_draft_opd.losses import LOSS_TYPES, Head, Selector, chunked_divergence, fused
 from trl_draft_opd.losses.budget import chunk_bytes_of_card
 
 
@@ -29,14 +29,15 @@ def call():
         yield call
 
 
-def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0):
+def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0, has_selector=False):
     """Return launches, syncs and uploads of the loss and its gradient, and where the first two are."""
     num_rows = STATES * num_slots
     with pretend_accelerator() as counts, pytest.MonkeyPatch.context() as patch:
         own_launches = []
         patch.setattr(fused, "_launch", lambda *args, **kwargs: own_launches.append(args) or True)
         patch.setattr(fused, "is_used_for", lambda hidden: is_fused)
-        hidden = torch.zeros(num_rows, 2, device=DEVICE).requires_grad_()
+        hidden = torch.zeros(num_rows, 4 if has_selector else 2, device=DEVICE).requires_grad_()
+        selector = Selector(torch.zeros(VOCAB, 2, device=DEVICE).requires_grad_(), 16) if has_selector else None
         weight = torch.zeros(VOCAB, 2, device=DEVICE).requires_grad_()
         target_weight = torch.zeros(VOCAB, 2, dtype=torch.bfloat16, device=DEVICE)
         target_hidden = torch.zeros(STATES, 2, device=DEVICE)
@@ -56,6 +57,7 @@ def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_wei
                 loss_type=loss_type,
                 draft_token_ids=None,
                 chunk_bytes=chunk_bytes // SCALE,
+                selector=selector,
             )
         result.total.backward()
         totals = counts.totals()
@@ -70,6 +72,13 @@ def test_the_loss_of_an_eagle3_micro_batch_launches_few_kernels(call, loss_type,
     assert totals["launches"] <= most, launches
 
 
+@pytest.mark.parametrize("loss_type", ["forward_kl", "ce"])
+def test_a_selector_adds_few_launches_to_each_chunk(call, loss_type):
+    # In four chunks.
+    totals, launches, _ = call(partial(count, num_slots=1, has_selector=True), loss_type, True)
+    assert totals["launches"] <= 320, launches
+
+
 def test_a_larger_budget_is_what_saves_launches(call):
     of_a_cpu, _, _ = call(partial(count, chunk_bytes=2**28, num_slots=1), "forward_kl", False)
     of_a_card, _, _ = call(partial(count, num_slots=1), "forward_kl", False)
@@ -77,8 +86,10 @@ def test_a_larger_budget_is_what_saves_launches(call):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("has_selector", [False, True], ids=["head", "selector"])
 @pytest.mark.parametrize("num_slots", [1, 2], ids=["own states", "shared states"])
-def test_the_host_waits_once_for_the_chunks_and_once_more_for_labels(call, loss_type, num_slots):
-    totals, _, syncs = call(partial(count, num_slots=num_slots, num_weightless=STATES // 2), loss_type, True)
+def test_the_host_waits_once_for_the_chunks_and_once_more_for_labels(call, loss_type, num_slots, has_selector):
+    kind = {"num_slots": num_slots, "num_weightless": STATES // 2, "has_selector": has_selector}
+    totals, _, syncs = call(partial(count, **kind), loss_type, True)
     assert totals["syncs"] == (2 if loss_type == "ce" else 1), syncs
     assert totals["uploads"] == 0

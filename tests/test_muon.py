@@ -12,7 +12,7 @@ from peft import LoraConfig
 from test_resume import differing, train
 
 from helpers.oracle import greedy_rows
-from helpers.tiny import TINY_RUN, make_drafter, make_target
+from helpers.tiny import FAMILIES, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.runs.distributed.sharding import full_optimizer_state, load_full_optimizer_state
 from trl_draft_opd.trainer.muon import MuonWithAdamW, check_muon, is_matrix
@@ -36,13 +36,20 @@ def make_trainer(tmp_path, target, rows, drafter=None, peft_config=None, **chang
     return DraftSFTTrainer(drafter or make_drafter("eagle3", target), target, args, rows, peft_config=peft_config)
 
 
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_matrices_of_layers_are_muons_and_heads_norms_and_biases_are_not(target, family):
-    names = dict(make_drafter(family, target).named_parameters())
-    matrices = {name for name, parameter in names.items() if is_matrix(name, parameter)}
-    assert all(name.endswith("proj.weight") or name == "fc.weight" for name in matrices)
-    assert {name for name in names if name.endswith("proj.weight")} <= matrices
-    assert "lm_head.weight" not in matrices and ("lm_head.weight" in names) == (family == "eagle3")
+    drafter = make_drafter(family, target)
+    names = dict(drafter.named_parameters())
+    matrices = {name for name, parameter in names.items() if is_matrix(drafter, name, parameter)}
+    heads = {
+        "dflash2": {f"candidate_selector.{side}_codebook" for side in ("predecessor", "successor")},
+        "dspark": {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"},
+        "eagle3": {"lm_head.weight"},
+    }
+    of_heads = heads.get(family, set()) | {"confidence_head.proj.weight"}
+    assert heads.get(family, set()) <= names.keys()
+    endings = ("fc.weight", "proj.weight", "projection.weight")
+    assert matrices == {name for name in names if name.endswith(endings)} - of_heads
 
 
 def test_every_parameter_has_its_own_optimizer_rate_and_decay(tmp_path, target, rows):
@@ -103,7 +110,7 @@ def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, target, rows):
     assert "model.safetensors" in differing(whole, without)
 
 
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rate,own_rate", [(None, 3e-2), (3e-2, None)])
 def test_a_checkpoint_is_not_gone_on_with_across_adamw_and_muon(tmp_path, target, rows, family, rate, own_rate):
     def trainer(folder, rate, **changes):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.counters import PeakBytes
-from helpers.tiny import VOCAB, make_drafter, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd.drafters.base import DraftContext, run_blocks
 from trl_draft_opd.utils.versions import switch_checkpointing
 
@@ -53,7 +53,7 @@ def distance(actual, expected):
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_texts_give_what_each_gives_alone(family, is_recomputed):
     drafter = make_drafter(family, TARGET).train()
     if is_recomputed:
@@ -69,7 +69,7 @@ def test_packed_texts_give_what_each_gives_alone(family, is_recomputed):
     assert {name: d for name in actual if (d := distance(actual[name], expected[name])) > 1e-5} == {}
 
 
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_of_another_text_reaches_a_block(family):
     drafter = make_drafter(family, TARGET)
     features, ids, anchors, drafts, starts = pack(make_texts(drafter))
@@ -83,7 +83,7 @@ def test_nothing_of_another_text_reaches_a_block(family):
     assert torch.equal(moved, (anchors >= first) & (anchors < last))
 
 
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_of_packed_texts_leave_slot_by_slot(family):
     drafter = make_drafter(family, TARGET)
     features, ids, anchors, drafts, starts = pack(make_texts(drafter))
@@ -118,9 +118,9 @@ def test_a_context_keeps_the_starts_of_its_entries():
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_memory_grows_with_the_text_and_not_with_its_square(family, is_recomputed):
-    drafter = make_drafter(family, TARGET, **({"block_size": 4} if family == "dflash" else {"ttt_steps": 2})).train()
+    drafter = make_drafter(family, TARGET, **({"ttt_steps": 2} if family == "eagle3" else {"block_size": 4})).train()
     if is_recomputed:
         switch_checkpointing(drafter, "enable")
     peaks, lengths = [], [1024, 4096]

@@ -22,7 +22,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from helpers import rollouts
 from helpers.rollouts import Options, decode
-from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd import (
+    DFlash2DraftModel,
+    DFlashDraftModel,
+    DSparkDraftModel,
+    Eagle3DraftModel,
+    FrozenTarget,
+    SamplingSettings,
+)
 from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.rollout import acceptance as verification
 from trl_draft_opd.rollout import keyed_random, live, replay
@@ -308,12 +315,36 @@ def make_exact(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
+def make_dspark(target: FrozenTarget, **options) -> DSparkDraftModel:
+    """Return a DSpark drafter whose slots follow the token before them."""
+    drafter = DSparkDraftModel.from_target(target, **options, markov_rank=3)
+    for factor in drafter.markov_head.parameters():
+        nn.init.normal_(factor)
+    return drafter
+
+
+def make_dflash2(target: FrozenTarget, **options) -> DFlash2DraftModel:
+    """Return a DFlash 2 drafter that never drafts one of the tokens, and whose choice follows the one before."""
+    sizes = {"conv_group_size": 1, "selector_rank": 3, "selector_top_k": target.vocab_size - 1}
+    drafter = DFlash2DraftModel.from_target(target, **options, **sizes)
+    for parameter in drafter.candidate_selector.parameters():
+        nn.init.normal_(parameter)
+    return drafter
+
+
+WHOLE_BLOCKS = {
+    "dflash": DFlashDraftModel.from_target,
+    "dflash2": make_dflash2,
+    "dspark": functools.partial(make_dspark, sample_from_anchor=False),
+    "dspark-anchor": functools.partial(make_dspark, sample_from_anchor=True),
+}
+
+
 def make_pair(
     family: str, vocab_size: int, seed: int = 3, draft_ids: tuple[int, ...] = ()
 ) -> tuple[FrozenTarget, nn.Module]:
     """
-    Return a random pair whose distributions overlap but differ; `draft_ids` makes an EAGLE-3 drafter of a reduced
-    vocabulary.
+    Return a random pair whose distributions overlap but differ; `draft_ids` makes a drafter of a reduced vocabulary.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -331,14 +362,15 @@ def make_pair(
         bos_token_id=None,
     )
     target = FrozenTarget(Qwen3ForCausalLM(config).eval())
-    if family == "dflash":
-        drafter = DFlashDraftModel.from_target(
-            target, mask_token_id=vocab_size - 1, num_hidden_layers=1, block_size=4, target_layer_ids=[0]
-        )
-    else:
-        counts = torch.tensor([int(token in draft_ids) for token in range(vocab_size)])
-        vocabulary = build_draft_vocabulary(counts, len(draft_ids)) if draft_ids else None
+    counts = torch.tensor([int(token in draft_ids) for token in range(vocab_size)])
+    vocabulary = build_draft_vocabulary(counts, len(draft_ids)) if draft_ids else None
+    if family == "eagle3":
         drafter = Eagle3DraftModel.from_target(target, target_layer_ids=[0], draft_vocabulary=vocabulary, ttt_steps=3)
+    else:
+        sizes = {"mask_token_id": vocab_size - 1, "num_hidden_layers": 1, "block_size": 4, "target_layer_ids": [0]}
+        drafter = WHOLE_BLOCKS[family](target, **sizes)
+        if vocabulary is not None:
+            drafter.reduce_vocabulary(vocabulary, target)
     make_exact(target.causal_lm)
     return target, make_exact(drafter)
 
@@ -348,6 +380,17 @@ CASES = {
     "dflash": lambda: Case(*make_pair("dflash", 3), WARM),
     "eagle3": lambda: Case(*make_pair("eagle3", 3), WARM),
     "dflash-filtered": lambda: Case(*make_pair("dflash", 4), FILTERED, segment_length=1, eos=2),
+    "dspark": lambda: Case(*make_pair("dspark", 3), WARM),
+    "dspark-anchor": lambda: Case(*make_pair("dspark-anchor", 3), WARM),
+    "dflash2": lambda: Case(*make_pair("dflash2", 3), WARM, eos=0),
+    "dflash2-filtered": lambda: Case(*make_pair("dflash2", 4), FILTERED, segment_length=1, eos=2),
+    "dflash2-no-suffix": lambda: Case(*make_pair("dflash2", 3), WARM, eos=0, has_suffix=False),
+    "dflash2-argmax": lambda: Case(*make_pair("dflash2", 4), WARM, draft_sampling="greedy", eos=2),
+    "dspark-filtered": lambda: Case(*make_pair("dspark", 4, seed=23), FILTERED, segment_length=1, eos=2),
+    "dspark-reduced": lambda: Case(*make_pair("dspark", 4, seed=35, draft_ids=(0, 1, 3)), FILTERED, eos=3),
+    "dspark-no-suffix": lambda: Case(*make_pair("dspark", 3), WARM, has_suffix=False),
+    "dspark-argmax": lambda: Case(*make_pair("dspark", 4), WARM, draft_sampling="greedy", eos=2),
+    "dspark-longer": lambda: Case(*make_pair("dspark", 4, seed=3), FILTERED, max_completion_length=4, eos=3),
     "eagle3-filtered": lambda: Case(*make_pair("eagle3", 4, seed=17), FILTERED, segment_length=1, eos=0),
     "eagle3-reduced": lambda: Case(*make_pair("eagle3", 4, seed=14, draft_ids=(0, 1, 3)), FILTERED, eos=3),
     "dflash-no-suffix": lambda: Case(*make_pair("dflash", 3), WARM, has_suffix=False),
@@ -449,8 +492,17 @@ def test_a_suffix_that_follows_the_text_and_not_the_refused_draft_is_found(monke
 
     monkeypatch.setattr(replay.ReplayWalk, "_draft_suffixes", follow_text)
     assert_found("eagle3")
+    assert_found("dspark")
+    assert_found("dflash2")
     # A parallel drafter's slots do not read its drafts.
     assert total_variation(live_distribution("dflash"), replayed_distribution("dflash")) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["dspark", "dspark-anchor"])
+def test_a_slot_that_reads_the_token_before_the_one_it_should_read_is_found(monkeypatch, name):
+    tokens_at = replay.ReplayWalk._tokens
+    monkeypatch.setattr(replay.ReplayWalk, "_tokens", lambda walk, places: tokens_at(walk, places - 1))
+    assert_found(name)
 
 
 def assert_found(name: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from helpers.tiny import EOS, MASK, PAD, VOCAB, make_drafter, make_prompts, make_tokenizer
+from helpers.tiny import EOS, FAMILIES, MASK, PAD, VOCAB, make_drafter, make_prompts, make_tokenizer
 from trl_draft_opd import (
     DraftOPDConfig,
     DraftOPDTrainer,
@@ -77,7 +77,7 @@ def test_layers_are_quantised_and_the_head_is_read_as_it_is(folder, bits):
     assert sizes[0] * (8 if bits == "4bit" else 4) == sizes[1]
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_drafter_takes_shape_and_head_of_a_quantised_target(folder, family):
     target = load(folder, "4bit")
     drafter = make_drafter(family, target)

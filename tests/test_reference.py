@@ -186,7 +186,8 @@ def test_packed_branches_equal_one_forward_per_branch(target, drafter, decoded):
 
 
 def gradients(total: torch.Tensor, drafter) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*drafter.named_parameters(), strict=True)
+    trained = [(name, parameter) for name, parameter in drafter.named_parameters() if parameter.requires_grad]
+    names, parameters = zip(*trained, strict=True)
     return dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
 
 
@@ -203,17 +204,44 @@ def assert_same_gradients(ours: dict, theirs: dict) -> None:
         )
 
 
+# Options of `from_target`, as far as they are not one flag of the variant's name.
+VARIANTS = {
+    "plain": {},
+    "reduced vocabulary": {"draft_vocabulary": build_draft_vocabulary(torch.arange(64).flip(0), 24)},
+    "four taps": {"target_layer_ids": [0, 2, 3, 6]},
+    "sample_from_anchor": {"sample_from_anchor": True, "block_size": NUM_DRAFTS},
+    "attention_bias": {},
+}
+
+
 def make_variant(family: str, target, variant: str):
     """Return a drafter with one of the options that change what is computed."""
-    if variant == "reduced vocabulary":
-        vocabulary = build_draft_vocabulary(torch.arange(64).flip(0), 24)
-        return make_drafter(family, target, draft_vocabulary=vocabulary)
-    return make_drafter(family, target, **({} if variant == "plain" else {variant: True}))
+    drafter = make_drafter(family, target, **VARIANTS.get(variant, {variant: True}))
+    if variant == "attention_bias":
+        # Of public drafters alone, so no option of fresh ones.
+        drafter.config.attention_bias = True
+        drafter = type(drafter)(drafter.config).eval()
+        biases = [parameter for name, parameter in drafter.named_parameters() if name.endswith("proj.bias")]
+        assert len(biases) == 4 * drafter.config.num_hidden_layers
+        with torch.no_grad():
+            for bias in biases:
+                bias.normal_()
+    return drafter
 
 
 @pytest.mark.parametrize(
     "family, variant",
-    [("eagle3", "plain"), ("eagle3", "fc_norm"), ("eagle3", "norm_output"), ("dflash", "plain")],
+    [
+        ("eagle3", "plain"),
+        ("eagle3", "fc_norm"),
+        ("eagle3", "norm_output"),
+        ("eagle3", "norm_before_fc"),
+        ("eagle3", "four taps"),
+        ("eagle3", "attention_bias"),
+        ("dflash", "plain"),
+        ("dflash", "attention_bias"),
+        ("dflash", "sample_from_anchor"),
+    ],
 )
 def test_packed_drafting_equals_the_layers_written_out(target, family, variant):
     drafter = make_variant(family, target, variant)
@@ -248,7 +276,14 @@ def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_t
 
 @pytest.mark.parametrize("scope", ["suffix", "first"])
 @pytest.mark.parametrize(
-    "family, variant", [("eagle3", "plain"), ("eagle3", "reduced vocabulary"), ("dflash", "plain")]
+    "family, variant",
+    [
+        ("eagle3", "plain"),
+        ("eagle3", "reduced vocabulary"),
+        ("dflash", "plain"),
+        ("dflash", "reduced vocabulary"),
+        ("dflash", "sample_from_anchor"),
+    ],
 )
 def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):
     drafter = make_variant(family, target, variant)

@@ -39,17 +39,17 @@ class PeakOfLogits(PeakBytes):
 
 
 @cache
-def make_pair(kind: str, dtype: torch.dtype) -> tuple[FrozenTarget, Drafter]:
+def make_pair(kind: str, dtype: torch.dtype, family: str) -> tuple[FrozenTarget, Drafter]:
     causal_lm = make_causal_lm(kind)
     causal_lm.resize_token_embeddings(VOCAB, mean_resizing=False)
     target = FrozenTarget(causal_lm.to(dtype))
-    return target, make_drafter("dflash", target).to(dtype)
+    return target, make_drafter(family, target).to(dtype)
 
 
 @torch.no_grad()
-def peaks(kind: str, dtype: torch.dtype, sampling: SamplingSettings) -> dict[str, int]:
+def peaks(kind: str, dtype: torch.dtype, sampling: SamplingSettings, family: str) -> dict[str, int]:
     """Return the peak of logits at every place of a walk that makes any; each is of at least three parts."""
-    target, drafter = make_pair(kind, dtype)
+    target, drafter = make_pair(kind, dtype, family)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(7, VOCAB, (1, LENGTH), generator=generator)
     is_written = (torch.arange(LENGTH) >= 2)[None]
@@ -57,7 +57,9 @@ def peaks(kind: str, dtype: torch.dtype, sampling: SamplingSettings) -> dict[str
     draft_sampling = "greedy" if sampling.is_greedy else "sample"
     settings = DraftingSettings(K, sampling, draft_sampling, keep_branch_hidden=False)
     walk = ReplayWalk(target, drafter, text, settings, DrawKeys(0, 0, [0]), BUDGET, None)
-    hidden = torch.randn(N, K, drafter.config.hidden_size, generator=generator).to(dtype)
+    width = sum(part.width for part in drafter.head_parts)
+    width += drafter.candidates.rows.shape[1] if drafter.candidates else 0
+    hidden = torch.randn(N, K, width, generator=generator).to(dtype)
     anchors, room = torch.arange(N) % (LENGTH - 10) + 5, torch.full((N,), K)
     uniforms = None if sampling.is_greedy else (torch.rand(N, K), torch.rand(N, K))
     draws = None if uniforms is None else uniforms[1].flatten()
@@ -77,11 +79,16 @@ def peaks(kind: str, dtype: torch.dtype, sampling: SamplingSettings) -> dict[str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("kind", "sampling"),
-    [*(("qwen3", name) for name in SAMPLINGS), ("gemma2", "greedy"), ("gemma2", "top_p")],
+    ("kind", "sampling", "family"),
+    [
+        *(("qwen3", name, "dflash") for name in SAMPLINGS),
+        ("gemma2", "greedy", "dflash"),
+        ("gemma2", "top_p", "dflash"),
+        *(("qwen3", name, family) for family in ("dspark", "dflash2") for name in ("greedy", "plain", "top_p")),
+    ],
 )
-def test_logits_of_a_walk_and_what_is_made_of_them_fit_their_bytes(kind, sampling, dtype):
-    shares = {where: peak / BUDGET for where, peak in peaks(kind, dtype, SAMPLINGS[sampling]).items()}
+def test_logits_of_a_walk_and_what_is_made_of_them_fit_their_bytes(kind, sampling, family, dtype):
+    shares = {where: peak / BUDGET for where, peak in peaks(kind, dtype, SAMPLINGS[sampling], family).items()}
     assert max(shares.values()) <= 1, shares
     # In bfloat16, half of what greedy drafts are given; else the budget is used.
     assert shares["judge"] >= (0.9 if dtype == torch.float32 or sampling != "greedy" else 0.45), shares

@@ -13,16 +13,13 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 from helpers.oracle import greedy_text, plant
 from helpers.rollouts import Options, decode
-from helpers.tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, FAMILIES, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.rollout import keyed_random as draws
 from trl_draft_opd.rollout import live
 from trl_draft_opd.rollout.acceptance import token_probs
 from trl_draft_opd.rollout.blocks import mark_slots
 from trl_draft_opd.target.branches import score_branches
-
-
-FAMILIES = ("dflash", "eagle3")
 
 
 def roll_out(target, drafter, prompts, sample_ids=None, **options):

@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from helpers.oracle import greedy_text, plant
 from helpers.rollouts import Options, decode, draft_at, replay
-from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.rollout.blocks import mark_slots
 from trl_draft_opd.rollout.replay import TargetText
@@ -69,7 +69,7 @@ def target():
 
 @pytest.mark.parametrize("segment_length", [1, 3, 100])
 @pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replay_of_live_text_is_the_live_rollout(family, num_rows, segment_length, target):
     drafter = make_drafter(family, target)
     prompts = make_prompts(num_rows, seed=num_rows)
@@ -103,7 +103,7 @@ def test_replay_agrees_where_drafts_are_mostly_right(monkeypatch, seed, target):
     assert live.is_censored.any() and (live.accepted == 4).any() and (live.is_block & (live.accepted == 0)).any()
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_redrafting_at_the_chains_own_anchors_gives_the_chain(family, target):
     drafter = make_drafter(family, target)
     live = roll_out(target, drafter, make_prompts(3))

@@ -11,7 +11,7 @@ import torch
 
 from helpers.oracle import greedy_text, plant
 from helpers.rollouts import Options, decode
-from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_prompts, make_target
 from trl_draft_opd.drafters import base
 from trl_draft_opd.rollout.blocks import BlockBatch, mark_slots, sample_anchors
 from trl_draft_opd.rollout.replay import TargetText
@@ -20,7 +20,6 @@ from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 NUM_DRAFTS = 4
-FAMILIES = ["dflash", "eagle3"]
 STREAMS = {
     "accepted": StreamSettings("forward_kl", 1.0, 1.0),
     "rejected": StreamSettings("reverse_kl", 3.0, 0.8),

@@ -14,7 +14,7 @@ from test_step import CASES, NUM_DRAFTS, assert_close, exact_norms, make_pair, r
 from helpers import rollouts
 from helpers.oracle import greedy_text
 from helpers.rollouts import Options
-from helpers.tiny import EOS, MASK, TINY_RUN, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, FAMILIES, MASK, TINY_RUN, make_drafter, make_prompts, make_target
 from trl_draft_opd import (
     DraftOPDConfig,
     DraftOPDTrainer,
@@ -277,7 +277,7 @@ SUPERVISED_ALONE = {"accepted_weight": 0.0, "rejected_weight": 0.0, "supervised_
 
 
 @pytest.mark.parametrize("rule", ["decay", "d_pace"])
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_supervised_stream_alone_trains_as_supervised_training_does(tmp_path, target, rows, family, rule):
     common = {"slot_weighting": rule} | ({"position_decay": 0.9} if rule == "decay" else {})
     sft, expected = train("sft", tmp_path / "a", make_drafter(family, target), target, rows, num_anchors=0, **common)

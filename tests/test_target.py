@@ -308,7 +308,7 @@ def test_a_target_that_cannot_be_rolled_back_is_read_but_not_branched(case):
     target = FrozenTarget(make())
     input_ids = torch.tensor([[5, 6, 7]])
     assert target.read_text(input_ids, torch.ones_like(input_ids), [0]).padded().features.shape == (1, 3, 16)
-    with pytest.raises(ValueError, match=f"{reason}.*Live rollouts and evaluation need full attention"):
+    with pytest.raises(ValueError, match=f"{reason}.*Live rollouts and branches need full attention"):
         target.require_rollback()
     with pytest.raises(ValueError, match=reason):
         reading = target.read_text(input_ids, torch.ones_like(input_ids), [0])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from helpers.oracle import greedy_rows, greedy_text, plant
-from helpers.tiny import TINY_RUN, VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
+from helpers.tiny import FAMILIES, TINY_RUN, VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import (
     AutoDrafter,
     DraftOPDConfig,
@@ -145,7 +145,7 @@ def test_an_epoch_is_shown_other_blocks_than_the_one_before_and_a_second_run_the
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["sft", "opd"])
 def test_every_trainable_tensor_moves_in_training(tmp_path, target, rows, kind, family, bf16):
     drafter = make_drafter(family, target)
@@ -159,7 +159,7 @@ def test_every_trainable_tensor_moves_in_training(tmp_path, target, rows, kind, 
 
 
 @pytest.mark.parametrize("variant", list(OPD_VARIANTS))
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_variant_of_opd_trains(tmp_path, target, rows, family, variant):
     drafter = make_drafter(family, target)
     before = weights(drafter)
@@ -315,12 +315,11 @@ def test_a_sliding_window_target_trains_by_replay_of_first_rejections(tmp_path):
     before = weights(drafter)
     make_trainer("opd", tmp_path, drafter, target, rows, **OPD_VARIANTS["first"]).train()
     assert_every_tensor_moved(before, weights(drafter))
-    for kind, variant in (("opd", "replay"), ("opd", "live"), ("sft", None)):
-        options = OPD_VARIANTS.get(variant, {})
+    for variant in ("replay", "live"):
         with pytest.raises(
-            ValueError, match="sliding window of 6 tokens.*`rollout='replay'`, `rejected_scope='first'`"
+            ValueError, match="sliding window of 6 tokens.*`rollout='replay'` and `rejected_scope='first'`"
         ):
-            make_trainer(kind, tmp_path, drafter, target, rows, rows, **options)
+            make_trainer("opd", tmp_path, drafter, target, rows, **OPD_VARIANTS[variant])
     make_trainer("sft", tmp_path, drafter, target, rows, rows, eval_rollouts=False).train()
 
 
@@ -466,7 +465,7 @@ def test_the_best_model_by_tau_is_loaded_at_the_end(tmp_path, target, rows):
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_holds_the_drafter_alone(tmp_path, target, rows, family):
     drafter = make_drafter(family, target)
     trainer = make_trainer("opd", tmp_path, drafter, target, rows, max_steps=1, save_strategy="steps", save_steps=1)

@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 How good a drafter is: tau with its interval, acceptance per slot, speed against plain decoding in the same run, and
-whether every output is the target's own. Uses the rollout that training uses.
+whether every output is the target's own. Uses the rollouts that training uses: live, or along the target's responses
+where its cache cannot be rolled back.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .drafters.base import Drafter
+from .losses import default_chunk_bytes
 from .responses import generate_responses
 from .rollout.acceptance import SamplingSettings
 from .rollout.calibration import Calibration
@@ -22,6 +24,8 @@ from .rollout.counts import Counts, describe_tau, interval, resampled_taus
 from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
 from .rollout.live import rollout_live
+from .rollout.replay import rollout_replay
+from .rollout.texts import join_responses
 from .rollout.types import Rollout
 from .target.frozen import FrozenTarget
 from .target.lengths import TRAINING_LENGTHS, Lengths, fit_lengths
@@ -54,6 +58,7 @@ class EvaluationReport:
             Drafts that the target verified per counted block, and which share of them it kept.
         min_confidence (`float` or `None`): As it was given.
         calibration (`dict` or `None`): See [`Calibration.report`]; `None` for a drafter without a confidence head.
+        is_replay (`bool`): Whether the blocks were found along responses, and none was decoded live.
     """
 
     tau: float
@@ -76,6 +81,7 @@ class EvaluationReport:
     kept_share: float | None = None
     min_confidence: float | None = None
     calibration: dict[str, Any] | None = None
+    is_replay: bool = False
 
     def to_dict(self) -> dict:
         """Return plain numbers and lists for JSON."""
@@ -101,7 +107,18 @@ class EvaluationReport:
             same = self.num_prompts - self.num_different
             table.add_row("outputs equal to the target's own", f"{same} of {self.num_prompts}")
         table.add_row("prompts, tokens, blocks", f"{self.num_prompts}, {self.num_tokens}, {self.num_blocks}")
+        if self.is_replay:
+            table.add_row("measured by", "replay along the target's responses")
         return table
+
+
+def explain_replay(reason: str | None) -> str:
+    """Return why tau is measured by replay, given the target's `rollback_reason`, and what that makes of it."""
+    why = "The responses were given" if reason is None else f"The target {reason}"
+    return (
+        f"{why}: tau is measured by replay along the target's responses, without live decoding. At temperature 0 the "
+        "blocks are those that live decoding would have drafted; above it, they have the same distribution."
+    )
 
 
 def explain_difference(dtype: torch.dtype) -> str:
@@ -148,12 +165,13 @@ def evaluate_drafter(
     batch_size: int = 1,
     ignore_eos: bool = False,
     compare_with_target: bool = True,
+    responses: Sequence[Sequence[int]] | None = None,
     num_resamples: int = 2000,
     seed: int = 0,
     show_progress: bool = True,
 ) -> EvaluationReport:
     """
-    Measure a drafter on prompts.
+    Measure a drafter on prompts, by live decoding, or by replay along the target's responses, see [`explain_replay`].
 
     Args:
         target ([`FrozenTarget`]): The target. Load it in float32 where outputs must agree to the last token.
@@ -173,7 +191,10 @@ def evaluate_drafter(
             response.
         compare_with_target (`bool`, *optional*, defaults to `True`):
             Also decode plainly, batch by batch in turns, for speed and, at temperature 0, equality. Not with
-            `ignore_eos`.
+            `ignore_eos`, and not by replay.
+        responses (`Sequence[Sequence[int]]`, *optional*):
+            The target's own response to each prompt, written under `sampling`, to replay; of longer ones the first
+            `max_completion_length` tokens. Without them, a target whose cache cannot be rolled back writes them.
         num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
         seed (`int`, *optional*, defaults to 0): Of draws and bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`): Draw a progress bar.
@@ -183,10 +204,19 @@ def evaluate_drafter(
 
     Raises:
         ValueError: If `min_confidence` is given for a drafter without a confidence head, there is no prompt, the
-            longest one leaves no room in the target's positions, or no response is long enough to hold a whole block.
+            longest one leaves no room in the target's positions, no response is long enough to hold a whole block,
+            there is not one response per prompt, or `ignore_eos` is asked of a replay.
     """
     sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-    compare = compare_with_target and not ignore_eos
+    is_replay = responses is not None or target.rollback_reason is not None
+    if is_replay and ignore_eos:
+        raise ValueError(
+            "`ignore_eos` decodes past the end of a response, and tau is measured by replay along responses, which "
+            "end there. Leave it out."
+        )
+    if responses is not None and len(responses) != len(prompts):
+        raise ValueError(f"There are {len(responses)} responses to {len(prompts)} prompts. Give one to each.")
+    compare = compare_with_target and not ignore_eos and not is_replay
     num_drafts = drafter.default_num_drafts if num_drafts is None else num_drafts
     max_completion_length = fit_lengths(
         target.num_positions,
@@ -205,6 +235,16 @@ def evaluate_drafter(
         keep_confidences=config.has_confidence_head,
     )
     eos_token_ids = [] if ignore_eos else target.eos_token_ids
+    if is_replay and responses is None:
+        responses = generate_responses(
+            target,
+            prompts,
+            max_completion_length=max_completion_length,
+            sampling=sampling,
+            batch_size=batch_size,
+            seed=seed,
+            show_progress=show_progress,
+        )
     done = _Decoded()
     # Without a terminal it would leave an empty line.
     console = Console()
@@ -213,6 +253,10 @@ def evaluate_drafter(
             batch = prompts[start : start + batch_size]
             # By a prompt's number, so that the batch size changes no draw.
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
+            if responses is not None:
+                written = [response[:max_completion_length] for response in responses[start : start + batch_size]]
+                done.add(_replay(target, drafter, batch, written, settings, keys), seconds=0.0)
+                continue
             begun = time.perf_counter()
             rollout = rollout_live(
                 target,
@@ -236,7 +280,28 @@ def evaluate_drafter(
                     show_progress=False,
                 )
                 done.compare(rollout, own, first=start, seconds=time.perf_counter() - begun)
-    return _report(done, settings, batch_size, compare, num_resamples, seed)
+    report = _report(done, settings, batch_size, compare, num_resamples, seed)
+    return replace(report, is_replay=is_replay)
+
+
+def _replay(
+    target: FrozenTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    settings: DraftingSettings,
+    keys: DrawKeys,
+) -> Rollout:
+    """Find the drafter's blocks along the target's responses."""
+    return rollout_replay(
+        target,
+        drafter,
+        join_responses(prompts, responses, keys.sample_ids, target.pad_token_id, target.device),
+        settings,
+        keys,
+        segment_length=drafter.config.default_segment_length,
+        chunk_bytes=default_chunk_bytes(target.device),
+    )
 
 
 @dataclass

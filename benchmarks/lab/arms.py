@@ -34,7 +34,7 @@ def arm_settings(bench: Workbench, arm: Arm) -> dict[str, Any]:
     """Return the config fields of an arm: the pair's, overridden by the arm's."""
     pair = bench.pair
     by_trainer = pair.continued_sft if arm.trainer == "sft" else pair.opd
-    return pair.common | by_trainer | arm.settings | arm.by_family.get(pair.family, {})
+    return pair.common | by_trainer | arm.settings
 
 
 def make_trainer(
@@ -87,9 +87,7 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
     """
     arm_folder = bench.folder / f"tier{tier}" / arm.name
     folder = arm_folder / f"seed{seed}"
-    made_of = dataclasses.asdict(
-        dataclasses.replace(arm, tiers=(tier,), settings=arm_settings(bench, arm), by_family={})
-    )
+    made_of = dataclasses.asdict(dataclasses.replace(arm, tiers=(tier,), settings=arm_settings(bench, arm)))
     made_of["budget"] = bench.pair.budgets[tier]
     require_unchanged(arm_folder / "arm.json", made_of)
     if (folder / "result.json").exists():

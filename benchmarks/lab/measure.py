@@ -87,6 +87,6 @@ def replays(
             text,
             settings,
             DrawKeys(0, 0, sample_ids),
-            segment_length=1 if drafter.reads_drafts else 16,
+            segment_length=drafter.config.default_segment_length,
             chunk_bytes=CHUNK_BYTES,
         )

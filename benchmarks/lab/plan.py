@@ -76,7 +76,7 @@ class Pair:
 
     Attributes:
         name (`str`): Name of its YAML file.
-        family (`str`): `"eagle3"` or `"dflash"`.
+        family (`str`): One of `trl_draft_opd.drafters.auto.DRAFTER_CLASSES`.
         target (`str`): Folder under `--shared` or `--out`, or an id on the Hub.
         drafter (`dict`):
             Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to continue from: an id on the
@@ -122,11 +122,9 @@ class Arm:
         trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators),
             `"random_anchors"` (the paper's ablation) or `"stale"` (anchors kept for some epochs).
         settings (`dict`): Fields of the trainer's config that differ from the pair's.
-        by_family (`dict[str, dict]`): Fields that differ by drafter family.
         pool (`int`, *optional*): Train on the first so many prompts only.
         refresh_epochs (`int`): Epochs between two walks of the chain (`"stale"` only).
         temperature (`float`), draft_sampling (`str`): Distribution of text and drafts, in training and evaluation.
-        families (`tuple[str, ...]`): Families it is run for.
         budget_share (`float`): Share of the tier's budget.
         begins (`str`):
             What it continues from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape
@@ -138,12 +136,10 @@ class Arm:
     tiers: tuple[int, ...]
     trainer: str
     settings: dict[str, Any] = field(default_factory=dict)
-    by_family: dict[str, dict[str, Any]] = field(default_factory=dict)
     pool: int | None = None
     refresh_epochs: int = 1
     temperature: float = 0.0
     draft_sampling: str = "greedy"
-    families: tuple[str, ...] = ("eagle3", "dflash")
     budget_share: float = 1.0
     begins: str = "start"
     lora: dict[str, Any] | None = None
@@ -189,13 +185,13 @@ def read_arms(pair: Pair, tier: int, path: Path = FOLDER / "arms.yaml") -> list[
     arms = []
     for name, row in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         row = {"name": name} | row
-        row |= {key: tuple(row[key]) for key in ("tiers", "families") if key in row}
+        row |= {"tiers": tuple(row["tiers"])} if "tiers" in row else {}
         arms.append(build(Arm, row, f"arm {name!r}"))
     known = {arm.name for arm in arms}
     if unknown := sorted(set(pair.arms or []) - known):
         raise ValueError(f"Pair {pair.name!r} names arms {unknown} that {path} does not have: {sorted(known)}.")
     wanted = known if pair.arms is None else set(pair.arms)
-    return [arm for arm in arms if tier in arm.tiers and pair.family in arm.families and arm.name in wanted]
+    return [arm for arm in arms if tier in arm.tiers and arm.name in wanted]
 
 
 def build(kind: type, values: dict[str, Any], where: str) -> Any:

@@ -7,6 +7,7 @@ them once.
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from datasets import Dataset, load_dataset
 
 from benchmarks.counters import FlopCount
-from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, SamplingSettings
+from trl_draft_opd import AutoDrafter, SamplingSettings
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.responses import Origin, ResponseStore, generate_missing, generate_responses
 
@@ -181,14 +183,15 @@ class Workbench:
 
     def untrained_like(self, drafter: Drafter) -> Drafter:
         """Return a drafter of the same shape that has learned nothing."""
-        names = {"eagle3": ("ttt_steps",), "dflash": ("num_hidden_layers", "block_size")}[self.pair.family]
-        return self._untrained({name: getattr(drafter.config, name) for name in ("target_layer_ids", *names)})
+        settings = set(signature(type(drafter).from_target).parameters) & set(drafter.config.own_settings())
+        return self._untrained({name: getattr(drafter.config, name) for name in settings})
 
     def _untrained(self, options: dict[str, Any]) -> Drafter:
+        kind = DRAFTER_CLASSES[self.pair.family]
+        if "mask_token_id" in kind.config_class.own_settings():
+            options = {"mask_token_id": self.target.find_mask_token_id()} | options
         torch.manual_seed(0)
-        if self.pair.family == "eagle3":
-            return Eagle3DraftModel.from_target(self.target, **options)
-        return DFlashDraftModel.from_target(self.target, mask_token_id=self.target.find_mask_token_id(), **options)
+        return kind.from_target(self.target, **options)
 
     def load_drafter(self, folder: Path) -> Drafter:
         """Return a trained drafter."""

@@ -5,7 +5,7 @@ The two drafters along one text, from their layers alone: every block of the tex
 Reads the trained modules of a drafter (`fc`, norms, projections, MLPs) and calls none of its methods. The target is a
 plain causal language model of transformers.
 
-Shape letters:  L = text length, A = anchors, K = drafts per block, S = K + 1, H = hidden size, F = feature width
+Shape letters:  L = text length, A = anchors, K = drafts per block, S = block size, H = hidden size, F = feature width
 """
 
 from collections.abc import Callable, Sequence
@@ -166,5 +166,7 @@ def _dflash_states(drafter, target, features, text, anchors, num_drafts, recorde
         )
         hidden = hidden + attention.o_proj(mixed[0].flatten(0, 1))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    states = drafter.norm(hidden).unflatten(0, (A, S))[:, 1 : 1 + num_drafts]
-    return states, target.get_output_embeddings()(states).argmax(dim=-1)
+    first = 0 if config.sample_from_anchor else 1
+    states = drafter.norm(hidden).unflatten(0, (A, S))[:, first : first + num_drafts]
+    head = drafter.lm_head if config.has_reduced_vocabulary else target.get_output_embeddings()
+    return states, _to_target_ids(drafter, head(states).argmax(dim=-1))

@@ -271,7 +271,9 @@ def test_ids_outside_the_vocabulary(tmp_path, target, kind):
 
 def test_regenerating_a_streamed_dataset_is_refused(tmp_path, target):
     rows = IterableDataset.from_generator(lambda: iter([{"prompt": "w9", "completion": "w10"}]))
-    with refuses("`regenerate=True` needs a dataset of known length, got an `IterableDataset`"):
+    with refuses(
+        "`regenerate=True`, and evaluation by replay, need a dataset of known length, got an `IterableDataset`"
+    ):
         args = make_args("sft", tmp_path, regenerate=True)
         DraftSFTTrainer(make_drafter("dflash", target), target, args, rows)
 

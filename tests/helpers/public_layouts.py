@@ -141,7 +141,7 @@ def zlab_anchor() -> tuple[Drafter, Published]:
 
 def modelopt_dflash() -> tuple[Drafter, Published]:
     """A window in every layer by `use_swa`, whatever `layer_types` says."""
-    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=6)
+    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=6, is_causal=False)
     nested = {"mask_token_id": MASK, "target_layer_ids": IDS, "use_swa": True, "swa_window_size": 6, "causal": False}
     config = flat("DFlashDraftModel", block_size=5, layer_types=[FULL] * 2, sliding_window=6, dflash_config=nested)
     return drafter, (config, tensors_of(drafter))
@@ -159,7 +159,12 @@ def modelopt_causal() -> tuple[Drafter, Published]:
 def mimo() -> tuple[Drafter, Published]:
     """MiMo's options but for the rotation of a part of each head, which is refused."""
     drafter = build(
-        "dflash", layer_types=[SLIDING] * 2, sliding_window=6, attention_sinks=True, attention_value_scale=0.612
+        "dflash",
+        layer_types=[SLIDING] * 2,
+        sliding_window=6,
+        is_causal=False,
+        attention_sinks=True,
+        attention_value_scale=0.612,
     )
     own = {
         "block_size": 5,
@@ -201,8 +206,8 @@ def redhat_dflash_sliding() -> tuple[Drafter, Published]:
 
 
 def native_sliding() -> tuple[Drafter, Published]:
-    """transformers' own class, whose sliding layers are not causal."""
-    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=9)
+    """transformers' own class, whose sliding layers are not causal and whose window leaves the query out."""
+    drafter = build("dflash", layer_types=[SLIDING] * 2, sliding_window=10, is_causal=False)
     names = "attention_dropout dtype rope_parameters tie_word_embeddings transformers_version".split()
     config = {name: value for name, value in flat("").items() if name in {*SHAPE, *names}} | {
         "architectures": ["MuseGlimmerAssistantModel"],
@@ -215,6 +220,13 @@ def native_sliding() -> tuple[Drafter, Published]:
         **BLOCK,
     }
     return drafter, (config, tensors_of(drafter, ("fc.", "encoder.fc."), ("hidden_norm.", "encoder.output_norm_enc.")))
+
+
+def biased_dflash() -> tuple[Drafter, Published]:
+    """Biases of all four projections, as of targets that have them."""
+    drafter = build("dflash", attention_bias=True)
+    config = flat("DFlashDraftModel", attention_bias=True, layer_types=[FULL] * 2, **BLOCK, target_layer_ids=IDS)
+    return drafter, (config, tensors_of(drafter))
 
 
 # ---- DSpark ---------------------------------------------------------------------------------------------------------
@@ -340,7 +352,7 @@ _CONVOLVED = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 6, 
 
 def zlab_dflash2() -> tuple[Drafter, Published]:
     """z-lab's and SpecForge's, with all settings in the nested section."""
-    drafter = build("dflash2", **_CONVOLVED, layer_types=[SLIDING] * 2, sliding_window=7)
+    drafter = build("dflash2", **_CONVOLVED, layer_types=[SLIDING] * 2, sliding_window=7, is_causal=False)
     nested = BLOCK | _CONVOLVED | {"target_layer_ids": IDS}
     own = {"is_causal": False, "layer_types": [SLIDING] * 2, "sliding_window": 7, "use_sliding_window": True}
     return drafter, (flat("DFlash2DraftModel", **own, dflash_config=nested), tensors_of(drafter))
@@ -393,6 +405,12 @@ def flat_eagle3_four() -> tuple[Drafter, Published]:
     return drafter, (config, tensors_of(drafter, extra=("embed_tokens.weight",)))
 
 
+def biased_eagle3() -> tuple[Drafter, Published]:
+    drafter = build("eagle3", attention_bias=True, draft_vocab_size=PART)
+    config = flat("LlamaForCausalLMEagle3", model_type="llama", attention_bias=True, draft_vocab_size=PART)
+    return drafter, (config | {"num_hidden_layers": 1, AUX: BOUNDARIES}, tensors_of(drafter))
+
+
 #: Name -> a function that returns a drafter, and what is published of it.
 PUBLIC: dict[str, Callable[[], tuple[Drafter, Published]]] = {
     each.__name__: each
@@ -405,6 +423,7 @@ PUBLIC: dict[str, Callable[[], tuple[Drafter, Published]]] = {
         redhat_dflash_part,
         redhat_dflash_sliding,
         native_sliding,
+        biased_dflash,
         deepspec_dspark,
         deepspec_dflash,
         specforge_dspark_part,
@@ -416,5 +435,6 @@ PUBLIC: dict[str, Callable[[], tuple[Drafter, Published]]] = {
         redhat_dflash2,
         redhat_eagle3_four,
         flat_eagle3_four,
+        biased_eagle3,
     )
 }

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trl_draft_opd import DFlashDraftModel, DSparkDraftModel, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import DFlash2DraftModel, DFlashDraftModel, DSparkDraftModel, Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.drafters.base import Drafter
 
 
@@ -94,6 +94,7 @@ _BLOCKS = {"mask_token_id": MASK, "num_hidden_layers": 2, "block_size": 5}
 # The class of each family, and settings of its tiny drafters: four drafts per block.
 _DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dflash": (DFlashDraftModel, _BLOCKS),
+    "dflash2": (DFlash2DraftModel, _BLOCKS | {"conv_group_size": 8, "selector_rank": 6, "selector_top_k": 6}),
     "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
     "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
 }
@@ -104,11 +105,22 @@ def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) ->
     """Return a random drafter of a family, with four drafts per block unless told otherwise."""
     torch.manual_seed(seed)
     family_class, settings = _DRAFTERS[family]
+    # EAGLE-3 alone makes its head by it.
+    vocabulary = None if family == "eagle3" else options.pop("draft_vocabulary", None)
     drafter = family_class.from_target(target, **settings | options).eval()
+    if vocabulary is not None:
+        drafter.reduce_vocabulary(vocabulary, target)
     if family == "dspark":
-        # As large as the target's logits, so that no draft survives a wrong token before its slot.
-        with torch.no_grad():
-            drafter.markov_head.markov_w2.weight.mul_(6)
+        # A bias as large as the target's logits, so that few drafts survive a wrong token before their slot.
+        for factor in drafter.markov_head.parameters():
+            torch.nn.init.normal_(factor)
+    if family == "dflash2":
+        # Likewise a selector that decides, and convolutions that are none of identity.
+        for name, parameter in drafter.named_parameters():
+            if "candidate_selector" in name:
+                torch.nn.init.normal_(parameter, std=1.0 if "codebook" in name else 0.5)
+            elif "_conv" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
     return drafter
 
 

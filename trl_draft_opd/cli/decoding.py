@@ -10,7 +10,13 @@ import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
-from ..evaluation import EVALUATION_LENGTHS, EvaluationReport, evaluate_drafter, explain_difference
+from ..evaluation import (
+    EVALUATION_LENGTHS,
+    EvaluationReport,
+    evaluate_drafter,
+    explain_difference,
+    explain_replay,
+)
 from ..export import hub_id_of
 from ..export.card import CARD_FILE
 from ..export.record import (
@@ -24,11 +30,19 @@ from ..export.record import (
 )
 from ..export.serving import SERVING_FILE
 from ..export.texts import add_measurement, read_publication
-from ..responses import CHECKED_ROWS, ServerSettings, summarize_store, write_responses
+from ..responses import (
+    CHECKED_ROWS,
+    Origin,
+    ResponseStore,
+    ServerSettings,
+    generate_missing,
+    summarize_store,
+    write_responses,
+)
 from ..rollout.drafting import check_min_confidence
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
-from ..target.lengths import TRAINING_LENGTHS
+from ..target.lengths import TRAINING_LENGTHS, Lengths
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_place
@@ -69,6 +83,11 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
     )
     batch_size: int = flag("Prompts decoded together.", default=default_of(evaluate_drafter, "batch_size"))
     seed: int = flag("Seed of draws and bootstrap.", default=default_of(evaluate_drafter, "seed"))
+    responses: str | None = flag(
+        "Folder of `generate` to measure along by replay, in place of live decoding; what it lacks is added. A target "
+        "that cannot be rolled back is always measured so, and its responses are kept nowhere if unset.",
+        default=None,
+    )
     json: str | None = flag("File to write the numbers to.", default=None)
     record: str | None = flag(
         "Put the numbers into the record of the drafter's folder, and of an export onto its card, under this name of "
@@ -80,6 +99,19 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         super().__post_init__()
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
         check_min_confidence(self.min_confidence)
+
+    def stored_responses(
+        self, target: FrozenTarget, prompts: Sequence[Sequence[int]], lengths: Lengths
+    ) -> list[list[int]] | None:
+        """Return the target's responses to the prompts, if `--responses` names a store; it writes what is missing."""
+        if self.responses is None:
+            return None
+        reader = target.text_reader(**self.reading(lengths.prompt))
+        settings = {"sampling": self.sampling_settings(), "max_completion_length": lengths.completion}
+        store = ResponseStore.open(self.responses, Origin.of(target, reader, **settings))
+        sizes = {"batch_size": self.batch_size, "shard_size": default_of(write_responses, "shard_size")}
+        generate_missing(store, target, prompts, **sizes, seed=self.seed, show_progress=True)
+        return [found for prompt in prompts if (found := store.find(prompt)) is not None]
 
     def check_record(self) -> None:
         """Raise `ValueError` where `--record` could not be kept to, before anything is measured."""
@@ -157,9 +189,12 @@ def run_evaluate(argv: Sequence[str]) -> int:
         min_confidence=args.min_confidence,
         batch_size=args.batch_size,
         ignore_eos=args.ignore_eos,
+        responses=args.stored_responses(target, prompts, lengths),
         seed=args.seed,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))
+    if report.is_replay:
+        print(explain_replay(target.rollback_reason))
     if report.num_different:
         print(explain_difference(target.causal_lm.dtype))
     write_json(args.json, report.to_dict())

@@ -94,12 +94,15 @@ class DrafterShape:
     Sizes of a drafter.
 
     Attributes:
-        family (`str`): `"eagle3"` or `"dflash"`.
+        family (`str`): `"eagle3"`, or `"dflash"` for every family that drafts whole blocks.
         hidden, intermediate, layers, heads, kv_heads, head_dim (`int`): As in its config.
         features (`int`): Width of the target's layers that it reads, side by side.
         vocab (`int`): Tokens that it can propose.
         width (`int`): Positions of a block that are computed: DFlash's block with its anchor, EAGLE-3's steps.
+        num_drafts (`int`): Drafts of a block.
         num_norms (`int`): Weights of all norms.
+        owns_head (`bool`): Whether the head is trained with the drafter, or is the target's.
+        extra (`int`): Weights that only its family has.
     """
 
     family: str
@@ -112,12 +115,15 @@ class DrafterShape:
     features: int
     vocab: int
     width: int
+    num_drafts: int
     num_norms: int
+    owns_head: bool
+    extra: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "DrafterShape":
         """Read the sizes off a drafter's config."""
-        is_dflash = config.family == "dflash"
+        is_dflash = config.drafts_whole_blocks
         hidden, layers = config.hidden_size, config.num_hidden_layers
         head_dim = config.head_dim or hidden // config.num_attention_heads
         features = len(config.target_layer_ids or ()) * (config.target_hidden_size or hidden)
@@ -127,7 +133,7 @@ class DrafterShape:
         else:
             norms = 4 * hidden + features * (int(config.fc_norm) + int(config.norm_before_fc))
         return cls(
-            family=config.family,
+            family="dflash" if is_dflash else "eagle3",
             hidden=hidden,
             intermediate=config.intermediate_size,
             layers=layers,
@@ -135,9 +141,12 @@ class DrafterShape:
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
             features=features,
-            vocab=config.vocab_size if is_dflash else config.draft_vocab_size or config.vocab_size,
+            vocab=config.draft_vocab_size or config.vocab_size,
             width=config.block_size if is_dflash else config.ttt_steps,
+            num_drafts=config.drafts_per_block if is_dflash else config.ttt_steps,
             num_norms=norms,
+            owns_head=config.owns_head and config.trains_head,
+            extra=config.exported.extra_parameters(config),
         )
 
     @classmethod
@@ -161,18 +170,10 @@ class DrafterShape:
             features=taps * target.hidden,
             vocab=vocab or target.vocab,
             width=16 if is_dflash else 7,
+            num_drafts=15 if is_dflash else 7,
             num_norms=norms if is_dflash else 4 * target.hidden,
+            owns_head=not is_dflash,
         )
-
-    @property
-    def owns_head(self) -> bool:
-        """Whether the head is trained with the drafter, or is the target's."""
-        return self.family == "eagle3"
-
-    @property
-    def num_drafts(self) -> int:
-        """Drafts of a block."""
-        return self.width - 1 if self.family == "dflash" else self.width
 
     @property
     def query_width(self) -> int:
@@ -218,4 +219,4 @@ class DrafterShape:
     @property
     def parameters(self) -> int:
         """All weights that are trained."""
-        return self.matrices + self.num_norms
+        return self.matrices + self.num_norms + self.extra

@@ -38,7 +38,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -171,6 +171,9 @@ class Drafter(DraftingHead):
     gradient_checkpointing: bool = False
     #: Whether a slot reads the drafts before it.
     reads_drafts: bool = True
+    #: What the names of weights have in them that belong to no layer: heads and embeddings, whose rows are tokens.
+    #: Muon leaves them to AdamW, and `target_modules="all-linear"` leaves them as they are.
+    names_of_heads: ClassVar[tuple[str, ...]] = ("embed_tokens", "lm_head")
     #: What the trainer that trained this instance recorded, for the next one; `None` where it was not trained here.
     training_record: Any = None
 

@@ -132,6 +132,11 @@ class DraftingHead(PreTrainedModel):
         return [HeadPart(self.lm_head if self.config.owns_head else None, self.config.hidden_size)]
 
     @property
+    def num_logit_buffers(self) -> int:
+        """Tensors of logits that [`draft_logits`] holds at once: one product, or the sum and its terms."""
+        return 1 if len(self.head_parts) == 1 else 3
+
+    @property
     def candidates(self) -> Candidates | None:
         """How a draft is chosen among the likeliest tokens, by a family that does so."""
         return None

@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .published.configs import parse_drafter_config
+from .published.exported import ExportedFamily
 from .published.family import PublishedFamily
 from .target_shape import check_layer_ids, refuse_misspelt
 
@@ -29,6 +30,8 @@ class PortableConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps,
         rope_parameters, max_position_embeddings:
             As in the target's config; head size and key/value heads must be the same: both share a cache layout.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Biases in the four projections of attention (EAGLE-3: vLLM only).
         target_hidden_size (`int`):
             Width of one tapped layer.
         target_layer_ids (`list[int]`):
@@ -47,6 +50,8 @@ class PortableConfig(PreTrainedConfig):
     #: Key of the family, in files and on the command line, and its name in prose.
     family: ClassVar[str]
     title: ClassVar[str]
+    #: How the family is written, and who reads it.
+    exported: ClassVar[ExportedFamily]
     #: What is published of the family, and how it is read.
     published: ClassVar[PublishedFamily]
     #: Whether one pass through the layers drafts a whole block, or every slot takes a pass of its own.

@@ -12,9 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..drafters.dflash import DFlashDraftConfig
 from .costs import drafter_parameters
-from .layouts import NORM_FLAGS
 from .publication import Publication
 from .record import Measurement, StageRecord
 from .serving import SERVING_FILE
@@ -25,7 +23,6 @@ logger = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 CURVE_FILE = "training_curve.png"
 _NOTES = re.compile(r"<!-- notes -->(.*?)<!-- /notes -->", re.DOTALL)
-_FAMILY_NAMES = {"eagle3": "EAGLE-3", "dflash": "DFlash"}
 _MEASURED = ("prompts", "temperature", "drafts", "tau", "acceptance per slot", "decoded with")
 _METHODS = {"sft": "supervised fine-tuning", "opd": "Draft-OPD (on-policy distillation)"}
 _HUB_LICENCES = frozenset(
@@ -66,11 +63,14 @@ def write_card(
     record, readers, estimate = publication.record, settings["readers"], settings["break_even"]
     stages = record.stages if record is not None else []
     measurements = record.measurements if record is not None else []
-    name = _FAMILY_NAMES[publication.family]
+    config = publication.config
+    name = config.title
     content = {
         "publication": publication,
         "title": plain(publication.repo_id.split("/")[-1] if publication.repo_id else f"{name} drafter"),
         "family_name": name,
+        "drafts_whole_blocks": config.drafts_whole_blocks,
+        "papers": config.exported.papers,
         "target_link": plain(publication.target_id),
         "methods": list(dict.fromkeys(_METHODS[stage.method] for stage in stages)),
         "facts": _table(["", ""], _facts(publication)),
@@ -79,6 +79,8 @@ def write_card(
         "readers": _table(["reader", "loads it as it is, by the rules it reads files with"], list(readers.items())),
         "serving_file": SERVING_FILE,
         "measurements": _table(_MEASURED, [_measurement(m) for m in measurements]) if measurements else None,
+        "calibrated": [_calibration(m) for m in measurements if m.calibration_error is not None],
+        "has_replays": any(m.is_replay for m in measurements),
         "compared": [_comparison(m) for m in measurements if m.num_different is not None],
         "estimate": estimate,
         "costs": _costs(estimate["rows"]) if estimate else None,
@@ -140,27 +142,15 @@ def _facts(publication: Publication) -> list[tuple[str, Any]]:
         arguments = ", ".join(f"{plain(name)}={plain(value)}" for name, value in target.chat_template_kwargs.items())
         switched = f"; trained with {arguments}" if arguments else "; no switch for thinking was set"
         facts.append(("chat template", f"the target's, sha256 {target.chat_template_sha256[:12]}{switched}"))
-    facts.append(("family", _FAMILY_NAMES[publication.family]))
-    if isinstance(config, DFlashDraftConfig):
-        not_counted = "the target's embedding and head, which it uses, not counted"
-        own = [
-            ("block", f"{config.block_size} slots: the anchor and {drafts} drafts"),
-            ("layers", config.num_hidden_layers),
-            ("mask token", config.mask_token_id),
-        ]
-    else:
-        not_counted = "the copy of the target's embedding not counted"
-        norms = ", ".join(f"`{name}`" for name in NORM_FLAGS if getattr(config, name))
-        part = config.draft_vocab_size if config.has_reduced_vocabulary else "all"
-        own = [
-            ("drafts in training", drafts),
-            ("norms", norms or "as in EAGLE-3's own code, no further ones"),
-            ("draft vocabulary", f"{part} of {config.vocab_size} tokens{_coverage(publication)}"),
-        ]
+    own = config.exported.facts(config, drafts)
+    covered = [
+        (name, f"{value}{_coverage(publication)}" if name == "draft vocabulary" else value) for name, value in own
+    ]
     return [
         *facts,
-        ("parameters", f"{drafter_parameters(config):,}, {not_counted}"),
-        *own,
+        ("family", config.title),
+        ("parameters", f"{drafter_parameters(config):,}, {config.exported.not_counted}"),
+        *covered,
         ("target layers read", f"{publication.layer_ids} (0-based), that is after {publication.boundaries} layers"),
         ("width, heads", f"{config.hidden_size}, {config.num_attention_heads} / {config.num_key_value_heads}"),
         ("longest text", f"{config.max_position_embeddings} tokens"),
@@ -188,7 +178,7 @@ def _costs(rows: list[dict[str, Any]]) -> str:
 
 
 def _measurement(m: Measurement) -> list[str]:
-    ending = ", end of sequence ignored" if m.ignore_eos else ""
+    ending = (", end of sequence ignored" if m.ignore_eos else "") + (", by replay" if m.is_replay else "")
     return [
         f"{plain(m.prompt_set)} ({m.num_prompts})",
         f"{m.temperature:g}" + (", drawn drafts" if m.draft_sampling == "sample" else ""),
@@ -204,6 +194,11 @@ def _comparison(m: Measurement) -> str:
     return (
         f"{same} of {m.num_prompts} greedy outputs on {plain(m.prompt_set)} equal the target's own ({m.target_dtype})"
     )
+
+
+def _calibration(m: Measurement) -> str:
+    brier = "" if m.brier_score is None else f", Brier score {m.brier_score:.3f}"
+    return f"expected calibration error {m.calibration_error:.3f}{brier} on {plain(m.prompt_set)} at {m.temperature:g}"
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..costs.shapes import DrafterShape
-from .publication import DraftConfig
+from ..drafters.portable_config import PortableConfig
 
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
@@ -16,24 +16,27 @@ BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 RIDGE_TOKENS = 295
 
 
-def drafter_parameters(config: DraftConfig) -> int:
-    """Return how many parameters are trained: neither the target's embedding nor, for DFlash, its head."""
+def drafter_parameters(config: PortableConfig) -> int:
+    """Return how many parameters are trained: the target's embedding is not, nor its head where it is used."""
     return DrafterShape.of(config).parameters
 
 
-def drafter_reads(config: DraftConfig, num_drafts: int) -> int:
+def drafter_reads(config: PortableConfig, num_drafts: int) -> int:
     """
     Return how many parameters are read to draft one block.
 
-    EAGLE-3 runs its layer and head once per draft; DFlash its layers once, and the target's head on all slots at once.
+    EAGLE-3 runs its layer and head once per draft; who drafts whole blocks its layers once and the head on all slots
+    at once, and then what only follows the drafts, such as DSpark's Markov head, once per draft. Tables of which a
+    row is read count as nothing.
     """
     shape = DrafterShape.of(config)
-    blocks = 1 if config.family == "dflash" else num_drafts
-    return shape.fusion + blocks * (shape.layers * shape.layer_matrices + shape.head)
+    blocks = 1 if config.drafts_whole_blocks else num_drafts
+    once = shape.fusion + blocks * (shape.layers * shape.layer_matrices + shape.head)
+    return once + config.exported.extra_reads(config, num_drafts)
 
 
 def break_even(
-    config: DraftConfig,
+    config: PortableConfig,
     num_drafts: int,
     num_target_parameters: int,
     *,
@@ -49,13 +52,14 @@ def break_even(
     as reading all its parameters, so real engines, mixtures of experts and large untied embeddings need more.
 
     Args:
-        config ([`Eagle3DraftConfig`] or [`DFlashDraftConfig`]): The drafter's.
+        config ([`PortableConfig`]): The drafter's.
         num_drafts (`int`): Drafts per block, K.
         num_target_parameters (`int`): Parameters of the target.
         taus (`Sequence[float]`, *optional*): Accepted lengths to give the speed-up at.
         acceptance (`Sequence[float]` of length `K`, *optional*):
             Share of blocks that keep at least `k` drafts. With it, EAGLE-3 is also tried with fewer drafts, whose
-            accepted length is `1 + acceptance[0] + ... + acceptance[k - 1]`. DFlash is not: its slots see each other.
+            accepted length is `1 + acceptance[0] + ... + acceptance[k - 1]`. Blocks drafted whole are not: their slots
+            see each other.
 
     Returns:
         `dict` with `draft_cost` (drafting one block at batch 1, in target passes), `ridge_tokens`, and `rows`: per
@@ -66,7 +70,7 @@ def break_even(
     def round_cost(batch: int, drafts: int) -> float:
         """Return what drafting and verifying a block costs, in plain decoding passes of the same batch."""
         # Tokens a drafter's forward reads per row: one at a time, or the whole block.
-        width = drafts + 1 if config.family == "dflash" else 1
+        width = DrafterShape.of(config).width if config.drafts_whole_blocks else 1
         verify = max(1.0, batch * (drafts + 1) / RIDGE_TOKENS)
         draft = drafter_reads(config, drafts) / num_target_parameters * max(1.0, batch * width / RIDGE_TOKENS)
         return (verify + draft) / max(1.0, batch / RIDGE_TOKENS)
@@ -75,7 +79,7 @@ def break_even(
     for batch in BATCH_SIZES:
         needed = round_cost(batch, num_drafts)
         best = None
-        if config.family == "eagle3" and len(acceptance) == num_drafts:
+        if not config.drafts_whole_blocks and len(acceptance) == num_drafts:
             found = {k: (1 + sum(acceptance[:k])) / round_cost(batch, k) for k in range(1, num_drafts + 1)}
             k = max(found, key=found.__getitem__)
             best = {"num_drafts": k, "speedup": round(found[k], 2)}

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError
 from huggingface_hub.utils import validate_repo_id as validate_hub_id
 
+from ..drafters.auto import DRAFTER_CLASSES
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..utils.secrets import without_secret, without_users
 from ..utils.versions import TRANSPORT_ERRORS
@@ -34,8 +35,6 @@ from .write import PUBLISHED_FILES, PUBLISHED_NAMES
 logger = logging.getLogger(__name__)
 
 NUM_RETRIES = 4
-# By the words that vLLM looks for; they are the families' names too.
-_METHODS = {"eagle3", "dflash"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 # Of the server's making, and likely to pass; 412: somebody else committed meanwhile.
 _PASSING = {408, 412, 425, 429, 500, 502, 503, 504}
@@ -70,25 +69,28 @@ def validate_repo_id(repo_id: str, family: str | None = None) -> None:
         )
     if family is None:
         return
-    for other in _METHODS - {family}:
-        if other in name:
+    exported = {name: drafter.config_class.exported for name, drafter in DRAFTER_CLASSES.items()}
+    word, method = exported[family].word.lower(), exported[family].method
+    # Where one word lies in another, as in those of a family and what builds on it, vLLM finds the same method.
+    for other in sorted({each.word.lower() for each in exported.values()}):
+        if other in name and other not in word and word not in other:
             raise ValueError(
                 f"{repo_id!r} contains {other!r}, by which vLLM takes a drafter for one of that method, and this is "
-                f"one of {family!r}. Name it after {family!r}."
+                f"one of {method!r}. Name it after {word!r}."
             )
-    if family not in name:
-        _warn_about(repo_id, family)
+    if method not in name:
+        _warn_about(repo_id, method)
 
 
 @cache
-def _warn_about(repo_id: str, family: str) -> None:
+def _warn_about(repo_id: str, method: str) -> None:
     """Warn about a name without a method, once however often a run pushes."""
     logger.warning(
         "%r does not contain %r, by which vLLM finds the method where none is given. Serve it with "
         '`"method": "%s"`, as the settings in %s do, or rename it.',
         repo_id,
-        family,
-        family,
+        method,
+        method,
         SERVING_FILE,
     )
 

@@ -27,7 +27,6 @@ from .source import TargetOfExport
 
 # The version of the speculators format that is written, and checked against the library of that version.
 SPECULATORS_VERSION = "0.9.0"
-NORM_FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
 _SPECULATORS_LAYER = (
     "attention_bias attention_dropout head_dim hidden_act hidden_size initializer_range intermediate_size "
     "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters "
@@ -92,7 +91,7 @@ def flat_tensors(drafter: Drafter, publication: Publication) -> dict[str, torch.
                     "its weights are too large for that precision. Nothing was written."
                 )
         tensors[name] = stored.contiguous().clone()
-    if publication.family == "eagle3":
+    if publication.config.exported.carries_embedding:
         assert publication.target.embedding is not None, "_refuse_flat"
         tensors["embed_tokens.weight"] = publication.target.embedding.detach().to("cpu").contiguous().clone()
     return tensors
@@ -104,12 +103,12 @@ def _refuse_flat(drafter: Drafter, target: TargetOfExport) -> str | None:
             f"the target scales its embeddings ({target.embedding_scale}), and the drafter was trained on scaled "
             "ones, but engines hand it the bare rows"
         )
-    if drafter.config.family == "eagle3" and target.embedding is None:
+    if drafter.config.exported.carries_embedding and target.embedding is None:
         return (
-            "an EAGLE-3 drafter is published with a copy of its target's embedding. Give the target (`--target`, in "
-            "Python `target=read_target(...)`)"
+            f"an {drafter.config.title} drafter is published with a copy of its target's embedding. Give the target "
+            "(`--target`, in Python `target=read_target(...)`)"
         )
-    return None
+    return drafter.config.exported.find_refusal(drafter.config, "flat")
 
 
 # ---- speculators ----------------------------------------------------------------------------------------------------
@@ -123,8 +122,10 @@ def _speculators_config(flat: dict[str, Any], publication: Publication) -> dict[
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
-    own, layer = (_eagle3_sections if family == "eagle3" else _dflash_sections)(flat, publication.boundaries)
+    exported = publication.config.exported
+    own, layers = exported.speculators_sections(flat, publication.boundaries)
     return own | {
+        "architectures": [exported.speculators_architecture],
         # Not needed by the library, and kept so that the drafter comes back as it was.
         "num_target_layers": flat["num_target_layers"],
         "speculators_model_type": family,
@@ -135,38 +136,13 @@ def _speculators_config(flat: dict[str, Any], publication: Publication) -> dict[
             "proposal_methods": [method],
             "verifier": {"name_or_path": target.hub_id, "architectures": target.architectures},
         },
-        "transformer_layer_config": {name: flat[name] for name in _SPECULATORS_LAYER} | layer,
+        "transformer_layer_config": {name: flat[name] for name in _SPECULATORS_LAYER}
+        | layers
+        | {"model_type": exported.layer_type},
         "dtype": flat["dtype"],
         "tie_word_embeddings": False,
         "transformers_version": flat["transformers_version"],
     }
-
-
-def _eagle3_sections(flat: dict[str, Any], boundaries: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return EAGLE-3's own keys, and those of its layer."""
-    # `ttt_steps` is not needed by the library either.
-    own = {name: flat[name] for name in ("draft_vocab_size", *NORM_FLAGS, "ttt_steps")} | {
-        "architectures": ["Eagle3DraftModel"],
-        "eagle_aux_hidden_state_layer_ids": boundaries,
-        "embed_requires_grad": False,
-    }
-    return own, {"model_type": "llama"}
-
-
-def _dflash_sections(flat: dict[str, Any], boundaries: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return DFlash's own keys, and those of its layers."""
-    own = {
-        "architectures": ["DFlashDraftModel"],
-        "aux_hidden_state_layer_ids": boundaries,
-        "block_size": flat["block_size"],
-        "draft_vocab_size": flat["vocab_size"],
-        "mask_token_id": flat["mask_token_id"],
-        "sample_from_anchor": False,
-        # vLLM turns `false`, the library's own default, into causal attention in every layer.
-        "sliding_window_non_causal": True,
-    }
-    copied = "is_causal layer_types max_window_layers sliding_window use_sliding_window".split()
-    return own, {name: flat[name] for name in copied if name in flat} | {"model_type": "qwen3"}
 
 
 def _refuse_speculators(drafter: Drafter, target: TargetOfExport) -> str | None:
@@ -180,7 +156,7 @@ def _refuse_speculators(drafter: Drafter, target: TargetOfExport) -> str | None:
     width, hidden = drafter.config.target_hidden_size, drafter.config.hidden_size
     if width != hidden:
         return f"its `fc` reads features of the drafter's own width {hidden}, but the target's are {width} wide"
-    return None
+    return drafter.config.exported.find_refusal(drafter.config, "speculators")
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
@@ -199,12 +175,7 @@ def _native_config(flat: dict[str, Any], publication: Publication) -> dict[str, 
 
 
 def _refuse_native(drafter: Drafter, target: TargetOfExport) -> str | None:
-    if drafter.config.family == "eagle3":
-        return (
-            "transformers has no class for EAGLE-3 drafters. The flat layout carries `custom_generate/`, with which "
-            "`target.generate(..., custom_generate=REPOSITORY, trust_remote_code=True)` decodes with one"
-        )
-    return None
+    return drafter.config.exported.find_refusal(drafter.config, "transformers")
 
 
 LAYOUT_OF = {

@@ -10,13 +10,11 @@ import torch
 from huggingface_hub.utils import validate_repo_id
 
 from ..drafters.base import Drafter
-from ..drafters.dflash import DFlashDraftConfig
-from ..drafters.eagle3 import Eagle3DraftConfig
+from ..drafters.portable_config import PortableConfig
 from .record import LICENCE, TrainingRecord
 from .source import TargetOfExport
 
 
-DraftConfig = Eagle3DraftConfig | DFlashDraftConfig
 LAYOUTS = ("flat", "speculators", "transformers")
 
 
@@ -26,7 +24,7 @@ class Publication:
     A drafter as others will find it.
 
     Attributes:
-        config ([`Eagle3DraftConfig`] or [`DFlashDraftConfig`]): The drafter's own config: its family and shape.
+        config ([`PortableConfig`]): The drafter's own config: its family and shape.
         num_drafts (`int`): Drafts per block it was trained for.
         dtype (`torch.dtype`): Precision of its stored weights.
         layouts (`tuple[str, ...]`): Layouts in the folder, the one at its root first.
@@ -40,7 +38,7 @@ class Publication:
             must not be published.
     """
 
-    config: DraftConfig
+    config: PortableConfig
     num_drafts: int
     dtype: torch.dtype = torch.bfloat16
     layouts: tuple[str, ...] = LAYOUTS
@@ -70,12 +68,12 @@ class Publication:
     @classmethod
     def of(cls, drafter: Drafter, **facts: Any) -> "Publication":
         """Describe a drafter; `facts` are further attributes."""
-        assert isinstance(drafter.config, DraftConfig)
+        assert isinstance(drafter.config, PortableConfig)
         return cls(drafter.config, drafter.default_num_drafts, **facts)
 
     @property
     def family(self) -> str:
-        """`"eagle3"` or `"dflash"`."""
+        """Key of the family."""
         return self.config.family
 
     @property
@@ -101,9 +99,16 @@ class Publication:
     @property
     def repo_name(self) -> str:
         """The repository in commands, or what stands for it there."""
-        return self.repo_id or f"ORG/NAME-{'DFlash' if self.family == 'dflash' else 'EAGLE3'}"
+        return self.repo_id or f"ORG/NAME-{self.config.exported.word}"
+
+    @property
+    def draws_drafts(self) -> bool:
+        """Whether it was trained, at last, along drafts that were drawn: then its own distribution is what counts."""
+        stages = self.record.stages if self.record is not None else []
+        drawn = [stage.settings for stage in stages if stage.method == "opd"][-1:]
+        return any(each.get("draft_sampling") == "sample" and each.get("temperature", 0) > 0 for each in drawn)
 
     @property
     def has_custom_generate(self) -> bool:
-        """Whether the folder holds a decoding function; DFlash's reads transformers' own layout next to it."""
-        return self.layouts[0] == "flat" and (self.family == "eagle3" or "transformers" in self.layouts)
+        """Whether the folder holds a decoding function, which reads the flat layout at its root."""
+        return self.layouts[0] == "flat"

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..drafters.auto import DRAFTER_CLASSES
 from ..evaluation import EvaluationReport
 from ..losses import LOSS_TYPES
 from ..rollout.drafting import DRAFT_SAMPLING
@@ -30,14 +31,14 @@ from .source import hub_id_of
 
 RECORD_FILE = "training_record.json"
 FORMAT_VERSION = 1
-FAMILIES, METHODS = ("eagle3", "dflash"), ("sft", "opd")
+METHODS = ("sft", "opd")
 # Settings that describe the training, and are numbers. A name that is in none of these lists is never published.
 _NUMBERS = (
     "learning_rate muon_learning_rate warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm num_train_epochs "
     "max_steps per_device_train_batch_size gradient_accumulation_steps generation_batch_size seed bf16 fp16 "
     "max_length max_prompt_length max_completion_length accepted_weight rejected_weight supervised_weight slot_decay "
     "position_decay d_pace_floor num_anchors num_supervised_anchors num_drafts temperature top_k top_p regenerate "
-    "completions_from_target confidence_loss_weight"
+    "completions_from_target confidence_loss_weight selector_loss_weight"
 ).split()
 # Settings that transformers turns into members of an enumeration.
 _ENUMERATED = ("lr_scheduler_type", "optim")
@@ -226,6 +227,7 @@ class Measurement:
         after_steps (`int` or `None`): Optimizer steps of the last stage before it.
         calibration_error (`float` or `None`), brier_score (`float` or `None`):
             Of a confidence head, over all slots; see [`Calibration`].
+        is_replay (`bool`): Whether the blocks were found along the target's responses, and none was decoded live.
     """
 
     prompt_set: Annotated[str, _PROMPT_SET]
@@ -250,6 +252,7 @@ class Measurement:
     after_steps: int | None = None
     calibration_error: float | None = None
     brier_score: float | None = None
+    is_replay: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class TrainingRecord:
     """
 
     target: TargetFacts
-    family: Annotated[str, _one_of(FAMILIES)]
+    family: Annotated[str, _one_of(tuple(DRAFTER_CLASSES))]
     stages: list[StageRecord]
     measurements: list[Measurement]
     versions: Annotated[
@@ -416,7 +419,7 @@ def measurement_of(report: EvaluationReport, **conditions: Any) -> Measurement:
     """Return a report as it is recorded; `conditions` are the attributes of [`Measurement`] that it does not know."""
     names = (
         "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks "
-        "num_different"
+        "num_different is_replay"
     ).split()
     calibration = report.calibration or {}
     return Measurement(

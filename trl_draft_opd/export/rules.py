@@ -16,14 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..drafters.auto import DRAFTER_CLASSES
+from ..drafters.portable_config import PortableConfig
 from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.published.configs import ParsedConfig, parse_drafter_config
+from ..drafters.published.exported import ExportedFamily
 from ..drafters.published.vocabulary_maps import check_draft_vocabulary
-from .layouts import LAYOUT_OF, NORM_FLAGS
+from .layouts import LAYOUT_OF
 from .source import TargetOfExport
 
 
-_IDS = "eagle_aux_hidden_state_layer_ids"
 _EMBEDDING = "embed_tokens.weight"
 # Keys of a target's config that change what engines compute in a drafter.
 _LEFTOVERS = (
@@ -31,14 +32,6 @@ _LEFTOVERS = (
     "num_experts_per_tok final_logit_softcapping attn_logit_softcapping logits_scaling embedding_multiplier "
     "query_pre_attn_scalar auto_map"
 ).split()
-# By family and layout: the first of `architectures`, and `model_type`.
-_NAMES = {
-    ("eagle3", "flat"): ("LlamaForCausalLMEagle3", "llama"),
-    ("dflash", "flat"): ("DFlashDraftModel", "qwen3"),
-    ("eagle3", "speculators"): ("Eagle3DraftModel", None),
-    ("dflash", "speculators"): ("DFlashDraftModel", None),
-    ("dflash", "transformers"): ("MuseGlimmerAssistantModel", "muse_glimmer_assistant"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,8 +47,12 @@ class _Files:
     target: TargetOfExport
 
     @property
-    def family(self) -> str:
-        return self.parsed.family
+    def config_class(self) -> type[PortableConfig]:
+        return DRAFTER_CLASSES[self.parsed.family].config_class
+
+    @property
+    def exported(self) -> ExportedFamily:
+        return self.config_class.exported
 
     @property
     def layout(self) -> str:
@@ -79,9 +76,9 @@ def check_folder(folder: str | Path, target: TargetOfExport | None = None) -> li
         files = _read(folder, target)
     except (OSError, ValueError, SafetensorError, AttributeError) as error:
         return [f"files: {str(folder)!r} cannot be read: {error}"]
-    if (files.family, files.layout) not in _NAMES:
-        return [f"files: a drafter of family {files.family} has no layout {files.layout!r}."]
-    return [f"{rule}: {problem}" for rule, find in _RULES.items() for problem in find(files)]
+    own = files.exported.find_problems(files.layout, files.raw, files.shape)
+    found = [*own, *((rule, problem) for rule, find in _RULES.items() for problem in find(files))]
+    return [f"{rule}: {problem}" for rule, problem in sorted(found, key=lambda each: int(each[0][1:]))]
 
 
 def _read(folder: Path, target: TargetOfExport) -> _Files:
@@ -102,14 +99,11 @@ def _read(folder: Path, target: TargetOfExport) -> _Files:
 
 
 def _find_wrong_shape(files: _Files) -> Iterator[str]:
-    architecture, model_type = _NAMES[files.family, files.layout]
+    architecture, model_type = files.exported.names(files.layout)
     if (files.raw.get("architectures") or [None])[0] != architecture:
         yield f"architectures is {files.raw.get('architectures')}, engines look for {architecture!r} first."
     if files.raw.get("model_type") != model_type:
         yield f"model_type is {files.raw.get('model_type')!r}, this layout has {model_type!r}."
-    unwritten = [flag for flag in NORM_FLAGS if not isinstance(files.raw.get(flag), bool)]
-    if files.family == "eagle3" and unwritten:
-        yield f"{unwritten} must be true or false; where they are not written, engines differ."
     config = files.target.config
     if config is not None:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -120,14 +114,7 @@ def _find_wrong_shape(files: _Files) -> Iterator[str]:
 
 def _find_wrong_layer_ids(files: _Files) -> Iterator[str]:
     raw, ids = files.raw, files.parsed.arguments["target_layer_ids"]
-    boundaries = [i + 1 for i in ids]
-    places = {
-        ("eagle3", "flat"): {(_IDS,): boundaries, ("eagle_config", _IDS): ids},
-        ("eagle3", "speculators"): {(_IDS,): boundaries},
-        ("dflash", "flat"): {("target_layer_ids",): ids, ("dflash_config", "target_layer_ids"): ids},
-        ("dflash", "speculators"): {("aux_hidden_state_layer_ids",): boundaries},
-        ("dflash", "transformers"): {("target_layer_ids",): ids},
-    }[files.family, files.layout]
+    places = files.exported.layer_id_places(files.layout, ids)
     for (*section, key), wanted in places.items():
         found = (raw.get(section[0]) or {} if section else raw).get(key)
         if found != wanted:
@@ -183,26 +170,6 @@ def _find_leftovers(files: _Files) -> Iterator[str]:
         yield f"{found} belong to a target, or name code; engines would apply them to the drafter."
 
 
-def _find_wrong_blocks(files: _Files) -> Iterator[str]:
-    if files.family != "dflash":
-        return
-    raw, shape = files.raw, files.shape
-    if files.layout != "transformers" and shape.get("is_causal") is not False:
-        yield f"is_causal is {shape.get('is_causal')!r}; without false, engines may hide later slots of a block."
-    if "layer_types" not in shape:
-        yield "layer_types is not written, it must list full_attention once per layer."
-    if files.layout == "flat":
-        nested = raw.get("dflash_config") or {}
-        for name in ("block_size", "mask_token_id"):
-            if raw.get(name) is None or nested.get(name) != raw.get(name):
-                yield f"{name} is {raw.get(name)}, in dflash_config {nested.get(name)}; it must stand in both places."
-        if _IDS in raw:
-            yield f"{_IDS} is written; vLLM reads it before dflash_config."
-    mask, vocabulary = raw.get("mask_token_id"), shape["vocab_size"]
-    if mask is None or mask >= vocabulary:
-        yield f"mask_token_id is {mask}, it must lie in 0..{vocabulary - 1}."
-
-
 def _find_wrong_speculators(files: _Files) -> Iterator[str]:
     if files.layout != "speculators":
         return
@@ -212,17 +179,12 @@ def _find_wrong_speculators(files: _Files) -> Iterator[str]:
         yield "speculators_config.verifier.name_or_path is empty; vLLM needs the target's Hub id there."
     if not isinstance(methods[0].get("speculative_tokens"), int) or methods[0]["speculative_tokens"] < 1:
         yield "speculators_config.proposal_methods[0].speculative_tokens must be a number of drafts."
-    if files.family == "dflash" and files.raw.get("sliding_window_non_causal") is not True:
-        yield "sliding_window_non_causal must be true; vLLM turns false into causal attention in every layer."
 
 
 def _find_wrong_vocabulary(files: _Files) -> Iterator[str]:
-    if files.family != "eagle3":
-        return
-    size, vocabulary = files.raw.get("draft_vocab_size"), files.shape["vocab_size"]
-    if size is None:
-        yield "draft_vocab_size is not written; SGLang and TensorRT-LLM need it."
-    elif size == vocabulary and files.maps:
+    vocabulary = files.shape["vocab_size"]
+    size = files.raw.get("draft_vocab_size") or vocabulary
+    if size == vocabulary and files.maps:
         yield f"the drafter has the full vocabulary, so {sorted(files.maps)} must be absent; vLLM refuses them."
     elif size != vocabulary and len(files.maps) < 2:
         yield f"a drafter over {size} of {vocabulary} tokens needs d2t and t2d; without them vLLM reads zeros."
@@ -235,7 +197,7 @@ def _find_wrong_vocabulary(files: _Files) -> Iterator[str]:
 
 def _find_wrong_embedding(files: _Files) -> Iterator[str]:
     own, wanted = files.embedding, files.target.embedding
-    if files.family == "dflash":
+    if not files.exported.carries_embedding:
         return
     if _EMBEDDING not in files.shapes:
         yield f"{_EMBEDDING} is missing; speculators and EAGLE's code leave it uninitialised."
@@ -245,17 +207,20 @@ def _find_wrong_embedding(files: _Files) -> Iterator[str]:
 
 
 def _find_wrong_tensors(files: _Files) -> Iterator[str]:
-    model_class = DRAFTER_CLASSES[files.family]
     try:
+        config = files.config_class(**files.parsed.arguments)
         with torch.device("meta"):
-            expected = model_class(model_class.config_class(**files.parsed.arguments)).state_dict()
+            expected = DRAFTER_CLASSES[files.parsed.family](config).state_dict()
     except ValueError as error:
         yield f"no drafter can be built from config.json: {error}"
+        return
+    if (reason := files.exported.find_refusal(config, files.layout)) is not None:
+        yield f"the {files.layout} layout cannot express this drafter: {reason}."
         return
     # Missing or wrong ones are the two rules' before.
     spared = {_EMBEDDING, "d2t", "t2d"}
     shapes = {name: tuple(tensor.shape) for name, tensor in LAYOUT_OF[files.layout].tensors(expected).items()}
-    if files.family == "eagle3":
+    if files.exported.carries_embedding:
         shapes[_EMBEDDING] = (files.shape["vocab_size"], files.shape["hidden_size"])
     missing = sorted(shapes.keys() - files.shapes.keys() - spared)
     unexpected = sorted(files.shapes.keys() - shapes.keys() - spared)
@@ -268,7 +233,8 @@ def _find_wrong_tensors(files: _Files) -> Iterator[str]:
         yield f"tensors do not fit: missing {missing}, unexpected {unexpected}, of wrong shape {misshapen}."
 
 
-# C10 is about the name of a repository, which no folder knows: see `validate_repo_id` in `hub.py`.
+# C8 is the families' own. C10 is about the name of a repository, which no folder knows: see `validate_repo_id` in
+# `hub.py`.
 _RULES = {
     "C1": _find_wrong_shape,
     "C2": _find_wrong_layer_ids,
@@ -277,7 +243,6 @@ _RULES = {
     "C5": _find_wrong_sizes,
     "C6": _find_wrong_dtypes,
     "C7": _find_leftovers,
-    "C8": _find_wrong_blocks,
     "C9": _find_wrong_speculators,
     "C11": _find_wrong_vocabulary,
     "C12": _find_wrong_embedding,

@@ -3,42 +3,35 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
-from ..drafters.eagle3 import Eagle3DraftConfig
 from .costs import break_even
-from .layouts import NORM_FLAGS
 from .publication import Publication
 
 
 SERVING_FILE = "speculative_config.json"
-# Targets whose classes hand out no layers for DFlash in SGLang 0.5, and for any drafter in vLLM 0.33.
-_NOT_IN_SGLANG_DFLASH = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
-_NOT_IN_VLLM = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Phi3ForCausalLM")
 
 
 def serving_settings(publication: Publication) -> dict[str, Any]:
     """
     Return the content of `speculative_config.json`, plain JSON values; placeholders stand for ids that are unknown.
     """
-    family, drafts = publication.family, publication.num_drafts
+    exported, drafts = publication.config.exported, publication.num_drafts
     target, repo = publication.target_name, publication.repo_name
-    vllm = {"method": family, "model": repo, "num_speculative_tokens": drafts}
-    # The speculators layout names target and numbers itself.
-    vllm_words = (
-        [repo] if publication.layouts[0] == "speculators" else [target, "--speculative-config", json.dumps(vllm)]
-    )
+    vllm: dict[str, Any] = {"method": exported.method, "model": repo, "num_speculative_tokens": drafts}
+    if publication.draws_drafts:
+        vllm["draft_sample_method"] = "probabilistic"
+    # The speculators layout names target and numbers itself, and has no place for how drafts are sampled.
+    is_named = publication.layouts[0] == "speculators" and not publication.draws_drafts
+    vllm_words = [repo] if is_named else [target, "--speculative-config", json.dumps(vllm)]
     sglang = {
-        "speculative-algorithm": {"eagle3": "EAGLE3", "dflash": "DFLASH"}[family],
+        "speculative-algorithm": exported.algorithm,
         "speculative-draft-model-path": repo,
-        # One chain and no tree. SGLang counts the anchor among the draft tokens.
-        **({"speculative-num-steps": drafts, "speculative-eagle-topk": 1} if family == "eagle3" else {}),
-        "speculative-num-draft-tokens": drafts + 1,
+        **exported.sglang_flags(publication.config, drafts),
     }
     sglang_words = [word for name, value in sglang.items() for word in (f"--{name}", str(value))]
     return {
-        "family": family,
+        "family": publication.family,
         "target": publication.target_id,
         "target_architectures": publication.target.architectures,
         "repository": publication.repo_id,
@@ -81,11 +74,12 @@ def _transformers_snippet(publication: Publication) -> str | None:
     Return Python lines that decode with the drafter in transformers; `None` where no layout in the repository can.
     """
     layouts, repo, target = publication.layouts, json.dumps(publication.repo_name), json.dumps(publication.target_name)
-    if publication.family == "dflash" and "transformers" in layouts:
+    config = publication.config
+    if "transformers" in layouts and config.exported.find_refusal(config, "transformers") is None:
         folder = "" if layouts[0] == "transformers" else 'subfolder="transformers", '
         first = f"drafter = AutoModel.from_pretrained({repo}, {folder}dtype=target.dtype)\n"
         call, imported = 'assistant_model=drafter, speculation_type="dflash"', "AutoModel, "
-    elif publication.family == "eagle3" and layouts[0] == "flat":
+    elif publication.has_custom_generate:
         call, first, imported = f"custom_generate={repo}, trust_remote_code=True", "", ""
     else:
         return None
@@ -109,63 +103,25 @@ def readers(publication: Publication) -> dict[str, str]:
     """
     Return, by reader, `"yes"`, `"yes, "` and on which condition, or `"no: "` and why it cannot load this drafter.
     """
-    architectures = set(publication.target.architectures)
-    conditions = {"EAGLE's code": ", if the target's weights lie in several files with an index"}
-    if architectures & set(_NOT_IN_VLLM):
-        conditions["vLLM"] = ", with `--model-impl transformers`: its own class of this target hands out no layers"
-    elif publication.family == "dflash":
-        conditions["vLLM"] = ", with an attention backend that can be non-causal (FlashAttention, FlexAttention)"
-    config = publication.config
-    if isinstance(config, Eagle3DraftConfig):
-        refusals = _eagle3_refusals(config, publication.layer_ids)
-    else:
-        refusals = _dflash_refusals(architectures)
-    verdicts = {}
-    for name, own in refusals.items():
-        missing = _missing_layout(name, publication.layouts)
-        reasons = own if missing is None else [missing]
-        verdicts[name] = f"no: {'; '.join(reasons)}" if reasons else f"yes{conditions.get(name, '')}"
+    config, verdicts = publication.config, {}
+    for name, verdict in config.exported.readers(config, set(publication.target.architectures)).items():
+        missing = _missing_layout(name, publication)
+        reasons = verdict.refusals if missing is None else [missing]
+        conditions = "".join(f", {condition}" for condition in verdict.conditions)
+        verdicts[name] = f"no: {'; '.join(reasons)}" if reasons else f"yes{conditions}"
     return verdicts
 
 
-def _missing_layout(reader: str, layouts: Sequence[str]) -> str | None:
+def _missing_layout(reader: str, publication: Publication) -> str | None:
     """Return what a reader misses in a repository, or `None`."""
+    layouts, config = publication.layouts, publication.config
     root = layouts[0]
     if reader in ("speculators", "transformers (assistant_model)"):
         layout = reader.split()[0]
-        return None if layout in layouts else f"the repository does not hold the {layout} layout"
+        if layout in layouts:
+            return None
+        reason = config.exported.find_refusal(config, layout)
+        return f"the repository does not hold the {layout} layout" if reason is None else reason.split(". ")[0]
     if root == "flat" or (reader == "vLLM" and root == "speculators"):
         return None
     return f"it reads the flat layout, and the root of this repository is the {root} one"
-
-
-def _eagle3_refusals(config: Eagle3DraftConfig, ids: list[int]) -> dict[str, list[str]]:
-    flags = ", ".join(name for name in NORM_FLAGS if getattr(config, name))
-    layers = config.num_target_layers
-    is_default = layers is not None and ids == [1, layers // 2 - 1, layers - 4]
-    convention = [] if is_default else [f"it always reads the layers [1, N // 2 - 1, N - 4], the drafter reads {ids}"]
-    eagle = convention + ([f"it has no {flags}"] if flags else [])
-    if config.head_dim not in (None, config.hidden_size / config.num_attention_heads):
-        eagle.append("it takes the head size for hidden_size / num_attention_heads")
-    if (config.rope_parameters or {}).get("rope_type", "default") != "default":
-        eagle.append("its RoPE knows linear and dynamic scaling alone")
-    return {
-        "vLLM": [],
-        "SGLang": ["it has no norm_before_residual"] if config.norm_before_residual else [],
-        "transformers (custom_generate)": [],
-        "speculators": [],
-        "EAGLE's code": eagle,
-        "llama.cpp's converter": convention + ([f"it is not known to carry {flags}"] if flags else []),
-    }
-
-
-def _dflash_refusals(architectures: set[str]) -> dict[str, list[str]]:
-    foreign = sorted(architectures & set(_NOT_IN_SGLANG_DFLASH))
-    return {
-        "vLLM": [],
-        "SGLang": [f"its class for {foreign[0]} hands out no layers to DFlash"] if foreign else [],
-        "transformers (assistant_model)": [],
-        "speculators": [],
-        "z-lab's code": [],
-        "llama.cpp's converter": [],
-    }

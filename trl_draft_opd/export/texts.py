@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
 
 import torch
 from huggingface_hub import ModelCard
@@ -22,7 +21,7 @@ from ..drafters.published.configs import parse_drafter_config
 from ..utils.atomic_files import clear_leftovers, explaining_failure, move_files, staging_folder
 from .card import CARD_FILE, write_card
 from .custom_generate import write_custom_generate
-from .publication import LAYOUTS, DraftConfig, Publication
+from .publication import LAYOUTS, Publication
 from .record import Measurement, TrainingRecord, read_record, write_record
 from .serving import SERVING_FILE, serving_settings
 from .source import TargetOfExport
@@ -64,7 +63,7 @@ def read_publication(folder: Path) -> Publication:
     parsed = parse_drafter_config(raw, num_target_layers=None)
     others = [name for name in LAYOUTS if (folder / name / CONFIG_FILE).is_file() and name != parsed.layout]
     return Publication(
-        config=cast(DraftConfig, DRAFTER_CLASSES[parsed.family].config_class(**parsed.arguments)),
+        config=DRAFTER_CLASSES[parsed.family].config_class(**parsed.arguments),
         num_drafts=settings["num_drafts"],
         dtype=dtype,
         layouts=(parsed.layout, *others),
@@ -94,7 +93,7 @@ def renamed_texts(folder: Path, repo_id: str) -> dict[str, bytes]:
         place = Path(scratch)
         write_texts(place, publication, notes_of=folder)
         if publication.has_custom_generate:
-            write_custom_generate(place, publication.family, repo_id)
+            write_custom_generate(place, repo_id)
         return {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 

@@ -19,7 +19,7 @@ from ..drafters.published.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from ..drafters.target_shape import check_layer_ids
 from ..utils.atomic_files import check_place, check_replaceable, explaining_failure, making_folder
 from .card import CARD_FILE, CURVE_FILE
-from .custom_generate import write_custom_generate
+from .custom_generate import FILES, write_custom_generate
 from .layouts import LAYOUT_OF, flat_config, flat_tensors
 from .publication import LAYOUTS, Publication
 from .record import RECORD_FILE, TrainingRecord
@@ -31,7 +31,8 @@ from .texts import write_texts
 CUSTOM_GENERATE = "custom_generate"
 #: Everything an export writes, relative to its folder; nothing else is ever replaced or uploaded.
 PUBLISHED_FILES = frozenset(
-    {CONFIG_FILE, SAFETENSORS_FILE, CARD_FILE, CURVE_FILE, RECORD_FILE, SERVING_FILE, f"{CUSTOM_GENERATE}/generate.py"}
+    {CONFIG_FILE, SAFETENSORS_FILE, CARD_FILE, CURVE_FILE, RECORD_FILE, SERVING_FILE}
+    | {f"{CUSTOM_GENERATE}/{name}" for name in FILES}
     | {f"{layout}/{name}" for layout in LAYOUTS[1:] for name in (CONFIG_FILE, SAFETENSORS_FILE)}
 )
 #: Their places at the root of the folder.
@@ -115,7 +116,7 @@ def export_drafter(
     with explaining_failure("The export", fix), making_folder(folder) as staged:
         _write_layouts(staged, drafter, publication)
         if publication.has_custom_generate:
-            write_custom_generate(staged, publication.family, repo_id)
+            write_custom_generate(staged, repo_id)
         write_texts(staged, publication, notes_of=folder)
     places = {name: folder if name == asked[0] else folder / name for name in layouts}
     return ExportResult(folder, places, {name: reasons[name] for name in asked if name in reasons})

@@ -2,6 +2,7 @@
 """Losses: divergences row by row, their chunked form from hidden states, and the weights of rows."""
 
 from .budget import default_chunk_bytes
+from .candidates import Selector
 from .chunked import LabelScores, RowLosses, chunked_divergence, score_labels
 from .divergences import LOSS_TYPES, divergence
 from .heads import Head
@@ -14,6 +15,7 @@ __all__ = [
     "Head",
     "LabelScores",
     "RowLosses",
+    "Selector",
     "Verification",
     "chunked_divergence",
     "d_pace_weights",

@@ -65,10 +65,11 @@ def fit_budget(
     is_reduced: bool,
     is_fused: bool,
     holds_probs: bool = False,
+    values_per_row: int = 0,
 ) -> Budget:
     """
     Return how many rows fit into `chunk_bytes`; the fused kernels take no temporaries. `holds_probs` is whether the
-    target's probabilities of the drafter's tokens lie beside its logits.
+    target's probabilities of the drafter's tokens lie beside its logits, `values_per_row` what else a row has there.
     """
     num_logits = chunk_bytes // accumulation_dtype(hidden_NH).itemsize
     block_share = BLOCK_SHARE_CPU if hidden_NH.device.type == "cpu" else BLOCK_SHARE
@@ -78,7 +79,7 @@ def fit_budget(
     while_reading = target_vocab * target_head.num_buffers if target_head else 0
     if target_head and (is_reduced or holds_probs):
         while_reading = max(while_reading, target_vocab + draft_vocab * (is_reduced + holds_probs))
-    while_comparing = draft_vocab * (head.num_buffers + (target_head is not None) + holds_probs)
+    while_comparing = draft_vocab * (head.num_buffers + (target_head is not None) + holds_probs) + values_per_row
     if not is_fused:
         num_logits -= rows_per_block * temporaries
     return Budget(max(1, num_logits // max(while_reading, while_comparing)), rows_per_block)

@@ -44,6 +44,7 @@ class Comparison:
             on the CPU in its cache.
         is_fused (`bool`): Whether the fused kernels are used, as long as they run.
         verification ([`Verification`], *optional*): How drafts are verified, where the chances of it are asked for.
+        needs_choices (`bool`): Whether the target's likeliest tokens are asked for, see [`wanted`].
     """
 
     loss_type: str
@@ -51,6 +52,7 @@ class Comparison:
     rows_per_block: int
     is_fused: bool
     verification: Verification | None = None
+    needs_choices: bool = False
 
     def read_target(self, logits_SV: Tensor) -> Target:
         """Take what is needed of the target's logits."""
@@ -66,20 +68,26 @@ class Comparison:
         blocks = self._blocks(len(logits_CD))
         return self.verification.chances(logits_CD, target.text_S, places_C, self.draft_token_ids, blocks)
 
+    def wanted(self, target: Target | None, places_C: Tensor, labels_C: Tensor | None) -> Tensor:
+        """Return the token of each row in the drafter's ids, `(C,)`: its label, or the target's likeliest one."""
+        choices_C = None if target is None or target.choices_S is None else target.choices_S[places_C]
+        if choices_C is None or labels_C is None:
+            wanted_C = labels_C if choices_C is None else choices_C
+            assert wanted_C is not None, "read for every loss but `ce`, where it is asked for"
+            return wanted_C
+        return torch.where(labels_C == NO_TOKEN, choices_C, labels_C)
+
     def _read_loss(self, logits_SV: Tensor) -> Target:
         """Take what the loss needs."""
         ids, is_ce = self.draft_token_ids, self.loss_type == "ce"
-        if self.is_fused and not (ids is None and is_ce):
-            found = fused.read_target(logits_SV, ids)
-            if found is not None:
-                logits_SD, statistics_2S, lost_mass_S = found
-                if is_ce:
-                    return Target(None, logits_SD.argmax(dim=1), lost_mass_S)
-                return Target(logits_SD, None, lost_mass_S, statistics_2S)
-        logits_SD, lost_mass_S = (logits_SV, None) if ids is None else self._reduce(logits_SV, ids)
-        if is_ce:
-            return Target(None, logits_SD.argmax(dim=1), lost_mass_S)
-        return Target(logits_SD, None, lost_mass_S)
+        found = None if not self.is_fused or (ids is None and is_ce) else fused.read_target(logits_SV, ids)
+        if found is None:
+            logits_SD, lost_mass_S = (logits_SV, None) if ids is None else self._reduce(logits_SV, ids)
+            statistics_2S = None
+        else:
+            logits_SD, statistics_2S, lost_mass_S = found
+        choices_S = logits_SD.argmax(dim=1) if is_ce or self.needs_choices else None
+        return Target(None if is_ce else logits_SD, choices_S, lost_mass_S, None if is_ce else statistics_2S)
 
     def _reduce(self, logits_SV: Tensor, draft_token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the drafter's vocabulary, and the probability of all others."""
@@ -106,8 +114,8 @@ class Comparison:
             places_C (`torch.LongTensor` of shape `(C,)`): Index of each row's state in `target`.
             labels_C (`torch.LongTensor` of shape `(C,)`, *optional*): Under `ce`, tokens in the drafter's ids.
         """
-        if labels_C is not None and target is not None and target.choices_S is not None:
-            labels_C = torch.where(labels_C == NO_TOKEN, target.choices_S[places_C], labels_C)
+        if labels_C is not None:
+            labels_C = self.wanted(target, places_C, labels_C)
         if self.is_fused:
             logits_SD, statistics_2S = (target.logits_SD, target.statistics_2S) if target else (None, None)
             if labels_C is not None or statistics_2S is not None:

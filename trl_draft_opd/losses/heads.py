@@ -2,16 +2,16 @@
 """
 Heads: hidden states to logits, and the gradient of logits back to hidden states and to what the head trains.
 
-Linear heads are two products without a graph; any other head goes through autograd. Knows no losses.
+Linear heads, and sums of them, are products without a graph; any other head goes through autograd. Knows no losses.
 
-Shape letters:  C = rows of one chunk, H = hidden size, D = logits per row
+Shape letters:  C = rows of one chunk, H = hidden size (of all parts of a head, side by side), D = logits per row
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ class Head:
     parameters: tuple[Tensor, ...]
     vocab_size: int
     num_buffers: int = 1
-    # Set by `linear`: `project` is this product. `replace` drops it with the projection.
-    product: "_Product | None" = field(default=None, init=False, repr=False, compare=False)
+    # Set by `linear` and `joined`: `project` is their sum. `replace` drops them with the projection.
+    products: "tuple[_Product, ...]" = field(default=(), init=False, repr=False, compare=False)
 
     @classmethod
     def linear(cls, weight: Tensor, bias: Tensor | None = None, *, keeps_dtype: bool = False) -> "Head":
@@ -55,7 +55,27 @@ class Head:
         """
         parameters = tuple(tensor for tensor in (weight, bias) if tensor is not None and tensor.requires_grad)
         head = cls(lambda hidden_CH: F.linear(hidden_CH.to(weight.dtype), weight, bias), parameters, weight.shape[0])
-        object.__setattr__(head, "product", _Product(weight, bias, keeps_dtype))
+        object.__setattr__(head, "products", (_Product(weight, bias, keeps_dtype),))
+        return head
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Head]") -> "Head":
+        """
+        Build the sum of linear heads that read columns of a hidden state side by side, in this order. Each multiplies
+        in its own dtype, as in [`Head.linear`]; the sum is of the widest of them.
+        """
+        products = tuple(product for part in parts for product in part.products)
+        widths = [product.weight.shape[1] for product in products]
+
+        def project(hidden_CH: Tensor) -> Tensor:
+            first, *others = (
+                part.project(own) for part, own in zip(parts, hidden_CH.split(widths, dim=-1), strict=True)
+            )
+            return sum(others, start=first)
+
+        parameters = tuple(dict.fromkeys(parameter for part in parts for parameter in part.parameters))
+        head = cls(project, parameters, parts[0].vocab_size)
+        object.__setattr__(head, "products", products)
         return head
 
 
@@ -75,10 +95,11 @@ class _Product:
 
 class LinearPass:
     """
-    One call of a loss through a linear head: the weight is cast once, and nothing is recorded for autograd.
+    One call of a loss through a linear head or a sum of them: each weight is cast once, and nothing is recorded for
+    autograd.
 
     Args:
-        head ([`Head`]): Made by [`Head.linear`].
+        head ([`Head`]): Made by [`Head.linear`] or [`Head.joined`].
         parameters (`Sequence[torch.Tensor]`): Those of its parameters that want a gradient.
         wants_hidden_grad (`bool`): Whether the hidden states do.
 
@@ -87,30 +108,51 @@ class LinearPass:
     """
 
     def __init__(self, head: Head, parameters: Sequence[Tensor], wants_hidden_grad: bool):
-        assert head.product is not None
-        self._product, dtype = head.product, head.product.dtype
-        self._weight = self._product.weight.detach().to(dtype)
-        self._bias = None if self._product.bias is None else self._product.bias.detach().to(dtype)
+        assert head.products
+        self._products = head.products
+        self._weights = [product.weight.detach().to(product.dtype) for product in head.products]
+        self._biases = [
+            None if product.bias is None else product.bias.detach().to(product.dtype) for product in head.products
+        ]
+        self._widths = [weight.shape[1] for weight in self._weights]
+        self._dtype = reduce(torch.promote_types, (weight.dtype for weight in self._weights))
         self._parameters, self._wants_hidden_grad = parameters, wants_hidden_grad
-        self._hidden_CH: Tensor | None = None
+        self._parts: list[Tensor] = []
         self.sums = _zero_sums(parameters)
 
     def project(self, hidden_CH: Tensor) -> Tensor:
         """Return the logits of a chunk, which may be overwritten."""
-        self._hidden_CH = hidden_CH = hidden_CH.detach().to(self._weight.dtype)
-        with _outside_autocast(self._weight.device):
-            return F.linear(hidden_CH, self._weight, self._bias)
+        columns = hidden_CH.detach().split(self._widths, dim=-1)
+        self._parts = [own.to(weight.dtype) for own, weight in zip(columns, self._weights, strict=True)]
+        with outside_autocast(hidden_CH.device):
+            first, *others = zip(self._parts, self._weights, self._biases, strict=True)
+            logits_CD = F.linear(*first).to(self._dtype)
+            for own, weight, bias in others:
+                if weight.dtype == self._dtype:
+                    logits_CD.addmm_(own, weight.T)
+                else:
+                    logits_CD.add_(own @ weight.T)
+                if bias is not None:
+                    logits_CD.add_(bias)
+            return logits_CD
 
     def pull_back(self, grad_CD: Tensor) -> Tensor | None:
         """Send the gradient of the chunk's logits back; return that of its hidden states, where it is wanted."""
-        assert self._hidden_CH is not None, "the chunk was projected"
-        with _outside_autocast(grad_CD.device):
-            for parameter, summed in zip(self._parameters, self.sums, strict=True):
-                if parameter is self._product.weight:
-                    _add_product(summed, grad_CD.T, self._hidden_CH)
-                else:
-                    summed.add_(grad_CD.sum(dim=0))
-            return grad_CD @ self._weight if self._wants_hidden_grad else None
+        assert self._parts, "the chunk was projected"
+        grads: list[Tensor] = []
+        with outside_autocast(grad_CD.device):
+            for product, weight, own in zip(self._products, self._weights, self._parts, strict=True):
+                own_grad_CD = grad_CD.to(weight.dtype)
+                for parameter, summed in zip(self._parameters, self.sums, strict=True):
+                    if parameter is product.weight:
+                        _add_product(summed, own_grad_CD.T, own)
+                    elif parameter is product.bias:
+                        summed.add_(own_grad_CD.sum(dim=0))
+                if self._wants_hidden_grad:
+                    grads.append(own_grad_CD @ weight)
+        if not grads:
+            return None
+        return grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)
 
 
 class AutogradPass:
@@ -137,7 +179,7 @@ class AutogradPass:
         self._chunk = None  # its logits are freed with the caller's
         wanted = [hidden_CH, *self._parameters] if self._wants_hidden_grad else list(self._parameters)
         # What is called under autocast would be cast again, of a head that left it too.
-        with _outside_autocast(grad_CD.device):
+        with outside_autocast(grad_CD.device):
             grads = list(torch.autograd.grad(logits_CD, wanted, grad_CD))
         grad_CH = grads.pop(0) if self._wants_hidden_grad else None
         for summed, grad in zip(self.sums, grads, strict=True):
@@ -149,7 +191,7 @@ def open_head(
     head: Head, parameters: Sequence[Tensor] = (), wants_hidden_grad: bool = False
 ) -> LinearPass | AutogradPass:
     """Return the pass of one call of a loss through a head."""
-    kind = AutogradPass if head.product is None else LinearPass
+    kind = LinearPass if head.products else AutogradPass
     return kind(head, parameters, wants_hidden_grad)
 
 
@@ -191,7 +233,7 @@ def _is_autocast_on(device: torch.device) -> bool:
 
 
 @contextmanager
-def _outside_autocast(device: torch.device) -> Iterator[None]:
+def outside_autocast(device: torch.device) -> Iterator[None]:
     """Multiply in the dtype of the operands, which was chosen already."""
     if not _is_autocast_on(device):
         yield

@@ -102,9 +102,7 @@ def _run_custom_generate(scene: Scene, reference: Reference) -> Outcome:
         # afresh.
         folder = Path(scratch).resolve() / Path(scratch).name
         folder.symlink_to(scene.folder.resolve(), target_is_directory=True)
-        options: dict[str, Any] = {"custom_generate": str(folder), "trust_remote_code": True}
-        if scene.drafter.config.family == "eagle3":
-            options["num_drafts"] = scene.num_drafts
+        options = {"custom_generate": str(folder), "trust_remote_code": True, "num_drafts": scene.num_drafts}
         return _decode(scene, "custom_generate", options)
 
 
@@ -130,7 +128,7 @@ def _run_speculators(scene: Scene, reference: Reference) -> Outcome:
         (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         shutil.copy(folder / SAFETENSORS_FILE, Path(scratch) / SAFETENSORS_FILE)
         model = SpeculatorModel.from_pretrained(scratch).float().eval().to(scene.target.device)
-    find = _eagle3_drafts if scene.drafter.config.family == "eagle3" else _dflash_drafts
+    find = _block_drafts if scene.drafter.config.drafts_whole_blocks else _step_drafts
     found = [
         _chain(scene, model, find, prompt, response, chain)
         for prompt, response, chain in zip(scene.prompts, reference.responses, reference.chains, strict=True)
@@ -164,8 +162,8 @@ def _padded(scene: Scene, ids: torch.Tensor, extra: int) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
-def _eagle3_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Return the argmax drafts of EAGLE-3's class at every anchor, `(A, K)`, each slot reading the text before it."""
+def _step_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the argmax drafts at every anchor, `(A, K)`, of a class that runs a step per slot, on the text before."""
     padded, document = _padded(scene, ids, extra=1)
     features = (
         scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids)
@@ -185,25 +183,45 @@ def _eagle3_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.T
     finally:
         handle.remove()
     best = torch.stack([logits[0, anchors - 1].argmax(dim=-1) for logits in seen[: scene.num_drafts]], dim=1)
-    return best if getattr(model, "d2t", None) is None else best + model.d2t[best]
+    return _to_target(model, best)
+
+
+def _to_target(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return ids if getattr(model, "d2t", None) is None else ids + model.d2t[ids]
 
 
 @torch.no_grad()
-def _dflash_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Return the argmax drafts of DFlash's class at every anchor, `(A, K)`."""
+def _block_drafts(scene: Scene, model: Any, ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the argmax drafts at every anchor, `(A, K)`, of a class that drafts whole blocks."""
     padded, document = _padded(scene, ids, extra=0)
-    reading = scene.target.read_text(padded, torch.ones_like(padded), scene.drafter.config.target_layer_ids).padded()
+    config = scene.drafter.config
+    reading = scene.target.read_text(padded, torch.ones_like(padded), config.target_layer_ids).padded()
     marks = torch.zeros_like(padded, dtype=torch.bool).index_fill(1, anchors, True)
-    _, logits, *_, positions = model._backbone_forward(
+    hidden, logits, *_, positions = model._backbone_forward(
         reading.features, padded, marks, reading.last_hidden, document, max_anchors=len(anchors)
     )
-    size = scene.drafter.config.block_size
+    size, first = config.block_size, config.block_size - config.drafts_per_block
     blocks = positions.view(-1, size)[:, 0].tolist()
     if blocks != anchors.tolist():
         raise ValueError(
             f"speculators drafted at {blocks[:5]}, not at the anchors {anchors[:5].tolist()} it was given."
         )
-    return logits[0].view(len(anchors), size, -1)[:, 1 : 1 + scene.num_drafts].argmax(dim=-1)
+    # A slot that reads the token before it reads the text's: its own place, where it drafts the one behind.
+    slots = torch.arange(first, size, device=ids.device)
+    before = padded[0, (anchors[:, None] + slots - first).clamp(max=padded.shape[1] - 1)]
+    hidden, logits = (states[0].view(len(anchors), size, -1)[:, first:] for states in (hidden, logits))
+    return _to_target(model, _follow(model, hidden, logits, before))[:, : scene.num_drafts]
+
+
+def _follow(model: Any, hidden: torch.Tensor, logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Return the drafts of slots `(A, K)`, by the tokens `before` them where the class has a head that reads them."""
+    if getattr(model, "markov_head", None) is not None:
+        logits = logits + model.markov_head.block_bias(prev_token_ids=before, hidden_states=hidden)
+    if hasattr(model, "candidate_selector"):
+        candidates = logits.topk(model.candidate_selector.top_k, dim=-1).indices
+        scores = model.candidate_selector.score_candidates(logits, hidden, before, candidates)
+        return candidates.gather(-1, scores.argmax(dim=-1, keepdim=True))[..., 0]
+    return logits.argmax(dim=-1)
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -226,7 +244,7 @@ def _other_width(scene: Scene) -> str | None:
 
 def _why_not_transformers(scene: Scene) -> str | None:
     if "transformers" not in scene.layouts:
-        return "the export has no transformers layout; EAGLE-3 has none"
+        return "the export has no transformers layout, which is for plain DFlash alone"
     return _other_width(scene)
 
 
@@ -235,7 +253,7 @@ def _why_not_custom_generate(scene: Scene) -> str | None:
         return "the export carries no custom_generate"
     if not scene.trust_remote_code:
         return "it is code from the folder, and is run with `--trust-remote-code` alone"
-    return _other_width(scene) if scene.drafter.config.family == "dflash" else None
+    return None
 
 
 def _why_not_speculators(scene: Scene) -> str | None:
@@ -245,7 +263,9 @@ def _why_not_speculators(scene: Scene) -> str | None:
         return "speculators is not installed"
     if scene.target_name is None:
         return "the library reads the target itself, and no folder or id of a whole model was given (`target_name`)"
-    return None
+    config = scene.drafter.config
+    refusals = config.exported.readers(config, set())["speculators"].refusals
+    return refusals[0] if refusals else None
 
 
 CONSUMERS = {

@@ -41,8 +41,10 @@ def find_reason_to_skip(name: str, scene: Scene) -> str | None:
         return f"{name} is not installed" + ("" if python == sys.executable else f" for {python}")
     if scene.target_name is None:
         return "engines load the target themselves, and no folder or id of a whole model was given (`target_name`)"
-    if name == "sglang" and not _holds(python, "import sys, torch; sys.exit(not torch.cuda.is_available())"):
-        return "SGLang decodes speculatively on a GPU, and there is none"
+    config = scene.drafter.config
+    reason = "SGLang decodes speculatively" if name == "sglang" else config.exported.needs_gpu_in_vllm(config)
+    if reason is not None and not _holds(python, "import sys, torch; sys.exit(not torch.cuda.is_available())"):
+        return f"{reason}, on a GPU, and there is none"
     return None
 
 
@@ -62,12 +64,15 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
     speculative = None
     folder = _find_layout(name, scene)
     if folder is not None and model is None and not is_plain:
-        # vLLM's own form; SGLang's settings are derived from it.
-        speculative = {
-            "method": scene.drafter.config.family,
-            "model": str(folder.resolve()),
-            "num_speculative_tokens": scene.num_drafts,
-        }
+        config = scene.drafter.config
+        speculative = {"model": str(folder.resolve()), "num_speculative_tokens": scene.num_drafts}
+        if name == "vllm":
+            speculative["method"] = config.exported.method
+        else:
+            flags = config.exported.sglang_flags(config, scene.num_drafts)
+            speculative["options"] = {"speculative_algorithm": config.exported.algorithm} | {
+                flag.replace("-", "_"): value for flag, value in flags.items()
+            }
     settings = scene.engines
     longest = max(len(prompt) for prompt in scene.prompts) + scene.num_decoded + 2 * (scene.num_drafts + 1)
     request = {

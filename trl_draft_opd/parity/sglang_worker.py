@@ -15,7 +15,6 @@ from typing import Any
 
 # Rounds by number of accepted drafts, per request; its name has changed between versions.
 _HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
-_ALGORITHMS = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
 
 
 def decode(request: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +23,8 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request (`dict`):
-            As for `vllm_worker.decode`; `speculative` names `method`, `model` and `num_speculative_tokens`.
+            As for `vllm_worker.decode`; `speculative` names `model`, `num_speculative_tokens`, and as `options` what
+            else the engine is told of the drafter.
 
     Returns:
         `dict` with `version`, `responses`, `num_rounds` and `kept_at_slot`; `accepted` is `None`, because the engine
@@ -45,15 +45,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     num_drafts = 0
     if asked is not None:
         num_drafts = asked["num_speculative_tokens"]
-        options |= {
-            "speculative_algorithm": _ALGORITHMS[asked["method"]],
-            "speculative_draft_model_path": asked["model"],
-            # It counts the anchor.
-            "speculative_num_draft_tokens": num_drafts + 1,
-        }
-        if asked["method"] == "eagle3":
-            # One chain and no tree, as everywhere here.
-            options |= {"speculative_num_steps": num_drafts, "speculative_eagle_topk": 1}
+        options |= {"speculative_draft_model_path": asked["model"]} | asked["options"]
     engine = sglang.Engine(**options)
     try:
         sampling = {"temperature": 0.0, "max_new_tokens": request["max_completion_length"], "ignore_eos": True}

@@ -12,11 +12,11 @@ import math
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..drafters.base import Drafter
-from ..drafters.eagle3 import Eagle3DraftModel
 from ..drafters.published.checkpoint import CONFIG_FILE
 from ..evaluation import evaluate_drafter
 from ..export.record import Measurement, prompts_digest, read_record
@@ -172,12 +172,12 @@ def _neighbours(ids: list[int], num_layers: int) -> list[list[int]]:
 @torch.no_grad()
 def _suspect_vocabulary(scene: Scene) -> str | None:
     """
-    Compare rows of an EAGLE-3 head with the target's, where training starts them: it is suspect if many resemble
+    Compare rows of a reduced head with the target's, where training starts them: it is suspect if many resemble
     another token's clearly more than their own.
     """
-    drafter = scene.drafter
+    drafter: Any = scene.drafter
     output = scene.target.causal_lm.get_output_embeddings()
-    if output is None or not isinstance(drafter, Eagle3DraftModel) or drafter.draft_token_ids is None:
+    if output is None or drafter.draft_token_ids is None:
         return None
     token_ids, head = drafter.draft_token_ids, output.weight
     if head.shape[1] != drafter.lm_head.weight.shape[1]:

@@ -132,8 +132,8 @@ def check_responses(
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     sampling: SamplingSettings,
     *,
-    warn_above: float,
-    refuse_above: float,
+    warn_above: float = 0.01,
+    refuse_above: float = 0.1,
 ) -> ResponseAudit:
     """
     Warn of responses that the target at hand would hardly have written, and refuse those it would not.
@@ -141,7 +141,7 @@ def check_responses(
     Args:
         target ([`FrozenTarget`]), texts (`Sequence[tuple]`), sampling ([`SamplingSettings`]):
             As for [`audit_responses`]; a few dozen texts are enough.
-        warn_above (`float`), refuse_above (`float`):
+        warn_above (`float`, *optional*, defaults to 0.01), refuse_above (`float`, *optional*, defaults to 0.1):
             Shares in [0, 1] of [`ResponseAudit.share`]. Another precision or another engine flips near-ties: about 1 %
             of greedy tokens in bfloat16.
 

@@ -13,9 +13,6 @@ Shape letters:  B = sequences, L = text length, T = tokens of all texts, A = blo
                 N = blocks drafted together, M = slots judged together, H = hidden size
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from ..target.reading import TextReading
 from .acceptance import draw_tokens, sample_posterior, settle_blocks, token_probs
 from .drafting import DraftingSettings, mark_verified, read_confidences
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
+from .texts import TargetText
 from .types import Rollout, response_ends
 
 
@@ -36,24 +34,6 @@ ROWS_AT_ONCE = 640
 BLOCKS_AT_ONCE = 32
 # Tokens of the blocks that are drafted in one forward, so that its activations are bounded.
 TOKENS_AT_ONCE = 2**15
-
-
-@dataclass(frozen=True)
-class TargetText:
-    """
-    Text the target wrote.
-
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts and responses, right-padded.
-        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for text, 0 for padding.
-        completion_mask (`torch.BoolTensor` of shape `(B, L)`): Tokens the target wrote, never the first of a row.
-        sample_ids (`Sequence[int]`): One id per row, which keys its draws.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    sample_ids: Sequence[int]
 
 
 @torch.no_grad()
@@ -497,14 +477,14 @@ class ReplayWalk:
 
     def _slices(self, values: Tensor) -> list[Tensor]:
         """Split a list of blocks into parts that are drafted one after the other."""
-        tokens_at_once = 1 if self.drafter.reads_drafts else self.settings.num_drafts + 1
+        tokens_at_once = self.settings.num_drafts + 1 if self.drafter.config.drafts_whole_blocks else 1
         return [part for part in values.split(max(1, TOKENS_AT_ONCE // tokens_at_once)) if len(part)]
 
     def _parts(self, num_rows: int) -> list[slice]:
         """Return slices of rows, as many at a time as have logits that fit the budget."""
         # Bytes of one token of the vocabulary, counted by `tests/test_replay_memory.py`.
         if not self.settings.draws_drafts:
-            token_bytes = 12 if self.target.scales_logits else 4
+            token_bytes = 4 * self.drafter.num_logit_buffers + (8 if self.target.scales_logits else 0)
         elif self.settings.sampling.top_p < 1:
             token_bytes = 36  # Both distributions, the second among its sorted logits and their indices.
         else:

@@ -29,7 +29,7 @@ from ..drafters.target_model import (
 )
 from ..drafters.target_shape import scales_logits, text_config
 from ..utils.versions import cache_name_of
-from .attention import Spans, UnknownAttentionError, attending_within_texts, text_spans
+from .attention import Spans, attending_within_texts
 from .cache import text_cache
 from .checks import (
     chunking_reason,
@@ -41,6 +41,7 @@ from .checks import (
 )
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
+from .probes import check_head, find_padding_reason, is_quantized
 from .reading import TargetReading, TextReading
 from .texts import LAST, Keep, Passes, read_packed, read_padded, tokens_at_once
 from .vocabulary import describe_beyond, find_unused_id
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-# Implementations of transformers that attend within texts by positions that start anew, without a mask.
-_OWN_VARLEN = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 _SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start")
 
 
@@ -94,7 +93,8 @@ class FrozenTarget:
         self._lockstep: Lockstep | None = None
         require_weights(model)
         self._has_own_varlen = False
-        self._padding_reason = self._find_padding_reason(self._check_head())
+        alone = check_head(model, self.config, self.project)
+        self._padding_reason = find_padding_reason(model, self.config, alone, self._read_probe)
         if self._padding_reason is not None:
             warnings.warn(
                 f"Target of type {self.config.model_type!r} {self._padding_reason}. So its texts are read in padded "
@@ -242,14 +242,18 @@ class FrozenTarget:
         settings |= {"chat_template": read_template(settings.get("chat_template"))}
         return TextReader(self.tokenizer, tuple(self.eos_token_ids), self.vocab_size, **settings)
 
+    @property
+    def rollback_reason(self) -> str | None:
+        """Why no rejected draft leaves the cache, or `None`: of recurrent, linear-attention and sliding layers."""
+        return rollback_reason(self.causal_lm, self.config)
+
     def require_rollback(self) -> None:
-        """Refuse recurrent, linear-attention and sliding-window targets: no rejected draft leaves their caches."""
-        reason = rollback_reason(self.causal_lm, self.config)
-        if reason is not None:
+        """Refuse targets with a [`rollback_reason`]."""
+        if self.rollback_reason is not None:
             raise ValueError(
-                f"Target of type {self.config.model_type!r} {reason}. Live rollouts and evaluation need full "
-                "attention in every layer. Such a target trains without them: supervised with `eval_rollouts=False`, "
-                "or with `rollout='replay'`, `rejected_scope='first'` and no `eval_dataset`."
+                f"Target of type {self.config.model_type!r} {self.rollback_reason}. Live rollouts and branches need "
+                "full attention in every layer. Such a target trains by replay, supervised or with "
+                "`rollout='replay'` and `rejected_scope='first'`, and is evaluated by replay."
             )
 
     def place(self, device: torch.device) -> None:
@@ -285,6 +289,14 @@ class FrozenTarget:
         _ = self.weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
 
+    def _read_probe(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, spans: Spans, has_own_varlen: bool
+    ) -> torch.Tensor:
+        """Read a row of several texts with or without the implementation's own handling of them; `(1, T, H)`."""
+        self._has_own_varlen, outputs = has_own_varlen, {}
+        self._forward(input_ids, None, position_ids, None, (), outputs.__setitem__, spans)
+        return outputs[LAST]
+
     @property
     def reads_packed(self) -> bool:
         """Whether texts are read end to end; else in padded rows, for a reason that was given on loading."""
@@ -292,7 +304,7 @@ class FrozenTarget:
 
     @property
     def _is_quantized(self) -> bool:
-        return getattr(self.causal_lm.config, "quantization_config", None) is not None
+        return is_quantized(self.causal_lm)
 
     @property
     def is_sharded(self) -> bool:
@@ -457,48 +469,3 @@ class FrozenTarget:
         finally:
             for handle in handles:
                 handle.remove()
-
-    @torch.no_grad()
-    def _check_head(self) -> torch.Tensor:
-        """Prove on three tokens that `project` reproduces the model's own logits; return their states, `(3, H)`."""
-        expected = self.causal_lm(input_ids=self._probe(3), use_cache=False).logits
-        hidden = self.backbone(input_ids=self._probe(3), use_cache=False).last_hidden_state
-        refuse_not_finite(hidden[0], hidden.new_zeros(3))
-        actual = self.project(hidden)
-        if actual.shape != expected.shape or not torch.allclose(
-            actual.float(), expected.float(), rtol=1e-2, atol=1e-2
-        ):
-            raise ValueError(
-                f"The head of target type {self.config.model_type!r} changes its logits in a way that this package "
-                "does not know. Please report the family."
-            )
-        return hidden[0]
-
-    def _probe(self, num_tokens: int) -> torch.Tensor:
-        return torch.arange(num_tokens, device=self.device)[None] % self.vocab_size
-
-    @torch.no_grad()
-    def _find_padding_reason(self, alone: torch.Tensor) -> str | None:
-        """Return why texts cannot be read end to end, or `None`: proven by states that were read `alone`, `(3, H)`."""
-        name = str(self.config._attn_implementation)
-        if (reason := chunking_reason(self.causal_lm, self.config)) is not None:
-            return reason
-        if not self.causal_lm._supports_attention_backend or name not in ("sdpa", *_OWN_VARLEN):
-            # Only a family of the general interface would be read end to end then.
-            can_sdpa = self.causal_lm._supports_attention_backend and self.causal_lm._supports_sdpa
-            remedy = " (load it with `attn_implementation='sdpa'`)" if can_sdpa else ""
-            return f"attends by {name!r} in a way of its own{remedy}"
-        is_exact = alone.dtype in (torch.float32, torch.float64) and not self._is_quantized
-        # Rounding of half precision adds up over layers; a text that sees another is off by more than its own size.
-        tolerance = 1e-3 if is_exact else 0.1
-        for has_own_varlen in (False, True) if name in _OWN_VARLEN else (False,):
-            self._has_own_varlen, outputs, spans = has_own_varlen, {}, text_spans((5, 3))
-            ids, positions = (torch.cat([self._probe(5), self._probe(3)], dim=1) for _ in range(2))
-            try:
-                self._forward(ids, None, positions, None, (), outputs.__setitem__, spans)
-            except (UnknownAttentionError, TypeError) as error:
-                return f"does not attend within single texts: {error}"
-            error = float((outputs[LAST][0, 5:] - alone).norm() / alone.norm())
-            if not error <= tolerance or (not has_own_varlen and spans.num_uses < self.num_layers):
-                return f"reads a text behind another one differently, by {error:.1%}"
-        return None

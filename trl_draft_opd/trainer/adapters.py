@@ -37,8 +37,8 @@ def adapt_drafter(drafter: Drafter, peft_config: "PeftConfig | None", *, seed: i
     Put a fresh adapter into a drafter's layers and freeze everything else; with `peft_config=None` return it as it is.
 
     The drafter must equal the one that its config names: an adapter's file is useless without it. Without
-    `target_modules`, or with `"all-linear"`, the adapter goes into every linear layer but the head. Its parameters are
-    float32, drawn by `seed`; until the first update the result drafts as the drafter does, bit for bit, unless
+    `target_modules`, or with `"all-linear"`, the adapter goes into every linear layer but the heads. Its parameters
+    are float32, drawn by `seed`; until the first update the result drafts as the drafter does, bit for bit, unless
     `init_lora_weights=False` asks for something else.
     """
     if peft_config is None:
@@ -93,7 +93,8 @@ def _name_layers(config: "LoraConfig", drafter: Drafter) -> None:
     """Fill in the layers a config leaves to us; raise `ValueError` at some that the drafter does not have."""
     linear = {name for name, module in drafter.named_modules() if isinstance(module, nn.Linear)}
     if config.target_modules in (None, "all-linear"):
-        config.target_modules = sorted({name.split(".")[-1] for name in linear} - {"lm_head"})
+        layers = {name for name in linear if not any(part in name for part in drafter.names_of_heads)}
+        config.target_modules = sorted({name.split(".")[-1] for name in layers})
     asked = {"target_modules": linear, "modules_to_save": {name for name, _ in drafter.named_modules()}}
     for setting, known in asked.items():
         wanted = getattr(config, setting) or ()

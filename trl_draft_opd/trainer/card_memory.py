@@ -132,4 +132,4 @@ def optimizer_bytes(args: DraftTrainingConfig, drafter: Drafter, is_given: bool)
         return 0
     has_muon = args.muon_learning_rate is not None
     trained = [(name, parameter) for name, parameter in drafter.named_parameters() if parameter.requires_grad]
-    return sum((1 if has_muon and is_matrix(name, each) else 2) * each.nbytes for name, each in trained)
+    return sum((1 if has_muon and is_matrix(drafter, name, each) else 2) * each.nbytes for name, each in trained)

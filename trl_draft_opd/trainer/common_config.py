@@ -114,6 +114,9 @@ class DraftTrainingConfig(_BaseConfig):
         confidence_loss_weight (`float`, *optional*, defaults to `1.0`):
             Weight of a confidence head's loss beside the divergences, as DSpark is published; 0 only watches it. See
             docs/learn/losses.md. Drafters without such a head take no other value.
+        selector_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence of a selector's choice among the likeliest tokens, beside that of the head, as
+            DFlash 2 is published. Drafters without a selector take no other value.
         blocks_per_pass (`int`, *optional*):
             Most blocks of a micro-batch drafted at once in a step. More are drafted in several passes, each computed
             again in the backward pass: memory is that of one pass, however long a row is, for one more forward pass of
@@ -149,7 +152,9 @@ class DraftTrainingConfig(_BaseConfig):
             `"greedy"`: drafts are the drafter's argmax, the engines' default; `"sample"`: drawn from its distribution.
 
         eval_rollouts (`bool`, *optional*, defaults to `True`):
-            Decode the evaluation prompts and report tau and acceptance per slot, which the loss alone does not tell.
+            Decode the evaluation prompts and report tau and acceptance per slot, which the loss alone does not tell. A
+            target whose cache cannot be rolled back writes responses to them once (those given as ids are taken), and
+            the blocks are found along these by replay.
 
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
             What becomes of an update whose losses or gradients are not finite. `"stop"` ends training before it: in a
@@ -216,6 +221,7 @@ class DraftTrainingConfig(_BaseConfig):
     )
     d_pace_floor: float = setting(0.5, "Floor of D-PACE's weights, in [0, 1].")
     confidence_loss_weight: float = setting(1.0, "Weight of a confidence head's loss, at least 0.")
+    selector_loss_weight: float = setting(1.0, "Weight of the loss of a selector's choice, at least 0.")
     blocks_per_pass: int | None = setting(
         None, "Most blocks of a micro-batch drafted at once in a step; by default as many as have 65,536 slots."
     )
@@ -294,7 +300,7 @@ class DraftTrainingConfig(_BaseConfig):
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_draft_sampling(self.draft_sampling)
         self.sampling_settings()
-        check_at_least(self, 0, "max_skipped_updates", "confidence_loss_weight")
+        check_at_least(self, 0, "max_skipped_updates", "confidence_loss_weight", "selector_loss_weight")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
         check_at_least(self, 1, "blocks_per_pass", "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         if not 0 <= self.d_pace_floor <= 1:
@@ -398,14 +404,16 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
 
 
-def check_confidence_weight(args: DraftTrainingConfig, drafter: Drafter) -> None:
-    """Raise `ValueError` if the loss of a confidence head is weighed of a drafter that has none."""
+def check_part_weights(args: DraftTrainingConfig, drafter: Drafter) -> None:
+    """Raise `ValueError` if the loss of a part is weighed of a drafter that has no such part."""
     config: Any = drafter.config
-    if args.confidence_loss_weight != DraftTrainingConfig.confidence_loss_weight and not config.has_confidence_head:
-        raise ValueError(
-            f"`confidence_loss_weight` is {args.confidence_loss_weight}, but this {config.title} drafter has no "
-            "confidence head. Leave it out."
-        )
+    for name, part, has_part in (
+        ("confidence_loss_weight", "confidence head", config.has_confidence_head),
+        ("selector_loss_weight", "selector", drafter.candidates is not None),
+    ):
+        weight = getattr(args, name)
+        if weight != getattr(DraftTrainingConfig, name) and not has_part:
+            raise ValueError(f"`{name}` is {weight}, but this {config.title} drafter has no {part}. Leave it out.")
 
 
 def check_position_decay(position_decay: float) -> None:

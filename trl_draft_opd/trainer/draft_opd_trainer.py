@@ -12,16 +12,13 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from ..drafters.base import Drafter
 from ..drafters.portable_config import PortableConfig
 from ..rollout.blocks import BlockBatch, draft_text, join_blocks, mark_slots, sample_anchors
-from ..rollout.keyed_random import DrawKeys
-from ..rollout.replay import TargetText, rollout_replay
+from ..rollout.texts import TargetText
 from ..rollout.types import Rollout
 from ..runs.distributed.sharding import whole_drafter
 from ..runs.out_of_memory import explained_memory
 from ..target.checks import naming_rows
-from ..target.reading import TextReading
 from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
 from .draft_vocabulary import note_whole_vocabulary
@@ -30,7 +27,7 @@ from .pair import Pair, check_mask_token, text_reader
 from .resuming import describe_batches
 from .rollout_printer import print_rollout
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import AnyDataset, ResponseSource, prompt_rows, text_of_rollout
+from .texts import AnyDataset, ResponseSource, prompt_rows, respond_to_all, text_of, text_of_rollout
 
 
 class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
@@ -67,7 +64,7 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
             Rows with a `prompt` or `messages`, to which the target responds once. Completions are ignored unless
             `completions_from_target=True` declares them the target's; those of a chat are then walked one by one.
         eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
-            As `train_dataset`; always decoded live.
+            As `train_dataset`; always decoded live, or replayed where the target cannot be rolled back.
         processing_class, callbacks, optimizers, peft_config (*optional*):
             As in [`DraftSFTTrainer`].
 
@@ -81,9 +78,13 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
     _config_class = DraftOPDConfig
 
     @staticmethod
-    def _needs_rollback(args: DraftOPDConfig, is_evaluated: bool) -> bool:
+    def _needs_rollback(args: DraftOPDConfig) -> bool:
         # Only replay of first rejections does without.
-        return args.rollout == "live" or args.trains_suffix or is_evaluated
+        return args.rollout == "live" or args.trains_suffix
+
+    @staticmethod
+    def _measures_tau(args: DraftOPDConfig) -> bool:
+        return True
 
     @staticmethod
     def _read_rows(pair: Pair, args: DraftOPDConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
@@ -92,7 +93,10 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
             note_whole_vocabulary(pair.drafter)
         assert args.max_prompt_length is not None, "`fit_to` fills it in"
         reader = text_reader(pair.target, args, max_length=args.max_prompt_length + args.longest_response)
-        has_responses = is_training and args.completions_from_target
+        by_replay = not is_training and pair.target.rollback_reason is not None
+        has_responses = (is_training or by_replay) and args.completions_from_target
+        if by_replay and not has_responses:
+            dataset, has_responses = respond_to_all(pair.target, args, reader.read_prompts(dataset)), True
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
         return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
 
@@ -156,18 +160,9 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
                 prepared.append(PreparedBatch(text, rollout, self._mark(rollout, text.sample_ids, epoch), kept))
         return prepared
 
-    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading) -> Rollout:
-        """Find the chain of blocks that the drafter makes along a text."""
-        return rollout_replay(
-            self.target,
-            drafter,
-            text,
-            self._drafting,
-            DrawKeys(self.args.seed, epoch, text.sample_ids),
-            segment_length=self.segment_length,
-            chunk_bytes=self._chunk_bytes,
-            reading=reading,
-        )
+    @property
+    def _segment_length(self) -> int:
+        return self.segment_length
 
     def _decode_live(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
         """Have the pair decode the prompts of every micro-batch anew."""
@@ -185,10 +180,15 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         return PreparedBatch(text_of_rollout(rollout, sample_ids), rollout, blocks, reading=None)
 
     def _prepare_evaluation(self, batch: dict[str, torch.Tensor]) -> tuple[PreparedBatch, Rollout | None]:
-        """Decode the prompts live; the loss is that of the blocks of this rollout."""
+        """Decode the prompts live, or replay their responses; the loss is that of the blocks of this rollout."""
         # Epoch 0, so that every evaluation draws alike and looks at the same anchors.
-        prepared = self._decode_prompts(batch, epoch=0)
-        return prepared, prepared.rollout
+        if self.target.rollback_reason is None:
+            prepared = self._decode_prompts(batch, epoch=0)
+            return prepared, prepared.rollout
+        args, text = self.args, text_of(batch)
+        limits = {"warn_above": args.warn_mismatch_share, "refuse_above": args.max_mismatch_share}
+        rollout = self._walk_evaluation(text, **limits)
+        return PreparedBatch(text, rollout, self._mark(rollout, text.sample_ids, epoch=0), reading=None), rollout
 
     @property
     def _keeps_branches(self) -> bool:

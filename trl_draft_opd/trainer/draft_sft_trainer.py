@@ -56,7 +56,8 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         train_dataset (`Dataset` or `IterableDataset`):
             Rows as [`TextReader.read_texts`] takes them: `messages`, `prompt` and `completion`, `text`, or token ids.
         eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
-            As `train_dataset`. Its prompts are decoded to measure tau.
+            As `train_dataset`. Its prompts are decoded to measure tau; where the target cannot be rolled back, its
+            responses are replayed, which the target writes once unless they are given as ids.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The target's tokenizer; loaded beside the target by default.
         callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
@@ -75,8 +76,12 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
     _config_class = DraftSFTConfig
 
     @staticmethod
-    def _needs_rollback(args: DraftSFTConfig, is_evaluated: bool) -> bool:
-        return is_evaluated and args.eval_rollouts
+    def _needs_rollback(args: DraftSFTConfig) -> bool:
+        return False
+
+    @staticmethod
+    def _measures_tau(args: DraftSFTConfig) -> bool:
+        return args.eval_rollouts
 
     @staticmethod
     def _read_rows(pair: Pair, args: DraftSFTConfig, dataset: AnyDataset, is_training: bool) -> AnyDataset:
@@ -87,12 +92,15 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
             wanted_vocab_size(drafter, args.draft_vocab_size, pair.target.eos_token_ids) if is_training else None
         )
         reader = text_reader(pair.target, args, max_length=args.max_length)
-        if args.regenerate:
+        has_ids = "completion_ids" in (dataset.column_names or ())
+        # Tau by replay is that of the target's own text.
+        by_replay = not is_training and args.eval_rollouts and pair.target.rollback_reason is not None
+        if args.regenerate or (by_replay and not has_ids):
             if is_training:
                 check_resumes(DraftSFTTrainer._method, pair, args)
             dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
         rows = reader.read_texts(dataset)
-        if is_training and not args.regenerate and "completion_ids" not in (dataset.column_names or ()):
+        if is_training and not args.regenerate and not has_ids:
             # As ids, they come out of a store or of the user's own work with the target.
             warnings.warn(_NOT_THE_TARGETS)
         if is_training:
@@ -112,9 +120,11 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         return [self._sample_blocks(text_of(batch), epoch) for batch in batches]
 
     def _prepare_evaluation(self, batch: dict[str, torch.Tensor]) -> tuple[PreparedBatch, Rollout | None]:
-        """Sample the blocks of the loss, and decode the prompts."""
+        """Sample the blocks of the loss, and decode the prompts, or replay their responses."""
         text, rollout = text_of(batch), None
-        if self.args.eval_rollouts:
+        if self.args.eval_rollouts and self.target.rollback_reason is not None:
+            rollout = self._walk_evaluation(text)
+        elif self.args.eval_rollouts:
             # Epoch 0, so that every evaluation draws alike and looks at the same anchors.
             rollout = self._decode(prompts_of_text(text), text.sample_ids, epoch=0)
         return self._sample_blocks(text, epoch=0), rollout

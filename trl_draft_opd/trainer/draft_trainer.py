@@ -4,6 +4,7 @@ What both trainers do in a step: prepare its micro-batches, compute the loss thr
 evaluation batches. How rows become text and blocks, and which streams exist, is each trainer's own.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,19 +22,24 @@ from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
 from ..drafters.base import Drafter
 from ..drafters.portable_config import PortableConfig
+from ..evaluation import explain_replay
 from ..losses import default_chunk_bytes
+from ..responses import check_responses
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
+from ..rollout.replay import rollout_replay
+from ..rollout.texts import TargetText
 from ..rollout.types import Rollout
 from ..runs.distributed.launch import is_sharded, loss_entry
 from ..target.checks import naming_rows
 from ..target.frozen import FrozenTarget
+from ..target.reading import TextReading
 from ..utils.bars import library_bars
 from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
 from .card_memory import check_weights_fit, fit_to_card
-from .common_config import DraftTrainingConfig, check_confidence_weight
+from .common_config import DraftTrainingConfig, check_part_weights
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
 from .metrics import best_model_metrics
@@ -49,7 +55,7 @@ from .step import (
     verification_of,
     weight_sums,
 )
-from .texts import AnyDataset, read_each
+from .texts import AnyDataset, read_each, response_pairs
 
 
 if TYPE_CHECKING:
@@ -89,14 +95,16 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._check_request(args, eval_dataset)
         with library_bars(not args.disable_tqdm):
             pair = load_pair(model, target, args, processing_class, peft_config)
-            check_confidence_weight(args, pair.drafter)
+            check_part_weights(args, pair.drafter)
             if eval_dataset is not None:
                 self._check_best_metric(args, eval_dataset, pair.num_drafts)
             # Before a row is read: what would not fit into the target's positions is refused or counted.
             args = args.fit_to(pair.target.num_positions, pair.num_drafts)
-            if self._needs_rollback(args, is_evaluated=eval_dataset is not None):
+            if self._needs_rollback(args):
                 # Now rather than at the first rollout.
                 pair.target.require_rollback()
+            if eval_dataset is not None and self._measures_tau(args) and pair.target.rollback_reason is not None:
+                warnings.warn(explain_replay(pair.target.rollback_reason))
             # Refuses what could not be pushed before the target responds to anything.
             repo_id = claim_repository(args, pair)
             check_weights_fit(pair, args, optimizers[0] is not None)
@@ -115,6 +123,8 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._pair, self._optimizer_is_given = pair, optimizers[0] is not None
         # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
         self._is_fitted = False
+        # Whether responses that are replayed for evaluation were held to the target.
+        self._responses_are_checked = False
         assert isinstance(pair.drafter.config, PortableConfig), "every family's"
         self._set_up(args, pair.drafter.config)
 
@@ -136,9 +146,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def _check_best_metric(cls, args: Any, eval_dataset: AnyDataset | dict[str, AnyDataset], num_drafts: int) -> None:
         """Refuse a `metric_for_best_model` that no evaluation will have."""
         asked = args.metric_for_best_model
-        # Prompts are decoded, and tau measured, where evaluation rolls the target back.
-        decodes_prompts = cls._needs_rollback(args, is_evaluated=True)
-        metrics = best_model_metrics(args.trained_streams, num_drafts if decodes_prompts else None)
+        metrics = best_model_metrics(args.trained_streams, num_drafts if cls._measures_tau(args) else None)
         if isinstance(eval_dataset, dict):
             metrics = [f"{name}_{metric}" for name in eval_dataset for metric in metrics]
         if asked is not None and asked.removeprefix("eval_") not in metrics:
@@ -146,8 +154,13 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
 
     @staticmethod
     @abstractmethod
-    def _needs_rollback(args: Any, is_evaluated: bool) -> bool:
-        """Whether the target has to be rolled back, for live decoding or to branch off a text."""
+    def _needs_rollback(args: Any) -> bool:
+        """Whether training rolls the target back, for live decoding or to branch off a text."""
+
+    @staticmethod
+    @abstractmethod
+    def _measures_tau(args: Any) -> bool:
+        """Whether evaluation measures tau: live, or by replay where the target cannot be rolled back."""
 
     @staticmethod
     @abstractmethod
@@ -165,8 +178,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     @abstractmethod
     def _prepare_evaluation(self, batch: dict[str, torch.Tensor]) -> tuple[PreparedBatch, Rollout | None]:
         """
-        Return what the loss of an evaluation batch is computed on, and the live rollout that tau is counted on, if
-        any.
+        Return what the loss of an evaluation batch is computed on, and the rollout that tau is counted on, if any.
         """
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -234,6 +246,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             self.args.blocks_per_pass,
             verification_of(self._drafting),
             self.args.confidence_loss_weight,
+            self.args.selector_loss_weight,
         )
 
     @property
@@ -246,8 +259,6 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
         """Return batches of an evaluation dataset; rows that were not read yet are read as the constructor does."""
         if not (eval_dataset is None or isinstance(eval_dataset, str) or is_tokenized(eval_dataset)):
-            if self._needs_rollback(self.args, is_evaluated=True):
-                self.target.require_rollback()
             eval_dataset = self._read_rows(self._pair, self.args, eval_dataset, is_training=False)
         given: Any = eval_dataset
         return super().get_eval_dataloader(given)
@@ -266,6 +277,12 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         return loss.detach()
 
     @property
+    def _segment_length(self) -> int:
+        """Tokens per segment of a text that is walked in parallel."""
+        assert isinstance(self.drafter.config, PortableConfig), "every family's"
+        return self.drafter.config.default_segment_length
+
+    @property
     def _keeps_branches(self) -> bool:
         """Whether rollouts keep the target's states behind first rejections."""
         return False
@@ -278,6 +295,27 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             draft_sampling=self.args.draft_sampling,
             keep_branch_hidden=self._keeps_branches,
         )
+
+    def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading | None = None) -> Rollout:
+        """Find the chain of blocks that the drafter makes along a text."""
+        return rollout_replay(
+            self.target,
+            drafter,
+            text,
+            self._drafting,
+            DrawKeys(self.args.seed, epoch, text.sample_ids),
+            segment_length=self._segment_length,
+            chunk_bytes=self._chunk_bytes,
+            reading=reading,
+        )
+
+    def _walk_evaluation(self, text: TargetText, **limits: float) -> Rollout:
+        """Find the blocks along evaluation rows, which tau is counted on; `limits` are those of `check_responses`."""
+        if not self._responses_are_checked:
+            self._responses_are_checked = True
+            check_responses(self.target, response_pairs(text), self.args.sampling_settings(), **limits)
+        # Epoch 0, so that every evaluation draws alike.
+        return self._walk(self.drafter, text, epoch=0)
 
     def _decode(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], epoch: int) -> Rollout:
         """Decode prompts live with the current drafter, with a progress bar over the rows."""

@@ -1,15 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """How a run's repository and its target are called on the Hub; what could not be pushed is refused by name."""
 
+from ..drafters.auto import DRAFTER_CLASSES
 from ..drafters.target_model import merging_line
 from ..export import hub_id_of
 from ..export.hub import create_repository, validate_repo_id
 from ..target.frozen import FrozenTarget
 from .common_config import DraftTrainingConfig
 from .pair import Pair
-
-
-_FAMILY_WORDS = {"eagle3": "EAGLE3", "dflash": "DFlash"}
 
 
 def claim_repository(args: DraftTrainingConfig, pair: Pair) -> str | None:
@@ -37,7 +35,7 @@ def repo_name(args: DraftTrainingConfig, family: str) -> str:
     """Return `hub_model_id`, or a name from the output folder that contains the family, as vLLM wants it."""
     if args.hub_model_id is not None:
         return args.hub_model_id
-    name, word = args.output_folder.absolute().name, _FAMILY_WORDS[family]
+    name, word = args.output_folder.absolute().name, DRAFTER_CLASSES[family].config_class.exported.word
     return name if word.lower() in name.lower() else f"{name}-{word}"
 
 

@@ -14,12 +14,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.training_args import OptimizerNames
 
+from ..drafters.base import Drafter
 from ..runs.distributed.sharding import OF_MUON
 from .adapters import is_adapted
-
-
-# Matrices whose rows are tokens: each row is a vector of its own, and Muon would mix them.
-_ROWS_ARE_TOKENS = ("embed_tokens", "lm_head")
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -78,18 +75,18 @@ def check_muon(args: Any, accelerator: Accelerator, drafter: nn.Module, given: t
         )
 
 
-def make_optimizer(drafter: nn.Module, args: Any, decayed: set[str], adamw: dict[str, Any]) -> MuonWithAdamW:
+def make_optimizer(drafter: Drafter, args: Any, decayed: set[str], adamw: dict[str, Any]) -> MuonWithAdamW:
     """
     Return the optimizer of a drafter.
 
     Args:
-        drafter (`nn.Module`): Its parameters, sharded by FSDP2 or whole.
+        drafter ([`Drafter`]): Its parameters, sharded by FSDP2 or whole.
         args ([`DraftTrainingConfig`]): Rates and weight decay.
         decayed (`set[str]`): Names of AdamW's parameters whose weights decay.
         adamw (`dict`): AdamW's arguments.
     """
     trained = {name: parameter for name, parameter in drafter.named_parameters() if parameter.requires_grad}
-    matrices = {name for name, parameter in trained.items() if is_matrix(name, parameter)}
+    matrices = {name for name, parameter in trained.items() if is_matrix(drafter, name, parameter)}
     rest = trained.keys() - matrices
     others = [
         {"params": [p for name, p in trained.items() if name in rest & decayed], "weight_decay": args.weight_decay},
@@ -104,9 +101,11 @@ def make_optimizer(drafter: nn.Module, args: Any, decayed: set[str], adamw: dict
     )
 
 
-def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+def is_matrix(drafter: Drafter, name: str, parameter: torch.Tensor) -> bool:
     """Whether a parameter is a matrix that maps one state to another: Muon's; the rest is AdamW's."""
-    return parameter.dim() == 2 and min(parameter.shape) > 1 and not any(part in name for part in _ROWS_ARE_TOKENS)
+    # Where rows are tokens, each is a vector of its own, and Muon would mix them.
+    is_of_head = any(part in name for part in drafter.names_of_heads)
+    return parameter.dim() == 2 and min(parameter.shape) > 1 and not is_of_head
 
 
 def check_muon_settings(args: Any) -> None:

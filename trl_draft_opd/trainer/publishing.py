@@ -153,6 +153,7 @@ class PublishingTrainer(ResumingTrainer):
             num_different=None,
             target_dtype=str(self.target.causal_lm.dtype).removeprefix("torch."),
             after_steps=step,
+            is_replay=self.target.rollback_reason is not None,
         )
         return measured
 

@@ -20,6 +20,7 @@ from ..drafters.packing import RowPacking
 from ..losses import (
     Head,
     RowLosses,
+    Selector,
     Verification,
     chunked_divergence,
     d_pace_weights,
@@ -107,6 +108,7 @@ class Objective:
         blocks_per_pass: Most blocks drafted at once, see [`run_blocks`].
         verification: How drafts are verified, which the labels of a confidence head follow; greedily by default.
         confidence_weight: Weight of a confidence head's loss beside the divergences.
+        selector_weight: Weight of the divergence of a selector's choice beside that of the head.
     """
 
     streams: dict[str, StreamSettings]
@@ -116,6 +118,7 @@ class Objective:
     blocks_per_pass: int | None = None
     verification: Verification = Verification(None, None)
     confidence_weight: float = 1.0
+    selector_weight: float = 1.0
 
     def scale(self, stream: str) -> float:
         """Return the factor of each row weight of a stream: its share of the loss over the sum of its weights."""
@@ -220,7 +223,9 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
     head = _draft_head(drafter, target, target_head)
     labels = blocks.pick(batch.blocks.labels)
     states, target_rows = blocks.target_states(batch, reading.last_hidden)
-    factors = _slot_factors(drafter, hidden, head, labels, blocks.trained_slots(batch.blocks, trained), objective)
+    selector = _selector(drafter, objective.selector_weight)
+    is_trained = blocks.trained_slots(batch.blocks, trained)
+    factors = _slot_factors(drafter, hidden, head, selector, labels, is_trained, objective)
     confidence = drafter.confidence_logits(hidden)
     # Each total reaches every parameter even without rows, so that every rank takes part in the gradient exchange.
     loss = hidden.new_zeros(())
@@ -240,6 +245,7 @@ def step_loss(drafter: Drafter, target: FrozenTarget, batch: PreparedBatch, obje
             draft_token_ids=drafter.draft_token_ids,
             chunk_bytes=objective.chunk_bytes,
             verification=None if confidence is None else objective.verification,
+            selector=selector,
         )
         loss = loss + objective.scale(name) * rows.total
         sums |= _stream_sums(name, rows, own_weights.flatten(), drafter)
@@ -311,19 +317,37 @@ def _target_head(target: FrozenTarget) -> Head:
     return Head(target.project, (), target.vocab_size, target.num_logit_buffers)
 
 
+def _linear_head(module: nn.Module) -> Head | None:
+    """Return the head of a plain linear layer; `None` of one with adapters, which are applied too."""
+    return Head.linear(module.weight, module.bias) if type(module) is nn.Linear else None
+
+
 def _draft_head(drafter: Drafter, target: FrozenTarget, target_head: Head) -> Head:
     """Return the head a drafter drafts through; adapters around its parts are applied and trained."""
     modules = [part.module for part in drafter.head_parts]
     if modules == [None]:
         return target_head
-    if len(modules) == 1 and type(modules[0]) is nn.Linear:
-        return Head.linear(modules[0].weight)
-    # Four buffers: base and adapter product, the scaled one, and their sum, which the gradient may overwrite.
+    linear = [target_head if module is None else _linear_head(module) for module in modules]
+    parts = [part for part in linear if part is not None and part.products]
+    if len(parts) == len(linear):
+        return parts[0] if len(parts) == 1 else Head.joined(parts)
+    # Four buffers: base and adapter product, the scaled one, and their sum, which the gradient may overwrite; or those
+    # of a target that scales its logits. And one for the parts before.
+    num_buffers = max(4, target.num_logit_buffers) + len(modules) - 1
     own = [parameter for module in modules if module is not None for parameter in module.parameters()]
     trained = tuple(parameter for parameter in own if parameter.requires_grad)
     return Head(
-        lambda hidden: drafter.draft_logits(hidden, target.project), trained, drafter.config.draft_vocab_size, 4
+        lambda hidden: drafter.draft_logits(hidden, target.project),
+        trained,
+        drafter.config.draft_vocab_size,
+        num_buffers,
     )
+
+
+def _selector(drafter: Drafter, weight: float) -> Selector | None:
+    """Return how a drafter chooses among the likeliest tokens of its head, if it does."""
+    candidates = drafter.candidates
+    return None if candidates is None else Selector(candidates.rows, candidates.top_k, weight)
 
 
 def _stream_mask(blocks: BlockBatch, stream: str) -> torch.Tensor:
@@ -336,6 +360,7 @@ def _slot_factors(
     drafter: Drafter,
     hidden: torch.Tensor,
     head: Head,
+    selector: Selector | None,
     labels: torch.Tensor,
     is_trained: torch.Tensor,
     objective: Objective,
@@ -356,6 +381,7 @@ def _slot_factors(
         torch.where(is_read, labels, -1).flatten(),
         draft_token_ids=drafter.draft_token_ids,
         chunk_bytes=objective.chunk_bytes,
+        selector=selector,
     )
     log_probs = torch.where(is_read, scores.log_probs_N.view_as(labels), 0)
     factors = torch.ones_like(log_probs)
@@ -397,6 +423,9 @@ def _stream_sums(
         f"loss/{name}": ((rows.rows_N * weights).sum(dtype=torch.float64), total),
         f"slots/{name}": ((weights > 0).sum(dtype=torch.float64), 1.0),
     }
+    if rows.selector_N is not None and rows.is_found_N is not None:
+        sums[f"selector_loss/{name}"] = ((rows.selector_N * weights).sum(dtype=torch.float64), total)
+        sums[f"candidate_recall/{name}"] = ((rows.is_found_N * weights).sum(dtype=torch.float64), total)
     if drafter.draft_token_ids is not None:
         sums[f"lost_target_mass/{name}"] = ((rows.lost_mass_N * weights).sum(dtype=torch.float64), total)
     return sums

@@ -16,12 +16,11 @@ from itertools import islice
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from torch.nn.utils.rnn import pad_sequence
 
 from ..responses import Origin, ResponseAudit, ResponseStore, check_responses, generate_missing
 from ..responses.shards import prompt_key
 from ..responses.store import describe_filling
-from ..rollout.replay import TargetText
+from ..rollout.texts import TargetText, join_responses, pad_rows
 from ..rollout.types import Rollout, response_ends
 from ..runs.distributed.ranks import first_rank_decides
 from ..runs.folder_lock import locked
@@ -72,21 +71,6 @@ def prompts_of_text(text: TargetText) -> list[list[int]]:
     return [row[: max(start, 1)] for row, start in zip(text.input_ids.tolist(), starts, strict=True)]
 
 
-def join_responses(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    sample_ids: Sequence[int],
-    pad_token_id: int,
-    device: torch.device,
-) -> TargetText:
-    """Return prompts and their responses as right-padded text on `device`."""
-    rows = [
-        (torch.tensor([*prompt, *response]), torch.arange(len(prompt) + len(response)) >= len(prompt), sample_id)
-        for prompt, response, sample_id in zip(prompts, responses, sample_ids, strict=True)
-    ]
-    return _pad_rows(rows, pad_token_id, device)
-
-
 def response_pairs(text: TargetText) -> list[tuple[list[int], list[int]]]:
     """Return every response of a text with all that stands before it, as token ids."""
     pairs = []
@@ -116,22 +100,8 @@ def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[Ta
     ]
     by_length = iter(sorted(rows, key=lambda row: len(row[0])))
     return [
-        _pad_rows(list(islice(by_length, len(text.sample_ids))), pad_token_id, text.input_ids.device) for text in texts
+        pad_rows(list(islice(by_length, len(text.sample_ids))), pad_token_id, text.input_ids.device) for text in texts
     ]
-
-
-def _pad_rows(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor, int]], pad_token_id: int, device: torch.device
-) -> TargetText:
-    """Pad rows of ids, marks and a sample id on the right."""
-    ids = [row[0] for row in rows]
-    attention = [torch.ones_like(row) for row in ids]
-    return TargetText(
-        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
-        attention_mask=pad_sequence(attention, batch_first=True).to(device),
-        completion_mask=pad_sequence([row[1] for row in rows], batch_first=True).to(device),
-        sample_ids=[row[2] for row in rows],
-    )
 
 
 def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore:
@@ -147,7 +117,9 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
     those not in the store. Collective.
     """
     if isinstance(prompts, IterableDataset):
-        raise ValueError("`regenerate=True` needs a dataset of known length, got an `IterableDataset`.")
+        raise ValueError(
+            "`regenerate=True`, and evaluation by replay, need a dataset of known length, got an `IterableDataset`."
+        )
     state = PartialState()
     with ExitStack() as lock:
         # As training holds it: a second run is refused before its target writes for hours.

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..attention import Sight
 from ..portable_config import PortableConfig
+from .exported_dflash import ExportedDFlash
 from .published_dflash import PublishedDFlash
 
 
@@ -49,6 +50,7 @@ class DFlashDraftConfig(PortableConfig):
     model_type = "draft_opd_dflash"
     family = "dflash"
     title = "DFlash"
+    exported = ExportedDFlash()
     published = PublishedDFlash()
     drafts_whole_blocks = True
     # Every anchor costs a block: about half the positions of a short response.

@@ -29,7 +29,7 @@ class PublishedDFlash(PublishedFamily):
         "add_swa_attention_sink_bias attention_value_scale sample_from_anchor attention_bias".split()
     )
     refused = {
-        "mlp_bias": ((None, False), "biases in the MLP"),
+        "mlp_bias": ((None, False), "biases in the MLP, which no engine's class of this family has"),
         "use_aux_hidden_state": ((None, True), "no features of the target's layers"),
         "is_neox_style": ((None, True), "rotary positions on neighbouring channels, not on halves of a head"),
         "attention_mode": ((None, "gqa"), "another attention than grouped queries"),

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..dflash import DFlashDraftConfig
+from .exported_dflash2 import ExportedDFlash2
 from .published_dflash2 import PublishedDFlash2
 
 
@@ -31,6 +32,7 @@ class DFlash2DraftConfig(DFlashDraftConfig):
     model_type = "draft_opd_dflash2"
     family = "dflash2"
     title = "DFlash 2"
+    exported = ExportedDFlash2()
     published = PublishedDFlash2()
     whole_vocabulary_reason = "its selector has rows for all tokens of the target, and no engine reads another"
 

@@ -9,14 +9,14 @@ Shape letters:  B = sequences, A = anchors per sequence, N = blocks, S = block s
                 convolution, G = its groups of channels, V = vocabulary, R = rank of the selector, C = candidates
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, pad
 
 from ..base import Candidates, Project
-from ..dflash import DFlashDraftModel
+from ..dflash import DFlashDraftConfig, DFlashDraftModel
 from ..dflash.modeling_dflash import Attend, DFlashLayer
 from ..feed_forward import run_mlp
 from ..precision import run_norm
@@ -66,7 +66,7 @@ def convolve(states: torch.Tensor, base_kernel: torch.Tensor, kernels: torch.Ten
     for tap, base in enumerate(base_kernel.to(states.dtype)):
         moved = pad(states[:, : states.shape[1] - tap], (0, 0, tap, 0)) if tap else states
         grouped = moved.unflatten(-1, (num_groups, -1))
-        # Two products in place of one sum of factors, which would be kept for the backward pass, as large as the states.
+        # Two products: the sum of both factors, as large as the states, would be kept for the backward pass.
         mixed = mixed + moved * base + (grouped * kernels[:, :, tap, :, None]).flatten(-2)
     return mixed
 
@@ -135,6 +135,9 @@ class DFlash2DraftModel(DFlashDraftModel):
     config: DFlash2DraftConfig
     layer_class = DFlash2Layer
     _no_split_modules = ["DFlash2Layer"]
+    names_of_heads = (*DFlashDraftModel.names_of_heads, "codebook")
+    # The head's, and those that drafts are drawn from.
+    num_logit_buffers = 2
     reads_drafts = True
 
     def __init__(self, config: DFlash2DraftConfig):
@@ -158,6 +161,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         num_hidden_layers: int = 5,
         block_size: int = 16,
         target_layer_ids: list[int] | None = None,
+        sample_from_anchor: bool = False,
         conv_kernel_size: int = 2,
         conv_group_size: int = 16,
         selector_rank: int = 256,
@@ -167,7 +171,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         Make a fresh drafter of the target's shape, whose convolutions and selector change nothing yet.
 
         Args:
-            target, mask_token_id, num_hidden_layers, block_size, target_layer_ids:
+            target, mask_token_id, num_hidden_layers, block_size, target_layer_ids, sample_from_anchor:
                 As in [`DFlashDraftModel.from_target`].
             conv_kernel_size, conv_group_size, selector_rank, selector_top_k (`int`, *optional*):
                 As in [`DFlash2DraftConfig`].
@@ -176,6 +180,7 @@ class DFlash2DraftModel(DFlashDraftModel):
             **cls.shape_for_target(target, mask_token_id, target_layer_ids),
             num_hidden_layers=num_hidden_layers,
             block_size=block_size,
+            sample_from_anchor=sample_from_anchor,
             conv_kernel_size=conv_kernel_size,
             conv_group_size=conv_group_size,
             selector_rank=selector_rank,
@@ -192,7 +197,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         conv_group_size: int = 16,
         selector_rank: int = 256,
         selector_top_k: int = 16,
-    ) -> "DFlash2DraftModel":
+    ) -> Self:
         """
         Make a drafter that drafts what a DFlash does until it is trained: its states and the logits of the likeliest
         tokens are the same, bit for bit.
@@ -201,16 +206,27 @@ class DFlash2DraftModel(DFlashDraftModel):
             drafter ([`DFlashDraftModel`]): Where all weights but those of the convolutions and the selector come from.
             conv_kernel_size, conv_group_size, selector_rank, selector_top_k (`int`, *optional*):
                 As in [`DFlash2DraftConfig`].
+
+        Raises:
+            ValueError: If `drafter` is of another family, has a vocabulary of its own, or a size is out of range.
         """
-        settings = {key: value for key, value in drafter.config.to_dict().items() if key != "model_type"} | {
-            "conv_kernel_size": conv_kernel_size,
-            "conv_group_size": conv_group_size,
-            "selector_rank": selector_rank,
-            "selector_top_k": selector_top_k,
-        }
-        widened = cls(DFlash2DraftConfig(**settings))
-        widened.load_state_dict(drafter.state_dict(), strict=False)
-        return widened.to(drafter.device, drafter.dtype).train(drafter.training)
+        if drafter.config.family != DFlashDraftConfig.family:
+            raise ValueError(
+                f"A DFlash 2 drafter starts from a DFlash drafter, not from a {drafter.config.title} one. Use "
+                "`DFlash2DraftModel.from_target` for a fresh one."
+            )
+        shape: dict[str, Any] = {name: getattr(drafter.config, name) for name in DFlashDraftConfig.own_settings()}
+        config = DFlash2DraftConfig(
+            **shape,
+            conv_kernel_size=conv_kernel_size,
+            conv_group_size=conv_group_size,
+            selector_rank=selector_rank,
+            selector_top_k=selector_top_k,
+        )
+        model = cls(config)
+        missing, unexpected = model.load_state_dict(drafter.state_dict(), strict=False)
+        assert not unexpected and all("_conv." in name or name.startswith("candidate_selector.") for name in missing)
+        return model.to(device=drafter.device, dtype=drafter.dtype).train(drafter.training)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @property
     def candidates(self) -> Candidates:
@@ -228,4 +244,4 @@ class DFlash2DraftModel(DFlashDraftModel):
         successors = embedding(token_ids, rows)
         dtype = torch.promote_types(unary.dtype, torch.float32)
         scores = values.to(dtype) + (successors * context[..., None, :].to(dtype)).sum(dim=-1)
-        return torch.full_like(unary, -torch.inf, dtype=dtype).scatter(-1, token_ids, scores)
+        return torch.full_like(unary, -torch.inf, dtype=dtype).scatter_(-1, token_ids, scores)

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..dflash import DFlashDraftConfig
+from .exported_dspark import ExportedDSpark
 from .published_dspark import PublishedDSpark
 
 
@@ -34,6 +35,7 @@ class DSparkDraftConfig(DFlashDraftConfig):
     model_type = "draft_opd_dspark"
     family = "dspark"
     title = "DSpark"
+    exported = ExportedDSpark()
     published = PublishedDSpark()
     # exp(-1 / 4), as published.
     default_position_decay = 0.78

@@ -52,6 +52,7 @@ class DSparkDraftModel(DFlashDraftModel):
 
     config_class = DSparkDraftConfig
     config: DSparkDraftConfig
+    names_of_heads = (*DFlashDraftModel.names_of_heads, "markov_head", "confidence_head")
 
     def __init__(self, config: DSparkDraftConfig):
         super().__init__(config)
@@ -121,12 +122,13 @@ class DSparkDraftModel(DFlashDraftModel):
                 As in [`DSparkDraftConfig`].
 
         Raises:
-            ValueError: If `drafter` is of another family.
+            ValueError: If `drafter` is of another family, or has a Markov head already.
         """
-        if drafter.config.family != DFlashDraftConfig.family:
+        # DeepSpec's DFlash drafters are of this class, without a Markov head.
+        if drafter.reads_drafts or not isinstance(drafter, DFlashDraftModel):
             raise ValueError(
-                f"A DSpark drafter starts from a DFlash drafter, not from a {drafter.config.title} one. Use "
-                "`DSparkDraftModel.from_target` for a fresh one."
+                "`from_dflash` starts from a DFlash drafter, or from a DSpark drafter without a Markov head, not from "
+                f"this {drafter.config.title} drafter. Use `DSparkDraftModel.from_target` for a fresh one."
             )
         shape: dict[str, Any] = {name: getattr(drafter.config, name) for name in DFlashDraftConfig.own_settings()}
         config = DSparkDraftConfig(
@@ -136,7 +138,8 @@ class DSparkDraftModel(DFlashDraftModel):
             confidence_head_with_markov=confidence_head_with_markov,
         )
         model = cls(config)
-        missing, unexpected = model.load_state_dict(drafter.state_dict(), strict=False)
+        tensors = {name: value for name, value in drafter.state_dict().items() if not name.startswith("confidence_")}
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected and all(name.startswith(("markov_head.", "confidence_head.")) for name in missing)
         if markov_rank > 0:
             nn.init.zeros_(model.markov_head.markov_w2.weight)

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..portable_config import PortableConfig
+from .exported_eagle3 import ExportedEagle3
 from .published_eagle3 import PublishedEagle3
 
 
@@ -33,6 +34,7 @@ class Eagle3DraftConfig(PortableConfig):
     model_type = "draft_opd_eagle3"
     family = "eagle3"
     title = "EAGLE-3"
+    exported = ExportedEagle3()
     published = PublishedEagle3()
     drafts_whole_blocks = False
     # Step 1 runs over all positions anyway, and later steps only where the earlier drafts were right.

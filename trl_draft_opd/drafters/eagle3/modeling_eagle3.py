@@ -36,10 +36,10 @@ class Eagle3Attention(nn.Module):
         self.head_dim = config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(2 * config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(2 * config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(2 * config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(2 * config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
 
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """Turn `(B, n, heads * d)` into `(B, heads, n, d)`."""
@@ -145,6 +145,7 @@ class Eagle3DraftModel(Drafter):
         ttt_steps: int = 7,
         fc_norm: bool = False,
         norm_output: bool = False,
+        norm_before_fc: bool = False,
     ) -> "Eagle3DraftModel":
         """
         Make a fresh drafter of the target's shape; its head starts from the target's rows.
@@ -160,6 +161,8 @@ class Eagle3DraftModel(Drafter):
                 Steps of training-time test, as published; the default number of drafts.
             fc_norm (`bool`, *optional*, defaults to `False`), norm_output (`bool`, *optional*, defaults to `False`):
                 The EAGLE-3.1 options; off because EAGLE's own code and llama.cpp do not read them.
+            norm_before_fc (`bool`, *optional*, defaults to `False`):
+                One norm on all features in place of `fc_norm`. With `norm_output`, what speculators trains today.
 
         Raises:
             ValueError: If the target has fewer than 7 layers and no ids are given, ids are out of range, or the
@@ -181,6 +184,7 @@ class Eagle3DraftModel(Drafter):
             ttt_steps=ttt_steps,
             fc_norm=fc_norm,
             norm_output=norm_output,
+            norm_before_fc=norm_before_fc,
         )
         drafter = cls(config)
         output_embeddings: Any = model.get_output_embeddings()

@@ -30,10 +30,9 @@ class PublishedEagle3(PublishedFamily):
     }
     speculators_architectures = frozenset({"Eagle3DraftModel", "Eagle3Speculator"})
     section = "eagle_config"
-    keys = frozenset((_IDS, "num_aux_hidden_states", "ttt_steps", *_NORM_FLAGS))
+    keys = frozenset((_IDS, "num_aux_hidden_states", "ttt_steps", "attention_bias", *_NORM_FLAGS))
     refused = {
-        "attention_bias": ((None, False), "biases in the attention projections"),
-        "mlp_bias": ((None, False), "biases in the MLP"),
+        "mlp_bias": ((None, False), "biases in the MLP, which vLLM's class of EAGLE-3 alone has"),
         "use_aux_hidden_state": ((None, True), "features of the last layer alone, as in EAGLE-1/2"),
         "parallel_drafting": ((None, False), _PEAGLE),
         "pard_token": ((None,), _PEAGLE),
@@ -78,6 +77,7 @@ class PublishedEagle3(PublishedFamily):
         return {
             "target_layer_ids": ids,
             **{key: integer(key, value, 1) for key, value in counts.items()},
+            "attention_bias": sections.flag("attention_bias") or False,
             **defaults,
             **{flag: stated for flag in _NORM_FLAGS if (stated := sections.flag(flag)) is not None},
         }

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Decode with an EAGLE-3 drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
+Decode with a published drafter: `target.generate(**inputs, custom_generate="ORG/DRAFTER", trust_remote_code=True)`.
 
 Takes every argument of `generate`, and `drafter` (folder or Hub id of another drafter than the one beside this file)
 and `num_drafts`. One sequence at a time. Every token is chosen by the target exactly as plain decoding chooses it, in
@@ -22,125 +22,21 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
-from torch.nn import functional
-from transformers import DynamicCache, LlamaConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .drafters import DRAFTERS, Drafter
 
 
 # Where the drafter lies if the call does not tell; filled in when it is published.
 DRAFTER = None
 
-_IDS = "eagle_aux_hidden_state_layer_ids"
-_LAYER = (
-    "input_layernorm hidden_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
-    "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-).split()
 # What `generate` prepares for a target that reads text alone.
 _PREPARED = {"attention_mask", "cache_position", "logits_to_keep", "position_ids", "use_cache"}
 # What transformers calls keys and values: until 5.23, and since. Whichever name `generate` uses, the target takes.
 _CACHE_NAMES = ("past_key_values", "cache")
 # (source, device, dtype) to (which files, drafter).
 _LOADED: dict[tuple, tuple] = {}
-
-
-class Drafter:
-    """
-    An EAGLE-3 drafter read from its published files, with the keys and values of the text so far.
-
-    Shape letters:  n = new positions, H = hidden size, F = width of the fused layers, d = head size
-    """
-
-    keys: Any = None
-    values: Any = None
-    last_state: Any = None
-
-    def __init__(
-        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-    ):
-        self.config, self.dtype = config, dtype
-        self.tensors = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
-        }
-        self.layer_ids = [int(i) for i in config["eagle_config"][_IDS]]
-        names = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "rope_parameters")
-        self.rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: config[name] for name in names})).to(device)
-
-    def for_new_text(self) -> "Drafter":
-        """Return a drafter with the same weights that has read nothing, so that threads stay apart."""
-        fresh = copy.copy(self)
-        fresh.keys = fresh.values = fresh.last_state = None
-        return fresh
-
-    def _norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        wide = states.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return self.tensors[f"{name}.weight"] * scaled.to(states.dtype)
-
-    def _linear(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(states, self.tensors[f"{name}.weight"])
-
-    def _heads(self, name: str, joined: torch.Tensor) -> torch.Tensor:
-        """Project `(1, n, 2H)` to `(1, heads, n, d)`."""
-        projected = self._linear(f"midlayer.self_attn.{name}_proj", joined)
-        return projected.unflatten(-1, (-1, self.config["head_dim"])).transpose(1, 2)
-
-    def _fuse(self, features: torch.Tensor) -> torch.Tensor:
-        if self.config.get("fc_norm"):
-            parts = features.chunk(len(self.layer_ids), dim=-1)
-            features = torch.cat([self._norm(f"fc_norm.{i}", part) for i, part in enumerate(parts)], dim=-1)
-        if self.config.get("norm_before_fc"):
-            features = self._norm("input_norm", features)
-        return self._linear("fc", features)
-
-    def _join(self, embeds: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        normed = self._norm("midlayer.input_layernorm", embeds), self._norm("midlayer.hidden_norm", states)
-        return torch.cat(normed, dim=-1)
-
-    def read(self, features: torch.Tensor, next_embeds: torch.Tensor) -> None:
-        """Append text: the target's features `(1, n, F)`, and the embedding `(1, n, H)` of the token behind each."""
-        states = self._fuse(features.to(self.dtype))
-        joined = self._join(next_embeds.to(self.dtype), states)
-        start = 0 if self.keys is None else self.keys.shape[2]
-        key, value = self._place(self._heads("k", joined), start), self._heads("v", joined)
-        self.keys = key if self.keys is None else torch.cat([self.keys, key], dim=2)
-        self.values = value if self.values is None else torch.cat([self.values, value], dim=2)
-        self.last_state = states[:, -1:]
-
-    def _place(self, states: torch.Tensor, start: int) -> torch.Tensor:
-        """Rotate `(1, heads, n, d)` states to the positions from `start` on."""
-        positions = torch.arange(start, start + states.shape[2], device=states.device)[None]
-        cos, sin = self.rotary(states, positions)
-        return apply_rotary_pos_emb(states, states, cos, sin)[0]
-
-    def draft(self, token: torch.Tensor, count: int, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Draft the `(1, count)` tokens behind the anchor `token` (`(1, 1)`), which the target has not read yet."""
-        state, keys, values, drafts = self.last_state, self.keys, self.values, []
-        position = keys.shape[2] - 1
-        for step in range(count):
-            joined = self._join(embed(token).to(self.dtype), state)
-            if step > 0:
-                # The first step's key is the text's last entry.
-                keys = torch.cat([keys, self._place(self._heads("k", joined), position + step)], dim=2)
-                values = torch.cat([values, self._heads("v", joined)], dim=2)
-            query = self._place(self._heads("q", joined), position + step)
-            mixed = functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-            attended = self._linear("midlayer.self_attn.o_proj", mixed.transpose(1, 2).flatten(2))
-            is_normed = self.config.get("norm_before_residual")
-            hidden = attended + (self._norm("midlayer.hidden_norm", state) if is_normed else state)
-            hidden = hidden + self._mlp(self._norm("midlayer.post_attention_layernorm", hidden))
-            normed = self._norm("norm", hidden)
-            token = self._linear("lm_head", normed)[:, -1].argmax(dim=-1, keepdim=True)
-            if "d2t" in self.tensors:
-                # The distance from a draft id to the target's.
-                token = token + self.tensors["d2t"][token]
-            drafts.append(token)
-            state = normed if self.config.get("norm_output") else hidden
-        return torch.cat([token[:, :0], *drafts], dim=1)
-
-    def _mlp(self, states: torch.Tensor) -> torch.Tensor:
-        gate = functional.silu(self._linear("midlayer.mlp.gate_proj", states))
-        return self._linear("midlayer.mlp.down_proj", gate * self._linear("midlayer.mlp.up_proj", states))
 
 
 def _file(source: str, name: str) -> Path:
@@ -159,31 +55,27 @@ def _file(source: str, name: str) -> Path:
         raise OSError(f"Could not get {name!r} of the drafter {source!r} from the Hub: {error} {way_out}") from error
 
 
-def _read(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read config and tensors, and refuse what is not the flat layout of an EAGLE-3 drafter."""
+def _read(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], type[Drafter]]:
+    """Read config and tensors, and find their class; refuse what is not the flat layout of a drafter known here."""
     config = json.loads(_file(source, "config.json").read_text("utf-8"))
-    if _IDS not in (config.get("eagle_config") or {}):
+    kind = DRAFTERS.get((config.get("architectures") or [""])[0])
+    if kind is None:
         raise ValueError(
-            f"{source!r} is no EAGLE-3 drafter in the flat layout: architectures {config.get('architectures')}, and "
-            "no `eagle_config`. Name a repository or folder that `trl-draft-opd export` made."
+            f"{source!r} is no drafter in the flat layout that can be read here: architectures "
+            f"{config.get('architectures')}, but known are {sorted(DRAFTERS)}. Name a repository or folder that "
+            "`trl-draft-opd export` made."
         )
     tensors = load_file(_file(source, "model.safetensors"))
-    # The embedding is the target's; the file holds a copy for engines that want one. `t2d` is read in training.
+    # The embedding is the target's; some files hold a copy for engines that want one. `t2d` is read in training.
     for name in ("embed_tokens.weight", "t2d"):
         tensors.pop(name, None)
-    wanted = {f"midlayer.{name}.weight" for name in _LAYER} | {"fc.weight", "norm.weight", "lm_head.weight"}
-    if config.get("fc_norm"):
-        wanted |= {f"fc_norm.{i}.weight" for i in range(len(config["eagle_config"][_IDS]))}
-    if config.get("norm_before_fc"):
-        wanted |= {"input_norm.weight"}
-    if config["draft_vocab_size"] != config["vocab_size"]:
-        wanted |= {"d2t"}
+    wanted = kind.names_in(config)
     if wanted != set(tensors):
         raise ValueError(
             f"The weights of {source!r} do not fit its config: missing {sorted(wanted - set(tensors))}, unexpected "
             f"{sorted(set(tensors) - wanted)}. Download or export it again."
         )
-    return config, tensors
+    return config, tensors, kind
 
 
 def _own_place() -> str | None:
@@ -209,15 +101,15 @@ def load_drafter(source: str | None, model: Any) -> Drafter:
     stamp = (weights.stat().st_ino, weights.stat().st_mtime_ns) if weights.is_file() else None
     key = (source, model.get_input_embeddings().weight.device, model.dtype)
     if key not in _LOADED or _LOADED[key][0] != stamp:
-        config, tensors = _read(source)
-        _check(config, model.config.get_text_config())
-        _LOADED[key] = (stamp, Drafter(config, tensors, *key[1:]))
+        config, tensors, kind = _read(source)
+        _check(config, kind.layer_ids_in(config), model.config.get_text_config())
+        _LOADED[key] = (stamp, kind(config, tensors, *key[1:]))
     drafter = _LOADED[key][1]
-    _check(drafter.config, model.config.get_text_config())
+    _check(drafter.config, drafter.layer_ids, model.config.get_text_config())
     return drafter
 
 
-def _check(drafter: dict[str, Any], target: Any) -> None:
+def _check(drafter: dict[str, Any], ids: list[int], target: Any) -> None:
     """Refuse a drafter of another target."""
     pairs = {
         "vocab_size": (drafter["vocab_size"], target.vocab_size),
@@ -225,7 +117,6 @@ def _check(drafter: dict[str, Any], target: Any) -> None:
         "num_target_layers": (drafter.get("num_target_layers") or target.num_hidden_layers, target.num_hidden_layers),
     }
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    ids = drafter["eagle_config"][_IDS]
     if max(ids) >= target.num_hidden_layers:
         wrong["layers read"] = (ids, target.num_hidden_layers)
     if wrong:
@@ -279,18 +170,19 @@ def generate(model: Any, drafter: str | None = None, num_drafts: int | None = No
     """
     if kwargs.get("assistant_model") is not None:
         raise ValueError(
-            "`assistant_model` has no part in EAGLE-3. Leave it out, or call `generate` without `custom_generate`."
+            "`assistant_model` has no part here. Leave it out, or call `generate` without `custom_generate`."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} has an encoder; EAGLE-3 drafts for decoders alone. Call plain `generate`."
+            f"{type(model).__name__} has an encoder; drafters are for decoders alone. Call plain `generate`."
         )
     if drafter is None:
         drafter = kwargs.pop("draft_model", None)
     loaded = load_drafter(drafter or _own_place(), model)
-    count = loaded.config.get("ttt_steps", 3) if num_drafts is None else num_drafts
-    if count < 1:
-        raise ValueError(f"`num_drafts` must be at least 1, got {count}.")
+    count = loaded.default_drafts if num_drafts is None else num_drafts
+    if count < 1 or (loaded.max_drafts is not None and count > loaded.max_drafts):
+        most = "" if loaded.max_drafts is None else f" and at most {loaded.max_drafts}, the drafter's block"
+        raise ValueError(f"`num_drafts` must be at least 1{most}, got {count}.")
     kwargs = _with_stop_strings(kwargs)
     # transformers hands a function no streamer.
     streamer = kwargs.get("streamer")
@@ -448,7 +340,21 @@ class _Decoding:
         # The target adds a token of its own to every block.
         room = self.count if self.config.max_length is None else self.config.max_length - ids.shape[1] - 1
         anchor = ids[:, -1:]
-        return torch.cat([anchor, self.drafter.draft(anchor, max(0, min(self.count, room)), self.embed)], dim=-1)
+        return torch.cat([anchor, self._propose(anchor, max(0, min(self.count, room)))], dim=-1)
+
+    def _propose(self, anchor: torch.Tensor, count: int) -> torch.Tensor:
+        return self.drafter.draft(anchor, count, self.embed, self._project) if count else anchor[:, :0]
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the target's logits of `hidden` as it computes them: some families scale or cap them."""
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        logits = head(hidden.to(head.weight.device, head.weight.dtype)).to(hidden.device)
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _keep(self, processed: torch.Tensor, row: torch.Tensor) -> None:
         if self.keeps_scores:
