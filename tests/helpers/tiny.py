@@ -94,7 +94,6 @@ _BLOCKS = {"mask_token_id": MASK, "num_hidden_layers": 2, "block_size": 5}
 # The class of each family, and settings of its tiny drafters: four drafts per block.
 _DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dflash": (DFlashDraftModel, _BLOCKS),
-    "dflash2": (DFlash2DraftModel, _BLOCKS | {"conv_group_size": 8, "selector_rank": 6, "selector_top_k": 6}),
     "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
     "dflash2": (DFlash2DraftModel, _BLOCKS | {"selector_rank": 8, "selector_top_k": 6}),
     "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
