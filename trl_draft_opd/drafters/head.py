@@ -133,7 +133,7 @@ class DraftingHead(PreTrainedModel):
 
     @property
     def num_logit_buffers(self) -> int:
-        """Tensors of logits that [`draft_logits`] holds at once: one product alone, or three with the sum of several."""
+        """Tensors of logits that [`draft_logits`] holds at once: one product, or three with the sum of several."""
         return 1 if len(self.head_parts) == 1 else 3
 
     @property
