@@ -203,14 +203,29 @@ def sglang_parameters(names: set[str]) -> set[str]:
     return filled
 
 
+PROJECTION = "kernel_projection.weight"
+
+
 def engine_parameters(config: dict) -> set[str]:
     """Return the parameters a drafter's class has in vLLM and SGLang: all of them must be filled."""
-    if config["architectures"][0] == "DFlashDraftModel":
+    is_reduced = config.get("draft_vocab_size", config["vocab_size"]) != config["vocab_size"]
+    if config["architectures"][0] != "LlamaForCausalLMEagle3":
+        nested = config["dflash_config"]
         parts = "input_layernorm post_attention_layernorm self_attn.qkv_proj self_attn.o_proj"
-        parts += " self_attn.q_norm self_attn.k_norm"
-        layers = range(config["num_hidden_layers"])
-        names = ["fc", "hidden_norm", "norm", *(f"layers.{i}.{part}" for i in layers for part in _with_mlp(parts))]
-        return {f"model.{name}.weight" for name in names}
+        parts = [f"{part}.weight" for part in _with_mlp(parts + " self_attn.q_norm self_attn.k_norm")]
+        if nested.get("attention_sink_bias"):
+            parts.append("self_attn.attention_sink_bias")
+        names = ["fc.weight", "hidden_norm.weight", "norm.weight"]
+        if "conv_kernel_size" in nested:
+            parts += [f"{part}_conv.{name}" for part in ("attention", "mlp") for name in ("base_kernel", PROJECTION)]
+            selector = ("predecessor_codebook", "successor_codebook", "hidden_projection.weight")
+            names += [f"candidate_selector.{name}" for name in selector]
+        if config.get("markov_rank"):
+            names += ["markov_head.markov_w1.weight", "markov_head.markov_w2.weight"]
+        if config.get("enable_confidence_head"):
+            names += ["confidence_head.proj.weight", "confidence_head.proj.bias"]
+        names += [f"layers.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts]
+        return {f"model.{name}" for name in names} | ({"lm_head.weight"} if is_reduced else set())
     parts = "input_layernorm hidden_norm post_attention_layernorm self_attn.qkv_proj self_attn.o_proj"
     names = ["fc", "norm", *(f"layers.0.{part}" for part in _with_mlp(parts))]
     if config["fc_norm"]:
