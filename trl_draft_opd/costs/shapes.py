@@ -145,7 +145,7 @@ class DrafterShape:
             width=config.block_size if is_dflash else config.ttt_steps,
             num_drafts=config.drafts_per_block if is_dflash else config.ttt_steps,
             num_norms=norms,
-            owns_head=config.owns_head,
+            owns_head=config.owns_head and config.trains_head,
             extra=config.exported.extra_parameters(config),
         )
 
