@@ -52,16 +52,23 @@ from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, Stre
 from trl_draft_opd.trainer.texts import join_responses
 
 
-VARIANTS = ("dflash", "eagle3", "eagle3-reduced")
+VARIANTS = ("dflash", "dspark", "eagle3", "eagle3-reduced")
 LINEAR = {"fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 HEAD = {"target_modules": [*LINEAR, "lm_head"]}
 # Which layers: all but the head, the head too, and layers trained as a whole, the head among them.
 CONFIGS = {
     "dflash": ({}, {"modules_to_save": ["fc", "norm"]}, {"use_dora": True}, {"modules_to_save": ["mlp"]}),
+    "dspark": ({}, {"target_modules": [*LINEAR, "markov_w2"]}, {"modules_to_save": ["markov_head"]}),
     "eagle3": ({}, HEAD, {"modules_to_save": ["lm_head", "mlp"]}, HEAD | {"use_dora": True, "use_rslora": True}),
     "eagle3-reduced": ({}, HEAD, {"modules_to_save": ["lm_head"]}),
 }
-RUNS = [("sft", "dflash", False), ("opd", "dflash", True), ("sft", "eagle3", True), ("opd", "eagle3", False)]
+RUNS = [
+    ("sft", "dflash", False),
+    ("opd", "dflash", True),
+    ("opd", "dspark", False),
+    ("sft", "eagle3", True),
+    ("opd", "eagle3", False),
+]
 CASES = [(variant, options) for variant in VARIANTS for options in CONFIGS[variant]]
 
 
@@ -280,7 +287,7 @@ def _without(name, part):
 @pytest.mark.parametrize("draft_sampling", ["greedy", "sample"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_replays_draft_with_the_adapter_and_without_its_dropout(target, bases, text, variant, draft_sampling):
-    heads = {} if variant == "dflash" else HEAD
+    heads = {"dflash": {}, "dspark": CONFIGS["dspark"][1]}.get(variant, HEAD)
     adapted = adapt(bases / variant, lora_dropout=0.6, **heads).train()
     distribution = {"draft_sampling": draft_sampling}
     if draft_sampling == "sample":

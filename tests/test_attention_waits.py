@@ -44,11 +44,13 @@ def draft(family, device, is_recomputed):
     starts = first.repeat_interleave(torch.tensor(LENGTHS))[None]
     anchors = (torch.arange(sum(LENGTHS))[None] != starts).nonzero()[:, 1][None]
     drafts = torch.randint(7, VOCAB, (1, anchors.shape[1], K), generator=generator)
+    with torch.no_grad():
+        width = run_blocks(drafter, features, ids, anchors, drafts, target.embed, starts).shape[-1]
     with pretend_accelerator() as counts:
         embedding = target.causal_lm.get_input_embeddings().to(device)
         drafter.to(device)
         inputs = [tensor.to(device) for tensor in (features, ids, anchors, drafts, starts)]
-        weight = torch.randn(*drafts.shape, drafter.config.hidden_size, generator=generator).to(device)
+        weight = torch.randn(*drafts.shape, width, generator=generator).to(device)
         counts.clear()
         hidden = run_blocks(drafter, *inputs[:4], embedding, inputs[4])
         (hidden * weight).sum().backward()

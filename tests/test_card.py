@@ -19,8 +19,8 @@ from trl_draft_opd.export.record import read_record
 from trl_draft_opd.export.serving import serving_settings
 
 
-FAMILIES = ("eagle3", "dflash")
-LAYOUTS = {"eagle3": ("flat", "speculators"), "dflash": ("flat", "speculators", "transformers")}
+FAMILIES = ("eagle3", "dflash", "dspark", "dflash2")
+LAYOUTS = dict.fromkeys(FAMILIES, ("flat", "speculators")) | {"dflash": ("flat", "speculators", "transformers")}
 UNKNOWN = ("Not measured yet.", "Not recorded.", "Not estimated", "Not compared with plain decoding yet.")
 
 
@@ -59,7 +59,9 @@ def test_the_metadata_is_what_the_hub_finds_drafters_by(card, family):
     data = card(family, license="mit").data
     assert (data.base_model, data.library_name, data.pipeline_tag) == ("org/target", "transformers", "text-generation")
     assert (data.license, data.datasets) == ("mit", ["org/data"])
-    wanted = {"speculative-decoding", family, "draft-model", "vllm", "sglang", "speculators", "custom_generate", "trl"}
+    wanted = {"speculative-decoding", family, "draft-model", "vllm", "speculators", "custom_generate", "trl"}
+    # SGLang takes every slot of a DSpark block for the next token's; these leave the anchor's alone.
+    wanted |= set() if family == "dspark" else {"sglang"}
     assert set(data.tags) == wanted | {"draft-opd"} | ({"transformers"} if family == "dflash" else set())
     assert "base_model_relation" not in data.to_dict()
 
@@ -72,10 +74,20 @@ def test_a_speculators_repository_says_so_in_its_metadata(card):
     assert "sglang.launch_server" not in written.text and "from_pretrained" not in written.text
 
 
+def test_a_card_tells_what_a_family_adds_and_how_well_its_confidence_is_calibrated(card):
+    plain_text = card("dspark").text
+    assert "| Markov head | rank 8 |" in plain_text and "A **DSpark** drafter" in plain_text
+    assert "arXiv:2607.05147" in plain_text and "**Confidence.**" not in plain_text
+    measured = replace(make_record().measurements[0], calibration_error=0.0312, brier_score=0.11)
+    text = card("dspark", record=make_record(family="dspark", measurements=[measured])).text
+    assert "expected calibration error 0.031, Brier score 0.110 on org/prompts:test at 0" in text
+    assert "| selector | rank 6, among the 6 likeliest tokens |" in card("dflash2").text
+
+
 def test_a_tag_goes_with_an_engine_that_can_load_it(card):
     written = card("dflash", architectures=["Qwen2ForCausalLM"])
     assert "sglang" not in written.data.tags and "sglang.launch_server" not in written.text
-    assert "hands out no layers to DFlash" in written.text
+    assert "hands out no layers to such drafters" in written.text
     assert "sglang" in card("eagle3", architectures=["Qwen2ForCausalLM"]).data.tags
 
 
@@ -155,7 +167,9 @@ def test_the_break_even_table_holds_measured_tau_and_every_batch(card):
 def test_papers_are_cited_for_the_family_alone(card, family):
     text = card(family).text
     assert "arXiv:2605.29343" in text
-    assert ("arXiv:2503.01840" in text, "arXiv:2602.06036" in text) == (family == "eagle3", family == "dflash")
+    papers = ("arXiv:2503.01840", "arXiv:2602.06036", "arXiv:2607.05147", "inco.ai/blog/dflash2")
+    cited = (family == "eagle3", family != "eagle3", family == "dspark", family == "dflash2")
+    assert tuple(paper in text for paper in papers) == cited
 
 
 # ---- nothing invented, nothing private ------------------------------------------------------------------------------

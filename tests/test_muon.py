@@ -41,10 +41,15 @@ def test_matrices_of_layers_are_muons_and_heads_norms_and_biases_are_not(target,
     drafter = make_drafter(family, target)
     names = dict(drafter.named_parameters())
     matrices = {name for name, parameter in names.items() if is_matrix(drafter, name, parameter)}
-    heads = {"eagle3": {"lm_head.weight"}, "dspark": {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}}
+    heads = {
+        "dflash2": {f"candidate_selector.{side}_codebook" for side in ("predecessor", "successor")},
+        "dspark": {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"},
+        "eagle3": {"lm_head.weight"},
+    }
     of_heads = heads.get(family, set()) | {"confidence_head.proj.weight"}
     assert heads.get(family, set()) <= names.keys()
-    assert matrices == {name for name in names if name.endswith("proj.weight") or name == "fc.weight"} - of_heads
+    endings = ("fc.weight", "proj.weight", "projection.weight")
+    assert matrices == {name for name in names if name.endswith(endings)} - of_heads
 
 
 def test_every_parameter_has_its_own_optimizer_rate_and_decay(tmp_path, target, rows):

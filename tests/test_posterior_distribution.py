@@ -22,7 +22,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from helpers import rollouts
 from helpers.rollouts import Options, decode
-from trl_draft_opd import DFlashDraftModel, DSparkDraftModel, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd import (
+    DFlash2DraftModel,
+    DFlashDraftModel,
+    DSparkDraftModel,
+    Eagle3DraftModel,
+    FrozenTarget,
+    SamplingSettings,
+)
 from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.rollout import acceptance as verification
 from trl_draft_opd.rollout import keyed_random, live, replay
@@ -172,16 +179,21 @@ class Case:
     num_drafts: int = 2
     max_completion_length: int = 3
     eos: int = 1
+    min_confidence: float | None = None
 
 
 def blocks_of(rollout, row: int, has_suffix: bool) -> tuple:
-    """Return a row's text and blocks; drafts behind the first refused slot only where both engines have them."""
+    """
+    Return a row's text and blocks; drafts behind the first refused slot only where both engines have them. Of blocks
+    of several lengths, the number of verified drafts comes last.
+    """
     blocks = []
     for number in range(int(rollout.num_rounds[row])):
         accepted, is_censored = int(rollout.accepted[row, number]), bool(rollout.is_censored[row, number])
         drafts = rollout.drafts[row, number].tolist()
         drafts = tuple(drafts if has_suffix else drafts[: accepted + (not is_censored)])
-        blocks.append((int(rollout.anchors[row, number]), accepted, is_censored, drafts))
+        block = (int(rollout.anchors[row, number]), accepted, is_censored, drafts)
+        blocks.append(block if rollout.verified is None else (*block, int(rollout.verified[row, number])))
     return tuple(rollout.responses()[row]), tuple(blocks)
 
 
@@ -195,6 +207,7 @@ def live_distribution(name: str) -> dict[tuple, float]:
         case.draft_sampling,
         max_completion_length=case.max_completion_length,
         eos_token_ids=[case.eos],
+        min_confidence=case.min_confidence,
     )
 
     def run(prompts, tapes):
@@ -220,9 +233,10 @@ def replay_distributions(case: Case, texts: list[tuple[int, ...]]) -> list[dict[
         case.num_drafts,
         case.sampling,
         case.draft_sampling,
-        case.has_suffix,
+        case.has_suffix and case.min_confidence is None,
         segment_length=case.segment_length,
         chunk_bytes=10_000,
+        min_confidence=case.min_confidence,
     )
 
     def run(responses, tapes):
@@ -309,8 +323,18 @@ def make_dspark(target: FrozenTarget, **options) -> DSparkDraftModel:
     return drafter
 
 
+def make_dflash2(target: FrozenTarget, **options) -> DFlash2DraftModel:
+    """Return a DFlash 2 drafter that never drafts one of the tokens, and whose choice follows the one before."""
+    sizes = {"conv_group_size": 1, "selector_rank": 3, "selector_top_k": target.vocab_size - 1}
+    drafter = DFlash2DraftModel.from_target(target, **options, **sizes)
+    for parameter in drafter.candidate_selector.parameters():
+        nn.init.normal_(parameter)
+    return drafter
+
+
 WHOLE_BLOCKS = {
     "dflash": DFlashDraftModel.from_target,
+    "dflash2": make_dflash2,
     "dspark": functools.partial(make_dspark, sample_from_anchor=False),
     "dspark-anchor": functools.partial(make_dspark, sample_from_anchor=True),
 }
@@ -358,6 +382,10 @@ CASES = {
     "dflash-filtered": lambda: Case(*make_pair("dflash", 4), FILTERED, segment_length=1, eos=2),
     "dspark": lambda: Case(*make_pair("dspark", 3), WARM),
     "dspark-anchor": lambda: Case(*make_pair("dspark-anchor", 3), WARM),
+    "dflash2": lambda: Case(*make_pair("dflash2", 3), WARM, eos=0),
+    "dflash2-filtered": lambda: Case(*make_pair("dflash2", 4), FILTERED, segment_length=1, eos=2),
+    "dflash2-no-suffix": lambda: Case(*make_pair("dflash2", 3), WARM, eos=0, has_suffix=False),
+    "dflash2-argmax": lambda: Case(*make_pair("dflash2", 4), WARM, draft_sampling="greedy", eos=2),
     "dspark-filtered": lambda: Case(*make_pair("dspark", 4, seed=23), FILTERED, segment_length=1, eos=2),
     "dspark-reduced": lambda: Case(*make_pair("dspark", 4, seed=35, draft_ids=(0, 1, 3)), FILTERED, eos=3),
     "dspark-no-suffix": lambda: Case(*make_pair("dspark", 3), WARM, has_suffix=False),
@@ -465,6 +493,7 @@ def test_a_suffix_that_follows_the_text_and_not_the_refused_draft_is_found(monke
     monkeypatch.setattr(replay.ReplayWalk, "_draft_suffixes", follow_text)
     assert_found("eagle3")
     assert_found("dspark")
+    assert_found("dflash2")
     # A parallel drafter's slots do not read its drafts.
     assert total_variation(live_distribution("dflash"), replayed_distribution("dflash")) <= 1e-12
 

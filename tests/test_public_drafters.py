@@ -84,7 +84,10 @@ def test_a_public_drafter_is_exported_tensor_by_tensor(tmp_path, target, layout)
     result = export_drafter(public, tmp_path / "out", target=whole)
     assert "flat" in result.layouts
     for folder in result.layouts.values():
-        assert_same(AutoDrafter.from_pretrained(folder), public)
+        again = AutoDrafter.from_pretrained(folder)
+        # The speculators format leaves the ends of texts to the target.
+        again.config.eos_token_id = public.config.eos_token_id
+        assert_same(again, public)
         assert check_folder(folder, whole) == []
     # Its publisher's own names, where the flat layout has them too.
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -264,6 +264,19 @@ def test_a_norm_flag_is_read_as_written(flag):
         kwargs_of(EAGLE3 | {flag: "yes"})
 
 
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        (EAGLE3, "attention_bias"),
+        (SPECULATORS_EAGLE3, "transformer_layer_config.attention_bias"),
+        (DFLASH, "attention_bias"),
+    ],
+)
+def test_biases_of_attention_are_read_in_every_layout(raw, path):
+    assert kwargs_of(changed(raw, path, True))["attention_bias"] is True
+    assert not kwargs_of(changed(raw, path, False)).get("attention_bias")
+
+
 def test_a_draft_vocabulary_of_null_is_the_full_one():
     for raw in (EAGLE3 | {"draft_vocab_size": None}, changed(EAGLE3, "draft_vocab_size", ...)):
         config = Eagle3DraftConfig.from_dict(raw)
@@ -301,7 +314,6 @@ def test_sizes_that_are_not_written_are_those_of_the_transformers_class():
 
 REFUSALS = [
     (EAGLE3, "num_hidden_layers", 2, "num_hidden_layers=2: an EAGLE-3 drafter with more than one layer"),
-    (EAGLE3, "attention_bias", True, "attention_bias=True: biases"),
     (EAGLE3, "mlp_bias", True, "mlp_bias=True: biases"),
     (EAGLE3, "target_hidden_size", 32, "target_hidden_size=32 and hidden_size=16"),
     (EAGLE3, "quantization_config", {"quant_method": "fp8"}, "quantised weights"),
@@ -327,7 +339,6 @@ REFUSALS = [
     (SPECULATORS_EAGLE3, "transformer_layer_config.model_type", "qwen3", "query and key norms"),
     (SPECULATORS_EAGLE3, "transformer_layer_config.model_type", "gpt_oss", "neither llama nor qwen3"),
     (SPECULATORS_EAGLE3, "transformer_layer_config.num_hidden_layers", 3, "num_hidden_layers=3"),
-    (SPECULATORS_EAGLE3, "transformer_layer_config.attention_bias", True, "attention_bias=True"),
     (SPECULATORS_EAGLE3, "embed_requires_grad", True, "a trained embedding of its own"),
     (SPECULATORS_EAGLE3, "speculators_model_type", "peagle", "'peagle' is not supported: P-EAGLE"),
     (SPECULATORS_EAGLE3, "speculators_model_type", "mtp", "speculators format: 'mtp'"),

@@ -68,7 +68,7 @@ def test_eagles_own_forward_drafts_what_we_draft(exports, target, variant):
     # The second slot and those behind it read the state that was fed back.
     torch.testing.assert_close(ours, torch.stack(logits), atol=1e-4, rtol=1e-4)
     assert drafter.to_target_ids(ours.argmax(-1)).tolist() == drafts
-    assert len(set(drafts)) > 1
+    assert not torch.allclose(logits[0], logits[1], atol=1e-2)
 
 
 def test_zlabs_own_forward_gives_the_states_we_draft_from(exports, target):
@@ -88,13 +88,13 @@ def test_zlabs_own_forward_gives_the_states_we_draft_from(exports, target):
 @pytest.mark.parametrize("layout", ["flat", "speculators", "transformers"])
 def test_engines_fill_every_parameter_from_the_names_in_the_file(exports, variant, layout):
     if layout not in exports[variant]:
-        assert (variant[:6], layout) == ("eagle3", "transformers")
+        assert layout in VARIANTS[variant][2]
         return
     config = json.loads((exports[variant]["flat"] / "config.json").read_text())
     names = set(load_file(exports[variant][layout] / "model.safetensors"))
     wanted, embedding = engine_parameters(config), {"model.embed_tokens.weight"}
     allowed = wanted | (embedding if "eagle3" in variant else set())
-    is_reduced = variant == "eagle3-reduced"
+    is_reduced = variant.endswith("-reduced")
     assert vllm_parameters(names, config) == allowed | ({"draft_id_to_target_id"} if is_reduced else set())
     if layout == "flat":
         assert sglang_parameters(names) == allowed

@@ -12,22 +12,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_export import VARIANTS, make_variant
 from test_record import make_record
 
 from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
-from trl_draft_opd import DFlashDraftConfig, Eagle3DraftConfig, build_draft_vocabulary
+from trl_draft_opd import DFlash2DraftConfig, DFlashDraftConfig, DSparkDraftConfig, Eagle3DraftConfig
 from trl_draft_opd.export import Publication, TargetOfExport, costs, export_drafter
 from trl_draft_opd.export.costs import BATCH_SIZES, break_even, drafter_parameters, drafter_reads
 from trl_draft_opd.export.serving import readers, serving_settings
 
 
-FAMILIES = ("eagle3", "dflash")
-# Two families small enough to count by hand; each reads 156 or 160 parameters per block of two drafts.
+METHODS = {
+    "eagle3": ("eagle3", "EAGLE3"),
+    "dflash": ("dflash", "DFLASH"),
+    "dspark": ("dspark", "DSPARK"),
+    # vLLM and SGLang know it by its class.
+    "dflash2": ("dflash", "DFLASH"),
+}
+FAMILIES = tuple(METHODS)
+# Families small enough to count by hand; the first two read 156 or 160 parameters per block of two drafts.
 SHAPE = {"hidden_size": 2, "target_hidden_size": 2, "intermediate_size": 4, "head_dim": 2, "num_attention_heads": 1}
 SHAPE |= {"num_key_value_heads": 1, "max_position_embeddings": 256}
+BLOCK = {"block_size": 3, "num_hidden_layers": 1, "vocab_size": 56, "target_layer_ids": [1, 3]}
 BY_HAND = {
     "eagle3": Eagle3DraftConfig(**SHAPE, ttt_steps=2, vocab_size=56, draft_vocab_size=10, target_layer_ids=[1, 3, 4]),
-    "dflash": DFlashDraftConfig(**SHAPE, block_size=3, num_hidden_layers=1, vocab_size=56, target_layer_ids=[1, 3]),
+    "dflash": DFlashDraftConfig(**SHAPE, **BLOCK),
+    "dspark": DSparkDraftConfig(**SHAPE, **BLOCK, sample_from_anchor=False, markov_rank=3),
+    "dflash2": DFlash2DraftConfig(**SHAPE, **BLOCK, conv_group_size=1, selector_rank=3),
 }
 
 
@@ -68,7 +79,7 @@ def test_the_vllm_command_survives_a_shell_and_names_the_right_number(target, fa
     assert options.speculative_config == settings["vllm"]["speculative_config"]
     # The drafters of `tiny` have four drafts: four steps, or a block of five.
     assert options.speculative_config == {
-        "method": family,
+        "method": METHODS[family][0],
         "model": f"org/tiny-{family}",
         "num_speculative_tokens": 4,
     }
@@ -85,7 +96,7 @@ def test_the_sglang_command_counts_steps_and_drafts_as_sglang_does(target, famil
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     options = parser.parse_args(words[3:])
     assert (options.model_path, options.speculative_draft_model_path) == ("org/target", f"org/tiny-{family}")
-    assert options.speculative_algorithm == {"eagle3": "EAGLE3", "dflash": "DFLASH"}[family]
+    assert options.speculative_algorithm == METHODS[family][1]
     # DFlash counts the anchor into its block; EAGLE's chain of four steps makes five tokens to verify.
     assert options.speculative_num_draft_tokens == 5
     chain = (options.speculative_num_steps, options.speculative_eagle_topk)
@@ -93,7 +104,8 @@ def test_the_sglang_command_counts_steps_and_drafts_as_sglang_does(target, famil
 
 
 def test_unknown_names_are_placeholders_that_say_so(target):
-    for family, name in (("eagle3", "ORG/NAME-EAGLE3"), ("dflash", "ORG/NAME-DFlash")):
+    for family, word in (("eagle3", "EAGLE3"), ("dflash", "DFlash"), ("dspark", "DSpark"), ("dflash2", "DFlash2")):
+        name = f"ORG/NAME-{word}"
         settings = settings_of(family, target, repo_id=None, target=TargetOfExport())
         assert settings["repository"] is None and settings["target"] is None
         assert settings["vllm"]["speculative_config"]["model"] == name
@@ -143,8 +155,9 @@ def test_the_snippet_carries_the_thinking_mode_of_training(target):
 
 
 def test_a_layout_that_is_absent_gives_no_snippet(target):
-    assert settings_of("dflash", target, layouts=("flat",))["transformers"] is None
-    assert settings_of("eagle3", target, layouts=("flat",))["transformers"] is not None
+    assert settings_of("dflash", target, layouts=("speculators",))["transformers"] is None
+    assert "custom_generate" in settings_of("dflash", target, layouts=("flat",))["transformers"]
+    assert "custom_generate" in settings_of("eagle3", target, layouts=("flat",))["transformers"]
     root = settings_of("dflash", target, layouts=("transformers",))["transformers"]
     assert "subfolder" not in root and 'from_pretrained("org/tiny-dflash", dtype' in root
 
@@ -171,11 +184,89 @@ def test_the_dflash_snippet_runs_and_writes_the_targets_own_text(tmp_path):
 # ---- who can load it ------------------------------------------------------------------------------------------------
 
 
-def test_every_reader_loads_a_plain_drafter(target):
-    for family in FAMILIES:
-        verdicts = readers_of(family, target)
-        assert len(verdicts) == 6
-        assert all(verdict.startswith("yes") for verdict in verdicts.values()), verdicts
+# Per family, who cannot read what its `from_target` makes.
+NOT_READ = {
+    "eagle3": set(),
+    "dflash": set(),
+    "dspark": {"SGLang", "DeepSpec's code", "transformers (assistant_model)"},
+    "dflash2": {"llama.cpp's converter", "transformers (assistant_model)"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_reader_loads_a_plain_drafter(target, family):
+    verdicts = readers_of(
+        family, target, layouts=("flat", "speculators", "transformers")[: 3 - bool(NOT_READ[family])]
+    )
+    assert {name for name, verdict in verdicts.items() if verdict.startswith("no")} == NOT_READ[family], verdicts
+    assert {"vLLM", "SGLang", "speculators", "transformers (custom_generate)"} <= set(verdicts)
+    # What needs vLLM's V2 runner says so.
+    assert ("on a GPU" in verdicts["vLLM"]) == (family in ("dspark", "dflash2"))
+
+
+def verdicts_of_variant(variant, target, architectures=(), layouts=("flat", "speculators")):
+    described = TargetOfExport("org/target", SimpleNamespace(architectures=architectures))
+    drafter = make_variant(variant, target)
+    return readers(Publication.of(drafter, target=described, repo_id="org/x", layouts=layouts))
+
+
+@pytest.mark.parametrize(
+    ("variant", "reader", "reason"),
+    [
+        # vllm/v1/worker/gpu/spec_decode/dflash/speculator.py refuses it; as DSpark without a Markov head it is served.
+        ("dflash-anchor", "vLLM", "no draft from the anchor's slot"),
+        ("dflash-anchor", "SGLang", "no draft from the anchor's slot"),
+        ("dflash-reduced", "SGLang", "through the target's head alone"),
+        ("dflash-sinks", "SGLang", "neither sinks nor a scale"),
+        ("dflash-windows", "speculators", "from the anchor"),
+        ("dflash-causal", "transformers (assistant_model)", "cannot express causal blocks"),
+        ("dspark", "SGLang", "one place early"),
+        ("dspark-bare", "SGLang", "without a Markov head"),
+        ("dspark-bare", "llama.cpp's converter", "by its Markov head"),
+        ("dspark-sliding", "llama.cpp's converter", "confidence head"),
+        ("dspark-anchor", "transformers (assistant_model)", "cannot express what DSpark adds"),
+        ("dflash2", "transformers (assistant_model)", "cannot express what DFlash 2 adds"),
+    ],
+)
+def test_a_variant_is_not_offered_to_who_cannot_express_it(target, variant, reader, reason):
+    verdict = verdicts_of_variant(variant, target)[reader]
+    assert verdict.startswith("no: ") and reason in verdict
+
+
+@pytest.mark.parametrize("variant", ["dspark-anchor", "dflash-mixed", "dflash2-sliding", "dspark-reduced"])
+def test_vllm_serves_the_variants_it_has_a_class_for(target, variant):
+    verdicts = verdicts_of_variant(variant, target)
+    assert verdicts["vLLM"].startswith("yes") and "on a GPU: its V2 runner alone" in verdicts["vLLM"]
+    assert variant != "dspark-anchor" or verdicts["SGLang"] == "yes"
+
+
+@pytest.mark.parametrize("architecture", ["DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration"])
+def test_layers_that_sglang_would_read_one_too_early_are_named(target, architecture):
+    def verdict(ids, family="eagle3"):
+        return readers_of(family, target, architectures=[architecture], changes={"target_layer_ids": ids})["SGLang"]
+
+    assert verdict([1, 3, 4]) == "yes"
+    assert verdict([2, 3, 4]).startswith(f"no: its class for {architecture} takes layer ids whose first is not 1")
+    assert verdict([2, 3, 4], "dflash") == "yes"
+
+
+def test_settings_say_how_drafts_are_sampled_where_it_was_trained_with_drawn_ones(target):
+    def method(**settings):
+        record = make_record()
+        stage = replace(record.stages[0], settings=record.stages[0].settings | settings)
+        found = settings_of("eagle3", target, record=replace(record, stages=[stage]))["vllm"]
+        assert json.dumps(found["speculative_config"]) in found["command"]
+        return found["speculative_config"].get("draft_sample_method", "greedy")
+
+    assert method() == method(draft_sampling="greedy", temperature=1.0) == "greedy"
+    # At temperature 0 nothing was drawn.
+    assert method(draft_sampling="sample", temperature=0.0) == "greedy"
+    assert method(draft_sampling="sample", temperature=1.0) == "probabilistic"
+    # The root of a speculators repository has no place for it, so the command says it.
+    stage = replace(make_record().stages[0], settings={"draft_sampling": "sample", "temperature": 1.0})
+    record = replace(make_record(), stages=[stage])
+    command = settings_of("eagle3", target, record=record, layouts=("speculators",))["vllm"]["command"]
+    assert "probabilistic" in command and "org/target" in command
 
 
 @pytest.mark.parametrize(
@@ -217,13 +308,9 @@ def test_an_absent_layout_is_not_offered_to_its_readers(target):
 # ---- sizes and break-even -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "eagle3-fc_norm", "eagle3-reduced", "dflash"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_counted_from_the_config_are_the_drafters_own(target, variant):
-    family, _, kind = variant.partition("-")
-    options = {"fc_norm": True} if kind == "fc_norm" else {}
-    if kind == "reduced":
-        options = {"draft_vocabulary": build_draft_vocabulary(torch.arange(1, 65), 24, target.eos_token_ids)}
-    drafter = make_drafter(family, target, **options)
+    drafter = make_variant(variant, target)
     assert drafter_parameters(drafter.config) == sum(parameter.numel() for parameter in drafter.parameters())
 
 
@@ -233,6 +320,11 @@ def test_what_a_block_reads_is_counted_by_hand():
     assert drafter_reads(BY_HAND["eagle3"], 1) == 12 + 72
     # DFlash: fc 2*2*2; one layer: q, k, v 2*6, o 4, mlp 24; the target's head 2*56.
     assert drafter_reads(BY_HAND["dflash"], 2) == 8 + (12 + 4 + 24) + 112 == 160
+    # DSpark: the second factor of its Markov head, 56*3, once per draft.
+    assert drafter_reads(BY_HAND["dspark"], 2) == 160 + 2 * 168
+    # DFlash 2: two convolutions of the one layer, each 2*2 kernels of width 2 and their projection 2*(2*2*2); the
+    # selector's projection 2*3.
+    assert drafter_reads(BY_HAND["dflash2"], 2) == 160 + 2 * (8 + 16) + 6
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from trl_draft_opd.trainer.texts import text_of_rollout
 
 
 NUM_DRAFTS = 4
-CASES = ["dflash", "eagle3", "reduced"]
+CASES = [*FAMILIES, "reduced"]
 
 
 def streams(accepted="forward_kl", rejected="reverse_kl", weights=(1.0, 1.0), decay=0.5):
@@ -58,11 +58,14 @@ def make_pair(case, dtype):
         is_known = torch.tensor([i % 3 != 0 for i in range(VOCAB)])
         ids = is_known.nonzero()[:, 0]
         options["draft_vocabulary"] = DraftVocabulary(d2t=ids - torch.arange(len(ids)), t2d=is_known, coverage=1.0)
-    drafter = make_drafter("dflash" if case == "dflash" else "eagle3", target, **options).to(dtype)
+    if case == "dspark":
+        # Its loss is not this method's, see test_confidence_step.py.
+        options |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    drafter = make_drafter("eagle3" if case == "reduced" else case, target, **options).to(dtype)
     # Random drafters start with small projections: losses need something to differ by.
     with torch.no_grad():
-        for parameter in drafter.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in drafter.named_parameters():
+            if parameter.dim() == 2 and not any(part in name for part in ("markov", "selector", "_conv")):
                 parameter.mul_(5)
     return target, drafter
 
@@ -96,12 +99,33 @@ def run(target, drafter, rollout, anchors, settings, sums=None, chunk_bytes=2**2
     return total, {name: p.grad.clone() for name, p in drafter.named_parameters()}
 
 
-def slot_logits(target, drafter, ids, anchor, drafts):
-    """Logits of the drafter for every slot of one block, from the text up to its anchor alone."""
+def slot_states(target, drafter, ids, anchor, drafts):
+    """States of every slot of one block, from the text up to its anchor alone."""
     text = torch.tensor([ids[: anchor + 1]])
     features = target.read_text(text, torch.ones_like(text), drafter.config.target_layer_ids).padded().features
-    hidden = run_blocks(drafter, features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
-    return drafter.lm_head(hidden) if drafter.config.owns_head else target.causal_lm.get_output_embeddings()(hidden)
+    return run_blocks(drafter, features, text, torch.tensor([[anchor]]), drafts[None, None], target.embed)[0, 0]
+
+
+def slot_logits(target, drafter, hidden):
+    """Logits of the drafter's head for states of slots."""
+    if drafter.candidates is None:
+        return drafter.draft_logits(hidden, target.project)
+    return target.project(hidden[..., : drafter.config.hidden_size])
+
+
+def compared(target, drafter, hidden, teaching):
+    """
+    What is compared at a slot: the target's logits with those of the drafter's head; and where a selector chooses
+    among the likeliest tokens, the same over these, with the target's own choice in the place of the last if need be.
+    """
+    logits = slot_logits(target, drafter, hidden)
+    if drafter.candidates is None:
+        return [(teaching, logits)]
+    wanted, ids = int(teaching.argmax()), logits.sort(descending=True).indices[: drafter.candidates.top_k].tolist()
+    ids = ids if wanted in ids else [*ids[:-1], wanted]
+    context = hidden[drafter.config.hidden_size :]
+    scores = torch.stack([logits[token] + drafter.candidates.rows[token] @ context for token in ids])
+    return [(teaching, logits), (teaching[ids], scores)]
 
 
 def target_logits(target, ids, anchor, drafts, slot):
@@ -119,17 +143,18 @@ def reference(target, drafter, rollout, anchors, decay=0.5, weights=(1.0, 1.0)):
     for row, block in anchors.anchors.ge(0).nonzero().tolist():
         ids = rollout.input_ids[row].tolist()
         anchor, drafts = int(anchors.anchors[row, block]), anchors.drafts[row, block]
-        own = slot_logits(target, drafter, ids, anchor, drafts)
+        own = slot_states(target, drafter, ids, anchor, drafts)
         for slot in range(1, NUM_DRAFTS + 1):
             at = (row, block, slot - 1)
             teaching = target_logits(target, ids, anchor, drafts, slot)
             if drafter.draft_token_ids is not None:
                 teaching = teaching[drafter.draft_token_ids]
-            p, q = teaching.log_softmax(-1), own[slot - 1].log_softmax(-1)
+            pairs = compared(target, drafter, own[slot - 1], teaching)
+            pairs = [(p.log_softmax(-1), q.log_softmax(-1)) for p, q in pairs]
             if anchors.is_accepted[at]:
-                accepted.append((p.exp() * (p - q)).sum())
+                accepted.append(sum((p.exp() * (p - q)).sum() for p, q in pairs))
             if anchors.is_rejected[at]:
-                rejected.append(decay ** (slot - 1) * (q.exp() * (q - p)).sum())
+                rejected.append(decay ** (slot - 1) * sum((q.exp() * (q - p)).sum() for p, q in pairs))
                 rejected_weights.append(decay ** (slot - 1))
     zero = torch.zeros((), dtype=drafter.dtype, requires_grad=True)
     mean_accepted = torch.stack(accepted).mean() if accepted else zero
@@ -179,7 +204,9 @@ def test_loss_and_gradients_are_the_methods_in_float32(monkeypatch, case):
     rollout = roll_out(monkeypatch, target, drafter)
     anchors = replay(rollout)
     actual = run(target, drafter, rollout, anchors, streams(decay=0.8))
-    assert_close(actual, reference(target, drafter, rollout, anchors, decay=0.8), 1e-5)
+    # Scores of few candidates are steeper.
+    tolerance = 1e-4 if case == "dflash2" else 1e-5
+    assert_close(actual, reference(target, drafter, rollout, anchors, decay=0.8), tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +216,7 @@ def test_the_states_that_are_trained_are_the_states_that_drafted(family, num_dra
     rollout = decode(target, drafter, make_prompts(3), Options(num_drafts, max_completion_length=16))
     reading = target.read_text(rollout.input_ids, rollout.attention_mask, drafter.config.target_layer_ids).padded()
     hidden = run_blocks(drafter, reading.features, rollout.input_ids, rollout.anchors, rollout.drafts, target.embed)
-    logits = drafter.lm_head(hidden) if drafter.config.owns_head else target.project(hidden)
+    logits = drafter.draft_logits(hidden, target.project)
     assert torch.equal(logits.argmax(-1)[rollout.is_block], rollout.drafts[rollout.is_block])
 
 
@@ -207,7 +234,8 @@ def test_supervised_anchors_give_the_mean_forward_kl(exact_norms):
     losses = []
     for row, block, slot in anchors.is_accepted.nonzero().tolist():
         anchor = int(anchors.anchors[row, block])
-        q = slot_logits(target, drafter, ids[row].tolist(), anchor, anchors.drafts[row, block])[slot].log_softmax(-1)
+        own = slot_states(target, drafter, ids[row].tolist(), anchor, anchors.drafts[row, block])
+        q = slot_logits(target, drafter, own[slot]).log_softmax(-1)
         p = target.causal_lm(input_ids=ids[row : row + 1, : anchor + slot + 1]).logits[0, -1].log_softmax(-1)
         losses.append(float((p.exp() * (p - q)).sum()))
     assert float(result.loss) == pytest.approx(sum(losses) / len(losses), abs=1e-10)
@@ -294,7 +322,8 @@ def test_cross_entropy_leaves_out_tokens_the_draft_vocabulary_lacks(monkeypatch,
         assert bool(weights[row, block, slot]) == (label in known)
         if label in known:
             anchor, drafts = int(anchors.anchors[row, block]), anchors.drafts[row, block]
-            own = slot_logits(target, drafter, rollout.input_ids[row].tolist(), anchor, drafts)[slot]
+            states = slot_states(target, drafter, rollout.input_ids[row].tolist(), anchor, drafts)
+            own = slot_logits(target, drafter, states)[slot]
             losses.append(-float(own.log_softmax(-1)[known.index(label)]))
     assert 0 < len(losses) < int(anchors.is_accepted.sum())
     loss, _ = run(target, drafter, rollout, anchors, settings)
@@ -316,7 +345,7 @@ def test_cross_entropy_behind_a_rejection_learns_what_the_target_would_say_there
             # No text stands there: what the target would choose of what the drafter can say.
             label = known[int(target_logits(target, ids, anchor, drafts, slot + 1)[known].argmax())]
         if label in known:
-            own = slot_logits(target, drafter, ids, anchor, drafts)[slot]
+            own = slot_logits(target, drafter, slot_states(target, drafter, ids, anchor, drafts))[slot]
             total = total - 0.5**slot * own.log_softmax(-1)[known.index(label)]
             weight_sum += 0.5**slot
     assert kinds == {"a branch", "a known token", "a lost token"}

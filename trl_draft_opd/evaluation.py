@@ -8,6 +8,7 @@ where its cache cannot be rolled back.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from .drafters.base import Drafter
 from .losses import default_chunk_bytes
 from .responses import generate_responses
 from .rollout.acceptance import SamplingSettings
+from .rollout.calibration import Calibration
 from .rollout.counts import Counts, describe_tau, interval, resampled_taus
 from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
@@ -52,6 +54,10 @@ class EvaluationReport:
         temperature (`float`): Of the target.
         accepted_sums (`list[int]`), block_counts (`list[int]`):
             Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
+        drafts_per_block (`float`), kept_share (`float`):
+            Drafts that the target verified per counted block, and which share of them it kept.
+        min_confidence (`float` or `None`): As it was given.
+        calibration (`dict` or `None`): See [`Calibration.report`]; `None` for a drafter without a confidence head.
         is_replay (`bool`): Whether the blocks were found along responses, and none was decoded live.
     """
 
@@ -71,6 +77,10 @@ class EvaluationReport:
     temperature: float
     accepted_sums: list[int]
     block_counts: list[int]
+    drafts_per_block: float | None = None
+    kept_share: float | None = None
+    min_confidence: float | None = None
+    calibration: dict[str, Any] | None = None
     is_replay: bool = False
 
     def to_dict(self) -> dict:
@@ -83,6 +93,14 @@ class EvaluationReport:
         table.add_row("tau (accepted length, with bonus)", describe_tau(self.tau, self.tau_low, self.tau_high))
         table.add_row("acceptance per slot", " ".join(f"{rate:.2f}" for rate in self.acceptance_per_slot))
         table.add_row("tokens per target forward", f"{self.tokens_per_target_forward:.3f}")
+        if self.drafts_per_block is not None and self.kept_share is not None:
+            verified = f"{self.drafts_per_block:.2f} of {self.num_drafts}, {self.kept_share:.1%}"
+            table.add_row("drafts verified per block, share kept", verified)
+        if self.calibration is not None:
+            confident, kept = self.calibration["mean_confidence"], self.calibration["mean_kept"]
+            table.add_row("confidence, drafts kept where reached", f"{confident:.3f}, {kept:.3f}")
+            errors = f"{self.calibration['error']:.3f}, {self.calibration['brier']:.3f}"
+            table.add_row("expected calibration error, Brier score", errors)
         if self.speedup is not None:
             table.add_row(f"speed against plain decoding (batch {self.batch_size})", f"{self.speedup:.2f}x")
         if self.num_different is not None:
@@ -143,6 +161,7 @@ def evaluate_drafter(
     max_completion_length: int | None = None,
     sampling: SamplingSettings | None = None,
     draft_sampling: str = "greedy",
+    min_confidence: float | None = None,
     batch_size: int = 1,
     ignore_eos: bool = False,
     compare_with_target: bool = True,
@@ -163,6 +182,9 @@ def evaluate_drafter(
             Longest response; 256 by default, or half of what the prompts leave of the target's positions.
         sampling ([`SamplingSettings`], *optional*): Greedy by default.
         draft_sampling (`str`, *optional*, defaults to `"greedy"`): See [`DraftOPDConfig`].
+        min_confidence (`float`, *optional*):
+            Verify a block only as far as the running product of the drafter's confidences is at least this, in (0, 1],
+            see [`mark_verified`]. Whole blocks by default; the text is the target's either way.
         batch_size (`int`, *optional*, defaults to 1): Prompts decoded together.
         ignore_eos (`bool`, *optional*, defaults to `False`):
             Decode exactly `max_completion_length` tokens, to compare with an engine that counts past the end of a
@@ -181,9 +203,9 @@ def evaluate_drafter(
         [`EvaluationReport`]
 
     Raises:
-        ValueError: If there is no prompt, the longest one leaves no room in the target's positions, no response is
-            long enough to hold a whole block, there is not one response per prompt, or `ignore_eos` is asked of a
-            replay.
+        ValueError: If `min_confidence` is given for a drafter without a confidence head, there is no prompt, the
+            longest one leaves no room in the target's positions, no response is long enough to hold a whole block,
+            there is not one response per prompt, or `ignore_eos` is asked of a replay.
     """
     sampling = sampling or SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
     is_replay = responses is not None or target.rollback_reason is not None
@@ -203,7 +225,15 @@ def evaluate_drafter(
         num_drafts=num_drafts,
         defaults=EVALUATION_LENGTHS,
     ).completion
-    settings = DraftingSettings(num_drafts, sampling, draft_sampling, keep_branch_hidden=False)
+    config: Any = drafter.config
+    settings = DraftingSettings(
+        num_drafts,
+        sampling,
+        draft_sampling,
+        keep_branch_hidden=False,
+        min_confidence=min_confidence,
+        keep_confidences=config.has_confidence_head,
+    )
     eos_token_ids = [] if ignore_eos else target.eos_token_ids
     if is_replay and responses is None:
         responses = generate_responses(
@@ -279,6 +309,7 @@ class _Decoded:
     """What was decoded and counted so far."""
 
     counts: Counts = field(default_factory=Counts)
+    calibration: Calibration | None = None
     num_tokens: int = 0
     num_passes: int = 0
     speculative_seconds: float = 0.0
@@ -289,6 +320,9 @@ class _Decoded:
         """Count a batch that was decoded with the drafter."""
         self.speculative_seconds += seconds
         self.counts += Counts.of_rollout(rollout)
+        if rollout.confidences is not None:
+            own = Calibration.of_rollout(rollout)
+            self.calibration = own if self.calibration is None else self.calibration + own
         self.num_tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
         self.num_passes += int(rollout.num_rounds.sum()) + len(rollout.lengths)
 
@@ -328,4 +362,8 @@ def _report(
         temperature=settings.sampling.temperature,
         accepted_sums=counts.accepted_sums,
         block_counts=list(counts.blocks),
+        drafts_per_block=counts.drafts_per_block,
+        kept_share=counts.kept_share,
+        min_confidence=settings.min_confidence,
+        calibration=None if done.calibration is None else done.calibration.report(),
     )

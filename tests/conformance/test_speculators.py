@@ -9,6 +9,7 @@ from test_export import VARIANTS, make_variant
 
 from helpers.tiny import make_target
 from trl_draft_opd import AutoDrafter
+from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.parity.consumers import _follow
@@ -127,8 +128,30 @@ def test_windows_are_counted_from_the_anchor_by_the_library_and_from_the_slot_by
     length, window = 32, 9
     document = torch.zeros(length, dtype=torch.long)
     sees, _, _ = create_anchor_block_mask_mod(document, length, torch.tensor([20]), 5, window, True)
+    none = torch.tensor(0)
     seen = [
-        [position for position in range(length) if sees(0, 0, torch.tensor(slot), torch.tensor(position))]
+        [position for position in range(length) if sees(none, none, torch.tensor(slot), torch.tensor(position))]
         for slot in range(5)
     ]
     assert seen == [list(range(20 - window, 20))] * 5
+
+
+def test_speculators_counts_a_window_from_the_anchor_and_we_as_engines_do_from_the_slot():
+    from speculators.models.dflash.attention import create_anchor_block_mask_mod
+    from torch.nn.attention.flex_attention import create_mask
+
+    length, block, window = 40, 5, 9
+    anchors = torch.tensor([3, 12, 39])
+    for non_causal in (True, False):
+        options = {"sliding_window": window, "sliding_window_non_causal": non_causal}
+        ids = torch.zeros(length, dtype=torch.long)
+        theirs, num_queries, num_keys = create_anchor_block_mask_mod(ids, length, anchors, block, **options)
+        theirs = create_mask(theirs, 1, 1, num_queries, num_keys, device="cpu")[0, 0].unflatten(0, (3, block))
+        mask = flex.block_mask(AttentionPlan(anchors[None]), block, length, (block,), Sight(window, not non_causal))
+        ours = create_mask(mask.mask_mod, 1, 1, num_queries, num_keys, device="cpu")[0, 0].unflatten(0, (3, block))
+        assert torch.equal(ours[..., length:], theirs[..., length:])
+        slots = torch.arange(block)
+        assert theirs[1:, :, :length].sum(dim=-1).eq(window).all()
+        assert ours[1:, :, :length].sum(dim=-1).eq(window - 1 - slots).all()
+        # A text that is shorter than the window shows no difference.
+        assert torch.equal(ours[0], theirs[0]) and not (ours & ~theirs).any()

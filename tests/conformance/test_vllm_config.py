@@ -8,6 +8,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from test_dflash_attention import VARIANTS as ATTENTION_VARIANTS
+from test_dflash_attention import make_variant as make_attention_variant
 from test_export import VARIANTS, export, make_variant
 from transformers import AutoConfig
 
@@ -112,3 +114,20 @@ def test_every_layout_names_the_precision_engines_expect(exports):
     for layouts in exports.values():
         for folder in layouts.values():
             assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ATTENTION_VARIANTS)
+def test_vllm_resolves_windows_causality_sinks_and_scale_per_layer_as_we_do(name, tmp_path, monkeypatch):
+    from vllm.model_executor.models import qwen3_dflash
+
+    drafter = make_attention_variant(name)
+    drafter.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    # What it asks of its own run: whether windows and full attention may be mixed.
+    monkeypatch.setattr(qwen3_dflash, "get_current_vllm_config", lambda: SimpleNamespace(use_v2_model_runner=True))
+    for index, layer in enumerate(drafter.layers):
+        resolved = qwen3_dflash._resolve_layer_attention(config, index)
+        assert resolved == tuple(layer.self_attn.sight) == tuple(drafter.config.sight_of(index))
+    # As its layers look for them.
+    assert config.dflash_config.get("attention_sink_bias", False) is drafter.config.attention_sinks
+    assert config.dflash_config.get("attention_value_scale", 1.0) == drafter.config.attention_value_scale

@@ -219,7 +219,7 @@ def recurrent():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recurrent_target_is_refused_for_live_rollouts_and_trains_by_replay(tmp_path, recurrent, family):
     drafter = make_drafter(family, recurrent)
-    offer = "keeps a recurrent state.*`rollout='replay'`, `rejected_scope='first'`"
+    offer = "keeps a recurrent state.*`rollout='replay'` and `rejected_scope='first'`"
     for settings in ({"rollout": "live"}, {"rejected_scope": "suffix"}):
         with refuses(offer):
             make_trainer("opd", tmp_path, drafter, recurrent, **settings)
@@ -229,9 +229,9 @@ def test_a_recurrent_target_is_refused_for_live_rollouts_and_trains_by_replay(tm
     assert any(not torch.equal(before[name], p) for name, p in drafter.named_parameters())
 
 
-def test_a_state_space_target_is_refused_for_evaluation_and_offers_supervised_training():
+def test_a_state_space_target_is_refused_for_live_rollouts_and_offers_replay():
     model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4))
-    with refuses("'mamba' keeps a recurrent state.*supervised with `eval_rollouts=False`"):
+    with refuses("'mamba' keeps a recurrent state.*trains by replay, supervised or.*evaluated by replay"):
         FrozenTarget(model).require_rollback()
 
 

@@ -222,6 +222,13 @@ def native_sliding() -> tuple[Drafter, Published]:
     return drafter, (config, tensors_of(drafter, ("fc.", "encoder.fc."), ("hidden_norm.", "encoder.output_norm_enc.")))
 
 
+def biased_dflash() -> tuple[Drafter, Published]:
+    """Biases of all four projections, as of targets that have them."""
+    drafter = build("dflash", attention_bias=True)
+    config = flat("DFlashDraftModel", attention_bias=True, layer_types=[FULL] * 2, **BLOCK, target_layer_ids=IDS)
+    return drafter, (config, tensors_of(drafter))
+
+
 # ---- DSpark ---------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +405,12 @@ def flat_eagle3_four() -> tuple[Drafter, Published]:
     return drafter, (config, tensors_of(drafter, extra=("embed_tokens.weight",)))
 
 
+def biased_eagle3() -> tuple[Drafter, Published]:
+    drafter = build("eagle3", attention_bias=True, draft_vocab_size=PART)
+    config = flat("LlamaForCausalLMEagle3", model_type="llama", attention_bias=True, draft_vocab_size=PART)
+    return drafter, (config | {"num_hidden_layers": 1, AUX: BOUNDARIES}, tensors_of(drafter))
+
+
 #: Name -> a function that returns a drafter, and what is published of it.
 PUBLIC: dict[str, Callable[[], tuple[Drafter, Published]]] = {
     each.__name__: each
@@ -410,6 +423,7 @@ PUBLIC: dict[str, Callable[[], tuple[Drafter, Published]]] = {
         redhat_dflash_part,
         redhat_dflash_sliding,
         native_sliding,
+        biased_dflash,
         deepspec_dspark,
         deepspec_dflash,
         specforge_dspark_part,
@@ -421,5 +435,6 @@ PUBLIC: dict[str, Callable[[], tuple[Drafter, Published]]] = {
         redhat_dflash2,
         redhat_eagle3_four,
         flat_eagle3_four,
+        biased_eagle3,
     )
 }

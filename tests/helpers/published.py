@@ -205,12 +205,14 @@ def sglang_parameters(names: set[str]) -> set[str]:
 
 def engine_parameters(config: dict) -> set[str]:
     """Return the parameters a drafter's class has in vLLM and SGLang: all of them must be filled."""
-    if config["architectures"][0] == "DFlashDraftModel":
+    if "block_size" in config or "dflash_config" in config:
         parts = "input_layernorm post_attention_layernorm self_attn.qkv_proj self_attn.o_proj"
         parts += " self_attn.q_norm self_attn.k_norm"
-        layers = range(config["num_hidden_layers"])
-        names = ["fc", "hidden_norm", "norm", *(f"layers.{i}.{part}" for i in layers for part in _with_mlp(parts))]
-        return {f"model.{name}.weight" for name in names}
+        layers = [f"layers.{i}." for i in range(config["num_hidden_layers"])]
+        names = ["fc", "hidden_norm", "norm", *(layer + part for layer in layers for part in _with_mlp(parts))]
+        own = {f"{name}.weight" for name in names} | _heads_of_blocks(config, layers)
+        is_reduced = config.get("draft_vocab_size", config["vocab_size"]) != config["vocab_size"]
+        return {f"model.{name}" for name in own} | ({"lm_head.weight"} if is_reduced else set())
     parts = "input_layernorm hidden_norm post_attention_layernorm self_attn.qkv_proj self_attn.o_proj"
     names = ["fc", "norm", *(f"layers.0.{part}" for part in _with_mlp(parts))]
     if config["fc_norm"]:
@@ -218,6 +220,23 @@ def engine_parameters(config: dict) -> set[str]:
     if config["norm_before_fc"]:
         names.append("input_norm")
     return {"lm_head.weight", *(f"model.{name}.weight" for name in names)}
+
+
+def _heads_of_blocks(config: dict, layers: list[str]) -> set[str]:
+    """Return what drafters of whole blocks have beside DFlash's plain layers."""
+    names = set()
+    if config["dflash_config"].get("attention_sink_bias"):
+        names |= {f"{layer}self_attn.attention_sink_bias" for layer in layers}
+    if config["architectures"] == ["DFlash2DraftModel"]:
+        convolutions = [f"{layer}{part}_conv." for layer in layers for part in ("attention", "mlp")]
+        names |= {each + name for each in convolutions for name in ("base_kernel", "kernel_projection.weight")}
+        codebooks = ("predecessor_codebook", "successor_codebook", "hidden_projection.weight")
+        names |= {f"candidate_selector.{name}" for name in codebooks}
+    if config.get("markov_rank"):
+        names |= {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
+    if config.get("enable_confidence_head"):
+        names |= {"confidence_head.proj.weight", "confidence_head.proj.bias"}
+    return names
 
 
 def _with_mlp(parts: str) -> list[str]:

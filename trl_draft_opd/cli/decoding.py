@@ -39,6 +39,7 @@ from ..responses import (
     summarize_store,
     write_responses,
 )
+from ..rollout.drafting import check_min_confidence
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS, Lengths
@@ -71,6 +72,10 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "`greedy`: drafts are the drafter's argmax; `sample`: they are drawn from its distribution.",
         default=default_of(evaluate_drafter, "draft_sampling"),
     )
+    min_confidence: float | None = flag(
+        "Verify a block only while the running product of the drafter's confidences is at least this, in (0, 1].",
+        default=None,
+    )
     max_completion_length: int | None = flag(length_help(EVALUATION_LENGTHS), default=None)
     ignore_eos: bool = flag(
         "Decode exactly --max-completion-length, to compare with an engine that counts past the end of sequence.",
@@ -93,6 +98,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
+        check_min_confidence(self.min_confidence)
 
     def stored_responses(
         self, target: FrozenTarget, prompts: Sequence[Sequence[int]], lengths: Lengths
@@ -112,6 +118,8 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         if self.record is None:
             return
         check_prompt_set(self.record)
+        if self.min_confidence is not None:
+            raise ValueError("`--record` keeps the numbers of whole blocks. Leave out `--min-confidence`.")
         folder = Path(self.drafter)
         if not folder.is_dir():
             raise ValueError(f"`--record` writes into the drafter's folder, and {self.drafter!r} is none.")
@@ -178,6 +186,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
         max_completion_length=lengths.completion,
         sampling=sampling,
         draft_sampling=args.draft_sampling,
+        min_confidence=args.min_confidence,
         batch_size=args.batch_size,
         ignore_eos=args.ignore_eos,
         responses=args.stored_responses(target, prompts, lengths),

@@ -92,7 +92,7 @@ def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any], dra
         check_pair(start, target)
         if start.config.family != DFlashDraftConfig.family:
             raise ValueError(
-                f"{drafter!r} is a {start.config.title} drafter, but a {title} one starts from a DFlash drafter. Name "
+                f"{drafter!r} is a drafter of {start.config.title}, but one of {title} starts from DFlash's. Name "
                 "another, or leave it out."
             )
         return make(start, **options)

@@ -159,7 +159,7 @@ class DrafterShape:
             features=config.feature_width,
             vocab=config.draft_vocab_size,
             drafts_whole_blocks=config.drafts_whole_blocks,
-            owns_head=config.owns_head,
+            owns_head=config.owns_head and config.trains_head,
             own=config.own_parts(),
         )
 

@@ -133,7 +133,7 @@ class DraftingHead(PreTrainedModel):
 
     @property
     def num_logit_buffers(self) -> int:
-        """Tensors of logits that [`draft_logits`] holds at once: a product alone, or one more, the sum and its terms."""
+        """Tensors of logits that [`draft_logits`] holds at once: one product, or the sum and its terms."""
         return 1 if len(self.head_parts) == 1 else 3
 
     @property

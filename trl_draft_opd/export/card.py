@@ -79,6 +79,7 @@ def write_card(
         "readers": _table(["reader", "loads it as it is, by the rules it reads files with"], list(readers.items())),
         "serving_file": SERVING_FILE,
         "measurements": _table(_MEASURED, [_measurement(m) for m in measurements]) if measurements else None,
+        "calibrated": [_calibration(m) for m in measurements if m.calibration_error is not None],
         "has_replays": any(m.is_replay for m in measurements),
         "compared": [_comparison(m) for m in measurements if m.num_different is not None],
         "estimate": estimate,
@@ -193,6 +194,11 @@ def _comparison(m: Measurement) -> str:
     return (
         f"{same} of {m.num_prompts} greedy outputs on {plain(m.prompt_set)} equal the target's own ({m.target_dtype})"
     )
+
+
+def _calibration(m: Measurement) -> str:
+    brier = "" if m.brier_score is None else f", Brier score {m.brier_score:.3f}"
+    return f"expected calibration error {m.calibration_error:.3f}{brier} on {plain(m.prompt_set)} at {m.temperature:g}"
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:

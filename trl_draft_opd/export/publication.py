@@ -68,6 +68,7 @@ class Publication:
     @classmethod
     def of(cls, drafter: Drafter, **facts: Any) -> "Publication":
         """Describe a drafter; `facts` are further attributes."""
+        assert isinstance(drafter.config, PortableConfig)
         return cls(drafter.config, drafter.default_num_drafts, **facts)
 
     @property

@@ -225,6 +225,8 @@ class Measurement:
         acceptance_per_slot (`list[float]`): Share of blocks that keep at least `k` drafts.
         num_different (`int` or `None`): Outputs that differ from the target's own; `None` if not compared.
         after_steps (`int` or `None`): Optimizer steps of the last stage before it.
+        calibration_error (`float` or `None`), brier_score (`float` or `None`):
+            Of a confidence head, over all slots; see [`Calibration`].
         is_replay (`bool`): Whether the blocks were found along the target's responses, and none was decoded live.
     """
 
@@ -248,6 +250,8 @@ class Measurement:
     num_different: int | None
     target_dtype: Annotated[str, _DTYPE]
     after_steps: int | None = None
+    calibration_error: float | None = None
+    brier_score: float | None = None
     is_replay: bool = False
 
 
@@ -417,7 +421,13 @@ def measurement_of(report: EvaluationReport, **conditions: Any) -> Measurement:
         "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks "
         "num_different is_replay"
     ).split()
-    return Measurement(**{name: getattr(report, name) for name in names}, **conditions)
+    calibration = report.calibration or {}
+    return Measurement(
+        **{name: getattr(report, name) for name in names},
+        calibration_error=calibration.get("error"),
+        brier_score=calibration.get("brier"),
+        **conditions,
+    )
 
 
 def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:

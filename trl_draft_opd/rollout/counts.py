@@ -21,10 +21,13 @@ class Counts:
         blocks (`tuple[int, ...]`): Per prompt, its counted blocks.
         kept (`tuple[tuple[int, ...], ...]`):
             Per prompt, its counted blocks that keep at least `k` drafts, for `k = 1..K`.
+        verified (`tuple[int, ...]` or `None`): Per prompt, drafts of its counted blocks that the target verified;
+            `None` where it verified all.
     """
 
     blocks: tuple[int, ...] = ()
     kept: tuple[tuple[int, ...], ...] = ()
+    verified: tuple[int, ...] | None = None
 
     @classmethod
     def of_rollout(cls, rollout: Rollout) -> "Counts":
@@ -32,7 +35,8 @@ class Counts:
         counted = rollout.is_counted
         slots = torch.arange(1, rollout.drafts.shape[-1] + 1, device=counted.device)
         kept = ((rollout.accepted[..., None] >= slots) & counted[..., None]).sum(dim=1)
-        return cls(tuple(counted.sum(dim=1).tolist()), tuple(map(tuple, kept.tolist())))
+        verified = None if rollout.verified is None else tuple((rollout.verified * counted).sum(dim=1).tolist())
+        return cls(tuple(counted.sum(dim=1).tolist()), tuple(map(tuple, kept.tolist())), verified)
 
     @classmethod
     def of_chains(cls, chains: Iterable[Sequence[int]], num_drafts: int) -> "Counts":
@@ -42,15 +46,19 @@ class Counts:
         return cls(tuple(len(chain) for chain in chains), tuple(kept))
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.blocks + other.blocks, self.kept + other.kept)
+        is_whole = self.verified is None and other.verified is None
+        verified = None if is_whole else self.verified_drafts + other.verified_drafts
+        return Counts(self.blocks + other.blocks, self.kept + other.kept, verified)
 
     def row(self, index: int) -> "Counts":
         """Return the counts of one prompt."""
-        return Counts((self.blocks[index],), (self.kept[index],))
+        verified = None if self.verified is None else (self.verified[index],)
+        return Counts((self.blocks[index],), (self.kept[index],), verified)
 
     def pooled(self) -> "Counts":
         """Return the sums as those of a single prompt, as engines count."""
-        return Counts((self.num_blocks,), (self.kept_at_slot,))
+        verified = None if self.verified is None else (sum(self.verified),)
+        return Counts((self.num_blocks,), (self.kept_at_slot,), verified)
 
     @property
     def num_blocks(self) -> int:
@@ -61,6 +69,23 @@ class Counts:
     def kept_at_slot(self) -> tuple[int, ...]:
         """Blocks that keep at least `k` drafts, for `k = 1..K`; empty without prompts."""
         return tuple(map(sum, zip(*self.kept, strict=True)))
+
+    @property
+    def verified_drafts(self) -> tuple[int, ...]:
+        """Per prompt, drafts of its counted blocks that the target verified."""
+        if self.verified is not None:
+            return self.verified
+        return tuple(blocks * len(kept) for blocks, kept in zip(self.blocks, self.kept, strict=True))
+
+    @property
+    def drafts_per_block(self) -> float:
+        """Drafts that the target verified per block, K where it verifies all; NaN without blocks."""
+        return sum(self.verified_drafts) / self.num_blocks if self.num_blocks else float("nan")
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the verified drafts that were kept; NaN without blocks."""
+        return sum(self.kept_at_slot) / sum(self.verified_drafts) if self.num_blocks else float("nan")
 
     @property
     def accepted_sums(self) -> list[int]:

@@ -47,10 +47,7 @@ class DraftingSettings:
 
     def __post_init__(self) -> None:
         check_draft_sampling(self.draft_sampling)
-        if self.min_confidence is not None and not 0 < self.min_confidence <= 1:
-            raise ValueError(
-                f"`min_confidence` must be in (0, 1], got {self.min_confidence}. Leave it out to verify whole blocks."
-            )
+        check_min_confidence(self.min_confidence)
         if self.min_confidence is not None and self.keep_branch_hidden:
             raise ValueError(
                 "`min_confidence` leaves slots without a state of the target, which `keep_branch_hidden` keeps. "
@@ -96,6 +93,14 @@ def check_draft_sampling(draft_sampling: str) -> None:
     """Raise `ValueError` unless `draft_sampling` is known."""
     if draft_sampling not in DRAFT_SAMPLING:
         raise ValueError(f"`draft_sampling` must be one of {DRAFT_SAMPLING}, got {draft_sampling!r}.")
+
+
+def check_min_confidence(min_confidence: float | None) -> None:
+    """Raise `ValueError` unless `min_confidence` is unset or in (0, 1]."""
+    if min_confidence is not None and not 0 < min_confidence <= 1:
+        raise ValueError(
+            f"`min_confidence` must be in (0, 1], got {min_confidence}. Leave it out to verify whole blocks."
+        )
 
 
 def choose_drafts(logits: Tensor, sampling: SamplingSettings, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:

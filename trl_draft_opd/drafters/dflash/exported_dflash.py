@@ -105,8 +105,6 @@ class ExportedDFlash(ExportedFamily):
             yield "C8", f"is_causal is {is_causal!r}; without false, engines may hide later slots of a block."
         if len(kinds) != shape.get("num_hidden_layers"):
             yield "C8", f"layer_types is {kinds}; it must name every layer, full_attention or sliding_attention."
-        if is_sliding and not (shape.get("sliding_window") and shape.get("use_sliding_window") is True):
-            yield "C8", "a layer is sliding, so sliding_window must be a number and use_sliding_window true."
         nested = raw.get("dflash_config") or {}
         for name in _PLACES if layout == "flat" else ():
             own, other = raw.get(name), nested.get(name)

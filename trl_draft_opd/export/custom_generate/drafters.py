@@ -145,7 +145,7 @@ class Eagle3Drafter(Drafter):
         names = {f"midlayer.{name}.weight" for name in layer} | {"fc.weight", "norm.weight"}
         names |= {f"midlayer.self_attn.{each}_proj.weight" for each in _PROJECTIONS} | _head_names(config, True)
         if config.get("attention_bias"):
-            names |= {f"midlayer.self_attn.{each}_proj.bias" for each in _PROJECTIONS[:3]}
+            names |= {f"midlayer.self_attn.{each}_proj.bias" for each in _PROJECTIONS}
         if config.get("fc_norm"):
             names |= {f"fc_norm.{i}.weight" for i in range(len(config["eagle_config"][_IDS]))}
         return names | ({"input_norm.weight"} if config.get("norm_before_fc") else set())
