@@ -12,7 +12,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.machinery import ModuleSpec
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,6 +32,10 @@ _SHAPE = (
     "max_position_embeddings rms_norm_eps rope_parameters hidden_act pad_token_id bos_token_id eos_token_id"
 ).split()
 
+_BLOCK_SETTINGS = (
+    "block_size mask_token_id sample_from_anchor markov_rank enable_confidence_head confidence_head_with_markov "
+    "conv_kernel_size conv_group_size selector_rank selector_top_k"
+).split()
 
 # What it imports to talk to servers, with the parts it names.
 _CLIENTS = {"openai": ("types", "types.chat", "types.completion"), "hs_connectors": ()}
@@ -176,7 +182,7 @@ def pack(
             Each text, and which tokens are supervised.
         features (`torch.Tensor` of shape `(T, F)`), last_hidden (`torch.Tensor` of shape `(T, H)`):
             Reading of the texts, end to end, the latter before the target's final norm.
-        family (`str`): `"eagle3"` or `"dflash"`.
+        family (`str`): The drafter's.
     """
     from speculators.models.eagle3.data import shift_batch
 
@@ -231,15 +237,13 @@ def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head
         )
         kind: Any = Eagle3DraftModel
     else:
-        from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
-
+        # Its classes of whole blocks have our names.
+        module, name = import_module(f"speculators.models.{config.family}"), type(drafter).__name__
+        kind, settings_kind = (getattr(module, each) for each in (name, name.replace("DraftModel", "SpeculatorConfig")))
         layers = Qwen3Config(**shape, attn_implementation=attention)
-        options = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+        options = {name: getattr(config, name) for name in _BLOCK_SETTINGS if hasattr(config, name)}
         options["aux_hidden_state_layer_ids"] = list(config.target_layer_ids)
-        settings = DFlashSpeculatorConfig(
-            transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options
-        )
-        kind = DFlashDraftModel
+        settings = settings_kind(transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options)
     # Where it is to be: a CPU takes a minute to draw what is overwritten next.
     with device:
         model = kind(settings)
@@ -274,12 +278,19 @@ def dflash_anchors(batch: PackedBatch, num_anchors: int, block_size: int, seed: 
     return anchors[is_valid]
 
 
-def dflash_loss(model: nn.Module, batch: PackedBatch, num_anchors: int, gamma: float, seed: int) -> Tensor:
+def dflash_loss(
+    model: nn.Module, batch: PackedBatch, num_anchors: int, gamma: float, seed: int, loss: str = "kl_div"
+) -> Tensor:
     """
-    Return the loss of `DFlashDraftModel`: slots weighed by `exp(-(k - 1) / gamma)`, divided by their plain number.
+    Return the loss of `DFlashDraftModel` and of the classes that extend it, in which `loss` is that of the head: slots
+    weighed by `exp(-(k - 1) / gamma)`, divided by their plain number.
     """
     from speculators.losses import resolve_loss_config
 
     torch.manual_seed(seed)
-    config = resolve_loss_config("kl_div", losses_on(batch.features.device))
-    return model(**batch.arguments(), max_anchors=num_anchors, gamma=gamma, loss_config=config)[1]
+    losses = losses_on(batch.features.device)
+    options: dict[str, Any] = {"loss_config": resolve_loss_config(loss, losses)}
+    if "tv_loss_fn" in signature(type(model).forward).parameters:
+        # Of the acceptance that it foresees, or only reports.
+        options["tv_loss_fn"] = resolve_loss_config("tv", losses)["tv"][0]
+    return model(**batch.arguments(), max_anchors=num_anchors, gamma=gamma, **options)[1]

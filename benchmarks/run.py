@@ -19,7 +19,7 @@ import torch
 
 
 SUITES = ("loss", "ttt", "dflash", "rollout", "step", "long")
-# The last two are known to `long` alone.
+# The last two are known to `long` and to `step --only real random`.
 FAMILIES = ("eagle3", "dflash", "dflash2", "dspark")
 
 

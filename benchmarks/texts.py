@@ -12,7 +12,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.arms import Report
-from trl_draft_opd import AutoDrafter, DFlashDraftModel, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import AutoDrafter, FrozenTarget
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 
 
@@ -56,11 +57,10 @@ def make_drafter(
     if folder is not None:
         return AutoDrafter.from_pretrained(folder, dtype=target.causal_lm.dtype).to(target.device)
     torch.manual_seed(args.seed + 1)
-    if family == "eagle3":
-        drafter = Eagle3DraftModel.from_target(target, **options)
-    else:
-        mask = target.vocab_size - 1 if target.tokenizer is None else target.find_mask_token_id()
-        drafter = DFlashDraftModel.from_target(target, mask_token_id=mask, **options)
+    kind = DRAFTER_CLASSES[family]
+    if kind.config_class.drafts_whole_blocks:
+        options["mask_token_id"] = target.vocab_size - 1 if target.tokenizer is None else target.find_mask_token_id()
+    drafter = kind.from_target(target, **options)
     report.say(f"  {family}: no trained drafter given, a random one is used")
     return drafter.to(target.device, target.causal_lm.dtype)
 

@@ -18,6 +18,10 @@ from .loss import full_loss
 from .rollout import branch_states, replay
 
 
+# The families it can draft with.
+FAMILIES = ("eagle3", "dflash")
+
+
 @dataclass(frozen=True)
 class Stream:
     """

@@ -54,6 +54,17 @@ def test_every_arm_of_a_suite_runs_and_is_found_equal_before_it_is_timed(suite, 
         assert any(figure.name.startswith("speculators / ours, time") for figure in report.figures)
 
 
+def test_a_step_of_dspark_and_dflash_2_gives_the_losses_and_gradients_of_speculators(shared_dir, capsys):
+    module = importlib.import_module("benchmarks.suites.step")
+    families = ["--only", "real", "--family", "dspark", "dflash2", "--pairs", "1"]
+    report = arms.Report("step", {})
+    # Held against each other before they are timed.
+    module.run(parse_arguments(["--suite", "step", "--quick", *families, "--shared", str(shared_dir)]), report)
+    assert "left out" not in capsys.readouterr().out
+    timed = [figure.name for figure in report.figures if figure.name.startswith("speculators / ours, time")]
+    assert len(timed) == 8
+
+
 def test_the_memory_of_a_step_grows_no_faster_than_a_row_gets_longer():
     module = importlib.import_module("benchmarks.suites.long")
     report = arms.Report("long", {})
