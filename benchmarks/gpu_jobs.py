@@ -151,9 +151,8 @@ class Training:
         is_cuda = self.device.type == "cuda"
         options = {"report_to": "none", "use_cpu": not is_cuda, "bf16": False}
         args = (DraftSFTConfig if self.job.tau is None else DraftOPDConfig)("unused", **options)
-        family = self.job.family
         if isinstance(args, DraftSFTConfig):
-            self.streams = {"accepted": StreamSettings("forward_kl", 1.0, args.decay(family))}
+            self.streams = {"accepted": StreamSettings("forward_kl", 1.0, args.decay(self.drafter.config))}
         else:
             self.streams = {
                 "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),

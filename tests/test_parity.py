@@ -361,7 +361,7 @@ def test_a_consumer_that_refuses_the_export_is_named(copy, target):
 
 def test_a_consumer_that_drafts_otherwise_is_caught_though_its_text_is_right(copy, target):
     folder = copy("eagle3")
-    code = folder / "custom_generate" / "generate.py"
+    code = folder / "custom_generate" / "drafters.py"
     text = code.read_text()
     assert text.count("position = keys.shape[2] - 1") == 1
     # Positions of later slots one too far.
