@@ -27,6 +27,7 @@ import torch
 from benchmarks import gpu_arms, gpu_checks
 from benchmarks.gpu_jobs import Training, make_drafter, make_target, make_text, on_tiny
 from benchmarks.gpu_rows import Clock, Item, Rows, run_items, time_runs, wait
+from benchmarks.scaling import shape_of
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS, Gpu
@@ -114,7 +115,8 @@ class Bench:
 
     def utilisation(self, job: Job, target: str, seconds: float) -> dict[str, float]:
         """Return the FLOPs that a job must do, and what share of the card's peaks they are over some time."""
-        counted = predict(job, self.shape(target), self.gpu, NOW).flops
+        shape = self.shape(target)
+        counted = predict(job, shape, shape_of(job.family, shape, job.draft_vocab), self.gpu, NOW).flops
         product = self.rows.find("card", "product")
         reached = product["flops_per_s"] if product else self.gpu.flops
         return {

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.gpu_rows import Clock
-from trl_draft_opd import DFlashDraftModel, DraftOPDConfig, DraftSFTConfig, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget
 from trl_draft_opd.costs.jobs import Job, acceptance_of
 from trl_draft_opd.costs.shapes import TargetShape
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
 from trl_draft_opd.losses import default_chunk_bytes
@@ -72,10 +73,10 @@ def make_drafter(family: str, target: FrozenTarget, draft_vocab: int | None = No
         vocabulary = build_draft_vocabulary(counts, draft_vocab, target.eos_token_ids)
     # Drawn where it is to be: a CPU takes a minute for an 8B target's.
     with target.device:
-        if family == "dflash":
-            drafter: Drafter = DFlashDraftModel.from_target(target, mask_token_id=target.vocab_size - 1)
-        else:
-            drafter = Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary)
+        kind = DRAFTER_CLASSES[family]
+        is_whole = kind.config_class.drafts_whole_blocks
+        own = {"mask_token_id": target.vocab_size - 1} if is_whole else {"draft_vocabulary": vocabulary}
+        drafter: Drafter = kind.from_target(target, **own)
     return drafter.to(target.device, torch.float32).train()
 
 
@@ -151,9 +152,8 @@ class Training:
         is_cuda = self.device.type == "cuda"
         options = {"report_to": "none", "use_cpu": not is_cuda, "bf16": False}
         args = (DraftSFTConfig if self.job.tau is None else DraftOPDConfig)("unused", **options)
-        family = self.job.family
         if isinstance(args, DraftSFTConfig):
-            self.streams = {"accepted": StreamSettings("forward_kl", 1.0, args.decay(family))}
+            self.streams = {"accepted": StreamSettings("forward_kl", 1.0, args.decay(self.drafter.config))}
         else:
             self.streams = {
                 "accepted": StreamSettings(args.accepted_loss, args.accepted_weight, 1.0),

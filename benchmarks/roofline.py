@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu_rows import parse_row
-from benchmarks.scaling import markdown
+from benchmarks.scaling import FAMILIES, markdown, shape_of, titles
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS, Gpu
 from trl_draft_opd.costs.jobs import JOBS
 from trl_draft_opd.costs.memory import Workload, checkpointing_pays, count_stages, gib, launch_bytes
 from trl_draft_opd.costs.roofline import Prediction, predict
-from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.costs.shapes import TARGETS, TargetShape
 
 
 # Asked: predicted tokens a second over the floor's.
@@ -32,7 +32,8 @@ LONG_ROW, LONG_PROMPT = 32_768, 2_048
 
 def predictions(target: TargetShape, gpu: Gpu, checkpointing: bool = False) -> list[Prediction]:
     """Return what every job takes with the code as it is."""
-    return [predict(job, target, gpu, NOW, checkpointing=checkpointing) for job in JOBS]
+    drafters = [shape_of(job.family, target, job.draft_vocab) for job in JOBS]
+    return [predict(job, target, each, gpu, NOW, checkpointing=checkpointing) for job, each in zip(JOBS, drafters)]
 
 
 def job_table(found: list[Prediction], measured: dict[str, dict] | None = None) -> str:
@@ -84,24 +85,20 @@ def read_measured(path: Path, target: str, gpu: str) -> dict[str, dict]:
 
 def long_row(name: str, family: str, card: int) -> Workload:
     """
-    Return a micro-batch of one long row under Draft-OPD (tau 3 for EAGLE-3, 4 for DFlash), its layers computed again
+    Return a micro-batch of one long row under Draft-OPD (tau 3 for EAGLE-3, 4 for blocks), its layers computed again
     where it would not fit otherwise.
     """
-    target = TARGETS[name]
-    drafter, blocks = (
-        DrafterShape.fresh(family, target),
-        (LONG_ROW - LONG_PROMPT) // {"eagle3": 3, "dflash": 4}[family],
-    )
-    work = Workload(1, LONG_ROW, blocks, 1, False)
+    target, drafter = TARGETS[name], shape_of(family, TARGETS[name])
+    work = Workload(1, LONG_ROW, (LONG_ROW - LONG_PROMPT) // (4 if drafter.drafts_whole_blocks else 3), 1, False)
     needed = launch_bytes(count_stages(target, drafter, work), "one GPU", 1)
     return replace(work, checkpointing=checkpointing_pays(needed, card))
 
 
 def memory_table(name: str, gpu: Gpu) -> str:
-    """Return the stages of a step on one long row, both families, and the peak beside the card."""
+    """Return the stages of a step on one long row, all families, and the peak beside the card."""
     target = TARGETS[name]
     works = [long_row(name, family, gpu.memory) for family in FAMILIES]
-    drafters = [DrafterShape.fresh(family, target) for family in FAMILIES]
+    drafters = [shape_of(family, target) for family in FAMILIES]
     columns = [count_stages(target, drafter, work) for drafter, work in zip(drafters, works, strict=True)]
     passes = [w.blocks_at_once(drafter.num_drafts) for drafter, w in zip(drafters, works, strict=True)]
     labels = [label for label, _ in columns[0].rows()]
@@ -110,7 +107,7 @@ def memory_table(name: str, gpu: Gpu) -> str:
     counts = (f"{work.blocks:,}, {size:,}" for work, size in zip(works, passes, strict=True))
     rows.append(["blocks, and how many a pass drafts (`blocks_per_pass`)", *counts])
     rows.append([f"**peak, of {gib(gpu.memory)}**", *(f"**{gib(launch_bytes(s, 'one GPU', 1))}**" for s in columns)])
-    return markdown([f"{name}, one row of {LONG_ROW:,} tokens, GiB", "EAGLE-3", "DFlash"], rows)
+    return markdown([f"{name}, one row of {LONG_ROW:,} tokens, GiB", *titles()], rows)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ import torch
 
 
 SUITES = ("loss", "ttt", "dflash", "rollout", "step", "long")
+# The last two are known to `long` alone.
+FAMILIES = ("eagle3", "dflash", "dflash2", "dspark")
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +35,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="where to draw them")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--only", nargs="+", default=[], help="parts of a suite, by the names it prints")
-    parser.add_argument("--family", nargs="+", choices=("eagle3", "dflash"), default=["eagle3", "dflash"])
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=["eagle3", "dflash"])
     parser.add_argument("--shared", type=Path, help="folder that holds targets/ and data/, for rollout and step")
     parser.add_argument("--drafter-eagle3", type=Path, help="folder of a trained drafter; a random one without it")
     parser.add_argument("--drafter-dflash", type=Path, help="folder of a trained drafter; a random one without it")

@@ -13,14 +13,16 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.counters import PeakBytes
-from trl_draft_opd import DFlashDraftModel, DraftVocabulary, Eagle3DraftModel, FrozenTarget, SamplingSettings
+from trl_draft_opd import DraftVocabulary, FrozenTarget, SamplingSettings
 from trl_draft_opd.costs.memory import LAUNCHES, NUM_RANKS, Stages, Workload, count_stages, gib, launch_bytes
-from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.costs.shapes import TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter, run_blocks
 from trl_draft_opd.losses import default_chunk_bytes
 from trl_draft_opd.rollout.blocks import BlockBatch, sample_anchors
@@ -33,6 +35,8 @@ from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, Stre
 from trl_draft_opd.utils.versions import switch_checkpointing
 
 
+# The columns of all tables.
+FAMILIES = ("eagle3", "dflash", "dspark", "dflash2")
 DRAFT_VOCABULARY = 32_000
 # Small enough for a test; the loss in chunks of 1 MiB, so that a chunk is no more than is needed.
 CHECKED = Workload(
@@ -67,29 +71,40 @@ def make_target_of(shape: TargetShape, device: torch.device | str, dtype: torch.
         return model_class._from_config(config, dtype=dtype).eval()
 
 
-def make_drafter(family: str, target: PreTrainedModel, device: torch.device | str) -> Drafter:
-    """Return a drafter as published for the target: EAGLE-3 with a draft vocabulary where the target's is larger."""
-    vocab = target.config.vocab_size
+def make_drafter(
+    family: str, target: PreTrainedModel, device: torch.device | str, draft_vocab: int | None = DRAFT_VOCABULARY
+) -> Drafter:
+    """
+    Return a drafter as published for the target: EAGLE-3 with a draft vocabulary where the target's is larger, or with
+    all of it where there is no `draft_vocab`.
+    """
+    kind, vocab = DRAFTER_CLASSES[family], target.config.vocab_size
     with torch.device(device):
-        if family == "dflash":
-            return DFlashDraftModel.from_target(target, mask_token_id=vocab - 1)
+        if kind.config_class.drafts_whole_blocks:
+            return kind.from_target(target, mask_token_id=vocab - 1)
         vocabulary = None
-        if vocab > DRAFT_VOCABULARY:
-            is_drafted = torch.arange(vocab) < DRAFT_VOCABULARY
-            vocabulary = DraftVocabulary(torch.zeros(DRAFT_VOCABULARY, dtype=torch.long), is_drafted, coverage=1.0)
-        return Eagle3DraftModel.from_target(target, draft_vocabulary=vocabulary)
+        if draft_vocab is not None and vocab > draft_vocab:
+            is_drafted = torch.arange(vocab) < draft_vocab
+            vocabulary = DraftVocabulary(torch.zeros(draft_vocab, dtype=torch.long), is_drafted, coverage=1.0)
+        return kind.from_target(target, draft_vocabulary=vocabulary)
+
+
+@cache
+def shape_of(family: str, target: TargetShape, draft_vocab: int | None = None) -> DrafterShape:
+    """Return the sizes of what [`make_drafter`] makes for a target of this shape; no weight is made."""
+    model = make_target_of(target, "meta", torch.bfloat16)
+    return DrafterShape.of(make_drafter(family, model, "meta", draft_vocab).config)
 
 
 def pair_of(name: str, family: str) -> tuple[TargetShape, DrafterShape]:
     """Return the sizes of what [`make_target`] and [`make_drafter`] make."""
-    target = TARGETS[name]
-    vocab = min(target.vocab, DRAFT_VOCABULARY) if family == "eagle3" else None
-    return target, DrafterShape.fresh(family, target, vocab)
+    return TARGETS[name], shape_of(family, TARGETS[name], DRAFT_VOCABULARY)
 
 
 def workload_of(family: str, *, rows: int = 2, length: int = 2048, prompt: int = 512) -> Workload:
-    """Return the tables' workload: responses of 1536 tokens, tau 3 for EAGLE-3 and 5 for DFlash, 8 micro-batches."""
-    return Workload(rows, length, (length - prompt) // {"eagle3": 3, "dflash": 5}[family], 8, False)
+    """Return the tables' workload: responses of 1536 tokens, tau 3 for EAGLE-3 and 5 for blocks, 8 micro-batches."""
+    tau = 5 if DRAFTER_CLASSES[family].config_class.drafts_whole_blocks else 3
+    return Workload(rows, length, (length - prompt) // tau, 8, False)
 
 
 # -- one micro-batch, stage by stage ----------------------------------------------------------------------------------
@@ -221,8 +236,6 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
         own = scene.drafter.encode_context(read.features, scene.input_ids, positions, target.embed)
     cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     cached += [*own.keys, *own.values, *([] if own.fused is None else [own.fused])]
-    # The head is not cast while blocks run, only in the loss.
-    head_cast = scene.drafter.lm_head.weight.numel() * 2 if scene.drafter.config.owns_head else 0
     return [
         ("target", stages.target, sum(p.nbytes for p in target.causal_lm.parameters())),
         ("target's gradients and optimizer state", 0, sum(p.grad is not None for p in target.causal_lm.parameters())),
@@ -231,7 +244,7 @@ def count_on_cpu(name: str, family: str, work: Workload) -> list[tuple[str, int,
         ("AdamW's moments", stages.adamw, moments),
         ("target's forward and reading", stages.forward + stages.readings // work.accumulation, reading.peak),
         ("target's reading", stages.readings // work.accumulation, scene.reading.num_bytes),
-        ("activations and casts", stages.casts - head_cast + stages.kept, kept),
+        ("activations and casts", stages.casts + stages.kept, kept),
         ("loss and backward", stages.casts + stages.update, stepping.peak),
         ("live caches", stages.cache, sum(tensor.nbytes for tensor in cached)),
     ]
@@ -294,7 +307,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def stage_table(name: str) -> str:
-    """Return the table of stages on one GPU, both families."""
+    """Return the table of stages on one GPU, all families."""
     found = [stages_of(name, family) for family in FAMILIES]
     again = [stages_of(name, family, checkpointing=True) for family in FAMILIES]
     rows = []
@@ -303,7 +316,12 @@ def stage_table(name: str) -> str:
         if label.startswith("activations"):
             rows.append(["… with `activation_checkpointing=True`", *(gib(stages.activations) for stages in again)])
     rows.append(["**peak on one GPU**", *(f"**{gib(launch_bytes(s, LAUNCHES[0], 1))}**" for s in found)])
-    return markdown([f"{name}, GiB", "EAGLE-3", "DFlash"], rows)
+    return markdown([f"{name}, GiB", *titles()], rows)
+
+
+def titles() -> list[str]:
+    """Return the heads of the families' columns."""
+    return [DRAFTER_CLASSES[family].config_class.title for family in FAMILIES]
 
 
 def launch_table(family: str, names: list[str]) -> str:

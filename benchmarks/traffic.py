@@ -18,11 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.scaling import Scene, make_target_of
+from benchmarks.scaling import FAMILIES, Scene, make_target_of
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.costs.memory import Workload
 from trl_draft_opd.costs.roofline import FamilyCounts
-from trl_draft_opd.costs.shapes import FAMILIES, TargetShape
+from trl_draft_opd.costs.shapes import DrafterShape, TargetShape
 from trl_draft_opd.drafters import precision
 from trl_draft_opd.rollout.drafting import DraftingSettings
 from trl_draft_opd.rollout.keyed_random import DrawKeys
@@ -139,12 +139,14 @@ class StepCount:
     Attributes:
         bytes (`list[int]`), launches (`list[int]`): Of forward and backward, beside losses and attention.
         weights (`int`): Of the drafter's matrices, its head left out.
+        width (`int`): Positions of a block that go through the layers.
         syncs (`int`): Waits of the host, the target's read included.
     """
 
     bytes: list[int]
     launches: list[int]
     weights: int
+    width: int
     syncs: int
 
 
@@ -157,21 +159,14 @@ def count_step(family: str, device: str, at: Size, counts: Any) -> StepCount:
         scene.forward()
     with Traffic() as backward:
         scene.backward()
-    weights = sum(
-        m.weight.numel()
-        for name, m in scene.drafter.named_modules()
-        if isinstance(m, torch.nn.Linear) and name != "lm_head"
-    )
-    parts = (forward, backward)
-    return StepCount(
-        [p.bytes["layers"] for p in parts], [p.launches["layers"] for p in parts], weights, counts.totals()["syncs"]
-    )
+    shape, parts = DrafterShape.of(scene.drafter.config), (forward, backward)
+    moved, launched = [p.bytes["layers"] for p in parts], [p.launches["layers"] for p in parts]
+    return StepCount(moved, launched, shape.body, shape.width, counts.totals()["syncs"])
 
 
 def count_layers(family: str, device: str, counts: Any) -> dict[str, Any]:
     """Return `context_bytes`, `slot_bytes`, `weight_bytes`, `launches` and `syncs` of [`FamilyCounts`]."""
     base, rates = Size(), {"context_bytes": [], "slot_bytes": [], "weight_bytes": []}
-    slots = 16 if family == "dflash" else 7
     found = {}
     for head_dim in (4, 8):
         for at in (replace(base, head_dim=head_dim), replace(base, head_dim=head_dim, length=128)):
@@ -182,7 +177,7 @@ def count_layers(family: str, device: str, counts: Any) -> dict[str, Any]:
         text, slot, weight = [], [], []
         for head_dim in (4, 8):
             at = replace(base, head_dim=head_dim)
-            here = found[at].bytes[i]
+            here, slots = found[at].bytes[i], found[at].width
             per_text = (found[replace(at, length=128)].bytes[i] - here) / 128
             per_slot = (found[replace(at, blocks=32)].bytes[i] - here) / (32 * slots)
             text.append(per_text)

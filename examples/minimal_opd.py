@@ -41,6 +41,8 @@ def main(args: ExampleArguments) -> list[float]:
     """Run the loop and return tau of each step's rollout."""
     target = FrozenTarget.load(args.target)
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers)
+    if drafter.candidates is not None:
+        raise SystemExit("DFlash 2 is trained by a second loss, which `DraftOPDTrainer` has. Take another drafter.")
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-4)
     rows = load_dataset("json", data_files=args.dataset, split="train")
     all_prompts = list(target.text_reader().read_prompts(rows)["prompt_ids"])
@@ -51,7 +53,13 @@ def main(args: ExampleArguments) -> list[float]:
         keep_branch_hidden=True,
     )
     target_head = Head(target.project, (), target.vocab_size)
-    draft_head = Head.linear(drafter.lm_head.weight) if drafter.owns_head else target_head
+    # What the drafter trains of a head of its own; the target's is frozen.
+    own = [part.module.weight for part in drafter.head_parts if part.module is not None]
+    draft_head = Head(
+        lambda hidden: drafter.draft_logits(hidden, target.project),
+        tuple(weight for weight in own if weight.requires_grad),
+        drafter.config.draft_vocab_size,
+    )
     taus = []
     for step in range(args.num_steps):
         start = step * PROMPTS_PER_STEP % len(all_prompts)

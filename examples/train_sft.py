@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Train a drafter by SFT on its target's responses: a fresh one of either family, or with `--drafter` an earlier one.
+Train a drafter by SFT on its target's responses: a fresh one of any family, or with `--drafter` an earlier one.
 
     python examples/train_sft.py --target Qwen/Qwen3-4B --family eagle3 \
         --dataset prompts.jsonl --responses responses --output-dir drafter-sft
@@ -16,7 +16,19 @@ from datasets import load_dataset
 from transformers import set_seed
 from trl import TrlParser
 
-from trl_draft_opd import DFlashDraftModel, DraftSFTConfig, DraftSFTTrainer, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import (
+    DFlash2DraftModel,
+    DFlashDraftModel,
+    DraftSFTConfig,
+    DraftSFTTrainer,
+    DSparkDraftModel,
+    Eagle3DraftModel,
+    FrozenTarget,
+)
+
+
+# Those that draft whole blocks; their masks need an id that text never uses.
+BLOCK_FAMILIES = {"dflash": DFlashDraftModel, "dflash2": DFlash2DraftModel, "dspark": DSparkDraftModel}
 
 
 @dataclass
@@ -26,7 +38,9 @@ class ExampleArguments:
     target: str = field(metadata={"help": "Hub id or path of the target."})
     dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
     drafter: str | None = field(default=None, metadata={"help": "Hub id or path of a drafter to train further."})
-    family: Literal["eagle3", "dflash"] = field(default="eagle3", metadata={"help": "Family of a fresh drafter."})
+    family: Literal["eagle3", "dflash", "dspark", "dflash2"] = field(
+        default="eagle3", metadata={"help": "Family of a fresh drafter."}
+    )
     num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau."})
 
 
@@ -43,7 +57,7 @@ if __name__ == "__main__":
     elif args.family == "eagle3":
         drafter = Eagle3DraftModel.from_target(target)
     else:
-        drafter = DFlashDraftModel.from_target(target, mask_token_id=target.find_mask_token_id())
+        drafter = BLOCK_FAMILIES[args.family].from_target(target, mask_token_id=target.find_mask_token_id())
     trainer = DraftSFTTrainer(drafter, target, config, rows["train"], rows["test"])
     trainer.train()
     tau = trainer.evaluate()["eval_tau"]

@@ -25,7 +25,9 @@ BANNED_WORDS = re.compile(r"teacher|student|verifier|draft_?model|trajector|(?<!
 # Names that are not ours to choose, with the reason.
 ALLOWED_NAMES = {
     "DFlashDraftModel": "architecture name in published checkpoints, read by serving engines",
-    "Eagle3DraftModel": "its counterpart, named alike",
+    "DSparkDraftModel": "the same",
+    "DFlash2DraftModel": "the same",
+    "Eagle3DraftModel": "their counterpart, named alike",
 }
 
 # Code of a repository runs in one place, where `verify --trust-remote-code` asked for it.

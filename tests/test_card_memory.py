@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import roofline
+from benchmarks.scaling import FAMILIES, shape_of
 from helpers.oracle import greedy_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
@@ -33,14 +34,14 @@ from trl_draft_opd.costs.memory import (
     launch_bytes,
     refuse_small_card,
 )
-from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.costs.shapes import TARGETS, DrafterShape, TargetShape
 from trl_draft_opd.drafters import base
 from trl_draft_opd.target.texts import tokens_at_once
 from trl_draft_opd.trainer import card_memory
 
 
 QWEN3_8B = TARGETS["qwen3-8b"]
-DFLASH = DrafterShape.fresh("dflash", QWEN3_8B)
+DFLASH = shape_of("dflash", QWEN3_8B)
 H100 = GPUS["h100"].memory
 # 8 rows of 2,048 tokens with 512 anchors each.
 LARGE = Workload(8, 2048, 512, 1, False)
@@ -70,7 +71,7 @@ def test_layers_are_not_computed_again_where_a_step_fits_anyway():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_of_32k_tokens_of_an_8b_target_fits_on_80_gb(family):
     work = roofline.long_row("qwen3-8b", family, H100)
-    stages = count_stages(QWEN3_8B, DrafterShape.fresh(family, QWEN3_8B), work)
+    stages = count_stages(QWEN3_8B, shape_of(family, QWEN3_8B), work)
     assert work.length == 32_768 and launch_bytes(stages, "one GPU", 1) < H100
 
 

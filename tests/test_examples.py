@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny import make_drafter, make_target, make_tokenizer
+from helpers.tiny import FAMILIES, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import AutoDrafter
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     target = make_target()
     target.causal_lm.save_pretrained(folder / "target")
     make_tokenizer().save_pretrained(folder / "target")
-    for family in ("dflash", "eagle3"):
+    for family in FAMILIES:
         make_drafter(family, target).save_pretrained(folder / family)
     rows = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]} for i in range(7, 15)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
@@ -73,22 +73,23 @@ def test_the_quickstart_refuses_too_few_rows_before_it_loads_the_target(monkeypa
         run_script(monkeypatch, tmp_path, "quickstart.py")
 
 
-def test_the_flat_loop_runs_three_steps(monkeypatch, folder, capsys):
-    run_script(monkeypatch, folder, "minimal_opd.py", "--drafter", folder / "eagle3", "--num_steps", 3)
+@pytest.mark.parametrize("family", ["dspark", "eagle3"])
+def test_the_flat_loop_runs_three_steps(monkeypatch, folder, capsys, family):
+    run_script(monkeypatch, folder, "minimal_opd.py", "--drafter", folder / family, "--num_steps", 3)
     taus = re.findall(r"^step \d: loss \S+, tau (\S+)$", capsys.readouterr().out, re.M)
     assert len(taus) == 3 and all(float(tau) >= 1 for tau in taus)
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
-def test_the_opd_script_trains_a_drafter_of_either_family(monkeypatch, tmp_path, folder, capsys, family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_opd_script_trains_a_drafter_of_any_family(monkeypatch, tmp_path, folder, capsys, family):
     flags = ["--drafter", folder / family, "--output_dir", tmp_path, "--num_eval_prompts", 2]
     run_script(monkeypatch, folder, "train_eagle3_opd.py", *flags, *SMALL)
     assert "held-out prompts" in capsys.readouterr().out
     assert AutoDrafter.from_pretrained(tmp_path).config.family == family
 
 
-@pytest.mark.parametrize("family", ["dflash", "eagle3"])
-def test_the_sft_script_trains_a_fresh_drafter_of_either_family(monkeypatch, tmp_path, folder, capsys, family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sft_script_trains_a_fresh_drafter_of_any_family(monkeypatch, tmp_path, folder, capsys, family):
     flags = ["--family", family, "--output_dir", tmp_path, "--num_eval_prompts", 2]
     run_script(monkeypatch, folder, "train_sft.py", *flags, *SMALL)
     assert "held-out prompts" in capsys.readouterr().out

@@ -29,14 +29,16 @@ def call():
         yield call
 
 
-def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0, has_selector=False):
+def count(
+    loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0, has_selector=False, num_parts=1
+):
     """Return launches, syncs and uploads of the loss and its gradient, and where the first two are."""
     num_rows = STATES * num_slots
     with pretend_accelerator() as counts, pytest.MonkeyPatch.context() as patch:
         own_launches = []
         patch.setattr(fused, "_launch", lambda *args, **kwargs: own_launches.append(args) or True)
         patch.setattr(fused, "is_used_for", lambda hidden: is_fused)
-        hidden = torch.zeros(num_rows, 4 if has_selector else 2, device=DEVICE).requires_grad_()
+        hidden = torch.zeros(num_rows, 4 if has_selector else 2 * num_parts, device=DEVICE).requires_grad_()
         selector = Selector(torch.zeros(VOCAB, 2, device=DEVICE).requires_grad_(), 16) if has_selector else None
         weight = torch.zeros(VOCAB, 2, device=DEVICE).requires_grad_()
         target_weight = torch.zeros(VOCAB, 2, dtype=torch.bfloat16, device=DEVICE)
@@ -48,7 +50,7 @@ def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_wei
         with torch.autocast("pretend", torch.bfloat16):
             result = chunked_divergence(
                 hidden,
-                Head.linear(weight),
+                Head.linear(weight) if num_parts == 1 else Head.joined([Head.linear(weight)] * num_parts),
                 target_hidden,
                 Head.linear(target_weight, keeps_dtype=True),
                 target_rows_N=target_rows,
@@ -77,6 +79,12 @@ def test_a_selector_adds_few_launches_to_each_chunk(call, loss_type):
     # In four chunks.
     totals, launches, _ = call(partial(count, num_slots=1, has_selector=True), loss_type, True)
     assert totals["launches"] <= 320, launches
+
+
+def test_a_second_part_of_a_head_adds_few_launches_to_each_chunk(call):
+    one, two = (call(partial(count, num_parts=parts), "forward_kl", True)[0]["launches"] for parts in (1, 2))
+    # In 26 chunks: a cast and a product, its two gradients, and the two halves of the states' gradient.
+    assert one < two <= one + 26 * 7
 
 
 def test_a_larger_budget_is_what_saves_launches(call):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.counters import PeakBytes
-from helpers.tiny import make_causal_lm, make_drafter
+from helpers.tiny import make_causal_lm, make_drafter, state_width
 from trl_draft_opd import FrozenTarget, SamplingSettings
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout.drafting import DraftingSettings
@@ -57,9 +57,7 @@ def peaks(kind: str, dtype: torch.dtype, sampling: SamplingSettings, family: str
     draft_sampling = "greedy" if sampling.is_greedy else "sample"
     settings = DraftingSettings(K, sampling, draft_sampling, keep_branch_hidden=False)
     walk = ReplayWalk(target, drafter, text, settings, DrawKeys(0, 0, [0]), BUDGET, None)
-    width = sum(part.width for part in drafter.head_parts)
-    width += drafter.candidates.rows.shape[1] if drafter.candidates else 0
-    hidden = torch.randn(N, K, width, generator=generator).to(dtype)
+    hidden = torch.randn(N, K, state_width(drafter), generator=generator).to(dtype)
     anchors, room = torch.arange(N) % (LENGTH - 10) + 5, torch.full((N,), K)
     uniforms = None if sampling.is_greedy else (torch.rand(N, K), torch.rand(N, K))
     draws = None if uniforms is None else uniforms[1].flatten()

@@ -67,7 +67,9 @@ def drafters(target):
     for drafter in drafters.values():
         for name, parameter in drafter.named_parameters():
             # A fresh drafter barely reads its context: a wrong key would change no draft.
-            if parameter.ndim == 2 and not any(part in name for part in drafter.names_of_heads):
+            if parameter.ndim == 2 and not any(
+                part in name for part in (*drafter.names_of_heads, "selector", "_conv")
+            ):
                 parameter.data *= 12
     return drafters
 

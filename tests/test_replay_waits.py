@@ -25,6 +25,7 @@ ROWS, LENGTH, PROMPT = 4, 2048, 512
 # tau of about 4 and 3.
 SHAPES = {
     "dflash": ({"block_size": 16, "num_hidden_layers": 1}, 15, 16, 0.757),
+    "dspark": ({"block_size": 16, "num_hidden_layers": 1}, 15, 16, 0.757),
     "eagle3": ({"ttt_steps": 7}, 7, 1, 0.69),
 }
 
@@ -54,18 +55,18 @@ def force_drafts(drafter, ids, num_drafts, rate):
     def mark(state, anchors):
         # The proposal travels in the first entry of a state, through the real layers' own path.
         wanted = proposals[anchors[0]][None]
-        block = state.block_hidden
-        if block is not None:
-            block = torch.cat([wanted[..., None].to(block), block[..., 1:]], dim=-1)
         hidden = torch.cat([wanted[:, :, state.slot - 1, None].to(state.hidden), state.hidden[..., 1:]], dim=-1)
-        return replace(state, hidden=hidden, block_hidden=block)
+        if not drafter.config.drafts_whole_blocks:
+            return replace(state, hidden=hidden)
+        block = torch.cat([wanted[..., None].to(state.block), state.block[..., 1:]], dim=-1)
+        return replace(state, hidden=hidden, block=block, block_hidden=None if drafter.reads_drafts else block)
 
     def forced_begin(context, anchors, *args):
         return mark(begin(context, anchors, *args), anchors)
 
     def forced_advance(*args):
         state = advance(*args)
-        return mark(state, state.blocks.anchors)
+        return state if drafter.config.drafts_whole_blocks else mark(state, state.blocks.anchors)
 
     def forced_logits(hidden, project):
         rows.append(len(hidden))
@@ -96,9 +97,11 @@ def walk(family, device, length, changes):
         return totals, table, {name: getattr(rollout, name).cpu() for name in names}, rows
 
 
-# Of DFlash's walk, about 17 rounds wait for the plan of the attention, which a fused kernel does not, and 40 times for
-# a group of slots; of EAGLE-3's one round, each step for both. The rest is the mask of the responses.
-@pytest.mark.parametrize(("family", "most_waits", "most_launches"), [("dflash", 60, 6000), ("eagle3", 16, 2200)])
+# Of the walk of DFlash and DSpark, about 17 rounds wait for the plan of the attention, which a fused kernel does not, and
+# 40 times for a group of slots; of EAGLE-3's one round, each step for both. The rest is the mask of the responses.
+@pytest.mark.parametrize(
+    ("family", "most_waits", "most_launches"), [("dflash", 60, 6000), ("dspark", 60, 6050), ("eagle3", 16, 2200)]
+)
 def test_a_walk_waits_a_few_times_for_the_blocks_that_a_cpu_finds(family, most_waits, most_launches, call):
     totals, table, blocks, rows = call(walk, family, DEVICE, LENGTH, {})
     _, _, expected, expected_rows = call(walk, family, "cpu", LENGTH, {})

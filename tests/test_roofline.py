@@ -13,13 +13,14 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.counters import FlopCount
+from benchmarks.scaling import shape_of
 from benchmarks.traffic import Size, count_step, make_scene, on_pretended
 from helpers.pretend_accelerator import apart
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.jobs import JOBS, Job, Round, Walk, acceptance_of, simulate_walk
 from trl_draft_opd.costs.roofline import TILE, Chunks, Counts, FamilyCounts, chunks_of, predict
-from trl_draft_opd.costs.shapes import TARGETS, TargetShape
+from trl_draft_opd.costs.shapes import TARGETS, DrafterShape, TargetShape
 from trl_draft_opd.drafters.attention import flex
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.losses import Head
@@ -63,10 +64,14 @@ BEFORE = Counts(
 BEFORE_CHUNKS = {job.name: Chunks(70 if job.draft_vocab else 42, 5, 110) for job in JOBS}
 
 
+def predicted(job, counts=NOW, chunks=None, *, target=QWEN3_8B, gpu=H100, **options):
+    return predict(job, target, shape_of(job.family, target, job.draft_vocab), gpu, counts, chunks, **options)
+
+
 def before(job):
     # The audit's DFlash walk had 1,683 blocks and 22 rounds, which is an accepted length of 3.65 rather than 4.
     job = replace(job, tau=3.65) if job.name == "dflash-opd" else job
-    return predict(job, QWEN3_8B, H100, BEFORE, BEFORE_CHUNKS[job.name])
+    return predicted(job, BEFORE, BEFORE_CHUNKS[job.name])
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -95,7 +100,7 @@ def test_the_audits_causes_are_the_models_largest_stages():
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_todays_code_is_predicted_within_reach_of_the_floor(job):
-    found = predict(job, QWEN3_8B, H100, NOW)
+    found = predicted(job)
     assert roofline.REACH_SHARE <= found.share <= 1
     assert found.tokens_per_second > before(job).tokens_per_second
 
@@ -103,20 +108,20 @@ def test_todays_code_is_predicted_within_reach_of_the_floor(job):
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_no_card_is_faster_than_its_floor_and_more_of_a_card_is_never_slower(job):
     for gpu in GPUS.values():
-        found = predict(job, QWEN3_8B, gpu, NOW)
+        found = predicted(job, gpu=gpu)
         assert found.total > found.floor > 0
         faster = replace(gpu, bandwidth=2 * gpu.bandwidth)
-        assert predict(job, QWEN3_8B, faster, NOW).total < found.total
+        assert predicted(job, gpu=faster).total < found.total
 
 
 def test_layers_that_run_twice_cost_time_and_no_floor():
-    kept, again = (predict(JOBS[2], QWEN3_8B, H100, NOW, checkpointing=c) for c in (False, True))
+    kept, again = (predicted(JOBS[2], checkpointing=c) for c in (False, True))
     assert again.floor == kept.floor and again.total > 1.1 * kept.total
 
 
 def test_launches_bind_a_loss_of_many_small_chunks():
     job = JOBS[1]
-    slow = predict(job, QWEN3_8B, H100, replace(NOW, block_launches=25), Chunks(70, 5, 110))
+    slow = predicted(job, replace(NOW, block_launches=25), Chunks(70, 5, 110))
     divergence = next(i for i, stage in enumerate(slow.stages) if stage.name == "loss: divergence")
     launching = sum(stage.launches for stage in slow.stages if stage.column == "heads") * 5.5e-6
     assert slow.seconds[divergence - 1] + slow.seconds[divergence] == pytest.approx(launching)
@@ -132,7 +137,9 @@ def test_the_flops_of_drafting_are_those_a_small_pair_makes(family):
         hidden.sum().backward()
     target = TargetShape.of(scene.target.config)
     job = Job("small", family, num_anchors=16, rows=2, length=64, prompt=16)
-    stages = {stage.name: stage for stage in predict(job, target, H100, NOW).stages}
+    stages = {
+        stage.name: stage for stage in predict(job, target, DrafterShape.of(scene.drafter.config), H100, NOW).stages
+    }
     # Attention is 2 to 6 % of it, in kernels that differ in the pairs they compute.
     assert forward.total == pytest.approx(stages["draft"].flops, rel=0.08)
     assert backward.total == pytest.approx(stages["backward"].flops, rel=0.08)

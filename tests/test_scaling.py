@@ -14,7 +14,8 @@ from benchmarks import scaling
 from helpers.tiny import make_tokenizer
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.costs.memory import LAUNCHES, launch_bytes, quantised_bytes
-from trl_draft_opd.costs.shapes import FAMILIES, TARGETS, DrafterShape
+from benchmarks.scaling import FAMILIES
+from trl_draft_opd.costs.shapes import TARGETS, DrafterShape
 
 
 EXACT = {

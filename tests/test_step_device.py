@@ -99,6 +99,15 @@ PATHS = {
         {"eval_rollouts": True, "eval_strategy": "steps", "max_completion_length": 4},
         False,
     ),
+    "sft dspark": ("sft", "dspark", {}, False),
+    "sft dspark reduced, checkpointed": ("sft", "dspark", {"activation_checkpointing": True}, True),
+    "opd dspark sampled, suffix": (
+        "opd",
+        "dspark",
+        {"temperature": 1.0, "draft_sampling": "sample", "rejected_scope": "suffix"},
+        False,
+    ),
+    "opd dspark live": ("opd", "dspark", {"rollout": "live", "completions_from_target": False}, False),
     "sft in passes": ("sft", "eagle3", {"blocks_per_pass": 9}, False),
     "opd eagle3 first": ("opd", "eagle3", {}, False),
     "opd eagle3 suffix, reduced, checkpointed": (
@@ -159,6 +168,8 @@ def test_in_float32_the_losses_are_those_of_the_cpu(call, kind, family):
 BUDGET = {
     "sft eagle3": (("sft", "eagle3", {}), 12, 1000, 9),
     "sft dflash": (("sft", "dflash", {}), 12, 800, 9),
+    "sft dspark": (("sft", "dspark", {}), 12, 850, 9),
+    "opd dspark suffix": (("opd", "dspark", {"rejected_scope": "suffix"}), 20, 1830, 14),
     "opd eagle3 first": (("opd", "eagle3", {}), 15, 1740, 13),
     "opd dflash first": (("opd", "dflash", {}), 17, 1420, 11),
     "opd eagle3 suffix": (("opd", "eagle3", {"rejected_scope": "suffix"}), 18, 2250, 16),

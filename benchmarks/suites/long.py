@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Whole steps on one long row, both families and both trainers: how peak memory, and time outside of attention, grow with
+Whole steps on one long row, families and both trainers: how peak memory, and time outside of attention, grow with
 its length. Weights are random and the target is tiny; the length is what is measured.
 """
 
@@ -17,10 +17,11 @@ from benchmarks.counters import PeakBytes
 from benchmarks.gpu_jobs import Training, make_target, make_text
 from benchmarks.gpu_rows import Clock
 from benchmarks.stages import StageClock
-from trl_draft_opd import DFlashDraftModel, Eagle3DraftModel, FrozenTarget
+from trl_draft_opd import Eagle3DraftModel, FrozenTarget
 from trl_draft_opd.costs.jobs import Job
 from trl_draft_opd.costs.shapes import TargetShape
 from trl_draft_opd.drafters.attention import tiles
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.target import attention
 
@@ -97,5 +98,6 @@ def _drafter(family: str, target: FrozenTarget) -> Drafter:
     torch.manual_seed(1)
     if family == "eagle3":
         return Eagle3DraftModel.from_target(target, ttt_steps=3).train()
+    family_class: Any = DRAFTER_CLASSES[family]
     mask = target.vocab_size - 1
-    return DFlashDraftModel.from_target(target, mask_token_id=mask, num_hidden_layers=1, block_size=8).train()
+    return family_class.from_target(target, mask_token_id=mask, num_hidden_layers=1, block_size=8).train()

@@ -51,7 +51,9 @@ class Pair:
         self.drafter: Drafter = texts.make_drafter(args, report, family, target, folder)
         self.num_drafts = self.drafter.default_num_drafts
         self.max_completion_length = 32 if args.quick else args.max_completion_length
-        self.segment_length = DraftOPDConfig("unused", use_cpu=args.device == "cpu").segment_length(family)
+        self.segment_length = DraftOPDConfig("unused", use_cpu=args.device == "cpu").segment_length(
+            self.drafter.config
+        )
 
     def live(self, prompts, *, num_drafts=None, ignores_eos=False, keeps_branches=False) -> Rollout:
         """Decode speculatively as one batch."""

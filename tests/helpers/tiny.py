@@ -94,7 +94,7 @@ _BLOCKS = {"mask_token_id": MASK, "num_hidden_layers": 2, "block_size": 5}
 # The class of each family, and settings of its tiny drafters: four drafts per block.
 _DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dflash": (DFlashDraftModel, _BLOCKS),
-    "dflash2": (DFlash2DraftModel, _BLOCKS | {"conv_group_size": 8, "selector_rank": 6, "selector_top_k": 6}),
+    "dflash2": (DFlash2DraftModel, _BLOCKS | {"conv_group_size": 8, "selector_rank": 6, "selector_top_k": 32}),
     "dspark": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 8}),
     "eagle3": (Eagle3DraftModel, {"ttt_steps": 4}),
 }
@@ -115,13 +115,19 @@ def make_drafter(family: str, target: FrozenTarget, seed: int = 1, **options) ->
         for factor in drafter.markov_head.parameters():
             torch.nn.init.normal_(factor)
     if family == "dflash2":
-        # Likewise a selector that decides, and convolutions that are none of identity.
+        # Likewise a selector whose scores are as large, and convolutions that mix.
         for name, parameter in drafter.named_parameters():
             if "candidate_selector" in name:
-                torch.nn.init.normal_(parameter, std=1.0 if "codebook" in name else 0.5)
+                torch.nn.init.normal_(parameter, std=1.0 if "codebook" in name else 0.2)
             elif "_conv" in name:
                 parameter.data += 0.3 * torch.randn_like(parameter)
     return drafter
+
+
+def state_width(drafter: Drafter) -> int:
+    """Return the columns of a state that is ready for the head."""
+    own = drafter.candidates.rows.shape[1] if drafter.candidates is not None else 0
+    return sum(part.width for part in drafter.head_parts) + own
 
 
 def make_prompts(count: int, seed: int = 0, longest: int = 9) -> list[list[int]]:

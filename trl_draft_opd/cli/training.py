@@ -92,8 +92,8 @@ def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any], dra
         check_pair(start, target)
         if start.config.family != DFlashDraftConfig.family:
             raise ValueError(
-                f"{drafter!r} is a drafter of {start.config.title}, but one of {title} starts from DFlash's. Name another, "
-                "or leave it out."
+                f"{drafter!r} is a drafter of {start.config.title}, but one of {title} starts from DFlash's. Name "
+                "another, or leave it out."
             )
         return make(start, **options)
     if "mask_token_id" in known and "mask_token_id" not in options:

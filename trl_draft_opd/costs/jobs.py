@@ -47,6 +47,10 @@ JOBS = (
     Job("dflash-sft-64", "dflash", num_anchors=64),
     Job("eagle3-opd", "eagle3", tau=3.0),
     Job("dflash-opd", "dflash", tau=4.0, segment=16),
+    Job("dspark-sft-512", "dspark", num_anchors=512),
+    Job("dspark-opd", "dspark", tau=4.0, segment=16),
+    Job("dflash2-sft-512", "dflash2", num_anchors=512),
+    Job("dflash2-opd", "dflash2", tau=4.0, segment=16),
 )
 
 

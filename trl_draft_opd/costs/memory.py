@@ -75,7 +75,8 @@ class Stages:
     Bytes per stage on one GPU without any sharding; see [`Stages.rows`] for what each is.
 
     `kept` is what of `activations` lives from forward to backward: the rest is one layer that is computed again.
-    `logits` is what of `loss` is let go before the backward pass, in which `gradient` is the widest layer's.
+    `passing` is what of the loss and of states joined with tokens is let go before the layers' backward pass, in which
+    `gradient` is the widest layer's.
     """
 
     target: int
@@ -91,7 +92,7 @@ class Stages:
     readings: int
     forward: int
     loss: int
-    logits: int
+    passing: int
     gradient: int
     cache: int
 
@@ -122,8 +123,8 @@ class Stages:
 
     @property
     def update(self) -> int:
-        """What loss and backward pass need: the logits are gone before a layer is computed again."""
-        return max(self.kept + self.loss, self.activations + self.loss - self.logits + self.gradient)
+        """What loss and backward pass need: the loss is done before a layer is computed again."""
+        return max(self.kept + self.loss, self.activations + self.loss - self.passing + self.gradient)
 
 
 # -- what each part takes ---------------------------------------------------------------------------------------------
@@ -145,8 +146,11 @@ def _norm(work: Workload) -> int:
     return 2 * FP32 if work.is_on_cpu else BF16
 
 
-def dflash_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
-    """Return what DFlash keeps per text token, and per block, from forward to backward under bf16 autocast."""
+def block_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """
+    Return what a drafter of whole blocks keeps per text token, and per block, from forward to backward under bf16
+    autocast.
+    """
     H, inner, S, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
     q, k, norm = drafter.query_width, drafter.kv_width, _norm(work)
     # Cosines and sines; the norm at the end, or of the fused features.
@@ -158,16 +162,30 @@ def dflash_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]
     else:
         # Two norms and their outputs; query, output and log-sum-exp of the attention; gate and up of the MLP.
         layers = 2 * (norm + BF16) * H + (norm + 2 * BF16) * q + (norm + 2 * BF16) * k + FP32 * h + 2 * BF16 * inner
+        # Of a convolution in front of a sublayer and of one behind it: what each mixes, and what it makes.
+        layers += 2 * 2 * BF16 * drafter.own.taps * H + BF16 * drafter.own.layer_matrices // H
         if work.is_on_cpu:
             layers += BF16 * h * S  # the weights of a block's own keys
         else:
             context += drafter.layers * 2 * BF16 * k  # keys of context and blocks are joined in every layer
         layers *= drafter.layers
-    return context + around, S * (layers + around)
+    return context + around, S * (layers + around) + drafter.num_drafts * joined_bytes(drafter)
 
 
-def eagle3_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
-    """Return what EAGLE-3 keeps per text token, and per block, from forward to backward under bf16 autocast."""
+def joined_bytes(drafter: DrafterShape) -> int:
+    """Return the bytes that a slot keeps where the token before it is joined to its state."""
+    rank = drafter.own.token_rank
+    if rank == drafter.own.head_rank:
+        return BF16 * rank
+    # Joined is the product of something of the token and something of the state: both, and the state once more.
+    return BF16 * (drafter.hidden + 3 * rank)
+
+
+def chain_activations(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
+    """
+    Return what a drafter of one slot at a time keeps per text token, and per block, from forward to backward under
+    bf16 autocast.
+    """
     H, inner, K, h = drafter.hidden, drafter.intermediate, drafter.width, drafter.heads
     q, k, norm = drafter.query_width, drafter.kv_width, _norm(work)
     rotation = 2 * BF16 * drafter.head_dim
@@ -195,11 +213,11 @@ def activation_bytes(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
     Return what the drafter's step keeps from forward to backward, casts of weights left out, and that with what exists
     of it in the backward pass beside: a layer or a whole pass that is computed again.
     """
-    rates = {"dflash": dflash_activations, "eagle3": eagle3_activations}[drafter.family]
+    rates = block_activations if drafter.drafts_whole_blocks else chain_activations
     (text, block), (whole_text, whole_block) = (rates(drafter, replace(work, checkpointing=c)) for c in (True, False))
     num_blocks, at_once = work.rows * work.blocks, work.blocks_at_once(drafter.num_drafts)
     # One layer or step at a time.
-    units = drafter.layers if drafter.family == "dflash" else drafter.width
+    units = drafter.layers if drafter.drafts_whole_blocks else drafter.width
     if not work.checkpointing:
         text, block = whole_text, whole_block
     again = (work.texts * (whole_text - text) + at_once * (whole_block - block)) // units
@@ -208,7 +226,7 @@ def activation_bytes(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
         return kept, kept + again
     # The states of every pass, alone and joined.
     kept = work.texts * rates(drafter, replace(work, checkpointing=True))[0]
-    kept += num_blocks * drafter.width * 2 * BF16 * drafter.hidden
+    kept += num_blocks * drafter.width * 2 * BF16 * (drafter.hidden + drafter.own.token_rank)
     return kept, kept + at_once * block + again
 
 
@@ -224,15 +242,18 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     if longest > work.read_tokens:
         forward += longest * cached
     slots = work.rows * work.blocks * drafter.num_drafts
-    head = drafter.head * FP32 if drafter.owns_head else 0
-    # Slots that are trained on, their gradients, and those back in place; the target's states; a head's summed
-    # gradient.
-    loss = slots * target.hidden * 3 * BF16 + texts * target.hidden * BF16 + head
-    # Of gate, up and product of an MLP; EAGLE-3's steps are differentiated one by one.
-    at_once = work.blocks_at_once(drafter.num_drafts) * (drafter.width if drafter.family == "dflash" else 1)
+    # Of what is trained of the head: the cast, and the summed gradient.
+    head = drafter.trained_head * (BF16 + FP32)
+    # Slots that are trained on, their gradients, and those back in place; the target's states.
+    of_tokens = slots * drafter.own.token_rank * 3 * BF16
+    loss = slots * target.hidden * 3 * BF16 + of_tokens + texts * target.hidden * BF16 + head
+    # Of gate, up and product of an MLP, behind whose convolution the gradient is; steps of a chain are differentiated
+    # one by one.
+    widest = BF16 * (3 * drafter.intermediate - drafter.own.taps * drafter.hidden)
+    at_once = work.blocks_at_once(drafter.num_drafts) * (drafter.width if drafter.drafts_whole_blocks else 1)
     own = 2 * BF16 * target.kv_width * drafter.layers
-    if drafter.family == "eagle3":
-        own = BF16 * (2 * target.kv_width + target.hidden)
+    if not drafter.drafts_whole_blocks:
+        own += BF16 * target.hidden  # the fused features
     masters = FP32 * drafter.parameters
     return Stages(
         target=BF16 * target.parameters,
@@ -242,15 +263,15 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         masters=masters,
         gradients=masters,
         adamw=2 * masters,
-        casts=BF16 * drafter.matrices,
+        casts=BF16 * drafter.body,
         kept=kept,
         activations=activations,
         # Beyond the budget a reading is let go and made again, so one more than fits is alive at most.
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
         loss=loss + work.chunk_bytes,
-        logits=work.chunk_bytes,
-        gradient=at_once * 3 * BF16 * drafter.intermediate,
+        passing=work.chunk_bytes + head + of_tokens + slots * joined_bytes(drafter),
+        gradient=at_once * widest,
         cache=texts * (cached + own),
     )
 

@@ -191,6 +191,7 @@ class Prediction:
 def predict(
     job: Job,
     target: TargetShape,
+    drafter: DrafterShape,
     gpu: Gpu,
     counts: Counts,
     chunks: Chunks | None = None,
@@ -205,7 +206,6 @@ def predict(
         checkpointing (`bool`, *optional*, defaults to `False`):
             Whether the drafter's layers run twice. The second run is no part of the floor.
     """
-    drafter = DrafterShape.fresh(job.family, target, job.draft_vocab)
     volume = volume_of(job, drafter)
     chunks = chunks or chunks_of(chunk_bytes_of_card(gpu.memory), target.vocab, drafter.vocab)
     draft, attention, backward = _drafting(volume, drafter, counts, checkpointing)
@@ -271,7 +271,7 @@ def _attention(slots: float, visible: float, drafter: DrafterShape, counts: Coun
         return Stage("attention", "drafter", flops=flops, bytes=score_bytes * scores * drafter.heads)
     # Whole tiles: half of one at the end of the context, one of a DFlash block's own keys, and one for each key that
     # earlier steps of EAGLE-3 added.
-    tiles = 0.5 + (1 if drafter.family == "dflash" else (drafter.width - 1) / 2)
+    tiles = 0.5 + (1 if drafter.drafts_whole_blocks else (drafter.width - 1) / 2)
     return Stage("attention", "drafter", attention_flops=flops, waste=tiles * TILE / visible)
 
 
@@ -282,12 +282,13 @@ def _drafting(
     own, again = counts.families[drafter.family], int(checkpointing)
     keys = drafter.layers * drafter.key_value
     forward = 2 * (volume.tokens * (drafter.fusion + keys) + volume.slots * drafter.layers * drafter.layer_matrices)
+    forward += 2 * volume.blocks * drafter.num_drafts * drafter.own.slot_matrices
     # No gradient goes to the target's features.
     backward = 2 * forward - 2 * volume.tokens * drafter.fusion
     wide = drafter.hidden
     slot_bytes = [volume.slots * wide * part for part in own.slot_bytes]
     moved = [volume.tokens * wide * own.context_bytes[i] + slot_bytes[i] for i in (0, 1)]
-    moved = [moved[i] + own.weight_bytes[i] * (drafter.matrices - drafter.owns_head * drafter.head) for i in (0, 1)]
+    moved = [moved[i] + own.weight_bytes[i] * drafter.body for i in (0, 1)]
     attention = _attention(volume.slots, volume.visible, drafter, counts, "both")
     once_more = 2 * volume.slots * drafter.layers * drafter.layer_matrices * again
     draft = Stage("draft", "drafter", flops=forward, bytes=moved[0], launches=own.launches[0], syncs=own.syncs)
@@ -307,14 +308,16 @@ def _loss(
 ) -> tuple[Stage, Stage]:
     num_chunks = math.ceil(volume.rows / chunks.rows)
     state_chunks = math.ceil(volume.states / chunks.rows)
-    products = 3 if drafter.owns_head else 2
+    # Forward, the gradient of the states, and for what is trained that of the weights.
+    head = drafter.vocab * (drafter.hidden + drafter.own.head_rank)
+    products = (2 * head + drafter.trained_head) * volume.rows
+    passed = volume.rows * drafter.vocab * sum((2, drafter.owns_head, 3 * (drafter.own.head_rank > 0)))
     heads = Stage(
         "loss: heads",
         "heads",
-        flops=2 * (products * volume.rows * drafter.head + volume.states * target.head),
-        product_bytes=BF16
-        * (2 * num_chunks * drafter.head + state_chunks * target.head + volume.rows * drafter.vocab * products),
-        bytes=counts.head_gradient_bytes * drafter.head * num_chunks if drafter.owns_head else 0,
+        flops=2 * (products + volume.states * target.head),
+        product_bytes=BF16 * (2 * num_chunks * head + state_chunks * target.head + passed),
+        bytes=counts.head_gradient_bytes * drafter.trained_head * num_chunks,
         launches=counts.chunk_launches * num_chunks,
     )
     is_reduced = drafter.vocab < target.vocab
@@ -343,18 +346,19 @@ def _walk(
         rows_at_once=counts.rows_at_once,
     )
     matrices = drafter.layers * drafter.layer_matrices
+    behind = drafter.head + drafter.vocab * drafter.own.head_rank + drafter.own.slot_matrices
 
     def stage_of(some: Round, calls: int) -> Stage:
         """Return a round, or several: `calls` times the layers read their weights."""
-        # EAGLE-3 goes on only where the earlier drafts were kept; DFlash drafts a block at once.
-        slots = some.blocks * drafter.width if drafter.family == "dflash" else some.rows
+        # A chain goes on only where the earlier drafts were kept.
+        slots = some.blocks * drafter.width if drafter.drafts_whole_blocks else some.rows
         attention = _attention(slots, volume.visible, drafter, counts, "forward")
         parts = max(some.reads, math.ceil(some.rows / chunks.judged))
         return Stage(
             "walk",
             "walk",
-            flops=2 * (slots * matrices + some.rows * drafter.head) + attention.flops,
-            product_bytes=BF16 * (parts * drafter.head + calls * matrices),
+            flops=2 * (slots * matrices + some.rows * behind) + attention.flops,
+            product_bytes=BF16 * (parts * behind + calls * matrices),
             attention_flops=attention.attention_flops,
             waste=attention.waste,
             bytes=drafter.hidden * slots * own.slot_bytes[0]

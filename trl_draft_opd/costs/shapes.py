@@ -85,7 +85,37 @@ TARGETS = {
     "qwen3-8b": TargetShape(4096, 12288, 36, 32, 8, 128, 151936, False, True),
     "llama3-70b": TargetShape(8192, 28672, 80, 64, 8, 128, 128256, False, False),
 }
-FAMILIES = ("eagle3", "dflash")
+
+
+@dataclass(frozen=True)
+class OwnParts:
+    """
+    What blocks of a family are, and what its drafters have beside the matrices that every decoder has; their configs
+    say it (`own_parts`).
+
+    Attributes:
+        width (`int`): Positions of a block that go through the layers: DFlash's block with its anchor, EAGLE-3's steps.
+        num_drafts (`int`): Drafts of a block.
+        input_width (`int`): What a layer's queries, keys and values are made of.
+        vectors (`int`): All weights that are no matrices: of norms, biases, sinks, kernels.
+        layer_matrices (`int`): Weights of further matrices of a layer, which every position of a block passes.
+        slot_matrices (`int`): Weights of matrices behind the layers, which every slot passes.
+        taps (`int`): Slots that a convolution around each sublayer reads; 0 for none.
+        token_rank (`int`): Numbers that the token before a slot adds to the slot's state.
+        head_rank (`int`): How many of them a trained part of the head multiplies.
+        tables (`int`): Weights of tables whose rows are looked up.
+    """
+
+    width: int
+    num_drafts: int
+    input_width: int
+    vectors: int
+    layer_matrices: int = 0
+    slot_matrices: int = 0
+    taps: int = 0
+    token_rank: int = 0
+    head_rank: int = 0
+    tables: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,15 +124,12 @@ class DrafterShape:
     Sizes of a drafter.
 
     Attributes:
-        family (`str`): `"eagle3"`, or `"dflash"` for every family that drafts whole blocks.
+        family (`str`): Its family.
         hidden, intermediate, layers, heads, kv_heads, head_dim (`int`): As in its config.
         features (`int`): Width of the target's layers that it reads, side by side.
         vocab (`int`): Tokens that it can propose.
-        width (`int`): Positions of a block that are computed: DFlash's block with its anchor, EAGLE-3's steps.
-        num_drafts (`int`): Drafts of a block.
-        num_norms (`int`): Weights of all norms.
-        owns_head (`bool`): Whether the head is trained with the drafter, or is the target's.
-        extra (`int`): Weights that only its family has.
+        drafts_whole_blocks (`bool`), owns_head (`bool`): As in its config.
+        own ([`OwnParts`]): What is its family's own.
     """
 
     family: str
@@ -114,66 +141,37 @@ class DrafterShape:
     head_dim: int
     features: int
     vocab: int
-    width: int
-    num_drafts: int
-    num_norms: int
+    drafts_whole_blocks: bool
     owns_head: bool
-    extra: int = 0
+    own: OwnParts
 
     @classmethod
     def of(cls, config: Any) -> "DrafterShape":
         """Read the sizes off a drafter's config."""
-        is_dflash = config.drafts_whole_blocks
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        head_dim = config.head_dim or hidden // config.num_attention_heads
-        features = len(config.target_layer_ids or ()) * (config.target_hidden_size or hidden)
-        if is_dflash:
-            # Two norms per layer and two per head size; one of the context and one at the end.
-            norms = layers * (2 * hidden + 2 * head_dim) + 2 * hidden
-        else:
-            norms = 4 * hidden + features * (int(config.fc_norm) + int(config.norm_before_fc))
         return cls(
-            family="dflash" if is_dflash else "eagle3",
-            hidden=hidden,
+            family=config.family,
+            hidden=config.hidden_size,
             intermediate=config.intermediate_size,
-            layers=layers,
+            layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            features=features,
-            vocab=config.draft_vocab_size or config.vocab_size,
-            width=config.block_size if is_dflash else config.ttt_steps,
-            num_drafts=config.drafts_per_block if is_dflash else config.ttt_steps,
-            num_norms=norms,
+            head_dim=config.head_dim,
+            features=config.feature_width,
+            vocab=config.draft_vocab_size,
+            drafts_whole_blocks=config.drafts_whole_blocks,
             owns_head=config.owns_head and config.trains_head,
-            extra=config.exported.extra_parameters(config),
+            own=config.own_parts(),
         )
 
-    @classmethod
-    def fresh(cls, family: str, target: TargetShape, vocab: int | None = None) -> "DrafterShape":
-        """
-        Return the drafter that `from_target` makes: EAGLE-3 of one layer, 3 taps and 7 steps; DFlash of 5 layers, up
-        to 5 taps and blocks of 16.
-        """
-        is_dflash = family == "dflash"
-        layers = 5 if is_dflash else 1
-        taps = min(5, target.layers - 3) if is_dflash else 3
-        norms = layers * (2 * target.hidden + 2 * target.head_dim) + 2 * target.hidden
-        return cls(
-            family=family,
-            hidden=target.hidden,
-            intermediate=target.intermediate,
-            layers=layers,
-            heads=target.heads,
-            kv_heads=target.kv_heads,
-            head_dim=target.head_dim,
-            features=taps * target.hidden,
-            vocab=vocab or target.vocab,
-            width=16 if is_dflash else 7,
-            num_drafts=15 if is_dflash else 7,
-            num_norms=norms if is_dflash else 4 * target.hidden,
-            owns_head=not is_dflash,
-        )
+    @property
+    def width(self) -> int:
+        """Positions of a block that go through the layers."""
+        return self.own.width
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a block."""
+        return self.own.num_drafts
 
     @property
     def query_width(self) -> int:
@@ -186,11 +184,6 @@ class DrafterShape:
         return self.kv_heads * self.head_dim
 
     @property
-    def input_width(self) -> int:
-        """What a layer's queries, keys and values are made of: EAGLE-3 reads token and state side by side."""
-        return self.hidden * (2 if self.family == "eagle3" else 1)
-
-    @property
     def fusion(self) -> int:
         """Weights of the matrix that fuses the target's features."""
         return self.features * self.hidden
@@ -198,13 +191,13 @@ class DrafterShape:
     @property
     def key_value(self) -> int:
         """Weights of one layer's key and value matrices, which the context passes too."""
-        return 2 * self.input_width * self.kv_width
+        return 2 * self.own.input_width * self.kv_width
 
     @property
     def layer_matrices(self) -> int:
         """Weights of one layer's matrices."""
-        queries = (self.input_width + self.hidden) * self.query_width
-        return queries + self.key_value + 3 * self.hidden * self.intermediate
+        queries = (self.own.input_width + self.hidden) * self.query_width
+        return queries + self.key_value + 3 * self.hidden * self.intermediate + self.own.layer_matrices
 
     @property
     def head(self) -> int:
@@ -212,11 +205,21 @@ class DrafterShape:
         return self.vocab * self.hidden
 
     @property
+    def trained_head(self) -> int:
+        """Weights of the head that are trained with the drafter."""
+        return self.vocab * (self.own.head_rank + (self.hidden if self.owns_head else 0))
+
+    @property
+    def body(self) -> int:
+        """Weights of all matrices that are trained, the head's left out."""
+        return self.fusion + self.layers * self.layer_matrices + self.own.slot_matrices
+
+    @property
     def matrices(self) -> int:
         """Weights of all matrices that are trained."""
-        return self.fusion + self.layers * self.layer_matrices + (self.head if self.owns_head else 0)
+        return self.body + self.trained_head
 
     @property
     def parameters(self) -> int:
         """All weights that are trained."""
-        return self.matrices + self.num_norms + self.extra
+        return self.matrices + self.own.vectors + self.own.tables

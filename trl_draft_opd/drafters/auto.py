@@ -31,19 +31,22 @@ _OTHER_BASE = "Give its drafter as `base`."
 
 class AutoDrafter:
     """
-    Loads a drafter of either family in any published layout.
+    Loads a drafter of any family in any published layout.
 
     | layout | recognised by |
     |---|---|
     | EAGLE-3, flat: this package, SafeAILab, SpecForge, AngelSlim | `architectures`: `LlamaForCausalLMEagle3` |
     | the same under other names | `Eagle3LlamaForCausalLM`, or `LlamaForCausalLM` with `draft_vocab_size` |
-    | DFlash, flat: this package, z-lab, SpecForge | `architectures`: `DFlashDraftModel` |
-    | speculators, both families | `speculators_model_type`: `eagle3`, `dflash` |
+    | DFlash, flat: this package, z-lab, SpecForge, ModelOpt | `architectures`: `DFlashDraftModel` |
     | DFlash of transformers | `architectures`: `MuseGlimmerAssistantModel` |
+    | DSpark, flat: this package, DeepSpec (its DFlash too), ModelOpt | `architectures`: `Qwen3DSparkModel` |
+    | the same of SpecForge | `architectures`: `DSparkDraftModel` |
+    | DFlash 2, flat: this package, z-lab, SpecForge | `architectures`: `DFlash2DraftModel` |
+    | speculators | `speculators_model_type`: `eagle3`, `dflash`, `dspark`, `dflash2` |
     | LoRA adapter of any of them, as PEFT saves it | `adapter_config.json`; merged into the drafter it names |
 
     `model_type` is not read: published drafters have llama or qwen3 there. Variants that compute something else
-    (DFlash2, DSpark, Domino, P-EAGLE, sliding windows, more than one EAGLE-3 layer, ...) are refused with the reason.
+    (Domino, P-EAGLE, other layers, quantised weights, more than one EAGLE-3 layer, ...) are refused with the reason.
 
     Example:
 
@@ -85,7 +88,7 @@ class AutoDrafter:
                 Of an adapter: the drafter it was trained on, in place of the one its config names.
 
         Returns:
-            [`Eagle3DraftModel`] or [`DFlashDraftModel`]
+            [`Drafter`] of the class of its family.
 
         Raises:
             ValueError: If the checkpoint is of no supported kind, or its weights do not fit.

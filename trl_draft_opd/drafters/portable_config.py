@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import transformers
 from transformers import PreTrainedConfig
 
+from ..costs.shapes import OwnParts
 from .published.configs import parse_drafter_config
 from .published.exported import ExportedFamily
 from .published.family import PublishedFamily
@@ -131,6 +132,22 @@ class PortableConfig(PreTrainedConfig):
     def has_confidence_head(self) -> bool:
         """Whether the drafter says how likely the target keeps each draft, see `confidence_logits`."""
         return False
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the target's layers that are read, side by side."""
+        assert self.target_hidden_size is not None, "set by the config"
+        return len(self.target_layer_ids or ()) * self.target_hidden_size
+
+    @property
+    def attention_biases(self) -> int:
+        """Numbers of a layer's biases in attention."""
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        return self.attention_bias * (heads * (self.head_dim or 0) + self.hidden_size)
+
+    def own_parts(self) -> OwnParts:
+        """Return what the family's blocks are, and what its drafters have beside the matrices of every decoder."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its blocks are.")
 
     @classmethod
     def own_settings(cls) -> list[str]:

@@ -32,7 +32,8 @@ def drafter_reads(config: PortableConfig, num_drafts: int) -> int:
     shape = DrafterShape.of(config)
     blocks = 1 if config.drafts_whole_blocks else num_drafts
     once = shape.fusion + blocks * (shape.layers * shape.layer_matrices + shape.head)
-    return once + config.exported.extra_reads(config, num_drafts)
+    # All slots of a block pass these at once; a head that reads the token before a slot is passed slot by slot.
+    return once + shape.own.slot_matrices + num_drafts * shape.vocab * shape.own.head_rank
 
 
 def break_even(

@@ -227,10 +227,11 @@ def verify_sampled(
         _check_shape("draft_probs_BKV", draft_probs_BKV, (*drafts_BK.shape, vocab_size))
         draft_prob_BK = _at(draft_probs_BKV, drafts_BK)
         _check_possible("draft_probs_BKV", draft_prob_BK > 0, "Pass the distribution that the drafts were drawn from.")
+    if num_verified_B is not None:
+        slots = torch.arange(1, num_drafts + 1, device=drafts_BK.device)
+        target_prob_BK = target_prob_BK.masked_fill(slots > num_verified_B.unsqueeze(-1), 0)
     # As a product: a draft with p(d) = 0 is refused even at u = 0.
     accepted_B = (accept_uniforms_BK * draft_prob_BK < target_prob_BK).cumprod(dim=-1).sum(dim=-1)
-    if num_verified_B is not None:
-        accepted_B = accepted_B.minimum(num_verified_B)
     refused_slot_B = accepted_B.clamp(max=num_drafts - 1)
     target_row_BV = _row_at(target_probs_BK1V, accepted_B)
     if draft_probs_BKV is None:

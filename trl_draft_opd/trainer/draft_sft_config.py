@@ -33,17 +33,17 @@ class DraftSFTConfig(DraftTrainingConfig):
             Have the target rewrite every completion before training. A drafter should learn the target's own text;
             turn it on when the dataset was written by someone else. `responses` needs it.
         draft_vocab_size (`int`, *optional*):
-            Tokens that an EAGLE-3 drafter over the whole vocabulary is reduced to when training starts: the most
-            frequent of the responses it trains on, and those that end them. Others can no longer be drafted, so every
-            one in a text is a rejection; the share is logged and goes on the card. 0 keeps all. By default a fresh
-            drafter gets 32,000 where the target has more than 65,536, as EAGLE-3's authors publish theirs, and a
-            drafter that was loaded keeps what it has.
+            Tokens that a drafter over the whole vocabulary is reduced to when training starts: the most frequent of
+            the responses it trains on, and those that end them. Others can no longer be drafted, so every one in a
+            text is a rejection; the share is logged and goes on the card. 0 keeps all. By default a fresh EAGLE-3
+            drafter gets 32,000 where the target has more than 65,536, as its authors publish theirs; other families,
+            and a drafter that was loaded, keep what they have. DFlash 2 drafts from the whole vocabulary alone.
         num_anchors (`int`, *optional*):
             Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, and to 64 for
-            DFlash: about half the positions of a short response.
+            the others, which draft whole blocks: about half the positions of a short response.
         position_decay (`float`, *optional*):
-            Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3 and 0.87 for DFlash, as their authors train
-            them. Not applied under `slot_weighting="d_pace"`.
+            Weight decay per slot, in (0, 1]. Defaults to 0.8 for EAGLE-3, 0.87 for DFlash and DFlash 2 and 0.78 for
+            DSpark, as their authors train them. Not applied under `slot_weighting="d_pace"`.
         slot_scope (`str`, *optional*, defaults to `"block"`):
             `"block"`: every slot is trained. `"until_fail"`: those up to and including the first one where the
             drafter's argmax is not the committed token, which decoding would reach (Source:
@@ -59,7 +59,7 @@ class DraftSFTConfig(DraftTrainingConfig):
     regenerate: bool = setting(False, "Have the target rewrite every completion before training.")
     draft_vocab_size: int | None = setting(
         None,
-        "EAGLE-3: tokens that can be drafted, the most frequent ones; 0 keeps all; 32000 of a large one if unset.",
+        "Tokens that can be drafted, the most frequent ones; 0 keeps all; unset, a fresh EAGLE-3 has 32000 of many.",
     )
     num_anchors: int | None = setting(None, "Anchors per row and epoch; 0 takes all positions; the family's if unset.")
     position_decay: float | None = setting(None, "Weight decay per slot, in (0, 1]; the family's if unset.")

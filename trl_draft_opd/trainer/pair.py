@@ -160,7 +160,7 @@ def load_drafter(model: str | Path | Drafter, target: FrozenTarget, args: DraftT
     if not isinstance(model, Drafter):
         raise TypeError(
             f"`model` must be a drafter, its id or its path, got {type(model).__name__}. Make a fresh one with "
-            "`Eagle3DraftModel.from_target(target)` or `DFlashDraftModel.from_target(target, ...)`."
+            "the `from_target(target, ...)` of a family's class, such as `Eagle3DraftModel.from_target(target)`."
         )
     check_pair(model, target)
     if args.num_drafts is not None and model.max_drafts is not None and args.num_drafts > model.max_drafts:
@@ -243,8 +243,8 @@ def check_mask_token(
     drafter: Drafter, target: FrozenTarget, dataset: Dataset | IterableDataset, column: str
 ) -> Dataset | IterableDataset:
     """
-    Raise `ValueError` if DFlash's mask token is a special token of the target, or occurs in the data; a stream, which
-    is returned, is checked as its rows are read.
+    Raise `ValueError` if the drafter's mask token is a special token of the target, or occurs in the data; a stream,
+    which is returned, is checked as its rows are read.
     """
     mask_token_id = getattr(drafter.config, "mask_token_id", None)
     if mask_token_id is None:

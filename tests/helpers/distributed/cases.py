@@ -67,6 +67,9 @@ CASES = {
     "replay_eagle3": Case("opd", "eagle3"),
     "live_dflash": Case("opd", "dflash", {"rollout": "live"}),
     "live_eagle3": Case("opd", "eagle3", {"rollout": "live", "shard_target": True}, evaluates_first=True),
+    # The first step of a rank without a slot reaches both heads too.
+    "sft_dspark": Case("sft", "dspark", {"draft_vocab_size": 48}),
+    "replay_dspark": Case("opd", "dspark", {"rejected_scope": "suffix"}),
     "adamw": Case("sft", "eagle3", ADAMW, frozen="midlayer.mlp.up_proj"),
 }
 # Refused under ZeRO.

@@ -4,6 +4,7 @@
 import math
 from typing import Any
 
+from ...costs.shapes import OwnParts
 from ..attention import Sight
 from ..portable_config import PortableConfig
 from .exported_dflash import ExportedDFlash
@@ -97,6 +98,13 @@ class DFlashDraftConfig(PortableConfig):
     def drafts_per_block(self) -> int:
         """Most drafts of a block: one per mask, and the anchor's where it drafts too."""
         return self.block_size - (0 if self.sample_from_anchor else 1)
+
+    def own_parts(self) -> OwnParts:
+        hidden, head_dim = self.hidden_size, self.head_dim or 0
+        # Two norms per layer and two per head size; one of the context and one at the end.
+        layer = 2 * hidden + 2 * head_dim + self.attention_biases + self.attention_sinks * self.num_attention_heads
+        vectors = self.num_hidden_layers * layer + 2 * hidden
+        return OwnParts(self.block_size, self.drafts_per_block, hidden, vectors)
 
     def _check_attention(self, layer_types: list[str]) -> None:
         if len(layer_types) != self.num_hidden_layers or set(layer_types) - {"full_attention", _SLIDING}:

@@ -176,11 +176,6 @@ class ExportedDFlash(ExportedFamily):
             lacking.append("it is not known to keep the vocabulary's map")
         return lacking
 
-    def extra_parameters(self, config: Any) -> int:
-        heads, width = config.num_attention_heads, (config.num_attention_heads + 2 * config.num_key_value_heads)
-        biases = width * config.head_dim + config.hidden_size
-        return config.num_hidden_layers * (config.attention_sinks * heads + config.attention_bias * biases)
-
     def facts(self, config: Any, num_drafts: int) -> list[tuple[str, Any]]:
         anchor = (
             "each drafts the token behind it" if config.sample_from_anchor else f"the anchor and {num_drafts} drafts"

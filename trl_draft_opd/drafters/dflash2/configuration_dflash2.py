@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Configuration of a DFlash 2 drafter, and the portable profile it is saved in."""
 
+from dataclasses import replace
 from typing import Any
 
+from ...costs.shapes import OwnParts
 from ..dflash import DFlashDraftConfig
 from .exported_dflash2 import ExportedDFlash2
 from .published_dflash2 import PublishedDFlash2
@@ -60,6 +62,20 @@ class DFlash2DraftConfig(DFlashDraftConfig):
                 f"`selector_top_k` must lie in 1..{self.vocab_size} (the vocabulary), got {self.selector_top_k}. "
                 "Published is 16."
             )
+
+    def own_parts(self) -> OwnParts:
+        hidden, taps, rank = self.hidden_size, self.conv_kernel_size, self.selector_rank
+        plain = super().own_parts()
+        return replace(
+            plain,
+            # Around each of two sublayers, two convolutions.
+            vectors=plain.vectors + self.num_hidden_layers * 4 * taps * hidden,
+            layer_matrices=4 * taps * (hidden // self.conv_group_size) * hidden,
+            slot_matrices=hidden * rank,
+            taps=taps,
+            token_rank=rank,
+            tables=2 * self.vocab_size * rank,
+        )
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat portable profile, the form written to `config.json`."""

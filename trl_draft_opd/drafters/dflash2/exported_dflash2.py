@@ -37,16 +37,6 @@ class ExportedDFlash2(ExportedDFlash):
     def needs_gpu_in_vllm(self, config: Any) -> str | None:
         return "its V2 runner alone has the selector"
 
-    def extra_parameters(self, config: Any) -> int:
-        codebooks = 2 * config.vocab_size * config.selector_rank
-        return super().extra_parameters(config) + self.extra_reads(config, 1) + codebooks
-
-    def extra_reads(self, config: Any, num_drafts: int) -> int:
-        hidden = config.hidden_size
-        convolution = 2 * config.conv_kernel_size * (hidden + hidden * (hidden // config.conv_group_size))
-        # All slots of a block at once.
-        return 2 * config.num_hidden_layers * convolution + hidden * config.selector_rank
-
     def facts(self, config: Any, num_drafts: int) -> list[tuple[str, Any]]:
         taps, groups = config.conv_kernel_size, config.hidden_size // config.conv_group_size
         return [

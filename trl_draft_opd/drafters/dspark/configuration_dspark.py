@@ -1,8 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Configuration of a DSpark drafter, and the flat `config.json` it is saved in."""
 
+from dataclasses import replace
 from typing import Any
 
+from ...costs.shapes import OwnParts
 from ..dflash import DFlashDraftConfig
 from .exported_dspark import ExportedDSpark
 from .published_dspark import PublishedDSpark
@@ -61,6 +63,19 @@ class DSparkDraftConfig(DFlashDraftConfig):
     @property
     def has_confidence_head(self) -> bool:
         return self.enable_confidence_head
+
+    def own_parts(self) -> OwnParts:
+        rank, plain = self.markov_rank, super().own_parts()
+        read = self.hidden_size + (rank if self.confidence_head_with_markov else 0)
+        return replace(
+            plain,
+            # The confidence head's bias and weights.
+            vectors=plain.vectors + self.enable_confidence_head,
+            slot_matrices=self.enable_confidence_head * read,
+            token_rank=rank,
+            head_rank=rank,
+            tables=self.vocab_size * rank,
+        )
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat profile, the form written to `config.json`."""

@@ -51,16 +51,6 @@ class ExportedDSpark(ExportedDFlash):
     def needs_gpu_in_vllm(self, config: Any) -> str | None:
         return "its V2 runner alone has the Markov head"
 
-    def extra_parameters(self, config: Any) -> int:
-        width = config.hidden_size + config.markov_rank * config.confidence_head_with_markov
-        confidence = (width + 1) * config.enable_confidence_head
-        markov = (config.vocab_size + config.draft_vocab_size) * config.markov_rank
-        return super().extra_parameters(config) + confidence + markov
-
-    def extra_reads(self, config: Any, num_drafts: int) -> int:
-        # The head follows the drafts, one at a time.
-        return num_drafts * config.draft_vocab_size * config.markov_rank
-
     def facts(self, config: Any, num_drafts: int) -> list[tuple[str, Any]]:
         reads = "the token before the slot too" if config.confidence_head_with_markov else "the slot's state alone"
         return [

@@ -39,7 +39,7 @@ class PublishedDSpark(PublishedDFlash):
             raise ValueError("config.json does not say `markov_rank`, the width of its Markov head; 0 is none.")
         head_type = agreed("markov_head_type", sections.stated("markov_head_type"))
         if integer("markov_rank", rank, 0) and head_type not in (None, "vanilla"):
-            meaning = "a Markov head that reads the slot's hidden state too, which vLLM's class does not have either"
+            meaning = "a Markov head that reads more than the token before, which vLLM's class does not have either"
             raise refusal("markov_head_type", head_type, meaning)
         # Where it is not written, engines take it for absent and the speculators library for present: what the file
         # lacks or holds then is told when it is loaded.

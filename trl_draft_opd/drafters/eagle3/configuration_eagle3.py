@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from ...costs.shapes import OwnParts
 from ..portable_config import PortableConfig
 from .exported_eagle3 import ExportedEagle3
 from .published_eagle3 import PublishedEagle3
@@ -67,6 +68,12 @@ class Eagle3DraftConfig(PortableConfig):
     @property
     def owns_head(self) -> bool:
         return True
+
+    def own_parts(self) -> OwnParts:
+        vectors = 4 * self.hidden_size + self.feature_width * (self.fc_norm + self.norm_before_fc)
+        vectors += self.attention_biases + self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        # A layer reads token and state side by side.
+        return OwnParts(self.ttt_steps, self.ttt_steps, 2 * self.hidden_size, vectors)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the flat portable profile, the form written to `config.json`."""

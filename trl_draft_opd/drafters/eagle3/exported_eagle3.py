@@ -103,10 +103,6 @@ class ExportedEagle3(ExportedFamily):
             ),
         }
 
-    def extra_parameters(self, config: Any) -> int:
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        return config.attention_bias * (heads * config.head_dim + config.hidden_size)
-
     def facts(self, config: Any, num_drafts: int) -> list[tuple[str, Any]]:
         norms = ", ".join(f"`{name}`" for name in _NORM_FLAGS if getattr(config, name))
         return [

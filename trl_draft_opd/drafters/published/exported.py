@@ -97,14 +97,6 @@ class ExportedFamily(ABC):
         """Return why vLLM 0.33 serves a drafter with its V2 runner alone, which has no CPU build; `None` if not."""
         return None
 
-    def extra_parameters(self, config: Any) -> int:
-        """Return how many weights the family has beside fusion, layers of the common kind, norms and head."""
-        return 0
-
-    def extra_reads(self, config: Any, num_drafts: int) -> int:
-        """Return how many weights are read for them to draft one block; a row of a table is none."""
-        return 0
-
     @abstractmethod
     def facts(self, config: Any, num_drafts: int) -> list[tuple[str, Any]]:
         """Return the rows of a card that only this family has."""
