@@ -33,7 +33,10 @@ LONG_ROW, LONG_PROMPT = 32_768, 2_048
 def predictions(target: TargetShape, gpu: Gpu, checkpointing: bool = False) -> list[Prediction]:
     """Return what every job takes with the code as it is."""
     drafters = [shape_of(job.family, target, job.draft_vocab) for job in JOBS]
-    return [predict(job, target, each, gpu, NOW, checkpointing=checkpointing) for job, each in zip(JOBS, drafters)]
+    return [
+        predict(job, target, each, gpu, NOW, checkpointing=checkpointing)
+        for job, each in zip(JOBS, drafters, strict=True)
+    ]
 
 
 def job_table(found: list[Prediction], measured: dict[str, dict] | None = None) -> str:

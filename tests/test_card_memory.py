@@ -34,7 +34,7 @@ from trl_draft_opd.costs.memory import (
     launch_bytes,
     refuse_small_card,
 )
-from trl_draft_opd.costs.shapes import TARGETS, DrafterShape, TargetShape
+from trl_draft_opd.costs.shapes import TARGETS, TargetShape
 from trl_draft_opd.drafters import base
 from trl_draft_opd.target.texts import tokens_at_once
 from trl_draft_opd.trainer import card_memory

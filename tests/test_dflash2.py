@@ -4,14 +4,19 @@ Tests of the DFlash 2 drafter: its convolutions and its selector against loops, 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from helpers.tiny import MASK, VOCAB, make_drafter, make_target
-from trl_draft_opd import AutoDrafter, DFlash2DraftConfig, DFlash2DraftModel
+from helpers.tiny import MASK, TINY_RUN, VOCAB, make_drafter, make_target
+from trl_draft_opd import AutoDrafter, DFlash2DraftConfig, DFlash2DraftModel, DraftSFTConfig
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.drafters.dflash2.modeling_dflash2 import BlockConvolution
+from trl_draft_opd.rollout.blocks import sample_anchors
+from trl_draft_opd.rollout.replay import TargetText
+from trl_draft_opd.trainer.common_config import check_part_weights
+from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
 TARGET = make_target("llama")
@@ -168,6 +173,40 @@ def test_one_update_of_a_silent_selector_gives_all_its_weights_a_gradient():
             assert bool((parameter.grad != 0).any()) != is_silent, name
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_only_a_dflash_is_widened():
+    with pytest.raises(ValueError, match="not from a DFlash 2 one"):
+        DFlash2DraftModel.from_dflash(make_dflash2())
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["forward_kl", "ce"])
+def test_a_batch_without_rows_gives_every_parameter_a_gradient_of_zeros(loss_type):
+    drafter, ids = make_dflash2(), make_text()[0]
+    mask = torch.ones_like(ids)
+    blocks = sample_anchors(
+        ids, mask.bool() & (mask.cumsum(1) > 1), [0, 1], num_anchors=2, num_drafts=4, seed=0, epoch=0
+    )
+    empty = replace(blocks, anchors=torch.full_like(blocks.anchors, -1), is_accepted=blocks.is_accepted & False)
+    streams = {"accepted": StreamSettings(loss_type, 1.0, 1.0)}
+    objective = Objective(streams, SlotRules(), 2**20, weight_sums([empty], streams, None))
+    batch = PreparedBatch(TargetText(ids, mask, mask.bool(), [0, 1]), None, empty, None)
+    result = step_loss(drafter, TARGET, batch, objective)
+    result.loss.backward()
+    for name, parameter in drafter.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    metrics = result.sums.read()
+    assert metrics["selector_loss/accepted"] == metrics["candidate_recall/accepted"] == (0.0, 0.0)
+
+
+def test_the_weight_of_a_selector_is_refused_for_a_drafter_without_one(tmp_path):
+    args = DraftSFTConfig(str(tmp_path), selector_loss_weight=0.5, **TINY_RUN)
+    with pytest.raises(ValueError, match=r"`selector_loss_weight` is 0.5, but this DFlash drafter has no selector"):
+        check_part_weights(args, make_drafter("dflash", TARGET))
+    check_part_weights(args, make_dflash2())
 
 
 # -- configuration and files ------------------------------------------------------------------------------------------

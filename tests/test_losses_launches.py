@@ -29,7 +29,9 @@ def call():
         yield call
 
 
-def count(loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0, has_selector=False, num_parts=1):
+def count(
+    loss_type, is_fused, chunk_bytes=CHUNK_BYTES, num_slots=SLOTS, num_weightless=0, has_selector=False, num_parts=1
+):
     """Return launches, syncs and uploads of the loss and its gradient, and where the first two are."""
     num_rows = STATES * num_slots
     with pretend_accelerator() as counts, pytest.MonkeyPatch.context() as patch:

@@ -97,8 +97,8 @@ def walk(family, device, length, changes):
         return totals, table, {name: getattr(rollout, name).cpu() for name in names}, rows
 
 
-# Of the walk of DFlash and DSpark, about 17 rounds wait for the plan of the attention, which a fused kernel does not, and 40 times for
-# a group of slots; of EAGLE-3's one round, each step for both. The rest is the mask of the responses.
+# Of the walk of DFlash and DSpark, about 17 rounds wait for the plan of the attention, which a fused kernel does not,
+# and 40 times for a group of slots; of EAGLE-3's one round, each step for both. The rest is the mask of the responses.
 @pytest.mark.parametrize(
     ("family", "most_waits", "most_launches"), [("dflash", 60, 6000), ("dspark", 60, 6050), ("eagle3", 16, 2200)]
 )

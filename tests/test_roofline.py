@@ -137,7 +137,9 @@ def test_the_flops_of_drafting_are_those_a_small_pair_makes(family):
         hidden.sum().backward()
     target = TargetShape.of(scene.target.config)
     job = Job("small", family, num_anchors=16, rows=2, length=64, prompt=16)
-    stages = {stage.name: stage for stage in predict(job, target, DrafterShape.of(scene.drafter.config), H100, NOW).stages}
+    stages = {
+        stage.name: stage for stage in predict(job, target, DrafterShape.of(scene.drafter.config), H100, NOW).stages
+    }
     # Attention is 2 to 6 % of it, in kernels that differ in the pairs they compute.
     assert forward.total == pytest.approx(stages["draft"].flops, rel=0.08)
     assert backward.total == pytest.approx(stages["backward"].flops, rel=0.08)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks import scaling
+from benchmarks.scaling import FAMILIES
 from helpers.tiny import make_tokenizer
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.costs.memory import LAUNCHES, launch_bytes, quantised_bytes
-from benchmarks.scaling import FAMILIES
 from trl_draft_opd.costs.shapes import TARGETS, DrafterShape
 
 

@@ -9,7 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from test_step import CASES, NUM_DRAFTS, assert_close, exact_norms, make_pair, replay, roll_out, slot_logits, streams
+from test_step import (
+    CASES,
+    NUM_DRAFTS,
+    assert_close,
+    compared,
+    exact_norms,
+    make_pair,
+    replay,
+    roll_out,
+    slot_states,
+    streams,
+)
 
 from helpers import rollouts
 from helpers.oracle import greedy_text
@@ -80,7 +91,8 @@ def plain(drafter, target, ids, blocks, settings, rules, mask=None):
         if row not in texts_logits:
             with torch.no_grad():
                 texts_logits[row] = target.causal_lm(input_ids=torch.tensor([text]), use_cache=False).logits[0]
-        own = slot_logits(target, drafter, text, anchor, blocks.drafts[row, block]).log_softmax(-1)
+        states = slot_states(target, drafter, text, anchor, blocks.drafts[row, block])
+        own = drafter.draft_logits(states, target.project).log_softmax(-1)
         passed, reach, is_open, kept = 1.0, [], True, []
         for slot, label in enumerate(labels):
             index = known.index(label) if label in known else None
@@ -96,10 +108,13 @@ def plain(drafter, target, ids, blocks, settings, rules, mask=None):
         for name, stream in settings.items():
             for slot in masks[name][row, block].nonzero()[:, 0].tolist():
                 p = texts_logits[row][anchor + slot]
-                p = (p if drafter.draft_token_ids is None else p[drafter.draft_token_ids]).log_softmax(-1)
+                p = p if drafter.draft_token_ids is None else p[drafter.draft_token_ids]
+                pairs = compared(target, drafter, states[slot], p)
+                pairs = [(p.log_softmax(-1), q.log_softmax(-1)) for p, q in pairs]
                 weight = sum(reach[slot:]) if rules.d_pace_floor is not None else 1.0
                 base = stream.decay**slot * (stream.weight > 0)
-                totals[name] = totals[name] + base * weight * kept[slot] * (p.exp() * (p - own[slot])).sum()
+                divergence = sum((p.exp() * (p - q)).sum() for p, q in pairs)
+                totals[name] = totals[name] + base * weight * kept[slot] * divergence
                 counts[name] += base
     total_weight = sum(stream.weight for stream in settings.values())
     loss = sum(stream.weight / total_weight * totals[n] / counts[n] for n, stream in settings.items() if counts[n])

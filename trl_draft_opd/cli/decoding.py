@@ -46,7 +46,7 @@ from ..target.lengths import TRAINING_LENGTHS, Lengths
 from ..trainer.common_config import length_help
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_place
-from ..utils.settings import check_at_least
+from ..utils.settings import check_at_least, check_settings
 from .arguments import (
     RowsArguments,
     SamplingArguments,
@@ -98,6 +98,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
+        check_settings(self)
         check_min_confidence(self.min_confidence)
 
     def stored_responses(

@@ -94,7 +94,7 @@ class OwnParts:
     say it (`own_parts`).
 
     Attributes:
-        width (`int`): Positions of a block that go through the layers: DFlash's block with its anchor, EAGLE-3's steps.
+        width (`int`): Positions of a block that go through the layers: DFlash's with its anchor, EAGLE-3's steps.
         num_drafts (`int`): Drafts of a block.
         input_width (`int`): What a layer's queries, keys and values are made of.
         vectors (`int`): All weights that are no matrices: of norms, biases, sinks, kernels.

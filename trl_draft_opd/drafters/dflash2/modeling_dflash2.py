@@ -136,8 +136,6 @@ class DFlash2DraftModel(DFlashDraftModel):
     layer_class = DFlash2Layer
     _no_split_modules = ["DFlash2Layer"]
     names_of_heads = (*DFlashDraftModel.names_of_heads, "codebook")
-    # The head's, and those that drafts are drawn from.
-    num_logit_buffers = 2
     reads_drafts = True
 
     def __init__(self, config: DFlash2DraftConfig):
@@ -227,6 +225,10 @@ class DFlash2DraftModel(DFlashDraftModel):
         missing, unexpected = model.load_state_dict(drafter.state_dict(), strict=False)
         assert not unexpected and all("_conv." in name or name.startswith("candidate_selector.") for name in missing)
         return model.to(device=drafter.device, dtype=drafter.dtype).train(drafter.training)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    @property
+    def num_logit_buffers(self) -> int:
+        return 2  # Those of the head, and those that drafts are drawn from.
 
     @property
     def candidates(self) -> Candidates:
