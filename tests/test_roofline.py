@@ -39,6 +39,7 @@ AUDIT = {
     "eagle3-opd": (1.35, 0.29, (119, 24, 31, 28)),
     "dflash-opd": (1.9, 0.61, (119, 162, 23, 122)),
 }
+AUDITED = [job for job in JOBS if job.name in AUDIT]
 # What that code did: 138 bytes a logit and 181 a score, dW in bf16, cast and added to a float32 sum (20 bytes a
 # weight), a mask on the target (15 %), 25 kernels a block of 5 rows, 27k kernels and 744 waits of a walk of 22 rounds.
 BEFORE = Counts(
@@ -74,7 +75,7 @@ def before(job):
     return predicted(job, BEFORE, BEFORE_CHUNKS[job.name])
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+@pytest.mark.parametrize("job", AUDITED, ids=lambda job: job.name)
 def test_the_model_reproduces_the_audit(job):
     seconds, floor, tera = AUDIT[job.name]
     found = before(job)
@@ -102,7 +103,7 @@ def test_the_audits_causes_are_the_models_largest_stages():
 def test_todays_code_is_predicted_within_reach_of_the_floor(job):
     found = predicted(job)
     assert roofline.REACH_SHARE <= found.share <= 1
-    assert found.tokens_per_second > before(job).tokens_per_second
+    assert job not in AUDITED or found.tokens_per_second > before(job).tokens_per_second
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -203,7 +204,7 @@ def test_a_count_of_a_tiny_pair_gives_what_is_stored():
         found = {family: call(recount, family) for family in NOW.families}
     for family, stored in NOW.families.items():
         few, more = found[family]
-        slots = 32 * (16 if family == "dflash" else 7) * 128
+        slots = 32 * more.width * 128
         for i, rate in enumerate(stored.slot_bytes):
             # At a head size of 4, what does not grow with it is up to a tenth.
             assert (more.bytes[i] - few.bytes[i]) / slots == pytest.approx(rate, rel=0.1), family
@@ -231,7 +232,8 @@ def test_what_a_gpu_measured_stands_beside_what_is_predicted(tmp_path):
     measured = roofline.read_measured(path, "qwen3-8b", "h100")
     table = roofline.job_table(roofline.predictions(QWEN3_8B, H100), measured).splitlines()
     assert table[0].endswith("measured tokens/s |")
-    assert [line.split("|")[-2].strip() for line in table[2:]] == ["-", "-", "-", "20,480", "-", "-"]
+    shown = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in table[2:]}
+    assert shown == dict.fromkeys((job.name for job in JOBS), "-") | {"dflash-sft-64": "20,480"}
 
 
 def test_the_pages_quote_the_tables_as_they_are_printed():
@@ -241,7 +243,7 @@ def test_the_pages_quote_the_tables_as_they_are_printed():
     assert roofline.job_table(found) in page
     assert roofline.memory_table("qwen3-8b", H100) in page
     page = (docs / "why" / "performance.md").read_text(encoding="utf-8")
-    for each in found:
+    for each in (each for each in found if each.job in AUDITED):
         name, audit, then = each.job.name, AUDIT[each.job.name][0], before(each.job).total
         row = f"| {name} | {audit:g} | {then:.2f} | {each.total:.2f} | {each.tokens_per_second:,.0f} |"
         assert f"{row} {each.share:.2f} |" in page

@@ -4,12 +4,12 @@ The laboratory's command. Every phase resumes, so a killed command is simply giv
 
     python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 1 --shared PATH       # everything a table needs
     python -m benchmarks.lab run --pair gsm8k-eagle3 --tier 2 --arm opd tv        # some arms
-    python -m benchmarks.lab collect --pair gsm8k-eagle3 --shared PATH --commit   # write what is there so far, run
-    nothing python -m benchmarks.lab table --pair gsm8k-eagle3                            # redo its tables from the
-    JSON python -m benchmarks.lab figure                                               # draw all figures from the
-    JSONs python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the
-    committed one python -m benchmarks.lab live --pair gsm8k-eagle3 --shared PATH               # training on live
-    against replayed rollouts
+    python -m benchmarks.lab collect --pair gsm8k-eagle3 --shared PATH --commit   # write what is there, run nothing
+    python -m benchmarks.lab table --pair gsm8k-eagle3                            # redo its tables from the JSON
+    python -m benchmarks.lab families --pair families-dflash families-dspark      # families beside each other
+    python -m benchmarks.lab figure                                               # draw all figures from the JSONs
+    python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the record
+    python -m benchmarks.lab live --pair gsm8k-eagle3 --shared PATH               # live against replayed rollouts
 
 On a GPU with real models: `--target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 --device cuda --dtype bfloat16
 --bf16`.
@@ -23,9 +23,11 @@ import torch
 
 from .arms import collect, measure_start, run_arm
 from .compare_rollouts import compare_rollouts
+from .families import render_families
 from .figures import draw_all
 from .plan import FOLDER, Pair, read_arms, read_pair
 from .start import make_start
+from .statistics import NUM_RESAMPLES
 from .tables import check, load_results, render
 from .workbench import Machine, Workbench, write_json
 
@@ -50,6 +52,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     table = commands.add_parser("table")
     table.add_argument("--pair", required=True)
     table.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    beside = commands.add_parser("families")
+    beside.add_argument("--pair", nargs="+", required=True, help="the others are held against the first")
+    beside.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     figure = commands.add_parser("figure")
     figure.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     figure.add_argument("--to", type=Path, default=Path("docs/figures"))
@@ -139,6 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(compare_rollouts(open_bench(args)))
     elif args.command == "table":
         print(render(load_results(args.results / f"{args.pair}.json")))
+    elif args.command == "families":
+        found = [load_results(args.results / f"{pair}.json") for pair in args.pair]
+        print(render_families(found, "math", num_resamples=NUM_RESAMPLES))
     elif args.command == "figure":
         # The smoke pair shows that the laboratory runs, not what is true.
         results = [load_results(path) for path in sorted(args.results.glob("*.json")) if path.stem != "smoke"]

@@ -193,7 +193,7 @@ def collect(bench: Workbench) -> dict[str, Any]:
     flops = sft_flops(bench, start)
     history = read_json(bench.folder / "sft" / "history.json")
     plateau = read_json(bench.folder / "sft" / "plateau.json")["updates"]
-    runs = [measure_start(bench)]
+    drafter, runs = bench.load_drafter(start), [measure_start(bench)]
     for tier in bench.pair.budgets:
         for arm in read_arms(bench.pair, tier):
             paths = sorted((bench.folder / f"tier{tier}" / arm.name).glob("seed*/result.json"))
@@ -202,14 +202,18 @@ def collect(bench: Workbench) -> dict[str, Any]:
         "pair": bench.pair.name,
         "family": bench.pair.family,
         "target": bench.pair.target,
-        "num_drafts": bench.load_drafter(start).default_num_drafts,
+        "num_drafts": drafter.default_num_drafts,
         "made_with": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "trl_draft_opd": trl_draft_opd.__version__,
+            "target_dtype": bench.machine.dtype,
+            "bf16_autocast": bench.machine.bf16,
         },
         "responses": bench.writing_cost(),
         "sft": {
+            "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
+            "updates": plateau,
             "flops_per_update": flops,
             "history": [row | {"tflop": row["update"] * flops / 1e12} for row in history],
             "plateau_update": plateau if plateau < bench.pair.sft.max_updates else None,

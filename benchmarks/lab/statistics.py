@@ -137,7 +137,7 @@ def tau_interval(arm: ArmCounts, *, num_resamples: int = NUM_RESAMPLES, seed: in
         seed (`int`, *optional*, defaults to 0): Of the resamples: the same seed gives the same interval.
     """
     (taus_R,) = resampled_taus([arm], num_resamples=num_resamples, seed=seed)
-    return Estimate(arm.tau, *_interval(taus_R))
+    return Estimate(arm.tau, *interval(taus_R))
 
 
 def paired_gain(before: ArmCounts, after: ArmCounts, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Estimate:
@@ -158,9 +158,9 @@ def paired_gain(before: ArmCounts, after: ArmCounts, *, num_resamples: int = NUM
     Raises:
         ValueError: If the arms cover different numbers of prompts, or share no seed.
     """
-    before, after = _pair_seeds(before, after)
+    before, after = pair_seeds(before, after)
     taus_before_R, taus_after_R = resampled_taus([before, after], num_resamples=num_resamples, seed=seed)
-    return Estimate(after.tau / before.tau - 1, *_interval(taus_after_R / taus_before_R - 1))
+    return Estimate(after.tau / before.tau - 1, *interval(taus_after_R / taus_before_R - 1))
 
 
 def resampled_taus(arms: Sequence[ArmCounts], *, num_resamples: int, seed: int) -> list[np.ndarray]:
@@ -227,7 +227,7 @@ def _pick_counts(size: int, num_picks: int, num_resamples: int, generator: torch
     return counts.reshape(num_resamples, size).astype(np.float64)
 
 
-def _pair_seeds(before: ArmCounts, after: ArmCounts) -> tuple[ArmCounts, ArmCounts]:
+def pair_seeds(before: ArmCounts, after: ArmCounts) -> tuple[ArmCounts, ArmCounts]:
     """Return both arms on the seeds they share, row by row."""
     if before.num_prompts != after.num_prompts:
         raise ValueError(
@@ -251,7 +251,8 @@ def _rows_of(arm: ArmCounts, seeds: tuple[int, ...]) -> ArmCounts:
     return ArmCounts(seeds, arm.rounds_SP[rows], arm.accepted_SP[rows])
 
 
-def _interval(values_R: np.ndarray) -> tuple[float, float]:
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of resampled values."""
     # A resample may miss every prompt that has a block: it says nothing.
     low, high = np.quantile(values_R[np.isfinite(values_R)], [0.025, 0.975]).tolist()
     return low, high

@@ -10,7 +10,7 @@ import json
 import pytest
 from matplotlib.image import imread
 
-from benchmarks.lab import figures, tables
+from benchmarks.lab import families, figures, tables
 from benchmarks.lab.tables import Condition
 
 
@@ -54,6 +54,42 @@ def make_results(pair="gsm8k-eagle3"):
         "budgets": {"1": 8.0, "2": 3.0},
         "runs": runs,
     }
+
+
+def of_family(family, start, kept):
+    """Return results of a family whose start and arms keep so many drafts, two seeds each."""
+    runs = [run("sft_start", 0, start)]
+    runs += [run(arm, seed, kept[arm] + seed) for arm in kept for seed in (0, 1)]
+    sft = {"flops_per_update": 5e10, "history": [], "updates": 90, "cooldown_updates": 10, "parameters": 1_500_000}
+    return make_results() | {"family": family, "sft": sft, "runs": runs}
+
+
+def test_families_stand_beside_the_first_and_what_an_arm_adds_beside_what_it_adds_there():
+    found = [
+        of_family("dflash", 1, {"sft_continued": 1, "opd": 1}),
+        of_family("dspark", 2, {"sft_continued": 2, "opd": 3}),
+    ]
+    starts, gains = families.render_families(found, "math", num_resamples=500).strip().split("\n\n")
+    assert starts.splitlines()[2:] == [
+        "| DFlash | 1.50 | 100 | 5.0 | 2.000 [2.000, 2.000] | – | 0.50 0.25 |",
+        "| DSpark | 1.50 | 100 | 5.0 | 3.000 [3.000, 3.000] | +50.0 % [+50.0, +50.0] | 0.50 0.25 |",
+    ]
+    # 5 over 4 and 4 over 3, 4.5 over 3.5 pooled; nothing in the other family.
+    assert gains.splitlines()[2:] == [
+        "| DFlash | opd | +0.0 % [+0.0, +0.0] | – | 2 |",
+        "| DSpark | opd | +28.6 % [+25.0, +33.3] | +28.6 [+25.0, +33.3] | 2 |",
+    ]
+    with pytest.raises(ValueError, match="one target"):
+        families.render_families([found[0], found[1] | {"target": "another"}], "math", num_resamples=500)
+
+
+def test_families_that_gain_alike_differ_by_nothing_however_their_prompts_scatter():
+    first, second = (of_family(family, 1, {"sft_continued": 1, "opd": 2}) for family in ("dflash", "dspark"))
+    for results in (first, second):
+        for each in results["runs"]:
+            each["evals"]["math"]["rounds"] = [4, 8, 15, 16]
+    table = families.render_families([first, second], "math", num_resamples=500)
+    assert "+0.0 [+0.0, +0.0] | 2 |" in table
 
 
 def test_tables_hold_exactly_these_lines():
