@@ -18,7 +18,7 @@ ARGS ?=
 FOREIGN_TESTS := $(patsubst %,tests/test_%.py,\
 	versions \
 	target target_texts quantized_target text_reader \
-	dflash eagle3 auto_drafter \
+	dflash dflash2 dspark eagle3 auto_drafter public_drafters \
 	rollout_live native_generate custom_generate parity \
 	trainers adapters activation_checkpointing resume \
 	published_checkpoints published_configs published_readers \

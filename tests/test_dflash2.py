@@ -176,7 +176,7 @@ def test_one_update_of_a_silent_selector_gives_all_its_weights_a_gradient():
 
 
 def test_only_a_dflash_is_widened():
-    with pytest.raises(ValueError, match="not from a DFlash 2 one"):
+    with pytest.raises(ValueError, match="not from this DFlash 2 drafter"):
         DFlash2DraftModel.from_dflash(make_dflash2())
 
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_widened_is_refused(target, dflash, tmp_path, capsys):
     eagle3 = str(tmp_path / "eagle3")
     assert main(["init", "--family", "eagle3", "--target", target, "--output", eagle3]) == 0
     error = refusal([*init, eagle3, "--family", "dflash2"], capsys)
-    assert "is a drafter of EAGLE-3, but one of DFlash 2 starts from DFlash's" in error
+    assert "A DFlash 2 drafter starts from a DFlash drafter, not from this EAGLE-3 drafter" in error
 
 
 @pytest.mark.parametrize("family", SMALL)

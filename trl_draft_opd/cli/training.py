@@ -17,7 +17,6 @@ from transformers import set_seed
 from ..data.columns import PROMPT_FORMS, TEXT_FORMS, find_format
 from ..drafters.auto import DRAFTER_CLASSES, AutoDrafter
 from ..drafters.base import Drafter
-from ..drafters.dflash import DFlashDraftConfig
 from ..drafters.draft_vocabulary import build_draft_vocabulary, check_draft_vocab_size, count_tokens
 from ..drafters.published.adapter import require_peft
 from ..export import hub_id_of
@@ -90,11 +89,6 @@ def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any], dra
     if drafter is not None:
         start = AutoDrafter.from_pretrained(drafter, num_target_layers=target.num_layers)
         check_pair(start, target)
-        if start.config.family != DFlashDraftConfig.family:
-            raise ValueError(
-                f"{drafter!r} is a drafter of {start.config.title}, but one of {title} starts from DFlash's. Name "
-                "another, or leave it out."
-            )
         return make(start, **options)
     if "mask_token_id" in known and "mask_token_id" not in options:
         options = options | {"mask_token_id": target.find_mask_token_id()}

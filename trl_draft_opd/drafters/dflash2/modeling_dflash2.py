@@ -210,7 +210,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         """
         if drafter.config.family != DFlashDraftConfig.family:
             raise ValueError(
-                f"A DFlash 2 drafter starts from a DFlash drafter, not from a {drafter.config.title} one. Use "
+                f"A DFlash 2 drafter starts from a DFlash drafter, not from this {drafter.config.title} drafter. Use "
                 "`DFlash2DraftModel.from_target` for a fresh one."
             )
         shape: dict[str, Any] = {name: getattr(drafter.config, name) for name in DFlashDraftConfig.own_settings()}
