@@ -57,7 +57,13 @@ def test_with_a_public_drafter_live_and_replay_give_the_targets_own_text(tmp_pat
     assert_same_blocks(rollout, replayed)
 
 
-@pytest.mark.parametrize("layout", PUBLIC)
+# One of each family, and the head that is a part of the target's; the others are seconds each.
+ADAPTED_FIRST = {"redhat_dflash_part", "redhat_dspark", "zlab_dflash2", "flat_eagle3_four"}
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in ADAPTED_FIRST else pytest.param(name, marks=pytest.mark.slow) for name in PUBLIC]
+)
 def test_a_public_drafter_is_adapted(tmp_path, target, rows, layout):
     folder = write(tmp_path / "public", *PUBLIC[layout]()[1])
     trainer = make_trainer("opd", tmp_path / "run", folder, target, rows, peft_config=LoraConfig(r=2), max_steps=1)
@@ -67,9 +73,7 @@ def test_a_public_drafter_is_adapted(tmp_path, target, rows, layout):
     own, base = adapted.state_dict(), public.state_dict()
     changed = {name for name in own if not torch.equal(own[name], base[name])}
     # The layers, and neither head nor norms nor maps.
-    assert changed and all(
-        name.endswith(("projection.weight", "proj.weight", "fc.weight", "markov_w2.weight")) for name in changed
-    )
+    assert changed and all(name.endswith(("projection.weight", "proj.weight", "fc.weight")) for name in changed)
     assert adapted.config.to_diff_dict() == public.config.to_diff_dict() | {
         "target_model_name_or_path": adapted.config.target_model_name_or_path
     }
