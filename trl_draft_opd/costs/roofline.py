@@ -350,7 +350,7 @@ def _walk(
         rows_at_once=counts.rows_at_once,
     )
     matrices = drafter.layers * drafter.layer_matrices
-    # Beside: a second product and the sum; the likeliest of the logits, and scores that are none elsewhere, in float32.
+    # Beside: a second product and the sum; the likeliest of the logits, and float32 scores that are none elsewhere.
     judged_bytes = counts.judged_bytes + 8 * (drafter.own.head_rank > 0) + 10 * (drafter.own.candidates > 0)
     behind = drafter.head + drafter.vocab * drafter.own.head_rank + drafter.own.slot_matrices
 
