@@ -82,7 +82,7 @@ class Bench:
         return TINY if self.is_rehearsal else TARGETS[name]
 
     def job(self, name: str) -> Job:
-        """Return one of the six jobs of the cost model."""
+        """Return a job of the cost model."""
         found = next(job for job in JOBS if job.name == name)
         return on_tiny(found) if self.is_rehearsal else found
 

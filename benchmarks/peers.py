@@ -12,7 +12,6 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.machinery import ModuleSpec
 from inspect import signature
 from types import SimpleNamespace
@@ -237,11 +236,13 @@ def make_model(drafter: PreTrainedModel, target: PreTrainedModel, *, trains_head
         )
         kind: Any = Eagle3DraftModel
     else:
+        from speculators.models import dflash, dflash2, dspark
+
         # Its classes of whole blocks have our names.
-        module, name = import_module(f"speculators.models.{config.family}"), type(drafter).__name__
-        kind, settings_kind = (getattr(module, each) for each in (name, name.replace("DraftModel", "SpeculatorConfig")))
+        module, name = {"dflash": dflash, "dflash2": dflash2, "dspark": dspark}[config.family], type(drafter).__name__
+        kind, settings_kind = getattr(module, name), getattr(module, name.replace("DraftModel", "SpeculatorConfig"))
         layers = Qwen3Config(**shape, attn_implementation=attention)
-        options = {name: getattr(config, name) for name in _BLOCK_SETTINGS if hasattr(config, name)}
+        options = {each: getattr(config, each) for each in _BLOCK_SETTINGS if hasattr(config, each)}
         options["aux_hidden_state_layer_ids"] = list(config.target_layer_ids)
         settings = settings_kind(transformer_layer_config=layers, draft_vocab_size=config.vocab_size, **options)
     # Where it is to be: a CPU takes a minute to draw what is overwritten next.

@@ -2,7 +2,7 @@
 """
 Predict tokens per second and memory of a training step on a GPU, stage by stage. Nothing is measured here.
 
-    python -m benchmarks.roofline                                         # six jobs, Qwen3-8B on an H100
+    python -m benchmarks.roofline                                         # ten jobs, Qwen3-8B on an H100
     python -m benchmarks.roofline --target-shape qwen3-4b --gpu 4090 --stages
     python -m benchmarks.roofline --measured gpu.jsonl                    # beside what benchmarks/gpu.py measured
     python -m benchmarks.roofline --memory                                # one row of 32,768 tokens, stage by stage

@@ -52,13 +52,16 @@ from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, Stre
 from trl_draft_opd.trainer.texts import join_responses
 
 
-VARIANTS = ("dflash", "dspark", "eagle3", "eagle3-reduced")
+VARIANTS = ("dflash", "dspark", "dflash2", "eagle3", "eagle3-reduced")
 LINEAR = {"fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# What PEFT's "all-linear" means for a family that has more layers.
+MORE_LINEAR = {"dflash2": {"kernel_projection", "hidden_projection"}}
 HEAD = {"target_modules": [*LINEAR, "lm_head"]}
 # Which layers: all but the head, the head too, and layers trained as a whole, the head among them.
 CONFIGS = {
     "dflash": ({}, {"modules_to_save": ["fc", "norm"]}, {"use_dora": True}, {"modules_to_save": ["mlp"]}),
     "dspark": ({}, {"target_modules": [*LINEAR, "markov_w2"]}, {"modules_to_save": ["markov_head"]}),
+    "dflash2": ({}, {"modules_to_save": ["candidate_selector", "fc"]}, {"target_modules": ["kernel_projection"]}),
     "eagle3": ({}, HEAD, {"modules_to_save": ["lm_head", "mlp"]}, HEAD | {"use_dora": True, "use_rslora": True}),
     "eagle3-reduced": ({}, HEAD, {"modules_to_save": ["lm_head"]}),
 }
@@ -66,6 +69,7 @@ RUNS = [
     ("sft", "dflash", False),
     ("opd", "dflash", True),
     ("opd", "dspark", False),
+    ("opd", "dflash2", False),
     ("sft", "eagle3", True),
     ("opd", "eagle3", False),
 ]
@@ -187,7 +191,8 @@ def test_only_the_adapter_moves_in_training(tmp_path, target, bases, rows, kind,
     model = trainer.model
     assert isinstance(model, PeftModel)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {name.split(".")[-4] for name in trained} == LINEAR and all("lora_" in name for name in trained)
+    assert {name.split(".")[-4] for name in trained} == LINEAR | MORE_LINEAR.get(family, set())
+    assert all("lora_" in name for name in trained)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     before = clones(model)
     trainer.train()
@@ -287,7 +292,7 @@ def _without(name, part):
 @pytest.mark.parametrize("draft_sampling", ["greedy", "sample"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_replays_draft_with_the_adapter_and_without_its_dropout(target, bases, text, variant, draft_sampling):
-    heads = {"dflash": {}, "dspark": CONFIGS["dspark"][1]}.get(variant, HEAD)
+    heads = {"dflash": {}, "dflash2": {}, "dspark": CONFIGS["dspark"][1]}.get(variant, HEAD)
     adapted = adapt(bases / variant, lora_dropout=0.6, **heads).train()
     distribution = {"draft_sampling": draft_sampling}
     if draft_sampling == "sample":

@@ -47,13 +47,15 @@ def logits_of(drafter, hidden):
 def test_logits_are_those_of_the_block_and_a_row_for_the_token_before_each_slot(from_anchor):
     drafter = make_drafter("dspark", TARGET, **BLOCKS[from_anchor])
     assert drafter.max_drafts == drafter.default_num_drafts == K
+    layers = make_drafter("dflash", TARGET, block_size=drafter.config.block_size)
+    layers.load_state_dict({name: value for name, value in drafter.state_dict().items() if "_head." not in name})
     input_ids, features, drafts = make_text()
     with torch.no_grad():
         logits = drafter.draft_logits(run(drafter), TARGET.project)
         for row, block in IS_BLOCK.nonzero().tolist():
             anchor = int(ANCHORS[row, block])
             block_ids = torch.tensor([[int(input_ids[row, anchor])] + [MASK] * (drafter.config.block_size - 1)])
-            states = drafter(TARGET.embed(block_ids), features[row : row + 1, :anchor]).last_hidden_state[0]
+            states = layers(TARGET.embed(block_ids), features[row : row + 1, :anchor]).last_hidden_state[0]
             states = states if from_anchor else states[1:]
             before = [int(input_ids[row, anchor]), *drafts[row, block, :-1].tolist()]
             for slot, token in enumerate(before):

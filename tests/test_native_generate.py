@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from helpers.rollouts import Options, decode
-from helpers.tiny import EOS, MASK, make_causal_lm, make_drafter, make_prompts, make_tokenizer
-from trl_draft_opd import AutoDrafter, FrozenTarget
+from helpers.tiny import EOS, MASK, VOCAB, make_causal_lm, make_drafter, make_prompts, make_tokenizer
+from trl_draft_opd import AutoDrafter, DSparkDraftModel, FrozenTarget, build_draft_vocabulary
 from trl_draft_opd.drafters.base import run_blocks
 from trl_draft_opd.rollout.blocks import sample_anchors
 
@@ -128,3 +128,35 @@ def test_a_saved_drafter_decodes_natively_like_the_one_in_memory(pair, tmp_path)
     loaded = AutoDrafter.from_pretrained(tmp_path)
     for prompt in PROMPTS + UNSEEN:
         assert native(target, loaded, prompt, 40) == native(target, drafter, prompt, 40)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "lacking"),
+    [
+        ("dspark", {}, "what DSpark adds to DFlash"),
+        ("dspark", {"sample_from_anchor": True}, "what DSpark adds to DFlash, its draft in the anchor's slot"),
+        ("dflash2", {}, "what DFlash 2 adds to DFlash"),
+        ("dflash", {"sample_from_anchor": True}, "its draft in the anchor's slot"),
+        (
+            "dflash",
+            {"draft_vocabulary": build_draft_vocabulary(torch.arange(VOCAB), 24)},
+            "its head of a reduced vocabulary",
+        ),
+    ],
+)
+def test_a_drafter_of_which_native_generation_would_leave_a_part_out_is_refused(pair, family, options, lacking):
+    target, _ = pair
+    drafter = make_drafter(family, target, **options)
+    with pytest.raises(ValueError, match=f"would draft without {lacking}, so .* `target.generate.*custom_generate="):
+        native(target, drafter, PROMPTS[0], 8)
+
+
+def test_a_drafter_without_a_markov_head_decodes_natively_as_the_dflash_it_is(pair):
+    target, drafter = pair
+    options = {"markov_rank": 0, "confidence_head_with_markov": False, "sample_from_anchor": False}
+    of_deepspec = DSparkDraftModel.from_target(
+        target, mask_token_id=MASK, num_hidden_layers=2, block_size=5, **options
+    )
+    of_deepspec.load_state_dict(drafter.state_dict(), strict=False)
+    for prompt in PROMPTS:
+        assert native(target, of_deepspec.eval(), prompt, 40) == native(target, drafter, prompt, 40)

@@ -4,30 +4,44 @@ Losslessness on real text: a small real target and GSM8K prompts, for those who 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from test_rollout_replay import assert_same_blocks, text_of
 
 from helpers import rollouts
 from helpers.rollouts import GREEDY, Options
 from trl_draft_opd import (
     AutoDrafter,
+    DFlash2DraftModel,
     DFlashDraftModel,
     DraftOPDConfig,
     DraftOPDTrainer,
     DraftSFTConfig,
     DraftSFTTrainer,
+    DSparkDraftModel,
     Eagle3DraftModel,
     FrozenTarget,
     evaluate_drafter,
     generate_responses,
 )
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.rollout.types import Rollout
 
 
-FAMILIES = ("eagle3", "dflash")
+_BLOCKS = {"mask_token_id": 3, "num_hidden_layers": 2, "block_size": 8}
+# The class, and settings of a fresh drafter of the small target. DSpark as published, and with DFlash's blocks.
+FRESH: dict[str, tuple[Any, dict[str, Any]]] = {
+    "eagle3": (Eagle3DraftModel, {"ttt_steps": 5}),
+    "dflash": (DFlashDraftModel, _BLOCKS),
+    "dspark": (DSparkDraftModel, _BLOCKS | {"block_size": 7, "markov_rank": 32}),
+    "dspark-masks": (DSparkDraftModel, _BLOCKS | {"sample_from_anchor": False, "markov_rank": 32}),
+    "dflash2": (DFlash2DraftModel, _BLOCKS | {"selector_rank": 32}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +59,8 @@ def read_prompts(shared_dir: Path, target: FrozenTarget, count: int) -> list[lis
 
 def fresh(family: str, target: FrozenTarget) -> Drafter:
     torch.manual_seed(0)
-    if family == "eagle3":
-        return Eagle3DraftModel.from_target(target, ttt_steps=5)
-    return DFlashDraftModel.from_target(target, mask_token_id=3, num_hidden_layers=2, block_size=8)
+    family_class, settings = FRESH[family]
+    return family_class.from_target(target, **settings)
 
 
 def briefly_trained(family: str, target: FrozenTarget, folder: Path, rows: Dataset, **settings) -> Drafter:
@@ -57,17 +70,18 @@ def briefly_trained(family: str, target: FrozenTarget, folder: Path, rows: Datas
     return drafter
 
 
-def decode(
-    target: FrozenTarget, drafter: Drafter, prompts: list, batch_size: int, max_completion_length: int
-) -> list[list[int]]:
-    options = Options(
+def options_for(target: FrozenTarget, drafter: Drafter, max_completion_length: int) -> Options:
+    return Options(
         drafter.default_num_drafts, max_completion_length=max_completion_length, eos_token_ids=target.eos_token_ids
     )
-    texts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        texts += rollouts.decode(target, drafter, batch, options).responses()
-    return texts
+
+
+def decode(
+    target: FrozenTarget, drafter: Drafter, prompts: list, batch_size: int, max_completion_length: int
+) -> list[Rollout]:
+    options = options_for(target, drafter, max_completion_length)
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    return [rollouts.decode(target, drafter, batch, options) for batch in batches]
 
 
 def own_texts(target: FrozenTarget, prompts: list, max_completion_length: int, batch_size: int) -> list[list[int]]:
@@ -82,7 +96,7 @@ def own_texts(target: FrozenTarget, prompts: list, max_completion_length: int, b
     )
 
 
-@pytest.mark.parametrize(("family", "num_steps"), [("eagle3", 15), ("dflash", 35)])
+@pytest.mark.parametrize(("family", "num_steps"), [("eagle3", 15), ("dflash", 35), ("dspark", 35), ("dflash2", 35)])
 def test_a_briefly_trained_drafter_keeps_the_text_of_real_prompts(family, num_steps, shared_dir, target, tmp_path):
     prompts = read_prompts(shared_dir, target, 8)
     texts = own_texts(target, prompts[:4], 48, 4)
@@ -97,7 +111,7 @@ def test_a_briefly_trained_drafter_keeps_the_text_of_real_prompts(family, num_st
     assert report.tau > 1.2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FRESH)
 def test_a_published_drafter_starts_draft_opd_on_real_prompts(family, shared_dir, target, tmp_path):
     fresh(family, target).save_pretrained(tmp_path / "drafter")
     questions = [{"prompt": [{"role": "user", "content": f"What is {i} plus {i}?"}]} for i in range(4)]
@@ -119,16 +133,28 @@ def test_a_published_drafter_starts_draft_opd_on_real_prompts(family, shared_dir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_trained", [False, True], ids=["random", "trained"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_is_the_targets_own_on_100_real_prompts(family, is_trained, shared_dir, target, tmp_path):
-    prompts = read_prompts(shared_dir, target, 100)
+@pytest.mark.parametrize(("is_trained", "count"), [(False, 30), (True, 200)], ids=["random", "trained"])
+@pytest.mark.parametrize("family", FRESH)
+def test_text_and_replay_are_those_of_plain_decoding_on_many_real_prompts(
+    family, is_trained, count, shared_dir, target, tmp_path, record_property
+):
+    prompts = read_prompts(shared_dir, target, count)
     expected = own_texts(target, prompts, 96, 20)
     drafter = fresh(family, target)
     if is_trained:
-        pairs = zip(prompts, expected, strict=True)
+        pairs = zip(prompts[:100], expected[:100], strict=True)
         rows = Dataset.from_list([{"prompt_ids": p, "completion_ids": r} for p, r in pairs])
         settings = {"per_device_train_batch_size": 8, "num_anchors": 24, "learning_rate": 2e-3, "max_steps": 60}
         drafter = briefly_trained(family, target, tmp_path, rows, **settings)
-    for batch_size in (1, 8):
-        assert decode(target, drafter, prompts, batch_size, 96) == expected
+    lives = {size: decode(target, drafter, prompts, size, 96) for size in (1, 8)}
+    for rollouts_of_size in lives.values():
+        assert [text for live in rollouts_of_size for text in live.responses()] == expected
+    num_kept, num_blocks = 0, 0
+    for live in lives[8]:
+        options = options_for(target, drafter, 96)
+        replayed = rollouts.replay(target, drafter, text_of(live), replace(options, segment_length=3))
+        assert_same_blocks(live, replayed)
+        num_kept, num_blocks = num_kept + int(live.accepted.sum()), num_blocks + int(live.is_block.sum())
+    record_property("tokens per block", 1 + num_kept / num_blocks)
+    # Nothing is proved by a drafter whose drafts are never kept.
+    assert num_kept > (num_blocks / 2 if is_trained else 0)

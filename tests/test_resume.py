@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.oracle import greedy_rows
-from helpers.tiny import TINY_RUN, make_drafter, make_target
+from helpers.tiny import FAMILIES, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.runs.checkpoints import list_checkpoints
 from trl_draft_opd.trainer import publishing, resuming
@@ -113,6 +113,15 @@ def test_a_run_goes_on_bit_for_bit_from_every_optimiser_step(tmp_path, target, r
         start = tmp_path / "whole" / f"checkpoint-{step}"
         resumed = train(tmp_path / f"from-{step}", kind, target, rows, resume=start, seed=9, **options)
         assert differing(whole, resumed) == [], f"resumed from step {step}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "dflash"])
+def test_a_drafter_of_any_family_goes_on_bit_for_bit(tmp_path, target, rows, family, kind):
+    whole = train(tmp_path / "whole", kind, target, rows, drafter=make_drafter(family, target))
+    start = tmp_path / "whole" / "checkpoint-2"
+    resumed = train(tmp_path / "resumed", kind, target, rows, resume=start, drafter=make_drafter(family, target, 9))
+    assert differing(whole, resumed) == []
 
 
 @pytest.fixture(scope="module")

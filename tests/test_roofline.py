@@ -206,8 +206,9 @@ def test_a_count_of_a_tiny_pair_gives_what_is_stored():
         few, more = found[family]
         slots = 32 * more.width * 128
         for i, rate in enumerate(stored.slot_bytes):
-            # At a head size of 4, what does not grow with it is up to a tenth.
-            assert (more.bytes[i] - few.bytes[i]) / slots == pytest.approx(rate, rel=0.1), family
+            # At a head size of 4, what does not grow with it is up to a tenth, twice that where tokens are joined.
+            within = 0.2 if shape_of(family, QWEN3_8B).own.token_rank else 0.1
+            assert (more.bytes[i] - few.bytes[i]) / slots == pytest.approx(rate, rel=within), family
         assert few.launches == pytest.approx(stored.launches, rel=0.05), family
         assert few.syncs == stored.syncs, family
 

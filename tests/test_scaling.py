@@ -16,6 +16,7 @@ from helpers.tiny import make_tokenizer
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.costs.memory import LAUNCHES, launch_bytes, quantised_bytes
 from trl_draft_opd.costs.shapes import TARGETS, DrafterShape
+from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 
 
 EXACT = {
@@ -68,6 +69,28 @@ def test_a_shape_has_the_weights_of_the_model_it_stands_for(name, family):
     assert shape.parameters == sum(p.numel() for p in drafter.parameters())
     assert shape.matrices == sum(m.weight.numel() for m in drafter.modules() if isinstance(m, torch.nn.Linear))
     assert DrafterShape.of(drafter.config) == shape
+
+
+VARIANTS = [
+    ("eagle3", {"fc_norm": True, "attention_bias": True}),
+    ("eagle3", {"norm_before_fc": True, "mlp_bias": True, "draft_vocab_size": 100}),
+    ("dflash", {"attention_bias": True, "attention_sinks": True, "draft_vocab_size": 100}),
+    ("dspark", {"markov_rank": 0, "confidence_head_with_markov": False}),
+    ("dspark", {"markov_rank": 24, "draft_vocab_size": 100, "enable_confidence_head": False}),
+    ("dflash2", {"conv_kernel_size": 3, "conv_group_size": 8, "selector_rank": 24, "attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=str)
+def test_whatever_a_config_adds_the_weights_that_are_trained_are_counted(family, options):
+    kind = DRAFTER_CLASSES[family]
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "target_layer_ids": [1, 2, 3], "num_target_layers": 8}
+    if kind.config_class.drafts_whole_blocks:
+        options = options | {"mask_token_id": 511}
+    drafter = kind(kind.config_class(**shape, **options))
+    trained = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
+    assert DrafterShape.of(drafter.config).parameters == sum(parameter.numel() for parameter in trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -36,9 +36,7 @@ def render_families(found: Sequence[dict[str, Any]], prompts: str, *, num_resamp
     if len(targets) > 1:
         raise ValueError(f"Families are compared on one target; these pairs have {sorted(targets)}.")
     condition = Condition(1, prompts, 0.0, "greedy")
-    rows = [
-        {row.arm: row for row in arm_rows(results, condition, num_resamples=num_resamples)} for results in found
-    ]
+    rows = [{row.arm: row for row in arm_rows(results, condition, num_resamples=num_resamples)} for results in found]
     titles = [DRAFTER_CLASSES[results["family"]].config_class.title for results in found]
     starts, gains = [STARTS.format(first=titles[0])], [GAINS.format(first=titles[0])]
     for title, results, own in zip(titles, found, rows, strict=True):

@@ -79,8 +79,9 @@ class Pair:
         family (`str`): One of `trl_draft_opd.drafters.auto.DRAFTER_CLASSES`.
         target (`str`): Folder under `--shared` or `--out`, or an id on the Hub.
         drafter (`dict`):
-            Arguments of the family's `from_target`, or `{"id": ...}` for a trained one to continue from: an id on the
-            Hub, or a folder, also under `--out`.
+            Arguments of the family's `from_target`; or `{"id": ...}` for a trained one to continue from: an id on the
+            Hub, or a folder, also under `--out`; or `{"from_dflash": ...}`, such a name of a DFlash drafter, and
+            arguments of the family's `from_dflash`.
         max_completion_length (`int`): Longest response.
         train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`):
             Prompts; no test prompt is trained on.

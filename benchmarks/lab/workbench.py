@@ -175,10 +175,14 @@ class Workbench:
     # -- drafters -----------------------------------------------------------------------------------------------------
 
     def fresh_drafter(self) -> Drafter:
-        """Return the pair's drafter before any training of ours: random, or the published one it names."""
+        """Return the pair's drafter before any training of ours: random, or what it names to start from."""
         options = dict(self.pair.drafter)
         if "id" in options:
             return AutoDrafter.from_pretrained(self._source(options["id"]), num_target_layers=self.target.num_layers)
+        if "from_dflash" in options:
+            dflash = AutoDrafter.from_pretrained(self._source(options.pop("from_dflash")))
+            torch.manual_seed(0)
+            return DRAFTER_CLASSES[self.pair.family].from_dflash(dflash, **options)
         return self._untrained(options)
 
     def untrained_like(self, drafter: Drafter) -> Drafter:

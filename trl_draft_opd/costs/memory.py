@@ -244,6 +244,8 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     slots = work.rows * work.blocks * drafter.num_drafts
     # Of what is trained of the head: the cast, and the summed gradient.
     head = drafter.trained_head * (BF16 + FP32)
+    # Of rows that candidates are looked up in, the gradient of all.
+    head += FP32 * drafter.vocab * drafter.own.token_rank * (drafter.own.candidates > 0)
     # Slots that are trained on, their gradients, and those back in place; the target's states.
     of_tokens = slots * drafter.own.token_rank * 3 * BF16
     loss = slots * target.hidden * 3 * BF16 + of_tokens + texts * target.hidden * BF16 + head

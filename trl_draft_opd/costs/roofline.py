@@ -311,7 +311,7 @@ def _loss(
     # Forward, the gradient of the states, and for what is trained that of the weights.
     head = drafter.vocab * (drafter.hidden + drafter.own.head_rank)
     products = (2 * head + drafter.trained_head) * volume.rows
-    passed = volume.rows * drafter.vocab * sum((2, drafter.owns_head, 3 * (drafter.own.head_rank > 0)))
+    passed = volume.rows * drafter.vocab * sum((2, drafter.owns_head, 4 * (drafter.own.head_rank > 0)))
     heads = Stage(
         "loss: heads",
         "heads",
@@ -326,6 +326,10 @@ def _loss(
         logit_bytes = bytes_per_logit("forward_kl", BF16, volume.states / volume.rows)
     moved = logit_bytes * volume.rows * drafter.vocab
     moved += counts.reduced_bytes * volume.states * target.vocab if is_reduced else 0
+    if drafter.own.candidates:
+        # One more pass over the logits; rows of candidates picked, cast, multiplied, and as much back.
+        rows = 6 * FP32 * drafter.own.candidates * drafter.own.token_rank
+        moved += volume.rows * (BF16 * drafter.vocab + rows)
     blocks = num_chunks * math.ceil(min(chunks.rows, volume.rows) / chunks.block)
     return heads, Stage("loss: divergence", "heads", bytes=moved, launches=counts.block_launches * blocks)
 
@@ -346,6 +350,8 @@ def _walk(
         rows_at_once=counts.rows_at_once,
     )
     matrices = drafter.layers * drafter.layer_matrices
+    # Beside: a second product and the sum; the likeliest of the logits, and float32 scores that are none elsewhere.
+    judged_bytes = counts.judged_bytes + 8 * (drafter.own.head_rank > 0) + 10 * (drafter.own.candidates > 0)
     behind = drafter.head + drafter.vocab * drafter.own.head_rank + drafter.own.slot_matrices
 
     def stage_of(some: Round, calls: int) -> Stage:
@@ -363,7 +369,7 @@ def _walk(
             waste=attention.waste,
             bytes=drafter.hidden * slots * own.slot_bytes[0]
             + attention.bytes
-            + counts.judged_bytes * some.rows * drafter.vocab,
+            + judged_bytes * some.rows * drafter.vocab,
             launches=own.walk_launches[1] * calls + own.walk_launches[2] * some.reads,
         )
 

@@ -104,6 +104,7 @@ class OwnParts:
         token_rank (`int`): Numbers that the token before a slot adds to the slot's state.
         head_rank (`int`): How many of them a trained part of the head multiplies.
         tables (`int`): Weights of tables whose rows are looked up.
+        candidates (`int`): Tokens of a slot among which those numbers choose; 0 for none.
     """
 
     width: int
@@ -116,6 +117,7 @@ class OwnParts:
     token_rank: int = 0
     head_rank: int = 0
     tables: int = 0
+    candidates: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The DFlash drafter: fills a block of masks in one pass, reading the target's fea
 every layer.
 
 Its `forward` has the signature of transformers' native DFlash assistants, so `target.generate(...,
-assistant_model=drafter, speculation_type="dflash")` works; `begin` runs any number of blocks of a batch at once.
+assistant_model=drafter, speculation_type="dflash")` works with the plain form; `begin` runs any number of blocks of a
+batch at once.
 
 A block holds the anchor and `S - 1` masks. Its position `i` drafts the token at anchor `+ i`, the anchor's none
 (`S - 1` drafts); with `sample_from_anchor`, the token at anchor `+ i + 1` (`S` drafts).
@@ -273,9 +274,14 @@ class DFlashDraftModel(Drafter):
             past_key_values (`DFlashCache`, *optional*): The same as `cache`, for versions that call it so.
 
         Returns:
-            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`. Unless
-            `sample_from_anchor`, the anchor's own position proposes nothing.
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `noise_embeds`; the anchor's own
+            position proposes nothing.
+
+        Raises:
+            ValueError: If the drafter drafts otherwise than by the target's head from the slots behind the anchor's,
+                which is all that the caller does with the states.
         """
+        self._check_native()
         cache = past_key_values if cache is None else cache
         injected = self._inject(context_hidden_states)
         num_context, block = injected.shape[1], noise_embeds.shape[1]
@@ -297,6 +303,17 @@ class DFlashDraftModel(Drafter):
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, partial(attend, layer, index))
         return BaseModelOutputWithPast(last_hidden_state=run_norm(self.norm, hidden), **{CACHE_NAME: cache})
+
+    def _check_native(self) -> None:
+        lacking = [f"what {self.config.title} adds to DFlash"] if self.reads_drafts else []
+        lacking += ["its draft in the anchor's slot"] if self.config.sample_from_anchor else []
+        lacking += ["its head of a reduced vocabulary"] if self.config.owns_head else []
+        if lacking:
+            raise ValueError(
+                f"transformers' `assistant_model` would draft without {', '.join(lacking)}, so other tokens than "
+                "this drafter's. Export it, and call `target.generate(..., custom_generate=FOLDER, "
+                "trust_remote_code=True)` without `assistant_model`."
+            )
 
     def begin(
         self,

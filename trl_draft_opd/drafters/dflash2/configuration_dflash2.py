@@ -75,6 +75,7 @@ class DFlash2DraftConfig(DFlashDraftConfig):
             taps=taps,
             token_rank=rank,
             tables=2 * self.vocab_size * rank,
+            candidates=self.selector_top_k,
         )
 
     def to_diff_dict(self) -> dict[str, Any]:
