@@ -178,5 +178,4 @@ def test_rounds_on_50_questions_are_those_with_the_librarys_class_as_the_drafter
         num_kept, num_blocks = num_kept + int(first.accepted.sum()), num_blocks + int(first.is_block.sum())
     assert [text for rollout in own for text in rollout.responses()] == texts
     # Drafts are kept, and refused.
-    print("FIG", family, num_blocks, 1 + num_kept / num_blocks, len(texts), sum(map(len, texts)))
     assert 1.3 < 1 + num_kept / num_blocks < ours.default_num_drafts
