@@ -10,9 +10,11 @@ import torch
 from test_step import NUM_DRAFTS, exact_norms, prepare, replay, roll_out, streams, target_logits
 from test_step_weighting import half_liked_text
 
+from helpers.oracle import greedy_rows
 from helpers.tiny import VOCAB, make_drafter, make_target
-from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer, SamplingSettings
+from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, SamplingSettings
 from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.evaluation import evaluate_drafter
 from trl_draft_opd.rollout.acceptance import token_probs
 from trl_draft_opd.rollout.blocks import join_blocks
 from trl_draft_opd.rollout.drafting import DraftingSettings
@@ -178,3 +180,16 @@ def test_a_drafter_without_the_head_has_no_such_metrics_and_takes_no_weight(monk
     args = DraftSFTConfig(str(tmp_path), confidence_loss_weight=0.5, use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match=r"`confidence_loss_weight` is 0.5, but this DSpark drafter has no"):
         DraftSFTTrainer(drafter, target, args)
+
+
+@pytest.mark.parametrize("method", ["sft", "opd"])
+def test_an_evaluation_in_training_reports_the_calibration_that_evaluate_does(tmp_path, method):
+    target = make_target()
+    drafter, rows = make_drafter("dspark", target), greedy_rows(target, 6, 12)
+    kind, settings = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}[method]
+    args = settings(str(tmp_path), max_completion_length=12, use_cpu=True, bf16=False, report_to="none")
+    metrics = kind(drafter, target, args, rows, eval_dataset=rows).evaluate()
+    report = evaluate_drafter(target, drafter, rows["prompt_ids"], max_completion_length=12, show_progress=False)
+    found = [metrics[f"eval_{name}/reached"] for name in ("confidence", "kept", "brier")]
+    wanted = [report.calibration[name] for name in ("mean_confidence", "mean_kept", "brier")]
+    assert found == pytest.approx(wanted, abs=1e-6) and report.calibration["num_reached_per_slot"][0] > 6

@@ -289,11 +289,14 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
 
     @property
     def _drafting(self) -> DraftingSettings:
+        assert isinstance(self.drafter.config, PortableConfig), "every family's"
         return DraftingSettings(
             num_drafts=self.num_drafts,
             sampling=self.args.sampling_settings(),
             draft_sampling=self.args.draft_sampling,
             keep_branch_hidden=self._keeps_branches,
+            # For the calibration that an evaluation reports.
+            keep_confidences=self.drafter.config.has_confidence_head and not self.drafter.training,
         )
 
     def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading | None = None) -> Rollout:

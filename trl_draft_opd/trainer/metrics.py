@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import gather_object
 
+from ..rollout.calibration import Calibration
 from ..rollout.counts import Counts
 from ..rollout.types import Rollout
 
@@ -103,7 +104,8 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:
     """
     Return tau, acceptance per slot and lengths of a rollout as sums; `eos_token_ids` are what ends a response.
 
-    tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`.
+    tau counts the bonus and uses the blocks that lie inside the text by geometry: `sum (r + 1) / blocks`. Where
+    confidences were kept, what [`Calibration`] has of the slots that were reached is there too.
     """
     num_rows = float(len(rollout.anchors))
     # The last token of every response: of a chat, there are several in a row.
@@ -127,6 +129,10 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:
         "empty_responses": ((is_written.sum(dim=1) <= 1).sum(dtype=torch.float64), num_rows),
     }
     sums |= {f"acceptance/slot_{slot}": (each, num_blocks) for slot, each in enumerate(kept.unbind(), 1)}
+    if rollout.confidences is not None:
+        num_reached, *totals = Calibration.of_rollout(rollout).sums.sum(dim=(0, 1))
+        names = ("confidence/reached", "kept/reached", "brier/reached")
+        sums |= {name: (float(total), float(num_reached)) for name, total in zip(names, totals, strict=True)}
     return DeviceSums.of(sums, counted.device)
 
 
