@@ -45,7 +45,7 @@ def test_slots_that_were_not_verified_were_not_reached():
     assert report["num_reached_per_slot"] == [3, 2, 1, 1, 1]
 
 
-def test_measurements_add_up():
+def test_measurements_of_batches_add_up():
     one = Calibration.of_rollout(make())
     double, single = (one + one).report(), one.report()
     assert double["num_reached_per_slot"] == [6, 4, 4, 2, 2]

@@ -81,7 +81,7 @@ def test_a_card_tells_what_a_family_adds_and_how_well_its_confidence_is_calibrat
     measured = replace(make_record().measurements[0], calibration_error=0.0312, brier_score=0.11)
     text = card("dspark", record=make_record(family="dspark", measurements=[measured])).text
     assert "expected calibration error 0.031, Brier score 0.110 on org/prompts:test at 0" in text
-    assert "| selector | rank 6, among the 6 likeliest tokens |" in card("dflash2").text
+    assert "| selector | rank 6, among the 32 likeliest tokens |" in card("dflash2").text
 
 
 def test_a_tag_goes_with_an_engine_that_can_load_it(card):

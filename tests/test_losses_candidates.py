@@ -98,7 +98,7 @@ def test_value_and_gradients_are_those_of_autograd(loss_type):
 
 @ALL_LOSSES
 @pytest.mark.parametrize("chunk_bytes", [1, 4000, 20_000])
-def test_chunks_change_nothing(loss_type, chunk_bytes):
+def test_chunks_change_neither_losses_nor_gradients(loss_type, chunk_bytes):
     problem = Problem()
     whole, chunked = problem.run(loss_type), problem.run(loss_type, chunk_bytes)
     torch.testing.assert_close(chunked.total, whole.total)

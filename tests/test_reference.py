@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Every fast path has a plain reference in `benchmarks/reference`, and they agree: attention, loss, drafting, decoding,
-replay, branch states, and whole training steps of both families.
+replay, branch states, and whole training steps of all families.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.reference import attention, drafting, loss, rollout, step
 from helpers.rollouts import Options, decode, replay
-from helpers.tiny import EOS, make_drafter, make_prompts, make_target
+from helpers.tiny import EOS, FAMILIES, make_drafter, make_prompts, make_target
 from trl_draft_opd import SamplingSettings, build_draft_vocabulary
 from trl_draft_opd.drafters.attention import anchored_attention
 from trl_draft_opd.drafters.base import run_blocks
@@ -19,7 +19,6 @@ from trl_draft_opd.rollout.replay import TargetText
 from trl_draft_opd.trainer.step import Objective, PreparedBatch, SlotRules, StreamSettings, step_loss, weight_sums
 
 
-FAMILIES = ("eagle3", "dflash")
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 CHUNK_BYTES = 4096
 NUM_DRAFTS = 4
@@ -51,7 +50,7 @@ def target():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def drafter(request, target):
-    return make_drafter(request.param, target)
+    return make_variant(request.param, target, "plain")
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +215,9 @@ VARIANTS = {
 
 def make_variant(family: str, target, variant: str):
     """Return a drafter with one of the options that change what is computed."""
-    drafter = make_drafter(family, target, **VARIANTS.get(variant, {variant: True}))
+    # The reference has no loss of confidences.
+    fixed = {"enable_confidence_head": False, "confidence_head_with_markov": False} if family == "dspark" else {}
+    drafter = make_drafter(family, target, **fixed | VARIANTS.get(variant, {variant: True}))
     if variant == "attention_bias":
         # Of public drafters alone, so no option of fresh ones.
         drafter.config.attention_bias = True
@@ -241,6 +242,10 @@ def make_variant(family: str, target, variant: str):
         ("dflash", "plain"),
         ("dflash", "attention_bias"),
         ("dflash", "sample_from_anchor"),
+        ("dspark", "plain"),
+        ("dspark", "sample_from_anchor"),
+        ("dflash2", "plain"),
+        ("dflash2", "sample_from_anchor"),
     ],
 )
 def test_packed_drafting_equals_the_layers_written_out(target, family, variant):
@@ -283,6 +288,10 @@ def test_a_supervised_step_equals_the_plain_one(target, drafter, decoded, loss_t
         ("dflash", "plain"),
         ("dflash", "reduced vocabulary"),
         ("dflash", "sample_from_anchor"),
+        ("dspark", "plain"),
+        ("dspark", "reduced vocabulary"),
+        ("dspark", "sample_from_anchor"),
+        ("dflash2", "plain"),
     ],
 )
 def test_a_draft_opd_step_equals_the_plain_one(target, family, variant, scope):

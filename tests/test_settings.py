@@ -44,14 +44,14 @@ ZERO_IS_ZERO = {
     *("temperature", "top_k", "seed", "data_seed", "check_rows", "num_anchors", "num_supervised_anchors"),
     *("max_skipped_updates", "reading_bytes", "draft_vocab_size", "d_pace_floor", "warn_mismatch_share"),
     *("accepted_weight", "rejected_weight", "supervised_weight", "mask_token_id", "target_layer_ids", "lora_dropout"),
-    "confidence_loss_weight",
+    *("confidence_loss_weight", "selector_loss_weight", "markov_rank"),
     *("learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "eval_delay", "dataloader_num_workers", "ddp_bucket_cap_mb", "ddp_timeout"),
     *("local_rank", "lora_alpha", "dataloader_prefetch_factor"),
 }
 REFUSED_LATER = {
     *("top_p", "timeout", "concurrency", "num_prompts", "max_completion_length", "sft_epochs", "opd_epochs"),
-    *("block_size", "num_hidden_layers", "ttt_steps", "lora_r"),
+    *("block_size", "num_hidden_layers", "ttt_steps", "selector_rank", "selector_top_k", "lora_r"),
 }
 
 

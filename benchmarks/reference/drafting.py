@@ -1,11 +1,12 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The two drafters along one text, from their layers alone: every block of the text under one dense mask.
+The drafters along one text, from their layers alone: every block of the text under one dense mask.
 
 Reads the trained modules of a drafter (`fc`, norms, projections, MLPs) and calls none of its methods. The target is a
 plain causal language model of transformers.
 
-Shape letters:  L = text length, A = anchors, K = drafts per block, S = block size, H = hidden size, F = feature width
+Shape letters:  L = text length, A = anchors, K = drafts per block, S = block size, H = hidden size, W = H and what a
+                family's head reads besides, F = feature width
 """
 
 from collections.abc import Callable, Sequence
@@ -72,9 +73,9 @@ def draft_states(
             Drafts that later slots read; without them, each block's own argmax.
 
     Returns:
-        `tuple`: states ready for the head, `(A, K, H)`, and the argmax drafts, `(A, K)`.
+        `tuple`: states ready for the head, `(A, K, W)`, and the argmax drafts, `(A, K)`.
     """
-    run = _eagle3_states if drafter.config.family == "eagle3" else _dflash_states
+    run = _eagle3_states if drafter.config.family == "eagle3" else _block_states
     device = features.device
     text = torch.tensor(list(token_ids), dtype=torch.long, device=device)
     places = torch.tensor(list(anchors), dtype=torch.long, device=device)
@@ -133,7 +134,7 @@ def _to_target_ids(drafter: PreTrainedModel, ids: Tensor) -> Tensor:
     return ids + drafter.d2t[ids] if drafter.config.has_reduced_vocabulary else ids
 
 
-def _dflash_states(drafter, target, features, text, anchors, num_drafts, recorded):
+def _block_states(drafter, target, features, text, anchors, num_drafts, recorded):
     config = drafter.config
     S, A = config.block_size, len(anchors)
     block = torch.full((A, S), config.mask_token_id, device=text.device)
@@ -144,7 +145,7 @@ def _dflash_states(drafter, target, features, text, anchors, num_drafts, recorde
     positions = (anchors[:, None] + torch.arange(S, device=text.device)).flatten()
     for layer in drafter.layers:
         attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
+        normed, leave = _enter(layer, "attention_conv", layer.input_layernorm(hidden), S)
 
         def key_value(states, places, attention=attention):
             key = attention.k_norm(attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))).flatten(1)
@@ -164,9 +165,50 @@ def _dflash_states(drafter, target, features, text, anchors, num_drafts, recorde
             anchors[None],
             attention.head_dim**-0.5,
         )
-        hidden = hidden + attention.o_proj(mixed[0].flatten(0, 1))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = hidden + leave(attention.o_proj(mixed[0].flatten(0, 1)))
+        normed, leave = _enter(layer, "mlp_conv", layer.post_attention_layernorm(hidden), S)
+        hidden = hidden + leave(layer.mlp(normed))
     first = 0 if config.sample_from_anchor else 1
     states = drafter.norm(hidden).unflatten(0, (A, S))[:, first : first + num_drafts]
     head = drafter.lm_head if config.has_reduced_vocabulary else target.get_output_embeddings()
-    return states, _to_target_ids(drafter, head(states).argmax(dim=-1))
+    before, ready, drafts = text[anchors], [], []
+    for slot in range(num_drafts):
+        state, logits = _join(drafter, states[:, slot], head(states[:, slot]), before)
+        ready.append(state)
+        drafts.append(_to_target_ids(drafter, logits.argmax(dim=-1)))
+        before = drafts[-1] if recorded is None else recorded[:, slot]
+    return torch.stack(ready, dim=1), torch.stack(drafts, dim=1)
+
+
+def _enter(layer, name: str, normed: Tensor, block_size: int) -> tuple[Tensor, Callable]:
+    """Return what a sublayer reads in place of `(A * S, H)` states, and what its output passes through."""
+    convolution = getattr(layer, name, None)
+    if convolution is None:
+        return normed, lambda added: added
+    base = convolution.base_kernel
+    own = convolution.kernel_projection(normed).unflatten(-1, (2, base.shape[1], -1))
+    kernels = base + own.repeat_interleave(base.shape[2] // own.shape[-1], dim=-1)
+
+    def run(side: int, states: Tensor) -> Tensor:
+        mixed = []
+        for place in range(len(states)):
+            # No tap reaches out of its block.
+            taps = range(min(base.shape[1], place % block_size + 1))
+            mixed.append(sum(kernels[place, side, tap] * states[place - tap] for tap in taps))
+        return torch.stack(mixed)
+
+    return run(0, normed), lambda added: run(1, added)
+
+
+def _join(drafter, state: Tensor, logits: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a slot's states `(A, W)` and what its draft is chosen by, `(A, D)`, behind the tokens `before`."""
+    if hasattr(drafter, "markov_head"):
+        code = drafter.markov_head.markov_w1.weight[before]
+        return torch.cat([state, code], dim=-1), logits + code @ drafter.markov_head.markov_w2.weight.T
+    if hasattr(drafter, "candidate_selector"):
+        selector = drafter.candidate_selector
+        code = selector.predecessor_codebook[before] * selector.hidden_projection(state)
+        scores = logits + code @ selector.successor_codebook.T
+        weakest = logits.sort(dim=-1, descending=True).values[:, [drafter.config.selector_top_k - 1]]
+        return torch.cat([state, code], dim=-1), scores.masked_fill(logits < weakest, float("-inf"))
+    return state, logits

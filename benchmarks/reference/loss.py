@@ -87,3 +87,40 @@ def full_loss(
                 labels = torch.where(labels < 0, labels, index[labels])
     draft_logits = F.linear(hidden, head_weight).float()
     return (full_divergence(draft_logits, target_logits, labels, loss_type) * weights).sum()
+
+
+def full_choice_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    successors: Tensor,
+    num_candidates: int,
+    target_hidden: Tensor,
+    target_head_weight: Tensor,
+    *,
+    labels: Tensor,
+    weights: Tensor,
+    loss_type: str,
+) -> Tensor:
+    """
+    Return the weighted sum of the divergences of a choice among the likeliest tokens of a head, the wanted one in the
+    place of the weakest where it is not among them.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H + R)`), successors (`torch.Tensor` of shape `(V, R)`):
+            What the head reads, behind it what rows of `successors` are multiplied with.
+        num_candidates (`int`): Tokens to choose among.
+        The other arguments are those of [`full_loss`].
+    """
+    with torch.no_grad():
+        target_logits = F.linear(target_hidden, target_head_weight).float()
+        wanted = target_logits.argmax(dim=-1)
+        if loss_type == "ce":
+            wanted = torch.where(labels < 0, wanted, labels)
+    width = head_weight.shape[1]
+    logits = F.linear(hidden[:, :width], head_weight).float()
+    candidates = logits.argsort(dim=-1, descending=True)[:, :num_candidates]
+    is_missing = (candidates != wanted[:, None]).all(dim=-1)
+    candidates[is_missing, -1] = wanted[is_missing]
+    scores = logits.gather(-1, candidates) + (successors[candidates] * hidden[:, None, width:]).sum(dim=-1)
+    places = (candidates == wanted[:, None]).long().argmax(dim=-1)
+    return (full_divergence(scores, target_logits.gather(-1, candidates), places, loss_type) * weights).sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .drafting import draft_states, read_text
-from .loss import full_loss
+from .loss import full_choice_loss, full_loss
 from .rollout import branch_states, replay
 
 
@@ -144,6 +144,9 @@ def _combine(
     """Return each stream's weighted mean over all rows, averaged by the streams' shares."""
     target_head = target.get_output_embeddings().weight
     head = drafter.lm_head.weight if hasattr(drafter, "lm_head") else target_head
+    if hasattr(drafter, "markov_head"):
+        head = torch.cat([head, drafter.markov_head.markov_w2.weight], dim=1)
+    selector = getattr(drafter, "candidate_selector", None)
     token_ids = drafter.draft_token_ids
     total = rows[0].hidden.new_zeros(())
     for name, stream in streams.items():
@@ -160,15 +163,17 @@ def _combine(
         for part, weight in zip(rows, weights, strict=True):
             # Slot by slot, as a TTT would be written: each with logits of the target of its own.
             for slot in range(weight.shape[1]):
-                loss = full_loss(
-                    part.hidden[:, slot],
-                    head,
-                    part.target_hidden[:, slot],
-                    target_head,
-                    labels=part.labels[:, slot].masked_fill(weight[:, slot] == 0, -1),
-                    weights=weight[:, slot],
-                    loss_type=stream.loss_type,
-                    draft_token_ids=token_ids,
-                )
+                hidden, states = part.hidden[:, slot], part.target_hidden[:, slot]
+                given = {
+                    "labels": part.labels[:, slot].masked_fill(weight[:, slot] == 0, -1),
+                    "weights": weight[:, slot],
+                    "loss_type": stream.loss_type,
+                }
+                read = hidden[:, : head.shape[1]]
+                loss = full_loss(read, head, states, target_head, draft_token_ids=token_ids, **given)
+                if selector is not None:
+                    # With the published weight of the choice, 1.
+                    choice = (head, selector.successor_codebook, drafter.config.selector_top_k)
+                    loss = loss + full_choice_loss(hidden, *choice, states, target_head, **given)
                 total = total + stream.weight * loss / weight_sum
     return total / sum(stream.weight for stream in streams.values())

@@ -14,14 +14,27 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from helpers.tiny import EOS, PAD, TARGETS, TINY_RUN, VOCAB, make_causal_lm, make_drafter, make_target, make_tokenizer
+from helpers.tiny import (
+    EOS,
+    FAMILIES,
+    PAD,
+    TARGETS,
+    TINY_RUN,
+    VOCAB,
+    make_causal_lm,
+    make_drafter,
+    make_target,
+    make_tokenizer,
+)
 from trl_draft_opd import (
     AutoDrafter,
+    DFlash2DraftConfig,
     DFlashDraftConfig,
     DraftOPDConfig,
     DraftOPDTrainer,
     DraftSFTConfig,
     DraftSFTTrainer,
+    DSparkDraftConfig,
     Eagle3DraftConfig,
     FrozenTarget,
 )
@@ -34,7 +47,13 @@ from trl_draft_opd.trainer import texts as responses
 
 
 KINDS = ["sft", "opd"]
-FAMILIES = ["dflash", "eagle3"]
+# A weight of each family; of those that DFlash's families add, one that they do not share with it.
+OWN_WEIGHTS = {
+    "dflash": "fc.weight",
+    "dflash2": "candidate_selector.successor_codebook",
+    "dspark": "markov_head.markov_w1.weight",
+    "eagle3": "lm_head.weight",
+}
 TRAINERS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}
 ROWS = [{"prompt": f"w{8 + i} w9", "completion": "w20 w21 w22 w23"} for i in range(2)]
 
@@ -127,7 +146,12 @@ def test_a_misspelt_setting_names_the_nearest_one(tmp_path, config_class, typo, 
 
 @pytest.mark.parametrize(
     "config_class, typo, meant",
-    [(DFlashDraftConfig, "blok_size", "block_size"), (Eagle3DraftConfig, "norm_outptu", "norm_output")],
+    [
+        (DFlashDraftConfig, "blok_size", "block_size"),
+        (Eagle3DraftConfig, "norm_outptu", "norm_output"),
+        (DSparkDraftConfig, "markov_ranks", "markov_rank"),
+        (DFlash2DraftConfig, "selector_topk", "selector_top_k"),
+    ],
 )
 def test_a_misspelt_option_of_a_drafter_names_the_nearest_one(config_class, typo, meant):
     with refuses(f"{config_class.__name__} has '{typo}', which is not read. Did you mean '{meant}'?"):
@@ -141,6 +165,8 @@ def test_a_misspelt_option_of_a_drafter_names_the_nearest_one(config_class, typo
         ("eagle3", None, "draft_vocabsize", "draft_vocab_size"),
         ("dflash", None, "rms_norm_ep", "rms_norm_eps"),
         ("dflash", "dflash_config", "mask_token_ids", "mask_token_id"),
+        ("dspark", None, "markov_ranks", "markov_rank"),
+        ("dflash2", "dflash_config", "selector_topk", "selector_top_k"),
     ],
 )
 def test_a_misspelt_key_of_a_published_config_names_the_nearest_one(copies, family, section, typo, meant):
@@ -159,7 +185,7 @@ def test_a_misspelt_key_of_a_published_config_names_the_nearest_one(copies, fami
 # -- weights (faults 23 and 27) ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, name", [("dflash", "fc.weight"), ("eagle3", "lm_head.weight")])
+@pytest.mark.parametrize("family, name", OWN_WEIGHTS.items())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named_by_every_way_to_load_it(tmp_path, copies, target, family, name, value):
     path = copies[family] / "model.safetensors"

@@ -23,8 +23,9 @@ from ..target.reading import TextReading
 from .acceptance import draw_tokens, sample_posterior, settle_blocks, token_probs
 from .drafting import DraftingSettings, mark_verified, read_confidences
 from .keyed_random import REPLAY_ACCEPT, REPLAY_DRAFT, DrawKeys
+from .replay_table import ReplayTable
 from .texts import TargetText
-from .types import Rollout, response_ends
+from .types import Rollout
 
 
 # A card reads the head's weight once per product, which takes it as long as some 230 rows (its FLOPs over its bytes a
@@ -67,11 +68,8 @@ def rollout_replay(
         return walk.rollout(walk.chain())
 
 
-class ReplayWalk:
-    """
-    What became of every block that was drafted so far, by place: `accepted` (-1 where none was drafted), the first
-    refused draft, and whether the block ended there because no more was verified, all on the host.
-    """
+class ReplayWalk(ReplayTable):
+    """The table of blocks, and the drafter and target that fill it."""
 
     def __init__(
         self,
@@ -98,16 +96,7 @@ class ReplayWalk:
         self.ids = packing.pack(text.input_ids)
         features, starts = reading.features.to(drafter.device), packing.starts[packing.rows]
         self.context = drafter.encode_text(features[None], self.ids[None], target.embed, starts[None])
-        # On the host, by row (B,) and by place (T,).
-        lengths, mask = torch.tensor(packing.lengths), text.completion_mask.cpu()
-        self.starts = lengths.cumsum(dim=0) - lengths
-        self.rows = torch.arange(len(lengths)).repeat_interleave(lengths)
-        self.positions = torch.arange(len(self.rows)) - self.starts[self.rows]
-        self.is_written = mask[self.rows, self.positions]
-        self.ends = response_ends(mask)[self.rows, self.positions] + self.starts[self.rows]
-        self.accepted = torch.full_like(self.ends, -1)
-        self.refused_drafts = torch.zeros_like(self.ends)
-        self.is_cut = torch.zeros_like(self.is_written)
+        super().__init__(packing.lengths, text.completion_mask.cpu(), settings.num_drafts)
         self.is_refused_row = self._find_impossible_rows()
         # How many drafts are verified depends on all of them.
         self.has_suffix = settings.keep_branch_hidden or settings.min_confidence is not None
@@ -134,8 +123,6 @@ class ReplayWalk:
         """Return the distribution that the text's tokens at `places` were drawn from, `(N, V)`."""
         return token_probs(self.target.project(self.reading.last_hidden[places - 1]), self.settings.sampling)
 
-    # -- where to draft: on the host ----------------------------------------------------------------------------------
-
     def run(self, segment_length: int) -> None:
         """Draft from the start of every segment on, each walk until it meets an anchor that was drafted from."""
         index = torch.arange(len(self.ends))
@@ -145,51 +132,8 @@ class ReplayWalk:
         is_passed = torch.zeros_like(is_walker)
         is_passed[walkers] = True
         while len(walkers):
-            self.draft(self._round(walkers))
+            self.draft(self._round(walkers, blocks_ahead(len(walkers), self.ids.device.type)))
             walkers = self._follow(walkers, is_passed)
-
-    def _is_start(self) -> Tensor:
-        """Return whether a token is the first of a response, `(T,)`."""
-        is_start = self.is_written.clone()
-        is_start[1:] &= ~self.is_written[:-1] | (self.positions[1:] == 0)
-        return is_start
-
-    def _round(self, walkers: Tensor) -> Tensor:
-        """Return where to draft for walkers at open anchors: there, and where they may come next if that is free."""
-        num_ahead = blocks_ahead(len(walkers), self.ids.device.type)
-        places = walkers[:, None] + torch.arange(num_ahead)
-        places = places[places < self.ends[walkers, None]].unique()
-        return places[self.accepted[places] < 0]
-
-    def _follow(self, walkers: Tensor, is_passed: Tensor) -> Tensor:
-        """Move walkers on to anchors that were not drafted from, and return those; mark what they pass, `(T,)`."""
-        found = []
-        while len(walkers):
-            following = walkers + self.accepted[walkers] + 1
-            following = following[following < self.ends[walkers]].unique()
-            # Two walks that meet continue as one.
-            following = following[~is_passed[following]]
-            is_passed[following] = True
-            is_open = self.accepted[following] < 0
-            found.append(following[is_open])
-            walkers = following[~is_open]
-        return torch.cat(found).sort().values
-
-    def chain(self) -> Tensor:
-        """Read each response's chain off the table, `(B, A)` positions with -1 for padding, on the host."""
-        accepted, ends, positions = self.accepted.tolist(), self.ends.tolist(), self.positions.tolist()
-        chains: list[list[int]] = [[] for _ in self.starts]
-        is_start = self._is_start() & ~self.is_refused_row[self.rows]
-        for start in is_start.nonzero()[:, 0].tolist():
-            place, chain = start, chains[self.rows[start]]
-            while place < ends[start]:
-                assert accepted[place] >= 0, "a walk covers every anchor of the chain"
-                chain.append(positions[place])
-                place += accepted[place] + 1
-        padded = torch.full((len(chains), max(1, *map(len, chains))), -1)
-        for row, chain in enumerate(chains):
-            padded[row, : len(chain)] = torch.tensor(chain, dtype=torch.long)
-        return padded
 
     # -- drafting -----------------------------------------------------------------------------------------------------
 
@@ -337,11 +281,6 @@ class ReplayWalk:
             )
 
     # -- drafts behind the first refusal ------------------------------------------------------------------------------
-
-    def _num_known(self, places: Tensor) -> Tensor:
-        """Return the slots that were decided: accepted drafts, which equal the text, and the first refused one."""
-        num_drafts, accepted = self.settings.num_drafts, self.accepted[places]
-        return torch.where(places + accepted == self.ends[places], accepted, accepted + 1).clamp(max=num_drafts)
 
     def _choose_suffixes(self, state: DraftState, places: Tensor, uniforms: tuple[Tensor, Tensor] | None) -> None:
         """Choose the drafts that were not decided of blocks whose states are all there."""
