@@ -303,7 +303,8 @@ def compare(args, report: Report, label: str, target, drafter, rows, marks, *, a
             )
             first, second = (arm.run()["loss"] for arm in arms)
             torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
-            assert_equal(arms, rtol=1e-3, atol=1e-5)
+            # The weakest candidate of a slot may be another one where two are level up to rounding.
+            assert_equal(arms, rtol=1e-3, atol=1e-5 if drafter.candidates is None else 5e-3)
             given = "with the target's reading" if reads else "reading given"
             measure(args, report, f"{label}, {head}, {given}", arms, reach if not reads else (None, None))
         count_rows(report, f"{label}, {head}", problem)
