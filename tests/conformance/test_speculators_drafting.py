@@ -158,7 +158,9 @@ class SpeculatorsDrafter(Drafter):
 
 
 @pytest.mark.parametrize("family", ["dspark", "dspark-masks", "dflash2"])
-def test_rounds_on_50_questions_are_those_with_the_librarys_class_as_the_drafter(family, shared_dir, tmp_path):
+def test_rounds_on_50_questions_are_those_with_the_librarys_class_as_the_drafter(
+    family, shared_dir, tmp_path, record_property
+):
     target_folder = shared_dir / "targets" / "gsm8k-qwen3-7m"
     target = FrozenTarget.load(target_folder, dtype=torch.float32)
     prompts = read_prompts(shared_dir, target, 50)
@@ -178,4 +180,5 @@ def test_rounds_on_50_questions_are_those_with_the_librarys_class_as_the_drafter
         num_kept, num_blocks = num_kept + int(first.accepted.sum()), num_blocks + int(first.is_block.sum())
     assert [text for rollout in own for text in rollout.responses()] == texts
     # Drafts are kept, and refused.
-    assert 1.3 < 1 + num_kept / num_blocks < ours.default_num_drafts
+    record_property("rounds and tokens of each", f"{num_blocks}, {1 + num_kept / num_blocks:.2f}")
+    assert 1.2 < 1 + num_kept / num_blocks < ours.default_num_drafts
