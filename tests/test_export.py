@@ -41,7 +41,6 @@ VARIANTS = {
     "dspark-sliding": ("dspark", _MIXED | {"confidence_head_with_markov": False}, {"transformers"}),
     "dflash2": ("dflash2", {}, {"transformers"}),
     "dflash2-sliding": ("dflash2", _SLIDING, {"transformers"}),
-    "dflash2-anchor": ("dflash2", {"sample_from_anchor": True, "block_size": 4}, {"transformers"}),
 }
 
 
