@@ -267,7 +267,7 @@ def test_unset_options_of_a_fresh_drafter_are_the_library_own():
 
 
 def test_an_option_of_the_other_family_is_refused():
-    with pytest.raises(ValueError, match=r"\['ttt_steps'\] are not options of a DFlash drafter"):
+    with pytest.raises(ValueError, match=r"`ttt_steps`: no setting that a DFlash drafter has"):
         make_drafter(make_target(), "dflash", {"ttt_steps": 3, "target_layer_ids": [1]})
     with pytest.raises(ValueError, match="got 'medusa'"):
         make_drafter(make_target(), "medusa", {})

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 
-from .statistics import ArmCounts, Estimate, interval, pair_seeds, paired_gain, resampled_taus
+from .statistics import ArmCounts, Estimate, interval, pair_seeds, paired_gain, resampled_taus, rows_of
 from .tables import CONTINUED, NOTHING, START, ArmRow, Condition, arm_rows, percent
 
 
@@ -72,16 +72,18 @@ def difference_of_gains(
 ) -> Estimate:
     """
     Return how much more an arm gains in the second family than in the first: one gain minus the other, with the same
-    prompts and seeds resampled for all four.
+    prompts and seeds resampled for all four, on the seeds that all have.
 
     Args:
         first, second (`tuple[ArmCounts, ArmCounts]`): The arm that is compared with, and the arm.
         num_resamples (`int`): Resamples.
 
     Raises:
-        ValueError: If the arms cover different numbers of prompts or of seeds.
+        ValueError: If the arms cover different numbers of prompts, or share no seed.
     """
-    arms = [*pair_seeds(*first), *pair_seeds(*second)]
+    found = [*pair_seeds(*first), *pair_seeds(*second)]
+    seeds = tuple(sorted(set.intersection(*(set(arm.seeds or ()) for arm in found))))
+    arms = [rows_of(arm, seeds) for arm in found]
     before, after, other_before, other_after = resampled_taus(arms, num_resamples=num_resamples, seed=0)
     taus = [arm.tau for arm in arms]
     value = taus[3] / taus[2] - taus[1] / taus[0]

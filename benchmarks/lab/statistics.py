@@ -243,10 +243,11 @@ def pair_seeds(before: ArmCounts, after: ArmCounts) -> tuple[ArmCounts, ArmCount
             f"Arms were run with seeds {before.seeds} and {after.seeds}; a paired gain needs a seed that both have. "
             "Run one."
         )
-    return _rows_of(before, seeds), _rows_of(after, seeds)
+    return rows_of(before, seeds), rows_of(after, seeds)
 
 
-def _rows_of(arm: ArmCounts, seeds: tuple[int, ...]) -> ArmCounts:
+def rows_of(arm: ArmCounts, seeds: tuple[int, ...]) -> ArmCounts:
+    """Return an arm on some of its seeds; a shared start stands for each."""
     rows = [0] * len(seeds) if arm.seeds is None else [arm.seeds.index(seed) for seed in seeds]
     return ArmCounts(seeds, arm.rounds_SP[rows], arm.accepted_SP[rows])
 

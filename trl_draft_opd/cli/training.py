@@ -84,8 +84,11 @@ def make_drafter(target: FrozenTarget, family: str, options: dict[str, Any], dra
     known = inspect.signature(make).parameters
     foreign = sorted(set(options) - set(known))
     if foreign:
-        where = f"a {title} drafter" if drafter is None else f"what a {title} drafter adds to a DFlash one"
-        raise ValueError(f"{foreign} are not options of {where}. Leave them out.")
+        names = ", ".join(f"`{name}`" for name in foreign)
+        where = (
+            f"a {title} drafter has" if drafter is None else f"a {title} drafter adds to the DFlash one it starts from"
+        )
+        raise ValueError(f"{names}: no setting that {where}. Leave it out.")
     if drafter is not None:
         start = AutoDrafter.from_pretrained(drafter, num_target_layers=target.num_layers)
         check_pair(start, target)

@@ -80,12 +80,13 @@ class DFlashDraftConfig(PortableConfig):
         super().__post_init__(**kwargs)
         if self.block_size < 2:
             raise ValueError(
-                f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. Published is 16."
+                f"`block_size` counts the anchor, so it must be at least 2, got {self.block_size}. "
+                f"Published is {type(self).block_size}."
             )
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
-                f"`block_size` {self.block_size} exceeds the target's {self.max_position_embeddings} positions. The "
-                "published setting is 16."
+                f"`block_size` {self.block_size} exceeds the target's {self.max_position_embeddings} positions. "
+                f"Published is {type(self).block_size}."
             )
         self._check_attention(self.layer_types)
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:

@@ -77,7 +77,7 @@ class DSparkDraftModel(DFlashDraftModel):
         sample_from_anchor: bool = True,
         markov_rank: int = 256,
         enable_confidence_head: bool = True,
-        confidence_head_with_markov: bool = True,
+        confidence_head_with_markov: bool | None = None,
     ) -> "DSparkDraftModel":
         """
         Make a fresh drafter of the target's shape.
@@ -86,7 +86,8 @@ class DSparkDraftModel(DFlashDraftModel):
             target, mask_token_id, num_hidden_layers, target_layer_ids:
                 As in [`DFlashDraftModel.from_target`].
             block_size, sample_from_anchor, markov_rank, enable_confidence_head, confidence_head_with_markov:
-                As in [`DSparkDraftConfig`]; the defaults are the published settings.
+                As in [`DSparkDraftConfig`]; the defaults are the published settings. The confidence head reads the
+                Markov head's token wherever there is one.
 
         Raises:
             ValueError: If the target has fewer than 7 layers and no ids are given, or an id or size is out of range.
@@ -98,7 +99,7 @@ class DSparkDraftModel(DFlashDraftModel):
             sample_from_anchor=sample_from_anchor,
             markov_rank=markov_rank,
             enable_confidence_head=enable_confidence_head,
-            confidence_head_with_markov=confidence_head_with_markov,
+            confidence_head_with_markov=_or_where_it_can(confidence_head_with_markov, markov_rank),
         )
         return cls(config)
 
@@ -109,7 +110,7 @@ class DSparkDraftModel(DFlashDraftModel):
         *,
         markov_rank: int = 256,
         enable_confidence_head: bool = True,
-        confidence_head_with_markov: bool = True,
+        confidence_head_with_markov: bool | None = None,
     ) -> Self:
         """
         Make a drafter that starts from a DFlash drafter's weights. The Markov head's second factor is zero, so the
@@ -135,7 +136,7 @@ class DSparkDraftModel(DFlashDraftModel):
             **shape,
             markov_rank=markov_rank,
             enable_confidence_head=enable_confidence_head,
-            confidence_head_with_markov=confidence_head_with_markov,
+            confidence_head_with_markov=_or_where_it_can(confidence_head_with_markov, markov_rank),
         )
         model = cls(config)
         tensors = {name: value for name, value in drafter.state_dict().items() if not name.startswith("confidence_")}
@@ -168,3 +169,8 @@ class DSparkDraftModel(DFlashDraftModel):
         # Engines keep this head in float32, whatever the others are in.
         with torch.autocast(hidden.device.type, enabled=False):
             return projection(hidden[..., : projection.in_features].to(projection.weight.dtype))[..., 0]
+
+
+def _or_where_it_can(asked: bool | None, markov_rank: int) -> bool:
+    """Return whether a confidence head reads the Markov head; unless asked, it does where there is one."""
+    return markov_rank > 0 if asked is None else asked
