@@ -156,6 +156,11 @@ MEANINGS = [
         {"sample_from_anchor": True, "enable_confidence_head": True, "confidence_head_with_markov": True},
     ),
     ("deepspec_dspark", {"enable_confidence_head": ...}, {"enable_confidence_head": False}),
+    (
+        "redhat_dspark",
+        {"speculators_config.proposal_methods": [{"speculative_tokens": 2}]},
+        {"sample_from_anchor": True, "block_size": 5},
+    ),
     ("redhat_dflash2", {"selector_rank": ..., "conv_group_size": ...}, {"selector_rank": 256, "conv_group_size": 16}),
 ]
 
@@ -195,6 +200,10 @@ REFUSED = [
         {"speculators_config.proposal_methods": [{"speculative_tokens": 3}]},
         "no `sample_from_anchor`, and its 3 speculative_tokens in blocks of 5 do not tell",
     ),
+    # Fewer drafts than a block holds may be served, more are none of it.
+    ("redhat_dspark", {"sample_from_anchor": False}, "speculative_tokens=5, but a block with block_size=5 and sample_"),
+    ("redhat_dspark", {"block_size": 4}, "block_size=4 and sample_from_anchor=True holds 4 drafts"),
+    ("redhat_dflash2", {"speculators_config.proposal_methods": [{"speculative_tokens": 99}]}, "False holds 4 drafts"),
     ("redhat_dflash_sliding", {"sliding_window_non_causal": ...}, "no `sliding_window_non_causal`, which the spec"),
     (
         "redhat_dflash_sliding",

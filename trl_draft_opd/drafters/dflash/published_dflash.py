@@ -7,7 +7,7 @@ import torch
 from transformers import MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
 
 from ..published.family import PublishedFamily
-from ..published.sections import Sections, agreed, integer, layer_ids, number, refusal
+from ..published.sections import Sections, agreed, integer, layer_ids, mapping, number, refusal
 from ..published.vocabulary_maps import complete_vocabulary_maps
 
 
@@ -62,10 +62,12 @@ class PublishedDFlash(PublishedFamily):
 
     def arguments(self, sections: Sections, shared: dict[str, Any]) -> dict[str, Any]:
         size = sections.raw.get("draft_vocab_size")
+        block, from_anchor = _read_block(sections), self.samples_from_anchor(sections)
+        _check_drafts(sections, block["block_size"], from_anchor)
         return {
-            **_read_block(sections),
+            **block,
             **self._read_attention(sections, shared["num_hidden_layers"]),
-            "sample_from_anchor": self.samples_from_anchor(sections),
+            "sample_from_anchor": from_anchor,
             "attention_bias": sections.flag("attention_bias") or False,
             "draft_vocab_size": shared["vocab_size"] if size is None else integer("draft_vocab_size", size, 1),
         }
@@ -148,6 +150,25 @@ def _read_window(sections: Sections) -> int:
         own = agreed("the sliding window", stated | {"sliding_window": shape.get("sliding_window")})
     # transformers' class shows keys at a distance of up to its window; others count the query in.
     return integer("sliding_window", own, 1) + (1 if sections.layout == "transformers" else 0)
+
+
+def stated_drafts(sections: Sections) -> Any:
+    """Return the drafts per block that a speculators config has its drafter served with, `None` if it does not say."""
+    methods = mapping(sections.raw, "speculators_config").get("proposal_methods")
+    # Engines read the first one alone.
+    first = methods[0] if isinstance(methods, list) and methods and isinstance(methods[0], dict) else {}
+    return first.get("speculative_tokens")
+
+
+def _check_drafts(sections: Sections, block_size: int, from_anchor: bool) -> None:
+    """Refuse more drafts than a block holds: the slots would be read one place off. Fewer may be served."""
+    drafts, most = stated_drafts(sections), block_size - (0 if from_anchor else 1)
+    if drafts is not None and integer("speculative_tokens", drafts, 1) > most:
+        raise ValueError(
+            f"Contradiction: speculative_tokens={drafts}, but a block with block_size={block_size} and "
+            f"sample_from_anchor={from_anchor} holds {most} drafts. Write `sample_from_anchor` and `block_size` as the "
+            "drafter was trained, and at most as many `speculative_tokens` as that holds."
+        )
 
 
 def _read_block(sections: Sections) -> dict[str, Any]:

@@ -6,8 +6,8 @@ drafters are of the same class, without a Markov head (`markov_rank` 0), and so 
 
 from typing import Any
 
-from ..dflash.published_dflash import PublishedDFlash
-from ..published.sections import Sections, agreed, integer, mapping, refusal
+from ..dflash.published_dflash import PublishedDFlash, stated_drafts
+from ..published.sections import Sections, agreed, integer, refusal
 
 
 class PublishedDSpark(PublishedDFlash):
@@ -70,9 +70,7 @@ def _drafts_whole_block(sections: Sections) -> bool:
     without `sample_from_anchor`, as older versions wrote them, in opposite ways.
     """
     block_size = agreed("block_size", sections.stated("block_size"))
-    methods = mapping(sections.raw, "speculators_config").get("proposal_methods")
-    first = methods[0] if isinstance(methods, list) and methods and isinstance(methods[0], dict) else {}
-    drafts = first.get("speculative_tokens")
+    drafts = stated_drafts(sections)
     if drafts not in (block_size, block_size - 1):
         raise ValueError(
             f"config.json has no `sample_from_anchor`, and its {drafts} speculative_tokens in blocks of {block_size} "
