@@ -23,6 +23,8 @@ class PublishedDFlash(PublishedFamily):
     speculators_architectures = frozenset({"DFlashDraftModel", "DFlashSpeculator"})
     projector = "dflash"
     section = "dflash_config"
+    # EAGLE-3's readers agree on 10000.
+    needs_rope_theta = True
     keys = frozenset(
         f"block_size mask_token_id target_layer_ids {_AUX} {_BOUNDARIES} projector_type is_causal causal "
         "sliding_window sliding_window_non_causal max_window_layers use_swa swa_window_size attention_sink_bias "
