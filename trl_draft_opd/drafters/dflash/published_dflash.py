@@ -121,19 +121,26 @@ class PublishedDFlash(PublishedFamily):
 
 
 def _read_layer_types(sections: Sections, num_layers: int) -> list[str]:
-    shape = sections.shape
+    shape, uses_window = sections.shape, bool(sections.flag("use_sliding_window"))
     layer_types = shape.get("layer_types")
     if layer_types is None and sections.layout == "transformers":
         return [_SLIDING] * num_layers
     if layer_types is None:
         # As Qwen3's config class fills it in.
         first = integer("max_window_layers", shape.get("max_window_layers", Qwen3Config.max_window_layers), 0)
-        is_sliding = bool(shape.get("use_sliding_window")) and shape.get("sliding_window", 0) is not None
+        is_sliding = uses_window and shape.get("sliding_window", 0) is not None
         return [_SLIDING if is_sliding and i >= first else _FULL for i in range(num_layers)]
     if not isinstance(layer_types, list) or set(map(str, layer_types)) - {_FULL, _SLIDING}:
-        raise refusal("layer_types", layer_types, f"layers that have neither {_FULL!r} nor {_SLIDING!r}")
+        raise ValueError(f"config.json has layer_types={layer_types!r}; each must be {_FULL!r} or {_SLIDING!r}.")
     if len(layer_types) != num_layers:
         raise ValueError(f"config.json has {len(layer_types)} layer_types for {num_layers} layers.")
+    is_contradiction = uses_window and shape.get("sliding_window") is not None and _SLIDING not in layer_types
+    if is_contradiction and not sections.flag("use_swa"):
+        raise ValueError(
+            f"Contradiction: use_sliding_window=True, sliding_window={shape['sliding_window']}, but every one of "
+            f"layer_types is {_FULL!r}, and engines go by these. Set `use_sliding_window` to false if the drafter was "
+            f"trained without a window, or name the layers with {_SLIDING!r}."
+        )
     return layer_types
 
 
