@@ -207,7 +207,11 @@ REFUSED = [
         "no `sample_from_anchor`, and its 3 speculative_tokens in blocks of 5 do not tell",
     ),
     # Fewer drafts than a block holds may be served, more are none of it.
-    ("redhat_dspark", {"sample_from_anchor": False}, "speculative_tokens=5, but a block with block_size=5 and sample_"),
+    (
+        "redhat_dspark",
+        {"sample_from_anchor": False},
+        "speculative_tokens=5, but a block with block_size=5 and sample_",
+    ),
     ("redhat_dspark", {"block_size": 4}, "block_size=4 and sample_from_anchor=True holds 4 drafts"),
     ("redhat_dflash2", {"speculators_config.proposal_methods": [{"speculative_tokens": 99}]}, "False holds 4 drafts"),
     ("redhat_dflash_sliding", {"sliding_window_non_causal": ...}, "no `sliding_window_non_causal`, which the spec"),
@@ -218,7 +222,11 @@ REFUSED = [
     ),
     ("redhat_dflash_sliding", {"transformer_layer_config.use_sliding_window": ...}, "engines drop the window"),
     ("modelopt_dflash", {"sliding_window": 9}, "Contradiction about the sliding window"),
-    ("zlab_sliding", {"layer_types": ["full_attention"] * 2}, "Contradiction: use_sliding_window=True, sliding_window=7"),
+    (
+        "zlab_sliding",
+        {"layer_types": ["full_attention"] * 2},
+        "Contradiction: use_sliding_window=True, sliding_window=7",
+    ),
     ("zlab_sliding", {"use_sliding_window": "yes"}, "use_sliding_window='yes'; it must be true or false"),
     ("zlab_sliding", {"layer_types": ["sliding"] * 2}, "each must be 'full_attention' or 'sliding_attention'"),
     ("zlab_sliding", {"sliding_window": 5}, "`sliding_window` must exceed `block_size` (5)"),
