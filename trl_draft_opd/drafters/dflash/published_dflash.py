@@ -175,8 +175,8 @@ def _check_drafts(sections: Sections, block_size: int, from_anchor: bool) -> Non
     if drafts is not None and integer("speculative_tokens", drafts, 1) > most:
         raise ValueError(
             f"Contradiction: speculative_tokens={drafts}, but a block with block_size={block_size} and "
-            f"sample_from_anchor={from_anchor} holds {most} drafts. Write `sample_from_anchor` and `block_size` as the "
-            "drafter was trained, and at most as many `speculative_tokens` as that holds."
+            f"sample_from_anchor={from_anchor} holds {most} drafts. Write `sample_from_anchor` and `block_size` as "
+            "the drafter was trained, and at most as many `speculative_tokens` as that holds."
         )
 
 

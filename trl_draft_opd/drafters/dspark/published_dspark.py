@@ -66,8 +66,8 @@ class PublishedDSpark(PublishedDFlash):
         if found and not arguments["enable_confidence_head"]:
             raise ValueError(
                 f"The weights hold {found[0]!r}, but `enable_confidence_head` in config.json is false or not written, "
-                "which engines take for no such head. Set it to true, and `confidence_head_with_markov` as the drafter "
-                "was trained; or take the tensors out."
+                "which engines take for no such head. Set it to true, and `confidence_head_with_markov` as the "
+                "drafter was trained; or take the tensors out."
             )
         return super().completed(tensors, arguments)
 
