@@ -122,7 +122,11 @@ MEANINGS = [
     # Causality: what is written first, then the kind of the layers, and in the speculators format its own key.
     ("zlab_sliding", {"is_causal": False}, {"is_causal": False}),
     ("zlab_sliding", {"dflash_config.causal": True}, {"is_causal": True}),
-    ("zlab_sliding", {"layer_types": ["full_attention"] * 2}, {"is_causal": False, "sliding_window": None}),
+    (
+        "zlab_sliding",
+        {"layer_types": ["full_attention"] * 2, "use_sliding_window": False},
+        {"is_causal": False, "sliding_window": None},
+    ),
     (
         "zlab_sliding",
         {"layer_types": ..., "max_window_layers": 1},
@@ -136,6 +140,7 @@ MEANINGS = [
     # Windows: the key of ModelOpt and MiMo before transformers' own, which counts without the query.
     ("modelopt_dflash", {"sliding_window": None}, {"sliding_window": 6}),
     ("modelopt_dflash", {"layer_types": ...}, {"layer_types": ["sliding_attention"] * 2, "is_causal": False}),
+    ("modelopt_dflash", {"use_sliding_window": True}, {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6}),
     ("native_sliding", {"layer_types": ...}, {"sliding_window": 10, "is_causal": False}),
     ("native_sliding", {"sliding_window": ...}, {"sliding_window": 2049}),
     (
@@ -156,6 +161,11 @@ MEANINGS = [
         {"sample_from_anchor": True, "enable_confidence_head": True, "confidence_head_with_markov": True},
     ),
     ("deepspec_dspark", {"enable_confidence_head": ...}, {"enable_confidence_head": False}),
+    (
+        "redhat_dspark",
+        {"speculators_config.proposal_methods": [{"speculative_tokens": 2}]},
+        {"sample_from_anchor": True, "block_size": 5},
+    ),
     ("redhat_dflash2", {"selector_rank": ..., "conv_group_size": ...}, {"selector_rank": 256, "conv_group_size": 16}),
 ]
 
@@ -182,6 +192,7 @@ REFUSED = [
         {"markov_head_type": "gated"},
         "markov_head_type='gated': a Markov head that reads",
     ),
+    ("deepspec_dspark", {"markov_head_type": "vanila"}, "markov_head_type='vanila'; it must be 'vanilla'"),
     ("deepspec_dspark", {"target_layer_ids": [-1, 3, 5]}, "`target_layer_ids` must lie in 0..6"),
     (
         "deepspec_dspark",
@@ -195,6 +206,14 @@ REFUSED = [
         {"speculators_config.proposal_methods": [{"speculative_tokens": 3}]},
         "no `sample_from_anchor`, and its 3 speculative_tokens in blocks of 5 do not tell",
     ),
+    # Fewer drafts than a block holds may be served, more are none of it.
+    (
+        "redhat_dspark",
+        {"sample_from_anchor": False},
+        "speculative_tokens=5, but a block with block_size=5 and sample_",
+    ),
+    ("redhat_dspark", {"block_size": 4}, "block_size=4 and sample_from_anchor=True holds 4 drafts"),
+    ("redhat_dflash2", {"speculators_config.proposal_methods": [{"speculative_tokens": 99}]}, "False holds 4 drafts"),
     ("redhat_dflash_sliding", {"sliding_window_non_causal": ...}, "no `sliding_window_non_causal`, which the spec"),
     (
         "redhat_dflash_sliding",
@@ -203,6 +222,13 @@ REFUSED = [
     ),
     ("redhat_dflash_sliding", {"transformer_layer_config.use_sliding_window": ...}, "engines drop the window"),
     ("modelopt_dflash", {"sliding_window": 9}, "Contradiction about the sliding window"),
+    (
+        "zlab_sliding",
+        {"layer_types": ["full_attention"] * 2},
+        "Contradiction: use_sliding_window=True, sliding_window=7",
+    ),
+    ("zlab_sliding", {"use_sliding_window": "yes"}, "use_sliding_window='yes'; it must be true or false"),
+    ("zlab_sliding", {"layer_types": ["sliding"] * 2}, "each must be 'full_attention' or 'sliding_attention'"),
     ("zlab_sliding", {"sliding_window": 5}, "`sliding_window` must exceed `block_size` (5)"),
     ("zlab_sliding", {"target_hidden_size": 64}, "target_hidden_size=64 and hidden_size=32"),
     ("redhat_eagle3_four", {"fc_norm": True}, "`fc_norm` and `norm_before_fc` norm the same features"),
@@ -223,9 +249,12 @@ def test_tensors_that_the_config_does_not_announce_are_named(tmp_path):
         ValueError, match="'lm_head.weight' has shape .* A drafter with an embedding or head of its own"
     ):
         AutoDrafter.from_pretrained(write(tmp_path / "whole", config, tensors))
-    config, tensors = edited("deepspec_dspark", {"enable_confidence_head": False})
-    with pytest.raises(ValueError, match="'confidence_head.proj.bias' is unexpected"):
-        AutoDrafter.from_pretrained(write(tmp_path / "confidence", config, tensors))
+    for stated in (False, ...):
+        config, tensors = edited("deepspec_dspark", {"enable_confidence_head": stated})
+        with pytest.raises(
+            ValueError, match="hold 'confidence_head.proj.bias', but `enable_confidence_head` .* is false or not"
+        ):
+            AutoDrafter.from_pretrained(write(tmp_path / "confidence", config, tensors))
     config, tensors = edited("mimo", {"dflash_config.attention_sink_bias": False})
     with pytest.raises(ValueError, match="'layers.0.self_attn.attention_sink_bias' is unexpected"):
         AutoDrafter.from_pretrained(write(tmp_path / "sinks", config, tensors))

@@ -297,6 +297,9 @@ def test_legacy_rope_becomes_rope_parameters():
     assert kwargs_of(EAGLE3 | {"rope_parameters": nested})["rope_parameters"] == default
     silent = changed(EAGLE3, "rope_theta", ...)
     assert kwargs_of(silent)["rope_parameters"]["rope_theta"] == LlamaConfig.default_theta == 10000.0
+    # What the speculators library leaves out is its class's default.
+    silent = changed(SPECULATORS_DFLASH, "transformer_layer_config.rope_theta", ...)
+    assert kwargs_of(silent)["rope_parameters"]["rope_theta"] == Qwen3Config.default_theta == 10000.0
     assert kwargs_of(changed(NATIVE, "rope_parameters", ...))["rope_parameters"]["rope_theta"] == 500000.0
 
 
@@ -360,6 +363,7 @@ REFUSALS = [
     (DFLASH, "is_neox_style", False, "is_neox_style=False: rotary positions on neighbouring channels"),
     (DFLASH, "partial_rotary_factor", 0.5, "partial_rotary_factor=0.5: RoPE on a part"),
     (DFLASH, "quantization_config", {"quant_algo": "NVFP4"}, "quantised weights"),
+    (DFLASH, "rope_theta", ..., "does not say `rope_theta`, and readers fill in different ones"),
     (DFLASH, "mlp_bias", True, "mlp_bias=True: biases"),
     (DFLASH, "dflash_config.projector_type", "domino", "'domino' is not supported: Domino"),
     (DFLASH, "dflash_config.projector_type", "new", "projector_type='new' is unknown"),

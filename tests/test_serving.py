@@ -216,6 +216,8 @@ def verdicts_of_variant(variant, target, architectures=(), layouts=("flat", "spe
         # vllm/v1/worker/gpu/spec_decode/dflash/speculator.py refuses it; as DSpark without a Markov head it is served.
         ("dflash-anchor", "vLLM", "no draft from the anchor's slot"),
         ("dflash-anchor", "SGLang", "no draft from the anchor's slot"),
+        ("dflash2-anchor", "vLLM", "no draft from the anchor's slot"),
+        ("dflash2-anchor", "SGLang", "no draft from the anchor's slot"),
         ("dflash-reduced", "SGLang", "through the target's head alone"),
         ("dflash-sinks", "SGLang", "neither sinks nor a scale"),
         ("dflash-windows", "speculators", "from the anchor"),

@@ -54,7 +54,9 @@ class FreshDrafterArguments:
         "All but EAGLE-3: an id that text never uses; searched for if unset.", default=None
     )
     sample_from_anchor: bool | None = flag(
-        "DFlash, DSpark: whether the anchor's position drafts too, and every one the token behind it.", default=None
+        "All but EAGLE-3: whether the anchor's position drafts too, and every one the token behind it. Of DFlash and "
+        "DFlash 2, no engine serves such drafters.",
+        default=None,
     )
     markov_rank: int | None = flag("DSpark: rank of the head that reads the token before a slot.", default=None)
     enable_confidence_head: bool | None = flag("DSpark: whether it predicts what is accepted.", default=None)

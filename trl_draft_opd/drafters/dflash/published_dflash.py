@@ -7,7 +7,7 @@ import torch
 from transformers import MuseGlimmerAssistantConfig, PreTrainedConfig, Qwen3Config
 
 from ..published.family import PublishedFamily
-from ..published.sections import Sections, agreed, integer, layer_ids, number, refusal
+from ..published.sections import Sections, agreed, integer, layer_ids, mapping, number, refusal
 from ..published.vocabulary_maps import complete_vocabulary_maps
 
 
@@ -23,6 +23,8 @@ class PublishedDFlash(PublishedFamily):
     speculators_architectures = frozenset({"DFlashDraftModel", "DFlashSpeculator"})
     projector = "dflash"
     section = "dflash_config"
+    # EAGLE-3's readers agree on 10000.
+    needs_rope_theta = True
     keys = frozenset(
         f"block_size mask_token_id target_layer_ids {_AUX} {_BOUNDARIES} projector_type is_causal causal "
         "sliding_window sliding_window_non_causal max_window_layers use_swa swa_window_size attention_sink_bias "
@@ -62,10 +64,12 @@ class PublishedDFlash(PublishedFamily):
 
     def arguments(self, sections: Sections, shared: dict[str, Any]) -> dict[str, Any]:
         size = sections.raw.get("draft_vocab_size")
+        block, from_anchor = _read_block(sections), self.samples_from_anchor(sections)
+        _check_drafts(sections, block["block_size"], from_anchor)
         return {
-            **_read_block(sections),
+            **block,
             **self._read_attention(sections, shared["num_hidden_layers"]),
-            "sample_from_anchor": self.samples_from_anchor(sections),
+            "sample_from_anchor": from_anchor,
             "attention_bias": sections.flag("attention_bias") or False,
             "draft_vocab_size": shared["vocab_size"] if size is None else integer("draft_vocab_size", size, 1),
         }
@@ -117,19 +121,26 @@ class PublishedDFlash(PublishedFamily):
 
 
 def _read_layer_types(sections: Sections, num_layers: int) -> list[str]:
-    shape = sections.shape
+    shape, uses_window = sections.shape, bool(sections.flag("use_sliding_window"))
     layer_types = shape.get("layer_types")
     if layer_types is None and sections.layout == "transformers":
         return [_SLIDING] * num_layers
     if layer_types is None:
         # As Qwen3's config class fills it in.
         first = integer("max_window_layers", shape.get("max_window_layers", Qwen3Config.max_window_layers), 0)
-        is_sliding = bool(shape.get("use_sliding_window")) and shape.get("sliding_window", 0) is not None
+        is_sliding = uses_window and shape.get("sliding_window", 0) is not None
         return [_SLIDING if is_sliding and i >= first else _FULL for i in range(num_layers)]
     if not isinstance(layer_types, list) or set(map(str, layer_types)) - {_FULL, _SLIDING}:
-        raise refusal("layer_types", layer_types, f"layers that have neither {_FULL!r} nor {_SLIDING!r}")
+        raise ValueError(f"config.json has layer_types={layer_types!r}; each must be {_FULL!r} or {_SLIDING!r}.")
     if len(layer_types) != num_layers:
         raise ValueError(f"config.json has {len(layer_types)} layer_types for {num_layers} layers.")
+    is_contradiction = uses_window and shape.get("sliding_window") is not None and _SLIDING not in layer_types
+    if is_contradiction and not sections.flag("use_swa"):
+        raise ValueError(
+            f"Contradiction: use_sliding_window=True, sliding_window={shape['sliding_window']}, but every one of "
+            f"layer_types is {_FULL!r}, and engines go by these. Set `use_sliding_window` to false if the drafter was "
+            f"trained without a window, or name the layers with {_SLIDING!r}."
+        )
     return layer_types
 
 
@@ -148,6 +159,25 @@ def _read_window(sections: Sections) -> int:
         own = agreed("the sliding window", stated | {"sliding_window": shape.get("sliding_window")})
     # transformers' class shows keys at a distance of up to its window; others count the query in.
     return integer("sliding_window", own, 1) + (1 if sections.layout == "transformers" else 0)
+
+
+def stated_drafts(sections: Sections) -> Any:
+    """Return the drafts per block that a speculators config has its drafter served with, `None` if it does not say."""
+    methods = mapping(sections.raw, "speculators_config").get("proposal_methods")
+    # Engines read the first one alone.
+    first = methods[0] if isinstance(methods, list) and methods and isinstance(methods[0], dict) else {}
+    return first.get("speculative_tokens")
+
+
+def _check_drafts(sections: Sections, block_size: int, from_anchor: bool) -> None:
+    """Refuse more drafts than a block holds: the slots would be read one place off. Fewer may be served."""
+    drafts, most = stated_drafts(sections), block_size - (0 if from_anchor else 1)
+    if drafts is not None and integer("speculative_tokens", drafts, 1) > most:
+        raise ValueError(
+            f"Contradiction: speculative_tokens={drafts}, but a block with block_size={block_size} and "
+            f"sample_from_anchor={from_anchor} holds {most} drafts. Write `sample_from_anchor` and `block_size` as "
+            "the drafter was trained, and at most as many `speculative_tokens` as that holds."
+        )
 
 
 def _read_block(sections: Sections) -> dict[str, Any]:

@@ -6,8 +6,10 @@ drafters are of the same class, without a Markov head (`markov_rank` 0), and so 
 
 from typing import Any
 
-from ..dflash.published_dflash import PublishedDFlash
-from ..published.sections import Sections, agreed, integer, mapping, refusal
+import torch
+
+from ..dflash.published_dflash import PublishedDFlash, stated_drafts
+from ..published.sections import Sections, agreed, integer, refusal
 
 
 class PublishedDSpark(PublishedDFlash):
@@ -39,6 +41,11 @@ class PublishedDSpark(PublishedDFlash):
             raise ValueError("config.json does not say `markov_rank`, the width of its Markov head; 0 is none.")
         head_type = agreed("markov_head_type", sections.stated("markov_head_type"))
         if integer("markov_rank", rank, 0) and head_type not in (None, "vanilla"):
+            if head_type not in ("gated", "rnn"):
+                raise ValueError(
+                    f"config.json has markov_head_type={head_type!r}; it must be 'vanilla'. 'gated' and 'rnn' are "
+                    "published too, and not supported."
+                )
             meaning = "a Markov head that reads more than the token before, which vLLM's class does not have either"
             raise refusal("markov_head_type", head_type, meaning)
         # Where it is not written, engines take it for absent and the speculators library for present: what the file
@@ -53,6 +60,16 @@ class PublishedDSpark(PublishedDFlash):
             "enable_confidence_head": has_head,
             "confidence_head_with_markov": has_head and (is_speculators if with_markov is None else with_markov),
         }
+
+    def completed(self, tensors: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        found = sorted(name for name in tensors if name.startswith("confidence_head."))
+        if found and not arguments["enable_confidence_head"]:
+            raise ValueError(
+                f"The weights hold {found[0]!r}, but `enable_confidence_head` in config.json is false or not written, "
+                "which engines take for no such head. Set it to true, and `confidence_head_with_markov` as the "
+                "drafter was trained; or take the tensors out."
+            )
+        return super().completed(tensors, arguments)
 
     def samples_from_anchor(self, sections: Sections) -> bool:
         stated, bonus = sections.flag("sample_from_anchor"), sections.flag("dspark_bonus_anchor")
@@ -70,9 +87,7 @@ def _drafts_whole_block(sections: Sections) -> bool:
     without `sample_from_anchor`, as older versions wrote them, in opposite ways.
     """
     block_size = agreed("block_size", sections.stated("block_size"))
-    methods = mapping(sections.raw, "speculators_config").get("proposal_methods")
-    first = methods[0] if isinstance(methods, list) and methods and isinstance(methods[0], dict) else {}
-    drafts = first.get("speculative_tokens")
+    drafts = stated_drafts(sections)
     if drafts not in (block_size, block_size - 1):
         raise ValueError(
             f"config.json has no `sample_from_anchor`, and its {drafts} speculative_tokens in blocks of {block_size} "

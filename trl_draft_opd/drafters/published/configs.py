@@ -112,7 +112,8 @@ def parse_drafter_config(
         for key, (accepted, meaning) in (_REFUSED | family.refused).items():
             if section.get(key) not in accepted:
                 raise refusal(key, section[key], meaning)
-    shared = _shared_arguments(sections, num_target_layers, name)
+    default_theta = None if layout == "flat" and family.needs_rope_theta else defaults.default_theta
+    shared = _shared_arguments(sections, num_target_layers, name, default_theta)
     arguments = {key: value for key, value in shared.items() if value is not None} | family.arguments(sections, shared)
     return ParsedConfig(family.family, layout, list(raw.get("architectures") or []), arguments)
 
@@ -179,7 +180,9 @@ def _class_of_defaults(family: PublishedFamily, layout: str, shape: dict[str, An
     return LlamaConfig if model_type == "llama" else Qwen3Config
 
 
-def _shared_arguments(sections: Sections, num_target_layers: int | None, name: str) -> dict[str, Any]:
+def _shared_arguments(
+    sections: Sections, num_target_layers: int | None, name: str, default_theta: float | None
+) -> dict[str, Any]:
     """Return what the configs of all families take."""
     raw, shape = sections.raw, sections.shape
     missing = [key for key in _REQUIRED if key not in shape]
@@ -203,7 +206,7 @@ def _shared_arguments(sections: Sections, num_target_layers: int | None, name: s
     target = mapping(mapping(raw, "speculators_config"), "verifier").get("name_or_path")
     return kwargs | {
         **{key: shape.get(key) if raw.get(key) is None else raw[key] for key in _TOKEN_IDS},
-        "rope_parameters": _checked_rope(_rope_parameters(shape, sections.defaults.default_theta)),
+        "rope_parameters": _checked_rope(_rope_parameters(shape, default_theta)),
         "num_target_layers": _target_layers(sections, num_target_layers, name),
         "target_model_name_or_path": raw.get("target_model_name_or_path", target),
         "target_model_revision": raw.get("target_model_revision"),
@@ -242,8 +245,11 @@ def _checked_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _rope_parameters(shape: dict[str, Any], default_theta: float) -> dict[str, Any]:
-    """Return RoPE in the one form of transformers 5; `rope_theta` and `rope_scaling` are its legacy pair."""
+def _rope_parameters(shape: dict[str, Any], default_theta: float | None) -> dict[str, Any]:
+    """
+    Return RoPE in the one form of transformers 5; `rope_theta` and `rope_scaling` are its legacy pair. Without a
+    default, the base must be stated.
+    """
 
     def normalised(key: str) -> dict[str, Any]:
         parameters = mapping(shape, key)
@@ -268,5 +274,10 @@ def _rope_parameters(shape: dict[str, Any], default_theta: float) -> dict[str, A
         "rope_theta": shape.get("rope_theta"),
     }
     theta = agreed("rope_theta", thetas)
+    if theta is None and default_theta is None:
+        raise ValueError(
+            "config.json does not say `rope_theta`, and readers fill in different ones: transformers' class of the "
+            "layer 10000, vLLM's layer 1000000. Add what the drafter was trained with, most often the target's."
+        )
     scaling = agreed("RoPE scaling", {"rope_parameters": new or None, "rope_scaling": legacy or None})
     return {"rope_type": "default", **(scaling or {}), "rope_theta": default_theta if theta is None else theta}

@@ -30,6 +30,7 @@ class PublishedFamily(ABC):
     - `projector`: what `dflash_config.projector_type` says, where it says something.
     - `section`: the nested section of its own keys in a flat `config.json`.
     - `keys`: its own keys, in whatever section, so that a misspelt one is noticed.
+    - `needs_rope_theta`: whether a flat config must state its base of RoPE, because readers fill in different ones.
     - `refused`: keys whose other values would compute something else, and what that would be.
     - `unread`: names of relatives that are not read -> what they are.
     - `renamed`: beginnings of published tensor names -> ours, after a leading `model.` is taken off.
@@ -42,6 +43,7 @@ class PublishedFamily(ABC):
     projector: ClassVar[str | None] = None
     section: ClassVar[str]
     keys: ClassVar[frozenset[str]]
+    needs_rope_theta: ClassVar[bool] = False
     refused: ClassVar[Refused] = {}
     unread: ClassVar[dict[str, str]] = {}
     renamed: ClassVar[dict[str, str]] = {}
