@@ -172,7 +172,7 @@ def stated_drafts(sections: Sections) -> Any:
 def _check_drafts(sections: Sections, block_size: int, from_anchor: bool) -> None:
     """Refuse more drafts than a block holds: the slots would be read one place off. Fewer may be served."""
     drafts, most = stated_drafts(sections), block_size - (0 if from_anchor else 1)
-    if drafts is not None and integer("speculative_tokens", drafts, 1) > most:
+    if drafts is not None and integer("speculative_tokens", drafts, 0) > most:
         raise ValueError(
             f"Contradiction: speculative_tokens={drafts}, but a block with block_size={block_size} and "
             f"sample_from_anchor={from_anchor} holds {most} drafts. Write `sample_from_anchor` and `block_size` as "
