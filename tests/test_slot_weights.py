@@ -7,7 +7,7 @@ labels.
 import pytest
 import torch
 
-from trl_draft_opd import DraftOPDConfig, DraftSFTConfig
+from trl_draft_opd import DFlashDraftConfig, DraftOPDConfig, DraftSFTConfig, Eagle3DraftConfig
 from trl_draft_opd.losses import Head, d_pace_weights, mark_until_fail, score_labels
 
 
@@ -137,10 +137,10 @@ def test_settings_that_cannot_hold_are_refused(tmp_path, config, changes, messag
 
 
 def test_d_pace_takes_the_place_of_position_decay(tmp_path):
-    assert DraftSFTConfig(str(tmp_path), **DEVICE).decay("eagle3") == 0.8
-    assert DraftSFTConfig(str(tmp_path), **DEVICE, **D_PACE).decay("eagle3") == 1.0
+    assert DraftSFTConfig(str(tmp_path), **DEVICE).decay(Eagle3DraftConfig()) == 0.8
+    assert DraftSFTConfig(str(tmp_path), **DEVICE, **D_PACE).decay(Eagle3DraftConfig()) == 1.0
     with pytest.warns(UserWarning, match="`position_decay=0.7` is ignored"):
-        assert DraftSFTConfig(str(tmp_path), position_decay=0.7, **DEVICE, **D_PACE).decay("dflash") == 1.0
+        assert DraftSFTConfig(str(tmp_path), position_decay=0.7, **DEVICE, **D_PACE).decay(DFlashDraftConfig()) == 1.0
     for changes in ({"rejected_scope": "first"}, {"rejected_weight": 0.0}):
         assert DraftOPDConfig(str(tmp_path), **DEVICE, **D_PACE, **changes).slot_decay == 1.0
     assert DraftOPDConfig(str(tmp_path), **DEVICE).slot_decay == 0.8

@@ -20,7 +20,7 @@ RENAMED = {"past_key_values", "httpx", "httpx2"} | {
     f"{kind}_checkpointing_{state}" for kind in ("activation", "gradient") for state in ("enable", "disable")
 }
 # A drafter's `forward` is called by transformers, and a published file stands alone.
-OTHER_PLACES = {"drafters/dflash/modeling_dflash.py", "export/custom_generate/eagle3.py"}
+OTHER_PLACES = {"drafters/dflash/modeling_dflash.py", "export/custom_generate/generate.py"}
 
 
 def words_of(tree: ast.AST) -> set[str]:

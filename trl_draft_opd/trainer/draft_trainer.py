@@ -123,6 +123,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._pair, self._optimizer_is_given = pair, optimizers[0] is not None
         # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
         self._is_fitted = False
+        self._is_measuring = False
         # Whether responses that are replayed for evaluation were held to the target.
         self._responses_are_checked = False
         assert isinstance(pair.drafter.config, PortableConfig), "every family's"
@@ -267,7 +268,9 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """Return the loss on an evaluation batch, and add its parts, tau and acceptance to the metrics."""
         drafter, sample_ids = self.drafter, inputs["sample_ids"].tolist()
         with torch.no_grad(), self.accelerator.autocast(), naming_rows(sample_ids, "the evaluation dataset"):
+            self._is_measuring = True
             batch, rollout = self._prepare_evaluation(inputs)
+            self._is_measuring = False
             sums = weight_sums([batch.blocks], self.streams, drafter.draft_token_ids).cpu()
             loss, parts = self._step_loss(drafter, self.target, batch, self._objective(sums))
         self.target.finish_together()
@@ -296,7 +299,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             draft_sampling=self.args.draft_sampling,
             keep_branch_hidden=self._keeps_branches,
             # For the calibration that an evaluation reports.
-            keep_confidences=self.drafter.config.has_confidence_head and not self.drafter.training,
+            keep_confidences=self.drafter.config.has_confidence_head and self._is_measuring,
         )
 
     def _walk(self, drafter: Drafter, text: TargetText, epoch: int, reading: TextReading | None = None) -> Rollout:
