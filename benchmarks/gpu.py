@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Everything worth knowing of one GPU in twelve minutes: what it reaches, whether it computes what a CPU computes, where
-the time of six jobs goes on Qwen3-8B shapes, and how speculators does on the same weights.
+the time of ten jobs goes on Qwen3-8B shapes, and how speculators does on the same weights.
 
     python -m benchmarks.gpu --part 1 --out gpu.jsonl     # probes, the small pair, supervised jobs: six minutes
     python -m benchmarks.gpu --part 2 --out gpu.jsonl     # Draft-OPD, arms, long rows, the peer: six minutes
@@ -194,17 +194,24 @@ def compiled(bench: Bench) -> None:
 
 
 def on_policy(bench: Bench) -> None:
-    """Draft-OPD of both families, with the accepted lengths of gpu.md."""
+    """Draft-OPD of EAGLE-3 and DFlash, with the accepted lengths of the cost model."""
     bench.measure(bench.job("eagle3-opd"))
     bench.measure(bench.job("dflash-opd"))
 
 
 def long_rows(bench: Bench) -> None:
-    """One row of 32,768 tokens in both families."""
+    """One row of 32,768 tokens, DFlash and EAGLE-3."""
     for name in ("dflash-sft-512", "eagle3-sft-32k"):
         job = replace(bench.job(name), rows=1, length=bench.sizes.long_row)
         note = f"one row of {job.length} tokens"
         bench.measure(job, note, checkpointing=True, repeats=2, warmups=1)
+
+
+def joined_families(bench: Bench) -> None:
+    """The families that join a block with its tokens: supervised at 512 anchors, and Draft-OPD."""
+    for family in ("dspark", "dflash2"):
+        bench.measure(bench.job(f"{family}-sft-512"), checkpointing=True)
+        bench.measure(bench.job(f"{family}-opd"))
 
 
 def small_dflash(bench: Bench) -> None:
@@ -226,6 +233,7 @@ ITEMS = (
     Item("peer", 2, 150, gpu_arms.peer),
     Item("attention arms", 2, 40, gpu_arms.attentions),
     Item("reading arms", 2, 20, gpu_arms.readings),
+    Item("joined families", 2, 120, joined_families),
     # Last, because it takes the place of the large target.
     Item("small dflash", 2, 60, small_dflash),
 )

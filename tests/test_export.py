@@ -40,6 +40,7 @@ VARIANTS = {
     "dspark-bare": ("dspark", {"markov_rank": 0, "enable_confidence_head": False}, {"transformers"}),
     "dspark-sliding": ("dspark", _MIXED | {"confidence_head_with_markov": False}, {"transformers"}),
     "dflash2": ("dflash2", {}, {"transformers"}),
+    "dflash2-anchor": ("dflash2", {"sample_from_anchor": True, "block_size": 4}, {"transformers"}),
     "dflash2-sliding": ("dflash2", _SLIDING, {"transformers"}),
 }
 

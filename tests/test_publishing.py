@@ -37,6 +37,7 @@ TRAINERS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, D
 EXPORT = {
     "README.md",
     "config.json",
+    "custom_generate/drafters.py",
     "custom_generate/generate.py",
     "model.safetensors",
     "speculative_config.json",

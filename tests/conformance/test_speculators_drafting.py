@@ -51,7 +51,6 @@ def tiny(tmp_path_factory):
 @torch.no_grad()
 def test_what_its_forward_hands_its_losses_over_two_blocks_is_ours(variant, tiny, tmp_path, monkeypatch):
     target, target_folder = tiny
-    monkeypatch.setitem(VARIANTS, "dflash2-anchor", ("dflash2", {"sample_from_anchor": True, "block_size": 4}, set()))
     drafter = make_variant(variant, target)
     for name, parameter in drafter.named_parameters():
         # Norms near one, convolutions that hand on more than they mix in, and matrices that keep a state's size: then

@@ -133,7 +133,7 @@ def test_another_models_tokenizer_of_the_same_size_is_named_by_the_first_token_t
 
 
 def test_a_block_longer_than_all_positions_is_refused(target):
-    with refuses("`block_size` 257 exceeds the target's 256 positions. The published setting is 16"):
+    with refuses("`block_size` 257 exceeds the target's 256 positions. Published is 16"):
         make_drafter("dflash", target, block_size=257)
 
 

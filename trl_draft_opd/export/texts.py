@@ -94,7 +94,9 @@ def renamed_texts(folder: Path, repo_id: str) -> dict[str, bytes]:
         write_texts(place, publication, notes_of=folder)
         if publication.has_custom_generate:
             write_custom_generate(place, repo_id)
-        return {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        written = {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    own = {path: (folder / path).read_bytes() if (folder / path).is_file() else None for path in written}
+    return {path.as_posix(): text for path, text in written.items() if text != own[path]}
 
 
 def add_measurement(folder: Path, measurement: Measurement, make_record: Callable[[], TrainingRecord]) -> list[str]:
