@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_export import VARIANTS, export, make_variant
+from test_export import export, make_variant
 from test_real_text import briefly_trained, decode, own_texts, read_prompts
 from test_rollout_replay import assert_same_blocks
 from test_speculators import scores_of
