@@ -16,7 +16,9 @@ from .drafters.eagle3 import Eagle3DraftModel as Eagle3DraftModel
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import evaluate_drafter as evaluate_drafter
 from .export import ExportResult as ExportResult
+from .export import TargetOfExport as TargetOfExport
 from .export import export_drafter as export_drafter
+from .export import read_target as read_target
 from .export.record import TrainingRecord as TrainingRecord
 from .parity import VerificationReport as VerificationReport
 from .parity import verify_drafter as verify_drafter
