@@ -21,7 +21,7 @@ from trl_draft_opd import (
     generate_responses,
 )
 from trl_draft_opd.rollout import replay
-from trl_draft_opd.trainer import draft_opd_trainer, step
+from trl_draft_opd.trainer import draft_trainer, step
 from trl_draft_opd.trainer.log_printer import LogPrinter
 
 
@@ -82,7 +82,7 @@ def stage_shares(args: argparse.Namespace, name: str, target, drafter, data: Dat
         places = [
             (target, "read_text", "target"),
             (replay, "score_branches", "branches"),
-            (draft_opd_trainer, "rollout_replay", "walk"),
+            (draft_trainer, "rollout_replay", "walk"),
             (step, "run_blocks", "draft"),
             (step, "chunked_divergence", "loss"),
             (trainer.accelerator, "backward", "backward"),
