@@ -39,10 +39,11 @@ from .checks import (
     require_weights,
     rollback_reason,
 )
+from .delivered import read_delivered
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
 from .probes import check_head, find_padding_reason, is_quantized
-from .reading import TargetReading, TextReading
+from .reading import ReadingSource, TargetReading, TextReading
 from .texts import LAST, Keep, Passes, read_packed, read_padded, tokens_at_once
 from .vocabulary import describe_beyond, find_unused_id
 
@@ -87,10 +88,13 @@ class FrozenTarget:
         self.config = text_config(model.config)
         self.backbone = model.base_model
         self.layers = find_layers(self.backbone, self.config)
+        self._final_norm: Any = getattr(self.backbone, "norm", None)
         self._cache_name = cache_name_of(self.backbone.forward)
         # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
         self._lockstep: Lockstep | None = None
+        # Where `read_text` gets the states from, in place of the body; set by whoever opens a source for this target.
+        self.source: ReadingSource | None = None
         require_weights(model)
         self._has_own_varlen = False
         alone = check_head(model, self.config, self.project)
@@ -331,6 +335,11 @@ class FrozenTarget:
             if norm is not None:
                 embedding.embed_norm = norm
 
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn outputs of the last layer `(..., H)` into inputs of the head: the target's final norm."""
+        with self._outside_autocast():
+            return self._final_norm(hidden)
+
     @property
     def scales_logits(self) -> bool:
         """Whether `project` scales or caps what the head returns, and so holds two copies beside it."""
@@ -383,8 +392,13 @@ class FrozenTarget:
 
         Raises:
             NotFiniteError: If a hidden state of the text is NaN or infinite.
+            ValueError, OSError: If a `source` does not have the text, or fails; see [`ReadingSource`].
         """
         packing = RowPacking.of(attention_mask)
+        if self.source is not None and not keep_cache:
+            reading = read_delivered(self.source, input_ids, packing, layer_ids, self.causal_lm.dtype, self.norm)
+            refuse_not_finite(reading.last_hidden, packing.rows)
+            return reading
         new_cache = partial(text_cache, self.config)
         passes = Passes(layer_ids, tokens_at_once(self.device), keep_cache, new_cache)
         if self.reads_packed:

@@ -8,6 +8,7 @@ Shape letters:  B = sequences, L = text length, T = tokens of all texts, n = tok
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -71,6 +72,41 @@ class TextReading:
     def padded(self) -> TargetReading:
         """Return the states as `(B, L, ...)`, zero in the padding."""
         return TargetReading(self.packing.unpack(self.features), self.packing.unpack(self.last_hidden))
+
+
+class TextStates(NamedTuple):
+    """
+    The target's states of one text, computed elsewhere; on the host.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(L, F)`): Outputs of the tapped layers, concatenated in ascending order.
+        last_hidden (`torch.Tensor` of shape `(L, H)`):
+            Input of the target's head; output of the last layer, before the final norm, where the source says so.
+    """
+
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+
+
+class ReadingSource(Protocol):
+    """Where the target's states come from when they are computed elsewhere: a store, or servers."""
+
+    # Whether `last_hidden` is what the last layer returns, before the target's final norm.
+    is_before_norm: bool
+
+    def read(self, texts: Sequence[Sequence[int]], layer_ids: Sequence[int]) -> list[TextStates]:
+        """
+        Return the states of each text, which is its token ids, at `layer_ids`, ascending; waits for them.
+
+        Raises:
+            ValueError: If a text is not there, or what was delivered for it is not what the target computes.
+            OSError: If it cannot be fetched.
+        """
+        ...
+
+    def expect(self, texts: Sequence[Sequence[int]]) -> None:
+        """Announce texts that will be read soon, in this order; never waits, and need not do anything."""
+        ...
 
 
 class StateBuffer:
