@@ -7,17 +7,26 @@ import gc
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from helpers.tiny import EOS, PAD, VOCAB, make_tokenizer
-from trl_draft_opd import FrozenTarget, SamplingSettings
+from trl_draft_opd import FrozenTarget, SamplingSettings, verify_drafter
+from trl_draft_opd.drafters.packing import RowPacking
 from trl_draft_opd.drafters.published.checkpoint import CheckpointSource
+from trl_draft_opd.evaluation import explain_replay
+from trl_draft_opd.responses.generate import generate_missing
 from trl_draft_opd.responses.origin import Origin
+from trl_draft_opd.responses.store import ResponseStore
+from trl_draft_opd.rollout.live import rollout_live
 from trl_draft_opd.target import bodiless
+from trl_draft_opd.target.branches import score_branches
+from trl_draft_opd.target.reading import TextReading
 from trl_draft_opd.trainer.card_memory import target_bytes
 
 
@@ -266,20 +275,6 @@ def test_a_quantised_checkpoint_needs_no_quantiser(tmp_path, family, method):
     assert FrozenTarget.load(tmp_path, body=False).weights_fingerprint != first
 
 
-def test_the_fingerprint_of_a_quantised_checkpoint_is_the_whole_targets(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="quantises the target; has a build for the CPU")
-    # Rows are whole blocks of 64 weights.
-    wide = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**wide)).save_pretrained(tmp_path / "plain")
-    make_tokenizer().save_pretrained(tmp_path / "plain")
-    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
-    whole = FrozenTarget.load(tmp_path / "plain", init_kwargs={"quantization_config": settings})
-    whole.causal_lm.save_pretrained(tmp_path / "quantised")
-    make_tokenizer().save_pretrained(tmp_path / "quantised")
-    again, target = (FrozenTarget.load(tmp_path / "quantised", body=body) for body in (True, False))
-    assert target.weights_fingerprint == again.weights_fingerprint == whole.weights_fingerprint
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -338,9 +333,91 @@ def test_the_layers_are_never_allocated(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "large")
     make_tokenizer().save_pretrained(tmp_path / "large")
     FrozenTarget.load(save("llama", tmp_path / "small"))
-    bodiless, whole = (peak_bytes(lambda: FrozenTarget.load(tmp_path / "large", body=body)) for body in (False, True))
+    bodiless = peak_bytes(lambda: FrozenTarget.load(tmp_path / "large", body=False))
+    whole = peak_bytes(lambda: FrozenTarget.load(tmp_path / "large"))
     assert bodiless < 20e6 and whole > 150e6, (bodiless, whole)
 
 
-def test_the_fingerprint_holds_one_tensor_at_a_time(tmp_path):
-    pass
+# -- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return FrozenTarget.load(save("llama", tmp_path_factory.mktemp("target")), body=False)
+
+
+IDS = torch.tensor([[5, 6, 7]])
+ONES = torch.ones_like(IDS)
+ANCHORS, DRAFTS, IS_BRANCH = torch.tensor([[0]]), torch.tensor([[[4, 5]]]), torch.tensor([[[False, True]]])
+READING = TextReading(torch.zeros(3, 0), torch.zeros(3, 32), RowPacking.of(ONES))
+DECODING = {
+    "step": lambda target, path: target.step(IDS, ONES, torch.arange(3)[None], None, []),
+    "the model": lambda target, path: target.causal_lm(input_ids=IDS),
+    "generate": lambda target, path: target.causal_lm.generate(IDS, max_new_tokens=1),
+    "branches": lambda target, path: score_branches(target, READING, ANCHORS, DRAFTS, IS_BRANCH),
+    "live rollout": lambda target, path: decode_live(target),
+    "shard": lambda target, path: target.shard(torch.device("cpu")),
+    "verify": lambda target, path: verify_drafter(path, target, prompts=[[5, 6]]),
+    "responses": lambda target, path: write_missing(target, path),
+}
+
+
+def write_missing(target, path):
+    origin = Origin.of(target, sampling=SamplingSettings(0.0, 0, 1.0), max_completion_length=4)
+    store = ResponseStore.open(path, origin)
+    generate_missing(store, target, [[5, 6]], batch_size=1, seed=0, shard_size=1, show_progress=False)
+
+
+def decode_live(target):
+    settings = SimpleNamespace(num_drafts=1)
+    rollout_live(target, None, [[5, 6]], settings, None, max_completion_length=4, eos_token_ids=[])
+
+
+@pytest.mark.parametrize("way", DECODING)
+def test_whatever_decodes_is_refused_with_what_needs_no_body(target, tmp_path, way):
+    with pytest.raises(ValueError, match=r"needs the target's body.*rejected_scope='first'.*generate --engine vllm"):
+        DECODING[way](target, tmp_path)
+
+
+def test_a_text_is_read_from_a_source_or_not_at_all(target):
+    with pytest.raises(ValueError, match="without its body, so it reads no text by itself. Give `readings`"):
+        target.read_text(IDS, ONES, [0])
+
+
+def test_evaluation_goes_by_replay_for_a_reason_that_is_given(target):
+    why = explain_replay(target.rollback_reason)
+    assert why.startswith("The target was loaded without its body: tau is measured by replay")
+
+
+def test_an_instance_keeps_its_body():
+    for given in (make_model("llama"), FrozenTarget(make_model("llama"))):
+        with pytest.raises(ValueError, match="`body=False` was given with an instantiated target.*id or path"):
+            FrozenTarget.load(given, body=False)
+
+
+def test_settings_of_the_body_are_refused_and_those_of_the_files_are_read(tmp_path):
+    save("llama", tmp_path / "inside")
+    with pytest.raises(ValueError, match=r"`target_init_kwargs` \['attn_implementation', 'device_map'\] are about"):
+        FrozenTarget.load(tmp_path, init_kwargs={"device_map": "auto", "attn_implementation": "sdpa"}, body=False)
+    loaded = FrozenTarget.load(tmp_path, init_kwargs={"subfolder": "inside"}, body=False)
+    assert loaded.num_layers == 3
+
+
+def test_a_family_without_a_final_norm_is_refused_by_name(tmp_path, monkeypatch):
+    save("llama", tmp_path)
+
+    def forward(self, input_ids, **others):
+        return BaseModelOutputWithPast(last_hidden_state=2 * self.norm(self.embed_tokens(input_ids)))
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    with pytest.raises(ValueError, match="'llama' does not end its layers with a norm that can be applied alone"):
+        FrozenTarget.load(tmp_path, body=False)
+
+
+def test_a_family_whose_layers_are_elsewhere_is_refused_by_name(tmp_path):
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'opt' has no list of 3 decoder layers"):
+        FrozenTarget.load(tmp_path, body=False)

@@ -5,7 +5,7 @@ files alone know their weights, so the fingerprint is taken of the files.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class SavedTensors:
             name: file for file, names in files.items() for name in (names or list(self._open(file).keys()))
         }
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._places))
 
     def shape(self, name: str) -> list[int]:
@@ -121,8 +121,10 @@ class WholeWeights:
 
     def fingerprint(self) -> str:
         """
-        Return [`fingerprint_weights`] of the whole model, reading one tensor after another. Those of a quantised model
-        count as they lie in the file.
+        Return [`fingerprint_weights`] of the whole model, reading one tensor after another.
+
+        Those of a quantised model count as they lie in the file. Where the quantiser repacks them on loading, as
+        bitsandbytes does on a CPU, the whole model has another fingerprint.
 
         Raises:
             ValueError: If a file is damaged, or a tensor in it has another shape than the model's.

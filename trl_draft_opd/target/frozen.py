@@ -162,8 +162,8 @@ class FrozenTarget:
         """
         if not body and not isinstance(target, str | Path):
             raise ValueError(
-                "`body=False` was given with an instantiated target, whose body is there. Pass its id or path, or leave "
-                "`body` out."
+                "`body=False` was given with an instantiated target, whose body is there. Pass its id or path, or "
+                "leave `body` out."
             )
         if isinstance(target, FrozenTarget):
             return target
