@@ -47,6 +47,7 @@ class FakeFetcher:
 
     def close(self) -> None:
         self.is_closed = True
+        self.gate.set()
 
 
 def states_of(text: Sequence[int], layer_ids: Sequence[int]) -> TextStates:
@@ -82,7 +83,6 @@ def make_source():
 
     yield make
     for source in sources:
-        source.fetcher.gate.set()
         source.close()
 
 

@@ -78,8 +78,7 @@ def _fetch_ahead(shelf: _Shelf, fetcher: Fetcher) -> None:
     while (expected := shelf.begin_next()) is not None:
         try:
             result: TextStates | BaseException = fetcher.fetch(expected.text, expected.layer_ids)
-        except BaseException as error:
-            # Whatever it is belongs to who reads the text, and who waits for it must not wait for ever.
+        except BaseException as error:  # noqa: BLE001  the read raises it, and must not wait for ever
             result = error
         shelf.put(expected, result)
 
