@@ -347,8 +347,8 @@ class DraftTrainingConfig(_BaseConfig):
             )
         if is_served and self.readings_folder is None:
             raise ValueError(
-                f"`readings={self.readings!r}` names servers, which leave states in a folder that they share with this "
-                "machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
+                f"`readings={self.readings!r}` names servers, which leave states in a folder that they share with "
+                "this machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
             )
         if self.readings is not None and self.shard_target:
             raise ValueError(
