@@ -153,7 +153,7 @@ def with_one_other_layer(target: FrozenTarget) -> None:
 OTHERS = {
     "norm": (with_other_norm, "target's norm and head on its last state"),
     "head": (with_other_head, "target's norm and head on its last state"),
-    "swapped": (with_swapped_layers, "state 3"),
+    "swapped": (with_swapped_layers, "state 2 is the output of layer 4 .*not of layer 3"),
     "weights": (with_one_other_layer, "state 1"),
 }
 
