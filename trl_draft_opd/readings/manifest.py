@@ -181,8 +181,8 @@ class ReadingManifest:
             reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(
                 f"The manifest {path} is not usable: {reason}. Where readings lie beside it, they are as they were: "
-                "restore this file, or delete it alone and run the same `trl-draft-opd read` again, which takes in the "
-                "shards that its target and settings wrote. Else give another folder."
+                "restore this file, or delete it alone and run the same `trl-draft-opd read` again, which takes in "
+                "the shards that its target and settings wrote. Else give another folder."
             ) from error
         return manifest
 

@@ -108,7 +108,9 @@ class ReadingStore:
             manifest.write(folder)
         # Read back even after writing it: of two writers that make the same folder, the later one's manifest counts.
         stored = ReadingManifest.read(folder)
-        manifest.check_same(stored, f"The readings in {folder}")
+        # A first try that was refused or stopped leaves the manifest alone.
+        note = "" if list_shards(folder) else ", which are none yet (delete the folder to begin anew),"
+        manifest.check_same(stored, f"The readings in {folder}{note}")
         sweep_leftovers(folder)
         return cls(folder, stored)
 
