@@ -120,12 +120,12 @@ def load_target_tokenizer(chain: Sequence[CheckpointSource], *, trust_remote_cod
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
     if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
         raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
-    _check_architecture(source)
+    check_architecture(source)
     with loading_whole():
         return create_model_from_path(source.name_or_path, **options | source.places())
 
 
-def _check_architecture(source: CheckpointSource) -> None:
+def check_architecture(source: CheckpointSource) -> None:
     """Raise `ValueError` at a drafter, and at a model that neither transformers nor code beside it can build."""
     try:
         if source.find(CONFIG_FILE) is None:
@@ -181,15 +181,20 @@ def _cast(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
     """Cast the weights that have the model's own precision, as loading in `dtype` would."""
     if dtype in ("auto", None):
         return model
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype):
-        raise ValueError(f"`target_dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
-    own = model.dtype
+    wanted, own = parse_dtype(dtype), model.dtype
     for parameter in model.parameters():
         if parameter.dtype == own:
             parameter.data = parameter.data.to(wanted)
     model.config.dtype = wanted
     return model
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the precision that a name or a precision stands for, other than `"auto"`."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype):
+        raise ValueError(f"`target_dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+    return wanted
 
 
 def is_adapted_target(target: Any) -> "TypeGuard[PeftModel]":

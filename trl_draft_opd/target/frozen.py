@@ -30,6 +30,7 @@ from ..drafters.target_model import (
 from ..drafters.target_shape import scales_logits, text_config
 from ..utils.versions import cache_name_of
 from .attention import Spans, attending_within_texts
+from .bodiless import WholeWeights, load_without_body
 from .cache import text_cache
 from .checks import (
     chunking_reason,
@@ -42,7 +43,7 @@ from .checks import (
 from .delivered import read_delivered
 from .fingerprint import fingerprint_weights
 from .placement import Lockstep, device_of, shard_layers
-from .probes import check_head, find_padding_reason, is_quantized
+from .probes import check_head, find_norm, find_padding_reason, is_quantized
 from .reading import ReadingSource, TargetReading, TextReading
 from .texts import LAST, Keep, Passes, read_packed, read_padded, tokens_at_once
 from .vocabulary import describe_beyond, find_unused_id
@@ -79,7 +80,12 @@ class FrozenTarget:
     ```
     """
 
-    def __init__(self, causal_lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(
+        self,
+        causal_lm: "PreTrainedModel | PeftModel",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        _weights: WholeWeights | None = None,
+    ):
         # Whether an adapter was merged into these weights: no server loads them by `config.name_or_path`.
         self.is_merged = is_adapted_target(causal_lm)
         model = whole_model(causal_lm)
@@ -87,8 +93,9 @@ class FrozenTarget:
         self.tokenizer = tokenizer
         self.config = text_config(model.config)
         self.backbone = model.base_model
-        self.layers = find_layers(self.backbone, self.config)
-        self._final_norm: Any = getattr(self.backbone, "norm", None)
+        # Of a model without its body: all its weights, which lie in its files.
+        self._weights = _weights
+        self.layers = find_layers(self.backbone, self.config) if self.has_body else nn.ModuleList()
         self._cache_name = cache_name_of(self.backbone.forward)
         # A counter for reports: forward passes that read text or branches.
         self.num_forwards = 0
@@ -98,7 +105,12 @@ class FrozenTarget:
         require_weights(model)
         self._has_own_varlen = False
         alone = check_head(model, self.config, self.project)
-        self._padding_reason = find_padding_reason(model, self.config, alone, self._read_probe)
+        self._padding_reason = None
+        if not self.has_body:
+            # Found now, so that a family without one is refused now.
+            _ = self._final_norm
+        else:
+            self._padding_reason = find_padding_reason(model, self.config, alone, self._read_probe)
         if self._padding_reason is not None:
             warnings.warn(
                 f"Target of type {self.config.model_type!r} {self._padding_reason}. So its texts are read in padded "
@@ -118,6 +130,7 @@ class FrozenTarget:
         trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         init_kwargs: dict[str, Any] | None = None,
+        body: bool = True,
     ) -> "FrozenTarget":
         """
         Load a target by Hub id or path, or wrap an instance.
@@ -134,12 +147,22 @@ class FrozenTarget:
                 Defaults to the tokenizer beside the target when it is given by id or path.
             init_kwargs (`dict`, *optional*):
                 Further arguments for `from_pretrained`, e.g. a `quantization_config`.
+            body (`bool`, *optional*, defaults to `True`):
+                Whether to load the decoder layers. Without them, texts are read by a [`ReadingSource`] set as
+                `source`, and nothing is decoded. For a target given by name, with safetensors; a quantised one needs
+                no quantiser then.
 
         Raises:
             OSError: If there is no such folder or repository.
-            ValueError: If `init_kwargs` come with an instance, or the target cannot be used.
+            ValueError:
+                If `init_kwargs` or `body=False` come with an instance, or the target cannot be used.
             ImportError: If it is an adapter and PEFT is not installed.
         """
+        if not body and not isinstance(target, str | Path):
+            raise ValueError(
+                "`body=False` was given with an instantiated target, whose body is there already. Pass the target's id "
+                "or path."
+            )
         if isinstance(target, FrozenTarget):
             return target
         if isinstance(target, PreTrainedModel) or is_adapted_target(target):
@@ -150,14 +173,29 @@ class FrozenTarget:
                 )
             return cls(target, tokenizer)
         chain = target_chain(str(target), revision=revision, options=init_kwargs)
-        model = load_target_model(chain, dtype=dtype, trust_remote_code=trust_remote_code, init_kwargs=init_kwargs)
+        settings: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code, "init_kwargs": init_kwargs}
+        model, weights = (load_target_model(chain, **settings), None) if body else load_without_body(chain, **settings)
         if tokenizer is None:
             tokenizer = load_target_tokenizer(chain, trust_remote_code=trust_remote_code)
-        loaded = cls(model, tokenizer)
+        loaded = cls(model, tokenizer, weights)
         loaded.is_merged = len(chain) > 1
         return loaded
 
     # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the decoder layers are there."""
+        return self._weights is None
+
+    def require_body(self, what: str) -> None:
+        """Refuse `what` needs the decoder layers where there are none, with what needs none."""
+        if not self.has_body:
+            raise ValueError(
+                f"{what} needs the target's body, which was not loaded (`body=False`). Train by replay "
+                "(`rollout='replay'`, `rejected_scope='first'`) on responses that a server has written "
+                "(`trl-draft-opd generate --engine vllm`), or load the whole target."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +210,12 @@ class FrozenTarget:
     @cached_property
     def weights_fingerprint(self) -> str:
         """SHA-256 of all weights, rounded to bfloat16; taken once, about a second per gigabyte and CPU core."""
-        return fingerprint_weights(self.causal_lm)
+        return fingerprint_weights(self.causal_lm) if self._weights is None else self._weights.fingerprint()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole target; a tied head counts once."""
+        return self.causal_lm.num_parameters() if self._weights is None else self._weights.num_parameters
 
     @property
     def num_positions(self) -> int | None:
@@ -182,7 +225,7 @@ class FrozenTarget:
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        return len(self.layers)
+        return self.config.num_hidden_layers
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -249,10 +292,11 @@ class FrozenTarget:
     @property
     def rollback_reason(self) -> str | None:
         """Why no rejected draft leaves the cache, or `None`: of recurrent, linear-attention and sliding layers."""
-        return rollback_reason(self.causal_lm, self.config)
+        return rollback_reason(self.causal_lm, self.config) if self.has_body else "was loaded without its body"
 
     def require_rollback(self) -> None:
         """Refuse targets with a [`rollback_reason`]."""
+        self.require_body("A live rollout or a branch")
         if self.rollback_reason is not None:
             raise ValueError(
                 f"Target of type {self.config.model_type!r} {self.rollback_reason}. Live rollouts and branches need "
@@ -289,6 +333,7 @@ class FrozenTarget:
         From now on `read_text`, `step` and `generate` of the model are collective too, and every rank ends each phase
         of using them with [`finish_together`].
         """
+        self.require_body("Sharding")
         # Of the whole weights, while this rank has them.
         _ = self.weights_fingerprint
         self._lockstep = shard_layers(self.causal_lm, self.backbone, self.layers, device)
@@ -308,7 +353,7 @@ class FrozenTarget:
 
     @property
     def _is_quantized(self) -> bool:
-        return is_quantized(self.causal_lm)
+        return self.has_body and is_quantized(self.causal_lm)
 
     @property
     def is_sharded(self) -> bool:
@@ -339,6 +384,10 @@ class FrozenTarget:
         """Turn outputs of the last layer `(..., H)` into inputs of the head: the target's final norm."""
         with self._outside_autocast():
             return self._final_norm(hidden)
+
+    @cached_property
+    def _final_norm(self) -> nn.Module:
+        return find_norm(self.causal_lm, self.config, self.layers)
 
     @property
     def scales_logits(self) -> bool:
@@ -399,6 +448,11 @@ class FrozenTarget:
             reading = read_delivered(self.source, input_ids, packing, layer_ids, self.causal_lm.dtype, self.norm)
             refuse_not_finite(reading.last_hidden, packing.rows)
             return reading
+        if not self.has_body:
+            raise ValueError(
+                "The target was loaded without its body, so it reads no text. Give `readings`, a folder or servers, or "
+                "load the whole target."
+            )
         new_cache = partial(text_cache, self.config)
         passes = Passes(layer_ids, tokens_at_once(self.device), keep_cache, new_cache)
         if self.reads_packed:
@@ -449,6 +503,7 @@ class FrozenTarget:
         spans: Spans | None = None,
     ) -> None:
         """Run the backbone once, as [`step`] does, and hand its outputs to `keep`, on the target's device."""
+        self.require_body("Decoding")
         self.num_forwards += 1
         options: dict[str, Any] = {self._cache_name: cache}
         switch: Any = nullcontext()

@@ -6,8 +6,10 @@ Shape letters:  H = the target's hidden size
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import Spans, UnknownAttentionError, text_spans
@@ -43,6 +45,37 @@ def check_head(
             "know. Please report the family."
         )
     return hidden[0]
+
+
+@torch.no_grad()
+def find_norm(causal_lm: PreTrainedModel, config: PreTrainedConfig, layers: nn.ModuleList) -> nn.Module:
+    """
+    Return the module that turns what leaves the last of `layers` into the input of the head: the last one to run in a
+    forward pass without them, if what it returns is that input.
+    """
+    backbone, calls = causal_lm.base_model, []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if args and all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (args[0], output)):
+            calls.append((module, args[0], output))
+
+    handles = [module.register_forward_hook(note) for module in backbone.modules() if module is not backbone]
+    held, layers._modules = layers._modules, {}
+    try:
+        hidden = backbone(input_ids=_probe(causal_lm, config, 3), use_cache=False).last_hidden_state
+    finally:
+        layers._modules = held
+        for handle in handles:
+            handle.remove()
+    if calls:
+        module, states, output = calls[-1]
+        is_last = output.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+        if is_last and torch.equal(module(states).view_as(hidden), hidden):
+            return module
+    raise ValueError(
+        f"Target of type {config.model_type!r} does not end its layers with a norm that can be applied alone, which "
+        "states from outside need. Load the whole target and let it read its texts in this process."
+    )
 
 
 @torch.no_grad()
