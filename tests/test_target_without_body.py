@@ -250,7 +250,8 @@ def quantized(path, method):
             else:
                 changed[f"{name}_packed"] = torch.ones(tensor.shape[0], tensor.shape[1] // 8, dtype=torch.int32)
                 changed[f"{name}_shape"], changed[f"{name}_scale"] = torch.tensor(tensor.shape), torch.ones(1)
-        return changed
+        # Of a quantised cache: beside the projections, in no module of the class.
+        return changed | {"model.layers.0.self_attn.k_scale": torch.ones(1)}
 
     rewrite(path, change)
     edit_config(path, quantization_config={"quant_method": method})
