@@ -76,7 +76,7 @@ class ReadingPlan:
         for row, text in enumerate(texts):
             if store is None or text not in store:
                 fresh.setdefault(prompt_key(text), row)
-        stored = (0, 0) if store is None else (len(store), store.num_tokens * manifest.bytes_per_token())
+        stored = (0, 0) if store is None else (len(store), _size(manifest, store.num_tokens, len(store)))
         return cls(folder, manifest, {row: texts[row] for row in fresh.values()}, *stored)
 
     @property
@@ -87,7 +87,7 @@ class ReadingPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes to write."""
-        return self.num_tokens * self.manifest.bytes_per_token() + len(self.texts) * _LIST_BYTES
+        return _size(self.manifest, self.num_tokens, len(self.texts))
 
     def describe(self) -> str:
         """Return what is about to be read and written, as a sentence."""
@@ -131,7 +131,7 @@ class ReadingPlan:
             offers.append(f"{num_layers} of the {len(self.manifest.layer_ids)} layers")
         used = num_fitting = 0
         for text in self.texts.values():
-            used += len(text) * self.manifest.bytes_per_token() + _LIST_BYTES
+            used += _size(self.manifest, len(text), 1)
             if used > room:
                 break
             num_fitting += 1
@@ -311,6 +311,11 @@ def _stack(states: TextStates, manifest: ReadingManifest, num_tokens: int) -> to
     if not stacked.isfinite().all():
         raise ValueError(f"its states are not all finite in {manifest.dtype}")
     return stacked
+
+
+def _size(manifest: ReadingManifest, num_tokens: int, num_texts: int) -> int:
+    """Return the bytes on the disk of so many tokens and texts."""
+    return num_tokens * manifest.bytes_per_token() + num_texts * _LIST_BYTES
 
 
 def _check_texts(texts: Sequence[Sequence[int]], target: FrozenTarget) -> None:
