@@ -139,18 +139,18 @@ def test_the_same_call_reads_only_what_is_missing(tmp_path: Path, target: Frozen
 
 
 def test_a_shard_is_closed_when_it_is_full(tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shards, "_SHARD_BYTES", 5000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 3000)
     store = fill(tmp_path / "store", target)
-    a_token = store.manifest.bytes_per_token()
+    a_batch = 4 * 7 * store.manifest.bytes_per_token()
     sizes = [path.stat().st_size for path in sorted((tmp_path / "store").glob("*.safetensors"))]
-    assert len(sizes) > 3 and all(size >= 5000 for size in sizes[:-1]) and max(sizes) < 5000 + 7 * a_token + 512
+    assert len(sizes) == 3 and all(size >= 3000 for size in sizes[:-1]) and max(sizes) < 3000 + a_batch + 512
     for text, states in read_directly(target, LAYERS):
         assert_same(store.fetch(text, LAYERS), states)
 
 
 def test_a_shard_is_closed_after_its_time(tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shards, "_CLOSE_AFTER", -1.0)
-    assert len({fill(tmp_path / "store", target).shard_of(text) for text in TEXTS}) == len(TEXTS)
+    assert len({fill(tmp_path / "store", target, batch_size=1).shard_of(text) for text in TEXTS}) == len(TEXTS)
 
 
 def test_threads_read_what_one_thread_reads_with_few_files_open(
@@ -158,8 +158,9 @@ def test_threads_read_what_one_thread_reads_with_few_files_open(
 ):
     monkeypatch.setattr(shards, "_CLOSE_AFTER", -1.0)
     monkeypatch.setattr(store, "_OPEN_SHARDS", 2)
-    stored = fill(tmp_path / "store", target)
-    expected = dict(zip(range(len(TEXTS)), [states for _, states in read_directly(target, LAYERS)], strict=True))
+    stored = fill(tmp_path / "store", target, batch_size=1)
+    assert len(list(stored.path.glob("*.json"))) == len(TEXTS)
+    expected = [states for _, states in read_directly(target, LAYERS, batch_size=1)]
     rows = list(range(len(TEXTS))) * 20
     with ThreadPoolExecutor(4) as pool:
         for row, states in zip(rows, pool.map(lambda row: stored.fetch(TEXTS[row], LAYERS), rows), strict=True):
@@ -176,7 +177,7 @@ def test_the_order_by_shard_visits_each_shard_once_and_each_text_once(
     tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(shards, "_SHARD_BYTES", 5000)
-    store = fill(tmp_path / "store", target)
+    store = fill(tmp_path / "store", target, batch_size=1)
     texts = [*TEXTS, *TEXTS[:3]]
     order = store.order_by_shard(texts, seed=3, epoch=1)
     assert sorted(order) == list(range(len(texts)))
@@ -325,7 +326,9 @@ def test_a_limit_refuses_before_it_starts_and_says_what_fits(tmp_path: Path, tar
         (needed // 2 - 1, "1 of the 3 layers, or the first"),
         (10, "Make room"),
     ):
-        with pytest.raises(ValueError, match=f"11 texts, {num_tokens} tokens.*`max_bytes` is.*Nothing was read.*{offer}"):
+        with pytest.raises(
+            ValueError, match=f"11 texts, {num_tokens} tokens.*`max_bytes` is.*Nothing was read.*{offer}"
+        ):
             fill(tmp_path / "store", target, max_bytes=limit)
     assert target.num_forwards == before and not (tmp_path / "store").exists()
     fill(tmp_path / "store", target, max_bytes=needed)
@@ -369,7 +372,7 @@ def test_a_text_that_is_there_twice_is_read_from_the_first_shard_by_every_proces
     first, second = (ReadingStore.open(tmp_path / "store", manifest) for _ in range(2))
     for number, store in enumerate((first, second)):
         with store.writing_shard({}) as writer:
-            writer.add(prompt_key([7, 8]), torch.full((2, 4, 32), float(number)))
+            writer.add([(prompt_key([7, 8]), torch.full((2, 4, 32), float(number)))])
     second.refresh()
     for store in (first, second, ReadingStore.read_only(tmp_path / "store")):
         store.refresh()
@@ -383,7 +386,7 @@ def test_a_living_writers_file_is_not_swept_and_a_dead_ones_is(tmp_path: Path, t
     for path in dead:
         path.write_bytes(b"half")
     with store.writing_shard({}) as writer:
-        writer.add(prompt_key([7, 8]), torch.zeros(2, 4, 32))
+        writer.add([(prompt_key([7, 8]), torch.zeros(2, 4, 32))])
         ReadingStore.open(tmp_path / "store", manifest)
         assert not any(path.exists() for path in dead)
     assert len(store) == 1
