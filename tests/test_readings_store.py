@@ -16,7 +16,7 @@ import torch
 
 from helpers.tiny import VOCAB, make_causal_lm, make_prompts, make_target
 from trl_draft_opd import FrozenTarget
-from trl_draft_opd.readings import shards, store, write
+from trl_draft_opd.readings import shards, write
 from trl_draft_opd.readings.manifest import ReadingManifest
 from trl_draft_opd.readings.store import ReadingStore
 from trl_draft_opd.readings.write import write_readings
@@ -36,7 +36,7 @@ def target() -> FrozenTarget:
 
 @pytest.fixture(scope="module")
 def bf16_target() -> FrozenTarget:
-    return FrozenTarget(make_causal_lm().to(torch.bfloat16))
+    return FrozenTarget(make_causal_lm().bfloat16())
 
 
 def fill(path: Path, target: FrozenTarget, texts: Sequence[Sequence[int]] = TEXTS, **settings) -> ReadingStore:
@@ -157,9 +157,9 @@ def test_threads_read_what_one_thread_reads_with_few_files_open(
     tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(shards, "_CLOSE_AFTER", -1.0)
-    monkeypatch.setattr(store, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr("trl_draft_opd.readings.store._OPEN_SHARDS", 2)
     stored = fill(tmp_path / "store", target, batch_size=1)
-    assert len(list(stored.path.glob("*.json"))) == len(TEXTS)
+    assert len(list(stored.path.glob("shard-*.json"))) == len(TEXTS)
     expected = [states for _, states in read_directly(target, LAYERS, batch_size=1)]
     rows = list(range(len(TEXTS))) * 20
     with ThreadPoolExecutor(4) as pool:
@@ -289,7 +289,7 @@ def test_states_that_are_none_of_the_text_are_refused(tmp_path: Path, target: Fr
 def test_a_text_that_the_target_reads_as_nan_costs_no_other(tmp_path: Path):
     target = make_target()
     with torch.no_grad():
-        target.causal_lm.get_input_embeddings().weight[VOCAB - 1] = float("nan")
+        next(target.causal_lm.get_input_embeddings().parameters())[VOCAB - 1] = float("nan")
     texts = [*([i for i in text if i != VOCAB - 1] or [7] for text in TEXTS), [8, VOCAB - 1, 9]]
     with pytest.raises(ValueError, match=r"1 of 12 texts could not be read(?s:.*)text 11 .*NaN or infinite"):
         fill(tmp_path / "store", target, texts)

@@ -225,7 +225,7 @@ def test_a_lost_manifest_comes_back_under_the_same_settings_alone(store_path, ta
 
 
 def bf16_target():
-    return FrozenTarget(make_causal_lm().to(torch.bfloat16))
+    return FrozenTarget(make_causal_lm().bfloat16())
 
 
 @pytest.mark.parametrize(
