@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from test_writing import content_of, files_of_at_most
 
 from helpers.doomed import in_child, wait_for
