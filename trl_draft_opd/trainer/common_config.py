@@ -18,6 +18,7 @@ from transformers import SchedulerType
 from ..data.templates import read_template
 from ..drafters.base import Drafter
 from ..losses import LOSS_TYPES
+from ..readings.opening import is_address
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
 from ..runs.distributed.launch import check_launcher, check_processes, is_launched_on_cpus
@@ -97,6 +98,23 @@ class DraftTrainingConfig(_BaseConfig):
             Defaults to `_responses` in `output_dir`, which is never pushed. SFT and Draft-OPD can share one.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Prompts that the target responds to together. Larger batches cost less per token until memory is full.
+
+        > Parameters that control where the target's readings come from
+
+        readings (`str`, *optional*):
+            Where a step gets the target's states from. Unset, the target reads in this process. A folder that
+            `trl-draft-opd read` wrote, or `http://...` of servers that extract states, several separated by commas:
+            the target's decoder layers are not loaded then, unless the target is an instance. See
+            docs/do/scaling.md.
+        readings_folder (`str`, *optional*):
+            The folder in which these servers leave states (their `shared_storage_path`), as this machine sees it.
+        prefetch_bytes (`int`, *optional*, defaults to `2147483648`):
+            Host memory of a process for readings fetched ahead of their step: in bfloat16 65,536 tokens of an 8B
+            target, 16 rows of the longest length. Less lets a step wait; no result depends on it.
+        shuffle_by_shard (`bool`, *optional*, defaults to `False`):
+            Order the rows of an epoch by the shards of a store: shards shuffled, then the rows of each, by seed and
+            epoch. Off, for the order of a run in process; turn it on where the store lies on a disk that is slow to
+            jump about.
 
         > Parameters that control the loss
 
@@ -215,6 +233,12 @@ class DraftTrainingConfig(_BaseConfig):
     dataset_num_proc: int | None = setting(None, "Processes used to tokenize.")
     responses: str | None = setting(None, "Folder that keeps the target's responses.")
     generation_batch_size: int = setting(32, "Prompts the target responds to together.")
+    readings: str | None = setting(
+        None, "Where the target's states come from: a folder of `read`, or `http://...` servers; unset, the target."
+    )
+    readings_folder: str | None = setting(None, "Folder in which servers leave states, as this machine sees it.")
+    prefetch_bytes: int = setting(2 * 2**30, "Host memory of a process for readings fetched ahead.")
+    shuffle_by_shard: bool = setting(False, "Order rows by the shards of a store of readings, both shuffled.")
     accepted_loss: str = setting("forward_kl", "Divergence on accepted slots.", choices=LOSS_TYPES)
     slot_weighting: str = setting(
         "decay", "`decay`: by distance from the anchor; `d_pace`: by expected acceptance.", choices=SLOT_WEIGHTINGS
@@ -303,6 +327,8 @@ class DraftTrainingConfig(_BaseConfig):
         check_at_least(self, 0, "max_skipped_updates", "confidence_loss_weight", "selector_loss_weight")
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
         check_at_least(self, 1, "blocks_per_pass", "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
+        check_at_least(self, 1, "prefetch_bytes")
+        self._check_readings()
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
         for name in ("hub_target_id", "dataset_id"):
@@ -310,6 +336,37 @@ class DraftTrainingConfig(_BaseConfig):
                 validate_repo_id(getattr(self, name))
             except HFValidationError as error:
                 raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {getattr(self, name)!r}.") from error
+
+    def _check_readings(self) -> None:
+        """Refuse settings that a source of readings has no use for."""
+        is_served = self.readings is not None and is_address(self.readings)
+        if self.readings_folder is not None and not is_served:
+            raise ValueError(
+                f"`readings_folder` {self.readings_folder!r} is where servers leave states, and `readings` is "
+                f"{self.readings!r}. Give the servers' `http://...` in `readings`, or leave `readings_folder` out."
+            )
+        if is_served and self.readings_folder is None:
+            raise ValueError(
+                f"`readings={self.readings!r}` names servers, which leave states in a folder that they share with "
+                "this machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
+            )
+        if self.readings is not None and self.shard_target:
+            raise ValueError(
+                "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
+                "of the two out."
+            )
+        if not self.shuffle_by_shard:
+            return
+        if self.readings is None or is_served:
+            raise ValueError(
+                "`shuffle_by_shard=True` orders rows by the shards of a store, and `readings` is "
+                f"{self.readings!r}. Give the folder of a store there, or leave `shuffle_by_shard` out."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`shuffle_by_shard=True` and `train_sampling_strategy={self.train_sampling_strategy!r}` both order "
+                "the rows. Leave one of the two out."
+            )
 
     def fit_to(self, num_positions: int | None, num_drafts: int) -> Self:
         """

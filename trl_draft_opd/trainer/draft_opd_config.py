@@ -121,6 +121,12 @@ class DraftOPDConfig(DraftTrainingConfig):
                 "`completions_from_target=True` walks the dataset's own completions, which `rollout='live'` and "
                 "`responses` would put aside. Leave one of the two out."
             )
+        if self.readings is not None and (self.rollout == "live" or self.trains_suffix):
+            given = "rollout='live'" if self.rollout == "live" else "rejected_scope='suffix'"
+            raise ValueError(
+                f"`{given}` makes text that no reading was kept of, and needs the target's decoder layers at every "
+                "step. With `readings`, use `rollout='replay'` and `rejected_scope='first'`, or leave `readings` out."
+            )
         if not 0 <= self.warn_mismatch_share <= self.max_mismatch_share <= 1:
             raise ValueError(
                 f"Mismatch shares must rise within [0, 1], got `warn_mismatch_share` {self.warn_mismatch_share} and "

@@ -1,0 +1,73 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""Opens what the setting `readings` names, a store or servers, for a target and the layers of its drafter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..responses.store import is_store
+from ..target.frozen import FrozenTarget
+from .fetching import Fetcher
+from .prefetch import PrefetchingSource
+from .store import ReadingStore
+
+
+_SCHEMES = ("http://", "https://")
+
+
+def is_address(readings: str) -> bool:
+    """Whether the setting names servers, and no folder."""
+    return readings.strip().lower().startswith(_SCHEMES)
+
+
+def open_readings(
+    target: FrozenTarget,
+    readings: str,
+    layer_ids: Sequence[int],
+    *,
+    shared_folder: str | Path | None = None,
+    limit_bytes: int,
+) -> PrefetchingSource:
+    """
+    Open a store or servers, and check that what they have is this target's.
+
+    Args:
+        target ([`FrozenTarget`]): The target, with or without its body.
+        readings (`str`): The folder of a store, or addresses of servers, separated by commas.
+        layer_ids (`Sequence[int]`): Layers to read, ascending.
+        shared_folder (`str` or `Path`, *optional*): Where the servers leave states, as this machine sees it.
+        limit_bytes (`int`): Host memory for what is fetched ahead.
+
+    Raises:
+        ValueError: If there is no store or no such server, or it is of another target, precision or other layers.
+        OSError: If it cannot be reached.
+    """
+    fetcher: Fetcher
+    if is_address(readings):
+        from .server import ReadingServers
+
+        addresses = [each.strip() for each in readings.split(",") if each.strip()]
+        strange = [each for each in addresses if not is_address(each)]
+        if strange:
+            raise ValueError(
+                f"`readings` names {strange[0]!r} beside servers, which begin with `http://`. Give addresses alone, "
+                "separated by commas, or one folder."
+            )
+        fetcher = ReadingServers.connect(target, addresses, layer_ids, shared_folder=shared_folder)
+    else:
+        _check_folder(Path(readings))
+        fetcher = ReadingStore.open_for(target, readings, layer_ids)
+    return PrefetchingSource(fetcher, layer_ids, limit_bytes)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is mistaken for a store of readings: no folder, and one of responses."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"`readings` {str(folder)!r} is no folder. Write one with `trl-draft-opd read`; servers begin with "
+            "`http://`."
+        )
+    if is_store(folder):
+        raise ValueError(
+            f"`readings` {str(folder)!r} holds responses, which are text alone. Name it in `responses`, and in "
+            "`readings` a folder that `trl-draft-opd read --responses` wrote of them."
+        )
