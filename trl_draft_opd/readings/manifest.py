@@ -181,8 +181,8 @@ class ReadingManifest:
             reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(
                 f"The manifest {path} is not usable: {reason}. Where readings lie beside it, they are as they were: "
-                "restore this file, or delete it alone and run the same `trl-draft-opd read` again, which takes in the "
-                "shards that its target and settings wrote. Else give another folder."
+                "restore this file, or delete it alone and run the same `trl-draft-opd read` again, which takes in "
+                "the shards that its target and settings wrote. Else give another folder."
             ) from error
         return manifest
 
@@ -199,6 +199,14 @@ def check_dtype(dtype: str) -> str:
     raise ValueError(
         f"States are not stored in {dtype!r}{why}. Give `dtype='bfloat16'`, or `'float32'` with twice the bytes."
     )
+
+
+def show_bytes(num_bytes: float) -> str:
+    """Return a number of bytes for print."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB")):
+        if num_bytes >= 1000**power:
+            return f"{num_bytes / 1000**power:,.1f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
 
 
 def _differences(there: ReadingManifest, here: ReadingManifest) -> str:

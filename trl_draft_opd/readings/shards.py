@@ -34,6 +34,9 @@ _STATES = ".safetensors"
 # when they are all there, so that states go to the disk as they come.
 _HEAD_BYTES = 512
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+# Seconds after which a shard is closed, however small: what a killed process loses.
+_CLOSE_AFTER = 600.0
+_SHARD_BYTES = 2**30
 # The file of a shard that is being written, and of one that is.
 _NAMES = re.compile(r"\.?shard-\d{20}-[0-9a-f]{12}\.safetensors")
 
@@ -74,7 +77,7 @@ class ShardWriter:
         self._folder = folder
         self._texts: list[tuple[str, int, int, str]] = []
         self._num_rows = 0
-        self.opened_at = time.monotonic()
+        self._opened_at = time.monotonic()
         with self._explaining():
             while True:
                 # The time in front keeps shards of one writer in order; what follows keeps writers apart.
@@ -89,9 +92,9 @@ class ShardWriter:
                 self._file.close()
 
     @property
-    def num_texts(self) -> int:
-        """Texts that are whole."""
-        return len(self._texts)
+    def is_full(self) -> bool:
+        """Whether what comes next belongs into another shard."""
+        return self.num_bytes >= _SHARD_BYTES or time.monotonic() - self._opened_at > _CLOSE_AFTER
 
     @property
     def num_bytes(self) -> int:
@@ -271,8 +274,8 @@ def check_shard(folder: Path, name: str, sha256: str) -> None:
 def _unusable(path: Path, reason: Exception | str) -> ValueError:
     what = f"the field {reason} is missing" if isinstance(reason, KeyError) else str(reason).rstrip(".")
     return ValueError(
-        f"The shard of readings {path} is not usable: {what}. Delete {path.stem}.* there; the same `trl-draft-opd read` "
-        "then reads its texts again."
+        f"The shard of readings {path} is not usable: {what}. Delete {path.stem}.* there; the same "
+        "`trl-draft-opd read` then reads its texts again."
     )
 
 
@@ -285,4 +288,4 @@ def _halves(keys: Iterable[str]) -> np.ndarray:
 
 
 def _bytes_of(states: torch.Tensor) -> memoryview:
-    return memoryview(states.contiguous().view(torch.uint8).numpy().reshape(-1))
+    return states.contiguous().view(torch.uint8).numpy().reshape(-1).data

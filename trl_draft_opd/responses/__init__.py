@@ -6,9 +6,10 @@ Refuses to know drafters and training: only the target, its distribution and fil
 """
 
 from .audit import ResponseAudit, audit_responses, check_responses
+from .client import ServerError, ServerSettings
 from .generate import generate_missing, generate_responses
 from .origin import Origin
-from .server import ServerError, ServerSettings, ask_server
+from .server import ask_server
 from .shards import StoredResponse
 from .store import ResponseStore
 from .write import CHECKED_ROWS, import_responses, summarize_store, write_responses

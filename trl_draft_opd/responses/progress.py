@@ -29,13 +29,13 @@ LINE_EVERY = 30.0
 class ResponseProgress:
     """Counts responses and their tokens, and shows the counts on `console`."""
 
-    def __init__(self, total: int, console: Console, bar: Progress):
-        self.total, self.console, self.bar = total, console, bar
+    def __init__(self, total: int, console: Console, bar: Progress, name: str = "Target responses"):
+        self.total, self.console, self.bar, self.name = total, console, bar, name
         self.num_responses = self.num_tokens = 0
         # In the last line; `None` before the first.
         self._num_told: int | None = None
         self._began = self._last_line = time.monotonic()
-        self._task = bar.add_task("Target responses", total=total, rate="")
+        self._task = bar.add_task(name, total=total, rate="")
 
     def add(self, num_responses: int, num_tokens: int) -> None:
         """Count responses that are finished."""
@@ -59,7 +59,7 @@ class ResponseProgress:
 
     def _say(self, num_unfinished: int) -> None:
         self._num_told = self.num_responses
-        line = f"Target responses: {self.num_responses:,} of {self.total:,}"
+        line = f"{self.name}: {self.num_responses:,} of {self.total:,}"
         line += f", {self._rate(num_unfinished):,.0f} tokens/s"
         if 0 < self.num_responses < self.total:
             seconds = (time.monotonic() - self._began) / self.num_responses * (self.total - self.num_responses)
@@ -71,19 +71,32 @@ class ResponseProgress:
 
 
 @contextmanager
-def showing_progress(total: int, *, is_shown: bool) -> Iterator[ResponseProgress]:
-    """Show how many of `total` responses have come, on stderr, while the context lasts."""
+def showing_progress(total: int, *, is_shown: bool, name: str = "Target responses") -> Iterator[ResponseProgress]:
+    """Show how many of `total` responses, or of what else `name` says, have come, on stderr."""
     console = Console(stderr=True, quiet=not is_shown)
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bar:
-        progress = ResponseProgress(total, console, bar)
+        progress = ResponseProgress(total, console, bar, name)
         yield progress
         progress.end()
 
 
 @contextmanager
 def keeping_responses(store: ResponseStore, num_missing: int) -> Iterator[None]:
+    """As [`stopping_cleanly`], for what fills a store of responses."""
+    before = len(store)
+
+    def describe() -> str:
+        stored = f"{len(store) - before} of {num_missing} missing responses are stored in {store.path}"
+        return f"{stored}. The same command asks for the others only."
+
+    with stopping_cleanly(describe):
+        yield
+
+
+@contextmanager
+def stopping_cleanly(describe_kept: Callable[[], str]) -> Iterator[None]:
     """
     Let SIGTERM end what fills a store as Ctrl-C does, after what has come in is written, and say what is kept.
 
@@ -91,7 +104,6 @@ def keeping_responses(store: ResponseStore, num_missing: int) -> Iterator[None]:
         SystemExit: After SIGTERM, with 143, which schedulers expect of a job they stopped. Where SIGTERM is handled
             already, as in training, it stays so.
     """
-    before = len(store)
     is_ours = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
@@ -100,10 +112,7 @@ def keeping_responses(store: ResponseStore, num_missing: int) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        logger.warning(
-            "Stopped: %d of %d missing responses are stored in %s. The same command asks for the others only.",
-            *(len(store) - before, num_missing, store.path),
-        )
+        logger.warning("Stopped: %s", describe_kept())
         raise
     finally:
         if is_ours:
