@@ -10,8 +10,7 @@ from trl_draft_opd.readings.launch import serve_line
 
 @pytest.mark.conformance
 def test_vllm_serve_takes_every_word_of_the_line():
-    pytest.importorskip("vllm")
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     line = serve_line(
