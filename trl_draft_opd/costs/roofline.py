@@ -183,6 +183,10 @@ class Prediction:
         """FLOPs over time and the published peak (MFU)."""
         return self.flops / self.total / self.gpu.peak
 
+    def seconds_of(self, name: str) -> float:
+        """Seconds of target, drafter, heads or walk."""
+        return sum(s for stage, s in zip(self.stages, self.seconds, strict=True) if stage.column == name)
+
     def column(self, name: str) -> float:
         """FLOPs of target, drafter, heads or walk."""
         return sum(stage.flops + stage.attention_flops for stage in self.stages if stage.column == name)
@@ -252,7 +256,7 @@ def _read(job: Job, volume: Volume, target: TargetShape, counts: Counts) -> Stag
     return Stage(
         "target's read",
         "target",
-        flops=2 * target.layers * target.layer_matrices * volume.tokens,
+        flops=2 * target.layers * target.active_matrices * volume.tokens,
         attention_flops=4 * target.query_width * target.layers * pairs,
         bytes=counts.read_bytes * target.hidden * target.layers * volume.tokens,
         launches=counts.read_launches * target.layers,

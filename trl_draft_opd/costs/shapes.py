@@ -2,7 +2,7 @@
 """
 Sizes of a target and of a drafter, and how many weights they have: read off their configs, computed without weights.
 
-A target is a dense decoder: grouped-query attention, a gated MLP and two norms per layer.
+A target is a decoder with grouped-query attention, a gated MLP or experts of that kind, and two norms per layer.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,9 @@ class TargetShape:
         hidden, intermediate, layers, heads, kv_heads, head_dim, vocab (`int`): As in its config.
         is_tied (`bool`): Whether head and embedding are one matrix.
         has_head_norms (`bool`): Whether queries and keys have a norm per head, as Qwen3's have.
+        experts (`int`), active_experts (`int`), expert_width (`int`):
+            Of a mixture of experts, those of a layer, those that a token passes, and their intermediate size; there is
+            a router and no other MLP then. 0 for a dense layer.
     """
 
     hidden: int
@@ -29,6 +32,9 @@ class TargetShape:
     vocab: int
     is_tied: bool
     has_head_norms: bool
+    experts: int = 0
+    active_experts: int = 0
+    expert_width: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "TargetShape":
@@ -58,7 +64,17 @@ class TargetShape:
     @property
     def layer_matrices(self) -> int:
         """Weights of one layer's matrices."""
+        return self._matrices(self.experts)
+
+    @property
+    def active_matrices(self) -> int:
+        """Weights of those of one layer's matrices that a token passes."""
+        return self._matrices(self.active_experts)
+
+    def _matrices(self, experts: int) -> int:
         attention = self.hidden * 2 * (self.query_width + self.kv_width)
+        if self.experts:
+            return attention + self.hidden * (self.experts + 3 * experts * self.expert_width)
         return attention + 3 * self.hidden * self.intermediate
 
     @property
@@ -84,6 +100,15 @@ TARGETS = {
     "qwen3-4b": TargetShape(2560, 9728, 36, 32, 8, 128, 151936, True, True),
     "qwen3-8b": TargetShape(4096, 12288, 36, 32, 8, 128, 151936, False, True),
     "llama3-70b": TargetShape(8192, 28672, 80, 64, 8, 128, 128256, False, False),
+}
+
+
+# Served by an engine while a trainer reads their states. As published.
+SERVED = {
+    "qwen3-8b": TARGETS["qwen3-8b"],
+    "qwen3-32b": TargetShape(5120, 25600, 64, 64, 8, 128, 151936, False, True),
+    "llama3-70b": TARGETS["llama3-70b"],
+    "qwen3-235b-a22b": TargetShape(4096, 12288, 94, 64, 4, 128, 151936, False, True, 128, 8, 1536),
 }
 
 

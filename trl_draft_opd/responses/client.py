@@ -24,7 +24,7 @@ from .protocols import ENGINES, WrongReply
 
 
 _RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_LONGEST_WAIT = 60.0
+LONGEST_WAIT = 60.0
 # More than any response with its log-probabilities; a server that streams without end must not fill the memory.
 _MAX_REPLY_BYTES = 256 * 2**20
 # Of an error's page: read whole before the key is taken out, so that no half of it is left at the end of the quote.
@@ -171,7 +171,7 @@ class ServerClient:
             if isinstance(failure, WrongReply):
                 raise failure
             # Spread, so that requests that failed together do not return together.
-            if not retries_left or self.is_stopped.wait(min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)):
+            if not retries_left or self.is_stopped.wait(min(wait, LONGEST_WAIT) * random.uniform(0.5, 1.0)):
                 raise failure
             retries_left, wait = retries_left - 1, wait * 2
 
