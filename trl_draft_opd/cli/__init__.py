@@ -20,6 +20,7 @@ from ..utils.secrets import without_users
 COMMANDS = {
     "demo": ("demo", "Run the whole method on a CPU in minutes: a tiny target, SFT, Draft-OPD, tau before and after."),
     "generate": ("decoding", "Write the target's responses to prompts once; run it again to resume."),
+    "read": ("reading", "Write what the target makes of texts, once, so that training needs no body of it."),
     "init": ("training", "Make a fresh drafter for a target and save it."),
     "sft": ("training", "Train a drafter on its target's responses."),
     "opd": ("training", "Improve a trained drafter by on-policy distillation."),

@@ -177,12 +177,13 @@ class TargetArguments:
     target_revision: str | None = flag("Revision of the target.", default=None)
     trust_remote_code: bool = flag("Run model code that comes with the target's repository.", default=False)
 
-    def load_target(self) -> FrozenTarget:
+    def load_target(self, *, body: bool = True) -> FrozenTarget:
         return FrozenTarget.load(
             self.target,
             dtype=self.target_dtype,
             revision=self.target_revision,
             trust_remote_code=self.trust_remote_code,
+            body=body,
         )
 
 

@@ -201,6 +201,14 @@ def check_dtype(dtype: str) -> str:
     )
 
 
+def show_bytes(num_bytes: float) -> str:
+    """Return a number of bytes for print."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB")):
+        if num_bytes >= 1000**power:
+            return f"{num_bytes / 1000**power:,.1f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
+
+
 def _differences(there: ReadingManifest, here: ReadingManifest) -> str:
     pairs = [(each.name, getattr(there, each.name), getattr(here, each.name)) for each in fields(there)]
     return "".join(f"  {name}: {_shown(a)} there, {_shown(b)} here\n" for name, a, b in pairs if a != b)

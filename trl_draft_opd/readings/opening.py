@@ -8,6 +8,7 @@ from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from .fetching import Fetcher
 from .prefetch import PrefetchingSource
+from .server import ReadingServers
 from .store import ReadingStore
 
 
@@ -43,14 +44,17 @@ def open_readings(
     """
     fetcher: Fetcher
     if is_address(readings):
-        from .server import ReadingServers
-
         addresses = [each.strip() for each in readings.split(",") if each.strip()]
         strange = [each for each in addresses if not is_address(each)]
         if strange:
             raise ValueError(
                 f"`readings` names {strange[0]!r} beside servers, which begin with `http://`. Give addresses alone, "
                 "separated by commas, or one folder."
+            )
+        if shared_folder is None:
+            raise ValueError(
+                "Servers leave states in a folder that they share with this machine. Name it in `readings_folder` "
+                "(their `shared_storage_path`, as this machine sees it)."
             )
         fetcher = ReadingServers.connect(target, addresses, layer_ids, shared_folder=shared_folder)
     else:

@@ -19,7 +19,7 @@ from ..responses.shards import prompt_key
 from ..target.frozen import FrozenTarget
 from ..target.reading import TextStates
 from ..utils.atomic_files import check_place, explaining_failure
-from .manifest import MANIFEST, ReadingManifest
+from .manifest import MANIFEST, ReadingManifest, show_bytes
 from .shards import (
     ShardWriter,
     check_shard,
@@ -151,6 +151,15 @@ class ReadingStore:
     def num_tokens(self) -> int:
         """Tokens of all texts."""
         return int((self._places[2].astype(np.int64) - self._places[1]).sum())
+
+    def describe(self) -> str:
+        """Return what the store holds, as a sentence."""
+        manifest = self.manifest
+        return (
+            f"{self.path} holds the readings of {len(self):,} texts, {self.num_tokens:,} tokens, "
+            f"{show_bytes(sum(self._rows) * manifest.bytes_per_token())}: layers "
+            f"{' '.join(map(str, self.layer_ids))} and the input of the head, in {manifest.dtype}."
+        )
 
     def missing(self, texts: Iterable[Sequence[int]]) -> list[list[int]]:
         """Return the texts that are not there, each once, in their order."""

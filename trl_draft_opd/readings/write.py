@@ -25,7 +25,7 @@ from ..target.checks import NotFiniteError
 from ..target.frozen import FrozenTarget
 from ..target.reading import TextStates
 from .fetching import Fetcher
-from .manifest import MANIFEST, ReadingManifest
+from .manifest import MANIFEST, ReadingManifest, show_bytes
 from .store import ReadingStore
 
 
@@ -343,11 +343,3 @@ def _describe_failures(failures: dict[int, Exception], plan: ReadingPlan, store:
         f"{len(failures):,} of {len(plan.texts):,} texts could not be read and are not in {store.path}, which keeps "
         f"the others; the same command reads what is missing.{stopped} First of them:{shown}"
     )
-
-
-def show_bytes(num_bytes: float) -> str:
-    """Return a number of bytes for print."""
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB")):
-        if num_bytes >= 1000**power:
-            return f"{num_bytes / 1000**power:,.1f} {unit}"
-    return f"{num_bytes:,.0f} bytes"

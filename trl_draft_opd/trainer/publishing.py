@@ -189,7 +189,7 @@ class PublishingTrainer(ResumingTrainer):
             name=None,
             revision=args.target_revision,
             dtype=target.causal_lm.dtype,
-            num_parameters=target.causal_lm.num_parameters(),
+            num_parameters=target.num_parameters,
             # Tokenizers may hold several.
             chat_template=args.chat_template or (template.get("default") if isinstance(template, dict) else template),
             chat_template_kwargs=parsed(args.chat_template_kwargs),
