@@ -45,27 +45,44 @@ def _is_up(url: str) -> bool:
         return False
 
 
+def start(
+    command: Sequence[str], port: int, log: Path, env: Mapping[str, str], cwd: Path | None = None
+) -> subprocess.Popen:
+    """Start a server and return its process once it is up; what it prints is added to `log`."""
+    with log.open("ab") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd, start_new_session=True
+        )
+    try:
+        begin = time.monotonic()
+        while not _is_up(f"http://127.0.0.1:{port}"):
+            if server.poll() is not None or time.monotonic() - begin > START_SECONDS:
+                pytest.fail(f"the server did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
+            time.sleep(1.0)
+    except BaseException:
+        stop(server)
+        raise
+    return server
+
+
+def stop(server: subprocess.Popen, sign: signal.Signals = signal.SIGTERM) -> None:
+    """End a server and the processes of its engine."""
+    if server.poll() is None:
+        os.killpg(server.pid, sign)
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 @contextmanager
 def serve(
     command: Sequence[str], port: int, log: Path, env: Mapping[str, str], cwd: Path | None = None
 ) -> Iterator[str]:
     """Run a server while the block runs, and yield its address once it is up."""
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd, start_new_session=True
-        )
-        try:
-            url, start = f"http://127.0.0.1:{port}", time.monotonic()
-            while not _is_up(url):
-                if server.poll() is not None or time.monotonic() - start > START_SECONDS:
-                    pytest.fail(f"the server did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
-                time.sleep(1.0)
-            yield url
-        finally:
-            # Its engine is a process of its own.
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+    server = start(command, port, log, env, cwd)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stop(server)

@@ -158,7 +158,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
                 name=hub_id_of(self.target),
                 revision=self.target_revision,
                 dtype=target.causal_lm.dtype,
-                num_parameters=target.causal_lm.num_parameters(),
+                num_parameters=target.num_parameters,
             )
             return TrainingRecord(facts, family, stages=[], measurements=[], versions=describe_versions())
 

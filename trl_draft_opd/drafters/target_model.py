@@ -118,15 +118,18 @@ def load_target_tokenizer(chain: Sequence[CheckpointSource], *, trust_remote_cod
 
 
 def _load_whole(source: CheckpointSource, options: dict[str, Any]) -> PreTrainedModel:
-    if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
-        raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
     check_architecture(source)
     with loading_whole():
         return create_model_from_path(source.name_or_path, **options | source.places())
 
 
 def check_architecture(source: CheckpointSource) -> None:
-    """Raise `ValueError` at a drafter, and at a model that neither transformers nor code beside it can build."""
+    """
+    Raise `ValueError` at a drafter, and at a model that neither transformers nor code beside it can build;
+    `FileNotFoundError` at a folder without a config.
+    """
+    if source.name_or_path and Path(source.name_or_path).is_dir() and source.find(CONFIG_FILE) is None:
+        raise FileNotFoundError(f"{str(source)!r} has no {CONFIG_FILE}. Give the folder of a model, or a Hub id.")
     try:
         if source.find(CONFIG_FILE) is None:
             return

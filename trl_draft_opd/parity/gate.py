@@ -134,6 +134,7 @@ def _check_request(
 ) -> tuple[str, ...]:
     if not 0 <= tolerance < 1:
         raise ValueError(f"`tolerance` is a share of tau in [0, 1), got {tolerance}.")
+    target.require_body("Verification")
     unknown = sorted(set(consumers or ()) - set(CONSUMERS))
     if unknown:
         raise ValueError(f"Unknown consumers {unknown}; there are {list(CONSUMERS)}.")

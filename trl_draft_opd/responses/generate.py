@@ -95,6 +95,7 @@ def generate_missing(
     missing = store.missing(prompts)
     if not missing:
         return 0
+    target.require_body(f"Writing {len(missing)} responses that are not stored")
     origin, sampling = store.origin, store.origin.sampling
     first = _by_length(missing)[:batch_size]
     with naming_rows(first, "the prompts without a response"):

@@ -5,7 +5,7 @@ files alone know their weights, so the fingerprint is taken of the files.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..drafters.target_model import check_architecture, merging_line, parse_dtyp
 from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from .checks import find_layers
-from .fingerprint import as_saved, hash_tensors, own_tensors, tied_names
+from .fingerprint import as_saved, hash_tensors, layer_of, own_tensors, tied_names
 
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -61,7 +61,7 @@ class SavedTensors:
             name: file for file, names in files.items() for name in (names or list(self._open(file).keys()))
         }
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._places))
 
     def shape(self, name: str) -> list[int]:
@@ -110,7 +110,7 @@ class WholeWeights:
     Attributes:
         tensors ([`SavedTensors`]): The weights.
         names (`dict[str, str]`): Names there, by those that a saved copy of the model would use.
-        shapes (`dict[str, list[int]]`): By the same names; of the quantised ones, none.
+        shapes (`dict[str, list[int]]`): By the same names; of quantised layers, none.
         num_parameters (`int`): Parameters of the whole model; a tied head counts once.
     """
 
@@ -121,8 +121,10 @@ class WholeWeights:
 
     def fingerprint(self) -> str:
         """
-        Return [`fingerprint_weights`] of the whole model, reading one tensor after another. Those of a quantised model
-        count as they lie in the file.
+        Return [`fingerprint_weights`] of the whole model, reading one tensor after another.
+
+        Those of a quantised model count as they lie in the file. Where the quantiser repacks them on loading, as
+        bitsandbytes does on a CPU, the whole model has another fingerprint.
 
         Raises:
             ValueError: If a file is damaged, or a tensor in it has another shape than the model's.
@@ -195,8 +197,8 @@ def _choose_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, tensors: S
     """Return the precision that `from_pretrained` would load the weights in."""
     if dtype not in ("auto", None):
         return parse_dtype(dtype)
-    if config.dtype is not None:
-        return parse_dtype(config.dtype)
+    if (configured := config.dtype) is not None:
+        return parse_dtype(configured)
     return next((found for name in tensors if (found := tensors.dtype(name)) is not None), torch.float32)
 
 
@@ -222,6 +224,7 @@ def _match(model: PreTrainedModel, tensors: SavedTensors) -> WholeWeights:
     source, kind = str(tensors.source), type(model).__name__
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     wanted = as_saved(model, {name: tensor.to("meta") for name, tensor in own_tensors(model).items()})
+    layers = {layer_of(saved) for saved in wanted} - {""}
     modules = {_module_of(saved) for saved in wanted}
     stray = re.compile("|".join((*(model._keys_to_ignore_on_load_unexpected or ()), *_NOT_LEARNED)))
     prefix = f"{model.base_model_prefix}."
@@ -232,7 +235,7 @@ def _match(model: PreTrainedModel, tensors: SavedTensors) -> WholeWeights:
         saved = next((each for each in spellings if each in wanted), None)
         if saved is None and is_quantized:
             # Scales, zero points and packed weights lie beside where the weight would be, or in its place.
-            saved = next((each for each in spellings if _module_of(each) in modules), None)
+            saved = next((each for each in spellings if layer_of(each) in layers or _module_of(each) in modules), None)
         if saved is not None:
             names[saved] = name
         elif stray.search(name) is None:
@@ -249,16 +252,16 @@ def _match(model: PreTrainedModel, tensors: SavedTensors) -> WholeWeights:
         # As transformers does: what differs in the file is not tied, whatever the config says.
         elif saved in names and torch.equal(tensors.read(names[saved]), tensors.read(names[first])):
             del names[saved]
-    packed = {_module_of(saved) for saved in names} if is_quantized else set()
+    is_packed = {_module_of(saved) for saved in names} if is_quantized else set()
     missing = [
-        saved for saved in wanted if saved not in names and saved not in tied and _module_of(saved) not in packed
+        saved for saved in wanted if saved not in names and saved not in tied and _module_of(saved) not in is_packed
     ]
     if missing:
         raise ValueError(
             f"{source!r} has no {_listed(sorted(missing))}, which by its config.json it should have. Check that both "
             "belong together, or save or download both again."
         )
-    shapes = {saved: list(tensor.shape) for saved, tensor in wanted.items()}
+    shapes = {saved: list(each.shape) for saved, each in wanted.items() if not (is_quantized and layer_of(saved))}
     return WholeWeights(tensors, names, shapes, model.num_parameters())
 
 
@@ -269,7 +272,7 @@ def _fill(model: PreTrainedModel, weights: WholeWeights) -> None:
     Raises:
         ValueError: If one is quantised, of another shape, or not finite.
     """
-    dtype = parse_dtype(model.config.dtype)
+    dtype: Any = model.config.dtype
     kept = model._get_dtype_plan(dtype)
     tensors, held, tied = weights.tensors, own_tensors(model), tied_names(model)
     modules = {_module_of(_saved_name(model, name)) for name in held}

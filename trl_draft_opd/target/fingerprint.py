@@ -37,7 +37,7 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in own_tensors(model).items():
         if name not in tied:
-            parts[_layer_of(name)][name] = tensor
+            parts[layer_of(name)][name] = tensor
     shapes, places = {}, {}
     for part, held in parts.items():
         for name, saved in as_saved(model, {name: tensor.to("meta") for name, tensor in held.items()}).items():
@@ -93,12 +93,16 @@ def as_saved(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dic
     own: Any = None if is_quantized else model.__dict__.pop("_weight_conversions", None)
     try:
         return revert_weight_conversion(model, dict(tensors))
+    except NotImplementedError:
+        # A quantiser whose weights are saved as they lie in memory.
+        return dict(tensors)
     finally:
         if own is not None:
             model.__dict__["_weight_conversions"] = own
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
+    """Return the beginning of a name that tells the layer, or an empty string."""
     layer = _LAYER.match(name)
     return layer[0] if layer else ""
 

@@ -109,6 +109,8 @@ class FrozenTarget:
         if not self.has_body:
             # Found now, so that a family without one is refused now.
             _ = self._final_norm
+            # Whoever runs the model itself would take the embedding for what the layers make of it.
+            self.backbone.register_forward_pre_hook(lambda *_: self.require_body("Decoding"))
         else:
             self._padding_reason = find_padding_reason(model, self.config, alone, self._read_probe)
         if self._padding_reason is not None:
@@ -160,8 +162,8 @@ class FrozenTarget:
         """
         if not body and not isinstance(target, str | Path):
             raise ValueError(
-                "`body=False` was given with an instantiated target, whose body is there already. Pass the target's id "
-                "or path."
+                "`body=False` was given with an instantiated target, whose body is there. Pass its id or path, or "
+                "leave `body` out."
             )
         if isinstance(target, FrozenTarget):
             return target
@@ -189,7 +191,7 @@ class FrozenTarget:
         return self._weights is None
 
     def require_body(self, what: str) -> None:
-        """Refuse `what` needs the decoder layers where there are none, with what needs none."""
+        """Raise `ValueError` that `what` needs the decoder layers, unless they are there."""
         if not self.has_body:
             raise ValueError(
                 f"{what} needs the target's body, which was not loaded (`body=False`). Train by replay "
@@ -291,7 +293,7 @@ class FrozenTarget:
 
     @property
     def rollback_reason(self) -> str | None:
-        """Why no rejected draft leaves the cache, or `None`: of recurrent, linear-attention and sliding layers."""
+        """Why no rejected draft leaves the cache, or `None`: recurrent, linear-attention, sliding or no layers."""
         return rollback_reason(self.causal_lm, self.config) if self.has_body else "was loaded without its body"
 
     def require_rollback(self) -> None:
@@ -450,8 +452,8 @@ class FrozenTarget:
             return reading
         if not self.has_body:
             raise ValueError(
-                "The target was loaded without its body, so it reads no text. Give `readings`, a folder or servers, or "
-                "load the whole target."
+                "The target was loaded without its body, so it reads no text by itself. Give `readings`, a folder or "
+                "the address of servers, or load the whole target."
             )
         new_cache = partial(text_cache, self.config)
         passes = Passes(layer_ids, tokens_at_once(self.device), keep_cache, new_cache)
@@ -503,7 +505,6 @@ class FrozenTarget:
         spans: Spans | None = None,
     ) -> None:
         """Run the backbone once, as [`step`] does, and hand its outputs to `keep`, on the target's device."""
-        self.require_body("Decoding")
         self.num_forwards += 1
         options: dict[str, Any] = {self._cache_name: cache}
         switch: Any = nullcontext()
