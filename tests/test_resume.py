@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.checkpoints import differing
+from helpers.checkpoints import differing, read
 from helpers.oracle import greedy_rows
 from helpers.tiny import FAMILIES, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
