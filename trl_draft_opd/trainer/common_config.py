@@ -18,7 +18,7 @@ from transformers import SchedulerType
 from ..data.templates import read_template
 from ..drafters.base import Drafter
 from ..losses import LOSS_TYPES
-from ..readings.opening import is_address
+from ..readings.opening import check_readings, is_address
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
 from ..runs.distributed.launch import check_launcher, check_processes, is_launched_on_cpus
@@ -339,17 +339,7 @@ class DraftTrainingConfig(_BaseConfig):
 
     def _check_readings(self) -> None:
         """Refuse settings that a source of readings has no use for."""
-        is_served = self.readings is not None and is_address(self.readings)
-        if self.readings_folder is not None and not is_served:
-            raise ValueError(
-                f"`readings_folder` {self.readings_folder!r} is where servers leave states, and `readings` is "
-                f"{self.readings!r}. Give the servers' `http://...` in `readings`, or leave `readings_folder` out."
-            )
-        if is_served and self.readings_folder is None:
-            raise ValueError(
-                f"`readings={self.readings!r}` names servers, which leave states in a folder that they share with "
-                "this machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
-            )
+        check_readings(self.readings, self.readings_folder)
         if self.readings is not None and self.shard_target:
             raise ValueError(
                 "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
@@ -357,7 +347,7 @@ class DraftTrainingConfig(_BaseConfig):
             )
         if not self.shuffle_by_shard:
             return
-        if self.readings is None or is_served:
+        if self.readings is None or is_address(self.readings):
             raise ValueError(
                 "`shuffle_by_shard=True` orders rows by the shards of a store, and `readings` is "
                 f"{self.readings!r}. Give the folder of a store there, or leave `shuffle_by_shard` out."
