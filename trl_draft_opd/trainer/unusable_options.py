@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from ..readings.opening import is_address
+from ..readings.opening import check_readings_folder, is_address
 from ..utils.settings import check_at_least
 
 
@@ -114,16 +114,7 @@ def check_readings(args: Any) -> None:
         ValueError: Naming the setting and the fix.
     """
     is_served = args.readings is not None and is_address(args.readings)
-    if args.readings_folder is not None and not is_served:
-        raise ValueError(
-            f"`readings_folder` {args.readings_folder!r} is where servers leave states, and `readings` is "
-            f"{args.readings!r}. Give the servers' `http://...` in `readings`, or leave `readings_folder` out."
-        )
-    if is_served and args.readings_folder is None:
-        raise ValueError(
-            f"`readings={args.readings!r}` names servers, which leave states in a folder that they share with "
-            "this machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
-        )
+    check_readings_folder(args.readings, args.readings_folder)
     if args.readings is not None and args.shard_target:
         raise ValueError(
             "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
