@@ -24,6 +24,10 @@ from trl_draft_opd import FrozenTarget
 from trl_draft_opd.readings.launch import served_states
 
 
+# A target is tapped by one thread at a time, also where several servers have the same.
+_COMPUTING = threading.Lock()
+
+
 @dataclass
 class Trouble:
     """What goes wrong with one request; by default, nothing."""
@@ -93,7 +97,7 @@ class ExtractionServer(ThreadingHTTPServer):
         """Return what vLLM writes for a text, and its `prompt_logprobs`."""
         target, num_layers = self.target, self.target.config.num_hidden_layers
         ids = torch.tensor([list(text)])
-        with self.lock:
+        with _COMPUTING:
             reading = target.read_text(ids, torch.ones_like(ids), range(num_layers))
             logprobs = target.project(reading.last_hidden[:-1]).float().log_softmax(-1)
             embedded = target.embed(ids)[0]

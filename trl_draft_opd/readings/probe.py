@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ..responses.protocols import WrongReply
 from ..target.checks import find_layers
@@ -119,7 +118,7 @@ def read_all_layers(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> lis
     Return the outputs `(L, N, H)` of all layers on each text, on the host: of the target's body, else of the layers
     on the disk, one at a time; of those that cannot be run so none, with a warning.
     """
-    if getattr(target, "has_body", True):
+    if target.has_body:
         source, target.source = target.source, None
         try:
             return [_read_in_process(target, text) for text in texts]
@@ -150,13 +149,20 @@ def _read_from_disk(target: FrozenTarget, name: str, texts: Sequence[Sequence[in
     backbone = target.causal_lm.base_model
     start = f"{target.causal_lm.base_model_prefix}."
     places: dict[str, int | str] = {
-        f"{start}{child}": "disk" if module is target.layers else "cpu" for child, module in backbone.named_children()
+        f"{start}{child}": "disk" if isinstance(module, nn.ModuleList) else "cpu"
+        for child, module in backbone.named_children()
     }
     places |= {child: "cpu" for child, module in target.causal_lm.named_children() if module is not backbone}
     with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=target.causal_lm.dtype, device_map=places, offload_folder=folder
-        ).eval()
+        # By its own class, so that code beside the weights is that which was trusted.
+        model = type(target.causal_lm).from_pretrained(
+            name,
+            dtype=target.causal_lm.dtype,
+            device_map=places,
+            offload_folder=folder,
+            revision=getattr(target.causal_lm.config, "_commit_hash", None) or "main",
+        )
+        model.eval()
         layers = find_layers(model.base_model, target.config)
         found: list[torch.Tensor] = []
 

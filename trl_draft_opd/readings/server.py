@@ -315,11 +315,18 @@ class ReadingServers:
 
     def _prove(self, target: FrozenTarget, with_layers: bool) -> None:
         """Ask what the servers are, and check on short texts what they deliver."""
-        outputs: list[torch.Tensor] | None = None
         for server in self._servers:
             try:
                 server.describe()
-                texts = probe_texts(target, None if server.max_model_len is None else server.max_model_len - 1)
+            except (ServerError, WrongReply) as error:
+                raise type(error)(self._describe_wrong(server, error, with_line=True)) from None
+        self.engine_version = ", ".join(sorted({str(server.version) for server in self._servers}))
+        lengths = [server.max_model_len - 1 for server in self._servers if server.max_model_len is not None]
+        self.most_tokens = min(lengths, default=None)
+        texts = probe_texts(target, self.most_tokens)
+        outputs: list[torch.Tensor] | None = None
+        for server in self._servers:
+            try:
                 found = [
                     self._fetch_from(server, text, min(2, self._max_retries), with_logprobs=True) for text in texts
                 ]
@@ -327,13 +334,9 @@ class ReadingServers:
                     check_head(target, text, states[:, -1], logprobs)
                 if not with_layers:
                     continue
-                # Once, for texts of the same length: servers differ there only where they read hardly anything.
-                if outputs is None or [len(each) for each in outputs] != [len(text) for text in texts]:
-                    outputs = read_all_layers(target, texts)
-                for (states, _), of_all in zip(found, outputs, strict=True):
+                outputs = read_all_layers(target, texts) if outputs is None else outputs
+                # Without a body, there may be none; of that it has warned.
+                for (states, _), of_all in zip(found, outputs, strict=bool(outputs)):
                     check_layers(target, states, self._served_layers, of_all)
             except (ServerError, WrongReply) as error:
                 raise type(error)(self._describe_wrong(server, error, with_line=True)) from None
-        self.engine_version = ", ".join(sorted({str(server.version) for server in self._servers}))
-        lengths = [server.max_model_len - 1 for server in self._servers if server.max_model_len is not None]
-        self.most_tokens = min(lengths, default=None)

@@ -73,7 +73,7 @@ class SharedFolder:
         self, name: str, *, max_bytes: int, timeout: float, is_stopped: threading.Event
     ) -> dict[str, torch.Tensor]:
         """
-        Wait until a file is written, read it, and delete it with its lock.
+        Wait until a file is written, read it, and delete it with its lock. After an error, [`give_up`] its request.
 
         Raises:
             NoStates: If it did not come within `timeout` seconds.
@@ -81,28 +81,22 @@ class SharedFolder:
             ServerError: If it cannot be deleted.
         """
         path, lock_path = self.path / name, self.path / f"{name}.lock"
-        deadline = time.monotonic() + timeout
-        self._wait(path, lock_path, deadline, timeout, is_stopped)
-        try:
-            content = _read_plain(path, max_bytes)
-        except (NoStates, WrongReply):
-            for each in (path, lock_path):
-                _unlink(each)
-            raise
+        self._wait(path, lock_path, timeout, is_stopped)
+        content = _read_plain(path, max_bytes)
         _delete(path, lock_path)
         try:
             return load(content)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise WrongReply(f"the file of states {name} is damaged ({error})") from error
 
-    def _wait(self, path: Path, lock_path: Path, deadline: float, timeout: float, is_stopped: threading.Event) -> None:
+    def _wait(self, path: Path, lock_path: Path, timeout: float, is_stopped: threading.Event) -> None:
         """Return once the writer has let go of the lock, which it takes before it replies."""
-        seen_until, pause = time.monotonic() + min(_SEEN_SECONDS, timeout), 0.001
+        start, pause = time.monotonic(), 0.001
         while True:
             try:
                 descriptor = os.open(lock_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except FileNotFoundError:
-                if time.monotonic() > seen_until:
+                if time.monotonic() - start > min(_SEEN_SECONDS, timeout):
                     raise NoStates(
                         f"the server says that it writes {path.name}, and {self.path} has no lock of that name here. "
                         "Is it the server's `shared_storage_path`, with `use_synchronization_lock` as by default?"
@@ -119,7 +113,7 @@ class SharedFolder:
                     os.close(descriptor)
             if is_done:
                 return
-            if time.monotonic() > deadline:
+            if time.monotonic() - start > timeout:
                 raise NoStates(f"the server did not finish writing {path.name} within {timeout:g} seconds")
             if is_stopped.wait(pause):
                 raise NoStates("the readings were closed")
@@ -195,8 +189,9 @@ def _is_held(path: Path) -> bool:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
-    except OSError:  # another user's, or a link: not ours to judge
-        return True
+    except OSError as error:
+        # A link is nobody's lock; another user's file may be held.
+        return error.errno != errno.ELOOP
     try:
         return not _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
@@ -240,8 +235,8 @@ def _read_plain(path: Path, max_bytes: int) -> bytes:
         if error.errno == errno.ELOOP:
             raise WrongReply(f"{path.name} is a link, and only plain files are read") from None
         raise
-    with open(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
+    try:
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise WrongReply(f"{path.name} is no plain file")
         if found.st_size > max_bytes:
@@ -249,4 +244,7 @@ def _read_plain(path: Path, max_bytes: int) -> bytes:
                 f"{path.name} has {found.st_size} bytes, and the states of this text at the layers asked for at most "
                 f"{max_bytes}. The server was started for more layers, or serves another model"
             )
-        return file.read(max_bytes)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    finally:
+        os.close(descriptor)
