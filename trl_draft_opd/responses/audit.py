@@ -92,7 +92,10 @@ class ResponseAudit:
 
 
 def audit_responses(
-    target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
+    target: FrozenTarget,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    sampling: SamplingSettings,
+    rests: Sequence[Sequence[int]] | None = None,
 ) -> ResponseAudit:
     """
     Check responses against the target at hand.
@@ -107,7 +110,7 @@ def audit_responses(
     """
     if not texts:
         raise ValueError("There is no response to check. Write some with `trl-draft-opd generate`.")
-    scores = [scores for _, scores in score_responses(target, texts, sampling)]
+    scores = [scores for _, scores in score_responses(target, texts, sampling, rests)]
     logprobs, is_choice, entropies, variances = (torch.cat(column) for column in zip(*scores, strict=True))
     # Impossible tokens are reported by count: the sums are over the others.
     possible, num_tokens = logprobs.isfinite(), len(logprobs)
@@ -134,6 +137,7 @@ def check_responses(
     *,
     warn_above: float = 0.01,
     refuse_above: float = 0.1,
+    rests: Sequence[Sequence[int]] | None = None,
 ) -> ResponseAudit:
     """
     Warn of responses that the target at hand would hardly have written, and refuse those it would not.
@@ -144,6 +148,8 @@ def check_responses(
         warn_above (`float`, *optional*, defaults to 0.01), refuse_above (`float`, *optional*, defaults to 0.1):
             Shares in [0, 1] of [`ResponseAudit.share`]. Another precision or another engine flips near-ties: about 1 %
             of greedy tokens in bfloat16.
+        rests (`Sequence[Sequence[int]]`, *optional*):
+            As for [`audit_responses`].
 
     Returns:
         `ResponseAudit`.
@@ -151,7 +157,7 @@ def check_responses(
     Raises:
         ValueError: If the share is above `refuse_above`, or sampled text is unlikely beyond doubt.
     """
-    audit = audit_responses(target, texts, sampling)
+    audit = audit_responses(target, texts, sampling, rests)
     beyond_doubt = not audit.is_greedy and audit.surprise > _SURPRISE_ERRORS * audit.surprise_error
     surprise = audit.surprise if beyond_doubt else 0.0
     if audit.share > refuse_above or surprise > _SURPRISE_REFUSE:
@@ -178,7 +184,10 @@ def check_responses(
 
 @torch.no_grad()
 def score_responses(
-    target: FrozenTarget, texts: Sequence[tuple[Sequence[int], Sequence[int]]], sampling: SamplingSettings
+    target: FrozenTarget,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    sampling: SamplingSettings,
+    rests: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, ResponseScores]]:
     """
     Yield the index of each text and its response's scores, shortest text first, in batches of similar length; the head
@@ -187,8 +196,11 @@ def score_responses(
     empty = [row for row, (prompt, response) in enumerate(texts) if len(prompt) == 0 or len(response) == 0]
     if empty:
         raise ValueError(f"Texts {empty[:10]} have an empty prompt or response. Drop them.")
-    for rows in _batches([len(prompt) + len(response) for prompt, response in texts]):
-        reading = read_texts(target, [[*texts[row][0], *texts[row][1]] for row in rows])
+    whole = [[*prompt, *response] for prompt, response in texts]
+    if rests is not None:
+        whole = [[*text, *rest] for text, rest in zip(whole, rests, strict=True)]
+    for rows in _batches([len(text) for text in whole]):
+        reading = read_texts(target, [whole[row] for row in rows])
         for hidden_LH, row in zip(reading.last_hidden.split(reading.packing.lengths), rows, strict=True):
             prompt, response = texts[row]
             # The state before a token predicts it.

@@ -89,6 +89,10 @@ class RunIdentity:
         name = target.config.name_or_path or ""
         shape["names of the trained weights"] = hash_json(trained)
         settings = recorded_settings(args) | {name: getattr(args, name) for name in _FURTHER}
+        if target.source is not None:
+            # A note and no bond: whoever delivers the same target's readings, they differ by rounding alone.
+            settings["readings"] = getattr(target.source, "digest", None)
+            settings["shuffle_by_shard"] = getattr(args, "shuffle_by_shard", False) or None
         return cls(
             method=method,
             # Through JSON and back, so that it equals what a file gives back.

@@ -7,9 +7,12 @@ live (`_decode_live`); `_mark` tells which slots of its blocks are trained; [`Dr
 [`step_loss`], which drafts the blocks again, with gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
+from datasets import Dataset
 from rich.console import Console
 
 from ..drafters.portable_config import PortableConfig
@@ -19,6 +22,8 @@ from ..rollout.types import Rollout
 from ..runs.distributed.sharding import whole_drafter
 from ..runs.out_of_memory import explained_memory
 from ..target.checks import naming_rows
+from ..target.reading import TextReading
+from .delivery import require_responses, store_of, stored_texts
 from .draft_opd_config import DraftOPDConfig
 from .draft_trainer import DraftTrainer
 from .draft_vocabulary import note_whole_vocabulary
@@ -27,7 +32,15 @@ from .pair import Pair, check_mask_token, text_reader
 from .resuming import describe_batches
 from .rollout_printer import print_rollout
 from .step import PreparedBatch, SlotRules, StreamSettings
-from .texts import AnyDataset, ResponseSource, prompt_rows, respond_to_all, text_of, text_of_rollout
+from .texts import (
+    AnyDataset,
+    ResponseSource,
+    open_store,
+    prompt_rows,
+    respond_to_all,
+    text_of,
+    text_of_rollout,
+)
 
 
 class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
@@ -112,6 +125,23 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         self._responses = ResponseSource(self.target, args, self.train_dataset)
         self._console = Console()
 
+    @staticmethod
+    def _known_texts(
+        pair: Pair, args: DraftOPDConfig, rows: Dataset, is_training: bool
+    ) -> Iterator[np.ndarray] | None:
+        target = pair.target
+        if "input_ids" in rows.column_names:
+            return stored_texts(rows)
+        if not is_training or (target.has_body and store_of(target) is None):
+            # What the body decodes, it reads; what it writes, servers do.
+            return None
+        store = open_store(target, args)
+        require_responses(target, store, rows)
+        return stored_texts(rows, store)
+
+    def _texts_ahead(self, batches: list[dict[str, torch.Tensor]]) -> list[TargetText]:
+        return self._responses.known_texts(batches)
+
     # -- the rollout: blocks of the current drafter along the target's text -------------------------------------------
 
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
@@ -184,11 +214,20 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         # Epoch 0, so that every evaluation draws alike and looks at the same anchors.
         if self.target.rollback_reason is None:
             prepared = self._decode_prompts(batch, epoch=0)
+            if self.target.source is not None:
+                prepared = replace(prepared, reading=self._read_decoded(prepared.text))
             return prepared, prepared.rollout
         args, text = self.args, text_of(batch)
         limits = {"warn_above": args.warn_mismatch_share, "refuse_above": args.max_mismatch_share}
-        rollout = self._walk_evaluation(text, **limits)
-        return PreparedBatch(text, rollout, self._mark(rollout, text.sample_ids, epoch=0), reading=None), rollout
+        rollout, reading = self._walk_evaluation(text, **limits)
+        return PreparedBatch(text, rollout, self._mark(rollout, text.sample_ids, epoch=0), reading), rollout
+
+    def _read_decoded(self, text: TargetText) -> TextReading:
+        """Read what the body has just decoded, which no source of readings has."""
+        layer_ids = self.drafter.config.target_layer_ids
+        # With a cache, which a source does not have.
+        reading = self.target.read_text(text.input_ids, text.attention_mask, layer_ids, keep_cache=True)
+        return reading.without_caches()
 
     @property
     def _keeps_branches(self) -> bool:

@@ -4,6 +4,7 @@ Supervised training of a drafter on text its target wrote.
 """
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,6 +116,9 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
     def _recorded_settings(self) -> dict[str, Any]:
         return super()._recorded_settings() | vocabulary_settings(self.drafter)
 
+    def _texts_ahead(self, batches: list[dict[str, torch.Tensor]]) -> list[TargetText]:
+        return [text_of(batch) for batch in batches]
+
     def _prepare(self, batches: list[dict[str, torch.Tensor]], epoch: int) -> list[PreparedBatch]:
         """Sample the blocks of every micro-batch."""
         return [self._sample_blocks(text_of(batch), epoch) for batch in batches]
@@ -123,8 +127,9 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         """Sample the blocks of the loss, and decode the prompts, or replay their responses."""
         text, rollout = text_of(batch), None
         if self.args.eval_rollouts and self.target.rollback_reason is not None:
-            rollout = self._walk_evaluation(text)
-        elif self.args.eval_rollouts:
+            rollout, reading = self._walk_evaluation(text)
+            return replace(self._sample_blocks(text, epoch=0), reading=reading), rollout
+        if self.args.eval_rollouts:
             # Epoch 0, so that every evaluation draws alike and looks at the same anchors.
             rollout = self._decode(prompts_of_text(text), text.sample_ids, epoch=0)
         return self._sample_blocks(text, epoch=0), rollout

@@ -7,16 +7,20 @@ evaluation batches. How rows become text and blocks, and which streams exist, is
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..data.collators import RowCollator
 from ..data.text_reader import is_tokenized
@@ -24,7 +28,7 @@ from ..drafters.base import Drafter
 from ..drafters.portable_config import PortableConfig
 from ..evaluation import explain_replay
 from ..losses import default_chunk_bytes
-from ..responses import check_responses
+from ..readings.prefetch import PrefetchingSource
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
 from ..rollout.live import rollout_live
@@ -40,6 +44,7 @@ from ..utils.console import lasting_output
 from ..utils.private_trl import _ForwardRedirection
 from .card_memory import check_weights_fit, fit_to_card
 from .common_config import DraftTrainingConfig, check_part_weights
+from .delivery import LookAhead, ShardOrder, WaitMeter, check_texts, open_source, store_of, stored_texts
 from .hub_names import claim_repository
 from .log_printer import print_logs_readably
 from .metrics import best_model_metrics
@@ -55,7 +60,7 @@ from .step import (
     verification_of,
     weight_sums,
 )
-from .texts import AnyDataset, read_each, response_pairs
+from .texts import AnyDataset, check_texts_written, read_each, rows_of
 
 
 if TYPE_CHECKING:
@@ -109,13 +114,14 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             repo_id = claim_repository(args, pair)
             check_weights_fit(pair, args, optimizers[0] is not None)
             pair.target.place(args.device)
+            open_source(pair, args)
             super().__init__(
                 pair,
                 repo_id,
                 args,
                 data_collator=RowCollator(pair.target.pad_token_id),
-                train_dataset=None if train_dataset is None else self._read_rows(pair, args, train_dataset, True),
-                eval_dataset=read_each(partial(self._read_rows, pair, args, is_training=False), eval_dataset),
+                train_dataset=None if train_dataset is None else self._read_known(pair, args, train_dataset, True),
+                eval_dataset=read_each(partial(self._read_known, pair, args, is_training=False), eval_dataset),
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
@@ -124,6 +130,9 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         # Whether this process has computed what a step needs: a resumed run begins at another step than 0.
         self._is_fitted = False
         self._is_measuring = False
+        # Where readings are delivered: the epoch's batches, drawn an update ahead, and how long steps waited for them.
+        self._ahead: LookAhead | None = None
+        self._waiting = WaitMeter(pair.target.source) if isinstance(pair.target.source, PrefetchingSource) else None
         # Whether responses that are replayed for evaluation were held to the target.
         self._responses_are_checked = False
         assert isinstance(pair.drafter.config, PortableConfig), "every family's"
@@ -168,6 +177,26 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def _read_rows(pair: Pair, args: Any, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset."""
 
+    @classmethod
+    def _read_known(cls, pair: Pair, args: Any, dataset: AnyDataset, is_training: bool) -> AnyDataset:
+        """Tokenize a dataset, and refuse one whose texts a source of readings does not have, before any work."""
+        rows = cls._read_rows(pair, args, dataset, is_training)
+        if pair.target.source is not None and isinstance(rows, Dataset):
+            texts = cls._known_texts(pair, args, rows, is_training)
+            if texts is not None:
+                place = "the dataset" if is_training else "the evaluation dataset"
+                check_texts(pair.target, texts, rows["sample_id"], place)
+        return rows
+
+    @staticmethod
+    def _known_texts(pair: Pair, args: Any, rows: Dataset, is_training: bool) -> Iterator[np.ndarray] | None:
+        """Yield the texts that will be read of rows; `None` where they are not known yet."""
+        return stored_texts(rows)
+
+    @abstractmethod
+    def _texts_ahead(self, batches: list[dict[str, torch.Tensor]]) -> list[TargetText]:
+        """Return the texts that `_prepare` will make of batches, in the order of their reading, as far as known."""
+
     @abstractmethod
     def _set_up(self, args: Settings, drafter: PortableConfig) -> None:
         """Set `streams`, `slot_rules` and what else the steps of a trainer need."""
@@ -190,7 +219,45 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         """
         Fetch and prepare the micro-batches of one optimiser step, and sum the weights of their slots over all ranks.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self._waiting.measuring() if self._waiting is not None else nullcontext():
+            return self._prepare_step(self._draw(epoch_iterator, num_batches, device), device)
+
+    def _draw(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+        """Fetch the micro-batches of one step; where readings are delivered, announce those of the next one too."""
+        source = self.target.source
+        if source is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)[0]
+        ahead = self._ahead
+        if ahead is None or ahead.batches is not epoch_iterator:
+            gradient_state = self.accelerator.gradient_state
+            ahead = self._ahead = LookAhead(epoch_iterator, lambda: gradient_state.end_of_dataloader)
+            self._forget_texts()
+            self._announce(ahead.draw(num_batches))
+        batches, _ = super().get_batch_samples(ahead, num_batches, device)
+        if not isinstance(self.train_dataset, Dataset):
+            self._check_stream(batches)
+        if self.state.global_step + 1 < self.state.max_steps:
+            self._announce(ahead.draw(self.args.gradient_accumulation_steps))
+        return batches
+
+    def _announce(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        assert self.target.source is not None, "there is one to announce texts to"
+        for text in self._texts_ahead(batches):
+            self.target.source.expect(rows_of(text.input_ids, text.attention_mask))
+
+    def _check_stream(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Refuse rows of a stream whose texts a source does not have, by their numbers."""
+        for text in self._texts_ahead(batches):
+            check_texts(self.target, rows_of(text.input_ids, text.attention_mask), text.sample_ids, "this step")
+
+    def _forget_texts(self) -> None:
+        """Let go of what was announced and will not be read."""
+        if isinstance(self.target.source, PrefetchingSource):
+            self.target.source.forget()
+
+    def _prepare_step(
+        self, batches: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> tuple[list[PreparedBatch], torch.Tensor]:
         prepared = self._prepare(batches, int(self.state.epoch or 0))
         # ZeRO-2 keeps a share of what `fit_to_card` counts whole.
         is_split = is_sharded(self.accelerator) or self.accelerator.state.deepspeed_plugin is not None
@@ -201,6 +268,41 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         all_sums: Any = self.accelerator.reduce(sums.to(device, torch.float32), "sum")
         # The host waits once, here, and not for each stream of each micro-batch.
         return prepared, all_sums.cpu()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`ResumingTrainer.train`]."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._ahead = None
+            self._forget_texts()
+
+    def training_step(
+        self, model: nn.Module, inputs: PreparedBatch, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As [`ResumingTrainer.training_step`]."""
+        with self._waiting.measuring() if self._waiting is not None else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `reading_wait`, the share of the steps' time that went by waiting for readings."""
+        is_evaluation = next(iter(logs)).startswith("eval_")
+        share = None if self._waiting is None or is_evaluation else self._waiting.pop()
+        if share is not None:
+            logs["reading_wait"] = share
+        super().log(logs, start_time)
+        # A time differs between runs that are the same, and so would their checkpoints, which hold this history.
+        self.state.log_history[-1].pop("reading_wait", None)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Return transformers' sampler, or rows in the order of a store's shards (`shuffle_by_shard`)."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        store = store_of(self.target)
+        if not self.args.shuffle_by_shard or store is None or not isinstance(rows, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        texts = self._known_texts(self._pair, self.args, rows, True)
+        assert texts is not None, "a store has the texts of every row"
+        return ShardOrder(store, list(texts), self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _prepare_inputs(self, inputs: dict[str, Any] | PreparedBatch) -> dict[str, Any] | PreparedBatch:
         """Leave a prepared batch as it is: it is on its device, and DeepSpeed must not cast its features."""
@@ -315,13 +417,18 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             reading=reading,
         )
 
-    def _walk_evaluation(self, text: TargetText, **limits: float) -> Rollout:
-        """Find the blocks along evaluation rows, which tau is counted on; `limits` are those of `check_responses`."""
+    def _walk_evaluation(self, text: TargetText, **limits: float) -> tuple[Rollout, TextReading]:
+        """
+        Find the blocks along evaluation rows, which tau is counted on, and return what was read for that too; `limits`
+        are those of `check_responses`.
+        """
         if not self._responses_are_checked:
             self._responses_are_checked = True
-            check_responses(self.target, response_pairs(text), self.args.sampling_settings(), **limits)
+            check_texts_written(self.target, [text], self.args.sampling_settings(), **limits)
+        layer_ids = self.drafter.config.target_layer_ids
+        reading = self.target.read_text(text.input_ids, text.attention_mask, layer_ids)
         # Epoch 0, so that every evaluation draws alike.
-        return self._walk(self.drafter, text, epoch=0)
+        return self._walk(self.drafter, text, epoch=0, reading=reading), reading
 
     def _decode(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], epoch: int) -> Rollout:
         """Decode prompts live with the current drafter, with a progress bar over the rows."""

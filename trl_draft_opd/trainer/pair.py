@@ -101,8 +101,8 @@ def load_target(
     processing_class: PreTrainedTokenizerBase | None,
 ) -> FrozenTarget:
     """
-    Load or wrap the target as the config states; raise `ValueError` where the launch has no use for it. Collective if
-    it is to be sharded.
+    Load or wrap the target as the config states, by name without its body where `readings` stand in for it; raise
+    `ValueError` where the launch has no use for it. Collective if it is to be sharded.
     """
     shard = args.shard_target and args.world_size > 1
     if args.shard_target and not shard:
@@ -116,6 +116,7 @@ def load_target(
             trust_remote_code=args.trust_remote_code,
             tokenizer=processing_class,
             init_kwargs=parsed(args.target_init_kwargs),
+            body=args.readings is None or not isinstance(target, str | Path),
         )
         check_placement(frozen.causal_lm, shard=args.shard_target, num_processes=args.world_size)
         if shard and not frozen.is_sharded:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -20,6 +21,7 @@ from datasets import Dataset, IterableDataset
 from ..responses import Origin, ResponseAudit, ResponseStore, check_responses, generate_missing
 from ..responses.shards import prompt_key
 from ..responses.store import describe_filling
+from ..rollout.acceptance import SamplingSettings
 from ..rollout.texts import TargetText, join_responses, pad_rows
 from ..rollout.types import Rollout, response_ends
 from ..runs.distributed.ranks import first_rank_decides
@@ -59,10 +61,15 @@ def text_of_rollout(rollout: Rollout, sample_ids: Sequence[int]) -> TargetText:
     return TargetText(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, sample_ids)
 
 
+def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    """Return right-padded rows without their padding."""
+    lengths = attention_mask.sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+
+
 def prompt_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     """Return the prompts of a batch of prompts of [`RowCollator`], without padding."""
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    return [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+    return rows_of(batch["input_ids"], batch["attention_mask"])
 
 
 def prompts_of_text(text: TargetText) -> list[list[int]]:
@@ -71,16 +78,27 @@ def prompts_of_text(text: TargetText) -> list[list[int]]:
     return [row[: max(start, 1)] for row, start in zip(text.input_ids.tolist(), starts, strict=True)]
 
 
-def response_pairs(text: TargetText) -> list[tuple[list[int], list[int]]]:
-    """Return every response of a text with all that stands before it, as token ids."""
-    pairs = []
-    ends = response_ends(text.completion_mask)
+def responses_in_place(text: TargetText) -> list[tuple[list[int], list[int], list[int]]]:
+    """Return every response of a text with all that stands before it and behind it, as token ids."""
+    found = []
+    rows, ends = rows_of(text.input_ids, text.attention_mask), response_ends(text.completion_mask)
     is_start = text.completion_mask.clone()
     is_start[:, 1:] &= ~text.completion_mask[:, :-1]
     for row, start in is_start.nonzero().tolist():
-        ids = text.input_ids[row, : int(ends[row, start]) + 1].tolist()
-        pairs.append((ids[:start], ids[start:]))
-    return pairs
+        ids, end = rows[row], int(ends[row, start]) + 1
+        found.append((ids[:start], ids[start:end], ids[end:]))
+    return found
+
+
+def check_texts_written(
+    target: FrozenTarget, texts: Sequence[TargetText], sampling: SamplingSettings, **limits: float
+) -> ResponseAudit:
+    """Check the responses of texts as [`check_responses`] does, whose limits are `limits`."""
+    found = [each for text in texts for each in responses_in_place(text)]
+    pairs = [(before, response) for before, response, _ in found]
+    # Only whole texts are delivered; the body reads no further than it has to.
+    rests = None if target.source is None else [rest for _, _, rest in found]
+    return check_responses(target, pairs, sampling, rests=rests, **limits)
 
 
 def regroup_by_length(texts: Sequence[TargetText], pad_token_id: int) -> list[TargetText]:
@@ -142,6 +160,16 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
     )
 
 
+def describe_unwritten(target: FrozenTarget, num_missing: int, folder: Path, row: int) -> str:
+    """Return what is wrong where responses are missing and cannot be written, and what to do."""
+    return (
+        f"{num_missing} prompts have no response in {str(folder)!r}, the first of them row {row}, and a run with "
+        "`readings` writes none. Write them with `trl-draft-opd generate --engine vllm --target "
+        f"{target.config.name_or_path or 'TARGET'} --output RESPONSES`, name that folder in `responses`, and read "
+        "them with `trl-draft-opd read --responses RESPONSES`; or give the responses as ids in the dataset."
+    )
+
+
 def _write_responses(
     store: ResponseStore,
     target: FrozenTarget,
@@ -150,6 +178,8 @@ def _write_responses(
     sample_ids: Sequence[int],
 ) -> None:
     """Have the target respond to prompts, which errors call by their rows in the dataset."""
+    if prompts and not target.has_body:
+        raise ValueError(describe_unwritten(target, len(prompts), store.path, sample_ids[0]))
     with naming_rows(sample_ids, "the dataset"):
         generate_missing(
             store,
@@ -212,13 +242,23 @@ class ResponseSource:
             texts = [self._join(batch) for batch in batches]
         if self.audit is None:
             # Once, before anything is trained on them.
-            self.audit = check_responses(
+            self.audit = check_texts_written(
                 self.target,
-                [pair for text in texts for pair in response_pairs(text)],
+                texts,
                 self.args.sampling_settings(),
                 warn_above=self.args.warn_mismatch_share,
                 refuse_above=self.args.max_mismatch_share,
             )
+        return regroup_by_length(texts, self.target.pad_token_id)
+
+    def known_texts(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[TargetText]:
+        """Return what [`texts`] will of micro-batches to come; nothing if a response of theirs is not written yet."""
+        if self.args.completions_from_target:
+            texts = [text_of(batch) for batch in batches]
+        elif self.store.missing([prompt for batch in batches for prompt in prompt_rows(batch)]):
+            return []
+        else:
+            texts = [self._join(batch) for batch in batches]
         return regroup_by_length(texts, self.target.pad_token_id)
 
     def _join(self, batch: dict[str, torch.Tensor]) -> TargetText:
