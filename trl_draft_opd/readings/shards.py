@@ -241,33 +241,41 @@ def read_list(folder: Path, name: str, manifest: ReadingManifest) -> ShardList:
         raise _unusable(path, error) from error
 
 
-def open_states(folder: Path, name: str, manifest: ReadingManifest, num_rows: int) -> Any:
+class ShardReader:
     """
-    Open the states of a shard for slices, which are read when they are copied; see `safe_open`.
+    Reads texts of one shard; from any thread.
 
     Raises:
         ValueError: If the file is not what its list and the manifest say, naming the reason and the fix.
     """
-    path = folder / f"{name}{_STATES}"
-    try:
-        file = safe_open(refuse_link(path), "pt")
-        states = file.get_slice(TENSOR)
-        found = (states.get_dtype(), states.get_shape())
-        expected = (
-            _SAFETENSORS_NAMES[manifest.dtype],
-            [num_rows, len(manifest.layer_ids) + 1, manifest.hidden_size],
-        )
-        if found != expected:
-            raise ValueError(f"it holds {found}, not {expected}")
+
+    def __init__(self, folder: Path, name: str, manifest: ReadingManifest, num_rows: int):
+        self._path, self._row_bytes = folder / f"{name}{_STATES}", manifest.bytes_per_token()
+        shape = [num_rows, len(manifest.layer_ids) + 1, manifest.hidden_size]
+        expected = (_SAFETENSORS_NAMES[manifest.dtype], shape)
+        try:
+            self._states = safe_open(refuse_link(self._path), "pt").get_slice(TENSOR)
+            found = (self._states.get_dtype(), self._states.get_shape())
+            if found != expected:
+                raise ValueError(f"it holds {found}, not {expected}")
+            self._file = self._path.open("rb", buffering=0)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise _unusable(self._path, error) from error
+
+    def read(self, start: int, end: int, checksum: int) -> torch.Tensor:
+        """
+        Return the states `(L, taps + 1, H)` of a text, as a view of the file; the rows of others are not read.
+
+        Raises:
+            ValueError: If they are not those that were written.
+        """
+        # In one request to the disk, where touching the mapped file makes one per few pages.
+        span = (_HEAD_BYTES + start * self._row_bytes, (end - start) * self._row_bytes)
+        os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_WILLNEED)
+        states = self._states[start:end]
+        if xxhash.xxh3_64_intdigest(_bytes_of(states)) != checksum:
+            raise _unusable(self._path, "its content has changed since it was written (xxh3 differs)")
         return states
-    except (ValueError, OSError, SafetensorError) as error:
-        raise _unusable(path, error) from error
-
-
-def check_text(folder: Path, name: str, states: torch.Tensor, checksum: int) -> None:
-    """Raise `ValueError` if the states `(L, taps + 1, H)` of a text are not those that were written."""
-    if xxhash.xxh3_64_intdigest(_bytes_of(states)) != checksum:
-        raise _unusable(folder / f"{name}{_STATES}", "its content has changed since it was written (xxh3 differs)")
 
 
 def check_shard(folder: Path, name: str, sha256: str) -> None:

@@ -21,11 +21,10 @@ from ..target.reading import TextStates
 from ..utils.atomic_files import check_place, explaining_failure
 from .manifest import MANIFEST, ReadingManifest, show_bytes
 from .shards import (
+    ShardReader,
     ShardWriter,
     check_shard,
-    check_text,
     list_shards,
-    open_states,
     read_list,
     sweep_leftovers,
 )
@@ -72,7 +71,7 @@ class ReadingStore:
         self._keys = np.empty((2, 0), dtype=np.uint64)
         self._places = np.empty((3, 0), dtype=np.uint32)
         self._checksums = np.empty(0, dtype=np.uint64)
-        self._opened: OrderedDict[int, Any] = OrderedDict()
+        self._opened: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
         self.refresh()
 
@@ -188,9 +187,7 @@ class ReadingStore:
         if place is None:
             raise ValueError(self.describe_missing([text]))
         shard, start, end = (int(each) for each in self._places[:, place])
-        # A view of the file: the rows of other texts are not read.
-        states = self._open(shard)[start:end]
-        check_text(self.path, self._shards[shard], states, int(self._checksums[place]))
+        states = self._open(shard).read(start, end, int(self._checksums[place]))
         columns = [self.layer_ids.index(layer_id) for layer_id in layer_ids]
         # Copies, as indexing by a list makes: no later read touches the file.
         features = states[:, :-1].clone() if columns == list(range(len(self.layer_ids))) else states[:, columns]
@@ -293,9 +290,9 @@ class ReadingStore:
             listed = read_list(self.path, name, self.manifest)
             try:
                 check_shard(self.path, name, listed.sha256)
-                states = self._open(number)
-                for start, end, checksum in zip(listed.starts, listed.ends, listed.checksums, strict=True):
-                    check_text(self.path, name, states[int(start) : int(end)], int(checksum))
+                shard = self._open(number)
+                for place in zip(listed.starts, listed.ends, listed.checksums, strict=True):
+                    shard.read(*map(int, place))
             except (ValueError, OSError) as error:
                 yield str(error)
 
@@ -315,13 +312,13 @@ class ReadingStore:
             begin += 1
         return None
 
-    def _open(self, shard: int) -> Any:
+    def _open(self, number: int) -> ShardReader:
         with self._lock:
-            states = self._opened.get(shard)
-            if states is None:
-                states = open_states(self.path, self._shards[shard], self.manifest, self._rows[shard])
-                self._opened[shard] = states
-            self._opened.move_to_end(shard)
+            shard = self._opened.get(number)
+            if shard is None:
+                shard = ShardReader(self.path, self._shards[number], self.manifest, self._rows[number])
+                self._opened[number] = shard
+            self._opened.move_to_end(number)
             if len(self._opened) > _OPEN_SHARDS:
                 self._opened.popitem(last=False)
-            return states
+            return shard
