@@ -71,7 +71,8 @@ def test_gradient_accumulation_over_stored_responses_ends_as_in_process(tmp_path
     # Five rows an update, of which two epochs leave a remainder; read one by one, so that regrouping changes no shape.
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
     if method == "opd":
-        options |= {"completions_from_target": False, "responses": str(tmp_path / "responses")}
+        # Nothing is kept from the rollout, so that the loss reads again.
+        options |= {"completions_from_target": False, "responses": str(tmp_path / "responses"), "reading_bytes": 0}
     inside = train(folder, tmp_path / "in", method, **options)
     texts = texts_of(rows_in(folder))
     if method == "opd":
