@@ -36,7 +36,9 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--only", nargs="+", default=[], help="parts of a suite, by the names it prints")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=["eagle3", "dflash"])
-    parser.add_argument("--shared", type=Path, help="folder that holds targets/ and data/, for rollout, step and readings")
+    parser.add_argument(
+        "--shared", type=Path, help="folder that holds targets/ and data/, for rollout, step and readings"
+    )
     parser.add_argument("--target", type=Path, help="folder of the target of readings, in place of the small one")
     parser.add_argument("--drafter-eagle3", type=Path, help="folder of a trained drafter; a random one without it")
     parser.add_argument("--drafter-dflash", type=Path, help="folder of a trained drafter; a random one without it")

@@ -1,14 +1,19 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """What readings from elsewhere cost, against models that are built and figures worked out by hand."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.scaling import make_target_of, shape_of
+from benchmarks.roofline import DELIVERED, reading_tables
+from benchmarks.scaling import DRAFT_VOCABULARY, FAMILIES, make_target_of, shape_of, workload_of
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.jobs import JOBS
+from trl_draft_opd.costs.memory import BF16, count_stages, launch_bytes
 from trl_draft_opd.costs.readings import (
     Flow,
     bodiless_bytes,
@@ -19,9 +24,12 @@ from trl_draft_opd.costs.readings import (
 )
 from trl_draft_opd.costs.roofline import predict
 from trl_draft_opd.costs.shapes import SERVED, TARGETS
+from trl_draft_opd.drafters.target_shape import middle_layer_ids
+from trl_draft_opd.readings.launch import serve_line
 
 
 H100 = GPUS["h100"]
+PAGE = Path(__file__).parents[1] / "docs" / "do" / "scaling.md"
 
 
 def flow_of(name, job_name):
@@ -107,3 +115,29 @@ def test_what_a_card_reads_at_most_is_what_the_same_card_reads_in_process_withou
 
 def test_the_shared_folder_holds_the_texts_under_way():
     assert shared_folder_bytes(64, 4096, bytes_per_token(4096, 3)) == 64 * 4096 * 32_768
+
+
+def test_the_page_quotes_the_tables_of_readings_as_they_are_printed():
+    page = PAGE.read_text(encoding="utf-8")
+    assert [table.splitlines()[0] for table in reading_tables(H100) if table not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("served", "name"), [("Qwen/Qwen3-32B-FP8", "qwen3-32b"), ("Qwen/Qwen3-235B-A22B", "qwen3-235b-a22b")]
+)
+def test_the_page_starts_servers_with_the_lines_that_are_printed(served, name):
+    num_layers, options = SERVED[name].layers, {"dtype": "bfloat16", "max_model_len": 2049}
+    line = serve_line(
+        served, middle_layer_ids(num_layers), num_layers, shared_folder=Path("/dev/shm") / "readings", **options
+    )
+    assert line in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trainer_of_delivered_readings_holds_neither_body_nor_cache_nor_forward(family):
+    target, drafter = TARGETS["qwen3-8b"], shape_of(family, TARGETS["qwen3-8b"], DRAFT_VOCABULARY)
+    stages = count_stages(target, drafter, workload_of(family))
+    delivered, whole = (launch_bytes(stages, launch, 1) for launch in (DELIVERED, "one GPU"))
+    assert delivered <= whole - BF16 * target.parameters + bodiless_bytes(target)
+    longest = replace(stages, forward=10**12, cache=10**12)
+    assert launch_bytes(longest, DELIVERED, 1) == delivered

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import product
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,11 +24,13 @@ from benchmarks.gpu_jobs import Training
 from benchmarks.gpu_rows import Clock
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.costs.jobs import Job
-from trl_draft_opd.readings.fetching import Fetcher
-from trl_draft_opd.readings.prefetch import PrefetchingSource
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary
+from trl_draft_opd.readings.fetching import Fetcher
+from trl_draft_opd.readings.prefetch import PrefetchingSource
+from trl_draft_opd.readings.store import ReadingStore
+from trl_draft_opd.readings.write import write_readings
 from trl_draft_opd.rollout.texts import TargetText
 from trl_draft_opd.target.reading import TextStates
 
@@ -69,26 +71,34 @@ class Throttled:
         return self.fetcher.num_bytes(num_tokens, num_layers)
 
     def close(self) -> None:
-        """Leave the fetcher open: others use it."""
+        """Close the fetcher."""
+        self.fetcher.close()
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
     """Compare memory, then time and waiting for every family under Draft-OPD and under supervised training."""
     path = args.shared / "targets" / texts.TARGET if args.target is None else args.target
     dtype = getattr(torch, args.dtype)
-    whole, bodiless = (FrozenTarget.load(path, dtype=dtype) for body in (True, False))
+    whole, bodiless = (FrozenTarget.load(path, dtype=dtype, body=body) for body in (True, False))
     compare_held(report, whole, bodiless, REACH_HELD if args.target is not None else None)
     batches = batches_of(args, whole, 2 if args.quick else 4)
     rows = [row for batch in batches for row in rows_of(batch)]
-    for family in args.family:
-        drafter = make_drafter(family, whole, rows)
+    for family, size in product(args.family, ("small", "default")):
+        drafter = make_drafter(family, size, whole, rows)
+        layer_ids = drafter.config.target_layer_ids
         with tempfile.TemporaryDirectory() as folder:
-            store = write_store(folder, whole, rows, drafter)
-            for job in jobs_of(family, args.quick):
-                pair = [Training(target, drafter, job, batches[0], is_mixed=args.dtype == "bfloat16") for target in (whole, bodiless)]
-                compare_steps(args, report, *pair, store)
-                waiting(args, report, pair[1], batches, store)
-            store.close()
+            # As many at a time as in a step, so that a text's states are the same to the last bit.
+            write_readings(whole, rows, folder, layer_ids=layer_ids, batch_size=ROWS, show_progress=False).close()
+            for job in jobs_of(family, args.quick)[: 2 if size == "small" else 1]:
+                inside, outside = (
+                    Training(target, drafter, job, batches[0], is_mixed=args.dtype == "bfloat16")
+                    for target in (whole, bodiless)
+                )
+                label = f"{family} {job.name}, {size} drafter, {args.dtype}"
+                is_asked = size == "small" and not args.quick and args.target is not None
+                reach = REACH[family] if is_asked and job.tau is not None else None
+                compare_steps(args, report, label, inside, outside, folder, reach)
+                waiting(report, label, outside, batches, folder, REACH_WAITING if is_asked else None)
 
 
 def jobs_of(family: str, is_quick: bool) -> list[Job]:
@@ -98,13 +108,14 @@ def jobs_of(family: str, is_quick: bool) -> list[Job]:
     return [Job("Draft-OPD", family, tau=TAU, segment=8 if is_whole else 1), Job("SFT", family, num_anchors=anchors)]
 
 
-def make_drafter(family: str, target: FrozenTarget, rows: Sequence[Sequence[int]]) -> Drafter:
-    """Make a fresh drafter of a size that suits a target of some hundred million weights."""
+def make_drafter(family: str, size: str, target: FrozenTarget, rows: Sequence[Sequence[int]]) -> Drafter:
+    """Make a fresh drafter of default size, or of one that suits a target of some hundred million weights."""
     torch.manual_seed(1)
-    kind = DRAFTER_CLASSES[family]
+    kind, options = DRAFTER_CLASSES[family], {}
     if kind.config_class.drafts_whole_blocks:
-        options = {"mask_token_id": target.vocab_size - 1, "num_hidden_layers": 3, "block_size": 8}
-    else:
+        options = {"mask_token_id": target.vocab_size - 1}
+        options |= {"num_hidden_layers": 3, "block_size": 8} if size == "small" else {}
+    elif size == "small":
         counts = torch.bincount(torch.tensor([token for row in rows for token in row]), minlength=target.vocab_size)
         vocabulary = build_draft_vocabulary(counts, DRAFT_VOCABULARY, target.eos_token_ids)
         options = {"draft_vocabulary": vocabulary, "ttt_steps": 5}
@@ -147,36 +158,48 @@ def held_bytes(target: FrozenTarget) -> int:
 
 
 def compare_steps(
-    args: argparse.Namespace, report: Report, inside: Training, outside: Training, store: Fetcher
+    args: argparse.Namespace,
+    report: Report,
+    label: str,
+    inside: Training,
+    outside: Training,
+    folder: str,
+    reach: float | None,
 ) -> None:
     """Compare a step in process with one from the store that fetches when it reads, and never before."""
-    outside.target.source = PrefetchingSource(store, store.layer_ids, LIMIT_BYTES)
-    clock = Clock(inside.device)
+    store = ReadingStore.open_for(outside.target, folder, outside.drafter.config.target_layer_ids)
+    source = PrefetchingSource(store, store.layer_ids, LIMIT_BYTES)
+    outside.target.source, clock = source, Clock(inside.device)
 
     def results(training: Training) -> Mapping[str, torch.Tensor]:
         loss, gradients = training.gradients()
         return {"loss": torch.tensor(loss)} | gradients
 
     names, pair = ("in process", "store"), (inside, outside)
-    label = f"{inside.drafter.config.family} {inside.job.name}, {args.dtype}"
     assert_equal([Arm(name, lambda t=t: results(t)) for name, t in zip(names, pair, strict=True)], rtol=0.0, atol=0.0)
     arms = [Arm(name, lambda t=t: {"loss": t.run(clock)}) for name, t in zip(names, pair, strict=True)]
     for arm, training in zip(arms, pair, strict=True):
         peak = peak_bytes(arm.run)
         report.count(f"{label}, {arm.name}", peak_bytes=peak, with_the_target=peak + held_bytes(training.target))
     ratio = report.ratio(label, paired_ratio(time_in_turns(arms, pairs=args.pairs), *names))
-    reach = REACH[inside.drafter.config.family] if inside.job.tau is not None and is_asked(args) else None
     spread = f"[{ratio.p10:.2f}, {ratio.p90:.2f}]"
     report.figure(f"in process / store, time of a step, {label}", ratio.median, reach, is_upper=False, detail=spread)
+    source.close()
 
 
 def waiting(
-    args: argparse.Namespace, report: Report, training: Training, batches: Sequence[TargetText], store: Fetcher
+    report: Report,
+    label: str,
+    training: Training,
+    batches: Sequence[TargetText],
+    folder: str,
+    reach: float | None,
 ) -> None:
-    """Measure the share of steps, one of which is announced ahead, that waits where the store is read at 1 GB/s."""
+    """Measure what share of a step, announced one step ahead, waits where the store is read at 1 GB/s."""
+    store = ReadingStore.open_for(training.target, folder, training.drafter.config.target_layer_ids)
     source = PrefetchingSource(Throttled(store, THROTTLE), store.layer_ids, LIMIT_BYTES)
     training.target.source, clock = source, Clock(training.device)
-    turns = [batches[i % len(batches)] for i in range(len(batches) + 2)]
+    turns = [*batches, *batches[:2]]
     source.expect(rows_of(turns[0]))
     for index, text in enumerate(turns):
         if index == 1:
@@ -187,38 +210,6 @@ def waiting(
         training.text = text
         training.run(clock)
     seconds, waited = time.perf_counter() - begun, source.wait_seconds - waited
-    label = f"{training.drafter.config.family} {training.job.name}, {args.dtype}"
     report.count(f"{label}, at 1 GB/s", megabytes_a_second=(source.delivered_bytes - delivered) / seconds / 1e6)
-    report.figure(f"share of a step that waits at 1 GB/s, {label}", waited / seconds, REACH_WAITING if is_asked(args) else None)
+    report.figure(f"share of a step that waits at 1 GB/s, {label}", waited / seconds, reach)
     source.close()
-
-
-def is_asked(args: argparse.Namespace) -> bool:
-    """Whether these are the settings that figures are asked for."""
-    return args.target is not None and not args.quick
-
-
-def write_store(folder: str, target: FrozenTarget, rows: Sequence[Sequence[int]], drafter: Drafter) -> "Memory":
-    layer_ids = tuple(drafter.config.target_layer_ids)
-    found = {}
-    for row in rows:
-        ids = torch.tensor([row])
-        r = target.read_text(ids, torch.ones_like(ids), layer_ids)
-        found[tuple(row)] = TextStates(r.features, r.last_hidden)
-    return Memory(found, layer_ids)
-
-
-class Memory:
-    is_before_norm, concurrency, digest = False, 1, ""
-
-    def __init__(self, found, layer_ids):
-        self.found, self.layer_ids = found, layer_ids
-
-    def fetch(self, text, layer_ids):
-        return self.found[tuple(text)]
-
-    def num_bytes(self, num_tokens, num_layers):
-        return num_tokens * 4096
-
-    def close(self):
-        pass

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ..drafters.auto import AutoDrafter
+from ..drafters.base import Drafter
 from ..evaluation import (
     EVALUATION_LENGTHS,
     EvaluationReport,
@@ -30,6 +31,7 @@ from ..export.record import (
 )
 from ..export.serving import SERVING_FILE
 from ..export.texts import add_measurement, read_publication
+from ..readings.opening import check_readings_folder, open_readings
 from ..responses import (
     CHECKED_ROWS,
     Origin,
@@ -43,8 +45,10 @@ from ..rollout.drafting import check_min_confidence
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS, Lengths
-from ..trainer.common_config import length_help
+from ..trainer.common_config import DraftTrainingConfig, length_help
+from ..trainer.delivery import check_texts
 from ..trainer.pair import check_pair
+from ..trainer.texts import describe_unwritten
 from ..utils.atomic_files import check_place
 from ..utils.settings import check_at_least, check_settings
 from .arguments import (
@@ -88,6 +92,12 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "that cannot be rolled back is always measured so, and its responses are kept nowhere if unset.",
         default=None,
     )
+    readings: str | None = flag(
+        "Folder of `read`, or addresses of vLLM servers separated by commas, that read the texts of --responses. The "
+        "target is loaded without its body then, and nothing is decoded.",
+        default=None,
+    )
+    readings_folder: str | None = flag("Folder in which servers leave states, as this machine sees it.", default=None)
     json: str | None = flag("File to write the numbers to.", default=None)
     record: str | None = flag(
         "Put the numbers into the record of the drafter's folder, and of an export onto its card, under this name of "
@@ -100,6 +110,29 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
         check_settings(self)
         check_min_confidence(self.min_confidence)
+        check_readings_folder(self.readings, self.readings_folder)
+        if self.readings is not None and self.responses is None:
+            raise ValueError(
+                "`--readings` takes the target's decoder layers out, so tau is measured by replay along stored "
+                "responses. Name their folder in `--responses`, or leave `--readings` out to decode live."
+            )
+
+    def open_source(
+        self,
+        target: FrozenTarget,
+        drafter: Drafter,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]] | None,
+    ) -> None:
+        """Have the target read the texts from where `--readings` says, if it does; refuse what is not there."""
+        if self.readings is None or responses is None:
+            return
+        layer_ids, limit = drafter.config.target_layer_ids, DraftTrainingConfig.prefetch_bytes
+        source = open_readings(target, self.readings, layer_ids, shared_folder=self.readings_folder, limit_bytes=limit)
+        target.source = source
+        texts = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        check_texts(target, texts, range(len(texts)), "the dataset")
+        source.expect(texts)
 
     def stored_responses(
         self, target: FrozenTarget, prompts: Sequence[Sequence[int]], lengths: Lengths
@@ -110,6 +143,10 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         reader = target.text_reader(**self.reading(lengths.prompt))
         settings = {"sampling": self.sampling_settings(), "max_completion_length": lengths.completion}
         store = ResponseStore.open(self.responses, Origin.of(target, reader, **settings))
+        missing = store.missing(prompts)
+        if missing and not target.has_body:
+            first = next(row for row, prompt in enumerate(prompts) if store.find(prompt) is None)
+            raise ValueError(describe_unwritten(target, len(missing), store.path, first))
         sizes = {"batch_size": self.batch_size, "shard_size": default_of(write_responses, "shard_size")}
         generate_missing(store, target, prompts, **sizes, seed=self.seed, show_progress=True)
         return [found for prompt in prompts if (found := store.find(prompt)) is not None]
@@ -172,13 +209,15 @@ def run_evaluate(argv: Sequence[str]) -> int:
     (args,) = parse("evaluate", [EvaluateArguments], argv)
     sampling = args.sampling_settings()
     args.check_record()
-    target = args.load_target()
+    target = args.load_target(body=args.readings is None)
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
     check_pair(drafter, target)
     target.place(torch.accelerator.current_accelerator(True) or torch.device("cpu"))
     num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=num_drafts, defaults=EVALUATION_LENGTHS)
     prompts = args.read_prompts(target, lengths.prompt)
+    responses = args.stored_responses(target, prompts, lengths)
+    args.open_source(target, drafter, prompts, responses)
     report = evaluate_drafter(
         target,
         drafter.to(target.device),
@@ -190,7 +229,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
         min_confidence=args.min_confidence,
         batch_size=args.batch_size,
         ignore_eos=args.ignore_eos,
-        responses=args.stored_responses(target, prompts, lengths),
+        responses=responses,
         seed=args.seed,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))

@@ -17,6 +17,7 @@ from .shapes import DrafterShape, TargetShape
 
 NUM_RANKS = 8
 LAUNCHES = ("one GPU", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2, target sharded", "one GPU, 4-bit target")
+LAUNCHES += ("one GPU, readings delivered",)
 BF16, FP32 = 2, 4
 GIB = 2**30
 # Of a card, what a step is planned to take at most: the estimate, and what an allocator wastes.
@@ -288,6 +289,10 @@ def launch_bytes(stages: Stages, launch: str, ranks: int) -> int:
     state = stages.masters + stages.gradients + stages.adamw
     whole_bf16 = stages.masters // 2
     target = stages.target
+    if launch == "one GPU, readings delivered":
+        # The target has no body: nothing is read here, and nothing decoded.
+        kept = replace(stages, forward=0, cache=0)
+        return target - stages.target_layers + state + kept.step
     if launch == "one GPU, 4-bit target":
         target = stages.target_4bit
     elif launch == "FSDP2, target sharded":
@@ -330,8 +335,9 @@ def refuse_small_card(target: int, trained: int, optimizer: int, card: int) -> N
         raise ValueError(
             f"The card has {gib(card)} GiB, but weights and optimizer alone need {gib(target + of_drafter)}: "
             f"{gib(target)} for the target, {gib(of_drafter)} for the drafter with its gradients and the optimizer's "
-            "state. Load the target in 4 bits (`target_init_kwargs`) or shard it over several cards "
-            "(`shard_target=True`), shard the drafter (ZeRO-2, ZeRO-3 or FSDP2), or take a smaller target."
+            "state. Load the target in 4 bits (`target_init_kwargs`), leave its body out (`readings`) or shard it "
+            "over several cards (`shard_target=True`), shard the drafter (ZeRO-2, ZeRO-3 or FSDP2), or take a smaller "
+            "target."
         )
 
 

@@ -20,6 +20,21 @@ def is_address(readings: str) -> bool:
     return readings.strip().lower().startswith(_SCHEMES)
 
 
+def check_readings_folder(readings: str | None, readings_folder: str | None) -> None:
+    """Raise `ValueError` where servers are named without the folder that they share, or a folder without servers."""
+    is_served = readings is not None and is_address(readings)
+    if readings_folder is not None and not is_served:
+        raise ValueError(
+            f"`readings_folder` {readings_folder!r} is where servers leave states, and `readings` is {readings!r}. "
+            "Give the servers' `http://...` in `readings`, or leave `readings_folder` out."
+        )
+    if is_served and readings_folder is None:
+        raise ValueError(
+            f"`readings={readings!r}` names servers, which leave states in a folder that they share with this "
+            "machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
+        )
+
+
 def open_readings(
     target: FrozenTarget,
     readings: str,

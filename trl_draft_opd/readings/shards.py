@@ -76,7 +76,6 @@ class ShardWriter:
         self._manifest, self._provenance = manifest, provenance
         self._folder = folder
         self._texts: list[tuple[str, int, int, str]] = []
-        self._num_rows = 0
         self._opened_at = time.monotonic()
         with self._explaining():
             while True:
@@ -97,25 +96,32 @@ class ShardWriter:
         return self.num_bytes >= _SHARD_BYTES or time.monotonic() - self._opened_at > _CLOSE_AFTER
 
     @property
+    def _num_rows(self) -> int:
+        return self._texts[-1][2] if self._texts else 0
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the texts that are whole."""
         return self._num_rows * self._manifest.bytes_per_token()
 
-    def add(self, key: str, states: torch.Tensor) -> None:
+    def add(self, texts: Iterable[tuple[str, torch.Tensor]]) -> None:
         """
-        Write the states `(L, taps + 1, H)` of a text, in the precision of the store.
+        Write texts that were read together, all or none of them: key and states `(L, taps + 1, H)`, in the precision
+        of the store. So a call that resumes reads the others in the same company, and with the same rounding.
 
         Raises:
-            OSError: If the disk is full or fails; the texts before this one are as they were.
+            OSError: If the disk is full or fails; the texts before these are as they were.
         """
-        view = data = _bytes_of(states)
+        added, num_rows = [], self._num_rows
         with self._explaining():
             self._file.seek(_HEAD_BYTES + self.num_bytes)
-            while view:
-                view = view[self._file.write(view) :]
-        end = self._num_rows + len(states)
-        self._texts.append((key, self._num_rows, end, xxhash.xxh3_64_hexdigest(data)))
-        self._num_rows = end
+            for key, states in texts:
+                view = data = _bytes_of(states)
+                while view:
+                    view = view[self._file.write(view) :]
+                added.append((key, num_rows, num_rows + len(states), xxhash.xxh3_64_hexdigest(data)))
+                num_rows += len(states)
+        self._texts += added
 
     def finish(self) -> None:
         """
@@ -130,7 +136,7 @@ class ShardWriter:
                     self._seal()
                 except OSError:
                     # On a full disk the last text makes room for the list of the others.
-                    _, self._num_rows, _, _ = self._texts.pop()
+                    self._texts.pop()
                     if not self._texts:
                         raise
                     with self._explaining():

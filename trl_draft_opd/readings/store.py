@@ -192,9 +192,9 @@ class ReadingStore:
         states = self._open(shard)[start:end]
         check_text(self.path, self._shards[shard], states, int(self._checksums[place]))
         columns = [self.layer_ids.index(layer_id) for layer_id in layer_ids]
-        features = states[:, columns] if columns != list(range(states.shape[1] - 1)) else states[:, :-1]
-        # Copies, so that no later read touches the file.
-        return TextStates(features.reshape(len(states), -1).clone(), states[:, -1].clone())
+        # Copies, as indexing by a list makes: no later read touches the file.
+        features = states[:, :-1].clone() if columns == list(range(len(self.layer_ids))) else states[:, columns]
+        return TextStates(features.flatten(1), states[:, -1].clone())
 
     def describe_missing(self, texts: Sequence[Sequence[int]]) -> str:
         """Return what is wrong where these texts, not empty, are not there, and what to do."""

@@ -26,14 +26,17 @@ from ..target.frozen import FrozenTarget
 from ..target.reading import TextStates
 from .fetching import Fetcher
 from .manifest import MANIFEST, ReadingManifest, show_bytes
+from .shards import list_shards
 from .store import ReadingStore
 
 
 # A text's line in the list of its shard.
 _LIST_BYTES = 128
 # Texts in a row that cannot be fetched, after which no more are tried.
-_GIVE_UP_AFTER = 16
+_GIVE_UP_AFTER = 8
 _SHOWN_FAILURES = 3
+# Texts that were read together, with their states `(L, taps + 1, H)`.
+_Batch = list[tuple[Sequence[int], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class ReadingPlan:
         """
         _check_texts(texts, target)
         manifest, folder = ReadingManifest.of(target, layer_ids, dtype), Path(path)
-        store = ReadingStore.open(folder, manifest) if (folder / MANIFEST).exists() else None
+        # With shards alone, it gets its manifest back.
+        is_there = (folder / MANIFEST).exists() or bool(list_shards(folder))
+        store = ReadingStore.open(folder, manifest) if is_there else None
         fresh: dict[str, int] = {}
         for row, text in enumerate(texts):
             if store is None or text not in store:
                 fresh.setdefault(prompt_key(text), row)
-        stored = (0, 0) if store is None else (len(store), store.num_tokens * manifest.bytes_per_token())
+        stored = (0, 0) if store is None else (len(store), _size(manifest, store.num_tokens, len(store)))
         return cls(folder, manifest, {row: texts[row] for row in fresh.values()}, *stored)
 
     @property
@@ -87,7 +92,7 @@ class ReadingPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes to write."""
-        return self.num_tokens * self.manifest.bytes_per_token() + len(self.texts) * _LIST_BYTES
+        return _size(self.manifest, self.num_tokens, len(self.texts))
 
     def describe(self) -> str:
         """Return what is about to be read and written, as a sentence."""
@@ -131,7 +136,7 @@ class ReadingPlan:
             offers.append(f"{num_layers} of the {len(self.manifest.layer_ids)} layers")
         used = num_fitting = 0
         for text in self.texts.values():
-            used += len(text) * self.manifest.bytes_per_token() + _LIST_BYTES
+            used += _size(self.manifest, len(text), 1)
             if used > room:
                 break
             num_fitting += 1
@@ -217,7 +222,7 @@ def write_readings(
 
 def _write_stream(
     store: ReadingStore,
-    stream: Iterator[tuple[Sequence[int], torch.Tensor]],
+    stream: Iterator[_Batch],
     provenance: dict[str, Any],
     progress: ResponseProgress,
 ) -> None:
@@ -226,9 +231,9 @@ def _write_stream(
         # What ends this early, a signal too, closes the shard with the texts that are whole.
         with store.writing_shard(provenance) as writer:
             is_over = True
-            for text, states in stream:
-                writer.add(prompt_key(text), states)
-                progress.add(1, len(text))
+            for batch in stream:
+                writer.add((prompt_key(text), states) for text, states in batch)
+                progress.add(len(batch), sum(len(text) for text, _ in batch))
                 if writer.is_full:
                     is_over = False
                     break
@@ -236,8 +241,8 @@ def _write_stream(
 
 def _read_in_process(
     target: FrozenTarget, plan: ReadingPlan, batch_size: int, failures: dict[int, Exception]
-) -> Generator[tuple[Sequence[int], torch.Tensor], None, None]:
-    """Yield text and states `(L, taps + 1, H)` of what the target reads, and note what it cannot."""
+) -> Generator[_Batch, None, None]:
+    """Yield the batches that the target reads, and note what it cannot."""
     manifest, todo = plan.manifest, list(plan.texts)
     for begin in range(0, len(todo), batch_size):
         rows = todo[begin : begin + batch_size]
@@ -251,19 +256,21 @@ def _read_in_process(
             reading = read_texts(target, [plan.texts[row] for row in rows], manifest.layer_ids)
         lengths = reading.packing.lengths
         parts = (reading.features.split(lengths), reading.last_hidden.split(lengths))
+        batch: _Batch = []
         for row, states in zip(rows, map(TextStates, *parts), strict=True):
             try:
                 stacked = _stack(states, manifest, len(plan.texts[row]))
             except ValueError as error:
                 failures[row] = error
                 continue
-            yield plan.texts[row], stacked
+            batch.append((plan.texts[row], stacked))
+        yield batch
 
 
 def _fetch(
     source: Fetcher, target: FrozenTarget, plan: ReadingPlan, failures: dict[int, Exception]
-) -> Generator[tuple[Sequence[int], torch.Tensor], None, None]:
-    """Yield text and states `(L, taps + 1, H)` of what is fetched, in order, and note what cannot be."""
+) -> Generator[_Batch, None, None]:
+    """Yield the texts that are fetched, in order, one at a time, and note what cannot be."""
 
     def fetch(text: Sequence[int]) -> TextStates:
         return source.fetch(text, plan.manifest.layer_ids)
@@ -292,7 +299,7 @@ def _fetch(
                     return
                 continue
             num_failed_in_a_row = 0
-            yield plan.texts[row], stacked
+            yield [(plan.texts[row], stacked)]
     finally:
         # Not waited for: its owner closes the source, which ends what is under way.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -311,6 +318,11 @@ def _stack(states: TextStates, manifest: ReadingManifest, num_tokens: int) -> to
     if not stacked.isfinite().all():
         raise ValueError(f"its states are not all finite in {manifest.dtype}")
     return stacked
+
+
+def _size(manifest: ReadingManifest, num_tokens: int, num_texts: int) -> int:
+    """Return the bytes on the disk of so many tokens and texts."""
+    return num_tokens * manifest.bytes_per_token() + num_texts * _LIST_BYTES
 
 
 def _check_texts(texts: Sequence[Sequence[int]], target: FrozenTarget) -> None:

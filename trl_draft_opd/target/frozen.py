@@ -29,6 +29,7 @@ from ..drafters.target_model import (
 )
 from ..drafters.target_shape import scales_logits, text_config
 from ..utils.versions import cache_name_of
+from .around import count_logit_buffers, embed_tokens, project_states
 from .attention import Spans, attending_within_texts
 from .bodiless import WholeWeights, load_without_body
 from .cache import text_cache
@@ -42,18 +43,15 @@ from .checks import (
 )
 from .delivered import read_delivered
 from .fingerprint import fingerprint_weights
-from .placement import Lockstep, device_of, shard_layers
+from .placement import Lockstep, device_of, place_weights, shard_layers
 from .probes import check_head, find_norm, find_padding_reason, is_quantized
 from .reading import ReadingSource, TargetReading, TextReading
 from .texts import LAST, Keep, Passes, read_packed, read_padded, tokens_at_once
-from .vocabulary import describe_beyond, find_unused_id
+from .vocabulary import describe_beyond, eos_ids, find_unused_id, pad_id, special_ids
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-_SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start")
 
 
 class FrozenTarget:
@@ -232,30 +230,18 @@ class FrozenTarget:
     @property
     def eos_token_ids(self) -> list[int]:
         """Every id that ends a response: the generation config's, and the tokenizer's where the target has it."""
-        configured = self.causal_lm.generation_config.eos_token_id if self.causal_lm.generation_config else None
-        configured = configured if configured is not None else self.config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        if self.tokenizer is not None:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return sorted({i for i in ids if i is not None and i < self.vocab_size})
+        return eos_ids(self.config, self.causal_lm.generation_config, self.tokenizer)
 
     @property
     def pad_token_id(self) -> int:
         """Id used to fill rows; always masked, so any valid id serves."""
-        own: Any = self.tokenizer.pad_token_id if self.tokenizer else None
-        for candidate in (own, self.config.pad_token_id):
-            # A pad token that was added to the tokenizer alone has no row of the embedding.
-            if candidate is not None and 0 <= candidate < self.vocab_size:
-                return candidate
-        return self.eos_token_ids[0] if self.eos_token_ids else 0
+        return pad_id(self.config, self.tokenizer, self.eos_token_ids)
 
     @property
     def special_token_ids(self) -> set[int]:
         """Ids with a meaning of their own: what begins, ends, fills and separates text, or stands for the unknown."""
-        ids: list[Any] = [*self.eos_token_ids, self.pad_token_id]
-        for names in (self.config, self.causal_lm.generation_config, self.tokenizer):
-            ids += [getattr(names, f"{name}_token_id", None) for name in _SPECIAL_NAMES]
-        return {token_id for token_id in ids if isinstance(token_id, int)}
+        ids = {*self.eos_token_ids, self.pad_token_id}
+        return ids | special_ids(self.config, self.causal_lm.generation_config, self.tokenizer)
 
     def find_mask_token_id(self) -> int:
         """
@@ -314,19 +300,8 @@ class FrozenTarget:
             ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved,
                 on another kind of device.
         """
-        is_spread = getattr(self.causal_lm, "hf_device_map", None) is not None
-        if not is_spread and not self._is_quantized:
-            self.causal_lm.to(device)  # pyright: ignore[reportArgumentType]
-        if is_spread and self.device != device:
-            raise ValueError(
-                f"The target's `device_map` puts its embedding on {self.device}, but the drafter trains on {device}. "
-                "Map `embed_tokens` there."
-            )
-        if self._is_quantized and self.device.type != device.type:
-            raise ValueError(
-                f"The quantised target was loaded to {self.device.type!r} but training runs on {device.type!r}. Name "
-                "its place, e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
-            )
+        # What is left without the layers is never quantised.
+        place_weights(self.causal_lm, device, is_quantized=self.has_body and is_quantized(self.causal_lm))
 
     def shard(self, device: torch.device) -> None:
         """
@@ -354,10 +329,6 @@ class FrozenTarget:
         return self._padding_reason is None
 
     @property
-    def _is_quantized(self) -> bool:
-        return self.has_body and is_quantized(self.causal_lm)
-
-    @property
     def is_sharded(self) -> bool:
         """Whether [`shard`] was called."""
         return self._lockstep is not None
@@ -371,16 +342,8 @@ class FrozenTarget:
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed token ids as transformers' DFlash decoding does: with the family's scale, without an input norm."""
-        embedding: Any = self.causal_lm.get_input_embeddings()
-        norm = getattr(embedding, "embed_norm", None)
-        if norm is not None:
-            embedding.embed_norm = nn.Identity()
-        try:
-            with self._outside_autocast():
-                return embedding(input_ids)
-        finally:
-            if norm is not None:
-                embedding.embed_norm = norm
+        with self._outside_autocast():
+            return embed_tokens(self.causal_lm, input_ids)
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn outputs of the last layer `(..., H)` into inputs of the head: the target's final norm."""
@@ -401,25 +364,13 @@ class FrozenTarget:
         Turn inputs of the head `(..., H)` into logits `(..., V)`, the family's scales and soft cap included. In the
         head's own precision, whatever autocast says.
         """
-        head: Any = self.causal_lm.get_output_embeddings()
         with self._outside_autocast():
-            # A head on another device hands its logits back to where the states are.
-            logits = head(hidden.to(device_of(head), head.weight.dtype)).to(hidden.device)
-        config = self.config
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+            return project_states(self.causal_lm, self.config, hidden)
 
     @property
     def num_logit_buffers(self) -> int:
         """Tensors of the logits' size that [`project`] and its backward pass hold at once, for memory budgets."""
-        if getattr(self.config, "final_logit_softcapping", None) is not None:
-            return 4
-        is_scaled = getattr(self.config, "logits_scaling", None) or getattr(self.config, "logit_scale", None)
-        return 2 if is_scaled else 1
+        return count_logit_buffers(self.config)
 
     @torch.no_grad()
     def read_text(

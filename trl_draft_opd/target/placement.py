@@ -26,6 +26,30 @@ def device_of(module: nn.Module) -> torch.device:
     return called.weight.device
 
 
+def place_weights(causal_lm: PreTrainedModel, device: torch.device, *, is_quantized: bool) -> None:
+    """
+    Move a target to `device`, unless its weights were spread over devices or quantised on loading.
+
+    Raises:
+        ValueError: If they were spread, and the embedding is not on `device`; or quantised, which cannot be moved, on
+            another kind of device.
+    """
+    is_spread = getattr(causal_lm, "hf_device_map", None) is not None
+    if not is_spread and not is_quantized:
+        causal_lm.to(device)  # pyright: ignore[reportArgumentType]
+    own = device_of(causal_lm.get_input_embeddings())
+    if is_spread and own != device:
+        raise ValueError(
+            f"The target's `device_map` puts its embedding on {own}, but the drafter trains on {device}. Map "
+            "`embed_tokens` there."
+        )
+    if is_quantized and own.type != device.type:
+        raise ValueError(
+            f"The quantised target was loaded to {own.type!r} but training runs on {device.type!r}. Name its place, "
+            "e.g. `target_init_kwargs={'device_map': {'': 0}, 'quantization_config': ...}`."
+        )
+
+
 def check_placement(causal_lm: PreTrainedModel, *, shard: bool, num_processes: int) -> None:
     """Refuse a target that is spread over devices under several processes, or spread or quantised and sharded."""
     devices = {str(device) for device in (getattr(causal_lm, "hf_device_map", None) or {}).values()}

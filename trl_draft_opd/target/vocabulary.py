@@ -1,11 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Which token ids text uses and which it never does. Knows a tokenizer and a number of rows, no model."""
+"""Which token ids text uses, which have a meaning of their own, and which are free. Knows no model."""
 
 import re
 from collections.abc import Collection
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 # Names of a token that was made to stand for what is to be filled in.
@@ -13,6 +13,33 @@ _MASK_NAMES = ("<|mask|>", "<|MASK|>")
 # Names by which vocabularies call tokens that they keep free.
 _RESERVED_NAME = re.compile(r"[<\[].*(unused|reserved|placeholder).*[>\]]", re.IGNORECASE)
 _LISTED = 12
+_SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "decoder_start")
+
+
+def eos_ids(config: PreTrainedConfig, generation: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Return the ids that end a response: the generation config's, else the config's; and the tokenizer's own."""
+    configured: Any = generation.eos_token_id if generation else None
+    configured = configured if configured is not None else config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    if tokenizer is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return sorted({i for i in ids if i is not None and i < config.vocab_size})
+
+
+def pad_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, eos: list[int]) -> int:
+    """Return an id to fill rows with: the tokenizer's, the config's, or one that ends a response."""
+    own: Any = tokenizer.pad_token_id if tokenizer else None
+    for candidate in (own, config.pad_token_id):
+        # A pad token that was added to the tokenizer alone has no row of the embedding.
+        if candidate is not None and 0 <= candidate < config.vocab_size:
+            return candidate
+    return eos[0] if eos else 0
+
+
+def special_ids(*holders: Any) -> set[int]:
+    """Return the ids that configs and tokenizers name as special."""
+    ids = [getattr(holder, f"{name}_token_id", None) for holder in holders for name in _SPECIAL_NAMES]
+    return {token_id for token_id in ids if isinstance(token_id, int)}
 
 
 def find_unused_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int, special_ids: Collection[int]) -> int:
