@@ -262,7 +262,8 @@ def train(method: str, family: str, target: FrozenTarget, trained_on, rows: Data
     }
     config, trainer = {"sft": (DraftSFTConfig, DraftSFTTrainer), "opd": (DraftOPDConfig, DraftOPDTrainer)}[method]
     if method == "opd":
-        options["rejected_scope"] = "first"
+        # The run in process writes the target's responses, and the other one finds them.
+        options |= {"rejected_scope": "first", "responses": str(place.parent / "responses")}
     watch = Watch(drafter)
     trainer(drafter, trained_on, config(**options | readings), rows, callbacks=[watch]).train()
     assert len(watch.losses) == NUM_UPDATES
