@@ -1,111 +1,37 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Both trainers from delivered readings, without the target's body: the run in process, bit for bit."""
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
 from datasets import Dataset, IterableDataset
-from test_resume import differing
 from transformers import TrainerCallback
 
+from helpers.checkpoints import differing
+from helpers.delivered import (
+    BATCH,
+    METHODS,
+    STEPS,
+    assert_same,
+    losses,
+    make_folder,
+    make_trainer,
+    rows_in,
+    texts_of,
+    train,
+    weights,
+    whole_target,
+    write,
+)
 from helpers.extraction_server import serving
-from helpers.oracle import greedy_rows
-from helpers.tiny import FAMILIES, TINY_RUN, make_drafter, make_target
-from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
+from helpers.tiny import FAMILIES
 from trl_draft_opd.readings.prefetch import PrefetchingSource
 from trl_draft_opd.readings.store import ReadingStore
-from trl_draft_opd.readings.write import write_readings
 from trl_draft_opd.trainer.delivery import LookAhead
 from trl_draft_opd.trainer.texts import open_store
 
 
-STEPS, BATCH = 8, 2
-METHODS = {"sft": (DraftSFTTrainer, DraftSFTConfig), "opd": (DraftOPDTrainer, DraftOPDConfig)}
-LAYERS = sorted(
-    {layer for family in FAMILIES for layer in make_drafter(family, make_target()).config.target_layer_ids}
-)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A saved target, rows of its own text, and stores of their readings in float32 and bfloat16."""
-    path, target = tmp_path_factory.mktemp("delivered"), make_target()
-    target.causal_lm.save_pretrained(path / "target")
-    target.tokenizer.save_pretrained(path / "target")
-    rows = greedy_rows(target, STEPS * BATCH, 10)
-    rows.to_json(path / "rows.jsonl")
-    for dtype in ("float32", "bfloat16"):
-        write(whole_target(path), texts_of(rows), path / dtype, dtype=dtype)
-    return path
-
-
-def whole_target(folder: Path) -> FrozenTarget:
-    """
-    Load the target with its body. Weights that are mapped from a file lie at odd addresses, where kernels add up in
-    another order: copies lie as those of a target without its body do.
-    """
-    target = FrozenTarget.load(str(folder / "target"))
-    for parameter in target.causal_lm.parameters():
-        parameter.data = parameter.data.clone()
-    return target
-
-
-def texts_of(rows: Dataset) -> list[list[int]]:
-    return [row["prompt_ids"] + row["completion_ids"] for row in rows]
-
-
-def write(target: FrozenTarget, texts: list[list[int]], path: Path, **options) -> ReadingStore:
-    """Read texts as a run reads its rows one after the other: in its batches."""
-    settings = {"layer_ids": LAYERS, "dtype": "float32", "batch_size": BATCH, "show_progress": False} | options
-    return write_readings(target, texts, path, **settings)
-
-
-def rows_in(folder: Path) -> Dataset:
-    return Dataset.from_list([json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()])
-
-
-def make_trainer(folder, output, method="sft", family="dflash", rows=None, eval_rows=None, target=None, **changes):
-    """A run of eight updates over rows in their order."""
-    trainer_class, config = METHODS[method]
-    options = {
-        "output_dir": str(output),
-        **TINY_RUN,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "train_sampling_strategy": "sequential",
-        "learning_rate": 1e-2,
-        "max_completion_length": 10,
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
-    if method == "opd":
-        options |= {"completions_from_target": True}
-    if target is None:
-        target = str(folder / "target") if "readings" in changes else whole_target(folder)
-    drafter = make_drafter(family, make_target())
-    args = config(**options | changes)
-    return trainer_class(drafter, target, args, rows_in(folder) if rows is None else rows, eval_rows)
-
-
-def train(*args, **changes):
-    trainer = make_trainer(*args, **changes)
-    trainer.train()
-    return trainer
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.drafter.state_dict().items()}
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("delivered"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -120,8 +46,9 @@ def test_eight_updates_from_a_float32_store_are_those_in_process_bit_for_bit(tmp
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_from_a_bfloat16_store_is_within_two_parts_in_ten_thousand(tmp_path, folder, method):
-    inside = train(folder, tmp_path / "in", method, max_steps=1)
-    outside = train(folder, tmp_path / "out", method, max_steps=1, readings=str(folder / "bfloat16"))
+    options = {"max_steps": 1, "per_device_train_batch_size": STEPS * BATCH}
+    inside = train(folder, tmp_path / "in", method, **options)
+    outside = train(folder, tmp_path / "out", method, readings=str(folder / "bfloat16"), **options)
     assert losses(outside) == pytest.approx(losses(inside), rel=2e-4)
     assert losses(outside) != losses(inside)
 
@@ -156,7 +83,7 @@ def test_gradient_accumulation_over_stored_responses_ends_as_in_process(tmp_path
     assert_same(weights(outside), weights(inside))
 
 
-# -- a run that stops and goes on ---------------------------------------------------------------------------------------
+# -- a run that stops and goes on -------------------------------------------------------------------------------------
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "max_steps": 5}
 CUTS = {
@@ -187,20 +114,27 @@ def sharded(folder) -> str:
     return str(folder / "sharded")
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("method", METHODS)
+# One trainer draws ahead as the other does.
+QUICK = {("sft", "workers, and a remainder"), ("sft", "shuffled"), ("opd", "whole batches"), ("opd", "by shard")}
+CASES = [
+    pytest.param(method, cut, marks=() if (method, cut) in QUICK else pytest.mark.slow)
+    for method in METHODS
+    for cut in CUTS
+]
+
+
+@pytest.mark.parametrize(("method", "cut"), CASES)
 def test_a_run_goes_on_bit_for_bit_from_every_update(tmp_path, folder, sharded, method, cut):
     options = SAVING | CUTS[cut] | {"readings": sharded}
     train(folder, tmp_path / "whole", method, **options)
-    for step in (1, 3, 4):
+    for step in (2, 4):
         trainer = make_trainer(folder, tmp_path / f"from-{step}", method, **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         whole, resumed = (tmp_path / name / "checkpoint-5" for name in ("whole", f"from-{step}"))
         assert differing(whole, resumed) == [], f"resumed from step {step}"
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "cut"), CASES)
 def test_drawing_an_update_ahead_changes_no_byte_of_any_checkpoint(
     tmp_path, folder, sharded, method, cut, monkeypatch
 ):
@@ -234,7 +168,7 @@ def test_a_run_that_goes_on_with_another_store_is_told(tmp_path, folder, caplog)
         assert ("readings: " in caplog.text) == says
 
 
-# -- what is announced ---------------------------------------------------------------------------------------------------
+# -- what is announced ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -262,20 +196,28 @@ def test_every_update_but_the_first_finds_its_texts_announced_in_the_order_of_re
     assert trainer.target.source.held_bytes == 0
 
 
+class Beginning(TrainerCallback):
+    is_training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.is_training = True
+
+
 def test_a_row_that_cannot_be_read_costs_no_update_before_its_own(tmp_path, folder):
-    rows = rows_in(folder)
+    rows, begun = rows_in(folder), Beginning()
 
     def stream():
         for number, row in enumerate(rows):
-            if number == 3 * BATCH + 1:
-                raise OSError("the seventh row is gone")
+            # Not when the run's identity is taken of the first rows.
+            if number == 3 * BATCH + 1 and begun.is_training:
+                raise OSError("the eighth row is gone")
             yield row
 
-    # Two batches are drawn ahead by accelerate and by the run; the third update is still trained.
     options = SAVING | {"readings": str(folder / "float32"), "rows": IterableDataset.from_generator(stream)}
     options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
     trainer = make_trainer(folder, tmp_path, **options)
-    with pytest.raises(OSError, match="seventh row"):
+    trainer.add_callback(begun)
+    with pytest.raises(OSError, match="eighth row"):
         trainer.train()
     assert trainer.state.global_step == 3
 
@@ -297,7 +239,7 @@ def test_the_share_of_waiting_is_logged_and_kept_out_of_checkpoints(tmp_path, fo
     assert not any("reading_wait" in entry for entry in trainer.state.log_history)
 
 
-# -- order by shard ------------------------------------------------------------------------------------------------------
+# -- order by shard ---------------------------------------------------------------------------------------------------
 
 
 def test_rows_by_shard_come_shard_after_shard_and_otherwise_in_every_epoch(tmp_path, folder, sharded):
@@ -314,7 +256,7 @@ def test_rows_by_shard_come_shard_after_shard_and_otherwise_in_every_epoch(tmp_p
     assert len({tuple(order) for order in orders}) == 3
 
 
-# -- evaluation without a body ---------------------------------------------------------------------------------------------
+# -- evaluation without a body ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:The target was loaded without")

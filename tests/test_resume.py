@@ -4,13 +4,13 @@ A run that stopped and went on is the run that never stopped: every file of its 
 byte.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.checkpoints import differing, read
 from helpers.oracle import greedy_rows
 from helpers.tiny import FAMILIES, TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
@@ -72,25 +72,6 @@ def train(output_dir, kind, target, rows, resume=None, seed=1, eval_rows=None, d
     assert trainer.state.global_step == STEPS
     assert max(step for step, _ in list_checkpoints(Path(output_dir))) == STEPS
     return Path(output_dir) / f"checkpoint-{STEPS}"
-
-
-def read(folder):
-    """
-    Every file's bytes; of the log all but how long an evaluation took, and of the manifest nothing, which holds its
-    hash.
-    """
-    held = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
-    state = json.loads(held["trainer_state.json"])
-    for entry in state["log_history"]:
-        for name in [name for name in entry if name.endswith(("_runtime", "_per_second"))]:
-            del entry[name]
-    return held | {"trainer_state.json": state}
-
-
-def differing(first, second):
-    """Names of the files that differ."""
-    first, second = read(first), read(second)
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 # Every pair of an engine, a number of workers and an accumulation; the other six of the twelve are slow tests.

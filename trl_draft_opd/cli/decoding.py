@@ -31,7 +31,7 @@ from ..export.record import (
 )
 from ..export.serving import SERVING_FILE
 from ..export.texts import add_measurement, read_publication
-from ..readings.opening import check_readings, open_readings
+from ..readings.opening import check_readings_folder, open_readings
 from ..responses import (
     CHECKED_ROWS,
     Origin,
@@ -110,7 +110,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
         check_settings(self)
         check_min_confidence(self.min_confidence)
-        check_readings(self.readings, self.readings_folder)
+        check_readings_folder(self.readings, self.readings_folder)
         if self.readings is not None and self.responses is None:
             raise ValueError(
                 "`--readings` takes the target's decoder layers out, so tau is measured by replay along stored "

@@ -1,9 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The command that reads: `read`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -12,6 +14,7 @@ from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.target_shape import middle_layer_ids, spread_layer_ids
 from ..readings.launch import serve_line
+from ..readings.server import ReadingServers
 from ..readings.store import ReadingStore
 from ..readings.write import ReadingPlan, write_readings
 from ..responses import Origin, ResponseStore
@@ -62,22 +65,63 @@ class ReadArguments(TargetArguments, RowsArguments):
         default=default_of(write_readings, "batch_size"),
     )
     num_proc: int | None = flag("Processes that tokenize.", default=None)
+    engine: Literal["transformers", "vllm"] = flag(
+        "What reads: the target in this process, or vLLM servers that `--print-server` starts.",
+        default="transformers",
+    )
+    base_url: list[str] | None = flag("Addresses of the vLLM servers, which share the texts.", default=None)
+    shared_folder: str = flag(
+        "Folder in which the servers leave states, as this machine sees it.", default=_SHARED_FOLDER
+    )
+    served_model_name: str | None = flag(
+        "The servers' name for the target; if unset, they are asked and must serve one model only.", default=None
+    )
+    api_key_file: str | None = flag("File with the servers' API key.", default=None)
+    concurrency: int = flag(
+        "Texts at a time at each server.", default=default_of(ReadingServers.connect, "concurrency")
+    )
     verify: bool = flag(
         "Check every byte of what --output holds, and count what is missing, in place of reading; exit code 1 on "
         "damage.",
         default=False,
     )
     print_server: bool = flag("Print the command that starts a vLLM server of these readings, and end.", default=False)
-    shared_folder: str = flag(
-        "Folder in which the servers leave states, as this machine sees it.", default=_SHARED_FOLDER
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "batch_size", "num_proc", "max_bytes")
+        check_at_least(self, 1, "batch_size", "num_proc", "max_bytes", "concurrency")
         check_at_least(self, 2, "max_length")
         if self.drafter is not None and self.target_layer_ids is not None:
             raise ValueError("Give `--drafter`, whose layers are kept, or `--target-layer-ids`, and not both.")
+
+        server = ("base_url", "served_model_name", "api_key_file")
+        given = [name for name in server if getattr(self, name) is not None]
+        if given and self.engine != "vllm":
+            raise ValueError(f"{given} describe servers, which `--engine vllm` asks. Set it, or leave them out.")
+        if self.engine == "vllm" and not self.base_url and not self.print_server:
+            raise ValueError("`--engine vllm` needs `--base-url`; `--print-server` prints what starts such a server.")
+
+    @contextmanager
+    def source(self, target: FrozenTarget, layer_ids: Sequence[int]) -> Iterator[ReadingServers | None]:
+        """Yield the servers, connected and checked, or `None` for the target in this process."""
+        if self.engine != "vllm":
+            yield None
+            return
+        assert self.base_url is not None, "`__post_init__`"
+        key = None if self.api_key_file is None else Path(self.api_key_file).read_text("utf-8").strip()
+        servers = ReadingServers.connect(
+            target,
+            self.base_url,
+            layer_ids,
+            shared_folder=self.shared_folder,
+            model=self.served_model_name,
+            api_key=key,
+            concurrency=self.concurrency,
+        )
+        try:
+            yield servers
+        finally:
+            servers.close()
 
     def load_drafter(self, target: FrozenTarget) -> Drafter | None:
         """Return the drafter, if one was named; raise `ValueError` if it is not one of this target."""
@@ -148,11 +192,11 @@ def run_read(argv: Sequence[str]) -> int:
     (args,) = parse("read", [ReadArguments], argv)
     check_place(Path(args.output), "`--output`")
     rows = args.load_rows()
-    target = args.load_target(body=not (args.verify or args.print_server))
+    reads_here = args.engine == "transformers" and not (args.verify or args.print_server)
+    target = args.load_target(body=reads_here)
     drafter = args.load_drafter(target)
     layer_ids = args.choose_layers(target, drafter)
-    num_drafts = 0 if drafter is None else drafter.default_num_drafts
-    texts = args.read_texts(target, rows, num_drafts)
+    texts = args.read_texts(target, rows, 0 if drafter is None else drafter.default_num_drafts)
     if args.print_server:
         print(args.serve_line(target, layer_ids, max(map(len, texts))))
         return 0
@@ -160,18 +204,26 @@ def run_read(argv: Sequence[str]) -> int:
         return _verify(ReadingStore.open_for(target, args.output, layer_ids), texts)
     plan = ReadingPlan.of(target, texts, args.output, layer_ids, args.dtype)
     print(plan.describe())
+    # Before servers are asked.
+    plan.check_room(args.max_bytes)
     accelerator = torch.accelerator.current_accelerator(True)
-    if accelerator is not None:
+    # It belongs to the servers, if there are any.
+    if reads_here and accelerator is not None:
         target.place(accelerator)
-    store = write_readings(
-        target,
-        texts,
-        args.output,
-        layer_ids=layer_ids,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        max_bytes=args.max_bytes,
-    )
+    with args.source(target, layer_ids) as servers:
+        if servers is not None:
+            servers.require_lengths([len(text) for text in texts])
+        store = write_readings(
+            target,
+            texts,
+            args.output,
+            layer_ids=layer_ids,
+            dtype=args.dtype,
+            source=servers,
+            provenance=None if servers is None else {"engine": "vllm", "engine_version": servers.engine_version},
+            batch_size=args.batch_size,
+            max_bytes=args.max_bytes,
+        )
     print(store.describe())
     print_next(
         "sft" if args.responses is None else "opd",

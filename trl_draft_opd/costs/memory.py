@@ -335,8 +335,9 @@ def refuse_small_card(target: int, trained: int, optimizer: int, card: int) -> N
         raise ValueError(
             f"The card has {gib(card)} GiB, but weights and optimizer alone need {gib(target + of_drafter)}: "
             f"{gib(target)} for the target, {gib(of_drafter)} for the drafter with its gradients and the optimizer's "
-            "state. Load the target in 4 bits (`target_init_kwargs`) or shard it over several cards "
-            "(`shard_target=True`), shard the drafter (ZeRO-2, ZeRO-3 or FSDP2), or take a smaller target."
+            "state. Load the target in 4 bits (`target_init_kwargs`), leave its body out (`readings`) or shard it "
+            "over several cards (`shard_target=True`), shard the drafter (ZeRO-2, ZeRO-3 or FSDP2), or take a smaller "
+            "target."
         )
 
 

@@ -20,7 +20,7 @@ def is_address(readings: str) -> bool:
     return readings.strip().lower().startswith(_SCHEMES)
 
 
-def check_readings(readings: str | None, readings_folder: str | None) -> None:
+def check_readings_folder(readings: str | None, readings_folder: str | None) -> None:
     """Raise `ValueError` where servers are named without the folder that they share, or a folder without servers."""
     is_served = readings is not None and is_address(readings)
     if readings_folder is not None and not is_served:

@@ -33,7 +33,7 @@ from .store import ReadingStore
 # A text's line in the list of its shard.
 _LIST_BYTES = 128
 # Texts in a row that cannot be fetched, after which no more are tried.
-_GIVE_UP_AFTER = 16
+_GIVE_UP_AFTER = 8
 _SHOWN_FAILURES = 3
 # Texts that were read together, with their states `(L, taps + 1, H)`.
 _Batch = list[tuple[Sequence[int], torch.Tensor]]

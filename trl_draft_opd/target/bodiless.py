@@ -22,7 +22,7 @@ from ..drafters.target_model import check_architecture, merging_line, parse_dtyp
 from ..drafters.target_shape import text_config
 from ..utils.loading import loading_whole
 from .checks import find_layers
-from .fingerprint import as_saved, hash_tensors, layer_of, own_tensors, tied_names
+from .fingerprint import as_saved, hash_tensors, layer_of, outlines, own_tensors, tied_names
 
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -223,7 +223,7 @@ def _match(model: PreTrainedModel, tensors: SavedTensors) -> WholeWeights:
     """
     source, kind = str(tensors.source), type(model).__name__
     is_quantized = getattr(model.config, "quantization_config", None) is not None
-    wanted = as_saved(model, {name: tensor.to("meta") for name, tensor in own_tensors(model).items()})
+    wanted = as_saved(model, outlines(own_tensors(model)))
     layers = {layer_of(saved) for saved in wanted} - {""}
     modules = {_module_of(saved) for saved in wanted}
     stray = re.compile("|".join((*(model._keys_to_ignore_on_load_unexpected or ()), *_NOT_LEARNED)))
@@ -245,7 +245,9 @@ def _match(model: PreTrainedModel, tensors: SavedTensors) -> WholeWeights:
             f"{source!r} holds {_listed(unknown)}, which {kind} of transformers {transformers.__version__} does not "
             "have. Load it with its body and save it again with `save_pretrained`."
         )
-    tied = {_saved_name(model, name): _saved_name(model, first) for name, first in tied_names(model).items()}
+    tied = {
+        _saved_name(model, name): _saved_name(model, first) for name, first in tied_names(own_tensors(model)).items()
+    }
     for saved, first in tied.items():
         if saved in names and first not in names:
             names[first] = names.pop(saved)
@@ -274,7 +276,8 @@ def _fill(model: PreTrainedModel, weights: WholeWeights) -> None:
     """
     dtype: Any = model.config.dtype
     kept = model._get_dtype_plan(dtype)
-    tensors, held, tied = weights.tensors, own_tensors(model), tied_names(model)
+    tensors, held = weights.tensors, own_tensors(model)
+    tied = tied_names(held)
     modules = {_module_of(_saved_name(model, name)) for name in held}
     for saved, name in weights.names.items():
         if saved not in weights.shapes and _module_of(saved) in modules:
@@ -305,7 +308,7 @@ def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
 
 
 def _saved_name(model: PreTrainedModel, name: str) -> str:
-    return next(iter(as_saved(model, {name: own_tensors(model)[name].to("meta")})))
+    return next(iter(as_saved(model, outlines({name: own_tensors(model)[name]}))))
 
 
 def _module_of(name: str) -> str:

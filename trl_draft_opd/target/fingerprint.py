@@ -33,14 +33,14 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
 
     About 1 GB of bfloat16 per second and CPU core.
     """
-    tied = tied_names(model)
-    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in own_tensors(model).items():
+    tensors = own_tensors(model)
+    tied, parts = tied_names(tensors), defaultdict[str, dict[str, torch.Tensor]](dict)
+    for name, tensor in tensors.items():
         if name not in tied:
             parts[layer_of(name)][name] = tensor
     shapes, places = {}, {}
     for part, held in parts.items():
-        for name, saved in as_saved(model, {name: tensor.to("meta") for name, tensor in held.items()}).items():
+        for name, saved in as_saved(model, outlines(held)).items():
             shapes[name], places[name] = list(saved.shape), part
 
     def walk() -> Iterator[torch.Tensor]:
@@ -75,11 +75,17 @@ def own_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
 
 
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
+def tied_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return the names of tensors that have another name, which comes first, and that name."""
     first: dict[int, str] = {}
-    names = {name: first.setdefault(id(tensor), name) for name, tensor in sorted(own_tensors(model).items())}
+    names = {name: first.setdefault(id(tensors[name]), name) for name in sorted(tensors)}
     return {name: other for name, other in names.items() if name != other}
+
+
+def outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors of the same shapes without elements."""
+    # Not by `to`, which would take the state of quantised weights along.
+    return {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in tensors.items()}
 
 
 def as_saved(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

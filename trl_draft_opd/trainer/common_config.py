@@ -18,7 +18,6 @@ from transformers import SchedulerType
 from ..data.templates import read_template
 from ..drafters.base import Drafter
 from ..losses import LOSS_TYPES
-from ..readings.opening import check_readings, is_address
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
 from ..runs.distributed.launch import check_launcher, check_processes, is_launched_on_cpus
@@ -28,7 +27,7 @@ from ..utils.private_trl import _BaseConfig
 from ..utils.settings import check_at_least, check_settings
 from .metrics import is_loss
 from .muon import check_muon_settings
-from .unusable_options import check_options
+from .unusable_options import check_options, check_readings
 
 
 SLOT_WEIGHTINGS = ("decay", "d_pace")
@@ -328,7 +327,7 @@ class DraftTrainingConfig(_BaseConfig):
         check_at_least(self, 1, "max_prompt_length", "max_completion_length", "generation_batch_size")
         check_at_least(self, 1, "blocks_per_pass", "loss_chunk_bytes", "num_drafts", "dataset_num_proc")
         check_at_least(self, 1, "prefetch_bytes")
-        self._check_readings()
+        check_readings(self)
         if not 0 <= self.d_pace_floor <= 1:
             raise ValueError(f"`d_pace_floor` must be in [0, 1], got {self.d_pace_floor}.")
         for name in ("hub_target_id", "dataset_id"):
@@ -336,27 +335,6 @@ class DraftTrainingConfig(_BaseConfig):
                 validate_repo_id(getattr(self, name))
             except HFValidationError as error:
                 raise ValueError(f"`{name}` must be a Hub id, ORG/NAME, got {getattr(self, name)!r}.") from error
-
-    def _check_readings(self) -> None:
-        """Refuse settings that a source of readings has no use for."""
-        check_readings(self.readings, self.readings_folder)
-        if self.readings is not None and self.shard_target:
-            raise ValueError(
-                "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
-                "of the two out."
-            )
-        if not self.shuffle_by_shard:
-            return
-        if self.readings is None or is_address(self.readings):
-            raise ValueError(
-                "`shuffle_by_shard=True` orders rows by the shards of a store, and `readings` is "
-                f"{self.readings!r}. Give the folder of a store there, or leave `shuffle_by_shard` out."
-            )
-        if self.train_sampling_strategy != "random":
-            raise ValueError(
-                f"`shuffle_by_shard=True` and `train_sampling_strategy={self.train_sampling_strategy!r}` both order "
-                "the rows. Leave one of the two out."
-            )
 
     def fit_to(self, num_positions: int | None, num_drafts: int) -> Self:
         """

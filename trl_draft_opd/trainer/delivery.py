@@ -112,6 +112,8 @@ class LookAhead:
         self.batches, self._is_at_end = batches, is_at_end
         self._drawn: deque[Any] = deque()
         self._error: Exception | None = None
+        # Until the first is drawn, an epoch before this one may be at its end.
+        self._is_begun = False
 
     def __iter__(self) -> Iterator:
         return self
@@ -125,7 +127,8 @@ class LookAhead:
 
     def draw(self, count: int) -> list[Any]:
         """Return the next batches, at most `count`, which stay to be asked for."""
-        while len(self._drawn) < count and self._error is None and not self._is_at_end():
+        while len(self._drawn) < count and self._error is None and not (self._is_begun and self._is_at_end()):
+            self._is_begun = True
             try:
                 self._drawn.append(next(self.batches))
             except Exception as error:  # noqa: BLE001  a row of the next update must not cost this one

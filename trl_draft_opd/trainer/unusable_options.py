@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Options of transformers' Trainer that do nothing for a drafter, or do harm: refused with a sentence, before any work.
+Options of transformers' Trainer that do nothing for a drafter, or do harm, and those that readings have no use for:
+refused with a sentence, before any work.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
+from ..readings.opening import check_readings_folder, is_address
 from ..utils.settings import check_at_least
 
 
@@ -102,3 +104,31 @@ def check_reporters(report_to: str | list[str] | None) -> None:
                 f"`report_to` names {name!r}, which is not installed. Install it, or leave it out; installed: "
                 f"{', '.join(installed) or 'none'}."
             )
+
+
+def check_readings(args: Any) -> None:
+    """
+    Refuse settings of both trainers that a source of readings has no use for, and those that need one.
+
+    Raises:
+        ValueError: Naming the setting and the fix.
+    """
+    is_served = args.readings is not None and is_address(args.readings)
+    check_readings_folder(args.readings, args.readings_folder)
+    if args.readings is not None and args.shard_target:
+        raise ValueError(
+            "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
+            "of the two out."
+        )
+    if not args.shuffle_by_shard:
+        return
+    if args.readings is None or is_served:
+        raise ValueError(
+            "`shuffle_by_shard=True` orders rows by the shards of a store, and `readings` is "
+            f"{args.readings!r}. Give the folder of a store there, or leave `shuffle_by_shard` out."
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"`shuffle_by_shard=True` and `train_sampling_strategy={args.train_sampling_strategy!r}` both order "
+            "the rows. Leave one of the two out."
+        )

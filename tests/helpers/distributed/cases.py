@@ -28,6 +28,7 @@ from trl_draft_opd import (
     build_draft_vocabulary,
 )
 from trl_draft_opd.drafters.base import Drafter
+from trl_draft_opd.readings.write import write_readings
 from trl_draft_opd.runs.distributed.sharding import full_optimizer_state, full_weights
 from trl_draft_opd.trainer.step import StepLoss
 
@@ -70,6 +71,9 @@ CASES = {
     # The first step of a rank without a slot reaches both heads too.
     "sft_dspark": Case("sft", "dspark", {"draft_vocab_size": 48}),
     "replay_dspark": Case("opd", "dspark", {"rejected_scope": "suffix"}),
+    # Without the target's body, its readings from a store that both ranks read.
+    "stored_sft": Case("sft", "dflash", {"readings": "readings"}),
+    "stored_opd": Case("opd", "eagle3", {"readings": "readings", "completions_from_target": True}),
     "adamw": Case("sft", "eagle3", ADAMW, frozen="midlayer.mlp.up_proj"),
 }
 # Refused under ZeRO.
@@ -83,7 +87,7 @@ POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("l
 
 def prepare(folder: Path) -> None:
     """
-    Write the target of all cases, and prompts with its greedy responses.
+    Write the target of all cases, prompts with its greedy responses, and its readings of them.
 
     Ids that end some responses at once and some late make them unequal; every second one of the first step is a single
     token.
@@ -101,6 +105,12 @@ def prepare(folder: Path) -> None:
     order = [0, 1, 2, 1, 4, 5, 6, 7]
     rows = {"prompt_ids": [texts[row][0] for row in order], "completion_ids": [cut[row] for row in order]}
     (folder / "rows.json").write_text(json.dumps(rows))
+    whole = [prompt + response for prompt, response in zip(*rows.values(), strict=True)]
+    drafters = [make_drafter(family, target) for family in ("dflash", "eagle3")]
+    layer_ids = sorted({layer for drafter in drafters for layer in drafter.config.target_layer_ids})
+    write_readings(
+        FrozenTarget.load(folder / "target"), whole, folder / "readings", layer_ids=layer_ids, show_progress=False
+    )
 
 
 def make_case_drafter(case: Case, target: FrozenTarget, seed: int) -> Drafter:
@@ -144,6 +154,9 @@ def run_case(
     trainer_class, config_class = (
         (DraftSFTTrainer, DraftSFTConfig) if case.kind == "sft" else (DraftOPDTrainer, DraftOPDConfig)
     )
+    settings = dict(case.settings)
+    if "readings" in settings:
+        settings["readings"] = str(folder / settings["readings"])
     common = {
         "output_dir": str(output),
         "optim": "sgd",
@@ -163,7 +176,7 @@ def run_case(
         "warmup_steps": 0,
         "max_completion_length": LONGEST,
     }
-    args = config_class(**common | launch | case.settings)
+    args = config_class(**common | launch | settings)
     # Every rank its own weights: the first one's must win.
     drafter = make_case_drafter(case, target, seed=1 + rank)
     trainer = trainer_class(drafter, str(folder / "target"), args, rows, rows.select(range(4)))
