@@ -13,16 +13,19 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
+from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
 
 from benchmarks import texts
 from benchmarks.arms import Arm, Report, assert_equal, paired_ratio, time_in_turns
 from benchmarks.counters import peak_bytes
-from benchmarks.gpu_jobs import Training
+from benchmarks.gpu_jobs import Training, forced
 from benchmarks.gpu_rows import Clock
-from trl_draft_opd import FrozenTarget
+from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, FrozenTarget
 from trl_draft_opd.costs.jobs import Job
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
@@ -33,6 +36,8 @@ from trl_draft_opd.readings.store import ReadingStore
 from trl_draft_opd.readings.write import write_readings
 from trl_draft_opd.rollout.texts import TargetText
 from trl_draft_opd.target.reading import TextStates
+from trl_draft_opd.trainer.draft_trainer import DraftTrainer
+from trl_draft_opd.trainer.log_printer import LogPrinter
 
 
 # Accepted length of drafters of SmolLM2-135M that were trained for half an hour.
@@ -86,7 +91,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     for family, size in product(args.family, ("small", "default")):
         drafter = make_drafter(family, size, whole, rows)
         layer_ids = drafter.config.target_layer_ids
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as root:
+            folder = f"{root}/readings"
             # As many at a time as in a step, so that a text's states are the same to the last bit.
             write_readings(whole, rows, folder, layer_ids=layer_ids, batch_size=ROWS, show_progress=False).close()
             for job in jobs_of(family, args.quick)[: 2 if size == "small" else 1]:
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
                 is_asked = size == "small" and not args.quick and args.target is not None
                 reach = REACH[family] if is_asked and job.tau is not None else None
                 compare_steps(args, report, label, inside, outside, folder, reach)
-                waiting(report, label, outside, batches, folder, REACH_WAITING if is_asked else None)
+                waiting(args, report, label, path, drafter, job, batches, folder, REACH_WAITING if is_asked else None)
 
 
 def jobs_of(family: str, is_quick: bool) -> list[Job]:
@@ -188,28 +194,70 @@ def compare_steps(
 
 
 def waiting(
+    args: argparse.Namespace,
     report: Report,
     label: str,
-    training: Training,
+    path: Path,
+    drafter: Drafter,
+    job: Job,
     batches: Sequence[TargetText],
     folder: str,
     reach: float | None,
 ) -> None:
-    """Measure what share of a step, announced one step ahead, waits where the store is read at 1 GB/s."""
-    store = ReadingStore.open_for(training.target, folder, training.drafter.config.target_layer_ids)
-    source = PrefetchingSource(Throttled(store, THROTTLE), store.layer_ids, LIMIT_BYTES)
-    training.target.source, clock = source, Clock(training.device)
-    turns = [*batches, *batches[:2]]
-    source.expect(rows_of(turns[0]))
-    for index, text in enumerate(turns):
-        if index == 1:
-            # Behind the first step, which nothing was fetched ahead of.
-            begun, waited, delivered = time.perf_counter(), source.wait_seconds, source.delivered_bytes
-        if index + 1 < len(turns):
-            source.expect(rows_of(turns[index + 1]))
-        training.text = text
-        training.run(clock)
-    seconds, waited = time.perf_counter() - begun, source.wait_seconds - waited
-    report.count(f"{label}, at 1 GB/s", megabytes_a_second=(source.delivered_bytes - delivered) / seconds / 1e6)
-    report.figure(f"share of a step that waits at 1 GB/s, {label}", waited / seconds, reach)
+    """Measure what share of the real trainer's steps, the first left out, waits where the store is read at 1 GB/s."""
+    trainer = make_trainer(args, path, drafter, job, batches, folder)
+    source = trainer.target.source
+    # Behind the check that every text is there, and before a thread starts.
+    source.fetcher = Throttled(source.fetcher, THROTTLE)
+    meter = Meter(source, len(batches) + 1)
+    trainer.add_callback(meter)
+    trainer.remove_callback(LogPrinter)
+    with forced(job.tau):
+        trainer.train()
     source.close()
+    report.count(f"{label}, at 1 GB/s", megabytes_a_second=meter.delivered / meter.seconds / 1e6)
+    report.figure(f"share of a step that waits at 1 GB/s, {label}", meter.waited / meter.seconds, reach)
+
+
+class Meter(TrainerCallback):
+    """Counts seconds, seconds of waiting and bytes from the end of the first step to the end of the last."""
+
+    def __init__(self, source: PrefetchingSource, num_steps: int):
+        self.source, self.num_steps = source, num_steps
+        self.seconds = self.waited = self.delivered = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        sign = {1: -1, self.num_steps: 1}.get(state.global_step, 0)
+        self.seconds += sign * time.perf_counter()
+        self.waited += sign * self.source.wait_seconds
+        self.delivered += sign * self.source.delivered_bytes
+
+
+def make_trainer(
+    args: argparse.Namespace, path: Path, drafter: Drafter, job: Job, batches: Sequence[TargetText], folder: str
+) -> DraftTrainer:
+    """Return a trainer of `ROWS` texts per step that reads from the store, silent and without checkpoints."""
+    rows, output_dir = [], f"{folder}-run"
+    for batch in batches:
+        for text, is_written in zip(rows_of(batch), batch.completion_mask, strict=True):
+            start = int(is_written.to(torch.uint8).argmax())
+            rows.append({"prompt_ids": text[:start], "completion_ids": text[start:]})
+    settings = {
+        "per_device_train_batch_size": ROWS,
+        "max_steps": len(batches) + 1,
+        "learning_rate": 1e-6,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": args.device == "cpu",
+        "bf16": args.dtype == "bfloat16",
+        "target_dtype": args.dtype,
+        "readings": folder,
+    }
+    if job.tau is None:
+        anchors = {} if job.num_anchors is None else {"num_anchors": job.num_anchors}
+        config = DraftSFTConfig(output_dir, **settings, **anchors)
+        return DraftSFTTrainer(drafter, path, config, Dataset.from_list(rows))
+    # The answers are GSM8K's and not the target's.
+    any_text = {"completions_from_target": True, "warn_mismatch_share": 1.0, "max_mismatch_share": 1.0}
+    return DraftOPDTrainer(drafter, path, DraftOPDConfig(output_dir, **settings, **any_text), Dataset.from_list(rows))
