@@ -242,6 +242,9 @@ def quantized(path, method):
             elif method == "fp8":
                 changed[name] = tensor.to(torch.float8_e4m3fn)
                 changed[f"{name}_scale_inv"] = torch.ones(1, 1)
+            elif method == "bitsandbytes":
+                changed[name] = torch.ones(tensor.numel() // 2, 1, dtype=torch.uint8)
+                changed[f"{name}.scale"] = torch.ones(4)
             elif method == "awq":
                 stem = name.removesuffix("weight")
                 changed[f"{stem}qweight"] = torch.ones(tensor.shape[1], tensor.shape[0] // 8, dtype=torch.int32)
@@ -259,7 +262,7 @@ def quantized(path, method):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["fp8", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["fp8", "awq", "compressed-tensors", "bitsandbytes"])
 def test_a_quantised_checkpoint_needs_no_quantiser(tmp_path, family, method):
     plain = FrozenTarget.load(save(family, tmp_path), body=False)
     unquantized = plain.weights_fingerprint
