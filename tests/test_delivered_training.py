@@ -293,8 +293,15 @@ def test_a_target_with_its_body_decodes_evaluation_prompts_and_trains_from_the_s
 @pytest.mark.parametrize("method", METHODS)
 def test_a_chat_with_several_responses_is_checked_and_trained_from_its_whole_text(tmp_path, folder, method):
     words = [f"w{number}" for number in range(10, 40)]
-    turns = [{"role": role, "content": " ".join(words[i : i + 3])} for i, role in enumerate(["user", "assistant"] * 2)]
-    rows = Dataset.from_dict({"messages": [turns, turns[:2]]})
+    # No text is the beginning of another, as the first response of one with all before it would be.
+    chats = [
+        [
+            {"role": role, "content": " ".join(words[first + i : first + i + 3])}
+            for i, role in enumerate(["user", "assistant"] * 2)
+        ]
+        for first in (0, 10)
+    ]
+    rows = Dataset.from_dict({"messages": chats})
     limits = {} if method == "sft" else {"warn_mismatch_share": 1.0, "max_mismatch_share": 1.0}
     options = {"rows": rows, "max_steps": 2, "max_completion_length": 40, **limits}
     inside = make_trainer(folder, tmp_path / "in", method, **options)
