@@ -286,6 +286,19 @@ def test_a_file_that_is_still_being_written_is_left_to_the_next_sweep(target: Fr
     assert list(folder.iterdir()) == []
 
 
+def test_a_file_that_comes_late_is_swept_while_the_run_goes_on(target: FrozenTarget, folder: Path):
+    with serving(target, LAYERS, folder, trouble=after_probe(Trouble(is_silent=True, write_after=0.1))) as server:
+        readings = connect(target, server.url, folder, max_retries=0)
+        for number in range(2):
+            with pytest.raises(ServerError):
+                readings.fetch(TEXTS[0], LAYERS)
+            time.sleep(0.4)
+            # The second request that is given up takes the first one's file away.
+            assert len(left_in(folder)) == 2, number
+        readings.close()
+    assert list(folder.iterdir()) == []
+
+
 def test_closing_ends_waiting_at_once(target: FrozenTarget, folder: Path):
     with serving(target, LAYERS, folder, trouble=after_probe(Trouble(write_after=3.0))) as server:
         readings = connect(target, server.url, folder, timeout=60.0, concurrency=1)

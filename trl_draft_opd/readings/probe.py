@@ -31,11 +31,13 @@ _SENTENCES = (
     "def greatest(numbers):\n    best = numbers[0]\n    for number in numbers[1:]:\n        if number > best:\n"
     "            best = number\n    return best\n",
 )
-# Of the largest logit, in steps of the precision: head and norm round in another order on the server.
-_MEAN_STEPS, _MOST_STEPS = 1.0, 4.0
+# Of the largest logit, in steps of the precision: head and norm round in another order on the server. Seen of vLLM
+# 0.32 in bfloat16: 0.04 on average and 0.3 at most.
+_MEAN_STEPS, _MOST_STEPS = 0.25, 2.0
 # Without steps: matrix products of float32 in TF32.
 _MEAN_LEAST, _MOST_LEAST = 2e-3, 1e-2
 # Distance of a state from the same layer's in process, as a share of its length: every layer below adds its rounding.
+# Seen of vLLM 0.32 in bfloat16: 0.009 after 8 layers, and at least 0.2 to a layer beside it.
 _NEAR = {torch.float32: 1e-2, torch.bfloat16: 0.06, torch.float16: 0.03}
 # Kernels of quantised layers round their inputs, too.
 _NEAR_QUANTIZED = 0.2
@@ -139,7 +141,7 @@ def read_all_layers(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> lis
 
 def _read_in_process(target: FrozenTarget, text: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([list(text)], device=target.device)
-    num_layers = target.config.num_hidden_layers
+    num_layers = target.num_layers
     reading = target.read_text(ids, torch.ones_like(ids), range(num_layers))
     return reading.features.view(len(text), num_layers, -1).cpu()
 

@@ -84,7 +84,7 @@ class ReadingServers:
         max_retries: int,
         retry_wait: float,
     ):
-        num_layers = target.config.num_hidden_layers
+        num_layers = target.num_layers
         self.layer_ids = tuple(sorted(set(layer_ids)))
         # Layers, as we count them, of the states in the order in which they come.
         self._served_layers = [state - 1 for state in served_states(self.layer_ids, num_layers)]
@@ -155,7 +155,7 @@ class ReadingServers:
         line = serve_line(
             "MERGED" if target.is_merged else target.causal_lm.config.name_or_path or "TARGET",
             layer_ids,
-            target.config.num_hidden_layers,
+            target.num_layers,
             shared_folder=Path(shared_folder).absolute(),
             dtype=str(target.causal_lm.dtype).removeprefix("torch."),
         )

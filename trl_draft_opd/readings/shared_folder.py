@@ -67,7 +67,8 @@ class SharedFolder:
         """Return a number for a request that no other has."""
         with self._lock:
             self._last += 1
-            return f"{self.prefix}{self._last:08d}"
+            # A forked process goes on counting from the same number.
+            return f"{self.prefix}{os.getpid()}-{self._last:08d}"
 
     def take(
         self, name: str, *, max_bytes: int, timeout: float, is_stopped: threading.Event
