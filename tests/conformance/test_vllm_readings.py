@@ -8,6 +8,8 @@ Runs with `-m conformance --shared PATH`, in the environment that `make conforma
 
 import copy
 import json
+import re
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
 from helpers.vllm_process import require_vllm
@@ -205,6 +208,51 @@ def test_a_server_that_is_killed_and_started_again_loses_no_text(served, target,
     servers.close()
     assert_same_store(target, store, texts)
     assert list(served.states.glob("cmpl-*")) == []
+
+
+def quantize(source: Path, folder: Path) -> None:
+    """Write a copy of a target whose layers' matrices are 8-bit integers, in the form of compressed-tensors."""
+    shutil.copytree(source, folder)
+    weights = {}
+    for name, part in load_file(source / "model.safetensors").items():
+        if re.search(r"layers\..*proj\.weight$", name):
+            scale = part.float().abs().amax(dim=1, keepdim=True) / 127
+            weights[f"{name}_scale"] = scale.bfloat16()
+            part = (part.float() / scale).round().to(torch.int8)
+        weights[name] = part
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    of_weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    of_inputs = of_weights | {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": of_weights, "input_activations": of_inputs}
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_a_quantised_target_is_read_without_its_body(target_folder, tmp_path):
+    quantize(target_folder, tmp_path / "quantised")
+    whole, bodiless = (
+        FrozenTarget.load(target_folder),
+        FrozenTarget.load(tmp_path / "quantised", body=False),
+    )
+    with ReadingsServer(tmp_path / "quantised", LAYERS, 8, tmp_path, dtype="bfloat16") as server:
+        with pytest.warns(UserWarning, match="Which layers the servers deliver is not proven"):
+            servers = ReadingServers.connect(bodiless, server.url, LAYERS, shared_folder=server.states)
+        text = make_text(300)
+        states = servers.fetch(text, LAYERS)
+        servers.close()
+    assert states.features.dtype == torch.bfloat16
+    ids = torch.tensor([text])
+    own = whole.read_text(ids, torch.ones_like(ids), LAYERS).features.float()
+    # Close to the target that it was rounded from, and another.
+    off = (states.features.float() - own).norm() / own.norm()
+    assert 1e-3 < off < 0.1
 
 
 @pytest.fixture(scope="module")
