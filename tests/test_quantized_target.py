@@ -145,3 +145,11 @@ def test_a_quantised_head_is_refused(folder):
 def test_quantised_weights_elsewhere_are_refused_and_not_moved(folder):
     with pytest.raises(ValueError, match="loaded to 'cpu' but training runs on 'cuda'.*`target_init_kwargs="):
         load(folder, "8bit").place(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("bits", QUANTIZATIONS)
+def test_taking_the_fingerprint_changes_nothing_that_the_target_computes(folder, bits):
+    target, ids = load(folder, bits), torch.tensor([[7, 8, 9]])
+    before = target.read_text(ids, torch.ones_like(ids), [1]).last_hidden
+    assert target.weights_fingerprint == load(folder, bits).weights_fingerprint
+    assert torch.equal(target.read_text(ids, torch.ones_like(ids), [1]).last_hidden, before)

@@ -155,6 +155,22 @@ def test_the_states_of_another_shard_are_found_by_their_checksums(tmp_path, targ
         store.fetch(texts[1], LAYERS)
 
 
+def test_two_keys_that_changed_places_are_found_by_the_checksums(tmp_path, target):
+    texts = [[8, 9], [9, 8]]
+    fill(tmp_path / "store", target, texts)
+    (listed,) = lists_of(tmp_path / "store")
+
+    def swap(content):
+        (first, *_), (second, *_) = content["texts"]
+        content["texts"][0][0], content["texts"][1][0] = second, first
+
+    edit(listed, swap)
+    store = ReadingStore.open_for(target, tmp_path / "store", LAYERS)
+    for text in texts:
+        with pytest.raises(ValueError, match="xxh3"):
+            store.fetch(text, LAYERS)
+
+
 def test_a_shard_without_its_list_does_not_count_and_the_next_writer_removes_it(store_path, target):
     lists_of(store_path)[0].unlink()
     lost = states_of(store_path)[0]

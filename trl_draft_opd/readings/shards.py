@@ -48,7 +48,7 @@ class ShardList(NamedTuple):
     Attributes:
         keys (`np.ndarray` of shape `(texts, 2)`, uint64): Halves of the keys.
         starts (`np.ndarray` of shape `(texts,)`, uint32), ends: First row of each text, and the one after its last.
-        checksums (`np.ndarray` of shape `(texts,)`, uint64): xxh3 of each text's bytes.
+        checksums (`np.ndarray` of shape `(texts,)`, uint64): xxh3 of each text's bytes, seeded by its key.
         sha256 (`str`), provenance (`dict`): Of the file of states, and how they were made.
     """
 
@@ -119,7 +119,7 @@ class ShardWriter:
                 view = data = _bytes_of(states)
                 while view:
                     view = view[self._file.write(view) :]
-                added.append((key, num_rows, num_rows + len(states), xxhash.xxh3_64_hexdigest(data)))
+                added.append((key, num_rows, num_rows + len(states), f"{_checksum(data, _halves([key])[0]):016x}"))
                 num_rows += len(states)
         self._texts += added
 
@@ -262,18 +262,20 @@ class ShardReader:
         except (ValueError, OSError, SafetensorError) as error:
             raise _unusable(self._path, error) from error
 
-    def read(self, start: int, end: int, checksum: int) -> torch.Tensor:
+    def read(self, key: np.ndarray, start: int, end: int, checksum: int) -> torch.Tensor:
         """
-        Return the states `(L, taps + 1, H)` of a text, as a view of the file; the rows of others are not read.
+        Return the states `(L, taps + 1, H)` of a text, as a view of the file; the rows of others are not read. `key` is
+        its two halves.
 
         Raises:
             ValueError: If they are not those that were written.
         """
         # In one request to the disk, where touching the mapped file makes one per few pages.
-        span = (_HEAD_BYTES + start * self._row_bytes, (end - start) * self._row_bytes)
-        os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # Not everywhere.
+            span = (_HEAD_BYTES + start * self._row_bytes, (end - start) * self._row_bytes)
+            os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_WILLNEED)
         states = self._states[start:end]
-        if xxhash.xxh3_64_intdigest(_bytes_of(states)) != checksum:
+        if _checksum(_bytes_of(states), key) != checksum:
             raise _unusable(self._path, "its content has changed since it was written (xxh3 differs)")
         return states
 
@@ -299,6 +301,11 @@ def _halves(keys: Iterable[str]) -> np.ndarray:
     if any(len(key) != 32 for key in keys):
         raise ValueError("a key has not 32 hex digits")
     return np.frombuffer(bytes.fromhex("".join(keys)), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def _checksum(data: memoryview, key: np.ndarray) -> int:
+    """Return the xxh3 of a text's states, which differs for each text: a key that was moved is found out."""
+    return xxhash.xxh3_64_intdigest(data, seed=int(key[1]))
 
 
 def _bytes_of(states: torch.Tensor) -> memoryview:

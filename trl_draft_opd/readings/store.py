@@ -187,7 +187,7 @@ class ReadingStore:
         if place is None:
             raise ValueError(self.describe_missing([text]))
         shard, start, end = (int(each) for each in self._places[:, place])
-        states = self._open(shard).read(start, end, int(self._checksums[place]))
+        states = self._open(shard).read(self._keys[:, place], start, end, int(self._checksums[place]))
         columns = [self.layer_ids.index(layer_id) for layer_id in layer_ids]
         # Copies, as indexing by a list makes: no later read touches the file.
         features = states[:, :-1].clone() if columns == list(range(len(self.layer_ids))) else states[:, columns]
@@ -291,8 +291,8 @@ class ReadingStore:
             try:
                 check_shard(self.path, name, listed.sha256)
                 shard = self._open(number)
-                for place in zip(listed.starts, listed.ends, listed.checksums, strict=True):
-                    shard.read(*map(int, place))
+                for key, *place in zip(listed.keys, listed.starts, listed.ends, listed.checksums, strict=True):
+                    shard.read(key, *map(int, place))
             except (ValueError, OSError) as error:
                 yield str(error)
 

@@ -101,6 +101,10 @@ class FrozenTarget:
         # Where `read_text` gets the states from, in place of the body; set by whoever opens a source for this target.
         self.source: ReadingSource | None = None
         require_weights(model)
+        if self.has_body and is_quantized(model):
+            # Before the first forward pass: bitsandbytes lays weights out anew in it on a CPU, and putting them back,
+            # as a state dict does, changes what they compute.
+            _ = self.weights_fingerprint
         self._has_own_varlen = False
         alone = check_head(model, self.config, self.project)
         self._padding_reason = None
