@@ -77,8 +77,8 @@ class SharedFolder:
         Wait until a file is written, read it, and delete it with its lock. After an error, [`give_up`] its request.
 
         Raises:
-            NoStates: If it did not come within `timeout` seconds.
-            WrongReply: If it is no plain file, longer than `max_bytes`, or damaged.
+            NoStates: If it did not come within `timeout` seconds, or is damaged.
+            WrongReply: If it is no plain file, or longer than `max_bytes`.
             ServerError: If it cannot be deleted.
         """
         path, lock_path = self.path / name, self.path / f"{name}.lock"
@@ -88,7 +88,8 @@ class SharedFolder:
         try:
             return load(content)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise WrongReply(f"the file of states {name} is damaged ({error})") from error
+            # A server that is killed while it writes lets go of the lock of half a file.
+            raise NoStates(f"the file of states {name} is damaged ({error})") from error
 
     def _wait(self, path: Path, lock_path: Path, timeout: float, is_stopped: threading.Event) -> None:
         """Return once the writer has let go of the lock, which it takes before it replies."""
