@@ -34,14 +34,8 @@ def make_folder(path: Path) -> Path:
 
 
 def whole_target(folder: Path) -> FrozenTarget:
-    """
-    Load the target with its body. Weights that are mapped from a file lie at odd addresses, where kernels add up in
-    another order: copies lie as those of a target without its body do.
-    """
-    target = FrozenTarget.load(str(folder / "target"))
-    for parameter in target.causal_lm.parameters():
-        parameter.data = parameter.data.clone()
-    return target
+    """Load the target with its body."""
+    return FrozenTarget.load(str(folder / "target"))
 
 
 def texts_of(rows: Dataset) -> list[list[int]]:

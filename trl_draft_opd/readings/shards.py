@@ -264,8 +264,8 @@ class ShardReader:
 
     def read(self, key: np.ndarray, start: int, end: int, checksum: int) -> torch.Tensor:
         """
-        Return the states `(L, taps + 1, H)` of a text, as a view of the file; the rows of others are not read. `key` is
-        its two halves.
+        Return the states `(L, taps + 1, H)` of a text, as a view of the file; the rows of others are not read. `key`
+        is its two halves.
 
         Raises:
             ValueError: If they are not those that were written.

@@ -296,8 +296,8 @@ def _fill(model: PreTrainedModel, weights: WholeWeights) -> None:
         if held[name].is_floating_point():
             check_weight(weights.names[saved], tensor)
             wanted = next((other for part, other in kept.items() if part in name), dtype)
-            # A copy: what was read is a view of the file.
-            tensor = tensor.to(wanted, copy=True)
+            # As it was read a view of the file, as those of a whole target are: kernels round by where weights lie.
+            tensor = tensor.to(wanted)
         is_parameter = isinstance(held[name], nn.Parameter)
         _put(model, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor.clone())
 
