@@ -252,8 +252,8 @@ def test_rows_by_shard_come_shard_after_shard_and_otherwise_in_every_epoch(tmp_p
         trainer.state.epoch = float(epoch)
         orders.append(list(trainer._get_train_sampler()))
         assert sorted(orders[-1]) == list(range(16))
-        shards = [store.shard_of(texts[row]) for row in orders[-1]]
-        assert all(len(set(shards[start : start + 4])) == 1 for start in range(0, 16, 4))
+        shards = store.shards_of(texts)[orders[-1]]
+        assert all(len(set(shards[start : start + 4].tolist())) == 1 for start in range(0, 16, 4))
     assert len({tuple(order) for order in orders}) == 3
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,7 +136,7 @@ def test_the_same_call_reads_only_what_is_missing(tmp_path: Path, target: Frozen
     fill(tmp_path / "store", target, TEXTS)
     assert target.num_forwards == before and len(list((tmp_path / "store").glob("*.json"))) == 3
     assert store.missing([[9, 9], TEXTS[0], [9, 9]]) == [[9, 9]]
-    assert TEXTS[0] in store and [9, 9] not in store and store.shard_of([9, 9]) is None
+    assert TEXTS[0] in store and [9, 9] not in store
 
 
 def test_a_shard_is_closed_when_it_is_full(tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch):
@@ -150,7 +151,7 @@ def test_a_shard_is_closed_when_it_is_full(tmp_path: Path, target: FrozenTarget,
 
 def test_a_shard_is_closed_after_its_time(tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shards, "_CLOSE_AFTER", -1.0)
-    assert len({fill(tmp_path / "store", target, batch_size=1).shard_of(text) for text in TEXTS}) == len(TEXTS)
+    assert len(set(fill(tmp_path / "store", target, batch_size=1).shards_of(TEXTS).tolist())) == len(TEXTS)
 
 
 def test_threads_read_what_one_thread_reads_with_few_files_open(
@@ -170,6 +171,17 @@ def test_threads_read_what_one_thread_reads_with_few_files_open(
     assert_same(stored.fetch(TEXTS[0], LAYERS), expected[0])
 
 
+def test_texts_as_arrays_are_the_texts_as_lists(tmp_path: Path, target: FrozenTarget):
+    arrays = [np.array(text, dtype=np.int32) for text in TEXTS]
+    store, expected = fill(tmp_path / "arrays", target, arrays), fill(tmp_path / "lists", target)
+    for text, array in zip(TEXTS, arrays, strict=True):
+        assert_same(store.fetch(text, LAYERS), expected.fetch(array, LAYERS))
+    assert store.missing(arrays) == []
+    arrays[1][0] = target.vocab_size
+    with pytest.raises(ValueError, match="Text 1 holds a token id outside"):
+        fill(tmp_path / "arrays", target, arrays)
+
+
 # ---- order ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,18 +191,21 @@ def test_the_order_by_shard_visits_each_shard_once_and_each_text_once(
     monkeypatch.setattr(shards, "_SHARD_BYTES", 5000)
     store = fill(tmp_path / "store", target, batch_size=1)
     texts = [*TEXTS, *TEXTS[:3]]
-    order = store.order_by_shard(texts, seed=3, epoch=1)
+    shards_of_texts = store.shards_of(texts)
+    order = store.order_by_shard(shards_of_texts, seed=3, epoch=1)
     assert sorted(order) == list(range(len(texts)))
-    visits = [shard for shard, _ in itertools.groupby(store.shard_of(texts[row]) for row in order)]
+    visits = [shard for shard, _ in itertools.groupby(shards_of_texts[order].tolist())]
     assert len(visits) == len(set(visits)) > 2
-    assert order == ReadingStore.read_only(store.path).order_by_shard(texts, seed=3, epoch=1)
-    others = [store.order_by_shard(texts, seed=seed, epoch=epoch) for seed, epoch in ((3, 2), (4, 1))]
+    again = ReadingStore.read_only(store.path)
+    assert order == again.order_by_shard(again.shards_of(texts), seed=3, epoch=1)
+    others = [store.order_by_shard(shards_of_texts, seed=seed, epoch=epoch) for seed, epoch in ((3, 2), (4, 1))]
     assert order not in others and others[0] != others[1]
     # Further shards leave the order of these texts as it was.
     fill(tmp_path / "store", target, make_prompts(5, seed=9))
-    assert order == ReadingStore.read_only(store.path).order_by_shard(texts, seed=3, epoch=1)
+    again = ReadingStore.read_only(store.path)
+    assert order == again.order_by_shard(again.shards_of(texts), seed=3, epoch=1)
     with pytest.raises(ValueError, match="does not hold a text of 2 tokens"):
-        store.order_by_shard([[9, 9]], seed=3, epoch=1)
+        store.shards_of([[9, 9]])
 
 
 # ---- other sources --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -20,6 +20,7 @@ from ..readings.write import ReadingPlan, write_readings
 from ..responses import Origin, ResponseStore
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS, fit_text_length
+from ..trainer.delivery import stored_texts
 from ..trainer.draft_sft_config import MAX_LENGTH
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_place
@@ -139,9 +140,9 @@ class ReadArguments(TargetArguments, RowsArguments):
             return self.target_layer_ids
         return sorted({*middle_layer_ids(target.num_layers), *spread_layer_ids(target.num_layers)})
 
-    def read_texts(self, target: FrozenTarget, rows: Dataset, num_drafts: int) -> list[list[int]]:
+    def read_texts(self, target: FrozenTarget, rows: Dataset, num_drafts: int) -> list[Any]:
         """
-        Return the texts that training reads, as token ids.
+        Return the texts that training reads, as arrays of token ids: lists of numbers would take ten times the memory.
 
         Raises:
             ValueError: If a row is malformed, or the responses are another target's or not all there.
@@ -170,7 +171,8 @@ class ReadArguments(TargetArguments, RowsArguments):
                 )
             responses = [stored.find(prompt) for prompt in prompts]
             rows = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": responses})
-        return list(reader.read_texts(rows)["input_ids"])
+        texts: Any = reader.read_texts(rows)
+        return list(stored_texts(texts))
 
     def serve_line(self, target: FrozenTarget, layer_ids: Sequence[int], longest: int) -> str:
         """Return the command that starts a server of these layers, for texts of up to so many tokens."""

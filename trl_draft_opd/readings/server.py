@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..responses.client import LONGEST_WAIT, ServerClient, ServerError, ServerSettings
@@ -193,7 +194,7 @@ class ReadingServers:
         if lacking:
             raise ValueError(f"The servers deliver the layers {list(self.layer_ids)}, and not {lacking}.")
         self.require_lengths([len(text)])
-        states = self._fetch_anywhere(list(text))
+        states = self._fetch_anywhere(np.asarray(text).tolist())
         places = [self._served_layers.index(layer) for layer in layer_ids]
         return TextStates(states[:, places].flatten(1), states[:, -1].contiguous())
 

@@ -185,7 +185,7 @@ class ReadingStore:
         """
         place = self._find(text)
         if place is None:
-            raise ValueError(self.describe_missing([text]))
+            raise ValueError(self.describe_missing(text))
         shard, start, end = (int(each) for each in self._places[:, place])
         states = self._open(shard).read(self._keys[:, place], start, end, int(self._checksums[place]))
         columns = [self.layer_ids.index(layer_id) for layer_id in layer_ids]
@@ -193,39 +193,40 @@ class ReadingStore:
         features = states[:, :-1].clone() if columns == list(range(len(self.layer_ids))) else states[:, columns]
         return TextStates(features.flatten(1), states[:, -1].clone())
 
-    def describe_missing(self, texts: Sequence[Sequence[int]]) -> str:
-        """Return what is wrong where these texts, not empty, are not there, and what to do."""
-        first = ", ".join(map(str, texts[0][:6]))
-        count = "a text" if len(texts) == 1 else f"{len(texts):,} texts, among them one"
+    def describe_missing(self, text: Sequence[int]) -> str:
+        """Return what is wrong where a text is not there, and what to do."""
+        first = ", ".join(map(str, text[:6]))
         return (
-            f"The store of readings {self.path} does not hold {count} of {len(texts[0])} tokens that begins with the "
-            f"ids [{first}, ...]. A text is found by all its ids: another tokenizer, chat template, longest length or "
+            f"The store of readings {self.path} does not hold a text of {len(text)} tokens that begins with the ids "
+            f"[{first}, ...]. A text is found by all its ids: another tokenizer, chat template, longest length or "
             "response gives others. Run `trl-draft-opd read` with the rows and settings of this run: it reads only "
             "what is missing."
         )
 
-    def shard_of(self, text: Sequence[int]) -> int | None:
-        """Return the number of the shard that a text is read from, or `None` if it is not there."""
-        place = self._find(text)
-        return None if place is None else int(self._places[0, place])
-
-    def order_by_shard(self, texts: Sequence[Sequence[int]], seed: int, epoch: int) -> list[int]:
+    def shards_of(self, texts: Iterable[Sequence[int]]) -> np.ndarray:
         """
-        Return an order of texts for one epoch: shards shuffled, and the texts inside each; equal for equal arguments.
+        Return the number of the shard that each text is read from, as an array.
 
         Raises:
             ValueError: If a text is not there.
         """
-        places = [self._find(text) for text in texts]
-        if None in places:
-            raise ValueError(
-                self.describe_missing([t for t, place in zip(texts, places, strict=True) if place is None])
-            )
-        shards = self._places[0, np.array(places, dtype=np.int64)]
+        places = []
+        for text in texts:
+            place = self._find(text)
+            if place is None:
+                raise ValueError(self.describe_missing(text))
+            places.append(place)
+        return self._places[0, np.array(places, dtype=np.int64)]
+
+    def order_by_shard(self, shards: np.ndarray, seed: int, epoch: int) -> list[int]:
+        """
+        Return an order, for one epoch, of texts that are read from `shards`, see [`shards_of`]: shards shuffled, and
+        the texts inside each; equal for equal arguments.
+        """
         # By name, so that a shard that is added later does not move the others.
         keys = [f"{seed} {epoch} {name}".encode() for name in self._shards]
         rank = np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64)
-        draws = np.random.default_rng([seed, epoch]).random(len(places))
+        draws = np.random.default_rng([seed, epoch]).random(len(shards))
         return np.lexsort((draws, rank[shards])).tolist()
 
     @contextmanager

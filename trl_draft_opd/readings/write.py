@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -166,7 +167,7 @@ def write_readings(
         target ([`FrozenTarget`]):
             The target; with a `source`, its body is not needed.
         texts (`Sequence[Sequence[int]]`):
-            Token ids, prompt and response in one. A text that comes twice is read once.
+            Token ids, prompt and response in one, as lists or arrays. A text that comes twice is read once.
         path (`str` or `Path`):
             Folder of the store; made, or resumed.
         layer_ids (`Sequence[int]`):
@@ -330,7 +331,8 @@ def _check_texts(texts: Sequence[Sequence[int]], target: FrozenTarget) -> None:
     for row, text in enumerate(texts):
         if not len(text):
             raise ValueError(f"Text {row} is empty: the target has nothing to read. Drop it.")
-        if min(text) < 0 or max(text) >= target.vocab_size:
+        ids = np.asarray(text)
+        if ids.min() < 0 or ids.max() >= target.vocab_size:
             raise ValueError(
                 f"Text {row} holds a token id outside the target's vocabulary of {target.vocab_size} tokens: it is "
                 "another model's or another tokenizer's."

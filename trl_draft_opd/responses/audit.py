@@ -210,7 +210,7 @@ def score_responses(
 
 def read_texts(target: FrozenTarget, texts: Sequence[Sequence[int]], layer_ids: Sequence[int] = ()) -> TextReading:
     """Return the target's reading of texts of token ids: the last hidden states, and those of layers where asked."""
-    ids = [torch.tensor(text, device=target.device) for text in texts]
+    ids = [torch.tensor(text, dtype=torch.long, device=target.device) for text in texts]
     mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
     return target.read_text(pad_sequence(ids, True, target.pad_token_id), mask, layer_ids)
 

@@ -86,7 +86,7 @@ def check_texts(target: FrozenTarget, texts: Iterable[Any], sample_ids: Sequence
         row, text = missing[0]
         raise ValueError(
             f"{len(missing)} of {len(sample_ids)} texts of {place} are not in the store of readings, the first of "
-            f"them row {row}. {store.describe_missing([text])}"
+            f"them row {row}. {store.describe_missing(text)}"
         )
 
 
@@ -141,20 +141,22 @@ class ShardOrder(Sampler[int]):
     Rows in the order of a store's shards, see [`ReadingStore.order_by_shard`]; the same on every rank.
 
     Args:
-        store ([`ReadingStore`]), texts (`Sequence`): The store, and the text of each row.
+        store ([`ReadingStore`]): The store.
+        texts (`Iterable`): The text of each row; kept is the number of its shard.
         seed (`int`): Of the order.
         epoch (`Callable`): Returns the epoch that begins: a sampler that is wrapped several times is not always told.
     """
 
-    def __init__(self, store: ReadingStore, texts: Sequence[np.ndarray], seed: int, epoch: Callable[[], int]):
-        self.store, self.texts, self.seed, self.epoch = store, texts, seed, epoch
+    def __init__(self, store: ReadingStore, texts: Iterable[np.ndarray], seed: int, epoch: Callable[[], int]):
+        self.store, self.seed, self.epoch = store, seed, epoch
+        known: Any = texts
+        self.shards = store.shards_of(known)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.shards)
 
     def __iter__(self) -> Iterator[int]:
-        texts: Any = self.texts
-        return iter(self.store.order_by_shard(texts, self.seed, self.epoch()))
+        return iter(self.store.order_by_shard(self.shards, self.seed, self.epoch()))
 
 
 class WaitMeter:

@@ -302,7 +302,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             return super()._get_train_sampler(train_dataset)
         texts = self._known_texts(self._pair, self.args, rows, True)
         assert texts is not None, "a store has the texts of every row"
-        return ShardOrder(store, list(texts), self.args.seed, lambda: int(self.state.epoch or 0))
+        return ShardOrder(store, texts, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _prepare_inputs(self, inputs: dict[str, Any] | PreparedBatch) -> dict[str, Any] | PreparedBatch:
         """Leave a prepared batch as it is: it is on its device, and DeepSpeed must not cast its features."""
