@@ -126,6 +126,25 @@ def test_a_target_reads_the_same_text_from_the_store_as_by_itself(tmp_path: Path
     assert torch.equal(found.features, expected.features) and torch.equal(found.last_hidden, expected.last_hidden)
 
 
+def test_states_that_belong_to_another_token_are_refused():
+    target, texts = make_target(), [[5, 6, 7], [8, 9, 10, 11]]
+    whole = read_texts(target, texts, LAYERS)
+
+    class Source:
+        is_before_norm = False
+
+        def read(self, texts: Sequence[Sequence[int]], layer_ids: Sequence[int]) -> list[TextStates]:
+            # As many in all, of other texts.
+            return [
+                TextStates(*parts)
+                for parts in zip(whole.features.split([4, 3]), whole.last_hidden.split([4, 3]), strict=True)
+            ]
+
+    target.source = Source()
+    with pytest.raises(ValueError, match="delivers 4 and 4 states for a text of 3 tokens"):
+        read_texts(target, texts, LAYERS)
+
+
 def test_the_same_call_reads_only_what_is_missing(tmp_path: Path, target: FrozenTarget):
     fill(tmp_path / "store", target, TEXTS[:4])
     before = target.num_forwards
@@ -278,6 +297,19 @@ def test_a_source_that_fails_for_good_is_not_asked_for_all(
     with pytest.raises(ValueError, match="3 of 11 texts could not be read.*3 in a row.*the last 6 were not tried"):
         fill(tmp_path / "store", target, source=source)
     assert len(ReadingStore.read_only(tmp_path / "store")) == 2 and source.num_fetched < len(TEXTS)
+
+
+def test_what_is_under_way_keeps_no_process_alive(tmp_path: Path, target: FrozenTarget):
+    source, are_daemons = Elsewhere(make_target()), []
+    whole = source.fetch
+
+    def fetch(text: Sequence[int], layer_ids: Sequence[int]) -> TextStates:
+        are_daemons.append(threading.current_thread().daemon)
+        return whole(text, layer_ids)
+
+    source.fetch = fetch
+    fill(tmp_path / "store", target, source=source)
+    assert are_daemons == [True] * len(TEXTS)
 
 
 @pytest.mark.parametrize("fault", ["short", "infinite", "narrow"])

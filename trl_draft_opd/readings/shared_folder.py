@@ -125,9 +125,10 @@ class SharedFolder:
         """Nobody waits for this request any more: sweep what it and those given up before have left so far."""
         with self._lock:
             self._given_up.append(request_id)
-            given_up = list(self._given_up)
-        for each in given_up:
-            self.sweep(each)
+            starts = tuple(FILE_START + each for each in self._given_up)
+        for path in self.path.glob(f"{FILE_START}{self.prefix}*"):
+            if path.name.startswith(starts):
+                _sweep_one(path)
 
     def sweep(self, prefix: str | None = None) -> int:
         """

@@ -9,9 +9,9 @@ Shape letters:  L = text length, F = feature width (layers times H), H = hidden 
 import shutil
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -276,19 +276,20 @@ def _fetch(
     def fetch(text: Sequence[int]) -> TextStates:
         return source.fetch(text, plan.manifest.layer_ids)
 
-    waiting: deque[tuple[int, Future[TextStates]]] = deque()
+    waiting: deque[tuple[int, AsyncResult[TextStates]]] = deque()
     todo, num_failed_in_a_row = iter(plan.texts.items()), 0
-    pool = ThreadPoolExecutor(source.concurrency, "reading")
+    # Its threads are daemons: Ctrl-C ends the program without waiting for what is under way.
+    pool = ThreadPool(source.concurrency)
     try:
         while True:
             # A few more than are fetched at a time, so that none of them waits for the disk.
             while len(waiting) < source.concurrency + 2 and (item := next(todo, None)) is not None:
-                waiting.append((item[0], pool.submit(fetch, item[1])))
+                waiting.append((item[0], pool.apply_async(fetch, (item[1],))))
             if not waiting:
                 return
             row, future = waiting.popleft()
             try:
-                states = future.result()
+                states = future.get()
                 if source.is_before_norm:
                     last = states.last_hidden.to(target.device, target.causal_lm.dtype)
                     states = states._replace(last_hidden=target.norm(last).to(states.features.device))
@@ -302,8 +303,7 @@ def _fetch(
             num_failed_in_a_row = 0
             yield [(plan.texts[row], stacked)]
     finally:
-        # Not waited for: its owner closes the source, which ends what is under way.
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.terminate()
 
 
 def _stack(states: TextStates, manifest: ReadingManifest, num_tokens: int) -> torch.Tensor:

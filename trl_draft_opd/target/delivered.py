@@ -31,6 +31,12 @@ def read_delivered(
     rows = input_ids.tolist()
     texts = [row[:length] for row, length in zip(rows, packing.lengths, strict=True)]
     states = source.read(texts, layer_ids)
+    for text, each in zip(texts, states, strict=True):
+        if {len(text)} != set(map(len, each)):
+            raise ValueError(
+                f"The target's source delivers {len(each.features)} and {len(each.last_hidden)} states for a text of "
+                f"{len(text)} tokens, and every token has one. Mend the source, or read the texts again."
+            )
     features, last_hidden = (
         torch.cat(parts).to(input_ids.device, dtype, non_blocking=True) for parts in zip(*states, strict=True)
     )
