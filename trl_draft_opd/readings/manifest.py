@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..costs.readings import bytes_per_token
 from ..drafters.target_shape import check_layer_ids
 from ..responses.origin import hash_config
 from ..responses.shards import refuse_link
@@ -92,7 +93,7 @@ class ReadingManifest:
     def bytes_per_token(self, num_layers: int | None = None) -> int:
         """Return the bytes of a token's states at so many layers, by default all that are stored, and at the last."""
         num_layers = len(self.layer_ids) if num_layers is None else num_layers
-        return (num_layers + 1) * self.hidden_size * self.torch_dtype.itemsize
+        return bytes_per_token(self.hidden_size, num_layers, self.torch_dtype.itemsize)
 
     def check_same(self, stored: "ReadingManifest", where: str) -> None:
         """
