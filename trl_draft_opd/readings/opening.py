@@ -4,9 +4,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from .fetching import Fetcher
+from .manifest import refuse_responses
 from .prefetch import PrefetchingSource
 from .server import ReadingServers
 from .store import ReadingStore
@@ -85,8 +85,4 @@ def _check_folder(folder: Path) -> None:
             f"`readings` {str(folder)!r} is no folder. Write one with `trl-draft-opd read`; servers begin with "
             "`http://`."
         )
-    if is_store(folder):
-        raise ValueError(
-            f"`readings` {str(folder)!r} holds responses, which are text alone. Name it in `responses`, and in "
-            "`readings` a folder that `trl-draft-opd read --responses` wrote of them."
-        )
+    refuse_responses(folder)
