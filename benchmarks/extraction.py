@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,14 +26,14 @@ from trl_draft_opd.readings.server import ReadingServers
 
 
 def read_texts(target: FrozenTarget, path: Path, count: int) -> list[list[int]]:
-    """Return the ids of chats of question and answer; shuffled by length they would not be real."""
-    assert target.tokenizer is not None, "the target was loaded with its tokenizer"
+    """Return the ids of chats of question and answer."""
+    tokenizer: Any = target.tokenizer
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(count)]
     chats = [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
     ]
-    return [target.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
+    return [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats]
 
 
 def read_served(servers: ReadingServers, texts: Sequence[list[int]]) -> None:

@@ -138,8 +138,11 @@ def test_the_line_of_a_server_names_the_layers_the_folder_and_the_longest_text(
 ):
     capsys.readouterr()
     assert read(place, tmp_path / "out", "--print-server", "--shared-folder", "/states", "--engine", "vllm") == 0
-    line = shlex.split(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    line = shlex.split(printed.out)
     assert line[:3] == ["vllm", "serve", str(place / "target")]
+    # Six states of 32 numbers of 4 bytes, and of 8 texts of 16 tokens.
+    assert "states take 768 bytes" in printed.err and "take up to 98,304 bytes of '/states'" in printed.err
     extraction = json.loads(line[line.index("--speculative-config") + 1])
     assert extraction["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4, 5, 6, 8]
     assert line[line.index("--max-model-len") + 1] == "17" and "/states" in " ".join(line)

@@ -184,6 +184,8 @@ def test_the_titles_are_repeated_where_columns_are_new_and_troubles_are_named_wh
     (row,) = printer.lines(UPDATE | {"refused_responses": 0.25}, 1, 2)
     assert row.endswith("  refused 25 %")
     assert len(printer.lines(UPDATE | {"loss/accepted": 1.0, "loss/rejected": 2.0}, 1, 2)) == 2
+    titles, row = printer.lines(UPDATE | {"reading_wait": 0.00072}, 1, 2)
+    assert titles.endswith("  waiting") and row.endswith("  0.1%")
 
 
 def test_an_evaluation_and_the_end_are_sentences():

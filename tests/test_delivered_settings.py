@@ -27,10 +27,10 @@ REFUSED = [
     ("opd", STORE | {"rollout": "live"}, "rollout='replay'"),
     ("opd", STORE | {"rejected_scope": "suffix"}, "rejected_scope='first'"),
     ("sft", STORE | {"shard_target": True}, "Leave one of the two out"),
-    ("sft", STORE | {"readings_folder": "states"}, "`http://...` in `readings`"),
-    ("sft", {"readings_folder": "states"}, "`http://...` in `readings`"),
-    ("sft", SERVED, "`readings_folder`"),
-    ("sft", SERVED | {"readings_folder": "states", "shuffle_by_shard": True}, "the folder of a store"),
+    ("sft", STORE | {"shared_folder": "states"}, "`http://...` in `readings`"),
+    ("sft", {"shared_folder": "states"}, "`http://...` in `readings`"),
+    ("sft", SERVED, "`shared_folder`"),
+    ("sft", SERVED | {"shared_folder": "states", "shuffle_by_shard": True}, "the folder of a store"),
     ("sft", {"shuffle_by_shard": True}, "the folder of a store"),
     ("sft", STORE | {"shuffle_by_shard": True, "train_sampling_strategy": "sequential"}, "both order"),
     ("sft", STORE | {"prefetch_bytes": 0}, "`prefetch_bytes` must be at least 1"),
@@ -65,7 +65,7 @@ def test_a_folder_that_is_no_store_is_refused_by_what_it_is(tmp_path, folder):
 @pytest.mark.parametrize("readings", ["http://127.0.0.1:8000, readings", "http://127.0.0.1:8000,ftp://a"])
 def test_addresses_and_folders_do_not_mix(tmp_path, folder, readings):
     with pytest.raises(ValueError, match=r"Give addresses alone"):
-        make_trainer(folder, tmp_path, readings=readings, readings_folder=str(tmp_path))
+        make_trainer(folder, tmp_path, readings=readings, shared_folder=str(tmp_path))
 
 
 def test_a_store_without_the_drafters_layers_is_refused_before_a_row_is_read(tmp_path, folder):

@@ -59,7 +59,7 @@ def test_losses_of_eight_updates_from_a_server_are_those_in_process(tmp_path, fo
     layer_ids = inside.drafter.config.target_layer_ids
     (tmp_path / "states").mkdir()
     with serving(whole_target(folder), layer_ids, tmp_path / "states") as server:
-        served = {"readings": server.url, "readings_folder": str(tmp_path / "states")}
+        served = {"readings": server.url, "shared_folder": str(tmp_path / "states")}
         outside = train(folder, tmp_path / "out", method, **served)
         outside.target.source.close()
     assert losses(outside) == pytest.approx(losses(inside), rel=1e-5) and len(losses(outside)) == STEPS

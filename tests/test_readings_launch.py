@@ -49,11 +49,9 @@ def test_names_with_spaces_and_quotes_survive_the_shell():
 
 def test_only_what_is_asked_for_is_added():
     bare = serve_line("m", [0], 2, shared_folder="/s")
-    assert not any(flag in bare for flag in ("max-model-len", "tensor-parallel", "trust-remote"))
-    line = serve_line(
-        "m", [0], 2, shared_folder="/s", max_model_len=4097, tensor_parallel_size=4, port=8001, trust_remote_code=True
-    )
-    assert "--port 8001" in line and "--max-model-len 4097 --tensor-parallel-size 4 --trust-remote-code " in line
+    assert not any(flag in bare for flag in ("max-model-len", "trust-remote"))
+    line = serve_line("m", [0], 2, shared_folder="/s", max_model_len=4097, port=8001, trust_remote_code=True)
+    assert "--port 8001" in line and "--max-model-len 4097 --trust-remote-code " in line
 
 
 @pytest.mark.parametrize("layer", [-1, 4])

@@ -20,12 +20,11 @@ def test_vllm_serve_takes_every_word_of_the_line():
         shared_folder="/dev/shm/states",
         dtype="bfloat16",
         max_model_len=4097,
-        tensor_parallel_size=2,
         trust_remote_code=True,
     )
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line)[2:])
     assert arguments.model_tag == "org/model"
-    assert (arguments.max_model_len, arguments.tensor_parallel_size, arguments.dtype) == (4097, 2, "bfloat16")
+    assert (arguments.max_model_len, arguments.dtype) == (4097, "bfloat16")
     states = arguments.speculative_config["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"]
     assert states == [2, 18, 33, 36]
     assert str(arguments.kv_transfer_config).count("ExampleHiddenStatesConnector")

@@ -324,7 +324,7 @@ def test_training_from_vllm_without_the_body_is_training_in_process(
     method, family, served, target, target_folder, rows, tmp_path
 ):
     own = train(method, family, target, target, rows, tmp_path / "own")
-    place = {"readings": served.url, "readings_folder": str(served.states)}
+    place = {"readings": served.url, "shared_folder": str(served.states)}
     read = train(method, family, target, str(target_folder), rows, tmp_path / "served", **place)
     assert own.losses[0] != own.losses[-1]
     torch.testing.assert_close(read.losses, own.losses, rtol=1e-5, atol=0)

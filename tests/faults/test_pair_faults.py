@@ -40,6 +40,7 @@ from trl_draft_opd import (
 )
 from trl_draft_opd.drafters import attention
 from trl_draft_opd.drafters.base import run_blocks
+from trl_draft_opd.readings.write import write_readings
 from trl_draft_opd.responses import Origin, ResponseStore
 from trl_draft_opd.rollout.acceptance import SamplingSettings
 from trl_draft_opd.target.checks import NotFiniteError
@@ -441,6 +442,11 @@ def test_an_output_folder_with_responses_is_left_alone(folder, target):
     origin = Origin.of(target, sampling=sampling, max_completion_length=8)
     ResponseStore.open(folder, origin)
     refuse_to_train_in(folder, target, "holds responses.*name the folder in `responses`")
+
+
+def test_an_output_folder_with_readings_is_left_alone(folder, target):
+    write_readings(target, [[8, 9]], folder, layer_ids=[1], show_progress=False)
+    refuse_to_train_in(folder, target, "holds readings.*name the folder in `readings`")
 
 
 def test_an_output_folder_with_the_target_itself_is_left_alone(folder, target):

@@ -15,7 +15,7 @@ from test_writing import content_of, files_of_at_most
 
 from helpers.doomed import in_child, wait_for
 from helpers.tiny import make_causal_lm, make_drafter, make_prompts, make_target
-from trl_draft_opd import FrozenTarget
+from trl_draft_opd import FrozenTarget, Origin, ResponseStore, SamplingSettings
 from trl_draft_opd.readings import shards
 from trl_draft_opd.readings.manifest import ReadingManifest
 from trl_draft_opd.readings.store import ReadingStore
@@ -64,6 +64,19 @@ def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def test_a_folder_of_responses_is_told_from_one_of_readings_and_neither_is_touched(tmp_path, store_path, target):
+    origin = Origin.of(target, sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0), max_completion_length=4)
+    ResponseStore.open(tmp_path / "responses", origin)
+    before = [content_of(folder) for folder in (tmp_path / "responses", store_path)]
+    for opened in (ReadingStore.read_only, lambda path: fill(path, target)):
+        with pytest.raises(ValueError, match="holds responses, which are text alone. Name it in `responses`"):
+            opened(tmp_path / "responses")
+    for opened in (ResponseStore.read_only, lambda path: ResponseStore.open(path, origin)):
+        with pytest.raises(ValueError, match="holds readings, and no responses. Name the folder that"):
+            opened(store_path)
+    assert before == [content_of(folder) for folder in (tmp_path / "responses", store_path)]
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
@@ -287,7 +300,9 @@ def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_was(tmp_p
     else:
         place.write_text("mine")
     before = content_of(tmp_path)
-    with pytest.raises(ValueError, match="another folder|Give an empty or a new folder|Name another"):
+    with pytest.raises(
+        ValueError, match="another folder|Give an empty or a new folder|Name another|need a folder of their own"
+    ):
         fill(place, target)
     assert content_of(tmp_path) == before
 

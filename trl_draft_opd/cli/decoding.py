@@ -31,7 +31,7 @@ from ..export.record import (
 )
 from ..export.serving import SERVING_FILE
 from ..export.texts import add_measurement, read_publication
-from ..readings.opening import check_readings_folder, open_readings
+from ..readings.opening import check_shared_folder, open_readings
 from ..responses import (
     CHECKED_ROWS,
     Origin,
@@ -97,7 +97,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         "target is loaded without its body then, and nothing is decoded.",
         default=None,
     )
-    readings_folder: str | None = flag("Folder in which servers leave states, as this machine sees it.", default=None)
+    shared_folder: str | None = flag("Folder in which servers leave states, as this machine sees it.", default=None)
     json: str | None = flag("File to write the numbers to.", default=None)
     record: str | None = flag(
         "Put the numbers into the record of the drafter's folder, and of an export onto its card, under this name of "
@@ -110,7 +110,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
         check_settings(self)
         check_min_confidence(self.min_confidence)
-        check_readings_folder(self.readings, self.readings_folder)
+        check_shared_folder(self.readings, self.shared_folder)
         if self.readings is not None and self.responses is None:
             raise ValueError(
                 "`--readings` takes the target's decoder layers out, so tau is measured by replay along stored "
@@ -128,7 +128,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         if self.readings is None or responses is None:
             return
         layer_ids, limit = drafter.config.target_layer_ids, DraftTrainingConfig.prefetch_bytes
-        source = open_readings(target, self.readings, layer_ids, shared_folder=self.readings_folder, limit_bytes=limit)
+        source = open_readings(target, self.readings, layer_ids, shared_folder=self.shared_folder, limit_bytes=limit)
         target.source = source
         texts = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         check_texts(target, texts, range(len(texts)), "the dataset")

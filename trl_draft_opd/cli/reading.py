@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The command that reads: `read`."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 
+from ..costs.readings import bytes_per_token, shared_folder_bytes
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
 from ..drafters.target_shape import middle_layer_ids, spread_layer_ids
 from ..readings.launch import serve_line
+from ..readings.manifest import show_bytes
 from ..readings.server import ReadingServers
 from ..readings.store import ReadingStore
 from ..readings.write import ReadingPlan, write_readings
@@ -174,6 +177,17 @@ class ReadArguments(TargetArguments, RowsArguments):
         texts: Any = reader.read_texts(rows)
         return list(stored_texts(texts))
 
+    def describe_server(self, target: FrozenTarget, layer_ids: Sequence[int], longest: int) -> str:
+        """Return what the readings of texts of up to so many tokens take of a server's cache and folder."""
+        token_bytes = bytes_per_token(target.config.hidden_size, len(layer_ids), target.causal_lm.dtype.itemsize)
+        folder_bytes = shared_folder_bytes(self.concurrency, longest, token_bytes)
+        return (
+            f"A token's states take {token_bytes:,} bytes, of the cache of each of the server's cards beside keys and "
+            f"values, too. {self.concurrency} texts under way, of up to {longest:,} tokens, take up to "
+            f"{show_bytes(folder_bytes)} of {self.shared_folder!r}. Add what the machine needs, such as "
+            "`--tensor-parallel-size`."
+        )
+
     def serve_line(self, target: FrozenTarget, layer_ids: Sequence[int], longest: int) -> str:
         """Return the command that starts a server of these layers, for texts of up to so many tokens."""
         # One more, because a server always writes a token.
@@ -200,7 +214,10 @@ def run_read(argv: Sequence[str]) -> int:
     layer_ids = args.choose_layers(target, drafter)
     texts = args.read_texts(target, rows, 0 if drafter is None else drafter.default_num_drafts)
     if args.print_server:
-        print(args.serve_line(target, layer_ids, max(map(len, texts))))
+        longest = max(map(len, texts))
+        # What is to be pasted alone on the standard output.
+        print(args.describe_server(target, layer_ids, longest), file=sys.stderr)
+        print(args.serve_line(target, layer_ids, longest))
         return 0
     if args.verify:
         return _verify(ReadingStore.open_for(target, args.output, layer_ids), texts)

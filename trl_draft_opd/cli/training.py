@@ -312,6 +312,8 @@ def run_sft(argv: Sequence[str]) -> int:
             target=args.target,
             dataset=args.dataset,
             responses=config.responses,
+            readings=config.readings,
+            shared_folder=config.shared_folder,
             max_completion_length=unless_default(config, "max_completion_length"),
         )
     return 0
@@ -327,6 +329,10 @@ def run_opd(argv: Sequence[str]) -> int:
             target=args.target,
             dataset=HELD_OUT,
             max_completion_length=unless_default(config, "max_completion_length"),
+            # Without the target's body, along responses that were read as well.
+            responses=None if config.readings is None else "RESPONSES_TO_HELD_OUT",
+            readings=config.readings if config.shared_folder or config.readings is None else "READINGS_OF_HELD_OUT",
+            shared_folder=config.shared_folder,
         )
     return 0
 

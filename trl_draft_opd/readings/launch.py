@@ -39,7 +39,6 @@ def serve_line(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_model_len: int | None = None,
-    tensor_parallel_size: int = 1,
     trust_remote_code: bool = False,
 ) -> str:
     """
@@ -56,7 +55,6 @@ def serve_line(
         host (`str`, *optional*, defaults to `"127.0.0.1"`), port (`int`, *optional*, defaults to `8000`):
             Where it listens; vLLM's own default is every interface of the machine.
         max_model_len (`int`, *optional*): Most tokens of a text, plus one. Defaults to what the target's config says.
-        tensor_parallel_size (`int`, *optional*, defaults to `1`): GPUs that share each layer.
         trust_remote_code (`bool`, *optional*, defaults to `False`): As in `transformers`.
 
     Raises:
@@ -77,8 +75,6 @@ def serve_line(
     words = ["vllm", "serve", target, "--host", host, "--port", str(port), "--dtype", dtype]
     if max_model_len is not None:
         words += ["--max-model-len", str(max_model_len)]
-    if tensor_parallel_size > 1:
-        words += ["--tensor-parallel-size", str(tensor_parallel_size)]
     if trust_remote_code:
         words += ["--trust-remote-code"]
     words += ["--speculative-config", json.dumps(extraction), "--kv-transfer-config", json.dumps(transfer)]

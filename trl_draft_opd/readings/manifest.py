@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from ..costs.readings import bytes_per_token
 from ..drafters.target_shape import check_layer_ids
 from ..responses.origin import hash_config
 from ..responses.shards import refuse_link
+from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..utils.atomic_files import explaining_failure, write_file
 from ..utils.hashing import hash_json
@@ -92,7 +94,7 @@ class ReadingManifest:
     def bytes_per_token(self, num_layers: int | None = None) -> int:
         """Return the bytes of a token's states at so many layers, by default all that are stored, and at the last."""
         num_layers = len(self.layer_ids) if num_layers is None else num_layers
-        return (num_layers + 1) * self.hidden_size * self.torch_dtype.itemsize
+        return bytes_per_token(self.hidden_size, num_layers, self.torch_dtype.itemsize)
 
     def check_same(self, stored: "ReadingManifest", where: str) -> None:
         """
@@ -168,6 +170,7 @@ class ReadingManifest:
                 f"There is no store of readings in {folder}: it has no {MANIFEST}. Write one with "
                 "`trl-draft-opd read`."
             )
+        refuse_responses(folder)
         try:
             content = json.loads(refuse_link(path).read_text("utf-8"))
             found = content.get("format") if isinstance(content, dict) else None
@@ -185,6 +188,21 @@ class ReadingManifest:
                 "the shards that its target and settings wrote. Else give another folder."
             ) from error
         return manifest
+
+
+def holds_readings(folder: Path) -> bool:
+    """Whether a folder holds readings, in whatever state."""
+    path = folder / MANIFEST
+    return path.is_file() and f'"format": "{FORMAT_NAME}' in path.read_text("utf-8", errors="replace")
+
+
+def refuse_responses(folder: Path) -> None:
+    """Raise `ValueError` at a folder of responses, which is mistaken for a store of readings."""
+    if is_store(folder):
+        raise ValueError(
+            f"{str(folder)!r} holds responses, which are text alone. Name it in `responses`; readings need a folder "
+            "of their own, which `trl-draft-opd read --responses` writes."
+        )
 
 
 def check_dtype(dtype: str) -> str:

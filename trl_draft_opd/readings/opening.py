@@ -4,9 +4,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from .fetching import Fetcher
+from .manifest import refuse_responses
 from .prefetch import PrefetchingSource
 from .server import ReadingServers
 from .store import ReadingStore
@@ -20,18 +20,18 @@ def is_address(readings: str) -> bool:
     return readings.strip().lower().startswith(_SCHEMES)
 
 
-def check_readings_folder(readings: str | None, readings_folder: str | None) -> None:
+def check_shared_folder(readings: str | None, shared_folder: str | None) -> None:
     """Raise `ValueError` where servers are named without the folder that they share, or a folder without servers."""
     is_served = readings is not None and is_address(readings)
-    if readings_folder is not None and not is_served:
+    if shared_folder is not None and not is_served:
         raise ValueError(
-            f"`readings_folder` {readings_folder!r} is where servers leave states, and `readings` is {readings!r}. "
-            "Give the servers' `http://...` in `readings`, or leave `readings_folder` out."
+            f"`shared_folder` {shared_folder!r} is where servers leave states, and `readings` is {readings!r}. "
+            "Give the servers' `http://...` in `readings`, or leave `shared_folder` out."
         )
-    if is_served and readings_folder is None:
+    if is_served and shared_folder is None:
         raise ValueError(
             f"`readings={readings!r}` names servers, which leave states in a folder that they share with this "
-            "machine. Name it in `readings_folder` (their `shared_storage_path`, as this machine sees it)."
+            "machine. Name it in `shared_folder` (their `shared_storage_path`, as this machine sees it)."
         )
 
 
@@ -68,7 +68,7 @@ def open_readings(
             )
         if shared_folder is None:
             raise ValueError(
-                "Servers leave states in a folder that they share with this machine. Name it in `readings_folder` "
+                "Servers leave states in a folder that they share with this machine. Name it in `shared_folder` "
                 "(their `shared_storage_path`, as this machine sees it)."
             )
         fetcher = ReadingServers.connect(target, addresses, layer_ids, shared_folder=shared_folder)
@@ -85,8 +85,4 @@ def _check_folder(folder: Path) -> None:
             f"`readings` {str(folder)!r} is no folder. Write one with `trl-draft-opd read`; servers begin with "
             "`http://`."
         )
-    if is_store(folder):
-        raise ValueError(
-            f"`readings` {str(folder)!r} holds responses, which are text alone. Name it in `responses`, and in "
-            "`readings` a folder that `trl-draft-opd read --responses` wrote of them."
-        )
+    refuse_responses(folder)

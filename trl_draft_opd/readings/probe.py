@@ -22,6 +22,7 @@ from ..responses.protocols import WrongReply
 from ..target.checks import find_layers
 from ..target.frozen import FrozenTarget
 from ..target.probes import is_quantized
+from ..utils.console import hiding_log_lines
 
 
 _LENGTHS = (48, 31)
@@ -155,7 +156,8 @@ def _read_from_disk(target: FrozenTarget, name: str, texts: Sequence[Sequence[in
         for child, module in backbone.named_children()
     }
     places |= {child: "cpu" for child, module in target.causal_lm.named_children() if module is not backbone}
-    with tempfile.TemporaryDirectory() as folder:
+    # It logs that layers are on the disk, which is the point.
+    with tempfile.TemporaryDirectory() as folder, hiding_log_lines("accelerate.big_modeling"):
         # By its own class, so that code beside the weights is that which was trusted.
         model = type(target.causal_lm).from_pretrained(
             name,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..costs.readings import bytes_per_token
 from ..responses.client import LONGEST_WAIT, ServerClient, ServerError, ServerSettings
 from ..responses.protocols import WrongReply
 from ..target.frozen import FrozenTarget
@@ -200,7 +201,7 @@ class ReadingServers:
 
     def num_bytes(self, num_tokens: int, num_layers: int) -> int:
         """Return the bytes of a text's states on the host."""
-        return num_tokens * (num_layers + 1) * self._hidden_size * self._dtype.itemsize
+        return num_tokens * bytes_per_token(self._hidden_size, num_layers, self._dtype.itemsize)
 
     def require_lengths(self, lengths: Sequence[int]) -> None:
         """Refuse texts, by their numbers, that are empty or longer than the servers can read."""

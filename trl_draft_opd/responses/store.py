@@ -31,6 +31,10 @@ _WRITE_EVERY = 60.0
 _SHARDS = "shard-*.parquet"
 
 
+class _OtherStore(ValueError):
+    """A folder of this package that holds something else, which needs no mending."""
+
+
 class ResponseStore:
     """
     Responses of one target under one distribution, in a folder that several processes may write to and read at the
@@ -296,12 +300,19 @@ def _read_manifest(folder: Path) -> Origin:
     try:
         content = json.loads(refuse_link(path).read_text("utf-8"))
         found = content.get("format") if isinstance(content, dict) else None
+        if str(found).startswith("trl-draft-opd ") and not str(found).startswith(_FORMAT_NAME):
+            raise _OtherStore(
+                f"{str(folder)!r} holds {str(found).split()[1]}, and no responses. Name the folder that "
+                "`trl-draft-opd generate` wrote, or a new one."
+            )
         if found != _FORMAT:
             raise ValueError(f"its format is {found!r}, this release reads {_FORMAT!r}")
         fields = {**content["origin"], "eos_token_ids": tuple(content["origin"]["eos_token_ids"])}
         origin = Origin(**fields)
         if content["digest"] != origin.digest:
             raise ValueError("its fields were changed after it was written")
+    except _OtherStore:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(

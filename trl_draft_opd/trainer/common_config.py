@@ -105,7 +105,7 @@ class DraftTrainingConfig(_BaseConfig):
             `trl-draft-opd read` wrote, or `http://...` of servers that extract states, several separated by commas:
             the target's decoder layers are not loaded then, unless the target is an instance. See
             docs/do/scaling.md.
-        readings_folder (`str`, *optional*):
+        shared_folder (`str`, *optional*):
             The folder in which these servers leave states (their `shared_storage_path`), as this machine sees it.
         prefetch_bytes (`int`, *optional*, defaults to `2147483648`):
             Host memory of a process for readings fetched ahead of their step: in bfloat16 65,536 tokens of an 8B
@@ -235,7 +235,7 @@ class DraftTrainingConfig(_BaseConfig):
     readings: str | None = setting(
         None, "Where the target's states come from: a folder of `read`, or `http://...` servers; unset, the target."
     )
-    readings_folder: str | None = setting(None, "Folder in which servers leave states, as this machine sees it.")
+    shared_folder: str | None = setting(None, "Folder in which servers leave states, as this machine sees it.")
     prefetch_bytes: int = setting(2 * 2**30, "Host memory of a process for readings fetched ahead.")
     shuffle_by_shard: bool = setting(False, "Order rows by the shards of a store of readings, both shuffled.")
     accepted_loss: str = setting("forward_kl", "Divergence on accepted slots.", choices=LOSS_TYPES)

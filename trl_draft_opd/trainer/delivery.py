@@ -47,7 +47,7 @@ def open_source(pair: Pair, args: DraftTrainingConfig) -> None:
         target,
         args.readings,
         config.target_layer_ids,
-        shared_folder=args.readings_folder,
+        shared_folder=args.shared_folder,
         limit_bytes=args.prefetch_bytes,
     )
 

@@ -25,6 +25,7 @@ _COLUMNS = {
     "acceptance": ("kept per slot, %", ""),
     "grad_norm": ("grad norm", "#6.3g"),
     "learning_rate": ("rate", "7.1e"),
+    "reading_wait": ("waiting", "6.1%"),
 }
 # Amounts, of interest over time, in a plot.
 _UNPRINTED = {"rounds", "response_length", "slots/accepted", "slots/rejected", "slots/supervised", "total_flos"}

@@ -26,6 +26,7 @@ from ..drafters.target_shape import check_layer_ids
 from ..export import hub_id_of
 from ..export.record import TrainingRecord, read_record
 from ..export.serving import SERVING_FILE
+from ..readings.manifest import holds_readings
 from ..responses.store import is_store
 from ..target.frozen import FrozenTarget
 from ..target.placement import check_placement, load_in_turns
@@ -178,6 +179,8 @@ def check_output_content(folder: Path, drafter: Drafter, target: FrozenTarget) -
     where, fix = f"`output_dir` {str(folder)!r} holds", "Nothing there was touched: give another `output_dir`."
     if (folder / SERVING_FILE).is_file():
         raise ValueError(f"{where} an export, of which a save would replace one layout alone. {fix}")
+    if holds_readings(folder):
+        raise ValueError(f"{where} readings. {fix} To train from them, name the folder in `readings`.")
     if is_store(folder):
         raise ValueError(f"{where} responses. {fix} To train on them, name the folder in `responses`.")
     try:

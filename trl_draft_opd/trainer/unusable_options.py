@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from ..readings.opening import check_readings_folder, is_address
+from ..readings.opening import check_shared_folder, is_address
 from ..utils.settings import check_at_least
 
 
@@ -114,7 +114,7 @@ def check_readings(args: Any) -> None:
         ValueError: Naming the setting and the fix.
     """
     is_served = args.readings is not None and is_address(args.readings)
-    check_readings_folder(args.readings, args.readings_folder)
+    check_shared_folder(args.readings, args.shared_folder)
     if args.readings is not None and args.shard_target:
         raise ValueError(
             "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
