@@ -120,7 +120,13 @@ def test_what_a_read_waits_for_comes_before_what_is_only_to_come(make_source) ->
     fetcher.gate.clear()
     source.expect(announced)
     wait_until(lambda: len(fetcher.fetched) == fetcher.concurrency)
-    threading.Timer(0.1, fetcher.gate.set).start()
+
+    def open_gate() -> None:
+        # The reading thread is at its first text by itself: all that it waits for is in the queue.
+        wait_until(lambda: len(fetcher.fetched) > fetcher.concurrency)
+        fetcher.gate.set()
+
+    threading.Thread(target=open_gate).start()
     check(source.read(urgent, LAYERS), urgent)
     check(source.read(announced, LAYERS), announced)
     order = [text for text, _ in fetcher.fetched]
@@ -330,10 +336,8 @@ print("end", flush=True)
 """
 
 
-@pytest.mark.parametrize("seconds", [0.02, 60.0])
+@pytest.mark.parametrize("seconds", [0.02, 600.0])
 def test_threads_do_not_keep_a_process_alive(seconds: float) -> None:
-    begun = time.monotonic()
     script = [sys.executable, "-c", _LEFT_OPEN.format(seconds=seconds)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and done.stdout == "end\n" and done.stderr == ""
-    assert time.monotonic() - begun < 40
