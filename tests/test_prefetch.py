@@ -113,6 +113,21 @@ def test_threads_share_the_texts_of_an_unannounced_batch(make_source) -> None:
 
 
 @pytest.mark.parametrize("limit_tokens", [1, 10, 16, 25])
+def test_what_a_read_waits_for_comes_before_what_is_only_to_come(make_source) -> None:
+    texts = make_texts(2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
+    announced, urgent = texts[:6], texts[6:]
+    fetcher = FakeFetcher(seconds=0.05)
+    source = make_source(fetcher)
+    fetcher.gate.clear()
+    source.expect(announced)
+    wait_until(lambda: len(fetcher.fetched) == fetcher.concurrency)
+    threading.Timer(0.1, fetcher.gate.set).start()
+    check(source.read(urgent, LAYERS), urgent)
+    check(source.read(announced, LAYERS), announced)
+    order = [text for text, _ in fetcher.fetched]
+    assert max(map(order.index, urgent)) < order.index(announced[-1])
+
+
 def test_what_is_held_never_exceeds_the_limit_or_a_single_text(make_source, limit_tokens: int) -> None:
     limit = limit_tokens * TOKEN_BYTES
     lengths = [(7 * number) % 13 + 1 for number in range(40)]
@@ -216,6 +231,20 @@ def test_an_error_in_the_background_is_raised_by_the_read_alone(make_source) -> 
     fetcher.failing = None
     check(source.read(texts, LAYERS), texts)
     assert source.held_bytes == 0
+
+
+def test_a_text_whose_read_failed_is_not_fetched_again(make_source) -> None:
+    texts = make_texts(4, 5)
+    fetcher = FakeFetcher(failing=texts[1])
+    source = make_source(fetcher, limit_bytes=1)
+    source.expect(texts)
+    wait_until(lambda: source.held_bytes > 0)
+    # There is room for no other, so that the reading thread fetches it itself.
+    with pytest.raises(OSError, match="No file"):
+        source.read([texts[1]], LAYERS)
+    check(source.read([texts[0]], LAYERS), [texts[0]])
+    time.sleep(0.1)
+    assert [text for text, _ in fetcher.fetched] == texts and source.held_bytes == 0
 
 
 def test_what_an_error_leaves_behind_is_let_go(make_source) -> None:
