@@ -252,7 +252,12 @@ def run_read(argv: Sequence[str]) -> int:
             max_bytes=args.max_bytes,
         )
     print(store.describe())
-    max_length = args.text_length(target, num_drafts)
+    _print_training(args, args.text_length(target, num_drafts))
+    return 0
+
+
+def _print_training(args: ReadArguments, max_length: int | None) -> None:
+    """Print the command that trains from what was read."""
     print_next(
         "sft" if args.responses is None else "opd",
         drafter=args.drafter or (None if args.responses is None else "DRAFTER"),
@@ -271,7 +276,6 @@ def run_read(argv: Sequence[str]) -> int:
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    return 0
 
 
 def _verify(store: ReadingStore, texts: Sequence[Sequence[int]]) -> int:
