@@ -112,7 +112,6 @@ def test_threads_share_the_texts_of_an_unannounced_batch(make_source) -> None:
     assert time.monotonic() - begun < 12 * 0.05
 
 
-@pytest.mark.parametrize("limit_tokens", [1, 10, 16, 25])
 def test_what_a_read_waits_for_comes_before_what_is_only_to_come(make_source) -> None:
     texts = make_texts(2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
     announced, urgent = texts[:6], texts[6:]
@@ -128,6 +127,7 @@ def test_what_a_read_waits_for_comes_before_what_is_only_to_come(make_source) ->
     assert max(map(order.index, urgent)) < order.index(announced[-1])
 
 
+@pytest.mark.parametrize("limit_tokens", [1, 10, 16, 25])
 def test_what_is_held_never_exceeds_the_limit_or_a_single_text(make_source, limit_tokens: int) -> None:
     limit = limit_tokens * TOKEN_BYTES
     lengths = [(7 * number) % 13 + 1 for number in range(40)]
@@ -238,7 +238,7 @@ def test_a_text_whose_read_failed_is_not_fetched_again(make_source) -> None:
     fetcher = FakeFetcher(failing=texts[1])
     source = make_source(fetcher, limit_bytes=1)
     source.expect(texts)
-    wait_until(lambda: source.held_bytes > 0)
+    wait_until(lambda: len(fetcher.fetched) == 1)
     # There is room for no other, so that the reading thread fetches it itself.
     with pytest.raises(OSError, match="No file"):
         source.read([texts[1]], LAYERS)
