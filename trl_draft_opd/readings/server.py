@@ -8,10 +8,12 @@ Shape letters:  L = text length, S = states of a token (the tapped layers and th
 import random
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -79,7 +81,7 @@ class ReadingServers:
         servers: list[_Server],
         layer_ids: Sequence[int],
         folder: SharedFolder,
-        line: str,
+        line: Callable[..., str],
         *,
         concurrency: int,
         timeout: float,
@@ -154,7 +156,8 @@ class ReadingServers:
             raise ValueError(f"Readings need one or several different servers, got {roots}.")
         ServerSettings(roots[0], max_retries=max_retries, retry_wait=retry_wait)
         servers = [_Server(each) for each in settings]
-        line = serve_line(
+        line = partial(
+            serve_line,
             "MERGED" if target.is_merged else target.causal_lm.config.name_or_path or "TARGET",
             layer_ids,
             target.num_layers,
@@ -310,8 +313,12 @@ class ReadingServers:
         return check_states(tensors, text, *size), read_logprobs(reply, text) if with_logprobs else []
 
     def _describe_wrong(self, server: _Server, error: Exception, with_line: bool) -> str:
-        said = f"The server {server.root} does not deliver the target's readings: {error}."
-        return f"{said} A server of these readings is started by:\n{self._line}" if with_line else said
+        said = f"The server {server.root} does not deliver the target's readings: {str(error).rstrip('.')}."
+        if not with_line:
+            return said
+        place = urlsplit(server.root)
+        line = self._line(host=place.hostname or "127.0.0.1", port=place.port or 8000)
+        return f"{said} A server of these readings is started by:\n{line}"
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 

@@ -280,6 +280,9 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name in ("responses", "readings", "shared_folder"):
+            if isinstance(getattr(self, name), Path):
+                setattr(self, name, str(getattr(self, name)))
         check_settings(self)
         check_options(self)
         check_launcher()
