@@ -104,7 +104,7 @@ class DraftTrainingConfig(_BaseConfig):
             Where a step gets the target's states from. Unset, the target reads in this process. A folder that
             `trl-draft-opd read` wrote, or `http://...` of servers that extract states, several separated by commas:
             the target's decoder layers are not loaded then, unless the target is an instance. See
-            docs/do/scaling.md.
+            docs/do/readings.md.
         shared_folder (`str`, *optional*):
             The folder in which these servers leave states (their `shared_storage_path`), as this machine sees it.
         prefetch_bytes (`int`, *optional*, defaults to `2147483648`):
