@@ -7,6 +7,7 @@ Shape letters:  L = text length, S = states of a token (the tapped layers and th
 
 import random
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,13 +26,22 @@ from ..target.frozen import FrozenTarget
 from ..target.reading import TextStates
 from ..utils.hashing import hash_json
 from .launch import serve_line, served_states
-from .probe import check_head, check_layers, probe_texts, read_all_layers
-from .protocol import NotExtracting, build_reading, check_states, find_file_name, max_file_bytes, read_logprobs
+from .probe import check_alike, check_head, check_layers, probe_texts, read_all_layers
+from .protocol import (
+    NoStates,
+    NotExtracting,
+    build_reading,
+    check_states,
+    find_file_name,
+    max_file_bytes,
+    read_logprobs,
+)
 from .shared_folder import SharedFolder
 
 
-# Times that a request is sent again to one of several servers before another is asked instead.
-_FEW_RETRIES = 3
+# Times that a request is sent again to one of several servers before another is asked instead, and seconds until that
+# one is tried again.
+_FEW_RETRIES, _REST_SECONDS = 3, 60.0
 
 
 class _Server:
@@ -44,7 +54,16 @@ class _Server:
         self.version: str | None = None
         self.max_model_len: int | None = None
         self.num_under_way = 0
-        self.is_left_out = False
+        # Until when nothing is asked of it, by the monotonic clock.
+        self.rests_until = 0.0
+        # Whether what answers at this address is what was proven: not known once it was out of reach.
+        self.is_proven = False
+        self.proving = threading.Lock()
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether nothing is asked of it now."""
+        return time.monotonic() < self.rests_until
 
     def describe(self) -> None:
         """Ask for the name, the version and the longest text."""
@@ -104,6 +123,8 @@ class ReadingServers:
         )
         self.most_tokens: int | None = None
         self.engine_version = ""
+        # A text and its states, once the servers are proven.
+        self._proven: tuple[list[int], torch.Tensor] | None = None
 
     @classmethod
     def connect(
@@ -270,9 +291,12 @@ class ReadingServers:
         with self._changed:
             if server.is_left_out or self._num_serving() == 1:
                 return server.is_left_out
-            server.is_left_out = True
+            server.rests_until = time.monotonic() + _REST_SECONDS
             self._changed.notify_all()
-        warnings.warn(f"The server {server.root} is left out from now on; the others read its texts, too. {failure}")
+        warnings.warn(
+            f"The server {server.root} is left out for {_REST_SECONDS:.0f} seconds; the others read its texts, too. "
+            f"{failure}"
+        )
         return True
 
     def _fetch_from(
@@ -283,6 +307,8 @@ class ReadingServers:
         while True:
             request_id = self._folder.new_request_id()
             try:
+                if self._proven is not None and not server.is_proven:
+                    self._prove_again(server, *self._proven)
                 return self._fetch_once(server, text, request_id, with_logprobs)
             except WrongReply as error:
                 # Of the same kind, and out of the handler: the error quotes the reply as it came.
@@ -292,6 +318,8 @@ class ReadingServers:
             except (OSError, HTTPException) as error:
                 failure = ServerError(f"{type(error).__name__}: {server.client.without_key(str(error))}")
             self._folder.give_up(request_id)
+            # A file that does not come is no sign that another server has taken this one's place.
+            server.is_proven = server.is_proven and isinstance(failure, (WrongReply, NoStates))
             if isinstance(failure, WrongReply) or not retries:
                 raise failure
             if self._is_stopped.wait(min(wait, LONGEST_WAIT) * random.uniform(0.5, 1.0)):
@@ -311,6 +339,19 @@ class ReadingServers:
             is_stopped=self._is_stopped,
         )
         return check_states(tensors, text, *size), read_logprobs(reply, text) if with_logprobs else []
+
+    def _prove_again(self, server: _Server, text: list[int], proven: torch.Tensor) -> None:
+        """Compare what a server that was out of reach delivers for a text with what was proven to be the target's."""
+        with server.proving:
+            if server.is_proven:
+                return
+            request_id = self._folder.new_request_id()
+            try:
+                check_alike(self._fetch_once(server, text, request_id, with_logprobs=False)[0], proven)
+            except BaseException:
+                self._folder.give_up(request_id)
+                raise
+            server.is_proven = True
 
     def _describe_wrong(self, server: _Server, error: Exception, with_line: bool) -> str:
         said = f"The server {server.root} does not deliver the target's readings: {str(error).rstrip('.')}."
@@ -334,6 +375,7 @@ class ReadingServers:
         self.most_tokens = min(lengths, default=None)
         texts = probe_texts(target, self.most_tokens)
         outputs: list[torch.Tensor] | None = None
+        proven: tuple[list[int], torch.Tensor] | None = None
         for server in self._servers:
             try:
                 found = [
@@ -341,11 +383,13 @@ class ReadingServers:
                 ]
                 for text, (states, logprobs) in zip(texts, found, strict=True):
                     check_head(target, text, states[:, -1], logprobs)
-                if not with_layers:
-                    continue
-                outputs = read_all_layers(target, texts) if outputs is None else outputs
-                # Without a body, there may be none; of that it has warned.
-                for (states, _), of_all in zip(found, outputs, strict=bool(outputs)):
-                    check_layers(target, states, self._served_layers, of_all)
+                if with_layers:
+                    outputs = read_all_layers(target, texts) if outputs is None else outputs
+                    # Without a body, there may be none; of that it has warned.
+                    for (states, _), of_all in zip(found, outputs, strict=bool(outputs)):
+                        check_layers(target, states, self._served_layers, of_all)
+                server.is_proven = True
+                proven = (texts[0], found[0][0])
             except (ServerError, WrongReply) as error:
                 raise type(error)(self._describe_wrong(server, error, with_line=True)) from None
+        self._proven = proven
