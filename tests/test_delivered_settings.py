@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from helpers.delivered import LAYERS, make_folder, make_trainer, rows_in, texts_of, whole_target, write
 from helpers.tiny import TINY_RUN, make_drafter
-from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget
+from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget, open_readings
 from trl_draft_opd.readings.store import ReadingStore
 from trl_draft_opd.responses.store import ResponseStore
 from trl_draft_opd.trainer.card_memory import target_bytes
@@ -33,6 +33,8 @@ REFUSED = [
     ("sft", SERVED | {"shared_folder": "states", "shuffle_by_shard": True}, "the folder of a store"),
     ("sft", {"shuffle_by_shard": True}, "the folder of a store"),
     ("sft", STORE | {"shuffle_by_shard": True, "train_sampling_strategy": "sequential"}, "both order"),
+    ("sft", STORE | {"api_key_file": "key"}, "leave `api_key_file` out"),
+    ("sft", {"readings": "http://me:word@a:1"}, r"names servers.*`shared_folder`"),
     ("sft", STORE | {"prefetch_bytes": 0}, "`prefetch_bytes` must be at least 1"),
     ("sft", {"readings": ""}, "`readings` is empty"),
     ("sft", {"readings": ["http://a:1", "http://b:1"]}, "separated by commas"),
@@ -41,8 +43,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("method", "settings", "fix"), REFUSED)
 def test_settings_that_readings_have_no_use_for_are_refused_with_the_fix(tmp_path, method, settings, fix):
-    with pytest.raises(ValueError, match=fix):
+    with pytest.raises(ValueError, match=fix) as error:
         CONFIGS[method](output_dir=str(tmp_path), **TINY_RUN, **settings)
+    assert "word" not in str(error.value)
 
 
 def test_folders_may_be_paths(tmp_path):
@@ -62,6 +65,22 @@ def test_a_stream_has_no_order_by_shard(tmp_path, folder):
             rows=rows,
             max_steps=2,
         )
+
+
+def test_the_source_of_a_run_is_not_that_of_the_next_one_on_the_same_target(tmp_path, folder):
+    target = whole_target(folder)
+    first = make_trainer(folder, tmp_path / "a", target=target, readings=str(folder / "float32"))
+    assert first.target.source is not None
+    second = make_trainer(folder, tmp_path / "b", target=target)
+    assert second.target is target and target.source is None
+
+
+def test_a_source_of_other_layers_than_the_drafters_is_refused(tmp_path, folder):
+    target = whole_target(folder)
+    target.source = open_readings(target, str(folder / "float32"), LAYERS[:1])
+    with pytest.raises(ValueError, match=r"fetches the layers \[\d\] ahead, and the drafter taps"):
+        make_trainer(folder, tmp_path / "a", target=target)
+    target.source.close()
 
 
 def test_suffixes_without_weight_need_no_body(tmp_path):

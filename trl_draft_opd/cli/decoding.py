@@ -31,7 +31,7 @@ from ..export.record import (
 )
 from ..export.serving import SERVING_FILE
 from ..export.texts import add_measurement, read_publication
-from ..readings.opening import check_shared_folder, open_readings
+from ..readings.opening import check_servers, open_readings
 from ..responses import (
     CHECKED_ROWS,
     Origin,
@@ -45,11 +45,12 @@ from ..rollout.drafting import check_min_confidence
 from ..runs.checkpoints import MANIFEST
 from ..target.frozen import FrozenTarget
 from ..target.lengths import TRAINING_LENGTHS, Lengths
-from ..trainer.common_config import DraftTrainingConfig, length_help
+from ..trainer.common_config import length_help
 from ..trainer.delivery import check_texts
 from ..trainer.pair import check_pair
 from ..trainer.texts import describe_unwritten
 from ..utils.atomic_files import check_place
+from ..utils.secrets import read_key
 from ..utils.settings import check_at_least, check_settings
 from .arguments import (
     RowsArguments,
@@ -98,6 +99,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         default=None,
     )
     shared_folder: str | None = flag("Folder in which servers leave states, as this machine sees it.", default=None)
+    api_key_file: str | None = flag("File with the servers' API key.", default=None)
     json: str | None = flag("File to write the numbers to.", default=None)
     record: str | None = flag(
         "Put the numbers into the record of the drafter's folder, and of an export onto its card, under this name of "
@@ -110,7 +112,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         check_at_least(self, 1, "num_drafts", "max_completion_length", "batch_size")
         check_settings(self)
         check_min_confidence(self.min_confidence)
-        check_shared_folder(self.readings, self.shared_folder)
+        check_servers(self.readings, self.shared_folder, self.api_key_file)
         if self.readings is not None and self.responses is None:
             raise ValueError(
                 "`--readings` takes the target's decoder layers out, so tau is measured by replay along stored "
@@ -127,8 +129,13 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         """Have the target read the texts from where `--readings` says, if it does; refuse what is not there."""
         if self.readings is None or responses is None:
             return
-        layer_ids, limit = drafter.config.target_layer_ids, DraftTrainingConfig.prefetch_bytes
-        source = open_readings(target, self.readings, layer_ids, shared_folder=self.shared_folder, limit_bytes=limit)
+        source = open_readings(
+            target,
+            self.readings,
+            drafter.config.target_layer_ids,
+            shared_folder=self.shared_folder,
+            api_key_file=self.api_key_file,
+        )
         target.source = source
         texts = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         check_texts(target, texts, range(len(texts)), "the dataset")
@@ -300,7 +307,7 @@ class GenerateArguments(TargetArguments, RowsArguments, SamplingArguments):
             model=self.served_model_name,
             concurrency=self.concurrency,
             timeout=self.timeout,
-            api_key=None if self.api_key_file is None else Path(self.api_key_file).read_text("utf-8").strip(),
+            api_key=None if self.api_key_file is None else read_key(self.api_key_file),
         )
 
 

@@ -28,6 +28,7 @@ from ..trainer.delivery import stored_texts
 from ..trainer.draft_sft_config import MAX_LENGTH
 from ..trainer.pair import check_pair
 from ..utils.atomic_files import check_place
+from ..utils.secrets import read_key
 from ..utils.settings import check_at_least
 from .arguments import RowsArguments, TargetArguments, default_of, flag, parse, print_next, unless_default
 
@@ -113,7 +114,7 @@ class ReadArguments(TargetArguments, RowsArguments):
             yield None
             return
         assert self.base_url is not None, "`__post_init__`"
-        key = None if self.api_key_file is None else Path(self.api_key_file).read_text("utf-8").strip()
+        key = None if self.api_key_file is None else read_key(self.api_key_file)
         servers = ReadingServers.connect(
             target,
             self.base_url,

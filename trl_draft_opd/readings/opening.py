@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..target.frozen import FrozenTarget
+from ..utils.secrets import read_key, without_users
 from .fetching import Fetcher
 from .manifest import refuse_responses
 from .prefetch import PREFETCH_BYTES, PrefetchingSource
@@ -20,19 +21,29 @@ def is_address(readings: str) -> bool:
     return readings.strip().lower().startswith(_SCHEMES)
 
 
-def check_shared_folder(readings: str | None, shared_folder: str | None) -> None:
-    """Raise `ValueError` where servers are named without the folder that they share, or a folder without servers."""
+def check_servers(readings: str | None, shared_folder: str | None, api_key_file: str | None) -> None:
+    """Raise `ValueError` where servers are named without the folder that they share, or theirs without them."""
     is_served = readings is not None and is_address(readings)
+    if api_key_file is not None and not is_served:
+        raise ValueError(
+            f"`api_key_file` holds the key of servers, and `readings` is {_shown(readings)}. Give the servers' "
+            "`http://...` in `readings`, or leave `api_key_file` out."
+        )
     if shared_folder is not None and not is_served:
         raise ValueError(
-            f"`shared_folder` {shared_folder!r} is where servers leave states, and `readings` is {readings!r}. "
+            f"`shared_folder` {shared_folder!r} is where servers leave states, and `readings` is {_shown(readings)}. "
             "Give the servers' `http://...` in `readings`, or leave `shared_folder` out."
         )
     if is_served and shared_folder is None:
         raise ValueError(
-            f"`readings={readings!r}` names servers, which leave states in a folder that they share with this "
+            f"`readings={_shown(readings)}` names servers, which leave states in a folder that they share with this "
             "machine. Name it in `shared_folder` (their `shared_storage_path`, as this machine sees it)."
         )
+
+
+def _shown(readings: str | None) -> str:
+    """Return the setting for print, without what may be a password."""
+    return repr(readings if readings is None else without_users(readings))
 
 
 def open_readings(
@@ -41,6 +52,7 @@ def open_readings(
     layer_ids: Sequence[int],
     *,
     shared_folder: str | Path | None = None,
+    api_key_file: str | Path | None = None,
     limit_bytes: int = PREFETCH_BYTES,
 ) -> PrefetchingSource:
     """
@@ -51,6 +63,7 @@ def open_readings(
         readings (`str`): The folder of a store, or addresses of servers, separated by commas.
         layer_ids (`Sequence[int]`): Layers to read, ascending.
         shared_folder (`str` or `Path`, *optional*): Where the servers leave states, as this machine sees it.
+        api_key_file (`str` or `Path`, *optional*): File with the servers' key.
         limit_bytes (`int`, *optional*, defaults to `2147483648`): Host memory for what is fetched ahead.
 
     Returns:
@@ -74,7 +87,8 @@ def open_readings(
                 "Servers leave states in a folder that they share with this machine. Name it in `shared_folder` "
                 "(their `shared_storage_path`, as this machine sees it)."
             )
-        fetcher = ReadingServers.connect(target, addresses, layer_ids, shared_folder=shared_folder)
+        key = None if api_key_file is None else read_key(api_key_file)
+        fetcher = ReadingServers.connect(target, addresses, layer_ids, shared_folder=shared_folder, api_key=key)
     else:
         _check_folder(Path(readings))
         fetcher = ReadingStore.open_for(target, readings, layer_ids)

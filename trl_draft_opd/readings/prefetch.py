@@ -116,7 +116,10 @@ class PrefetchingSource:
     Attributes:
         wait_seconds (`float`): Time that reads took so far.
         delivered_bytes (`int`): Bytes that they returned.
+        is_of_a_run (`bool`): Whether a trainer opened it; one that comes after it does not read from it.
     """
+
+    is_of_a_run = False
 
     def __init__(self, fetcher: Fetcher, layer_ids: Sequence[int], limit_bytes: int):
         if limit_bytes < 1:

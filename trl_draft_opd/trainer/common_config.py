@@ -108,6 +108,8 @@ class DraftTrainingConfig(_BaseConfig):
             docs/do/readings.md.
         shared_folder (`str`, *optional*):
             The folder in which these servers leave states (their `shared_storage_path`), as this machine sees it.
+        api_key_file (`str`, *optional*):
+            File with the servers' key, which is sent to them alone.
         prefetch_bytes (`int`, *optional*, defaults to `2147483648`):
             Host memory of a process for readings fetched ahead of their step: in bfloat16 65,536 tokens of an 8B
             target, 16 rows of the longest length. Less lets a step wait; no result depends on it.
@@ -237,6 +239,7 @@ class DraftTrainingConfig(_BaseConfig):
         None, "Where the target's states come from: a folder of `read`, or `http://...` servers; unset, the target."
     )
     shared_folder: str | None = setting(None, "Folder in which servers leave states, as this machine sees it.")
+    api_key_file: str | None = setting(None, "File with the servers' API key.")
     prefetch_bytes: int = setting(PREFETCH_BYTES, "Host memory of a process for readings fetched ahead.")
     shuffle_by_shard: bool = setting(False, "Order rows by the shards of a store of readings, both shuffled.")
     accepted_loss: str = setting("forward_kl", "Divergence on accepted slots.", choices=LOSS_TYPES)
@@ -281,7 +284,7 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("responses", "readings", "shared_folder"):
+        for name in ("responses", "readings", "shared_folder", "api_key_file"):
             if isinstance(getattr(self, name), Path):
                 setattr(self, name, str(getattr(self, name)))
         check_settings(self)

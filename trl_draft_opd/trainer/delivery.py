@@ -34,22 +34,33 @@ def open_source(pair: Pair, args: DraftTrainingConfig) -> None:
     Raises:
         ValueError: If there is neither a source nor a body, or the source is not this target's; see [`open_readings`].
     """
-    target = pair.target
+    target, source = pair.target, pair.target.source
+    config: Any = pair.drafter.config
+    if isinstance(source, PrefetchingSource) and source.is_of_a_run:
+        # An earlier trainer's, which had the same target.
+        source.close()
+        source = target.source = None
     if args.readings is None:
-        if target.source is None and not target.has_body:
+        if source is None and not target.has_body:
             raise ValueError(
                 "The target was loaded without its body, and `readings` names nothing to read from in its place. Give "
                 "a folder or servers (`--readings`), or the whole target."
             )
+        if isinstance(source, PrefetchingSource) and list(source.layer_ids) != list(config.target_layer_ids):
+            raise ValueError(
+                f"The target's `source` fetches the layers {list(source.layer_ids)} ahead, and the drafter taps "
+                f"{list(config.target_layer_ids)}. Open it with these, or give `readings`."
+            )
         return
-    config: Any = pair.drafter.config
-    target.source = open_readings(
+    opened = target.source = open_readings(
         target,
         args.readings,
         config.target_layer_ids,
         shared_folder=args.shared_folder,
+        api_key_file=args.api_key_file,
         limit_bytes=args.prefetch_bytes,
     )
+    opened.is_of_a_run = True
 
 
 def store_of(target: FrozenTarget) -> ReadingStore | None:

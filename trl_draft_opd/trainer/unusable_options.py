@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from ..readings.opening import check_shared_folder, is_address
+from ..readings.opening import check_servers, is_address
 from ..utils.settings import check_at_least
 
 
@@ -119,7 +119,7 @@ def check_readings(args: Any) -> None:
             f"{args.readings!r}."
         )
     is_served = args.readings is not None and is_address(args.readings)
-    check_shared_folder(args.readings, args.shared_folder)
+    check_servers(args.readings, args.shared_folder, args.api_key_file)
     if args.readings is not None and args.shard_target:
         raise ValueError(
             "`shard_target=True` shards the target's layers, which a run with `readings` does not load. Leave one "
@@ -129,8 +129,8 @@ def check_readings(args: Any) -> None:
         return
     if args.readings is None or is_served:
         raise ValueError(
-            "`shuffle_by_shard=True` orders rows by the shards of a store, and `readings` is "
-            f"{args.readings!r}. Give the folder of a store there, or leave `shuffle_by_shard` out."
+            "`shuffle_by_shard=True` orders rows by the shards of a store, and `readings` names "
+            f"{'servers' if is_served else 'none'}. Give the folder of a store there, or leave `shuffle_by_shard` out."
         )
     if args.train_sampling_strategy != "random":
         raise ValueError(

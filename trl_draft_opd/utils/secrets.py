@@ -5,7 +5,13 @@ import html
 import json
 import re
 from base64 import b64encode
+from pathlib import Path
 from urllib.parse import quote
+
+
+def read_key(path: str | Path) -> str:
+    """Return the key in a file, without the white space around it; raises `OSError` if there is none."""
+    return Path(path).read_text("utf-8").strip()
 
 
 def without_secret(text: str, secret: str | None) -> str:
