@@ -17,12 +17,12 @@ ARGS ?=
 # What touches foreign code, for `make test-oldest` and `make test-newest`: what breaks when a dependency renames a thing.
 FOREIGN_TESTS := $(patsubst %,tests/test_%.py,\
 	versions \
-	target target_texts quantized_target text_reader \
+	target target_texts target_without_body quantized_target text_reader \
 	dflash dflash2 dspark eagle3 auto_drafter public_drafters \
 	rollout_live native_generate custom_generate parity \
 	trainers adapters activation_checkpointing resume \
 	published_checkpoints published_configs published_readers \
-	responses response_store hub cli)
+	responses response_store readings_store hub cli)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
