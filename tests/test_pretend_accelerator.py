@@ -5,13 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 
 
 def mixed():

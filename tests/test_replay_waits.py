@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 from helpers.rollouts import Options
 from helpers.rollouts import replay as run_replay
 from helpers.tiny import VOCAB, make_drafter, make_target
@@ -28,12 +28,6 @@ SHAPES = {
     "dspark": ({"block_size": 16, "num_hidden_layers": 1}, 15, 16, 0.757),
     "eagle3": ({"ttt_steps": 7}, 7, 1, 0.69),
 }
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
 
 
 def make_text(device, length):

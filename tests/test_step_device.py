@@ -17,16 +17,10 @@ import transformers.training_args
 from transformers import TrainerCallback
 
 from helpers.oracle import greedy_rows
-from helpers.pretend_accelerator import DEVICE, Counts, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, Counts, pretend_accelerator
 from helpers.tiny import FAMILIES, TINY_RUN, VOCAB, make_drafter, make_target
 from helpers.trained import overfit
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, DraftVocabulary
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
 
 
 class Steps(TrainerCallback):

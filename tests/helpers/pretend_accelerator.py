@@ -21,6 +21,7 @@ accelerate. Tests therefore run in a process of its own what needs it:
 Private torch API: `_setup_privateuseone_for_python_backend`, in torch 2.13.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -148,7 +149,16 @@ def apart() -> Iterator[Callable[..., Any]]:
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=_begin) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
+        yield lambda function, *args: pool.submit(_run_and_freeze, function, *args).result()
+
+
+def _run_and_freeze(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    finally:
+        # Every training run ends in a full garbage collection, which is to pass over what was imported.
+        gc.collect()
+        gc.freeze()
 
 
 def _begin() -> None:

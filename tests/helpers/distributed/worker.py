@@ -7,6 +7,7 @@ Run as `accelerate launch --config_file multi_cpu.yaml -m helpers.distributed.wo
 for all, because importing takes longer than training.
 """
 
+import gc
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from helpers.distributed.cases import CASES, MUON, POISONED, STOPPED, TOO_LARGE,
 
 def main(folder: Path, backends: list[str]) -> None:
     torch.set_num_threads(1)
+    # Every training run ends in a full garbage collection, which passes over all modules otherwise.
+    gc.freeze()
     rank = int(os.environ["RANK"])
     for backend in backends:
         if backend.startswith("zero"):
