@@ -1,7 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The pretend accelerator itself: it refuses what CUDA refuses, computes what the CPU does, and counts by line."""
 
-import pytest
 import torch
 from torch import nn
 
