@@ -83,6 +83,20 @@ def test_the_texts_of_a_store_are_those_that_sft_reads(place: Path, tmp_path: Pa
     assert main([*command, *TRAINING, "--output-dir", str(tmp_path / "trained")]) == 0
 
 
+@pytest.mark.parametrize("family", ["eagle3", "dflash"])
+def test_a_text_that_is_cut_without_a_drafter_is_cut_alike_for_a_drafter_of_any_family(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, family: str
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "w8 w9", "completion": " ".join(["w10", "w11"] * 200)}) + "\n", "utf-8")
+    words = ["--target", str(place / "target"), "--dataset", str(rows), "--output", str(tmp_path / "out")]
+    assert main(["read", *words]) == 0
+    following = next_command(capsys.readouterr().out)
+    assert following[following.index("--max-length") + 1] == "240"
+    following[following.index("--family") + 1] = family
+    assert main([*following, *TRAINING, "--output-dir", str(tmp_path / "sft")]) == 0
+
+
 def test_with_responses_the_texts_are_those_that_draft_opd_replays(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):

@@ -35,6 +35,7 @@ REFUSED = [
     ("sft", STORE | {"shuffle_by_shard": True, "train_sampling_strategy": "sequential"}, "both order"),
     ("sft", STORE | {"prefetch_bytes": 0}, "`prefetch_bytes` must be at least 1"),
     ("sft", {"readings": ""}, "`readings` is empty"),
+    ("sft", {"readings": ["http://a:1", "http://b:1"]}, "separated by commas"),
 ]
 
 
@@ -42,6 +43,25 @@ REFUSED = [
 def test_settings_that_readings_have_no_use_for_are_refused_with_the_fix(tmp_path, method, settings, fix):
     with pytest.raises(ValueError, match=fix):
         CONFIGS[method](output_dir=str(tmp_path), **TINY_RUN, **settings)
+
+
+def test_folders_may_be_paths(tmp_path):
+    config = DraftSFTConfig(str(tmp_path), **TINY_RUN, readings=tmp_path / "a")
+    assert config.readings == str(tmp_path / "a")
+
+
+def test_a_stream_has_no_order_by_shard(tmp_path, folder):
+    rows = rows_in(folder).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`train_dataset` is a stream"):
+        make_trainer(
+            folder,
+            tmp_path,
+            readings=str(folder / "float32"),
+            shuffle_by_shard=True,
+            train_sampling_strategy="random",
+            rows=rows,
+            max_steps=2,
+        )
 
 
 def test_suffixes_without_weight_need_no_body(tmp_path):
@@ -110,7 +130,7 @@ def test_responses_that_are_not_written_are_counted_with_the_command_that_writes
     rows = rows_in(folder).select_columns(["prompt_ids"])
     prompts = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in ids) for ids in rows["prompt_ids"]]})
     options = {"readings": str(folder / "float32"), "rows": prompts}
-    says = r"16 prompts have no response.* row 0.*trl-draft-opd generate --engine vllm"
+    says = r"16 prompts have no response.* row 0.*trl-draft-opd generate --target .* --max-completion-length \d+`"
     with pytest.raises(ValueError, match=says):
         make_trainer(folder, tmp_path / "opd", "opd", completions_from_target=False, **options)
     with pytest.raises(ValueError, match=says):

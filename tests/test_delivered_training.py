@@ -204,6 +204,20 @@ class Beginning(TrainerCallback):
         self.is_training = True
 
 
+def test_nothing_is_drawn_behind_the_last_batch_of_an_epoch():
+    drawn = []
+
+    def batches():
+        for batch in range(3):
+            drawn.append(batch)
+            yield batch
+        drawn.append("what ends an epoch")
+
+    ahead = LookAhead(batches(), lambda: drawn == [0, 1, 2])
+    assert ahead.draw(2) == [0, 1] and next(ahead) == 0 and ahead.draw(5) == [1, 2]
+    assert drawn == [0, 1, 2] and list(ahead) == [1, 2]
+
+
 def test_a_row_that_cannot_be_read_costs_no_update_before_its_own(tmp_path, folder):
     rows, begun = rows_in(folder), Beginning()
 

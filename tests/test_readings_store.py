@@ -299,6 +299,15 @@ def test_a_source_that_fails_for_good_is_not_asked_for_all(
     assert len(ReadingStore.read_only(tmp_path / "store")) == 2 and source.num_fetched < len(TEXTS)
 
 
+def test_texts_that_fail_here_and_there_end_no_reading(
+    tmp_path: Path, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(write, "_GIVE_UP_AFTER", 3)
+    with pytest.raises(ValueError, match="3 of 11 texts could not be read"):
+        fill(tmp_path / "store", target, source=Elsewhere(make_target(), broken=TEXTS[:6:2]))
+    assert ReadingStore.read_only(tmp_path / "store").missing(TEXTS) == TEXTS[:6:2]
+
+
 def test_what_is_under_way_keeps_no_process_alive(tmp_path: Path, target: FrozenTarget):
     source, are_daemons = Elsewhere(make_target()), []
     whole = source.fetch

@@ -384,7 +384,7 @@ def test_whatever_decodes_is_refused_with_what_needs_no_body(target, tmp_path, w
 
 
 def test_a_text_is_read_from_a_source_or_not_at_all(target):
-    with pytest.raises(ValueError, match="without its body, so it reads no text by itself. Give `readings`"):
+    with pytest.raises(ValueError, match="without its body, so it reads no text by itself. .*open_readings"):
         target.read_text(IDS, ONES, [0])
 
 

@@ -22,6 +22,7 @@ from .export import read_target as read_target
 from .export.record import TrainingRecord as TrainingRecord
 from .parity import VerificationReport as VerificationReport
 from .parity import verify_drafter as verify_drafter
+from .readings.opening import open_readings as open_readings
 from .readings.store import ReadingStore as ReadingStore
 from .readings.write import write_readings as write_readings
 from .responses import Origin as Origin

@@ -146,7 +146,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         missing = store.missing(prompts)
         if missing and not target.has_body:
             first = next(row for row, prompt in enumerate(prompts) if store.find(prompt) is None)
-            raise ValueError(describe_unwritten(target, len(missing), store.path, first))
+            raise ValueError(describe_unwritten(target, store, len(missing), first))
         sizes = {"batch_size": self.batch_size, "shard_size": default_of(write_responses, "shard_size")}
         generate_missing(store, target, prompts, **sizes, seed=self.seed, show_progress=True)
         return [found for prompt in prompts if (found := store.find(prompt)) is not None]

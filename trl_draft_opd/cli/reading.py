@@ -14,6 +14,7 @@ from datasets import Dataset
 from ..costs.readings import bytes_per_token, shared_folder_bytes
 from ..drafters.auto import AutoDrafter
 from ..drafters.base import Drafter
+from ..drafters.dflash.configuration_dflash import DFlashDraftConfig
 from ..drafters.target_shape import middle_layer_ids, spread_layer_ids
 from ..readings.launch import serve_line
 from ..readings.manifest import show_bytes
@@ -143,7 +144,15 @@ class ReadArguments(TargetArguments, RowsArguments):
             return self.target_layer_ids
         return sorted({*middle_layer_ids(target.num_layers), *spread_layer_ids(target.num_layers)})
 
-    def read_texts(self, target: FrozenTarget, rows: Dataset, num_drafts: int) -> list[Any]:
+    def text_length(self, target: FrozenTarget, num_drafts: int | None) -> int | None:
+        """Return where texts are cut; `None` of responses, which are read whole where no length is given."""
+        if self.responses is not None and self.max_length is None:
+            return None
+        # Of no drafter in particular, so that `sft` cuts there for a drafter of any family.
+        num_drafts = DFlashDraftConfig.block_size if num_drafts is None else num_drafts
+        return fit_text_length(target.num_positions, self.max_length, num_drafts=num_drafts, default=MAX_LENGTH)
+
+    def read_texts(self, target: FrozenTarget, rows: Dataset, num_drafts: int | None) -> list[Any]:
         """
         Return the texts that training reads, as arrays of token ids: lists of numbers would take ten times the memory.
 
@@ -152,10 +161,8 @@ class ReadArguments(TargetArguments, RowsArguments):
         """
         stored = None if self.responses is None else ResponseStore.read_only(self.responses)
         completion = None if stored is None else stored.origin.max_completion_length
-        lengths = self.fit_lengths(target, completion, num_drafts=num_drafts, defaults=TRAINING_LENGTHS)
-        max_length = self.max_length
-        if stored is None or max_length is not None:
-            max_length = fit_text_length(target.num_positions, max_length, num_drafts=num_drafts, default=MAX_LENGTH)
+        lengths = self.fit_lengths(target, completion, num_drafts=num_drafts or 0, defaults=TRAINING_LENGTHS)
+        max_length = self.text_length(target, num_drafts)
         reader = target.text_reader(**self.reading(lengths.prompt), num_proc=self.num_proc, max_length=max_length)
         if stored is not None:
             origin = Origin.of(
@@ -212,7 +219,8 @@ def run_read(argv: Sequence[str]) -> int:
     target = args.load_target(body=reads_here)
     drafter = args.load_drafter(target)
     layer_ids = args.choose_layers(target, drafter)
-    texts = args.read_texts(target, rows, 0 if drafter is None else drafter.default_num_drafts)
+    num_drafts = None if drafter is None else drafter.default_num_drafts
+    texts = args.read_texts(target, rows, num_drafts)
     if args.print_server:
         longest = max(map(len, texts))
         # What is to be pasted alone on the standard output.
@@ -244,6 +252,12 @@ def run_read(argv: Sequence[str]) -> int:
             max_bytes=args.max_bytes,
         )
     print(store.describe())
+    _print_training(args, args.text_length(target, num_drafts))
+    return 0
+
+
+def _print_training(args: ReadArguments, max_length: int | None) -> None:
+    """Print the command that trains from what was read."""
     print_next(
         "sft" if args.responses is None else "opd",
         drafter=args.drafter or (None if args.responses is None else "DRAFTER"),
@@ -253,7 +267,7 @@ def run_read(argv: Sequence[str]) -> int:
         responses=args.responses,
         readings=args.output,
         target_dtype=unless_default(args, "target_dtype"),
-        max_length=args.max_length if args.responses is None else None,
+        max_length=max_length if args.responses is None and max_length != MAX_LENGTH else None,
         max_prompt_length=args.max_prompt_length,
         # The store of responses takes no other.
         max_completion_length=None
@@ -262,7 +276,6 @@ def run_read(argv: Sequence[str]) -> int:
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    return 0
 
 
 def _verify(store: ReadingStore, texts: Sequence[Sequence[int]]) -> int:

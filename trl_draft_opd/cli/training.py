@@ -310,6 +310,7 @@ def run_sft(argv: Sequence[str]) -> int:
             "opd",
             drafter=config.output_dir,
             target=args.target,
+            target_dtype=unless_default(config, "target_dtype"),
             dataset=args.dataset,
             responses=config.responses,
             readings=config.readings,
@@ -327,6 +328,7 @@ def run_opd(argv: Sequence[str]) -> int:
             "evaluate",
             drafter=config.output_dir,
             target=args.target,
+            target_dtype=unless_default(config, "target_dtype"),
             dataset=HELD_OUT,
             max_completion_length=unless_default(config, "max_completion_length"),
             # Without the target's body, along responses that were read as well.

@@ -166,10 +166,11 @@ class ReadingManifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise ValueError(
-                f"There is no store of readings in {folder}: it has no {MANIFEST}. Write one with "
-                "`trl-draft-opd read`."
-            )
+            num_shards = len(list(folder.glob("shard-*.safetensors")))
+            fix = "Write one with `trl-draft-opd read`."
+            if num_shards:
+                fix = f"It has {num_shards} shards: the same `trl-draft-opd read` takes them in and writes it anew."
+            raise ValueError(f"There is no store of readings in {folder}: it has no {MANIFEST}. {fix}")
         refuse_responses(folder)
         try:
             content = json.loads(refuse_link(path).read_text("utf-8"))

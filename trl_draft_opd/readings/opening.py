@@ -7,7 +7,7 @@ from pathlib import Path
 from ..target.frozen import FrozenTarget
 from .fetching import Fetcher
 from .manifest import refuse_responses
-from .prefetch import PrefetchingSource
+from .prefetch import PREFETCH_BYTES, PrefetchingSource
 from .server import ReadingServers
 from .store import ReadingStore
 
@@ -41,7 +41,7 @@ def open_readings(
     layer_ids: Sequence[int],
     *,
     shared_folder: str | Path | None = None,
-    limit_bytes: int,
+    limit_bytes: int = PREFETCH_BYTES,
 ) -> PrefetchingSource:
     """
     Open a store or servers, and check that what they have is this target's.
@@ -51,7 +51,10 @@ def open_readings(
         readings (`str`): The folder of a store, or addresses of servers, separated by commas.
         layer_ids (`Sequence[int]`): Layers to read, ascending.
         shared_folder (`str` or `Path`, *optional*): Where the servers leave states, as this machine sees it.
-        limit_bytes (`int`): Host memory for what is fetched ahead.
+        limit_bytes (`int`, *optional*, defaults to `2147483648`): Host memory for what is fetched ahead.
+
+    Returns:
+        [`PrefetchingSource`]: For `target.source`; close it when done.
 
     Raises:
         ValueError: If there is no store or no such server, or it is of another target, precision or other layers.

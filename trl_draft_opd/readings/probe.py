@@ -116,6 +116,22 @@ def check_layers(
             )
 
 
+def check_alike(states: torch.Tensor, proven: torch.Tensor) -> None:
+    """
+    Compare the states `(L, S, H)` of a text with those that were proven to be the target's.
+
+    Raises:
+        WrongReply: If a layer's differ by more than the precision explains.
+    """
+    distances = (states.float() - proven.float()).norm(dim=-1) / proven.float().norm(dim=-1)
+    off, near = distances.median(dim=0).values.max(), _NEAR[proven.dtype]
+    if not off <= near:
+        raise WrongReply(
+            f"since it was out of reach its states of a text differ from those that were proven by {off:.2g} of their "
+            f"length, and {near:.2g} is explained by {proven.dtype}: another server answers there now"
+        )
+
+
 def read_all_layers(target: FrozenTarget, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """
     Return the outputs `(L, N, H)` of all layers on each text, on the host: of the target's body, else of the layers

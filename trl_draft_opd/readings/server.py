@@ -7,11 +7,14 @@ Shape letters:  L = text length, S = states of a token (the tapped layers and th
 
 import random
 import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -23,13 +26,22 @@ from ..target.frozen import FrozenTarget
 from ..target.reading import TextStates
 from ..utils.hashing import hash_json
 from .launch import serve_line, served_states
-from .probe import check_head, check_layers, probe_texts, read_all_layers
-from .protocol import NotExtracting, build_reading, check_states, find_file_name, max_file_bytes, read_logprobs
+from .probe import check_alike, check_head, check_layers, probe_texts, read_all_layers
+from .protocol import (
+    NoStates,
+    NotExtracting,
+    build_reading,
+    check_states,
+    find_file_name,
+    max_file_bytes,
+    read_logprobs,
+)
 from .shared_folder import SharedFolder
 
 
-# Times that a request is sent again to one of several servers before another is asked instead.
-_FEW_RETRIES = 3
+# Times that a request is sent again to one of several servers before another is asked instead, and seconds until that
+# one is tried again.
+_FEW_RETRIES, _REST_SECONDS = 3, 60.0
 
 
 class _Server:
@@ -42,7 +54,16 @@ class _Server:
         self.version: str | None = None
         self.max_model_len: int | None = None
         self.num_under_way = 0
-        self.is_left_out = False
+        # Until when nothing is asked of it, by the monotonic clock.
+        self.rests_until = 0.0
+        # Whether what answers at this address is what was proven: not known once it was out of reach.
+        self.is_proven = False
+        self.proving = threading.Lock()
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether nothing is asked of it now."""
+        return time.monotonic() < self.rests_until
 
     def describe(self) -> None:
         """Ask for the name, the version and the longest text."""
@@ -79,7 +100,7 @@ class ReadingServers:
         servers: list[_Server],
         layer_ids: Sequence[int],
         folder: SharedFolder,
-        line: str,
+        line: Callable[..., str],
         *,
         concurrency: int,
         timeout: float,
@@ -102,6 +123,8 @@ class ReadingServers:
         )
         self.most_tokens: int | None = None
         self.engine_version = ""
+        # A text and its states, once the servers are proven.
+        self._proven: tuple[list[int], torch.Tensor] | None = None
 
     @classmethod
     def connect(
@@ -154,7 +177,8 @@ class ReadingServers:
             raise ValueError(f"Readings need one or several different servers, got {roots}.")
         ServerSettings(roots[0], max_retries=max_retries, retry_wait=retry_wait)
         servers = [_Server(each) for each in settings]
-        line = serve_line(
+        line = partial(
+            serve_line,
             "MERGED" if target.is_merged else target.causal_lm.config.name_or_path or "TARGET",
             layer_ids,
             target.num_layers,
@@ -267,9 +291,12 @@ class ReadingServers:
         with self._changed:
             if server.is_left_out or self._num_serving() == 1:
                 return server.is_left_out
-            server.is_left_out = True
+            server.rests_until = time.monotonic() + _REST_SECONDS
             self._changed.notify_all()
-        warnings.warn(f"The server {server.root} is left out from now on; the others read its texts, too. {failure}")
+        warnings.warn(
+            f"The server {server.root} is left out for {_REST_SECONDS:.0f} seconds; the others read its texts, too. "
+            f"{failure}"
+        )
         return True
 
     def _fetch_from(
@@ -280,6 +307,8 @@ class ReadingServers:
         while True:
             request_id = self._folder.new_request_id()
             try:
+                if self._proven is not None and not server.is_proven:
+                    self._prove_again(server, *self._proven)
                 return self._fetch_once(server, text, request_id, with_logprobs)
             except WrongReply as error:
                 # Of the same kind, and out of the handler: the error quotes the reply as it came.
@@ -289,6 +318,8 @@ class ReadingServers:
             except (OSError, HTTPException) as error:
                 failure = ServerError(f"{type(error).__name__}: {server.client.without_key(str(error))}")
             self._folder.give_up(request_id)
+            # A file that does not come is no sign that another server has taken this one's place.
+            server.is_proven = server.is_proven and isinstance(failure, (WrongReply, NoStates))
             if isinstance(failure, WrongReply) or not retries:
                 raise failure
             if self._is_stopped.wait(min(wait, LONGEST_WAIT) * random.uniform(0.5, 1.0)):
@@ -309,9 +340,26 @@ class ReadingServers:
         )
         return check_states(tensors, text, *size), read_logprobs(reply, text) if with_logprobs else []
 
+    def _prove_again(self, server: _Server, text: list[int], proven: torch.Tensor) -> None:
+        """Compare what a server that was out of reach delivers for a text with what was proven to be the target's."""
+        with server.proving:
+            if server.is_proven:
+                return
+            request_id = self._folder.new_request_id()
+            try:
+                check_alike(self._fetch_once(server, text, request_id, with_logprobs=False)[0], proven)
+            except BaseException:
+                self._folder.give_up(request_id)
+                raise
+            server.is_proven = True
+
     def _describe_wrong(self, server: _Server, error: Exception, with_line: bool) -> str:
-        said = f"The server {server.root} does not deliver the target's readings: {error}."
-        return f"{said} A server of these readings is started by:\n{self._line}" if with_line else said
+        said = f"The server {server.root} does not deliver the target's readings: {str(error).rstrip('.')}."
+        if not with_line:
+            return said
+        place = urlsplit(server.root)
+        line = self._line(host=place.hostname or "127.0.0.1", port=place.port or 8000)
+        return f"{said} A server of these readings is started by:\n{line}"
 
     # -- the proof ----------------------------------------------------------------------------------------------------
 
@@ -327,6 +375,7 @@ class ReadingServers:
         self.most_tokens = min(lengths, default=None)
         texts = probe_texts(target, self.most_tokens)
         outputs: list[torch.Tensor] | None = None
+        proven: tuple[list[int], torch.Tensor] | None = None
         for server in self._servers:
             try:
                 found = [
@@ -334,11 +383,13 @@ class ReadingServers:
                 ]
                 for text, (states, logprobs) in zip(texts, found, strict=True):
                     check_head(target, text, states[:, -1], logprobs)
-                if not with_layers:
-                    continue
-                outputs = read_all_layers(target, texts) if outputs is None else outputs
-                # Without a body, there may be none; of that it has warned.
-                for (states, _), of_all in zip(found, outputs, strict=bool(outputs)):
-                    check_layers(target, states, self._served_layers, of_all)
+                if with_layers:
+                    outputs = read_all_layers(target, texts) if outputs is None else outputs
+                    # Without a body, there may be none; of that it has warned.
+                    for (states, _), of_all in zip(found, outputs, strict=bool(outputs)):
+                        check_layers(target, states, self._served_layers, of_all)
+                server.is_proven = True
+                proven = (texts[0], found[0][0])
             except (ServerError, WrongReply) as error:
                 raise type(error)(self._describe_wrong(server, error, with_line=True)) from None
+        self._proven = proven

@@ -195,6 +195,8 @@ def write_readings(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if source is None:
+        target.require_body("Reading texts in this process")
     plan = ReadingPlan.of(target, texts, path, layer_ids, dtype)
     plan.check_room(max_bytes)
     store = ReadingStore.open(path, plan.manifest)

@@ -178,7 +178,11 @@ class ServerClient:
     def _explain(self, error: urllib.error.HTTPError, path: str) -> WrongReply | ServerError:
         """Return what to raise for a status that is no success."""
         try:
-            said = self.without_key(error.read(_MAX_ERROR_BYTES).decode("utf-8", "replace"))[:_LONGEST_QUOTE]
+            said = self.without_key(error.read(_MAX_ERROR_BYTES).decode("utf-8", "replace"))
+            if said.lstrip()[:1] == "<":
+                # A page: its text alone.
+                said = " ".join(re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.DOTALL).split())
+            said = said[:_LONGEST_QUOTE]
         except (OSError, HTTPException):
             said = "(its explanation broke off)"
         if error.code in _RETRY_STATUS:

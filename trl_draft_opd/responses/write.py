@@ -87,6 +87,8 @@ def write_responses(
             f"`engine={engine!r}` and `server={server!r}` do not go together: a server is given only for {ENGINES}, "
             "with the same engine."
         )
+    if engine == "transformers":
+        target.require_body("Writing responses in this process")
     reader = reader or target.text_reader()
     origin = Origin.of(target, reader, sampling=sampling, max_completion_length=max_completion_length)
     store = ResponseStore.open(path, origin)

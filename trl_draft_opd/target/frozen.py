@@ -407,8 +407,9 @@ class FrozenTarget:
             return reading
         if not self.has_body:
             raise ValueError(
-                "The target was loaded without its body, so it reads no text by itself. Give `readings`, a folder or "
-                "the address of servers, or load the whole target."
+                "The target was loaded without its body, so it reads no text by itself. Give trainers and commands "
+                "`readings`, or set `target.source = open_readings(target, ...)`, a folder or servers; or load the "
+                "whole target."
             )
         new_cache = partial(text_cache, self.config)
         passes = Passes(layer_ids, tokens_at_once(self.device), keep_cache, new_cache)

@@ -18,6 +18,7 @@ from transformers import SchedulerType
 from ..data.templates import read_template
 from ..drafters.base import Drafter
 from ..losses import LOSS_TYPES
+from ..readings.prefetch import PREFETCH_BYTES
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.drafting import DRAFT_SAMPLING, check_draft_sampling
 from ..runs.distributed.launch import check_launcher, check_processes, is_launched_on_cpus
@@ -104,7 +105,7 @@ class DraftTrainingConfig(_BaseConfig):
             Where a step gets the target's states from. Unset, the target reads in this process. A folder that
             `trl-draft-opd read` wrote, or `http://...` of servers that extract states, several separated by commas:
             the target's decoder layers are not loaded then, unless the target is an instance. See
-            docs/do/scaling.md.
+            docs/do/readings.md.
         shared_folder (`str`, *optional*):
             The folder in which these servers leave states (their `shared_storage_path`), as this machine sees it.
         prefetch_bytes (`int`, *optional*, defaults to `2147483648`):
@@ -236,7 +237,7 @@ class DraftTrainingConfig(_BaseConfig):
         None, "Where the target's states come from: a folder of `read`, or `http://...` servers; unset, the target."
     )
     shared_folder: str | None = setting(None, "Folder in which servers leave states, as this machine sees it.")
-    prefetch_bytes: int = setting(2 * 2**30, "Host memory of a process for readings fetched ahead.")
+    prefetch_bytes: int = setting(PREFETCH_BYTES, "Host memory of a process for readings fetched ahead.")
     shuffle_by_shard: bool = setting(False, "Order rows by the shards of a store of readings, both shuffled.")
     accepted_loss: str = setting("forward_kl", "Divergence on accepted slots.", choices=LOSS_TYPES)
     slot_weighting: str = setting(
@@ -280,6 +281,9 @@ class DraftTrainingConfig(_BaseConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name in ("responses", "readings", "shared_folder"):
+            if isinstance(getattr(self, name), Path):
+                setattr(self, name, str(getattr(self, name)))
         check_settings(self)
         check_options(self)
         check_launcher()

@@ -95,7 +95,7 @@ def require_responses(target: FrozenTarget, store: ResponseStore, prompts: Datas
     rows = zip(prompts["prompt_ids"], prompts["sample_id"], strict=True)
     missing = [row for prompt, row in rows if store.find(prompt) is None]
     if missing:
-        raise ValueError(describe_unwritten(target, len(missing), store.path, missing[0]))
+        raise ValueError(describe_unwritten(target, store, len(missing), missing[0]))
 
 
 class LookAhead:

@@ -181,6 +181,11 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
     def _read_known(cls, pair: Pair, args: Any, dataset: AnyDataset, is_training: bool) -> AnyDataset:
         """Tokenize a dataset, and refuse one whose texts a source of readings does not have, before any work."""
         rows = cls._read_rows(pair, args, dataset, is_training)
+        if is_training and args.shuffle_by_shard and not isinstance(rows, Dataset):
+            raise ValueError(
+                "`shuffle_by_shard=True` orders rows of a dataset, and `train_dataset` is a stream, whose rows come "
+                "in an order of their own. Load it whole, or leave `shuffle_by_shard` out."
+            )
         if pair.target.source is not None and isinstance(rows, Dataset):
             texts = cls._known_texts(pair, args, rows, is_training)
             if texts is not None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -145,7 +144,7 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
         store = open_store(target, args)
         prompt_ids = list(prompts["prompt_ids"])
         missing = store.missing(prompt_ids)
-        if missing and args.responses is not None and state.is_main_process:
+        if missing and target.has_body and args.responses is not None and state.is_main_process:
             logger.warning(describe_filling(store, len(missing)))
         missing = missing[state.process_index :: state.num_processes]
         rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
@@ -160,13 +159,15 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
     )
 
 
-def describe_unwritten(target: FrozenTarget, num_missing: int, folder: Path, row: int) -> str:
+def describe_unwritten(target: FrozenTarget, store: ResponseStore, num_missing: int, row: int) -> str:
     """Return what is wrong where responses are missing and cannot be written, and what to do."""
+    name, folder = target.config.name_or_path or "TARGET", store.path
     return (
         f"{num_missing} prompts have no response in {str(folder)!r}, the first of them row {row}, and a run with "
-        "`readings` writes none. Write them with `trl-draft-opd generate --engine vllm --target "
-        f"{target.config.name_or_path or 'TARGET'} --output RESPONSES`, name that folder in `responses`, and read "
-        "them with `trl-draft-opd read --responses RESPONSES`; or give the responses as ids in the dataset."
+        f"`readings` writes none. Write them with `trl-draft-opd generate --target {name} --dataset DATASET --output "
+        f"RESPONSES --max-completion-length {store.origin.max_completion_length}` (by a server with `--engine vllm "
+        f"--base-url URL`), read them with `trl-draft-opd read --target {name} --dataset DATASET --responses "
+        "RESPONSES --output READINGS`, and name both folders; or give the responses as ids in the dataset."
     )
 
 
@@ -179,7 +180,7 @@ def _write_responses(
 ) -> None:
     """Have the target respond to prompts, which errors call by their rows in the dataset."""
     if prompts and not target.has_body:
-        raise ValueError(describe_unwritten(target, len(prompts), store.path, sample_ids[0]))
+        raise ValueError(describe_unwritten(target, store, len(prompts), sample_ids[0]))
     with naming_rows(sample_ids, "the dataset"):
         generate_missing(
             store,

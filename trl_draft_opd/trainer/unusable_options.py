@@ -113,6 +113,11 @@ def check_readings(args: Any) -> None:
     Raises:
         ValueError: Naming the setting and the fix.
     """
+    if args.readings is not None and not isinstance(args.readings, str):
+        raise ValueError(
+            f"`readings` must be one text, a folder or the addresses of servers separated by commas, got "
+            f"{args.readings!r}."
+        )
     is_served = args.readings is not None and is_address(args.readings)
     check_shared_folder(args.readings, args.shared_folder)
     if args.readings is not None and args.shard_target:
