@@ -91,6 +91,8 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Headers and body are written apart, and the second would wait for the receipt of the first.
+    disable_nagle_algorithm = True
     hub: FakeHub
 
     def log_message(self, *arguments) -> None:
