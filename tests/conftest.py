@@ -10,8 +10,11 @@ those of the laboratory with `-m lab`. This file builds no model and no data: se
 import gc
 import os
 import random
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 _HF_HOME = tempfile.TemporaryDirectory(prefix="trl-draft-opd-tests-")
@@ -30,6 +33,8 @@ os.environ.update(
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from helpers.pretend_accelerator import apart  # noqa: E402
 
 
 SHARED_FOLDERS = ("targets", "data")
@@ -93,10 +98,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # Every training run ends in a full garbage collection; a quarter of a second each, unless it may pass over all
-    # that is there for good: modules, and the tests themselves.
-    gc.collect()
-    gc.freeze()
+    _freeze()
+
+
+_num_modules = 0
+
+
+def _freeze() -> None:
+    """
+    Have garbage collections pass over all that is there for good: modules, and the tests themselves. Every training
+    run ends in a full collection, of a quarter of a second otherwise.
+    """
+    global _num_modules
+    if len(sys.modules) > _num_modules:
+        gc.collect()
+        gc.freeze()
+        _num_modules = len(sys.modules)
 
 
 def _shared_path(config: pytest.Config) -> Path | None:
@@ -120,6 +137,20 @@ def shared_dir(pytestconfig: pytest.Config) -> Path:
     if path is None:
         pytest.skip("needs real text and a real target: give their folder with --shared PATH")
     return path
+
+
+@pytest.fixture(scope="session")
+def call() -> Iterator[Callable[..., Any]]:
+    """`call(function, *args)` in the one process of this run, or of its worker, that has the pretend accelerator."""
+    with apart() as run:
+        yield run
+
+
+@pytest.fixture(autouse=True)
+def _frozen_modules() -> Iterator[None]:
+    yield
+    # Some are imported by the first test that needs them.
+    _freeze()
 
 
 @pytest.fixture(autouse=True)

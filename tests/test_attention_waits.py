@@ -6,7 +6,7 @@ On an accelerator: no operand of another device in any path of the attention, an
 import pytest
 import torch
 
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_target
 from trl_draft_opd import DFlashDraftConfig, DFlashDraftModel
 from trl_draft_opd.drafters.attention import AttentionPlan, Sight, flex
@@ -22,12 +22,6 @@ def make_variant(target):
     shape = make_drafter("dflash", target).config.to_dict()
     layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9, "is_causal": None}
     return DFlashDraftModel(DFlashDraftConfig.from_dict(shape | layers | {"attention_sinks": True}))
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
 
 
 def draft(family, device, is_recomputed):

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gpu, gpu_jobs
 from benchmarks.gpu_rows import Clock, Item, OutOfTime, Rows, run_items, time_runs
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 from trl_draft_opd.costs.jobs import JOBS
 from trl_draft_opd.rollout.counts import Counts
 
@@ -136,7 +136,6 @@ def rehearse_on_pretend_device(path: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_no_item_mixes_devices(tmp_path):
-    with apart() as call:
-        found = call(rehearse_on_pretend_device, str(tmp_path / "rows.jsonl"))
+def test_no_item_mixes_devices(tmp_path, call):
+    found = call(rehearse_on_pretend_device, str(tmp_path / "rows.jsonl"))
     assert {name: entry for name, entry in found.items() if entry[0] != "done"} == {}

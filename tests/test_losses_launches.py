@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 from trl_draft_opd.losses import LOSS_TYPES, Head, Selector, chunked_divergence, fused
 from trl_draft_opd.losses.budget import chunk_bytes_of_card
 
@@ -21,12 +21,6 @@ VOCAB, SCALE = 128, 1187
 assert VOCAB * SCALE == 151_936
 STATES, SLOTS = 4 * 2048, 7
 CHUNK_BYTES = chunk_bytes_of_card(80 * 2**30)
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as call:
-        yield call
 
 
 def count(

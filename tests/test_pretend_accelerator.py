@@ -1,17 +1,10 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The pretend accelerator itself: it refuses what CUDA refuses, computes what the CPU does, and counts by line."""
 
-import pytest
 import torch
 from torch import nn
 
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 
 
 def mixed():

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 from helpers.rollouts import Options
 from helpers.rollouts import replay as run_replay
 from helpers.tiny import VOCAB, make_drafter, make_target
@@ -28,12 +28,6 @@ SHAPES = {
     "dspark": ({"block_size": 16, "num_hidden_layers": 1}, 15, 16, 0.757),
     "eagle3": ({"ttt_steps": 7}, 7, 1, 0.69),
 }
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
 
 
 def make_text(device, length):
@@ -100,7 +94,8 @@ def walk(family, device, length, changes):
 # Of the walk of DFlash and DSpark, about 17 rounds wait for the plan of the attention, which a fused kernel does not,
 # and 40 times for a group of slots; of EAGLE-3's one round, each step for both. The rest is the mask of the responses.
 @pytest.mark.parametrize(
-    ("family", "most_waits", "most_launches"), [("dflash", 60, 6000), ("dspark", 60, 6050), ("eagle3", 16, 2200)]
+    ("family", "most_waits", "most_launches"),
+    [("dflash", 60, 6000), pytest.param("dspark", 60, 6050, marks=pytest.mark.slow), ("eagle3", 16, 2200)],
 )
 def test_a_walk_waits_a_few_times_for_the_blocks_that_a_cpu_finds(family, most_waits, most_launches, call):
     totals, table, blocks, rows = call(walk, family, DEVICE, LENGTH, {})
@@ -115,7 +110,7 @@ def test_a_walk_waits_a_few_times_for_the_blocks_that_a_cpu_finds(family, most_w
     assert sum(rows) - sum(expected_rows) <= 160 * (len(expected_rows) - len(rows))
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", [pytest.param("dflash", marks=pytest.mark.slow), "dspark", "eagle3"])
 def test_drawn_blocks_and_their_suffixes_wait_a_few_times_more(family, call):
     changes = {"sampling": SamplingSettings(1.0, 0, 1.0), "draft_sampling": "sample", "keep_branch_hidden": True}
     totals, table, blocks, _ = call(walk, family, DEVICE, PROMPT + 200, changes)

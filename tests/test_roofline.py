@@ -15,7 +15,6 @@ from benchmarks import roofline
 from benchmarks.counters import FlopCount
 from benchmarks.scaling import shape_of
 from benchmarks.traffic import Size, count_step, make_scene, on_pretended
-from helpers.pretend_accelerator import apart
 from trl_draft_opd.costs.counted import NOW
 from trl_draft_opd.costs.gpus import GPUS
 from trl_draft_opd.costs.jobs import JOBS, Job, Round, Walk, acceptance_of, simulate_walk
@@ -199,9 +198,8 @@ def recount(family):
     return on_pretended(count)
 
 
-def test_a_count_of_a_tiny_pair_gives_what_is_stored():
-    with apart() as call:
-        found = {family: call(recount, family) for family in NOW.families}
+def test_a_count_of_a_tiny_pair_gives_what_is_stored(call):
+    found = {family: call(recount, family) for family in NOW.families}
     for family, stored in NOW.families.items():
         few, more = found[family]
         slots = 32 * more.width * 128

@@ -4,6 +4,7 @@ Both trainers on an accelerator, without one: no operation mixes devices in any 
 step waits for the device or starts kernels more often than it is known to.
 """
 
+import itertools
 import os
 import tempfile
 from collections import Counter
@@ -17,16 +18,10 @@ import transformers.training_args
 from transformers import TrainerCallback
 
 from helpers.oracle import greedy_rows
-from helpers.pretend_accelerator import DEVICE, Counts, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, Counts, pretend_accelerator
 from helpers.tiny import FAMILIES, TINY_RUN, VOCAB, make_drafter, make_target
 from helpers.trained import overfit
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, DraftVocabulary
-
-
-@pytest.fixture(scope="module")
-def call():
-    with apart() as run:
-        yield run
 
 
 class Steps(TrainerCallback):
@@ -149,8 +144,16 @@ def test_no_operation_of_a_step_mixes_devices(call, name):
     assert torch.isfinite(torch.tensor(logs[0]["loss"])) and logs[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["sft", "opd"])
+CHOSEN = {("sft", "dspark"), ("sft", "dflash2"), ("opd", "dflash"), ("opd", "eagle3")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        pytest.param(*pair, marks=() if pair in CHOSEN else pytest.mark.slow)
+        for pair in itertools.product(["sft", "opd"], FAMILIES)
+    ],
+)
 def test_in_float32_the_losses_are_those_of_the_cpu(call, kind, family):
     there, _ = call(train, kind, family, {"bf16": False}, DEVICE, 2)
     here, _ = train(kind, family, {}, "cpu", 2)
@@ -201,7 +204,13 @@ def table(name, counter):
     return f"{counter.total()} {name}\n{rows}"
 
 
-@pytest.mark.parametrize("path", BUDGET)
+# What the others start and wait for too.
+CONTAINED = {"sft dspark", "opd eagle3 first"}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.slow if path in CONTAINED else ()) for path in BUDGET]
+)
 def test_a_step_stays_within_its_budget_of_waits_and_launches(call, path):
     arguments, *limits = BUDGET[path]
     cost = call(cost_of_step_and_micro_batch, *arguments)

@@ -5,6 +5,7 @@ Tests of how a target reads texts: end to end and in chunks, against padded rows
 
 import contextlib
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from benchmarks.counters import PeakBytes
-from helpers.pretend_accelerator import DEVICE, apart, pretend_accelerator
+from helpers.pretend_accelerator import DEVICE, pretend_accelerator
 from helpers.tiny import TARGETS, VOCAB, make_causal_lm, make_target
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.target import attention, branches, texts
@@ -347,10 +348,10 @@ def test_states_in_half_precision_train_through_a_float32_head():
 
 def waits_of_a_reading(limit):
     """Return the waits of reading and scoring on a pretend device, and whether the states are the CPU's."""
-    texts._TOKENS_AT_ONCE = texts._CPU_TOKENS_AT_ONCE = limit
     ids, mask, anchors, drafts, is_branch = make_branches([30, 5, 17], 9)
     waits, states = [], []
-    with pretend_accelerator() as counts:
+    limits = patch.multiple(texts, _TOKENS_AT_ONCE=limit, _CPU_TOKENS_AT_ONCE=limit)
+    with limits, pretend_accelerator() as counts:
         for device in ("cpu", DEVICE):
             target = FrozenTarget(make_causal_lm().to(device))
             inputs = [tensor.to(device) for tensor in (ids, mask, anchors, drafts, is_branch)]
@@ -366,11 +367,10 @@ def waits_of_a_reading(limit):
     return waits[2:]
 
 
-def test_an_accelerator_is_waited_for_twice_by_a_reading_and_twice_by_its_branches():
-    with apart() as call:
-        # In one pass, and in several.
-        for limit in (1000, 8):
-            (reading, lines), (scoring, more_lines) = call(waits_of_a_reading, limit)
-            # The lengths and whether all is finite; how many branch tokens there are in all, and in each block.
-            assert reading["syncs"] <= 2 and reading["uploads"] == 0, lines
-            assert scoring["syncs"] <= 2 and scoring["uploads"] == 0, more_lines
+def test_an_accelerator_is_waited_for_twice_by_a_reading_and_twice_by_its_branches(call):
+    # In one pass, and in several.
+    for limit in (1000, 8):
+        (reading, lines), (scoring, more_lines) = call(waits_of_a_reading, limit)
+        # The lengths and whether all is finite; how many branch tokens there are in all, and in each block.
+        assert reading["syncs"] <= 2 and reading["uploads"] == 0, lines
+        assert scoring["syncs"] <= 2 and scoring["uploads"] == 0, more_lines

@@ -158,8 +158,17 @@ def test_every_trainable_tensor_moves_in_training(tmp_path, target, rows, kind, 
     assert all(torch.equal(frozen[n], p) and p.grad is None for n, p in target.causal_lm.named_parameters())
 
 
-@pytest.mark.parametrize("variant", list(OPD_VARIANTS))
-@pytest.mark.parametrize("family", FAMILIES)
+def every_pair(names, others, is_quick):
+    """Parametrize all pairs; those that are not `is_quick(name, other)` are slow."""
+    pairs = [(name, other) for name in names for other in others]
+    return [pytest.param(*pair, marks=() if is_quick(*pair) else pytest.mark.slow) for pair in pairs]
+
+
+# DSpark has most that can stay behind: biases, confidences, both heads.
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    every_pair(FAMILIES, OPD_VARIANTS, lambda family, name: family == "dspark" or name == "live"),
+)
 def test_every_variant_of_opd_trains(tmp_path, target, rows, family, variant):
     drafter = make_drafter(family, target)
     before = weights(drafter)
@@ -181,7 +190,8 @@ def test_replay_trains_exactly_as_live_at_temperature_0(tmp_path, target, rows):
     assert_equal(final[1], final[2], tolerance=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sft", "opd"])
+# Draft-OPD drafts with what is compiled too.
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "opd"])
 def test_a_compiled_drafter_trains_as_a_plain_one(tmp_path, target, rows, kind):
     final = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):

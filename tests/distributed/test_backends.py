@@ -3,7 +3,8 @@
 Two processes compute what one computes, under every backend, though ranks hold unequal rows: the streams' denominators
 span all ranks.
 
-One launch of two processes trains all cases under all backends; the same cases run here in one process.
+One launch of two processes trains the cases under all backends; the same cases run here in one process. Every case
+under every backend is for the slow tests.
 """
 
 import os
@@ -16,7 +17,17 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.distributed.backends import BACKENDS, CONFIGS
-from helpers.distributed.cases import CASES, MUON, POISONED, largest_difference, make_case_drafter, prepare, run_case
+from helpers.distributed.cases import (
+    CASES,
+    CHOSEN,
+    MUON,
+    POISONED,
+    largest_difference,
+    make_case_drafter,
+    names_under,
+    prepare,
+    run_case,
+)
 from helpers.tiny import make_target
 from trl_draft_opd.runs.checkpoints import newest_valid
 
@@ -32,9 +43,18 @@ WRAPPERS = {
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
+def each_under_its_backends(names):
+    """Parametrize `backend` and `name`; what is not chosen is slow."""
+    pairs = [(backend, name) for backend in BACKENDS for name in names if name in names_under(backend, is_whole=True)]
+    slow = pytest.mark.slow
+    chosen = [pytest.param(*pair, marks=() if pair[1] in CHOSEN[pair[0]] else slow) for pair in pairs]
+    return pytest.mark.parametrize(("backend", "name"), chosen)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     """What both ranks found under each backend that came to its end, and what one process finds."""
+    is_whole = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
     folder = tmp_path_factory.mktemp("backends")
     prepare(folder)
     environment = os.environ | {
@@ -43,10 +63,12 @@ def runs(tmp_path_factory):
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "multi_cpu.yaml")]
     command += ["--main_process_port", "0", "-m", "helpers.distributed.worker", str(folder)]
+    command += ["--all"] if is_whole else []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as launch:
-        alone = {name: run_case(name, folder, folder / "alone" / name, ALONE, 1) for name in CASES | MUON}
+        names = [name for name in CASES | MUON if any(name in names_under(each, is_whole) for each in BACKENDS)]
+        alone = {name: run_case(name, folder, folder / "alone" / name, ALONE, 1) for name in names}
         try:
             output, _ = launch.communicate(timeout=600)
         except subprocess.TimeoutExpired:
@@ -66,8 +88,7 @@ def _found(runs, backend):
     return found[backend]
 
 
-@backends
-@pytest.mark.parametrize("name", [name for name in CASES if name != "adamw"])
+@each_under_its_backends([name for name in CASES if name != "adamw"])
 def test_two_processes_end_with_the_weights_and_losses_of_one(runs, backend, name):
     main, other = (results[name] for results in _found(runs, backend))
     alone = runs[2][name]
@@ -88,20 +109,20 @@ def test_adamw_under_two_processes_drifts_less_than_its_own_rounding(runs, backe
     assert largest_difference(main["weights"], alone["weights"]) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
-def test_muon_under_two_processes_takes_the_steps_of_one(runs, backend):
+@each_under_its_backends(MUON)
+def test_muon_under_two_processes_takes_the_steps_of_one(runs, backend, name):
     # It works in bfloat16 and gives every direction of a matrix the same size, those of rounding too.
-    main, other = (results["muon"] for results in _found(runs, backend))
-    alone = runs[2]["muon"]
+    main, other = (results[name] for results in _found(runs, backend))
+    alone = runs[2][name]
     assert main["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-    start = make_case_drafter(MUON["muon"], make_target(), seed=1).state_dict()
+    start = make_case_drafter(MUON[name], make_target(), seed=1).state_dict()
     moved = [
-        torch.cat([(found["weights"][name] - start[name]).flatten() for name in start if "proj" in name])
+        torch.cat([(found["weights"][key] - start[key]).flatten() for key in start if "proj" in key])
         for found in (main, alone)
     ]
     assert torch.cosine_similarity(*moved, dim=0) > 0.99
     assert main["state"].tensors.keys() == alone["state"].tensors.keys()
-    assert any(name.startswith("momentum_buffer/") for name in main["state"].tensors)
+    assert any(key.startswith("momentum_buffer/") for key in main["state"].tensors)
 
 
 @backends
@@ -111,8 +132,10 @@ def test_the_launch_wraps_the_drafter_as_asked(runs, backend):
 
 @backends
 def test_ranks_wait_for_each_other_at_a_sharded_target_alone(runs, backend):
-    idle = {name: sum(results[name]["num_idle"] for results in _found(runs, backend)) for name in CASES}
-    is_sharded = {name: case.is_sharded for name, case in CASES.items()}
+    main, other = _found(runs, backend)
+    idle = {name: main[name]["num_idle"] + other[name]["num_idle"] for name in CASES if name in main}
+    is_sharded = {name: case.is_sharded for name, case in CASES.items() if name in main}
+    assert set(is_sharded.values()) == {True, False}
     assert {name: count > 0 for name, count in idle.items()} == is_sharded
 
 
@@ -135,14 +158,13 @@ def test_a_checkpoint_of_two_processes_is_complete_and_is_gone_on_from_in_one(ru
     assert largest_difference(again["weights"], saved["weights"]) > 1e-3, "training went on"
 
 
-@backends
-@pytest.mark.parametrize("poison", POISONED)
-def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(runs, backend, poison):
-    main, other = (results[poison] for results in _found(runs, backend))
+@each_under_its_backends(POISONED)
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(runs, backend, name):
+    main, other = (results[name] for results in _found(runs, backend))
     assert main["num_skipped"] == other["num_skipped"] == 1
-    start = make_case_drafter(POISONED[poison], make_target(), seed=1).state_dict()
+    start = make_case_drafter(POISONED[name], make_target(), seed=1).state_dict()
     assert main["weights"].keys() == start.keys()
-    assert all(torch.equal(tensor, start[name]) for name, tensor in main["weights"].items())
+    assert all(torch.equal(tensor, start[key]) for key, tensor in main["weights"].items())
 
 
 @backends

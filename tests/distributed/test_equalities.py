@@ -26,7 +26,7 @@ def _run(runs, name, rows_per_batch):
     return done[name, rows_per_batch]
 
 
-@pytest.mark.parametrize("rows_per_batch", [1, 2])
+@pytest.mark.parametrize("rows_per_batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["sft_dflash", "sft_eagle3", "replay_dflash", "replay_eagle3", "replay_dspark"])
 def test_rows_trained_one_by_one_train_as_rows_trained_together(runs, name, rows_per_batch):
     together, apart = _run(runs, name, 4), _run(runs, name, rows_per_batch)

@@ -91,6 +91,8 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Headers and body are written apart, and the second would wait for the receipt of the first.
+    disable_nagle_algorithm = True
     hub: FakeHub
 
     def log_message(self, *arguments) -> None:
@@ -240,7 +242,7 @@ def serve_hub(token: str = "hf_" + "x" * 34) -> Iterator[FakeHub]:
     hub = FakeHub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield hub

@@ -81,6 +81,8 @@ class ResumingTrainer(_BaseTrainer):
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     train_dataset: Dataset | IterableDataset | None
+    # The model, and what is in its distributed wrapper.
+    _unwrapped: tuple[nn.Module, Any] | None = None
 
     def __init__(self, pair: Pair, args: DraftTrainingConfig, **kwargs: Any):
         super().__init__(model=pair.drafter, args=compile_drafter(pair.drafter, args), **kwargs)
@@ -103,8 +105,11 @@ class ResumingTrainer(_BaseTrainer):
     @property
     def drafter(self) -> Drafter:
         """The drafter, or the [`~peft.PeftModel`] around it, without its distributed wrapper."""
-        drafter: Any = self.accelerator.unwrap_model(self.model)
-        return drafter
+        # accelerate looks at what is installed each time, which takes milliseconds, and a step asks several times.
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            drafter: Any = self.accelerator.unwrap_model(self.model)
+            self._unwrapped = self.model, drafter
+        return self._unwrapped[1]
 
     @abstractmethod
     def _measure(self, inputs: dict[str, Any]) -> torch.Tensor:

@@ -83,6 +83,21 @@ STOPPED = {"stopped": Case("sft", "eagle3", {"max_steps": 4, "save_strategy": "s
 # Finite gradients, and a step that takes the weights out of range.
 TOO_LARGE = {"too_large": Case("sft", "eagle3", SKIP | {"learning_rate": 1e30, "weight_decay": 1e20})}
 POISONED = {poison: Case("sft", "eagle3", SKIP, poison=poison) for poison in ("loss", "gradient")}
+# What is trained under each backend where no slow test is asked for: each way of training once under DDP, and under
+# the others a target that is sharded too, a rank without a slot, and what stops or skips.
+_SHARDED = ["live_eagle3", "sft_dspark", "adamw", "gradient", "stopped", "too_large"]
+CHOSEN = {
+    "ddp": [*_SHARDED, "sft_eagle3", "replay_dflash", "replay_dspark", "stored_opd", "loss"],
+    "fsdp2": [*_SHARDED, "muon"],
+    "zero2": _SHARDED,
+    "zero3": _SHARDED,
+}
+
+
+def names_under(backend: str, is_whole: bool) -> list[str]:
+    """Return the cases that are trained under a backend: all that it takes, or the chosen ones."""
+    names = CASES | ({} if backend.startswith("zero") else MUON) | POISONED | STOPPED | TOO_LARGE
+    return [name for name in names if is_whole or name in CHOSEN[backend]]
 
 
 def prepare(folder: Path) -> None:
