@@ -25,8 +25,8 @@ class RememberingTarget(FrozenTarget):
 
     budget_bytes = 0
 
-    def __init__(self, causal_lm, tokenizer=None):
-        super().__init__(causal_lm, tokenizer)
+    def __init__(self, *args):
+        super().__init__(*args)
         self._rows: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
         self._num_bytes = 0
 
