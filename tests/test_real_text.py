@@ -28,6 +28,8 @@ from trl_draft_opd import (
     FrozenTarget,
     evaluate_drafter,
     generate_responses,
+    open_readings,
+    write_readings,
 )
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.rollout.types import Rollout
@@ -166,3 +168,19 @@ def test_text_and_replay_are_those_of_plain_decoding_on_many_real_prompts(
     record_property("tokens per block", 1 + num_kept / num_blocks)
     # Nothing is proved by a drafter whose drafts are never kept.
     assert num_kept > (num_blocks / 2 if is_trained else 0)
+
+
+@pytest.mark.slow
+def test_tau_on_fifty_real_prompts_is_the_same_from_a_bfloat16_store(shared_dir, target, tmp_path):
+    prompts = read_prompts(shared_dir, target, 50)
+    responses = own_texts(target, prompts, 64, 10)
+    rows = Dataset.from_dict({"prompt_ids": prompts[:8], "completion_ids": responses[:8]})
+    drafter = briefly_trained("eagle3", target, tmp_path / "run", rows, max_steps=40, learning_rate=3e-3)
+    whole = evaluate_drafter(target, drafter, prompts, responses=responses, max_completion_length=64)
+    texts, layers = [[*p, *r] for p, r in zip(prompts, responses, strict=True)], drafter.config.target_layer_ids
+    write_readings(target, texts, tmp_path / "store", layer_ids=layers, dtype="bfloat16", show_progress=False)
+    bodiless = FrozenTarget.load(shared_dir / "targets" / "gsm8k-qwen3-7m", dtype=torch.float32, body=False)
+    bodiless.source = open_readings(bodiless, str(tmp_path / "store"), layers)
+    stored = evaluate_drafter(bodiless, drafter, prompts, responses=responses, max_completion_length=64)
+    assert whole.tau > 1.3
+    assert stored.tau_low <= whole.tau <= stored.tau_high and abs(stored.tau - whole.tau) <= 0.01
