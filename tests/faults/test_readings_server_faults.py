@@ -433,7 +433,8 @@ def test_a_server_that_does_not_extract_is_told_with_the_line_that_starts_one(
     with serving(target, LAYERS, folder, trouble=lambda number, body: trouble) as server:
         with pytest.raises((ValueError, ServerError), match=f"(?s){case}{LINE}"):
             connect(target, server.url, folder)
-    # A file that is written only now is taken away by the next start.
+    # The server may write its file only now; the next start takes it away.
+    time.sleep(0.2)
     shared = SharedFolder(folder)
     shared.sweep()
     shared.close()
