@@ -435,6 +435,18 @@ def test_a_text_that_is_there_twice_is_read_from_the_first_shard_by_every_proces
         assert len(store) == 1 and store.fetch([7, 8], [1]).features.eq(0).all()
 
 
+def test_the_first_shard_counts_where_it_arrives_last_too(tmp_path: Path, target: FrozenTarget):
+    manifest = ReadingManifest.of(target, LAYERS)
+    first, second = (ReadingStore.open(tmp_path / "store", manifest) for _ in range(2))
+    with first.writing_shard({}) as slow:
+        slow.add([(prompt_key([7, 8]), torch.zeros(2, 4, 32))])
+        with second.writing_shard({}) as quick:
+            quick.add([(prompt_key([7, 8]), torch.ones(2, 4, 32))])
+        assert second.fetch([7, 8], [1]).features.eq(1).all()
+    second.refresh()
+    assert second.fetch([7, 8], [1]).features.eq(0).all()
+
+
 def test_a_living_writers_file_is_not_swept_and_a_dead_ones_is(tmp_path: Path, target: FrozenTarget):
     manifest = ReadingManifest.of(target, LAYERS)
     store = ReadingStore.open(tmp_path / "store", manifest)
