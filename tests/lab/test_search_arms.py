@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """The arms that search for a gain on a real model, in miniature: a drafter with a reduced vocabulary."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.lab.__main__ import diagnose
 from benchmarks.lab.arms import make_trainer
 from benchmarks.lab.plan import Pair, PromptSet, SftPlan, read_arms
 from benchmarks.lab.workbench import Machine, Workbench
@@ -39,7 +41,7 @@ def bench(tmp_path_factory) -> Workbench:
         max_completion_length=16,
         prompts_per_update=2,
         train=[words],
-        dev=PromptSet(field="question", count=2, start=-2, file="data/words.jsonl"),
+        dev=[PromptSet(field="question", count=2, start=-2, file="data/words.jsonl")],
         tests={"words": PromptSet(field="question", count=2, start=-4, file="data/words.jsonl")},
         sft=SftPlan({}, 1, 1, 1, 1),
         budgets={SEARCH_TIER: 1.0},
@@ -63,3 +65,15 @@ def test_every_arm_in_search_of_the_gain_trains_a_drafter_with_a_reduced_vocabul
         trainer.train()
         assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row), arm.name
         assert any(not torch.equal(before[name], now) for name, now in trainer.model.state_dict().items()), arm.name
+
+
+def test_the_diagnosis_of_drafters_is_printed_written_and_drawn(bench, tmp_path, capsys):
+    for name in ("first", "second"):
+        make_drafter("eagle3", bench.target).save_pretrained(tmp_path / name)
+    args = argparse.Namespace(of=[tmp_path / "first", tmp_path / "second"], prompts=2, out=tmp_path)
+    diagnose(bench, args)
+    printed = capsys.readouterr().out
+    assert "## first" in printed and "## second" in printed and "| always right | 5.000" in printed
+    found = json.loads((tmp_path / "diagnosis-search-words.json").read_text(encoding="utf-8"))
+    assert found["first"] == found["second"] and found["first"]["mismatch"]
+    assert (tmp_path / "diagnosis-search-words.png").exists()
