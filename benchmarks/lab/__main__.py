@@ -74,6 +74,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the target")
     parser.add_argument("--bf16", action="store_true", help="train drafters under bf16 autocast")
+    parser.add_argument("--readings", type=Path, help="a store of the target's readings of all texts")
     parser.add_argument("--memo-gb", type=float, default=4.0, help="GB of target readings to keep in memory")
     parser.add_argument("--generation-batch-size", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int)
@@ -99,6 +100,7 @@ def open_bench(args: argparse.Namespace) -> Workbench:
         args.generation_batch_size,
         args.micro_batch_size,
         args.bf16,
+        args.readings,
     )
     return Workbench(pair, machine)
 

@@ -83,8 +83,8 @@ class Pair:
             Hub, or a folder, also under `--out`; or `{"from_dflash": ...}`, such a name of a DFlash drafter, and
             arguments of the family's `from_dflash`.
         max_completion_length (`int`): Longest response.
-        train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`):
-            Prompts; no test prompt is trained on.
+        train (`list[PromptSet]`), dev (`list[PromptSet]`), tests (`dict[str, PromptSet]`):
+            Prompts; neither a development nor a test prompt is trained on.
         prompts_per_update (`int`): Prompts of one optimiser step.
         sft (`SftPlan`): How the start is made.
         budgets (`dict[int, float]`): TFLOP of an arm, by tier.
@@ -92,6 +92,7 @@ class Pair:
         continued_sft (`dict`): Settings of every SFT arm.
         seeds (`dict[int, int]`): Seeds of an arm, by tier.
         arms (`list[str]`, *optional*): The arms it runs; all of a tier by default.
+        responses (`str`, *optional*): Name of the responses under `--out`, shared by pairs; its own if unset.
     """
 
     name: str
@@ -100,7 +101,7 @@ class Pair:
     drafter: dict[str, Any]
     max_completion_length: int
     train: list[PromptSet]
-    dev: PromptSet
+    dev: list[PromptSet]
     tests: dict[str, PromptSet]
     prompts_per_update: int
     sft: SftPlan
@@ -110,6 +111,7 @@ class Pair:
     opd: dict[str, Any] = field(default_factory=dict)
     continued_sft: dict[str, Any] = field(default_factory=dict)
     arms: list[str] | None = None
+    responses: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,10 @@ def read_pair(name: str) -> Pair:
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     where = f"pair {path.stem!r}"
     values = raw | {"name": path.stem}
-    for key, kind in {"dev": PromptSet, "sft": SftPlan}.items():
-        if isinstance(values.get(key), dict):
-            values[key] = build(kind, values[key], f"{where}, {key}")
-    values["train"] = [build(PromptSet, row, f"{where}, train") for row in values.get("train", [])]
+    if isinstance(values.get("sft"), dict):
+        values["sft"] = build(SftPlan, values["sft"], f"{where}, sft")
+    for key in ("train", "dev"):
+        values[key] = [build(PromptSet, row, f"{where}, {key}") for row in values.get(key, [])]
     values["tests"] = {
         key: build(PromptSet, row, f"{where}, tests") for key, row in (values.get("tests") or {}).items()
     }

@@ -5,6 +5,8 @@ them once.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -15,7 +17,7 @@ import torch
 from datasets import Dataset, load_dataset
 
 from benchmarks.counters import FlopCount
-from trl_draft_opd import AutoDrafter, SamplingSettings
+from trl_draft_opd import AutoDrafter, SamplingSettings, open_readings
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.responses import Origin, ResponseStore, generate_missing, generate_responses
@@ -40,6 +42,7 @@ class Machine:
         generation_batch_size (`int`): Prompts the target answers together.
         micro_batch_size (`int`, *optional*): Prompts per backward pass; an update's all together by default.
         bf16 (`bool`): Train drafters under bf16 autocast.
+        readings (`Path`, *optional*): A store of the target's readings of every text, to read from in its place.
     """
 
     shared: Path | None
@@ -50,6 +53,7 @@ class Machine:
     generation_batch_size: int
     micro_batch_size: int | None
     bf16: bool
+    readings: Path | None = None
 
 
 class Workbench:
@@ -72,6 +76,14 @@ class Workbench:
         target = RememberingTarget.load(self._source(self.pair.target), dtype=getattr(torch, self.machine.dtype))
         target.place(torch.device(self.machine.device))
         target.budget_bytes = self.machine.memo_bytes
+        if self.machine.readings is not None:
+            layer_ids = self.pair.drafter.get("target_layer_ids")
+            if layer_ids is None:
+                raise SystemExit(
+                    f"Pair {self.pair.name!r} is to be read from {str(self.machine.readings)!r}, so its `drafter` "
+                    "must name the `target_layer_ids` to read."
+                )
+            target.source = open_readings(target, str(self.machine.readings), layer_ids)
         return target
 
     def _source(self, name: str) -> str:
@@ -123,17 +135,20 @@ class Workbench:
         """
         sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
         origin = Origin.of(self.target, sampling=sampling, max_completion_length=self.pair.max_completion_length)
-        store = ResponseStore.open(self.folder / f"responses-t{temperature:g}", origin)
+        folder = self.folder / "responses" if self.pair.responses is None else self.machine.out / self.pair.responses
+        store = ResponseStore.open(folder.with_name(f"{folder.name}-t{temperature:g}"), origin)
         size = self.machine.generation_batch_size
-        generate_missing(
-            store,
-            self.target,
-            store.missing(prompt_ids),
-            batch_size=size,
-            seed=0,
-            shard_size=4 * size,
-            show_progress=False,
-        )
+        # What is written now is in no store yet.
+        with reading_itself(self.target):
+            generate_missing(
+                store,
+                self.target,
+                store.missing(prompt_ids),
+                batch_size=size,
+                seed=0,
+                shard_size=4 * size,
+                show_progress=False,
+            )
         responses = [store.find(prompt) for prompt in prompt_ids]
         return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
 
@@ -143,7 +158,7 @@ class Workbench:
         among them.
         """
         held_out = {
-            tuple(ids) for prompts in (self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
+            tuple(ids) for prompts in (*self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
         }
         prompt_ids = [ids for prompts in self.pair.train for ids in self.prompt_ids(prompts)]
         prompt_ids = [ids for ids in prompt_ids if tuple(ids) not in held_out]
@@ -200,6 +215,17 @@ class Workbench:
     def load_drafter(self, folder: Path) -> Drafter:
         """Return a trained drafter."""
         return AutoDrafter.from_pretrained(folder).to(self.machine.device)
+
+
+@contextmanager
+def reading_itself(target: RememberingTarget) -> Iterator[None]:
+    """Have a target read every text itself while the block runs: neither from memory nor from a store."""
+    kept = target.budget_bytes, target.source
+    target.budget_bytes, target.source = 0, None
+    try:
+        yield
+    finally:
+        target.budget_bytes, target.source = kept
 
 
 def read_json(path: Path) -> Any:
