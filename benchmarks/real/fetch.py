@@ -137,6 +137,10 @@ def check_target(folder: Path, public: PublicTarget, fix: str) -> None:
     target = FrozenTarget.load(folder)
     found = {"weights": target.weights_fingerprint, "tokenizer": hash_tokenizer(target.tokenizer)}
     wanted = {"weights": public.weights_sha256, "tokenizer": public.tokenizer_sha256}
-    wrong = [f"its {name} have the digest {found[name]}, not {wanted[name]}" for name in found if found[name] != wanted[name]]
+    wrong = [
+        f"its {name} have the digest {found[name]}, not {wanted[name]}"
+        for name in found
+        if found[name] != wanted[name]
+    ]
     if wrong:
         raise SystemExit(f"{public.name} is not the target that was measured: {'; '.join(wrong)}. {fix}.")

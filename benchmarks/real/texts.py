@@ -55,7 +55,9 @@ def read_all_responses(bench: Workbench, temperature: float, path: Path) -> Read
     """
     layer_ids = bench.pair.drafter.get("target_layer_ids")
     if layer_ids is None:
-        raise SystemExit(f"Pair {bench.pair.name!r} must name the layers to read, `target_layer_ids` of its `drafter`.")
+        raise SystemExit(
+            f"Pair {bench.pair.name!r} must name the layers to read, `target_layer_ids` of its `drafter`."
+        )
     store, prompts = bench.store(temperature), bench.every_prompt()
     if missing := store.missing(prompts):
         raise SystemExit(
@@ -64,6 +66,4 @@ def read_all_responses(bench: Workbench, temperature: float, path: Path) -> Read
         )
     # Texts of similar length together: less padding.
     texts = sorted(([*prompt, *store.find(prompt)] for prompt in prompts), key=len)
-    return write_readings(
-        bench.target, texts, path, layer_ids=layer_ids, dtype="bfloat16", batch_size=READ_TOGETHER
-    )
+    return write_readings(bench.target, texts, path, layer_ids=layer_ids, dtype="bfloat16", batch_size=READ_TOGETHER)
