@@ -3,18 +3,16 @@
 The stages of a real model. Each resumes, so a killed command is simply given again; docs/why/real_model.md says what
 each costs.
 
-    python -m benchmarks.real target                                                  # fetch, check and convert it
-    python -m benchmarks.real responses --pair real-eagle3 --shared PATH              # in this process, or by a server:
-    python -m benchmarks.real responses --pair real-eagle3 --shared PATH --base-url http://127.0.0.1:8000
-    python -m benchmarks.real readings --pair real-eagle3 --shared PATH               # the target is read once
-    python -m benchmarks.lab run --pair real-eagle3 --tier 6 --shared PATH --out outputs/real --dtype bfloat16 --bf16 \\
-        --readings outputs/real/readings
-    python -m benchmarks.real publish --pair real-eagle3 --shared PATH --bf16 --tier 6 --arm sft_start opd_first
-    python -m benchmarks.real short --shared PATH                                     # all of it in minutes, small
+    python -m benchmarks.real target                                       # fetch, check and convert it
+    python -m benchmarks.real responses --pair real-eagle3 --shared PATH   # in this process, or --base-url of a server
+    python -m benchmarks.real readings --pair real-eagle3 --shared PATH    # so that the target is read once
+    python -m benchmarks.lab run --pair real-eagle3 --tier 6 --shared PATH --out outputs/real \\
+        --dtype bfloat16 --bf16 --readings outputs/real/readings
+    python -m benchmarks.real publish --pair real-eagle3 --tier 6 --arm sft_start opd_first --shared PATH --bf16
+    python -m benchmarks.real short --shared PATH                          # all of it in minutes, small
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 from benchmarks.lab.__main__ import add_machine, open_bench
@@ -58,7 +56,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a stage."""
-    logging.basicConfig(format="%(message)s")
     args = parse_arguments(arguments)
     if args.stage == "target":
         print(fetch_target(args.out))

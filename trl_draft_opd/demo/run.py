@@ -230,8 +230,8 @@ def train_drafters(
     opd: dict[str, Any] | None = None,
 ) -> tuple[Path, Path]:
     """
-    Train a fresh drafter by SFT, then a copy of it by Draft-OPD; return both folders. `sft` and `opd` are fields of the
-    trainers' configs, in place of the demo's.
+    Train a fresh drafter by SFT, then a copy of it by Draft-OPD; return both folders. `sft` and `opd` are fields of
+    the trainers' configs, in place of the demo's.
     """
     sft, opd = sft or {}, opd or {}
     has_accelerator = torch.accelerator.is_available()
