@@ -138,8 +138,8 @@ def check_target(folder: Path, public: PublicTarget, fix: str) -> None:
     found = {"weights": target.weights_fingerprint, "tokenizer": hash_tokenizer(target.tokenizer)}
     wanted = {"weights": public.weights_sha256, "tokenizer": public.tokenizer_sha256}
     wrong = [
-        f"its {name} have the digest {found[name]}, not {wanted[name]}"
-        for name in found
+        f"its {name} {verb} the digest {found[name]}, not {wanted[name]}"
+        for name, verb in (("weights", "have"), ("tokenizer", "has"))
         if found[name] != wanted[name]
     ]
     if wrong:
