@@ -17,10 +17,9 @@ from pathlib import Path
 
 from benchmarks.lab.__main__ import add_machine, open_bench
 from trl_draft_opd import ServerSettings
-from trl_draft_opd.export.card import CARD_FILE
 
 from .fetch import fetch_target
-from .publish import START, publish_drafter
+from .publish import START, publish_drafter, write_example
 from .short import run_short
 from .texts import read_all_responses, write_all_responses
 
@@ -50,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     publish.add_argument("--seed", type=int, default=0, help="of the arms")
     publish.add_argument("--owner", default="you", help="whose repositories they are to be")
     publish.add_argument("--license", help="of the drafters")
-    publish.add_argument("--card-to", type=Path, help="also write the last card here, as an example")
+    publish.add_argument("--example", type=Path, help="page to write the last card to, for documentation")
     return parser.parse_args(arguments)
 
 
@@ -77,8 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
             options = {"owner": args.owner, "license": args.license, "served": None}
             folder = publish_drafter(bench, name, args.tier, args.seed, **options)
             print(folder)
-            if args.card_to is not None:
-                args.card_to.write_text((folder / CARD_FILE).read_text("utf-8"), encoding="utf-8")
+            if args.example is not None:
+                write_example(folder, args.example)
 
 
 if __name__ == "__main__":

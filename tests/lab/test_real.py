@@ -233,7 +233,7 @@ def publish(bench, *words):
 
 def test_a_start_and_an_arm_are_published_with_all_that_was_measured(trained, tmp_path, capsys):
     example = tmp_path / "card.md"
-    folder = publish(trained, "--arm", "sft_start", "opd_first", "--owner", "me", "--card-to", str(example))
+    folder = publish(trained, "--arm", "sft_start", "opd_first", "--owner", "me", "--example", str(example))
     names = ["tiny-EAGLE3-sft_start", "tiny-EAGLE3-opd_first"]
     assert capsys.readouterr().out.split() == [str(folder / name) for name in names]
     start, arm = (read_record(folder / name) for name in names)
@@ -250,7 +250,7 @@ def test_a_start_and_an_arm_are_published_with_all_that_was_measured(trained, tm
     assert measured.tau_low <= measured.tau <= measured.tau_high
     card = (folder / names[1] / "README.md").read_text("utf-8")
     assert f"{measured.tau:.3f}" in card and "me/tiny-EAGLE3-opd_first" in card
-    assert example.read_text("utf-8") == card
+    assert example.read_text("utf-8").endswith(f"````markdown\n{card.strip()}\n````\n")
     drafter, kept = (AutoDrafter.from_pretrained(each) for each in (folder / names[1], result_folder(trained)))
     for name, tensor in kept.state_dict().items():
         assert torch.equal(drafter.state_dict()[name], tensor.to(torch.bfloat16).to(tensor.dtype)), name
