@@ -127,16 +127,25 @@ class Workbench:
         chats = [[{"role": "user", "content": message}] for message in self.messages(prompts)]
         return [self.target.tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
 
+    def every_prompt(self) -> list[list[int]]:
+        """Return the prompts of all sets, trained and measured on, as token ids."""
+        pair = self.pair
+        return [ids for each in (*pair.train, *pair.dev, *pair.tests.values()) for ids in self.prompt_ids(each)]
+
+    def store(self, temperature: float) -> ResponseStore:
+        """Return the store of the target's responses, made if need be."""
+        sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
+        origin = Origin.of(self.target, sampling=sampling, max_completion_length=self.pair.max_completion_length)
+        folder = self.folder / "responses" if self.pair.responses is None else self.machine.out / self.pair.responses
+        return ResponseStore.open(folder.with_name(f"{folder.name}-t{temperature:g}"), origin)
+
     def answered(self, prompt_ids: list[list[int]], temperature: float) -> Dataset:
         """
         Return prompts with the target's responses, `prompt_ids` and `completion_ids`; written once, into a store.
 
         Prompts that occur twice share their response.
         """
-        sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
-        origin = Origin.of(self.target, sampling=sampling, max_completion_length=self.pair.max_completion_length)
-        folder = self.folder / "responses" if self.pair.responses is None else self.machine.out / self.pair.responses
-        store = ResponseStore.open(folder.with_name(f"{folder.name}-t{temperature:g}"), origin)
+        store = self.store(temperature)
         size = self.machine.generation_batch_size
         # What is written now is in no store yet.
         with reading_itself(self.target):
