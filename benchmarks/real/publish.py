@@ -110,7 +110,7 @@ def _write_notes(card: Path, notes: str) -> None:
 
 
 def write_example(folder: Path, page: Path) -> None:
-    """Write the card of a published folder as a page of documentation, where its picture and its links lead nowhere."""
+    """Write the card of a published folder as a page of documentation, as text: its links lead nowhere there."""
     card = (folder / CARD_FILE).read_text("utf-8").strip()
     page.write_text(f"{EXAMPLE.format(name=folder.name)}\n````markdown\n{card}\n````\n", encoding="utf-8")
 

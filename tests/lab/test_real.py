@@ -146,7 +146,11 @@ def test_a_failing_download_says_what_else_can_be_done(index, tmp_path, monkeypa
 def written(shared, tmp_path_factory):  # noqa: F811
     """A workbench whose prompts all have their responses."""
     folder = tmp_path_factory.mktemp("real")
-    pair = make_pair(folder, drafter={"ttt_steps": 3, "target_layer_ids": LAYERS}, responses="texts", seeds={1: 1})
+    # Long enough for a loss to be logged.
+    sft = {"measure_every": 12, "min_updates": 24, "max_updates": 24, "cooldown_updates": 1}
+    sft["settings"] = {"learning_rate": 1e-2, "num_anchors": 8}
+    drafter = {"ttt_steps": 3, "target_layer_ids": LAYERS}
+    pair = make_pair(folder, drafter=drafter, responses="texts", sft=sft)
     bench = make_bench(pair, shared, folder / "out")
     write_all_responses(bench, 0.0, None)
     return bench
@@ -273,10 +277,15 @@ def test_what_was_not_run_or_has_no_record_is_not_published(trained):
 # ---- the short version ----------------------------------------------------------------------------------------------
 
 
-def test_the_short_version_runs_whole_and_keeps_its_phases(written, tmp_path, monkeypatch, capsys):
+def test_the_short_version_runs_whole_and_keeps_its_phases(shared, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "out"
-    monkeypatch.setattr(short, "fetch_target", lambda out: written.machine.shared / "targets" / "tiny")
-    words = (written.machine.shared / "data" / "words.jsonl").read_text("utf-8")
+    model = make_causal_lm()
+    # Room for the demo's longest prompt.
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(short, "fetch_target", lambda out: tmp_path / "tiny")
+    words = (shared / "data" / "words.jsonl").read_text("utf-8")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gsm8k_train.jsonl").write_text(words, "utf-8")
     settings = ShortSettings(
