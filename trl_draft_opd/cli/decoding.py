@@ -65,6 +65,40 @@ from .arguments import (
 )
 
 
+def check_recordable(prompt_set: str, drafter: str) -> None:
+    """Raise `ValueError` where numbers of a set of prompts could not be put into the record of a drafter's folder."""
+    check_prompt_set(prompt_set)
+    folder = Path(drafter)
+    if not folder.is_dir():
+        raise ValueError(f"`--record` writes into the drafter's folder, and {drafter!r} is none.")
+    if (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"`--record` cannot write into the checkpoint {drafter!r}, whose files are proven by their hashes. "
+            "Measure the saved drafter in `output_dir`, or an export of the checkpoint."
+        )
+    read_record(folder)
+    if (folder / SERVING_FILE).is_file():
+        read_publication(folder)
+
+
+def fresh_record(target: FrozenTarget, args: TargetArguments, family: str) -> TrainingRecord:
+    """Return the record of a drafter whose folder has none."""
+    facts = describe_target(
+        target.config,
+        name=hub_id_of(args.target),
+        revision=args.target_revision,
+        dtype=target.causal_lm.dtype,
+        num_parameters=target.num_parameters,
+    )
+    return TrainingRecord(facts, family, stages=[], measurements=[], versions=describe_versions())
+
+
+def print_recorded(folder: Path, names: Sequence[str]) -> None:
+    """Say which files of a drafter's folder hold what was measured."""
+    after = "" if CARD_FILE in names else "; the card of its next export will have it"
+    print(f"Recorded in {', '.join(str(folder / name) for name in names)}{after}.")
+
+
 @dataclass(kw_only=True)
 class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
     """Flags of `evaluate`."""
@@ -162,20 +196,9 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
         """Raise `ValueError` where `--record` could not be kept to, before anything is measured."""
         if self.record is None:
             return
-        check_prompt_set(self.record)
         if self.min_confidence is not None:
             raise ValueError("`--record` keeps the numbers of whole blocks. Leave out `--min-confidence`.")
-        folder = Path(self.drafter)
-        if not folder.is_dir():
-            raise ValueError(f"`--record` writes into the drafter's folder, and {self.drafter!r} is none.")
-        if (folder / MANIFEST).is_file():
-            raise ValueError(
-                f"`--record` cannot write into the checkpoint {self.drafter!r}, whose files are proven by their "
-                "hashes. Evaluate the saved drafter in `output_dir`, or an export of the checkpoint."
-            )
-        read_record(folder)
-        if (folder / SERVING_FILE).is_file():
-            read_publication(folder)
+        check_recordable(self.record, self.drafter)
 
     def add_to_record(
         self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any, max_completion_length: int
@@ -195,20 +218,7 @@ class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
             ignore_eos=self.ignore_eos,
             target_dtype=str(target.causal_lm.dtype).removeprefix("torch."),
         )
-
-        def make_record() -> TrainingRecord:
-            facts = describe_target(
-                target.config,
-                name=hub_id_of(self.target),
-                revision=self.target_revision,
-                dtype=target.causal_lm.dtype,
-                num_parameters=target.num_parameters,
-            )
-            return TrainingRecord(facts, family, stages=[], measurements=[], versions=describe_versions())
-
-        names = add_measurement(folder, measurement, make_record)
-        after = "" if CARD_FILE in names else "; the card of its next export will have it"
-        print(f"Recorded in {', '.join(str(folder / name) for name in names)}{after}.")
+        print_recorded(folder, add_measurement(folder, measurement, lambda: fresh_record(target, self, family)))
 
 
 def run_evaluate(argv: Sequence[str]) -> int:

@@ -249,7 +249,7 @@ class TextReader:
         notes: set[str] = set()
         if form == ("prompt_ids",):
             prompt_ids = row["prompt_ids"]
-        elif isinstance(prompt := _read_turns(row, form)[0], str):
+        elif isinstance(prompt := read_turns(row, form)[0], str):
             prompt_ids = self._tokenize(prompt)
         else:
             settings = read_settings(row)
@@ -276,7 +276,7 @@ class TextReader:
                 raise ValueError(f"`text` must be a string, got {row['text']!r:.200}.")
             input_ids = self._tokenize(row["text"])
             return _Text(input_ids, [1] * len(input_ids))
-        prompt, completion = _read_turns(row, form)
+        prompt, completion = read_turns(row, form)
         if isinstance(prompt, str):
             assert not isinstance(completion, list)
             return self._encode_pair(prompt, completion)
@@ -453,7 +453,7 @@ class TextReader:
         return _Text(input_ids, completion_mask, tuple(sorted(notes)))
 
 
-def _read_turns(row: dict, form: Form) -> tuple[str, str | None] | tuple[list[dict], list[dict]]:
+def read_turns(row: dict, form: Form) -> tuple[str, str | None] | tuple[list[dict], list[dict]]:
     """Return prompt and completion as strings or as messages; the prompt of a chat ends before its last answer."""
     if form in (("messages",), ("conversations",)):
         others = [name for name in ("messages", "prompt", "conversations") if row.get(name) is not None]

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .costs import drafter_parameters
 from .publication import Publication
 from .record import Measurement, StageRecord
+from .served import ServedSpeed, describe_served, served_rows
 from .serving import SERVING_FILE
 
 
@@ -82,6 +83,7 @@ def write_card(
         "calibrated": [_calibration(m) for m in measurements if m.calibration_error is not None],
         "has_replays": any(m.is_replay for m in measurements),
         "compared": [_comparison(m) for m in measurements if m.num_different is not None],
+        "served": [_served(each) for each in record.served] if record is not None else [],
         "estimate": estimate,
         "costs": _costs(estimate["rows"]) if estimate else None,
         "stages": [_stage(stage) for stage in stages],
@@ -194,6 +196,10 @@ def _comparison(m: Measurement) -> str:
     return (
         f"{same} of {m.num_prompts} greedy outputs on {plain(m.prompt_set)} equal the target's own ({m.target_dtype})"
     )
+
+
+def _served(served: ServedSpeed) -> dict[str, Any]:
+    return {"table": _table(*served_rows(served)), **describe_served(served, plain)}
 
 
 def _calibration(m: Measurement) -> str:

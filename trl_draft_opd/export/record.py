@@ -11,21 +11,33 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
-
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from ..drafters.auto import DRAFTER_CLASSES
 from ..evaluation import EvaluationReport
 from ..losses import LOSS_TYPES
 from ..rollout.drafting import DRAFT_SAMPLING
+from .record_forms import (
+    DIGEST,
+    DTYPE,
+    HUB_ID,
+    NAME,
+    PROMPT_SET,
+    VERSION,
+    Form,
+    is_number,
+    matches,
+    one_of,
+    text_form,
+)
+from .served import ServedSpeed
 from .source import hub_id_of
 
 
@@ -60,45 +72,16 @@ _CURVE_VALUES = ("loss", "tau", "eval_loss", "eval_tau")
 _TEMPLATE_ARGUMENTS = ("enable_thinking", "thinking", "reasoning_effort", "reasoning")
 _TEMPLATE_WORDS = ("none", "minimal", "low", "medium", "high", "max", "on", "off", "auto")
 # What texts of a record look like: never a path, an address, a sentence or a key.
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
-_VERSION = re.compile(r"[\w.+!-]{1,48}")
 _SECRET = re.compile(r"(hf_|api_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
 
 
 # ---- what a field may hold ------------------------------------------------------------------------------------------
 
 
-class _Form(NamedTuple):
-    """What the values of a field, null aside, must fulfil; `wanted` describes it in errors."""
-
-    fits: Callable[[Any], bool]
-    wanted: str
-
-
-def _text(pattern: str | re.Pattern[str], wanted: str) -> _Form:
-    return _Form(lambda text: re.fullmatch(pattern, text) is not None, wanted)
-
-
-def _one_of(choices: Sequence[str]) -> _Form:
-    return _Form(lambda text: text in choices, f"one of {tuple(choices)}")
-
-
-def _is_hub_id(text: str) -> bool:
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _are_settings(settings: Mapping[Any, Any]) -> bool:
     return all(
-        _matches(_NAME, name) and (isinstance(value, bool | int | float) or _matches(_NAME, value))
+        matches(NAME, name) and (isinstance(value, bool | int | float) or matches(NAME, value))
         for name, value in settings.items()
     )
 
@@ -107,13 +90,9 @@ def _are_points(curve: list[Any]) -> bool:
     return all(
         isinstance(point, Mapping)
         and isinstance(point.get("step"), int)
-        and all(name in ("step", *_CURVE_VALUES) and _is_number(value) for name, value in point.items())
+        and all(name in ("step", *_CURVE_VALUES) and is_number(value) for name, value in point.items())
         for point in curve
     )
-
-
-def _matches(pattern: re.Pattern[str], value: Any) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def recorded_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -124,15 +103,6 @@ def recorded_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str
         if isinstance(value, bool) or value in _TEMPLATE_WORDS:
             found[name] = value
     return found
-
-
-_HUB_ID = _Form(_is_hub_id, "a Hub id or null")
-_DIGEST = _text("[0-9a-f]{64}", "64 hexadecimal digits")
-_DTYPE = _text(_NAME, "a short lower-case name")
-_PROMPT_SET = _text(
-    r"(?!.*\.(json|jsonl|csv|txt|parquet|arrow)$)([\w-]+/)?[A-Za-z0-9][\w.+-]{0,63}(:[\w.-]{1,32})?",
-    "a Hub id, with `:split` if you like, or one word; no file",
-)
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
@@ -153,18 +123,18 @@ class TargetFacts:
         chat_template_kwargs (`dict`): Its arguments that switch thinking.
     """
 
-    name: Annotated[str | None, _HUB_ID]
-    revision: Annotated[str | None, _text(r"[A-Za-z0-9][\w./-]{0,99}", "a branch, tag or commit")]
+    name: Annotated[str | None, HUB_ID]
+    revision: Annotated[str | None, text_form(r"[A-Za-z0-9][\w./-]{0,99}", "a branch, tag or commit")]
     num_layers: int
     vocab_size: int
     hidden_size: int
     max_position_embeddings: int
     num_parameters: int | None = None
-    dtype: Annotated[str | None, _DTYPE] = None
-    chat_template_sha256: Annotated[str | None, _DIGEST] = None
+    dtype: Annotated[str | None, DTYPE] = None
+    chat_template_sha256: Annotated[str | None, DIGEST] = None
     chat_template_kwargs: Annotated[
         dict[str, Any],
-        _Form(
+        Form(
             lambda given: recorded_template_arguments(given) == given,
             f"true, false or one of {_TEMPLATE_WORDS} for {_TEMPLATE_ARGUMENTS}",
         ),
@@ -183,10 +153,10 @@ class DatasetFacts:
         completions (`str`): `"target"`: the target wrote the text; `"dataset"`: it came with the data.
     """
 
-    name: Annotated[str | None, _HUB_ID]
-    licence: Annotated[str | None, _text(LICENCE, "an identifier such as cc-by-4.0, or null")]
+    name: Annotated[str | None, HUB_ID]
+    licence: Annotated[str | None, text_form(LICENCE, "an identifier such as cc-by-4.0, or null")]
     num_rows: int | None
-    completions: Annotated[str, _one_of(("target", "dataset"))]
+    completions: Annotated[str, one_of(("target", "dataset"))]
 
 
 @dataclass(frozen=True)
@@ -202,11 +172,11 @@ class StageRecord:
         curve (`list[dict]`): Points with `step` and any of `loss`, `tau`, `eval_tau`, `eval_loss`.
     """
 
-    method: Annotated[str, _one_of(METHODS)]
+    method: Annotated[str, one_of(METHODS)]
     steps: int
-    settings: Annotated[dict[str, Any], _Form(_are_settings, "numbers and short names by setting")]
+    settings: Annotated[dict[str, Any], Form(_are_settings, "numbers and short names by setting")]
     dataset: DatasetFacts
-    curve: Annotated[list[dict[str, Any]], _Form(_are_points, f"objects with `step` and numbers for {_CURVE_VALUES}")]
+    curve: Annotated[list[dict[str, Any]], Form(_are_points, f"objects with `step` and numbers for {_CURVE_VALUES}")]
 
 
 @dataclass(frozen=True)
@@ -230,11 +200,11 @@ class Measurement:
         is_replay (`bool`): Whether the blocks were found along the target's responses, and none was decoded live.
     """
 
-    prompt_set: Annotated[str, _PROMPT_SET]
-    prompts_sha256: Annotated[str, _DIGEST]
+    prompt_set: Annotated[str, PROMPT_SET]
+    prompts_sha256: Annotated[str, DIGEST]
     num_prompts: int
     temperature: float
-    draft_sampling: Annotated[str, _one_of(DRAFT_SAMPLING)]
+    draft_sampling: Annotated[str, one_of(DRAFT_SAMPLING)]
     num_drafts: int
     max_completion_length: int
     batch_size: int
@@ -244,11 +214,11 @@ class Measurement:
     tau_high: float
     acceptance_per_slot: Annotated[
         list[float],
-        _Form(lambda rates: all(_is_number(rate) and 0 <= rate <= 1 for rate in rates), "numbers in [0, 1]"),
+        Form(lambda rates: all(is_number(rate) and 0 <= rate <= 1 for rate in rates), "numbers in [0, 1]"),
     ]
     num_blocks: int
     num_different: int | None
-    target_dtype: Annotated[str, _DTYPE]
+    target_dtype: Annotated[str, DTYPE]
     after_steps: int | None = None
     calibration_error: float | None = None
     brier_score: float | None = None
@@ -264,26 +234,29 @@ class TrainingRecord:
         target ([`TargetFacts`]), family (`str`): What it drafts for, and how.
         stages (`list[StageRecord]`): In the order they were run.
         measurements (`list[Measurement]`): Of the drafter as it is now.
+        served (`list[ServedSpeed]`): How fast a server wrote with it.
         versions (`dict[str, str]`): Packages it was last trained with.
         format_version (`int`): Of this file.
     """
 
     target: TargetFacts
-    family: Annotated[str, _one_of(tuple(DRAFTER_CLASSES))]
+    family: Annotated[str, one_of(tuple(DRAFTER_CLASSES))]
     stages: list[StageRecord]
     measurements: list[Measurement]
     versions: Annotated[
         dict[str, str],
-        _Form(
-            lambda versions: all(_matches(_VERSION, text) for item in versions.items() for text in item),
+        Form(
+            lambda versions: all(matches(VERSION, text) for item in versions.items() for text in item),
             "version numbers by package",
         ),
     ]
     format_version: int = FORMAT_VERSION
+    served: list[ServedSpeed] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; what was never measured through a server is not there."""
+        content = asdict(self)
+        return content if self.served else {name: value for name, value in content.items() if name != "served"}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "TrainingRecord":
@@ -387,7 +360,7 @@ def recorded_settings(args: Any) -> dict[str, Any]:
     given = {name: getattr(args, name, None) for name in (*_NUMBERS, *_ENUMERATED, *_CHOICES)}
     # A plain string in place of a member was never looked up among them, and may be anything.
     enumerated = {name: value.value for name in _ENUMERATED if isinstance(value := given[name], Enum)}
-    numbers = {name: given[name] for name in _NUMBERS if isinstance(given[name], bool) or _is_number(given[name])}
+    numbers = {name: given[name] for name in _NUMBERS if isinstance(given[name], bool) or is_number(given[name])}
     chosen = {name: given[name] for name, choices in _CHOICES.items() if given[name] in choices}
     return numbers | enumerated | chosen
 
@@ -399,7 +372,7 @@ def recorded_curve(log_history: Sequence[Mapping[str, Any]], max_points: int = 4
     """
     points: dict[int, dict[str, Any]] = {}
     for entry in log_history:
-        values = {name: entry[name] for name in _CURVE_VALUES if _is_number(entry.get(name))}
+        values = {name: entry[name] for name in _CURVE_VALUES if is_number(entry.get(name))}
         if values and isinstance(entry.get("step"), int):
             points.setdefault(entry["step"], {"step": entry["step"]}).update(values)
     curve = [points[step] for step in sorted(points)]
@@ -411,8 +384,8 @@ def recorded_curve(log_history: Sequence[Mapping[str, Any]], max_points: int = 4
 
 def check_prompt_set(name: str) -> None:
     """Raise `ValueError` unless a set of prompts can be called that in a record."""
-    if not _PROMPT_SET.fits(name):
-        raise ValueError(f"Prompts can be recorded as {_PROMPT_SET.wanted}, got {name!r}.")
+    if not PROMPT_SET.fits(name):
+        raise ValueError(f"Prompts can be recorded as {PROMPT_SET.wanted}, got {name!r}.")
 
 
 def measurement_of(report: EvaluationReport, **conditions: Any) -> Measurement:

@@ -23,6 +23,7 @@ from .card import CARD_FILE, write_card
 from .custom_generate import write_custom_generate
 from .publication import LAYOUTS, Publication
 from .record import Measurement, TrainingRecord, read_record, write_record
+from .served import ServedSpeed
 from .serving import SERVING_FILE, serving_settings
 from .source import TargetOfExport
 
@@ -108,10 +109,21 @@ def add_measurement(folder: Path, measurement: Measurement, make_record: Callabl
     """
     record = read_record(folder) or make_record()
     kept = [each for each in record.measurements if _conditions(each) != _conditions(measurement)]
-    record = replace(record, measurements=[*kept, measurement])
+    return _write_record(folder, replace(record, measurements=[*kept, measurement]))
+
+
+def add_served_speed(folder: Path, served: ServedSpeed, make_record: Callable[[], TrainingRecord]) -> list[str]:
+    """As [`add_measurement`], of a server's speed."""
+    record = read_record(folder) or make_record()
+    kept = [each for each in record.served if _served_conditions(each) != _served_conditions(served)]
+    return _write_record(folder, replace(record, served=[*kept, served]))
+
+
+def _write_record(folder: Path, record: TrainingRecord) -> list[str]:
+    """Put a record into a drafter's folder, and of an export also onto its card; return the files written."""
     is_export = (folder / SERVING_FILE).is_file()
     clear_leftovers(folder, re.compile(_TEXTS))
-    fix = f"The texts in {str(folder)!r} are as they were. Make room and evaluate again"
+    fix = f"The texts in {str(folder)!r} are as they were. Make room and measure again"
     with explaining_failure("The measurement", fix), staging_folder(folder, _TEXTS) as staged:
         if is_export:
             write_texts(staged, replace(read_publication(folder), record=record), notes_of=folder)
@@ -126,3 +138,8 @@ def _conditions(measurement: Measurement) -> tuple:
     """Return what must be equal for a measurement to take another one's place."""
     names = ("prompts_sha256", "temperature", "draft_sampling", "num_drafts", "max_completion_length", "ignore_eos")
     return tuple(getattr(measurement, name) for name in names)
+
+
+def _served_conditions(served: ServedSpeed) -> tuple:
+    names = ("prompts_sha256", "machine", "engine", "max_completion_length", "temperature", "ignore_eos")
+    return tuple(getattr(served, name) for name in names)

@@ -14,6 +14,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
@@ -27,6 +28,8 @@ _RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT = 60.0
 # More than any response with its log-probabilities; a server that streams without end must not fill the memory.
 _MAX_REPLY_BYTES = 256 * 2**20
+# Of a reply that is read as it arrives: more than any line of it.
+_PIECE_BYTES = 2**16
 # Of an error's page: read whole before the key is taken out, so that no half of it is left at the end of the quote.
 _MAX_ERROR_BYTES, _LONGEST_QUOTE = 2**20, 500
 
@@ -206,16 +209,50 @@ class ServerClient:
         """Return what the server said, to be printed or stored, without the key."""
         return without_secret(text, self.settings.api_key)
 
-    def _send(self, path: str, body: dict[str, Any] | None) -> Any:
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
+        """
+        Send one request, once, and yield its reply in the pieces in which it arrives. Whoever stops iterating hangs
+        up.
+
+        Raises:
+            WrongReply: If the server refuses the request.
+            ServerError: If it cannot be reached, fails, or falls silent for longer than the timeout.
+        """
+        try:
+            with self._opener.open(self._request(path, body), timeout=self.settings.timeout) as response:
+                while piece := response.read1(_PIECE_BYTES):
+                    yield piece
+                return
+        except urllib.error.HTTPError as error:
+            failure = self._explain(error, path)
+        except (OSError, HTTPException) as error:
+            failure = ServerError(self._explain_silence(error, path))
+        # As in `call`.
+        raise failure
+
+    def read_page(self, path: str) -> str | None:
+        """Return the text of a page, or `None` where the server has none."""
+        try:
+            return self._fetch(path, None).decode("utf-8", "replace")
+        except (OSError, HTTPException, WrongReply):
+            return None
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
         if self.settings.api_key is not None:
             headers["Authorization"] = f"Bearer {self.settings.api_key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.settings.root + path, data=data, headers=headers)
-        with self._opener.open(request, timeout=self.settings.timeout) as response:
+        return urllib.request.Request(self.settings.root + path, data=data, headers=headers)
+
+    def _fetch(self, path: str, body: dict[str, Any] | None) -> bytes:
+        with self._opener.open(self._request(path, body), timeout=self.settings.timeout) as response:
             content = response.read(_MAX_REPLY_BYTES + 1)
         if len(content) > _MAX_REPLY_BYTES:
             raise WrongReply(f"the reply is longer than {_MAX_REPLY_BYTES} bytes")
+        return content
+
+    def _send(self, path: str, body: dict[str, Any] | None) -> Any:
+        content = self._fetch(path, body)
         try:
             return json.loads(content)
         except (ValueError, RecursionError):  # of its encoding and of its depth, too

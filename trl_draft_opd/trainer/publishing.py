@@ -205,6 +205,7 @@ class PublishingTrainer(ResumingTrainer):
             stages=stages if stage is None else [*stages, stage],
             measurements=measured,
             versions=describe_versions(),
+            served=list(earlier.served) if stage is None and earlier is not None else [],
         )
 
     def _stage(self, dataset_name: str | None) -> StageRecord:
