@@ -31,6 +31,8 @@ from trl_draft_opd import AutoDrafter, FrozenTarget, ServerSettings
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.responses import generate as generate_module
 from trl_draft_opd.responses.origin import hash_tokenizer
+from trl_draft_opd.served_speed.load import Run
+from trl_draft_opd.served_speed.report import FORMAT_VERSION, LoadSettings, SpeedReport
 
 
 pytestmark = pytest.mark.lab
@@ -258,6 +260,24 @@ def test_a_start_and_an_arm_are_published_with_all_that_was_measured(trained, tm
     drafter, kept = (AutoDrafter.from_pretrained(each) for each in (folder / names[1], result_folder(trained)))
     for name, tensor in kept.state_dict().items():
         assert torch.equal(drafter.state_dict()[name], tensor.to(torch.bfloat16).to(tensor.dtype)), name
+
+
+def test_what_bench_measured_of_a_published_drafter_goes_onto_its_card(trained):
+    name, folder = "tiny-EAGLE3-sft_start", trained.machine.out / "served"
+    folder.mkdir(exist_ok=True)
+    settings = LoadSettings(streams=(1,), repeats=1)
+    served, plain = (
+        SpeedReport(settings, "0" * 64, 6, "vllm", "0.32", [Run(1, seconds, 100)]).to_dict() for seconds in (2.0, 3.0)
+    )
+    content = {"format_version": FORMAT_VERSION, "served": served, "baseline": plain}
+    (folder / f"{name}.math.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(SystemExit, match="say on which machine it was measured"):
+        publish(trained)
+    published = publish(trained, "--machine", "two CPU cores") / name
+    (speed,) = read_record(published).served
+    assert (speed.prompt_set, speed.machine, speed.levels[0].speedup) == ("math", "two CPU cores", 1.5)
+    assert "two CPU cores" in (published / "README.md").read_text("utf-8")
+    shutil.rmtree(folder)
 
 
 def result_folder(bench):
