@@ -49,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     publish.add_argument("--seed", type=int, default=0, help="of the arms")
     publish.add_argument("--owner", default="you", help="whose repositories they are to be")
     publish.add_argument("--license", help="of the drafters")
+    publish.add_argument("--machine", help="what servers were measured on, where out/served/ holds files of `bench`")
     publish.add_argument("--example", type=Path, help="page to write the last card to, for documentation")
     return parser.parse_args(arguments)
 
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         bench = open_bench(args)
         for name in args.arm:
-            options = {"owner": args.owner, "license": args.license, "served": None}
+            options = {"owner": args.owner, "license": args.license, "machine": args.machine}
             folder = publish_drafter(bench, name, args.tier, args.seed, **options)
             print(folder)
             if args.example is not None:

@@ -27,7 +27,10 @@ from trl_draft_opd.export.record import (
     recorded_curve,
     recorded_settings,
 )
+from trl_draft_opd.export.served import ServedSpeed, served_speed_of
 from trl_draft_opd.rollout.counts import interval, resampled_taus
+from trl_draft_opd.served_speed.comparison import compare
+from trl_draft_opd.served_speed.report import read_reports
 
 from .fetch import SMOLLM2
 
@@ -50,7 +53,7 @@ benchmarks.real publish --example FILE` wrote it; see [a real model](../why/real
 
 
 def publish_drafter(
-    bench: Workbench, name: str, tier: int, seed: int, *, owner: str, license: str | None, served: str | None
+    bench: Workbench, name: str, tier: int, seed: int, *, owner: str, license: str | None, machine: str | None
 ) -> Path:
     """
     Write the folder of a trained drafter under `out/published` and return it; an earlier one is replaced.
@@ -61,21 +64,25 @@ def publish_drafter(
         tier (`int`), seed (`int`): Of the arm; not used for the start.
         owner (`str`): Whose repositories the target's and the drafter's are to be.
         license (`str`, *optional*): Licence of the drafter.
-        served (`str`, *optional*): Markdown of what serving it measured, for the card.
+        machine (`str`, *optional*): What servers of the drafter were measured on, in plain words.
 
     Raises:
-        SystemExit: If there is no such arm, or it was not run yet.
+        SystemExit:
+            If there is no such arm, it was not run yet, or it was served and the machine is not named.
     """
     arm = None if name == START else find_arm(bench, name, tier)
     folder = bench.folder / "sft" / "start" if arm is None else run_folder(bench, arm, tier, seed) / "drafter"
     if not (folder / "config.json").exists():
         raise SystemExit(f"There is no drafter in {str(folder)!r}. Run `python -m benchmarks.lab run` first.")
     drafter, target = bench.load_drafter(folder), bench.target
+    target_id = f"{owner}/{Path(bench.pair.target).name}"
+    repo = f"{target_id}-{drafter.config.exported.word}-{name}"
+    published = bench.machine.out / "published" / repo.partition("/")[2]
     result = measure_start(bench) if arm is None else read_json(folder.parent / "result.json")
     record = TrainingRecord(
         target=describe_target(
             target.config,
-            name=f"{owner}/{Path(bench.pair.target).name}",
+            name=target_id,
             revision=None,
             dtype=target.causal_lm.dtype,
             num_parameters=target.num_parameters,
@@ -85,22 +92,37 @@ def publish_drafter(
         stages=stages_of_start(bench) if arm is None else stages_of_arm(bench, arm, tier, seed),
         measurements=[measurement(bench, *item, drafter.default_num_drafts) for item in result["evals"].items()],
         versions=describe_versions(),
+        served=served_speeds(bench.machine.out / "served", published.name, machine),
     )
-    repo = f"{record.target.name}-{drafter.config.exported.word}-{name}"
-    published = bench.machine.out / "published" / repo.partition("/")[2]
     source = target.config.name_or_path
     export_drafter(
         drafter,
         published,
-        target=read_target(source, target_id=record.target.name),
+        target=read_target(source, target_id=target_id),
         repo_id=repo,
         record=record,
         license=license,
     )
-    notes = [ABOUT_TARGET] if bench.pair.target == SMOLLM2.name else []
-    notes += [] if served is None else [f"\n## Served\n\n{served.strip()}\n"]
-    _write_notes(published / CARD_FILE, "".join(notes) or "\n")
+    _write_notes(published / CARD_FILE, ABOUT_TARGET if bench.pair.target == SMOLLM2.name else "\n")
     return published
+
+
+def served_speeds(folder: Path, name: str, machine: str | None) -> list[ServedSpeed]:
+    """
+    Return what `trl-draft-opd bench --json` measured of a drafter: the files `NAME.PROMPTS.json` in a folder.
+
+    Raises:
+        SystemExit: If there are such files, and the machine is not named.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{name}.*.json")):
+        if machine is None:
+            raise SystemExit(f"{str(path)!r} is to go onto the card: say on which machine it was measured, --machine.")
+        report, baseline = read_reports(path)
+        comparison = None if baseline is None else compare(report, baseline)
+        prompt_set = path.stem.removeprefix(f"{name}.")
+        found.append(served_speed_of(report, baseline, comparison, prompt_set=prompt_set, machine=machine))
+    return found
 
 
 def _write_notes(card: Path, notes: str) -> None:
@@ -110,7 +132,7 @@ def _write_notes(card: Path, notes: str) -> None:
 
 
 def write_example(folder: Path, page: Path) -> None:
-    """Write the card of a published folder as a page of documentation, where its picture and its links lead nowhere."""
+    """Write the card of a published folder as a page of documentation, as text: its links lead nowhere there."""
     card = (folder / CARD_FILE).read_text("utf-8").strip()
     page.write_text(f"{EXAMPLE.format(name=folder.name)}\n````markdown\n{card}\n````\n", encoding="utf-8")
 

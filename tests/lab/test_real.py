@@ -31,6 +31,8 @@ from trl_draft_opd import AutoDrafter, FrozenTarget, ServerSettings
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.responses import generate as generate_module
 from trl_draft_opd.responses.origin import hash_tokenizer
+from trl_draft_opd.served_speed.load import Run
+from trl_draft_opd.served_speed.report import FORMAT_VERSION, LoadSettings, SpeedReport
 
 
 pytestmark = pytest.mark.lab
@@ -146,7 +148,11 @@ def test_a_failing_download_says_what_else_can_be_done(index, tmp_path, monkeypa
 def written(shared, tmp_path_factory):  # noqa: F811
     """A workbench whose prompts all have their responses."""
     folder = tmp_path_factory.mktemp("real")
-    pair = make_pair(folder, drafter={"ttt_steps": 3, "target_layer_ids": LAYERS}, responses="texts", seeds={1: 1})
+    # Long enough for a loss to be logged.
+    sft = {"measure_every": 12, "min_updates": 24, "max_updates": 24, "cooldown_updates": 1}
+    sft["settings"] = {"learning_rate": 1e-2, "num_anchors": 8}
+    drafter = {"ttt_steps": 3, "target_layer_ids": LAYERS}
+    pair = make_pair(folder, drafter=drafter, responses="texts", sft=sft)
     bench = make_bench(pair, shared, folder / "out")
     write_all_responses(bench, 0.0, None)
     return bench
@@ -256,6 +262,24 @@ def test_a_start_and_an_arm_are_published_with_all_that_was_measured(trained, tm
         assert torch.equal(drafter.state_dict()[name], tensor.to(torch.bfloat16).to(tensor.dtype)), name
 
 
+def test_what_bench_measured_of_a_published_drafter_goes_onto_its_card(trained):
+    name, folder = "tiny-EAGLE3-sft_start", trained.machine.out / "served"
+    folder.mkdir(exist_ok=True)
+    settings = LoadSettings(streams=(1,), repeats=1)
+    served, plain = (
+        SpeedReport(settings, "0" * 64, 6, "vllm", "0.32", [Run(1, seconds, 100)]).to_dict() for seconds in (2.0, 3.0)
+    )
+    content = {"format_version": FORMAT_VERSION, "served": served, "baseline": plain}
+    (folder / f"{name}.math.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(SystemExit, match="say on which machine it was measured"):
+        publish(trained)
+    published = publish(trained, "--machine", "two CPU cores") / name
+    (speed,) = read_record(published).served
+    assert (speed.prompt_set, speed.machine, speed.levels[0].speedup) == ("math", "two CPU cores", 1.5)
+    assert "two CPU cores" in (published / "README.md").read_text("utf-8")
+    shutil.rmtree(folder)
+
+
 def result_folder(bench):
     return bench.folder / "tier1" / "opd_first" / "seed0" / "drafter"
 
@@ -273,10 +297,15 @@ def test_what_was_not_run_or_has_no_record_is_not_published(trained):
 # ---- the short version ----------------------------------------------------------------------------------------------
 
 
-def test_the_short_version_runs_whole_and_keeps_its_phases(written, tmp_path, monkeypatch, capsys):
+def test_the_short_version_runs_whole_and_keeps_its_phases(shared, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "out"
-    monkeypatch.setattr(short, "fetch_target", lambda out: written.machine.shared / "targets" / "tiny")
-    words = (written.machine.shared / "data" / "words.jsonl").read_text("utf-8")
+    model = make_causal_lm()
+    # Room for the demo's longest prompt.
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(short, "fetch_target", lambda out: tmp_path / "tiny")
+    words = (shared / "data" / "words.jsonl").read_text("utf-8")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gsm8k_train.jsonl").write_text(words, "utf-8")
     settings = ShortSettings(
