@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer, verify_drafter
-from trl_draft_opd.cli import arguments, decoding, demo, publishing, training
+from trl_draft_opd.cli import arguments, bench, decoding, demo, publishing, training
 from trl_draft_opd.cli.arguments import parse
 from trl_draft_opd.demo.run import DemoSettings
 from trl_draft_opd.demo.tiny_target import TinyTargetSettings
@@ -35,6 +35,7 @@ COMMANDS = {
     "sft": ([training.SFTArguments, DraftSFTConfig], [*TARGET, *DATASET, "--use-cpu"]),
     "opd": ([training.OPDArguments, DraftOPDConfig], [*TARGET, *DATASET, *DRAFTER, "--use-cpu"]),
     "evaluate": ([decoding.EvaluateArguments], [*TARGET, *DATASET, *DRAFTER]),
+    "bench": ([bench.BenchArguments], [*TARGET, *DATASET, "--base-url", "http://a"]),
     "export": ([publishing.ExportArguments], [*DRAFTER, "--output", "o"]),
     "verify": ([publishing.VerifyArguments], [*TARGET, *DATASET, *DRAFTER]),
     "push": ([publishing.PushArguments], [*DRAFTER, "--repo-id", "me/it"]),
@@ -44,7 +45,7 @@ ZERO_IS_ZERO = {
     *("temperature", "top_k", "seed", "data_seed", "check_rows", "num_anchors", "num_supervised_anchors"),
     *("max_skipped_updates", "reading_bytes", "draft_vocab_size", "d_pace_floor", "warn_mismatch_share"),
     *("accepted_weight", "rejected_weight", "supervised_weight", "mask_token_id", "target_layer_ids", "lora_dropout"),
-    *("confidence_loss_weight", "selector_loss_weight", "markov_rank"),
+    *("confidence_loss_weight", "selector_loss_weight", "markov_rank", "warmup"),
     *("learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "eval_delay", "dataloader_num_workers", "ddp_bucket_cap_mb", "ddp_timeout"),
     *("local_rank", "lora_alpha", "dataloader_prefetch_factor"),

@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         add_machine(commands.add_parser(name))
     diagnose = commands.choices["diagnose"]
     diagnose.add_argument("--of", type=Path, nargs="+", help="folders of drafters; by default the start and all arms")
-    diagnose.add_argument("--prompts", type=int, default=100, help="responses of each test set to look at")
+    diagnose.add_argument("--prompts", type=int, default=100, help="responses of each set to look at")
     for name in ("run", "collect"):
         commands.choices[name].add_argument(
             "--commit", action="store_true", help="also write the results into benchmarks/lab/results"
@@ -142,13 +142,20 @@ def gather(bench: Workbench, args: argparse.Namespace) -> None:
 
 
 def diagnose(bench: Workbench, args: argparse.Namespace) -> None:
-    """Look at drafters along the test prompts' responses: print tables, write JSON and a figure per test set."""
+    """
+    Look at drafters along the responses of each test set, and along those of prompts they were trained on: print
+    tables, write JSON and a figure for each.
+    """
     folders = args.of or [
         bench.folder / "sft" / "start",
         *sorted(bench.folder.glob("tier*/*/seed0/drafter")),
     ]
-    for test, prompts in bench.pair.tests.items():
-        rows = bench.answered(bench.prompt_ids(prompts)[: args.prompts], 0.0)
+    sets = {
+        name: bench.answered(bench.prompt_ids(prompts)[: args.prompts], 0.0)
+        for name, prompts in bench.pair.tests.items()
+    }
+    sets["trained"] = bench.training_rows(pool=args.prompts)
+    for test, rows in sets.items():
         few = rows.select(range(min(DIAGNOSED_PROMPTS, len(rows))))
         found = {
             drafter_name(folder): diagnose_drafter(bench.target, bench.load_drafter(folder), rows, few)

@@ -22,12 +22,30 @@ from .diagnose import diagnose_states
 from .measure import measure_drafter
 from .plan import Arm, read_arms
 from .start import common_settings, count_flops, make_start, sft_flops
-from .trainers import OneTokenTrainer, RandomAnchorsTrainer, StaleAnchorsTrainer
+from .trainers import (
+    AverageCallback,
+    ConfidentErrorsTrainer,
+    DenseAnchorsTrainer,
+    HardAnchorsTrainer,
+    OneTokenTrainer,
+    RandomAnchorsTrainer,
+    StaleAnchorsTrainer,
+    sharpened,
+)
 from .workbench import Workbench, read_json, require_unchanged, write_json
 
 
 SAVE_EVERY = 40  # updates a kill may cost
 DIAGNOSED_PROMPTS = 48
+OPD_TRAINERS = {
+    "opd": DraftOPDTrainer,
+    "one_token": OneTokenTrainer,
+    "random_anchors": RandomAnchorsTrainer,
+    "stale": StaleAnchorsTrainer,
+    "dense": DenseAnchorsTrainer,
+    "hard": HardAnchorsTrainer,
+    "confident": ConfidentErrorsTrainer,
+}
 
 
 def arm_settings(bench: Workbench, arm: Arm) -> dict[str, Any]:
@@ -44,19 +62,18 @@ def make_trainer(
     fields = common_settings(bench, folder, seed) | arm_settings(bench, arm) | settings
     adapter = None if arm.lora is None else LoraConfig(**arm.lora)
     if arm.trainer == "sft":
-        return DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows, peft_config=adapter)
-    fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
-    kinds = {
-        "opd": DraftOPDTrainer,
-        "one_token": OneTokenTrainer,
-        "random_anchors": RandomAnchorsTrainer,
-        "stale": StaleAnchorsTrainer,
-    }
-    kind = kinds[arm.trainer]
-    fields = {"completions_from_target": True} | fields
-    trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows, peft_config=adapter)
+        trainer = DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows, peft_config=adapter)
+    else:
+        fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
+        fields = {"completions_from_target": True} | fields
+        kind = OPD_TRAINERS[arm.trainer]
+        trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows, peft_config=adapter)
     if isinstance(trainer, StaleAnchorsTrainer):
         trainer.refresh_epochs = arm.refresh_epochs
+    if arm.sharpen is not None:
+        trainer._step_loss = sharpened(arm.sharpen)
+    if arm.average is not None:
+        trainer.add_callback(AverageCallback(arm.average))
     return trainer
 
 
@@ -146,7 +163,11 @@ def begin(bench: Workbench, arm: Arm, tier: int, seed: int, start: Path) -> Draf
 def described(arm: Arm) -> dict[str, Any]:
     """Return what is unusual about an arm besides its settings."""
     usual = {field.name: field.default for field in dataclasses.fields(Arm)}
-    return {name: getattr(arm, name) for name in ("pool", "begins", "lora") if getattr(arm, name) != usual[name]}
+    return {
+        name: getattr(arm, name)
+        for name in ("pool", "begins", "lora", "sharpen", "average")
+        if getattr(arm, name) != usual[name]
+    }
 
 
 def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_complete: bool) -> dict[str, Any]:

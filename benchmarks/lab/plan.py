@@ -15,7 +15,7 @@ import yaml
 
 
 FOLDER = Path(__file__).parent
-TRAINERS = ("sft", "opd", "one_token", "random_anchors", "stale")
+TRAINERS = ("sft", "opd", "one_token", "random_anchors", "stale", "dense", "hard", "confident")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class Arm:
         name (`str`): Its name in tables.
         tiers (`tuple[int, ...]`): Tiers it belongs to. 1: complete, several seeds. 2: one seed, shorter.
         trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators),
-            `"random_anchors"` (the paper's ablation) or `"stale"` (anchors kept for some epochs).
+            `"random_anchors"` (the paper's ablation), `"stale"` (anchors kept for some epochs), `"dense"` (blocks at
+            every position), `"hard"` (blocks wrong at once replayed twice) or `"confident"` (errors alone where the
+            target is confident).
         settings (`dict`): Fields of the trainer's config that differ from the pair's.
         pool (`int`, *optional*): Train on the first so many prompts only.
         refresh_epochs (`int`): Epochs between two walks of the chain (`"stale"` only).
@@ -133,6 +135,8 @@ class Arm:
             What it continues from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape
             untrained.
         lora (`dict`, *optional*): Arguments of `peft.LoraConfig`: an adapter is trained in place of the drafter.
+        sharpen (`float`, *optional*): Temperature of the target that the losses compare with; its own is 1.
+        average (`float`, *optional*): Decay of an average of the weights, which the arm ends with.
     """
 
     name: str
@@ -146,12 +150,20 @@ class Arm:
     budget_share: float = 1.0
     begins: str = "start"
     lora: dict[str, Any] | None = None
+    sharpen: float | None = None
+    average: float | None = None
 
     def __post_init__(self):
         if self.trainer not in TRAINERS:
             raise ValueError(f"Arm {self.name!r} has trainer {self.trainer!r}; choose one of {TRAINERS}.")
         if not 0 < self.budget_share:
             raise ValueError(f"Arm {self.name!r} has budget_share {self.budget_share}; it must be above 0.")
+        if self.sharpen is not None and not 0 < self.sharpen:
+            raise ValueError(f"Arm {self.name!r} has sharpen {self.sharpen}; it must be above 0.")
+        if self.average is not None and (not 0 < self.average < 1 or self.lora is not None):
+            raise ValueError(
+                f"Arm {self.name!r} has average {self.average}; it must be in (0, 1), without an adapter."
+            )
 
 
 def read_pair(name: str) -> Pair:

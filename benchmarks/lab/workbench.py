@@ -216,8 +216,8 @@ class Workbench:
 
     def _untrained(self, options: dict[str, Any]) -> Drafter:
         kind = DRAFTER_CLASSES[self.pair.family]
-        if "mask_token_id" in kind.config_class.own_settings():
-            options = {"mask_token_id": self.target.find_mask_token_id()} | options
+        if "mask_token_id" in kind.config_class.own_settings() and "mask_token_id" not in options:
+            options = options | {"mask_token_id": self.target.find_mask_token_id()}
         torch.manual_seed(0)
         return kind.from_target(self.target, **options)
 

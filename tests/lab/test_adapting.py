@@ -6,6 +6,7 @@ drafter, and arms that train an adapter, continue from another arm, or from noth
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,9 +122,21 @@ def test_a_target_is_trained_further_once_and_its_new_answers_are_counted(tuning
     assert tune_target(tuning) == report
 
 
-def test_an_adapter_is_merged_into_a_target_of_the_old_layout_and_precision(tuning):
+def test_an_adapter_is_merged_into_a_target_of_the_old_layout_and_precision_after_a_kill_too(tuning):
     make_causal_lm().to(torch.bfloat16).save_pretrained(tuning.origin)
-    report = tune_target(dataclasses.replace(tuning, lora_r=2, bf16=True))
+    tuning = dataclasses.replace(tuning, lora_r=2, bf16=True)
+    whole = tune_target(dataclasses.replace(tuning, out=f"{tuning.out}-whole"))
+    tune_target(tuning)
+    checkpoints = Path(tuning.out, "checkpoints")
+    shutil.rmtree(checkpoints / "checkpoint-4")
+    for name in ("training.json", "model.safetensors"):
+        Path(tuning.out, name).unlink()
+    report = tune_target(tuning)
+    assert report == whole
+    assert (
+        differ(load_file(f"{tuning.out}/model.safetensors"), load_file(f"{tuning.out}-whole/model.safetensors"))
+        == set()
+    )
     first, second = (load_file(f"{folder}/model.safetensors") for folder in (tuning.origin, tuning.out))
     assert first.keys() == second.keys() and {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
     layers = {name for name in first if "proj" in name}

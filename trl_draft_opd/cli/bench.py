@@ -93,6 +93,7 @@ class BenchArguments(TargetArguments, RowsArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.load_settings(self.max_completion_length)
         if self.compare is None and (self.base_url is None or self.dataset is None):
             raise ValueError(
                 "`bench` needs `--base-url`, `--dataset` and `--target`, or `--compare PLAIN.json DRAFTER.json`."

@@ -24,7 +24,7 @@ class LevelComparison:
         streams (`int`), repeats (`int`): The load, and the pairs of runs.
         speedup (`float`): Tokens per second over the baseline's, geometric mean over the pairs.
         low (`float` or `None`), high (`float` or `None`):
-            Its 95 % interval by Student's t over the logarithms of the pairs; `None` with one pair.
+            Its 95 % interval by the t distribution over the logarithms of the pairs; `None` with one pair.
         num_equal (`int` or `None`), num_compared (`int` or `None`):
             Prompts whose responses were equal in every pair of runs, of those that both servers finished; `None` above
             temperature 0, where they need not be.

@@ -18,7 +18,7 @@ from .counters import DraftCounts, read_counts
 from .requests import Reply, read_reply
 
 
-_METRICS = "/metrics"
+_METRICS, _END = "/metrics", b"[DONE]"
 # More than any response; a server that streams without end must not fill the memory.
 _MAX_REPLY_BYTES = 256 * 2**20
 _START_SECONDS = 60.0
@@ -124,6 +124,9 @@ class _Loop:
             if self.is_over():
                 request.is_cut = True
                 return
+        if _END not in b"".join(piece for _, piece in request.pieces[-2:]):
+            # What is wrong is told when it is read.
+            self.must_stop.set()
 
 
 def run_load(

@@ -16,10 +16,10 @@ from .requests import FORMS
 
 FORMAT_VERSION = 1
 PERCENTILES = (50, 90, 99)
-# Student's t, the 97.5 % point, for 1 to 19 degrees of freedom.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_STUDENT += (2.120, 2.110, 2.101, 2.093)
-MAX_REPEATS = len(_STUDENT) + 1
+# The 97.5 % points of the t distribution, for 1 to 19 degrees of freedom.
+_T_POINTS = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T_POINTS += (2.120, 2.110, 2.101, 2.093)
+MAX_REPEATS = len(_T_POINTS) + 1
 _MAX_STREAMS = 1024
 
 
@@ -81,7 +81,7 @@ class Level:
         streams (`int`), repeats (`int`): The load, and how many runs there are.
         tokens_per_second (`float`): Of all streams together, mean over runs.
         tokens_per_second_low (`float` or `None`), tokens_per_second_high (`float` or `None`):
-            Its 95 % interval by Student's t over runs; `None` with one run.
+            Its 95 % interval by the t distribution over runs; `None` with one run.
         first_token (`dict`), between_tokens (`dict`), latency (`dict`): Percentiles in seconds, by name (`p50`).
         tau (`float` or `None`): Accepted length, the bonus counted, pooled over runs; `None` without drafts.
         acceptance_per_slot (`list[float]`): Share of rounds that kept at least `k` drafts; empty where it is unknown.
@@ -188,13 +188,13 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return the mean and its 95 % interval by Student's t; no interval of a single value."""
+    """Return the mean and its 95 % interval by the t distribution; no interval of a single value."""
     count = len(values)
     mean = sum(values) / count
     if count < 2:
         return mean, None, None
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    reach = _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
+    reach = _T_POINTS[min(count - 1, len(_T_POINTS)) - 1] * error
     return mean, mean - reach, mean + reach
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def check_settings(settings: Any) -> None:
@@ -31,10 +32,15 @@ def check_settings(settings: Any) -> None:
             raise ValueError(f"`{each.name}` must be {kind}, got {value!r}.")
 
 
+def _choices(hint: Any) -> set[Any]:
+    """Return the types that a hint names; a list of numbers has an argument too, and is one type."""
+    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+
+
 @cache
 def _numbers(settings: type) -> dict[str, type]:
     """Return the fields of a dataclass that hold nothing but a number or `None`, with what the number must be."""
-    kinds = {name: set(get_args(hint) or (hint,)) - {type(None)} for name, hint in get_type_hints(settings).items()}
+    kinds = {name: _choices(hint) - {type(None)} for name, hint in get_type_hints(settings).items()}
     return {name: Real if float in kind else Integral for name, kind in kinds.items() if kind and kind <= {int, float}}
 
 
