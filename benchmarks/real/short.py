@@ -79,9 +79,9 @@ class ShortSettings:
 
     num_prompts: int = 640
     num_test_prompts: int = 100
-    sft_epochs: int = 3
+    sft_epochs: int = 4
     opd_epochs: int = 1
-    batch_size: int = 16
+    batch_size: int = 8
     num_drafts: int = 4
     draft_vocab_size: int = 4000
     max_completion_length: int = 128
