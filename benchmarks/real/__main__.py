@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("target", "short"):
         stages.add_parser(name).add_argument("--out", type=Path, default=OUT)
     stages.choices["short"].add_argument("--shared", type=Path, help="folder with data/; the Hub's GSM8K if unset")
+    stages.choices["short"].add_argument("--vllm", help="interpreter of an environment with vLLM: serve with it too")
     for name in ("responses", "readings", "publish"):
         add_machine(stages.add_parser(name))
         stages.choices[name].set_defaults(out=OUT, dtype="bfloat16")
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.stage == "target":
         print(fetch_target(args.out))
     elif args.stage == "short":
-        run_short(args.out, args.shared)
+        run_short(args.out, args.shared, vllm=args.vllm)
     elif args.stage == "responses":
         server = None
         if args.base_url is not None:

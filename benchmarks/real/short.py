@@ -18,14 +18,26 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lab.memo import RememberingTarget
-from trl_draft_opd import AutoDrafter, EvaluationReport, FrozenTarget, SamplingSettings, evaluate_drafter
+from trl_draft_opd import (
+    AutoDrafter,
+    EvaluationReport,
+    FrozenTarget,
+    SamplingSettings,
+    evaluate_drafter,
+    export_drafter,
+    read_target,
+)
 from trl_draft_opd.demo.results import require_matplotlib
 from trl_draft_opd.demo.run import DemoSettings, Phases, train_drafters, write_responses
 from trl_draft_opd.evaluation import paired_gain
 from trl_draft_opd.responses import generate_responses
+from trl_draft_opd.served_speed.comparison import Comparison
+from trl_draft_opd.served_speed.report import LoadSettings, SpeedReport
+from trl_draft_opd.served_speed.showing import comparison_table, level_table
 from trl_draft_opd.utils.bars import library_bars
 
 from .fetch import fetch_target
+from .serve import measure_served
 
 
 MEANING = """[bold]What the numbers mean[/bold]
@@ -67,9 +79,9 @@ class ShortSettings:
 
     num_prompts: int = 640
     num_test_prompts: int = 100
-    sft_epochs: int = 3
+    sft_epochs: int = 4
     opd_epochs: int = 1
-    batch_size: int = 16
+    batch_size: int = 8
     num_drafts: int = 4
     draft_vocab_size: int = 4000
     max_completion_length: int = 128
@@ -79,7 +91,9 @@ class ShortSettings:
     memory_bytes: int = 2 * 10**9
 
 
-def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = None) -> dict[str, Any]:
+def run_short(
+    out: Path, shared: Path | None, settings: ShortSettings | None = None, vllm: str | None = None
+) -> dict[str, Any]:
     """
     Run every phase that `out/short` does not hold yet, print table and explanation, draw the picture, and return what
     `results.json` holds.
@@ -88,6 +102,7 @@ def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = N
         out (`Path`): The target's folder lies or comes here.
         shared (`Path`, *optional*): Folder with `data/gsm8k_train.jsonl`; the Hub's GSM8K if there is none.
         settings ([`ShortSettings`], *optional*): How much is done.
+        vllm (`str`, *optional*): Interpreter of an environment with vLLM, which then serves the drafter, too.
     """
     require_matplotlib()
     settings, console = settings or ShortSettings(), Console()
@@ -112,8 +127,10 @@ def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = N
         target.budget_bytes = settings.memory_bytes
         rows, prompts = write_responses(phases, demo, target, gsm8k(shared))
         responses = _write_held_out(phases, demo, target, prompts)
-        sft = {"bf16": True, "draft_vocab_size": settings.draft_vocab_size, "num_anchors": 32, "warmup_steps": 20}
+        sft = {"bf16": True, "draft_vocab_size": settings.draft_vocab_size, "num_anchors": 64, "warmup_steps": 10}
         opd = {"bf16": True, "rejected_scope": "first"}
+        # In so few updates, Muon comes much farther than AdamW alone.
+        sft, opd = sft | {"muon_learning_rate": 2e-2}, opd | {"muon_learning_rate": 3e-3}
         folders = train_drafters(phases, demo, target, rows, sft=sft, opd=opd)
         drafters = [AutoDrafter.from_pretrained(each, num_target_layers=target.num_layers).eval() for each in folders]
         with phases.timed("5/5 measuring"):
@@ -122,6 +139,12 @@ def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = N
             length = settings.timed_length
             live = {num_drafts: _decode(target, last, few, num_drafts, length) for num_drafts in settings.timed_drafts}
             exact = _decode(FrozenTarget.load(folder, dtype=torch.float32), last, few, settings.num_drafts, length)
+        served = None
+        if vllm is not None:
+            # With as many drafts as were fastest here.
+            best = max(live, key=lambda num_drafts: live[num_drafts].speedup)
+            load = LoadSettings(streams=(1, 4), max_completion_length=length)
+            served = _serve(vllm, target, last, best, few, load, out / "short")
     gain = paired_gain(*taus)
     results = {
         "sft": taus[0].to_dict(),
@@ -129,6 +152,7 @@ def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = N
         "gain": dict(zip(("tau", "low", "high"), gain, strict=True)),
         "live": {str(num_drafts): report.to_dict() for num_drafts, report in live.items()},
         "live_float32": exact.to_dict(),
+        "served": None if served is None else [each.to_dict() for each in served],
         "seconds": phases.seconds,
         "threads": torch.get_num_threads(),
     }
@@ -136,6 +160,10 @@ def run_short(out: Path, shared: Path | None, settings: ShortSettings | None = N
     numbers.write_text(json.dumps(results, indent=2), encoding="utf-8")
     draw_short(taus, live, picture)
     console.print(short_table(taus, gain, live, exact))
+    if served is not None:
+        report, baseline, comparison = served
+        console.print(level_table(report, "vLLM with the drafter"), level_table(baseline, "vLLM without it"))
+        console.print(comparison_table(comparison, "vLLM with the drafter against vLLM without it"))
     console.print(MEANING, soft_wrap=True)
     console.print(f"\nPicture: {picture}   numbers: {numbers}   drafter: {folders[1]}", soft_wrap=True)
     return results
@@ -187,6 +215,21 @@ def _decode(target: FrozenTarget, drafter: Any, prompts: list[list[int]], num_dr
         batch_size=1,
         show_progress=False,
     )
+
+
+def _serve(
+    python: str,
+    target: FrozenTarget,
+    drafter: Any,
+    num_drafts: int,
+    prompts: list[list[int]],
+    load: LoadSettings,
+    folder: Path,
+) -> tuple[SpeedReport, SpeedReport, Comparison]:
+    """Have vLLM serve the drafter, and the target alone."""
+    export_drafter(drafter, folder / "export", to="flat", target=read_target(target.config.name_or_path))
+    config = {"method": "eagle3", "model": str((folder / "export").resolve()), "num_speculative_tokens": num_drafts}
+    return measure_served(python, target, config, prompts, load, folder)
 
 
 def short_table(

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import sys
+import urllib.request
 from hashlib import sha256
 from pathlib import Path
 from zipfile import ZipFile
@@ -24,6 +26,7 @@ from benchmarks.lab.start import make_start
 from benchmarks.real import fetch, short
 from benchmarks.real.__main__ import main
 from benchmarks.real.fetch import PublicTarget, fetch_target
+from benchmarks.real.serve import serving
 from benchmarks.real.short import ShortSettings, run_short
 from benchmarks.real.texts import read_all_responses, write_all_responses
 from helpers.tiny import make_causal_lm, make_tokenizer
@@ -292,6 +295,48 @@ def test_what_was_not_run_or_has_no_record_is_not_published(trained):
     }.items():
         with pytest.raises(SystemExit, match=reason):
             publish(trained, *words)
+
+
+# ---- served ---------------------------------------------------------------------------------------------------------
+
+ENGINE = """#!{python}
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+assert sys.argv[1:4] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
+print(sys.argv[sys.argv.index("--speculative-config") + 1], flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+"""
+
+
+def engine(folder: Path, text: str) -> str:
+    path = folder / "python"
+    path.write_text(text, "utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_server_lives_as_long_as_its_block(tmp_path):
+    python = engine(tmp_path, ENGINE.format(python=sys.executable))
+    with serving(python, "target", {"method": "eagle3"}, tmp_path / "log") as server:
+        with urllib.request.urlopen(f"{server.base_url}/health", timeout=5) as response:
+            assert response.status == 200
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{server.base_url}/health", timeout=5)
+    assert (tmp_path / "log").read_text("utf-8").startswith('{"method": "eagle3"}')
+
+
+def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path):
+    python = engine(tmp_path, "#!/bin/sh\necho no such model\nexit 1\n")
+    with pytest.raises(SystemExit, match="vLLM did not come up.*log"):
+        with serving(python, "target", None, tmp_path / "log"):
+            pass
+    assert "no such model" in (tmp_path / "log").read_text("utf-8")
 
 
 # ---- the short version ----------------------------------------------------------------------------------------------
