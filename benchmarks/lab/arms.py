@@ -133,7 +133,13 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         "tflop": updates * flops / 1e12,
         "settings": {"trainer": arm.trainer} | described(arm) | arm_settings(bench, arm),
         "log": trainer.state.log_history,
-        "evals": measure_all(bench, trainer.model, arm.temperature, is_complete=tier == 1 and seed == 0),
+        "evals": measure_all(
+            bench,
+            trainer.model,
+            arm.temperature,
+            is_everywhere=tier == 6 or (tier == 1 and seed == 0),
+            is_diagnosed=tier == 1 and seed == 0,
+        ),
     }
     write_json(folder / "result.json", result)
     taus = " ".join(f"{name} {row['tau']:.3f}" for name, row in result["evals"].items())
@@ -170,20 +176,21 @@ def described(arm: Arm) -> dict[str, Any]:
     }
 
 
-def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_complete: bool) -> dict[str, Any]:
+def measure_all(
+    bench: Workbench, drafter: Drafter, temperature: float, *, is_everywhere: bool, is_diagnosed: bool
+) -> dict[str, Any]:
     """
     Measure a drafter greedily, and at a temperature above 0 on the first test set, with drafts by argmax and drawn.
 
     Args:
-        is_complete (`bool`):
-            On every test set, and compared with the target by kind of state, see `diagnose_states`; else on the first
-            test set alone.
+        is_everywhere (`bool`): On every test set; else on the first alone.
+        is_diagnosed (`bool`): Also compare it with the target by kind of state, see [`diagnose_states`].
     """
     evals = {}
-    for name, prompts in list(bench.pair.tests.items())[: None if is_complete else 1]:
+    for name, prompts in list(bench.pair.tests.items())[: None if is_everywhere else 1]:
         rows = bench.answered(bench.prompt_ids(prompts), 0.0)
         evals[name] = measure_drafter(bench.target, drafter, rows)
-        if is_complete:
+        if is_diagnosed:
             few = rows.select(range(min(DIAGNOSED_PROMPTS, len(rows))))
             evals[name] |= diagnose_states(bench.target, drafter, few)
     if temperature > 0:
@@ -202,7 +209,9 @@ def measure_start(bench: Workbench) -> dict[str, Any]:
     path = bench.folder / "sft" / "result.json"
     if not path.exists():
         drafter = bench.load_drafter(make_start(bench))
-        evals = measure_all(bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_complete=True)
+        evals = measure_all(
+            bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_everywhere=True, is_diagnosed=True
+        )
         result = {"arm": "sft_start", "tier": 1, "seed": 0, "updates": 0, "flops_per_update": 0.0, "tflop": 0.0}
         write_json(path, result | {"settings": bench.pair.sft.settings, "log": [], "evals": evals})
     return read_json(path)

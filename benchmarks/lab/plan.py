@@ -121,7 +121,7 @@ class Arm:
 
     Attributes:
         name (`str`): Its name in tables.
-        tiers (`tuple[int, ...]`): Tiers it belongs to. 1: complete, several seeds. 2: one seed, shorter.
+        tiers (`tuple[int, ...]`): Tiers it belongs to. 1: several seeds. 2: one seed, shorter. 6: a real model.
         trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators),
             `"random_anchors"` (the paper's ablation), `"stale"` (anchors kept for some epochs), `"dense"` (blocks at
             every position), `"hard"` (blocks wrong at once replayed twice) or `"confident"` (errors alone where the
