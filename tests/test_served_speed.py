@@ -35,7 +35,7 @@ def read(*pieces: tuple[float, bytes], is_cut: bool = False):
     return read_reply(pieces, is_cut=is_cut)
 
 
-# ---- replies ---------------------------------------------------------------------------------------------------------
+# ---- replies --------------------------------------------------------------------------------------------------------
 
 
 def test_tokens_arrive_when_their_line_is_whole_however_it_is_cut():
