@@ -22,7 +22,7 @@ from trl_draft_opd.export.serving import serving_settings
 
 LEVEL = ServedLevel(1, 120.0, 80.0, 1.5, 1.4, 1.6, 2.5, 0.05, 0.008, 64, 64)
 SERVED = ServedSpeed("gsm8k-test", "c" * 64, 64, "two CPU cores", "vllm", "0.32.0+cpu", 128, 0.0, False, 3, [LEVEL])
-SLOWER = replace(LEVEL, streams=16, speedup=0.8, speedup_low=0.7, speedup_high=0.9, num_equal=63)
+SLOWER = replace(LEVEL, concurrency=16, speedup=0.8, speedup_low=0.7, speedup_high=0.9, num_equal=63)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def words(target_folder: str, rows_file: str) -> list[str]:
-    small = "--streams 1 2 --repeats 2 --warmup 0 --max-completion-length 12 --timeout 5".split()
+    small = "--concurrency 1 2 --repeats 2 --warmup 0 --max-completion-length 12 --timeout 5".split()
     return ["bench", "--target", target_folder, "--dataset", rows_file, *small]
 
 
@@ -119,7 +119,7 @@ def test_what_was_measured_is_in_the_file_when_a_server_fails(words, tmp_path, c
         flags = ["--base-url", server.url, "--json", str(numbers), "--api-key-file", str(key)]
         assert main([*words, *flags]) == 2
     error = capsys.readouterr()
-    assert re.search(r"2 streams, repeat 1, prompt \d: status 503 .*busy; you sent Bearer \*\*\*", error.err)
+    assert re.search(r"2 at a time, repeat 1, prompt \d: status 503 .*busy; you sent Bearer \*\*\*", error.err)
     assert len(json.loads(numbers.read_text())["served"]["runs"]) == 2
     assert "canary" not in error.err + error.out + numbers.read_text()
 
@@ -186,21 +186,26 @@ def test_the_card_has_a_row_per_load_and_warns_where_the_speed_up_vanishes(card)
         "vLLM 0.32.0+cpu on two CPU cores: 64 prompts of gsm8k-test, at most 128 tokens, temperature 0, 3 repeats."
         in text
     )
-    head = "| streams | tokens/s | plain tokens/s | speed-up | tau | first token | between tokens | equal texts |"
-    assert head in text
+    head = (
+        "requests at a time | tokens/s | plain tokens/s | speed-up | tau | first token | between tokens | equal texts"
+    )
+    assert f"| {head} |" in text
     assert "| 1 | 120.0 | 80.0 | 1.50x [1.40, 1.60] | 2.500 | 50 ms | 8.0 ms | 64 of 64 |" in text
-    assert "**Under load the speed-up vanishes here:** faster at 1 stream, slower at 16." in text
+    assert "**Under load the speed-up vanishes here:** faster at 1 request at a time, slower at 16." in text
 
 
 def test_the_card_of_a_drafter_that_is_faster_at_every_load_does_not_warn(card):
     text = card(SERVED)
-    assert "vanishes" not in text and "It was faster at 1 stream; beyond the last row nothing is known." in text
+    assert (
+        "vanishes" not in text
+        and "It was faster at 1 request at a time; beyond the last row nothing is known." in text
+    )
 
 
 def test_the_card_claims_no_speed_up_where_plain_decoding_was_not_measured(card):
     alone = replace(LEVEL, plain_tokens_per_second=None, speedup=None, speedup_low=None, speedup_high=None)
     text = card(replace(SERVED, levels=[replace(alone, num_equal=None, num_compared=None)]))
-    assert "| streams | tokens/s | tau | first token | between tokens |" in text
+    assert "| requests at a time | tokens/s | tau | first token | between tokens |" in text
     assert "vanishes" not in text and "speed-ups are" not in text and "It was" not in text
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
-"""Served speed: what streams and /metrics pages say, and what runs of two servers say together."""
+"""Served speed: what replies and /metrics pages say, and what runs of two servers say together."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def read(*pieces: tuple[float, bytes], is_cut: bool = False):
     return read_reply(pieces, is_cut=is_cut)
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- replies --------------------------------------------------------------------------------------------------------
 
 
 def test_tokens_arrive_when_their_line_is_whole_however_it_is_cut():
@@ -77,8 +77,8 @@ def test_a_chat_counts_its_reasoning_and_its_role_counts_for_nothing():
         (piece("a", [1], "stop"), "ended before its end"),
         (piece("a", [1], "abort") + DONE, "for the reason 'abort'"),
         (event(object="error", message="no"), "broke the response off"),
-        (b"data: [1]\n", "is no stream of a response"),
-        (b"data: " + b"[" * 100_000 + b"\n", "is no stream of a response"),
+        (b"data: [1]\n", "is no response sent as it is written"),
+        (b"data: " + b"[" * 100_000 + b"\n", "is no response sent as it is written"),
         (b"<html>\n", "ended before its end, after 0 pieces"),
         (piece("a", reason="stop") + DONE, "tells neither token ids nor how many tokens"),
     ],
@@ -164,13 +164,13 @@ def test_an_engine_that_drafts_nothing_has_no_tau():
 # ---- runs together --------------------------------------------------------------------------------------------------
 
 
-def make_run(rate: float, streams: int = 1, digests=("a", "b"), **changes) -> Run:
-    return Run(streams=streams, seconds=2.0, num_tokens=round(rate * 2), digests=list(digests), **changes)
+def make_run(rate: float, concurrency: int = 1, digests=("a", "b"), **changes) -> Run:
+    return Run(concurrency=concurrency, seconds=2.0, num_tokens=round(rate * 2), digests=list(digests), **changes)
 
 
 def make_report(rates: dict[int, list[float]], digests=("a", "b"), **changes) -> SpeedReport:
-    settings = LoadSettings(streams=tuple(rates), repeats=max(map(len, rates.values())), **changes)
-    runs = [make_run(rate, streams, digests) for streams, own in rates.items() for rate in own]
+    settings = LoadSettings(concurrency=tuple(rates), repeats=max(map(len, rates.values())), **changes)
+    runs = [make_run(rate, concurrency, digests) for concurrency, own in rates.items() for rate in own]
     return SpeedReport(settings, "a" * 64, 2, "vllm", "0.1", runs)
 
 
@@ -192,7 +192,7 @@ def test_a_level_pools_what_its_runs_counted():
     report.runs = [replace(run, drafts=own, num_cut=1) for run, own in zip(report.runs, counts, strict=True)]
     (level,) = report.levels()
     assert level.tau == 1 + 40 / 40 and level.acceptance_per_slot == [25 / 40, 15 / 40]
-    assert (level.tokens_per_second, level.tokens_per_second_per_stream, level.num_cut) == (150.0, 75.0, 2)
+    assert (level.tokens_per_second, level.tokens_per_second_per_request, level.num_cut) == (150.0, 75.0, 2)
 
 
 def test_a_report_comes_back_from_its_file_as_it_was(tmp_path):
@@ -250,12 +250,12 @@ def judge(*speedups: float) -> Comparison:
 @pytest.mark.parametrize(
     ("speedups", "sentence", "bounds"),
     [
-        ((1.5, 1.4, 1.2, 0.8, 0.7), "faster up to 4 streams, slower from 8", (4, 8)),
-        ((1.5, 1.2, 1.0, 0.8), "faster up to 2 streams, not told apart at 4, slower at 8", (2, 8)),
-        ((1.5, 1.0, 1.05), "faster at 1 stream, not told apart from 2", (1, None)),
+        ((1.5, 1.4, 1.2, 0.8, 0.7), "faster up to 4 requests at a time, slower from 8", (4, 8)),
+        ((1.5, 1.2, 1.0, 0.8), "faster up to 2 requests at a time, not told apart at 4, slower at 8", (2, 8)),
+        ((1.5, 1.0, 1.05), "faster at 1 request at a time, not told apart from 2", (1, None)),
         ((1.5, 1.3), "faster at every load measured", (2, None)),
-        ((0.9, 0.7), "not told apart at 1 stream, slower at 2", (None, 2)),
-        ((0.7,), "slower at 1 stream", (None, 1)),
+        ((0.9, 0.7), "not told apart at 1 request at a time, slower at 2", (None, 2)),
+        ((0.7,), "slower at 1 request at a time", (None, 1)),
         ((1.0, 1.0), "not told apart from it at every load measured", (None, None)),
     ],
 )

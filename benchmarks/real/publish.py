@@ -72,8 +72,12 @@ def publish_drafter(
     """
     arm = None if name == START else find_arm(bench, name, tier)
     folder = bench.folder / "sft" / "start" if arm is None else run_folder(bench, arm, tier, seed) / "drafter"
-    if not (folder / "config.json").exists():
-        raise SystemExit(f"There is no drafter in {str(folder)!r}. Run `python -m benchmarks.lab run` first.")
+    # An arm is measured after its drafter is saved.
+    finished = folder / "config.json" if arm is None else folder.parent / "result.json"
+    if not finished.exists():
+        raise SystemExit(
+            f"There is no finished run in {str(folder.parent)!r}. Run `python -m benchmarks.lab run` first."
+        )
     drafter, target = bench.load_drafter(folder), bench.target
     target_id = f"{owner}/{Path(bench.pair.target).name}"
     repo = f"{target_id}-{drafter.config.exported.word}-{name}"

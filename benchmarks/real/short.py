@@ -123,7 +123,9 @@ def run_short(
         opd_learning_rate=3e-4,
     )
     with library_bars(False):
+        device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
         target = RememberingTarget.load(folder, dtype=torch.bfloat16)
+        target.place(device)
         target.budget_bytes = settings.memory_bytes
         rows, prompts = write_responses(phases, demo, target, gsm8k(shared))
         responses = _write_held_out(phases, demo, target, prompts)
@@ -132,13 +134,15 @@ def run_short(
         # In so few updates, Muon comes much farther than AdamW alone.
         sft, opd = sft | {"muon_learning_rate": 2e-2}, opd | {"muon_learning_rate": 3e-3}
         folders = train_drafters(phases, demo, target, rows, sft=sft, opd=opd)
-        drafters = [AutoDrafter.from_pretrained(each, num_target_layers=target.num_layers).eval() for each in folders]
+        drafters = [AutoDrafter.from_pretrained(each).eval().to(device) for each in folders]
         with phases.timed("5/5 measuring"):
             taus = [_replay(target, drafter, prompts, responses) for drafter in drafters]
             few, last = prompts[: settings.num_timed], drafters[-1]
             length = settings.timed_length
             live = {num_drafts: _decode(target, last, few, num_drafts, length) for num_drafts in settings.timed_drafts}
-            exact = _decode(FrozenTarget.load(folder, dtype=torch.float32), last, few, settings.num_drafts, length)
+            exact = FrozenTarget.load(folder, dtype=torch.float32)
+            exact.place(device)
+            same = _decode(exact, last, few, settings.num_drafts, length)
         served = None
         if vllm is not None:
             # With as many drafts as were fastest here.
@@ -151,7 +155,7 @@ def run_short(
         "opd": taus[1].to_dict(),
         "gain": dict(zip(("tau", "low", "high"), gain, strict=True)),
         "live": {str(num_drafts): report.to_dict() for num_drafts, report in live.items()},
-        "live_float32": exact.to_dict(),
+        "live_float32": same.to_dict(),
         "served": None if served is None else [each.to_dict() for each in served],
         "seconds": phases.seconds,
         "threads": torch.get_num_threads(),
@@ -159,7 +163,7 @@ def run_short(
     numbers, picture = out / "short" / "results.json", out / "short" / "short.png"
     numbers.write_text(json.dumps(results, indent=2), encoding="utf-8")
     draw_short(taus, live, picture)
-    console.print(short_table(taus, gain, live, exact))
+    console.print(short_table(taus, gain, live, same))
     if served is not None:
         report, baseline, comparison = served
         console.print(level_table(report, "vLLM with the drafter"), level_table(baseline, "vLLM without it"))
@@ -236,7 +240,7 @@ def short_table(
     taus: list[EvaluationReport],
     gain: tuple[float, float, float],
     live: dict[int, EvaluationReport],
-    exact: EvaluationReport,
+    same: EvaluationReport,
 ) -> Table:
     """Return what was measured, to print with `rich`."""
     title = (
@@ -249,8 +253,8 @@ def short_table(
     table.add_row("kept per slot", "", *(f"{rates} %" for rates in slots))
     for num_drafts, report in live.items():
         table.add_row(f"speed, {num_drafts} drafts", "1.00x", "", f"{report.speedup:.2f}x")
-    equal = exact.num_prompts - len(exact.different_prompts)
-    table.add_row("equal outputs", "", "", f"{equal} of {exact.num_prompts}")
+    equal = same.num_prompts - len(same.different_prompts)
+    table.add_row("equal outputs", "", "", f"{equal} of {same.num_prompts}")
     return table
 
 

@@ -289,7 +289,7 @@ def result_folder(bench):
 
 def test_what_was_not_run_or_has_no_record_is_not_published(trained):
     for words, reason in {
-        ("--arm", "opd"): "There is no drafter in .*opd",
+        ("--arm", "opd"): "There is no finished run in .*opd",
         ("--arm", "none"): "has no arm 'none'; it has .*sft_start",
         ("--arm", "one_token", "--tier", "2"): "no training record describes",
     }.items():

@@ -54,11 +54,14 @@ class BenchArguments(TargetArguments, RowsArguments):
         "Prompts: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).", default=None
     )
     num_prompts: int = flag("Rows to read; each run of a level asks every prompt once.", default=64)
-    streams: list[int] = flag(
-        "Levels of load: responses under way at a time, ascending.", default_factory=lambda: list(LoadSettings.streams)
+    concurrency: list[int] = flag(
+        "Levels of load: requests under way at a time, ascending.",
+        default_factory=lambda: list(LoadSettings.concurrency),
     )
     repeats: int = flag("Runs of each level, over which intervals are taken.", default=LoadSettings.repeats)
-    warmup: int = flag("Responses of each stream before a level that are not counted.", default=LoadSettings.warmup)
+    warmup: int = flag(
+        "Requests before a level that are not counted, times its concurrency.", default=LoadSettings.warmup
+    )
     max_seconds: float = flag(
         "Longest time of a run; then nothing more is asked, and what is under way is cut off.",
         default=LoadSettings.max_seconds,
@@ -116,7 +119,7 @@ class BenchArguments(TargetArguments, RowsArguments):
     def load_settings(self, max_completion_length: int) -> LoadSettings:
         """Return what to ask of a server."""
         return LoadSettings(
-            streams=tuple(self.streams),
+            concurrency=tuple(self.concurrency),
             repeats=self.repeats,
             warmup=self.warmup,
             max_seconds=self.max_seconds,
@@ -172,7 +175,7 @@ def run_bench(argv: Sequence[str]) -> int:
     target = args.load_target(body=False)
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=_LENGTHS)
     ids, prompts = args.prompts(target, lengths.prompt)
-    runs = len(settings.streams) * len(servers) * (settings.repeats + bool(settings.warmup))
+    runs = len(settings.concurrency) * len(servers) * (settings.repeats + bool(settings.warmup))
     print(f"{runs} runs of at most {settings.max_seconds:g} s each, {len(prompts)} prompts.")
     reports = measure_servers(
         servers,

@@ -10,18 +10,27 @@ from ..served_speed.report import SpeedReport
 from .record_forms import DIGEST, MACHINE, PROMPT_SET, VERSION, matches, one_of, text_form
 
 
-_HEAD = ("streams", "tokens/s", "plain tokens/s", "speed-up", "tau", "first token", "between tokens", "equal texts")
+_HEAD = (
+    "requests at a time",
+    "tokens/s",
+    "plain tokens/s",
+    "speed-up",
+    "tau",
+    "first token",
+    "between tokens",
+    "equal texts",
+)
 
 
 @dataclass(frozen=True)
 class ServedLevel:
     """
-    One number of streams.
+    One number of requests at a time.
 
     Attributes:
-        streams (`int`): Responses under way at a time.
+        concurrency (`int`): Requests under way at a time.
         tokens_per_second (`float`), plain_tokens_per_second (`float` or `None`):
-            Of all streams together, with the drafter and without; `None` where plain decoding was not measured.
+            Of all requests together, with the drafter and without; `None` where plain decoding was not measured.
         speedup (`float` or `None`), speedup_low (`float` or `None`), speedup_high (`float` or `None`):
             See [`LevelComparison`].
         tau (`float` or `None`): Accepted length as the engine counted it.
@@ -29,7 +38,7 @@ class ServedLevel:
         num_equal (`int` or `None`), num_compared (`int` or `None`): See [`LevelComparison`].
     """
 
-    streams: int
+    concurrency: int
     tokens_per_second: float
     plain_tokens_per_second: float | None
     speedup: float | None
@@ -52,7 +61,7 @@ class ServedSpeed:
         machine (`str`): What it ran on, in plain words.
         engine (`str`), engine_version (`str` or `None`): What served.
         max_completion_length (`int`), temperature (`float`), ignore_eos (`bool`), repeats (`int`): How it was asked.
-        levels (`list[ServedLevel]`): Ascending by streams.
+        levels (`list[ServedLevel]`): Ascending by load.
     """
 
     prompt_set: Annotated[str, PROMPT_SET]
@@ -72,7 +81,7 @@ class ServedSpeed:
         """What the levels say against plain decoding, or `None`."""
         levels = [
             LevelComparison(
-                level.streams,
+                level.concurrency,
                 self.repeats,
                 level.speedup,
                 level.speedup_low,
@@ -96,16 +105,18 @@ def served_speed_of(
     report: SpeedReport, baseline: SpeedReport | None, comparison: Comparison | None, *, prompt_set: str, machine: str
 ) -> ServedSpeed:
     """Return what was measured as it is recorded."""
-    plain = {level.streams: level.tokens_per_second for level in (baseline.levels() if baseline is not None else ())}
-    against = {level.streams: level for level in (comparison.levels if comparison is not None else ())}
+    plain = {
+        level.concurrency: level.tokens_per_second for level in (baseline.levels() if baseline is not None else ())
+    }
+    against = {level.concurrency: level for level in (comparison.levels if comparison is not None else ())}
     levels = []
     for level in report.levels():
-        other = against.get(level.streams)
+        other = against.get(level.concurrency)
         levels.append(
             ServedLevel(
-                level.streams,
+                level.concurrency,
                 level.tokens_per_second,
-                plain.get(level.streams),
+                plain.get(level.concurrency),
                 *((None, None, None) if other is None else (other.speedup, other.low, other.high)),
                 level.tau,
                 level.first_token.get("p50", 0.0),
@@ -147,7 +158,7 @@ def _row(level: ServedLevel) -> list[str]:
     if level.num_compared is not None:
         equal = f"{level.num_equal} of {level.num_compared}"
     times = [f"{level.first_token * 1000:.0f} ms", f"{level.between_tokens * 1000:.1f} ms"]
-    return [str(level.streams), f"{level.tokens_per_second:.1f}", plain, speedup, tau, *times, equal]
+    return [str(level.concurrency), f"{level.tokens_per_second:.1f}", plain, speedup, tau, *times, equal]
 
 
 def describe_served(served: ServedSpeed, plain_text: Any) -> dict[str, Any]:

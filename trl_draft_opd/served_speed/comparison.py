@@ -18,10 +18,10 @@ _CONDITIONS = ("max_completion_length", "temperature", "ignore_eos", "form")
 @dataclass(frozen=True)
 class LevelComparison:
     """
-    Two servers at one number of streams.
+    Two servers at one number of requests at a time.
 
     Attributes:
-        streams (`int`), repeats (`int`): The load, and the pairs of runs.
+        concurrency (`int`), repeats (`int`): The load, and the pairs of runs.
         speedup (`float`): Tokens per second over the baseline's, geometric mean over the pairs.
         low (`float` or `None`), high (`float` or `None`):
             Its 95 % interval by the t distribution over the logarithms of the pairs; `None` with one pair.
@@ -30,7 +30,7 @@ class LevelComparison:
             temperature 0, where they need not be.
     """
 
-    streams: int
+    concurrency: int
     repeats: int
     speedup: float
     low: float | None
@@ -52,38 +52,38 @@ class Comparison:
     A server against its baseline, level by level.
 
     Attributes:
-        levels (`list[LevelComparison]`): Ascending by streams.
+        levels (`list[LevelComparison]`): Ascending by load.
     """
 
     levels: list[LevelComparison]
 
     @property
     def faster_up_to(self) -> int | None:
-        """The most streams up to which every level is faster; `None` if the first is not."""
+        """The most requests at a time up to which every level is faster; `None` if the first is not."""
         return next((after[-1] for verdict, after in self._stretches()[:1] if verdict == "faster"), None)
 
     @property
     def slower_from(self) -> int | None:
-        """The fewest streams from which on every level is slower; `None` if the last is not."""
+        """The fewest requests at a time from which on every level is slower; `None` if the last is not."""
         return next((after[0] for verdict, after in self._stretches()[-1:] if verdict == "slower"), None)
 
     def _stretches(self) -> list[tuple[str, list[int]]]:
         """Return verdicts and the levels in a row that share them."""
         groups = groupby(self.levels, key=lambda level: level.verdict)
-        return [(verdict, [level.streams for level in levels]) for verdict, levels in groups]
+        return [(verdict, [level.concurrency for level in levels]) for verdict, levels in groups]
 
     def sentence(self) -> str:
-        """Say where the server is faster and where slower, as "faster up to 4 streams, slower from 8"."""
+        """Say where the server is faster and where slower, as "faster up to 4 requests at a time, slower from 8"."""
         stretches = self._stretches()
         if len(stretches) == 1:
             verdict, levels = stretches[0]
             what = "faster" if verdict == "faster" else "slower" if verdict == "slower" else "not told apart from it"
-            where = "at every load measured" if len(levels) > 1 else f"at {_streams(levels[0])}"
+            where = "at every load measured" if len(levels) > 1 else f"at {_requests(levels[0])}"
             return f"{what} {where}"
         parts = []
         for index, (verdict, levels) in enumerate(stretches):
             if index == 0:
-                where = f"up to {_streams(levels[-1])}" if len(levels) > 1 else f"at {_streams(levels[0])}"
+                where = f"up to {_requests(levels[-1])}" if len(levels) > 1 else f"at {_requests(levels[0])}"
             elif index == len(stretches) - 1:
                 where = f"from {levels[0]}" if len(levels) > 1 else f"at {levels[0]}"
             else:
@@ -102,8 +102,8 @@ class Comparison:
         }
 
 
-def _streams(count: int) -> str:
-    return f"{count} stream{'' if count == 1 else 's'}"
+def _requests(count: int) -> str:
+    return f"{count} request{'' if count == 1 else 's'} at a time"
 
 
 def compare(served: SpeedReport, baseline: SpeedReport) -> Comparison:
@@ -120,20 +120,20 @@ def compare(served: SpeedReport, baseline: SpeedReport) -> Comparison:
             f"The two measurements differ in {names}, so their speeds cannot be compared. Measure both alike."
         )
     levels = []
-    for streams in served.settings.streams:
-        pairs = list(zip(served.runs_at(streams), baseline.runs_at(streams), strict=False))
+    for concurrency in served.settings.concurrency:
+        pairs = list(zip(served.runs_at(concurrency), baseline.runs_at(concurrency), strict=False))
         if pairs:
-            levels.append(_compare_level(streams, pairs, is_greedy=served.settings.temperature == 0))
+            levels.append(_compare_level(concurrency, pairs, is_greedy=served.settings.temperature == 0))
     if not levels:
-        raise ValueError("The two measurements have no level in common: measure both at the same `--streams`.")
+        raise ValueError("The two measurements have no level in common: measure both at the same `--concurrency`.")
     return Comparison(levels)
 
 
-def _compare_level(streams: int, pairs: Sequence[tuple[Run, Run]], *, is_greedy: bool) -> LevelComparison:
+def _compare_level(concurrency: int, pairs: Sequence[tuple[Run, Run]], *, is_greedy: bool) -> LevelComparison:
     rates = [(own.tokens_per_second, other.tokens_per_second) for own, other in pairs]
     if not all(min(pair) > 0 for pair in rates):
         raise ValueError(
-            f"At {_streams(streams)}, a run ended before any token came. Give runs more time (`--max-seconds`)."
+            f"At {_requests(concurrency)}, a run ended before any token came. Give runs more time (`--max-seconds`)."
         )
     mean, low, high = mean_interval([math.log(own / other) for own, other in rates])
     texts = [
@@ -142,7 +142,7 @@ def _compare_level(streams: int, pairs: Sequence[tuple[Run, Run]], *, is_greedy:
     ]
     compared = [all(equal) for equal in texts if equal]
     return LevelComparison(
-        streams=streams,
+        concurrency=concurrency,
         repeats=len(pairs),
         speedup=math.exp(mean),
         low=None if low is None else math.exp(low),

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The closed loop: so many streams, each of which sends its next prompt as soon as its last response has ended, until the
-prompts or the time are used up. Speed is counted while every stream is busy.
+The closed loop: so many requests are under way, and as soon as one has ended, the next is sent, until prompts or time
+are used up. Speed is counted while there are as many as that.
 """
 
 import threading
@@ -19,7 +19,7 @@ from .requests import Reply, read_reply
 
 
 _METRICS, _END = "/metrics", b"[DONE]"
-# More than any response; a server that streams without end must not fill the memory.
+# More than any response; a server that writes without end must not fill the memory.
 _MAX_REPLY_BYTES = 256 * 2**20
 _START_SECONDS = 60.0
 
@@ -30,9 +30,9 @@ class Run:
     What one server did under one load, once. Times are in seconds, and lists have an entry per finished response.
 
     Attributes:
-        streams (`int`): Responses under way at a time.
-        seconds (`float`): From the first request until the first stream found nothing more to ask.
-        num_tokens (`int`): Tokens that arrived in that time, of all streams.
+        concurrency (`int`): Requests under way at a time.
+        seconds (`float`): From the first request until one ended behind which there was nothing more to ask.
+        num_tokens (`int`): Tokens that arrived in that time, of all requests.
         num_cut (`int`): Responses that the end of the time cut off.
         first_token (`list[float]`): From a request to its first token.
         between_tokens (`list[float]`): Time per further token; none of a response that came in one piece.
@@ -42,7 +42,7 @@ class Run:
         num_foreign (`int` or `None`): Tokens that the engine wrote meanwhile for somebody else; `None` if unknown.
     """
 
-    streams: int
+    concurrency: int
     seconds: float
     num_tokens: int
     num_cut: int = 0
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all streams together."""
+        """Of all requests together."""
         return self.num_tokens / self.seconds if self.seconds > 0 else float("nan")
 
 
@@ -70,23 +70,23 @@ class _Sent:
 
 
 class _Loop:
-    """The prompts that are left, shared by the streams."""
+    """The prompts that are left, shared by the threads that ask."""
 
     def __init__(
-        self, client: ServerClient, bodies: Sequence[tuple[str, dict[str, Any]]], streams: int, max_seconds: float
+        self, client: ServerClient, bodies: Sequence[tuple[str, dict[str, Any]]], concurrency: int, max_seconds: float
     ) -> None:
         self.client, self.bodies = client, bodies
         self.todo, self.lock = iter(range(len(bodies))), threading.Lock()
-        self.all_ready = threading.Barrier(streams, timeout=_START_SECONDS)
+        self.all_ready = threading.Barrier(concurrency, timeout=_START_SECONDS)
         self.must_stop = threading.Event()
         self.failures: list[tuple[int, Exception]] = []
         self.sent: list[_Sent] = []
         self.max_seconds = max_seconds
-        # When every stream was ready, and when the first one found nothing more to ask.
+        # When all threads were ready, and when the first one found nothing more to ask.
         self.begin, self.full_until = 0.0, float("inf")
 
     def work(self, _: int) -> None:
-        """Be one stream."""
+        """Ask until there is nothing more to ask."""
         if self.all_ready.wait() == 0:
             self.begin = time.perf_counter()
         # Once more, so that nobody begins before the clock does.
@@ -114,7 +114,7 @@ class _Loop:
             return self.sent[-1]
 
     def ask(self, request: _Sent) -> None:
-        """Keep what arrives, unread: reading would take time from the other streams."""
+        """Keep what arrives, unread: reading would take time from the other requests."""
         num_bytes = 0
         for piece in self.client.stream(*self.bodies[request.number]):
             request.pieces.append((time.perf_counter(), piece))
@@ -130,10 +130,10 @@ class _Loop:
 
 
 def run_load(
-    client: ServerClient, bodies: Sequence[tuple[str, dict[str, Any]]], *, streams: int, max_seconds: float
+    client: ServerClient, bodies: Sequence[tuple[str, dict[str, Any]]], *, concurrency: int, max_seconds: float
 ) -> Run:
     """
-    Send every request once, `streams` at a time, and count what comes.
+    Send every request once, `concurrency` at a time, and count what comes.
 
     After `max_seconds` nothing more is sent, and what is under way is cut off.
 
@@ -141,12 +141,12 @@ def run_load(
         ServerError: If the server could not be reached, or fell silent.
         WrongReply: If it refused a request or did not answer as it should; the message names the prompt.
     """
-    loop = _Loop(client, bodies, streams, max_seconds)
+    loop = _Loop(client, bodies, concurrency, max_seconds)
     before = read_counts(client.read_page(_METRICS))
     # Its threads are daemons: Ctrl-C ends the program without waiting for replies that are under way.
-    with ThreadPool(streams) as pool:
+    with ThreadPool(concurrency) as pool:
         try:
-            pool.map_async(loop.work, range(streams), chunksize=1).get()
+            pool.map_async(loop.work, range(concurrency), chunksize=1).get()
         finally:
             loop.must_stop.set()
     replies = {sent.number: _read(sent, client, loop.failures) for sent in loop.sent}
@@ -162,7 +162,7 @@ def run_load(
     arrivals = [arrival for reply in replies.values() if reply is not None for arrival in reply.arrivals]
     num_written = sum(count for _, count in arrivals)
     return Run(
-        streams=streams,
+        concurrency=concurrency,
         seconds=end - loop.begin,
         num_tokens=sum(count for moment, count in arrivals if moment <= end),
         num_cut=num_cut,

@@ -38,12 +38,12 @@ def measure_servers(
     Raises:
         ServerError: If a server could not be reached, fell silent or failed.
         ValueError: If a server refused a request or did not answer as it should, or there are fewer prompts than
-            streams.
+            requests at a time.
     """
-    if len(prompts) < settings.streams[-1]:
+    if len(prompts) < settings.concurrency[-1]:
         raise ValueError(
-            f"{settings.streams[-1]} streams need at least as many prompts, and there are {len(prompts)}. Raise "
-            "`--num-prompts`, give more rows, or lower `--streams`."
+            f"{settings.concurrency[-1]} requests at a time need at least as many prompts, and there are "
+            f"{len(prompts)}. Raise `--num-prompts`, give more rows, or lower `--concurrency`."
         )
     clients = [ServerClient(server) for server in servers]
     reports, bodies = [], []
@@ -66,21 +66,21 @@ def measure_servers(
                 for prompt in prompts
             ]
         )
-    for streams in settings.streams:
+    for concurrency in settings.concurrency:
         for repeat in range(-1, settings.repeats):
             places = list(range(len(clients)))
             # In turns, the other one first each time.
             for place in places[:: 1 if repeat % 2 else -1]:
                 asked = bodies[place]
                 if repeat < 0:
-                    asked = (asked * settings.warmup)[: streams * settings.warmup]
+                    asked = (asked * settings.warmup)[: concurrency * settings.warmup]
                 if not asked:
                     continue
                 try:
-                    run = run_load(clients[place], asked, streams=streams, max_seconds=settings.max_seconds)
+                    run = run_load(clients[place], asked, concurrency=concurrency, max_seconds=settings.max_seconds)
                 except (ServerError, WrongReply) as error:
                     what = f"repeat {repeat + 1}" if repeat >= 0 else "the warm-up"
-                    failure = type(error)(f"{servers[place].root}, {streams} streams, {what}, {error}")
+                    failure = type(error)(f"{servers[place].root}, {concurrency} at a time, {what}, {error}")
                 else:
                     if repeat >= 0:
                         reports[place].runs.append(run)

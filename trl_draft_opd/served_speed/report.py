@@ -20,7 +20,7 @@ PERCENTILES = (50, 90, 99)
 _T_POINTS = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _T_POINTS += (2.120, 2.110, 2.101, 2.093)
 MAX_REPEATS = len(_T_POINTS) + 1
-_MAX_STREAMS = 1024
+_MAX_CONCURRENCY = 1024
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class LoadSettings:
     What a server is asked, and how often.
 
     Args:
-        streams (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8, 16)`):
-            Responses under way at a time, ascending: the levels.
+        concurrency (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8, 16)`):
+            Requests under way at a time, ascending: the levels.
         repeats (`int`, *optional*, defaults to `3`): Runs of each level.
-        warmup (`int`, *optional*, defaults to `1`): Responses of each stream before a level that are not counted.
+        warmup (`int`, *optional*, defaults to `1`):
+            Requests before a level that are not counted, times its concurrency.
         max_seconds (`float`, *optional*, defaults to `120.0`): Longest time of a run; what is under way then is cut.
         max_completion_length (`int`, *optional*, defaults to `128`): Tokens per response.
         temperature (`float`, *optional*, defaults to `0.0`): Of the target; 0 decodes greedily.
@@ -45,7 +46,7 @@ class LoadSettings:
         ValueError: If a setting is outside its range.
     """
 
-    streams: tuple[int, ...] = (1, 2, 4, 8, 16)
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
     repeats: int = 3
     warmup: int = 1
     max_seconds: float = 120.0
@@ -56,9 +57,9 @@ class LoadSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        levels = list(self.streams)
-        if not levels or levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] > _MAX_STREAMS:
-            raise ValueError(f"`streams` must be ascending numbers in 1..{_MAX_STREAMS}, got {levels}.")
+        levels = list(self.concurrency)
+        if not levels or levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] > _MAX_CONCURRENCY:
+            raise ValueError(f"`concurrency` must be ascending numbers in 1..{_MAX_CONCURRENCY}, got {levels}.")
         if not 1 <= self.repeats <= MAX_REPEATS:
             raise ValueError(f"`repeats` must be in 1..{MAX_REPEATS}, got {self.repeats}.")
         if self.warmup < 0 or self.max_completion_length < 2 or self.temperature < 0:
@@ -75,11 +76,11 @@ class LoadSettings:
 @dataclass(frozen=True)
 class Level:
     """
-    What the runs of one server at one number of streams say together.
+    What the runs of one server at one number of requests at a time say together.
 
     Attributes:
-        streams (`int`), repeats (`int`): The load, and how many runs there are.
-        tokens_per_second (`float`): Of all streams together, mean over runs.
+        concurrency (`int`), repeats (`int`): The load, and how many runs there are.
+        tokens_per_second (`float`): Of all requests together, mean over runs.
         tokens_per_second_low (`float` or `None`), tokens_per_second_high (`float` or `None`):
             Its 95 % interval by the t distribution over runs; `None` with one run.
         first_token (`dict`), between_tokens (`dict`), latency (`dict`): Percentiles in seconds, by name (`p50`).
@@ -88,7 +89,7 @@ class Level:
         num_cut (`int`), num_foreign (`int`): See [`Run`], summed over runs.
     """
 
-    streams: int
+    concurrency: int
     repeats: int
     tokens_per_second: float
     tokens_per_second_low: float | None
@@ -102,9 +103,9 @@ class Level:
     num_foreign: int
 
     @property
-    def tokens_per_second_per_stream(self) -> float:
-        """What one stream sees."""
-        return self.tokens_per_second / self.streams
+    def tokens_per_second_per_request(self) -> float:
+        """What one of them sees."""
+        return self.tokens_per_second / self.concurrency
 
 
 @dataclass
@@ -126,13 +127,13 @@ class SpeedReport:
     engine_version: str | None = None
     runs: list[Run] = field(default_factory=list)
 
-    def runs_at(self, streams: int) -> list[Run]:
+    def runs_at(self, concurrency: int) -> list[Run]:
         """Return the runs of one level."""
-        return [run for run in self.runs if run.streams == streams]
+        return [run for run in self.runs if run.concurrency == concurrency]
 
     def levels(self) -> list[Level]:
         """Return what the runs say, for every level that has any."""
-        return [_level(runs) for streams in self.settings.streams if (runs := self.runs_at(streams))]
+        return [_level(runs) for concurrency in self.settings.concurrency if (runs := self.runs_at(concurrency))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what was measured, and for readers what it says."""
@@ -142,7 +143,7 @@ class SpeedReport:
     def from_dict(cls, content: Any) -> "SpeedReport":
         """Read what [`to_dict`] returned; raises `ValueError` at anything else."""
         try:
-            settings = LoadSettings(**content["settings"] | {"streams": tuple(content["settings"]["streams"])})
+            settings = LoadSettings(**content["settings"] | {"concurrency": tuple(content["settings"]["concurrency"])})
             runs = [_read_run(run) for run in content["runs"]]
             names = ("prompts_sha256", "num_prompts", "engine", "engine_version")
             return cls(settings, **{name: content[name] for name in names}, runs=runs)
@@ -168,7 +169,7 @@ def _level(runs: Sequence[Run]) -> Level:
         for name in ("first_token", "between_tokens", "latency")
     }
     return Level(
-        streams=runs[0].streams,
+        concurrency=runs[0].concurrency,
         repeats=len(runs),
         tokens_per_second=mean,
         tokens_per_second_low=low,

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What to ask an OpenAI-compatible server under load, and how to read a streamed reply: its tokens by the time they
+What to ask an OpenAI-compatible server under load, and how to read a reply as it comes: its tokens by the time they
 arrived, and its text. Knows no network.
 """
 
@@ -32,7 +32,7 @@ def build_body(
     eos_token_ids: Sequence[int],
 ) -> tuple[str, dict[str, Any]]:
     """
-    Return the path and the JSON body that ask for one response, streamed.
+    Return the path and the JSON body that ask for one response, sent as it is written.
 
     Every sampling setting is sent, the neutral ones too, so that no default of a server counts; those that are not
     OpenAI's are vLLM's and SGLang's.
@@ -69,7 +69,7 @@ def build_body(
 @dataclass(frozen=True)
 class Reply:
     """
-    One streamed response.
+    One response, as it came.
 
     Attributes:
         arrivals (`tuple[tuple[float, int], ...]`): When tokens arrived, in seconds, and how many.
@@ -97,8 +97,8 @@ def read_reply(pieces: Iterable[tuple[float, bytes]], *, is_cut: bool, clean: Ca
         clean (`Callable`, *optional*): Takes secrets out of what errors quote.
 
     Raises:
-        WrongReply: If it is no stream of a response, holds an error, ended before its end, or does not tell how many
-            tokens it has.
+        WrongReply: If it is no response sent as it is written, holds an error, ended before its end, or does not
+            tell how many tokens it has.
     """
     # When, and how many tokens were there by then, where that is known.
     events: list[tuple[float, int | None]] = []
@@ -125,7 +125,7 @@ def read_reply(pieces: Iterable[tuple[float, bytes]], *, is_cut: bool, clean: Ca
             if isinstance(error, WrongReply):
                 raise
             raise WrongReply(
-                f"the reply is no stream of a response; it holds {clean(event)[:_LONGEST_QUOTE]!r}"
+                f"the reply is no response sent as it is written; it holds {clean(event)[:_LONGEST_QUOTE]!r}"
             ) from None
     is_whole = is_done and reason is not None
     if not is_whole and not is_cut:
