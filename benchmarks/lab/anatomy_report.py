@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import COLOURS, MARKERS, label, panels, save
+from .figures import COLOURS, MARKERS, label_axis, make_panels, save_figure
 
 
 LIMITS = {
@@ -166,7 +166,7 @@ def draw_diagnosis(found: dict[str, dict[str, Any]], folder: Path, name: str) ->
     Draw acceptance per slot, tau by position, how often slot 1 is right by the target's top probability, and where
     the anchors lie; a line per drafter. Returns the files written.
     """
-    figure, axes = panels(4, height=2.4)
+    figure, axes = make_panels(4, height=2.4)
     titles = (
         ("acceptance per slot", "slot", ""),
         ("tau by the anchor's place", "token of the response", "tau"),
@@ -187,6 +187,6 @@ def draw_diagnosis(found: dict[str, dict[str, Any]], folder: Path, name: str) ->
             axes[3].plot(middles, [row["anchors"] for row in bins], color="#000000", linestyle=":", label="random")
             axes[3].legend(fontsize=7)
     for axis, (title, across, up) in zip(axes, titles, strict=True):
-        label(axis, title, across, up)
+        label_axis(axis, title, across, up)
     axes[0].legend(fontsize=6)
-    return save(figure, folder, name, ("png",))
+    return save_figure(figure, folder, name, ("png",))
