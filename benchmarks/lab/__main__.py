@@ -10,6 +10,7 @@ The laboratory's command. Every phase resumes, so a killed command is simply giv
     python -m benchmarks.lab figure                                               # draw all figures from the JSONs
     python -m benchmarks.lab check --pair smoke --fresh outputs/lab/smoke.json    # a fresh run against the record
     python -m benchmarks.lab live --pair gsm8k-eagle3 --shared PATH               # live against replayed rollouts
+    python -m benchmarks.lab diagnose --pair gsm8k-eagle3 --shared PATH           # what holds tau down, per drafter
 
 On a GPU with real models: `--target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 --device cuda --dtype bfloat16
 --bf16`.
@@ -21,8 +22,10 @@ from pathlib import Path
 
 import torch
 
-from .arms import collect, measure_start, run_arm
+from .anatomy_report import draw_diagnosis, render_diagnosis
+from .arms import DIAGNOSED_PROMPTS, collect, measure_start, run_arm
 from .compare_rollouts import compare_rollouts
+from .diagnose import diagnose_drafter
 from .families import render_families
 from .figures import draw_all
 from .plan import FOLDER, Pair, read_arms, read_pair
@@ -39,8 +42,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "collect", "live"):
+    for name in ("run", "collect", "live", "diagnose"):
         add_machine(commands.add_parser(name))
+    diagnose = commands.choices["diagnose"]
+    diagnose.add_argument("--of", type=Path, nargs="+", help="folders of drafters; by default the start and all arms")
+    diagnose.add_argument("--prompts", type=int, default=100, help="responses of each set to look at")
     for name in ("run", "collect"):
         commands.choices[name].add_argument(
             "--commit", action="store_true", help="also write the results into benchmarks/lab/results"
@@ -74,6 +80,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the target")
     parser.add_argument("--bf16", action="store_true", help="train drafters under bf16 autocast")
+    parser.add_argument("--readings", type=Path, help="a store of the target's readings of all texts")
     parser.add_argument("--memo-gb", type=float, default=4.0, help="GB of target readings to keep in memory")
     parser.add_argument("--generation-batch-size", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int)
@@ -99,6 +106,7 @@ def open_bench(args: argparse.Namespace) -> Workbench:
         args.generation_batch_size,
         args.micro_batch_size,
         args.bf16,
+        args.readings,
     )
     return Workbench(pair, machine)
 
@@ -133,6 +141,38 @@ def gather(bench: Workbench, args: argparse.Namespace) -> None:
     print(render(results))
 
 
+def diagnose(bench: Workbench, args: argparse.Namespace) -> None:
+    """
+    Look at drafters along the responses of each test set, and along those of prompts they were trained on: print
+    tables, write JSON and a figure for each.
+    """
+    folders = args.of or [
+        bench.folder / "sft" / "start",
+        *sorted(bench.folder.glob("tier*/*/seed0/drafter")),
+    ]
+    sets = {
+        name: bench.answered(bench.prompt_ids(prompts)[: args.prompts], 0.0)
+        for name, prompts in bench.pair.tests.items()
+    }
+    sets["trained"] = bench.training_rows(pool=args.prompts)
+    for test, rows in sets.items():
+        few = rows.select(range(min(DIAGNOSED_PROMPTS, len(rows))))
+        found = {
+            drafter_name(folder): diagnose_drafter(bench.target, bench.load_drafter(folder), rows, few)
+            for folder in folders
+        }
+        name = f"diagnosis-{bench.pair.name}-{test}"
+        write_json(args.out / f"{name}.json", found)
+        print(f"# {bench.pair.name}, {test}, {len(rows)} greedy responses\n\n{render_diagnosis(found)}")
+        for path in draw_diagnosis(found, args.out, name):
+            print(path)
+
+
+def drafter_name(folder: Path) -> str:
+    """Return what tables call the drafter of a folder: its arm where it is one's."""
+    return folder.parents[1].name if folder.name == "drafter" else folder.name
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command."""
     args = parse_arguments(arguments)
@@ -140,6 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
         run(args)
     elif args.command == "collect":
         gather(open_bench(args), args)
+    elif args.command == "diagnose":
+        diagnose(open_bench(args), args)
     elif args.command == "live":
         print(compare_rollouts(open_bench(args)))
     elif args.command == "table":

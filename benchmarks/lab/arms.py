@@ -22,12 +22,30 @@ from .diagnose import diagnose_states
 from .measure import measure_drafter
 from .plan import Arm, read_arms
 from .start import common_settings, count_flops, make_start, sft_flops
-from .trainers import OneTokenTrainer, RandomAnchorsTrainer, StaleAnchorsTrainer
+from .trainers import (
+    AverageCallback,
+    ConfidentErrorsTrainer,
+    DenseAnchorsTrainer,
+    HardAnchorsTrainer,
+    OneTokenTrainer,
+    RandomAnchorsTrainer,
+    StaleAnchorsTrainer,
+    sharpened,
+)
 from .workbench import Workbench, read_json, require_unchanged, write_json
 
 
 SAVE_EVERY = 40  # updates a kill may cost
 DIAGNOSED_PROMPTS = 48
+OPD_TRAINERS = {
+    "opd": DraftOPDTrainer,
+    "one_token": OneTokenTrainer,
+    "random_anchors": RandomAnchorsTrainer,
+    "stale": StaleAnchorsTrainer,
+    "dense": DenseAnchorsTrainer,
+    "hard": HardAnchorsTrainer,
+    "confident": ConfidentErrorsTrainer,
+}
 
 
 def arm_settings(bench: Workbench, arm: Arm) -> dict[str, Any]:
@@ -44,19 +62,18 @@ def make_trainer(
     fields = common_settings(bench, folder, seed) | arm_settings(bench, arm) | settings
     adapter = None if arm.lora is None else LoraConfig(**arm.lora)
     if arm.trainer == "sft":
-        return DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows, peft_config=adapter)
-    fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
-    kinds = {
-        "opd": DraftOPDTrainer,
-        "one_token": OneTokenTrainer,
-        "random_anchors": RandomAnchorsTrainer,
-        "stale": StaleAnchorsTrainer,
-    }
-    kind = kinds[arm.trainer]
-    fields = {"completions_from_target": True} | fields
-    trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows, peft_config=adapter)
+        trainer = DraftSFTTrainer(drafter, bench.target, DraftSFTConfig(**fields), rows, peft_config=adapter)
+    else:
+        fields |= {"temperature": arm.temperature, "draft_sampling": arm.draft_sampling}
+        fields = {"completions_from_target": True} | fields
+        kind = OPD_TRAINERS[arm.trainer]
+        trainer = kind(drafter, bench.target, DraftOPDConfig(**fields), rows, peft_config=adapter)
     if isinstance(trainer, StaleAnchorsTrainer):
         trainer.refresh_epochs = arm.refresh_epochs
+    if arm.sharpen is not None:
+        trainer._step_loss = sharpened(arm.sharpen)
+    if arm.average is not None:
+        trainer.add_callback(AverageCallback(arm.average))
     return trainer
 
 
@@ -116,7 +133,13 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
         "tflop": updates * flops / 1e12,
         "settings": {"trainer": arm.trainer} | described(arm) | arm_settings(bench, arm),
         "log": trainer.state.log_history,
-        "evals": measure_all(bench, trainer.model, arm.temperature, is_complete=tier == 1 and seed == 0),
+        "evals": measure_all(
+            bench,
+            trainer.model,
+            arm.temperature,
+            is_everywhere=tier == 6 or (tier == 1 and seed == 0),
+            is_diagnosed=tier == 1 and seed == 0,
+        ),
     }
     write_json(folder / "result.json", result)
     taus = " ".join(f"{name} {row['tau']:.3f}" for name, row in result["evals"].items())
@@ -146,23 +169,28 @@ def begin(bench: Workbench, arm: Arm, tier: int, seed: int, start: Path) -> Draf
 def described(arm: Arm) -> dict[str, Any]:
     """Return what is unusual about an arm besides its settings."""
     usual = {field.name: field.default for field in dataclasses.fields(Arm)}
-    return {name: getattr(arm, name) for name in ("pool", "begins", "lora") if getattr(arm, name) != usual[name]}
+    return {
+        name: getattr(arm, name)
+        for name in ("pool", "begins", "lora", "sharpen", "average")
+        if getattr(arm, name) != usual[name]
+    }
 
 
-def measure_all(bench: Workbench, drafter: Drafter, temperature: float, *, is_complete: bool) -> dict[str, Any]:
+def measure_all(
+    bench: Workbench, drafter: Drafter, temperature: float, *, is_everywhere: bool, is_diagnosed: bool
+) -> dict[str, Any]:
     """
     Measure a drafter greedily, and at a temperature above 0 on the first test set, with drafts by argmax and drawn.
 
     Args:
-        is_complete (`bool`):
-            On every test set, and compared with the target by kind of state, see `diagnose_states`; else on the first
-            test set alone.
+        is_everywhere (`bool`): On every test set; else on the first alone.
+        is_diagnosed (`bool`): Also compare it with the target by kind of state, see [`diagnose_states`].
     """
     evals = {}
-    for name, prompts in list(bench.pair.tests.items())[: None if is_complete else 1]:
+    for name, prompts in list(bench.pair.tests.items())[: None if is_everywhere else 1]:
         rows = bench.answered(bench.prompt_ids(prompts), 0.0)
         evals[name] = measure_drafter(bench.target, drafter, rows)
-        if is_complete:
+        if is_diagnosed:
             few = rows.select(range(min(DIAGNOSED_PROMPTS, len(rows))))
             evals[name] |= diagnose_states(bench.target, drafter, few)
     if temperature > 0:
@@ -181,7 +209,9 @@ def measure_start(bench: Workbench) -> dict[str, Any]:
     path = bench.folder / "sft" / "result.json"
     if not path.exists():
         drafter = bench.load_drafter(make_start(bench))
-        evals = measure_all(bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_complete=True)
+        evals = measure_all(
+            bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_everywhere=True, is_diagnosed=True
+        )
         result = {"arm": "sft_start", "tier": 1, "seed": 0, "updates": 0, "flops_per_update": 0.0, "tflop": 0.0}
         write_json(path, result | {"settings": bench.pair.sft.settings, "log": [], "evals": evals})
     return read_json(path)

@@ -250,8 +250,8 @@ def make_target(config: CodeTargetConfig, tokenizer: PreTrainedTokenizerFast) ->
     return model
 
 
-def training_arguments(config: CodeTargetConfig) -> TrainingArguments:
-    """Return the settings of the training loop."""
+def training_arguments(config: CodeTargetConfig, bf16: bool = False) -> TrainingArguments:
+    """Return the settings of the training loop, under bf16 autocast or in float32."""
     return TrainingArguments(
         output_dir=str(Path(config.out) / "checkpoints"),
         max_steps=config.steps,
@@ -267,6 +267,8 @@ def training_arguments(config: CodeTargetConfig) -> TrainingArguments:
         save_steps=config.save_steps,
         save_total_limit=2,
         seed=config.seed,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",
         dataloader_pin_memory=False,

@@ -57,7 +57,7 @@ def draw_sft_curve(results: Sequence[Results], folder: Path, *, formats: Sequenc
     shown = [pair for pair in results if pair.get("sft", {}).get("history")]
     if not shown:
         return _skip("sft_curve", "no pair has `sft.history`")
-    figure, axes = _panels(len(shown), height=2.6)
+    figure, axes = panels(len(shown), height=2.6)
     for axis, pair in zip(axes, shown, strict=True):
         history = pair["sft"]["history"]
         axis.plot([h["tflop"] for h in history], [h["tau"] for h in history], marker="o", ms=3, color=COLOURS[0])
@@ -75,8 +75,8 @@ def draw_sft_curve(results: Sequence[Results], folder: Path, *, formats: Sequenc
                 color=COLOURS[1],
                 fontsize=8,
             )
-        _label(axis, pair["pair"] + ("" if at else " (no plateau reached)"), "TFLOP of SFT", "tau")
-    return _save(figure, folder, "sft_curve", formats)
+        label(axis, pair["pair"] + ("" if at else " (no plateau reached)"), "TFLOP of SFT", "tau")
+    return save(figure, folder, "sft_curve", formats)
 
 
 def draw_gains(
@@ -100,14 +100,14 @@ def draw_gains(
     distributions = list(
         dict.fromkeys(_distribution(condition) for _, by_condition in panels for condition in by_condition)
     )
-    figure, axes = _panels(
+    figure, axes = panels(
         len(panels), height=1.2 + 0.12 * most * (1 + len(distributions)), columns=1 if most > 10 else 2
     )
     for axis, (title, by_condition) in zip(axes, panels, strict=True):
         _forest(axis, by_condition, distributions)
-        _label(axis, title, "gain in tau over continued SFT (%)", "")
+        label(axis, title, "gain in tau over continued SFT (%)", "")
     _share_legend(figure, axes, ncols=min(len(distributions), 3))
-    return _save(figure, folder, name, formats)
+    return save(figure, folder, name, formats)
 
 
 def _forest(axis: Axes, by_condition: dict[Condition, list[ArmRow]], distributions: list[str]) -> None:
@@ -146,7 +146,7 @@ def draw_slots(results: Sequence[Results], folder: Path, *, formats: Sequence[st
                 panels.append((f"{pair['pair']}: {_distribution(condition)}", rows))
     if not panels:
         return _skip("slots", f"no pair has `{START}` and another arm of tier 1 on the same prompts")
-    figure, axes = _panels(len(panels), height=2.7)
+    figure, axes = panels(len(panels), height=2.7)
     for axis, (title, rows) in zip(axes, panels, strict=True):
         best = max(rows.values(), key=lambda row: row.tau.value).arm
         shown = [arm for arm in dict.fromkeys((START, CONTINUED, "opd", best)) if arm in rows]
@@ -163,10 +163,10 @@ def draw_slots(results: Sequence[Results], folder: Path, *, formats: Sequence[st
                 label=label,
             )
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label(axis, title, "slot", "blocks that keep it")
+        label(axis, title, "slot", "blocks that keep it")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7)
-    return _save(figure, folder, "slots", formats)
+    return save(figure, folder, "slots", formats)
 
 
 def draw_mismatch(results: Sequence[Results], folder: Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -183,13 +183,13 @@ def draw_mismatch(results: Sequence[Results], folder: Path, *, formats: Sequence
         if len(arms) < 2:
             paths += _skip(name, f"needs `mismatch` of `{START}` and of another arm, found {sorted(arms)}")
             continue
-        figure, axes = _panels(len(MEASURES), height=2.1)
+        figure, axes = panels(len(MEASURES), height=2.1)
         for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
             _state_bars(axis, {arm: by_state.get(measure, {}) for arm, by_state in arms.items()})
-            _label(axis, label, "", "")
+            label(axis, label, "", "")
         axes[0].legend(fontsize=7)
         figure.suptitle(f"{pair['pair']}: {_distribution(condition)}", fontsize=10)
-        paths += _save(figure, folder, name, formats)
+        paths += save(figure, folder, name, formats)
     return paths
 
 
@@ -241,7 +241,7 @@ def draw_predictors(results: Sequence[Results], folder: Path, *, formats: Sequen
     if not points:
         return _skip("predictors", f"no pair has an arm `opd` beside `{CONTINUED}` in tier 1")
     names = [name for name in points[0][2] if any(point[2][name] is not None for point in points)]
-    figure, axes = _panels(len(names), height=2.4 + 0.08 * len(points))
+    figure, axes = panels(len(names), height=2.4 + 0.08 * len(points))
     places = list(dict.fromkeys(place for _, place, _ in points))
     arms = list(dict.fromkeys(row.arm for row, _, _ in points))
     for axis, name in zip(axes, names, strict=True):
@@ -262,10 +262,10 @@ def draw_predictors(results: Sequence[Results], folder: Path, *, formats: Sequen
         axis.axhline(0, color="black", linewidth=0.8)
         if name in ("block size", "prompts in the pool"):
             axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        _label(axis, "", name, "gain (%)")
+        label(axis, "", name, "gain (%)")
     _share_legend(figure, axes, ncols=2)
     figure.suptitle("Gain over continued SFT against what may predict it", fontsize=10)
-    return _save(figure, folder, "predictors", formats)
+    return save(figure, folder, "predictors", formats)
 
 
 def _pools(pair: Results) -> dict[str, int]:
@@ -303,7 +303,7 @@ def _error_bars(gains: Sequence) -> list[list[float]]:
     return [below, above]
 
 
-def _panels(count: int, *, height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
+def panels(count: int, *, height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
     """Return a figure of so many panels, each `height` inches high."""
     columns = min(columns, count)
     num_rows = -(-count // columns)
@@ -327,13 +327,15 @@ def _share_legend(figure: Figure, axes: Sequence[Axes], *, ncols: int) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols, fontsize=7)
 
 
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
+def label(axis: Axes, title: str, x: str, y: str) -> None:
+    """Name a panel and its axes."""
     axis.set_title(title, fontsize=9)
     axis.set_xlabel(x, fontsize=8)
     axis.set_ylabel(y, fontsize=8)
 
 
-def _save(figure: Figure, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+def save(figure: Figure, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    """Write a figure in each of the formats and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in formats]
     # Without date and random ids the same data give the same file.

@@ -15,7 +15,7 @@ import yaml
 
 
 FOLDER = Path(__file__).parent
-TRAINERS = ("sft", "opd", "one_token", "random_anchors", "stale")
+TRAINERS = ("sft", "opd", "one_token", "random_anchors", "stale", "dense", "hard", "confident")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Pair:
             Hub, or a folder, also under `--out`; or `{"from_dflash": ...}`, such a name of a DFlash drafter, and
             arguments of the family's `from_dflash`.
         max_completion_length (`int`): Longest response.
-        train (`list[PromptSet]`), dev (`PromptSet`), tests (`dict[str, PromptSet]`):
-            Prompts; no test prompt is trained on.
+        train (`list[PromptSet]`), dev (`list[PromptSet]`), tests (`dict[str, PromptSet]`):
+            Prompts; neither a development nor a test prompt is trained on.
         prompts_per_update (`int`): Prompts of one optimiser step.
         sft (`SftPlan`): How the start is made.
         budgets (`dict[int, float]`): TFLOP of an arm, by tier.
@@ -92,6 +92,7 @@ class Pair:
         continued_sft (`dict`): Settings of every SFT arm.
         seeds (`dict[int, int]`): Seeds of an arm, by tier.
         arms (`list[str]`, *optional*): The arms it runs; all of a tier by default.
+        responses (`str`, *optional*): Name of the responses under `--out`, shared by pairs; its own if unset.
     """
 
     name: str
@@ -100,7 +101,7 @@ class Pair:
     drafter: dict[str, Any]
     max_completion_length: int
     train: list[PromptSet]
-    dev: PromptSet
+    dev: list[PromptSet]
     tests: dict[str, PromptSet]
     prompts_per_update: int
     sft: SftPlan
@@ -110,6 +111,7 @@ class Pair:
     opd: dict[str, Any] = field(default_factory=dict)
     continued_sft: dict[str, Any] = field(default_factory=dict)
     arms: list[str] | None = None
+    responses: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,11 @@ class Arm:
 
     Attributes:
         name (`str`): Its name in tables.
-        tiers (`tuple[int, ...]`): Tiers it belongs to. 1: complete, several seeds. 2: one seed, shorter.
+        tiers (`tuple[int, ...]`): Tiers it belongs to. 1: several seeds. 2: one seed, shorter. 6: a real model.
         trainer (`str`): `"sft"`, `"opd"`, `"one_token"` (the released code's estimators),
-            `"random_anchors"` (the paper's ablation) or `"stale"` (anchors kept for some epochs).
+            `"random_anchors"` (the paper's ablation), `"stale"` (anchors kept for some epochs), `"dense"` (blocks at
+            every position), `"hard"` (blocks wrong at once replayed twice) or `"confident"` (errors alone where the
+            target is confident).
         settings (`dict`): Fields of the trainer's config that differ from the pair's.
         pool (`int`, *optional*): Train on the first so many prompts only.
         refresh_epochs (`int`): Epochs between two walks of the chain (`"stale"` only).
@@ -131,6 +135,8 @@ class Arm:
             What it continues from: `"start"`, the drafter of another arm of its tier, or `"fresh"`, the start's shape
             untrained.
         lora (`dict`, *optional*): Arguments of `peft.LoraConfig`: an adapter is trained in place of the drafter.
+        sharpen (`float`, *optional*): Temperature of the target that the losses compare with; its own is 1.
+        average (`float`, *optional*): Decay of an average of the weights, which the arm ends with.
     """
 
     name: str
@@ -144,12 +150,20 @@ class Arm:
     budget_share: float = 1.0
     begins: str = "start"
     lora: dict[str, Any] | None = None
+    sharpen: float | None = None
+    average: float | None = None
 
     def __post_init__(self):
         if self.trainer not in TRAINERS:
             raise ValueError(f"Arm {self.name!r} has trainer {self.trainer!r}; choose one of {TRAINERS}.")
         if not 0 < self.budget_share:
             raise ValueError(f"Arm {self.name!r} has budget_share {self.budget_share}; it must be above 0.")
+        if self.sharpen is not None and not 0 < self.sharpen:
+            raise ValueError(f"Arm {self.name!r} has sharpen {self.sharpen}; it must be above 0.")
+        if self.average is not None and (not 0 < self.average < 1 or self.lora is not None):
+            raise ValueError(
+                f"Arm {self.name!r} has average {self.average}; it must be in (0, 1), without an adapter."
+            )
 
 
 def read_pair(name: str) -> Pair:
@@ -166,10 +180,10 @@ def read_pair(name: str) -> Pair:
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     where = f"pair {path.stem!r}"
     values = raw | {"name": path.stem}
-    for key, kind in {"dev": PromptSet, "sft": SftPlan}.items():
-        if isinstance(values.get(key), dict):
-            values[key] = build(kind, values[key], f"{where}, {key}")
-    values["train"] = [build(PromptSet, row, f"{where}, train") for row in values.get("train", [])]
+    if isinstance(values.get("sft"), dict):
+        values["sft"] = build(SftPlan, values["sft"], f"{where}, sft")
+    for key in ("train", "dev"):
+        values[key] = [build(PromptSet, row, f"{where}, {key}") for row in values.get(key, [])]
     values["tests"] = {
         key: build(PromptSet, row, f"{where}, tests") for key, row in (values.get("tests") or {}).items()
     }

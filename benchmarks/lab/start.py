@@ -18,7 +18,7 @@ from trl_draft_opd import DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.drafters.base import Drafter
 
 from .measure import measure_drafter
-from .workbench import Workbench, read_json, require_unchanged, write_json
+from .workbench import Workbench, read_json, reading_itself, require_unchanged, write_json
 
 
 PLATEAU_COMPUTE, PLATEAU_GAIN = 1.2, 1.01  # a plateau: less than 1 % of tau for 20 % more compute
@@ -69,7 +69,7 @@ class PlateauCallback(TrainerCallback):
 
     def __init__(self, bench: Workbench, path: Path):
         self.bench, self.path = bench, path
-        self.rows = bench.answered(bench.prompt_ids(bench.pair.dev), 0.0)
+        self.rows = bench.answered([ids for prompts in bench.pair.dev for ids in bench.prompt_ids(prompts)], 0.0)
         self.history: list[dict[str, float]] = read_json(path) if path.exists() else []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -155,17 +155,13 @@ def count_flops(bench: Workbench, make_trainer) -> float:
         bench ([`Workbench`]): The pair.
         make_trainer (`Callable`): Returns a trainer for the settings it is given.
     """
-    target, budget = bench.target, bench.target.budget_bytes
-    target.budget_bytes = 0
     settings = {"max_steps": COUNTED_UPDATES, "learning_rate": 0.0, "save_strategy": "no"}
-    try:
+    with reading_itself(bench.target):
         trainer = make_trainer(**settings)
         with FlopCount() as counter:
             counted = CountUpdates(counter)
             trainer.add_callback(counted)
             trainer.train()
-    finally:
-        target.budget_bytes = budget
     return (counted.totals[-1] - counted.totals[0]) / (COUNTED_UPDATES - 1)
 
 

@@ -5,6 +5,8 @@ them once.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -15,7 +17,7 @@ import torch
 from datasets import Dataset, load_dataset
 
 from benchmarks.counters import FlopCount
-from trl_draft_opd import AutoDrafter, SamplingSettings
+from trl_draft_opd import AutoDrafter, SamplingSettings, open_readings
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
 from trl_draft_opd.drafters.base import Drafter
 from trl_draft_opd.responses import Origin, ResponseStore, generate_missing, generate_responses
@@ -40,6 +42,7 @@ class Machine:
         generation_batch_size (`int`): Prompts the target answers together.
         micro_batch_size (`int`, *optional*): Prompts per backward pass; an update's all together by default.
         bf16 (`bool`): Train drafters under bf16 autocast.
+        readings (`Path`, *optional*): A store of the target's readings of every text, to read from in its place.
     """
 
     shared: Path | None
@@ -50,6 +53,7 @@ class Machine:
     generation_batch_size: int
     micro_batch_size: int | None
     bf16: bool
+    readings: Path | None = None
 
 
 class Workbench:
@@ -72,6 +76,14 @@ class Workbench:
         target = RememberingTarget.load(self._source(self.pair.target), dtype=getattr(torch, self.machine.dtype))
         target.place(torch.device(self.machine.device))
         target.budget_bytes = self.machine.memo_bytes
+        if self.machine.readings is not None:
+            layer_ids = self.pair.drafter.get("target_layer_ids")
+            if layer_ids is None:
+                raise SystemExit(
+                    f"Pair {self.pair.name!r} is to be read from {str(self.machine.readings)!r}, so its `drafter` "
+                    "must name the `target_layer_ids` to read."
+                )
+            target.source = open_readings(target, str(self.machine.readings), layer_ids)
         return target
 
     def _source(self, name: str) -> str:
@@ -115,25 +127,37 @@ class Workbench:
         chats = [[{"role": "user", "content": message}] for message in self.messages(prompts)]
         return [self.target.tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
 
+    def every_prompt(self) -> list[list[int]]:
+        """Return the prompts of all sets, trained and measured on, as token ids."""
+        pair = self.pair
+        return [ids for each in (*pair.train, *pair.dev, *pair.tests.values()) for ids in self.prompt_ids(each)]
+
+    def store(self, temperature: float) -> ResponseStore:
+        """Return the store of the target's responses, made if need be."""
+        sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
+        origin = Origin.of(self.target, sampling=sampling, max_completion_length=self.pair.max_completion_length)
+        folder = self.folder / "responses" if self.pair.responses is None else self.machine.out / self.pair.responses
+        return ResponseStore.open(folder.with_name(f"{folder.name}-t{temperature:g}"), origin)
+
     def answered(self, prompt_ids: list[list[int]], temperature: float) -> Dataset:
         """
         Return prompts with the target's responses, `prompt_ids` and `completion_ids`; written once, into a store.
 
         Prompts that occur twice share their response.
         """
-        sampling = SamplingSettings(temperature=temperature, top_k=0, top_p=1.0)
-        origin = Origin.of(self.target, sampling=sampling, max_completion_length=self.pair.max_completion_length)
-        store = ResponseStore.open(self.folder / f"responses-t{temperature:g}", origin)
+        store = self.store(temperature)
         size = self.machine.generation_batch_size
-        generate_missing(
-            store,
-            self.target,
-            store.missing(prompt_ids),
-            batch_size=size,
-            seed=0,
-            shard_size=4 * size,
-            show_progress=False,
-        )
+        # What is written now is in no store yet.
+        with reading_itself(self.target):
+            generate_missing(
+                store,
+                self.target,
+                store.missing(prompt_ids),
+                batch_size=size,
+                seed=0,
+                shard_size=4 * size,
+                show_progress=False,
+            )
         responses = [store.find(prompt) for prompt in prompt_ids]
         return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
 
@@ -143,7 +167,7 @@ class Workbench:
         among them.
         """
         held_out = {
-            tuple(ids) for prompts in (self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
+            tuple(ids) for prompts in (*self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
         }
         prompt_ids = [ids for prompts in self.pair.train for ids in self.prompt_ids(prompts)]
         prompt_ids = [ids for ids in prompt_ids if tuple(ids) not in held_out]
@@ -192,14 +216,25 @@ class Workbench:
 
     def _untrained(self, options: dict[str, Any]) -> Drafter:
         kind = DRAFTER_CLASSES[self.pair.family]
-        if "mask_token_id" in kind.config_class.own_settings():
-            options = {"mask_token_id": self.target.find_mask_token_id()} | options
+        if "mask_token_id" in kind.config_class.own_settings() and "mask_token_id" not in options:
+            options = options | {"mask_token_id": self.target.find_mask_token_id()}
         torch.manual_seed(0)
         return kind.from_target(self.target, **options)
 
     def load_drafter(self, folder: Path) -> Drafter:
         """Return a trained drafter."""
         return AutoDrafter.from_pretrained(folder).to(self.machine.device)
+
+
+@contextmanager
+def reading_itself(target: RememberingTarget) -> Iterator[None]:
+    """Have a target read every text itself while the block runs: neither from memory nor from a store."""
+    kept = target.budget_bytes, target.source
+    target.budget_bytes, target.source = 0, None
+    try:
+        yield
+    finally:
+        target.budget_bytes, target.source = kept
 
 
 def read_json(path: Path) -> Any:

@@ -6,6 +6,8 @@ drafter, and arms that train an adapter, continue from another arm, or from noth
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from benchmarks.lab.arms import collect, run_arm
 from benchmarks.lab.plan import Arm
 from benchmarks.lab.start import make_start
 from benchmarks.lab.tables import render
-from benchmarks.lab.tuned_target import TunedTargetConfig, in_steps, share_changed, tune_target
+from benchmarks.lab.tuned_target import TunedTargetConfig, compare_answers, in_steps, styled_rows, tune_target
 from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import AutoDrafter
 
@@ -97,6 +99,7 @@ def tuning(tmp_path):
         data=str(tmp_path / "rows.jsonl"),
         prompts=str(tmp_path / "rows.jsonl"),
         out=str(tmp_path / "out"),
+        num_rows=30,
         num_compared=4,
         row_length=48,
         batch_size=2,
@@ -110,9 +113,37 @@ def tuning(tmp_path):
 def test_a_target_is_trained_further_once_and_its_new_answers_are_counted(tuning, monkeypatch):
     report = tune_target(tuning)
     assert report["share_of_answers_changed"] > 0.5 and report["final_loss"] < report["first_loss"]
-    assert share_changed(tuning.origin, tuning.origin, ["w10 w9", "w11 w9"]) == 0.0
+    same = compare_answers(tuning.origin, tuning.origin, ["w10 w9", "w11 w9"], 8)
+    assert same["share_of_answers_changed"] == 0.0 and same["origin_mean_length"] == same["tuned_mean_length"] <= 8
     assert not any("rows.jsonl" in str(value) for value in report.values())
     first, second = (load_file(f"{folder}/model.safetensors") for folder in (tuning.origin, tuning.out))
     assert first.keys() == second.keys() and differ(first, second) == set(first)
     monkeypatch.setattr(tuned_target, "Trainer", None)
     assert tune_target(tuning) == report
+
+
+def test_an_adapter_is_merged_into_a_target_of_the_old_layout_and_precision_after_a_kill_too(tuning):
+    make_causal_lm().to(torch.bfloat16).save_pretrained(tuning.origin)
+    tuning = dataclasses.replace(tuning, lora_r=2, bf16=True)
+    whole = tune_target(dataclasses.replace(tuning, out=f"{tuning.out}-whole"))
+    tune_target(tuning)
+    checkpoints = Path(tuning.out, "checkpoints")
+    shutil.rmtree(checkpoints / "checkpoint-4")
+    for name in ("training.json", "model.safetensors"):
+        Path(tuning.out, name).unlink()
+    report = tune_target(tuning)
+    assert report == whole
+    assert (
+        differ(load_file(f"{tuning.out}/model.safetensors"), load_file(f"{tuning.out}-whole/model.safetensors"))
+        == set()
+    )
+    first, second = (load_file(f"{folder}/model.safetensors") for folder in (tuning.origin, tuning.out))
+    assert first.keys() == second.keys() and {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
+    layers = {name for name in first if "proj" in name}
+    assert differ(first, second) == layers and report["final_loss"] < report["first_loss"]
+
+
+def test_rows_to_tune_on_start_where_asked_and_never_come_short(tuning):
+    assert [row["instruction"] for row in styled_rows(Path(tuning.data), 28, 2)] == ["w38 w9", "w39 w9"]
+    with pytest.raises(ValueError, match="has 30 rows; 3 from row 28 on were asked for"):
+        styled_rows(Path(tuning.data), 28, 3)

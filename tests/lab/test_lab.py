@@ -15,17 +15,17 @@ import yaml
 
 from benchmarks.lab import arms as arms_module
 from benchmarks.lab.__main__ import parse_arguments, run
-from benchmarks.lab.arms import arm_settings, collect, make_trainer, run_arm
+from benchmarks.lab.arms import arm_settings, collect, make_trainer, measure_start, run_arm
 from benchmarks.lab.compare_rollouts import compare_rollouts
 from benchmarks.lab.diagnose import diagnose_states
 from benchmarks.lab.measure import measure_drafter
 from benchmarks.lab.memo import RememberingTarget
 from benchmarks.lab.plan import FOLDER, Arm, PromptSet, build, read_arms, read_pair
-from benchmarks.lab.start import count_flops, find_plateau, make_start
+from benchmarks.lab.start import count_flops, find_plateau, make_start, sft_flops
 from benchmarks.lab.trainers import bernoulli_forward_kl, bounded_k3
 from benchmarks.lab.workbench import Machine, Workbench
 from helpers.tiny import VOCAB, make_causal_lm, make_drafter, make_tokenizer
-from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget, evaluate_drafter
+from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget, evaluate_drafter, write_readings
 
 
 pytestmark = pytest.mark.lab
@@ -59,7 +59,7 @@ def make_pair(folder: Path, family: str = "eagle3", **changes) -> Path:
         "max_completion_length": 20,
         "prompts_per_update": 2,
         "train": [words | {"count": 12}],
-        "dev": words | {"count": 4, "start": -4},
+        "dev": [words | {"count": 4, "start": -4}],
         "tests": {"words": words | {"count": 6, "start": -10}},
         "sft": {
             "settings": {"learning_rate": 1e-2, "num_anchors": 8},
@@ -109,7 +109,7 @@ def test_every_committed_plan_can_be_read_and_its_arms_are_settings_that_exist(p
 def test_no_test_prompt_of_a_committed_plan_is_trained_on():
     for path in (FOLDER / "pairs").glob("*.yaml"):
         pair = read_pair(path.stem)
-        for test in [pair.dev, *pair.tests.values()]:
+        for test in [*pair.dev, *pair.tests.values()]:
             for train in pair.train:
                 if (test.file or test.hub, test.split) == (train.file or train.hub, train.split):
                     assert train.start == 0 and test.start < 0, path
@@ -154,7 +154,7 @@ def test_a_training_prompt_that_is_measured_on_is_left_out(shared, tmp_path):
     bench = make_bench(make_pair(tmp_path, train=[words | {"count": NUM_ROWS}]), shared, tmp_path)
     trained = {tuple(ids) for ids in bench.training_rows()["prompt_ids"]}
     assert len(trained) == NUM_ROWS - 10
-    for prompts in (bench.pair.dev, bench.pair.tests["words"]):
+    for prompts in (*bench.pair.dev, bench.pair.tests["words"]):
         assert not trained & {tuple(ids) for ids in bench.prompt_ids(prompts)}
 
 
@@ -213,6 +213,28 @@ def test_a_full_memory_takes_in_no_more(bench):
     for _ in range(2):
         target.read_text(ids, torch.ones_like(ids), [1])
     assert target.num_forwards == 2
+
+
+def test_a_store_of_readings_changes_neither_text_nor_tau_nor_the_counted_cost(shared, tmp_path):
+    drafter = {"ttt_steps": 3, "target_layer_ids": [0, 1, 2]}
+    plan = make_pair(tmp_path, drafter=drafter, responses="texts", budgets={1: 2e-4})
+    plain = make_bench(plan, shared, tmp_path / "plain", memo_bytes=0)
+    dev = [ids for prompts in plain.pair.dev for ids in plain.prompt_ids(prompts)]
+    test = plain.prompt_ids(plain.pair.tests["words"])
+    rows = [plain.training_rows(), *(plain.answered(prompts, 0.0) for prompts in (dev, test))]
+    texts = [row["prompt_ids"] + row["completion_ids"] for part in rows for row in part]
+    write_readings(plain.target, texts, tmp_path / "readings", layer_ids=[0, 1, 2], dtype="float32")
+    machine = Machine(shared, tmp_path / "stored", "cpu", "float32", 0, 8, None, False, tmp_path / "readings")
+    stored = Workbench(read_pair(str(plan)), machine)
+    shutil.copytree(tmp_path / "plain" / "texts-t0", tmp_path / "stored" / "texts-t0")
+    starts = [make_start(bench) for bench in (plain, stored)]
+    weights = [(start / "model.safetensors").read_bytes() for start in starts]
+    assert weights[0] == weights[1]
+    forwards = stored.target.num_forwards
+    assert measure_start(stored)["evals"]["words"]["rounds"] == measure_start(plain)["evals"]["words"]["rounds"]
+    assert sft_flops(stored, starts[1]) == sft_flops(plain, starts[0])
+    assert stored.target.num_forwards > forwards, "what an update costs is counted without the store"
+    stored.target.source.close()
 
 
 def test_what_an_update_costs_is_counted_as_if_nothing_were_remembered(bench, shared, tmp_path):

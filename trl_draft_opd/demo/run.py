@@ -96,7 +96,7 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
         raise ValueError("A real target and its prompts go together: give `target` and `rows`, or neither.")
     console = Console()
     with library_bars(False):
-        phases = _Phases(settings.output, console)
+        phases = Phases(settings.output, console)
         if settings.target is None or rows is None:
             target_path, rows = _make_tiny_target(phases, settings)
             target = FrozenTarget.load(target_path, dtype=torch.float32)
@@ -105,8 +105,8 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
         accelerator = torch.accelerator.current_accelerator(True)
         if accelerator is not None:
             target.place(accelerator)
-        train_rows, test_prompts = _write_responses(phases, settings, target, rows)
-        drafters = _train_drafters(phases, settings, target, train_rows)
+        train_rows, test_prompts = write_responses(phases, settings, target, rows)
+        drafters = train_drafters(phases, settings, target, train_rows)
         before, after = (_measure(phases, settings, target, folder, test_prompts) for folder in drafters)
     gain = paired_gain(before, after)
     results = {
@@ -124,7 +124,7 @@ def run_demo(settings: DemoSettings, rows: Dataset | None) -> dict:
     return results
 
 
-class _Phases:
+class Phases:
     """Runs phases one after another, each in a folder of its own, and skips those whose folder is up to date."""
 
     def __init__(self, output: Path, console: Console):
@@ -166,7 +166,7 @@ class _Phases:
         self.seconds[title] = round(time.perf_counter() - begun, 1)
 
 
-def _make_tiny_target(phases: _Phases, settings: DemoSettings) -> tuple[Path, Dataset]:
+def _make_tiny_target(phases: Phases, settings: DemoSettings) -> tuple[Path, Dataset]:
     """Train the tiny target; return its folder, and chats it was not trained on, which lend their prompts."""
     tiny, seed = settings.tiny, settings.seed
     chats = write_chats(tiny.num_chats + settings.num_prompts + settings.num_test_prompts, seed)
@@ -178,8 +178,8 @@ def _make_tiny_target(phases: _Phases, settings: DemoSettings) -> tuple[Path, Da
     return folder, Dataset.from_list([{"messages": chat} for chat in chats[tiny.num_chats :]])
 
 
-def _write_responses(
-    phases: _Phases, settings: DemoSettings, target: FrozenTarget, rows: Dataset
+def write_responses(
+    phases: Phases, settings: DemoSettings, target: FrozenTarget, rows: Dataset
 ) -> tuple[Dataset, list[list[int]]]:
     """Let the target respond to the training prompts; return those pairs, and the test prompts."""
     # The test prompts are the last rows, so that another number of training prompts leaves them as they are.
@@ -220,8 +220,20 @@ def _write_responses(
     return Dataset.from_list(data["train"]), data["test"]
 
 
-def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarget, rows: Dataset) -> tuple[Path, Path]:
-    """Train a fresh drafter by SFT, then a copy of it by Draft-OPD; return both folders."""
+def train_drafters(
+    phases: Phases,
+    settings: DemoSettings,
+    target: FrozenTarget,
+    rows: Dataset,
+    *,
+    sft: dict[str, Any] | None = None,
+    opd: dict[str, Any] | None = None,
+) -> tuple[Path, Path]:
+    """
+    Train a fresh drafter by SFT, then a copy of it by Draft-OPD; return both folders. `sft` and `opd` are fields of
+    the trainers' configs, in place of the demo's.
+    """
+    sft, opd = sft or {}, opd or {}
     has_accelerator = torch.accelerator.is_available()
     shared = {
         "per_device_train_batch_size": settings.batch_size,
@@ -237,15 +249,14 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
     }
 
     def train_sft(folder: Path) -> None:
-        config = DraftSFTConfig(
-            str(folder),
-            **shared,
-            num_train_epochs=settings.sft_epochs,
-            learning_rate=settings.sft_learning_rate,
-            adam_beta2=0.95,
+        own = {
+            "num_train_epochs": settings.sft_epochs,
+            "learning_rate": settings.sft_learning_rate,
+            "adam_beta2": 0.95,
             # About as many blocks as a response has in decoding; another epoch draws others.
-            num_anchors=16,
-        )
+            "num_anchors": 16,
+        }
+        config = DraftSFTConfig(str(folder), **shared | own | sft)
         set_seed(settings.seed)
         drafter = _make_drafter(settings, target)
         _train(DraftSFTTrainer(drafter, target, config, rows), phases.console)
@@ -253,25 +264,24 @@ def _train_drafters(phases: _Phases, settings: DemoSettings, target: FrozenTarge
             drafter.save_pretrained(staged)
 
     def train_opd(folder: Path) -> None:
-        config = DraftOPDConfig(
-            str(folder),
-            **shared,
-            num_train_epochs=settings.opd_epochs,
-            learning_rate=settings.opd_learning_rate,
+        own = {
+            "num_train_epochs": settings.opd_epochs,
+            "learning_rate": settings.opd_learning_rate,
             # Minutes of SFT end far below the plateau, where the paper's reverse KL lowers tau.
-            rejected_loss="forward_kl",
+            "rejected_loss": "forward_kl",
             # The responses are there already; at temperature 0 the blocks are those of live decoding.
-            rollout="replay",
-            completions_from_target=True,
-        )
+            "rollout": "replay",
+            "completions_from_target": True,
+        }
+        config = DraftOPDConfig(str(folder), **shared | own | opd)
         drafter = AutoDrafter.from_pretrained(sft_folder, num_target_layers=target.num_layers)
         _train(DraftOPDTrainer(drafter, target, config, rows), phases.console)
         with writing_files(folder, "drafter") as staged:
             drafter.save_pretrained(staged)
 
-    made_from = settings.pick("family num_drafts sft_epochs batch_size sft_learning_rate")
+    made_from = settings.pick("family num_drafts sft_epochs batch_size sft_learning_rate") | sft
     sft_folder = phases.run("3/5 drafter by SFT", "drafter-sft", made_from, train_sft)
-    made_from = settings.pick("opd_epochs opd_learning_rate")
+    made_from = settings.pick("opd_epochs opd_learning_rate") | opd
     return sft_folder, phases.run("4/5 Draft-OPD", "drafter-opd", made_from, train_opd)
 
 
@@ -316,7 +326,7 @@ class _ShowSteps(TrainerCallback):
 
 
 def _measure(
-    phases: _Phases, settings: DemoSettings, target: FrozenTarget, folder: Path, prompts: list[list[int]]
+    phases: Phases, settings: DemoSettings, target: FrozenTarget, folder: Path, prompts: list[list[int]]
 ) -> EvaluationReport:
     """Measure a drafter; this is done in every run."""
     title = f"5/5 measuring {folder.name}"

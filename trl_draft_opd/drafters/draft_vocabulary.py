@@ -72,10 +72,14 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.T
 
 
 def build_draft_vocabulary(
-    token_counts: torch.Tensor, draft_vocab_size: int, always_include: Iterable[int] = ()
+    token_counts: torch.Tensor,
+    draft_vocab_size: int,
+    always_include: Iterable[int] = (),
+    preferred: torch.Tensor | None = None,
 ) -> DraftVocabulary:
     """
-    Keep the most frequent tokens; of equally frequent ones, and of those never counted, the lowest ids.
+    Keep the most frequent tokens; of equally frequent ones, and of those never counted, the preferred, then the lowest
+    ids.
 
     Args:
         token_counts (`torch.LongTensor` of shape `(V,)`):
@@ -84,6 +88,8 @@ def build_draft_vocabulary(
             Tokens to keep (DV), in `1..V-1`.
         always_include (`Iterable[int]`, *optional*, defaults to `()`):
             Ids kept whatever their count, such as the EOS ids.
+        preferred (`torch.LongTensor`, *optional*):
+            Distinct ids that win where counts are equal, such as those that a drafter was trained to propose.
 
     Returns:
         [`DraftVocabulary`] on the CPU.
@@ -95,7 +101,12 @@ def build_draft_vocabulary(
     counts_V, forced = _check_counts(token_counts), sorted(set(always_include))
     vocab_size = len(counts_V)
     check_draft_vocab_size(draft_vocab_size, vocab_size, forced)
-    by_count_V = torch.sort(counts_V, descending=True, stable=True).indices  # stable: ties keep the lowest id first
+    is_preferred_V = torch.zeros(vocab_size, dtype=torch.bool)
+    if preferred is not None:
+        is_preferred_V[preferred.cpu()] = True
+    order_V = torch.sort(is_preferred_V, descending=True, stable=True).indices
+    # Stable: of equal counts the first in that order comes first.
+    by_count_V = order_V[torch.sort(counts_V[order_V], descending=True, stable=True).indices]
     is_forced_V = torch.zeros(vocab_size, dtype=torch.bool)
     is_forced_V[forced] = True
     chosen_V = torch.cat([by_count_V[is_forced_V[by_count_V]], by_count_V[~is_forced_V[by_count_V]]])

@@ -83,26 +83,27 @@ class DraftingHead(PreTrainedModel):
 
     def reduce_vocabulary(self, draft_vocabulary: DraftVocabulary, target: Any) -> None:
         """
-        Keep a part of the target's vocabulary, in place; before an optimizer or a wrapper holds the drafter. Of what
-        is left every logit stays as it was.
+        Keep a part of the target's vocabulary, or exchange the part it has for another, in place; before an optimizer
+        or a wrapper holds the drafter. Of tokens that it had every logit stays as it was. The others begin with the
+        target's rows, which a part of the head that corrects them leaves alone.
 
         Args:
-            draft_vocabulary ([`DraftVocabulary`]): Tokens that the drafter can still propose.
+            draft_vocabulary ([`DraftVocabulary`]): Tokens that the drafter can propose from now on.
             target (`str`, `PreTrainedModel` or `FrozenTarget`):
-                The target, of whose head a drafter without one takes its rows.
+                The target, of whose head a drafter takes the rows that it lacks.
 
         Raises:
-            ValueError: If the vocabulary is reduced already, the new one belongs to another target, or the family or
-                the target's head cannot have a part of it.
+            ValueError: If the new vocabulary belongs to another target, or the family or the target's head cannot have
+                a part of it.
         """
         size = self.config.vocab_size
-        if self.config.has_reduced_vocabulary or draft_vocabulary.t2d.numel() != size:
+        if draft_vocabulary.t2d.numel() != size:
             raise ValueError(
-                f"A vocabulary built over {draft_vocabulary.t2d.numel()} tokens cannot reduce a drafter that proposes "
-                f"{self.config.draft_vocab_size} of {size}. Make a fresh drafter, and count tokens of its target."
+                f"A vocabulary built over {draft_vocabulary.t2d.numel()} tokens cannot reduce a drafter of a target "
+                f"with {size}. Count tokens of its target."
             )
         self.config.check_reducible()
-        token_ids = draft_vocabulary.token_ids
+        token_ids, had = draft_vocabulary.token_ids, self.draft_token_ids
         for part in self.head_parts:
             if part.module is None:
                 module: Any = nn.Linear(part.width, size, bias=False, device="meta")
@@ -110,7 +111,8 @@ class DraftingHead(PreTrainedModel):
                 self.lm_head = module
             else:
                 module = part.module
-                weight, is_trained = module.weight.detach(), module.weight.requires_grad
+                is_trained = module.weight.requires_grad
+                weight = module.weight.detach() if had is None else self._rows_of_all(module, had, target)
             kept = weight[token_ids.to(weight.device)].to(self.device, self.dtype)
             module.weight = nn.Parameter(kept, requires_grad=is_trained)
             module.out_features = len(token_ids)
@@ -118,6 +120,18 @@ class DraftingHead(PreTrainedModel):
         self.register_buffer("d2t", draft_vocabulary.d2t.to(self.device, copy=True))
         self.register_buffer("t2d", draft_vocabulary.t2d.to(self.device, copy=True))
         self.vocabulary_is_open = False
+
+    def _rows_of_all(self, module: Any, had: torch.Tensor, target: Any) -> torch.Tensor:
+        """Return rows of a part of the head for every token of the target: its own of those it `had`."""
+        own = module.weight.detach()
+        rows = own.new_zeros(self.config.vocab_size, own.shape[1])
+        if module is self.lm_head:
+            model = self.resolve_target(target)
+            head: Any = model.get_output_embeddings()
+            # A head that is trained only begins with the target's rows.
+            rows.copy_(head.weight.detach() if self.config.trains_head else _plain_head(model))
+        rows[had] = own
+        return rows
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:

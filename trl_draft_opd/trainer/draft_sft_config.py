@@ -33,11 +33,12 @@ class DraftSFTConfig(DraftTrainingConfig):
             Have the target rewrite every completion before training. A drafter should learn the target's own text;
             turn it on when the dataset was written by someone else. `responses` needs it.
         draft_vocab_size (`int`, *optional*):
-            Tokens that a drafter over the whole vocabulary is reduced to when training starts: the most frequent of
-            the responses it trains on, and those that end them. Others can no longer be drafted, so every one in a
-            text is a rejection; the share is logged and goes on the card. 0 keeps all. By default a fresh EAGLE-3
-            drafter gets 32,000 where the target has more than 65,536, as its authors publish theirs; other families,
-            and a drafter that was loaded, keep what they have. DFlash 2 drafts from the whole vocabulary alone.
+            Tokens that a drafter can propose from when training starts: the most frequent of the responses it trains
+            on, and those that end them. Others cannot be drafted, so every one in a text is a rejection; the share is
+            logged and goes on the card. A drafter that has a part already exchanges it: tokens it had keep what they
+            learned, and stay where others are not more frequent. 0 keeps all. By default a fresh EAGLE-3 drafter gets
+            32,000 where the target has more than 65,536, as its authors publish theirs; other families, and a drafter
+            that was loaded, keep what they have. DFlash 2 drafts from the whole vocabulary alone.
         num_anchors (`int`, *optional*):
             Anchors per row and epoch; 0 takes every position. Defaults to every position for EAGLE-3, and to 64 for
             the others, which draft whole blocks: about half the positions of a short response.

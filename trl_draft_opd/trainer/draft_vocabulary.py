@@ -38,12 +38,12 @@ def wanted_vocab_size(drafter: Drafter, asked: int | None, eos_token_ids: Collec
     size, has = config.vocab_size, config.draft_vocab_size
     if asked is None:
         return DRAFT_VOCAB_SIZE if _is_reduced_unasked(drafter) else None
-    if asked == has or (asked == 0 and has == size):
+    if has == size and asked in (0, size):
         return None
-    if has != size:
+    if asked == 0:
         raise ValueError(
-            f"`draft_vocab_size` {asked} cannot change a drafter that was made to propose {has} of {size} tokens: its "
-            "head has no rows for others. Leave it out, or start from a fresh drafter."
+            f"`draft_vocab_size` 0 keeps all {size} tokens, of which the drafter was made to propose {has}. Leave it "
+            "out, give a number to choose them anew, or start from a fresh drafter."
         )
     if is_adapted(drafter):
         raise ValueError(
@@ -64,8 +64,8 @@ def settle_vocabulary(
     drafter: Drafter, target: FrozenTarget, size: int | None, rows: Dataset | IterableDataset
 ) -> None:
     """
-    Reduce a drafter to the `size` most frequent tokens of what it will train on, unless that is `None`, and say how
-    much of it a reduced vocabulary covers.
+    Give a drafter the `size` most frequent tokens of what it will train on, unless that is `None`, and say how much of
+    it a reduced vocabulary covers.
     """
     model: Any = drafter.get_base_model() if is_adapted(drafter) else drafter  # pyright: ignore[reportCallIssue]
     model.vocabulary_is_open = False
@@ -73,28 +73,32 @@ def settle_vocabulary(
         return
     counted = rows.take(STREAMED_ROWS) if isinstance(rows, IterableDataset) else rows
     counts_V = count_tokens(counted, model.config.vocab_size)
+    num_new = 0
     if size is not None:
-        model.reduce_vocabulary(build_draft_vocabulary(counts_V, size, target.eos_token_ids), target)
+        had = model.draft_token_ids
+        chosen = build_draft_vocabulary(counts_V, size, target.eos_token_ids, preferred=had)
+        model.reduce_vocabulary(chosen, target)
+        num_new = 0 if had is None else size - int(chosen.t2d[had.cpu()].sum())
     assert model.draft_token_ids is not None, "the vocabulary is reduced"
     num_tokens = int(counts_V.sum())
     model.draft_vocab_coverage = float(counts_V[model.draft_token_ids.cpu()].sum() / max(num_tokens, 1))
     if PartialState().is_main_process:
-        logger.warning(_describe(model, counts_V, is_chosen=size is not None))
+        logger.warning(_describe(model, counts_V, num_new))
 
 
-def _describe(model: Drafter, counts_V: torch.Tensor, *, is_chosen: bool) -> str:
+def _describe(model: Drafter, counts_V: torch.Tensor, num_new: int) -> str:
     """
     Return what a reduced vocabulary holds, with an estimate for other text: a token seen once stands for one not yet
     seen. Source: Good, The population frequencies of species, 1953.
     """
     num_tokens, coverage = int(counts_V.sum()), model.draft_vocab_coverage
     unseen = float((counts_V == 1).sum() / max(num_tokens, 1))
-    told = (
-        f"The drafter proposes {model.config.draft_vocab_size:,} of the target's {model.config.vocab_size:,} tokens, "
-        f"which cover {coverage:.2%} of the {num_tokens:,} response tokens it trains on; about {unseen:.2%} of the "
-        "tokens of other responses will be ones that never occur in these."
+    new = f", {num_new:,} of them new to it," if num_new else ","
+    return (
+        f"The drafter proposes {model.config.draft_vocab_size:,} of the target's {model.config.vocab_size:,} tokens"
+        f"{new} which cover {coverage:.2%} of the {num_tokens:,} response tokens it trains on; about {unseen:.2%} of "
+        "the tokens of other responses will be ones that never occur in these. `draft_vocab_size` chooses them anew."
     )
-    return f"{told} `draft_vocab_size` sets the number, 0 keeps all." if is_chosen else told
 
 
 def note_whole_vocabulary(drafter: Drafter) -> None:
