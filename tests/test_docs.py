@@ -23,7 +23,8 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A folder named in full, from the root of the repository; `...` and `<name>` stand for something.
 CODE_PATH = re.compile(r"\b((?:trl_draft_opd|tests|benchmarks|examples|docs)/[\w./-]*\w\.(?:py|md|yaml|jinja))\b")
 # A file of the package, named from one of its rooms: `trainer/step.py`.
-ROOMS = "utils data losses drafters target rollout responses readings served_speed export runs trainer parity demo cli".split()
+ROOMS = "utils data losses drafters target rollout responses readings served_speed export runs".split()
+ROOMS += "trainer parity demo cli".split()
 ROOM_PATH = re.compile(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)")
 PROSE_WIDTH, TABLE_WIDTH = 120, 159
 
