@@ -47,7 +47,7 @@ class DraftOPDConfig(DraftTrainingConfig):
             `"first"`: the first rejected slot alone; `"suffix"`: every slot from there on, as in the paper. The
             default departs from the paper: at equal FLOPs the suffix lost 1.9 to 3.3 % of tau in three of four pairs
             and was not clearly apart in the fourth, and its updates cost a sixth (EAGLE-3) to two fifths (DFlash) more
-            (docs/why/results.md, section 3).
+            (docs/why/small_targets.md, section 3).
 
         > Parameters that control the loss
 

@@ -50,7 +50,7 @@ class DraftSFTConfig(DraftTrainingConfig):
             drafter's argmax is not the committed token, which decoding would reach (Source:
             [Spec-AUF](https://huggingface.co/papers/2607.01893)); the loss is still divided by the weights of all
             slots. Off: at equal FLOPs it gained 0.7 % of tau for DFlash on mathematics and lost 2.9 % for EAGLE-3 on
-            code (docs/why/results.md).
+            code (docs/why/small_targets.md).
     """
 
     output_dir: str | None = setting("drafter-sft", "Folder for the drafter and its checkpoints.")
