@@ -47,8 +47,9 @@ It is another model than `HuggingFaceTB/SmolLM2-135M-Instruct` and writes other 
 """
 EXAMPLE = """# A card, as an example
 
-The card of `{name}`, a drafter for SmolLM2-135M-Instruct, Q4_1, as `push_to_hub` would upload it. `python -m
-benchmarks.real publish --example FILE` wrote it; see [a real model](../why/real_model.md). `you` stands for an owner.
+The card of `{name}`, as `push_to_hub` would upload it: a drafter for
+SmolLM2-135M-Instruct, Q4_1. `you` stands for an owner. `python -m benchmarks.real publish --example FILE` wrote this
+page; see [a real model](../why/real_model.md).
 """
 
 

@@ -147,7 +147,7 @@ def run_short(
         if vllm is not None:
             # With as many drafts as were fastest here.
             best = max(live, key=lambda num_drafts: live[num_drafts].speedup)
-            load = LoadSettings(streams=(1, 4), max_completion_length=length)
+            load = LoadSettings(concurrency=(1, 4), max_completion_length=length)
             served = _serve(vllm, target, last, best, few, load, out / "short")
     gain = paired_gain(*taus)
     results = {

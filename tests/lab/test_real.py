@@ -268,7 +268,7 @@ def test_a_start_and_an_arm_are_published_with_all_that_was_measured(trained, tm
 def test_what_bench_measured_of_a_published_drafter_goes_onto_its_card(trained):
     name, folder = "tiny-EAGLE3-sft_start", trained.machine.out / "served"
     folder.mkdir(exist_ok=True)
-    settings = LoadSettings(streams=(1,), repeats=1)
+    settings = LoadSettings(concurrency=(1,), repeats=1)
     served, plain = (
         SpeedReport(settings, "0" * 64, 6, "vllm", "0.32", [Run(1, seconds, 100)]).to_dict() for seconds in (2.0, 3.0)
     )
