@@ -74,9 +74,7 @@ class Plan:
 
 def gpu_plan() -> Plan:
     """Return the plan of a GPU: the real pairs with more prompts, more of them per update, and more updates."""
-    eagle3, dflash = (_enlarged(read_pair(f"real-{family}")) for family in ("eagle3", "dflash"))
-    dspark = replace(dflash, name="real-dspark-gpu", family="dspark")
-    return Plan((eagle3, dflash, dspark))
+    return Plan(tuple(_enlarged(read_pair(f"real-{family}")) for family in ("eagle3", "dflash", "dspark")))
 
 
 def _enlarged(pair: Pair) -> Pair:

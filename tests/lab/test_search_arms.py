@@ -51,7 +51,7 @@ def bench(tmp_path_factory) -> Workbench:
         sft=SftPlan({}, 1, 1, 1, 1),
         budgets={SEARCH_TIER: 1.0},
         seeds={SEARCH_TIER: 1},
-        common={"learning_rate": 3e-4},
+        common={"learning_rate": 3e-4, "muon_learning_rate": 3e-3},
         opd={"rejected_scope": "suffix"},
         continued_sft={"num_anchors": 4},
     )
