@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary, count_tokens
+from trl_draft_opd.drafters.draft_vocabulary import build_draft_vocabulary, count_tokens, coverage_elsewhere
 from trl_draft_opd.drafters.published.vocabulary_maps import check_draft_vocabulary
 
 
@@ -36,6 +36,36 @@ def test_a_counted_id_outside_the_vocabulary_is_an_error():
     dataset = Dataset.from_list([{"input_ids": [1, 9], "completion_mask": [0, 1]}])
     with pytest.raises(ValueError, match="Token id 9 is outside the target's vocabulary of 9"):
         count_tokens(dataset, vocab_size=9)
+
+
+def test_coverage_of_other_responses_leaves_each_out_of_the_counts():
+    # 1 is in both responses. 2 would be beaten by 4 without the first, and 4 by 2 without the second.
+    rows = [[1, 2, 2, 2], [1, 4, 4], [5]]
+    dataset = Dataset.from_dict({"input_ids": rows, "completion_mask": [[1] * len(row) for row in rows]})
+    counts = count_tokens(dataset, 6)
+    vocabulary = build_draft_vocabulary(counts, 3)
+    assert vocabulary.token_ids.tolist() == [1, 2, 4] and vocabulary.coverage == 7 / 8
+    # Without its own response, token 1 only equals the 5 that was left out, and so do none that got in.
+    assert coverage_elsewhere(dataset, counts, vocabulary) == 0.0
+    twice = Dataset.from_dict({"input_ids": rows * 2, "completion_mask": [[1] * len(row) for row in rows * 2]})
+    counts = count_tokens(twice, 6)
+    assert coverage_elsewhere(twice, counts, build_draft_vocabulary(counts, 3)) == 10 / 16
+
+
+def test_coverage_of_other_responses_is_what_a_fresh_draw_has():
+    generator = torch.Generator().manual_seed(0)
+    weights = 1 / torch.arange(1, 401, dtype=torch.float64)
+
+    def draw(num_rows: int) -> Dataset:
+        rows = torch.multinomial(weights, 30 * num_rows, True, generator=generator).reshape(num_rows, 30).tolist()
+        return Dataset.from_dict({"input_ids": rows, "completion_mask": [[1] * 30] * num_rows})
+
+    mine, fresh = draw(200), draw(2000)
+    counts, counts_fresh = count_tokens(mine, 400), count_tokens(fresh, 400)
+    vocabulary = build_draft_vocabulary(counts, 100)
+    found = float(counts_fresh[vocabulary.token_ids].sum() / counts_fresh.sum())
+    assert vocabulary.coverage - found > 0.015
+    assert coverage_elsewhere(mine, counts, vocabulary) == pytest.approx(found, abs=0.008)
 
 
 def test_the_most_frequent_tokens_are_kept_and_ties_go_to_the_lowest_id():

@@ -7,13 +7,16 @@ Shape letters:  V = the target's vocabulary, DV = draft vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+
+
+_ROWS_AT_A_TIME = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +60,7 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.T
         ValueError: If a supervised id is outside `0..V-1`.
     """
     counts_V = np.zeros(vocab_size, dtype=np.int64)
-    rows: Any = dataset.select_columns(["input_ids", "completion_mask"]).with_format("numpy")
-    for batch in rows.iter(batch_size=1000):
-        token_ids = np.concatenate(batch["input_ids"])
-        token_ids = token_ids[np.concatenate(batch["completion_mask"]).astype(bool)].astype(np.int64)
+    for token_ids, _ in _supervised(dataset):
         is_outside = (token_ids < 0) | (token_ids >= vocab_size)
         if is_outside.any():
             raise ValueError(
@@ -69,6 +69,43 @@ def count_tokens(dataset: Dataset | IterableDataset, vocab_size: int) -> torch.T
             )
         counts_V += np.bincount(token_ids, minlength=vocab_size)
     return torch.from_numpy(counts_V)
+
+
+def _supervised(dataset: Dataset | IterableDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the supervised token ids of some rows at a time, and the row of each."""
+    rows: Any = dataset.select_columns(["input_ids", "completion_mask"]).with_format("numpy")
+    for batch in rows.iter(batch_size=_ROWS_AT_A_TIME):
+        is_supervised = np.concatenate(batch["completion_mask"]).astype(bool)
+        row_of = np.repeat(np.arange(len(batch["input_ids"])), [len(ids) for ids in batch["input_ids"]])
+        yield np.concatenate(batch["input_ids"])[is_supervised].astype(np.int64), row_of[is_supervised]
+
+
+def coverage_elsewhere(
+    dataset: Dataset | IterableDataset, token_counts: torch.Tensor, vocabulary: DraftVocabulary
+) -> float:
+    """
+    Estimate which share of other responses' tokens a vocabulary of the most frequent ones covers: each response's, had
+    the vocabulary been chosen from the other responses alone (leave one out).
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`), token_counts (`torch.LongTensor` of shape `(V,)`):
+            The rows it was chosen from, and their [`count_tokens`].
+        vocabulary ([`DraftVocabulary`]): Chosen by [`build_draft_vocabulary`].
+
+    Returns:
+        `float`: In `[0, 1]`.
+    """
+    counts_V, chosen_V = token_counts.numpy(), vocabulary.t2d.numpy()
+    # What a token must beat to stay in; of those that only equal it, as many get in as did.
+    beaten = counts_V[~chosen_V].max()
+    tied_share = chosen_V[counts_V == beaten].mean()
+    num_covered, num_tokens = 0.0, 0
+    for token_ids, row_of in _supervised(dataset):
+        _, index, own = np.unique(row_of * len(counts_V) + token_ids, return_inverse=True, return_counts=True)
+        elsewhere = counts_V[token_ids] - own[index]
+        num_covered += (elsewhere > beaten).sum() + tied_share * (elsewhere == beaten).sum()
+        num_tokens += len(token_ids)
+    return float(num_covered) / max(num_tokens, 1)
 
 
 def build_draft_vocabulary(

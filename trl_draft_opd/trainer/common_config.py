@@ -127,7 +127,8 @@ class DraftTrainingConfig(_BaseConfig):
             `"decay"`: by distance from the anchor, see `position_decay`. `"d_pace"`: by what the block's expected
             accepted length owes to a slot, see [`d_pace_weights`] (Source:
             [D-PACE](https://huggingface.co/papers/2605.18810)). Its loss is divided by the number of slots, so it
-            rises and falls with the weights. Off: at equal FLOPs it gained nothing (docs/why/small_targets.md, section 4).
+            rises and falls with the weights. Off: at equal FLOPs it gained nothing (docs/why/small_targets.md,
+            section 4).
         d_pace_floor (`float`, *optional*, defaults to `0.5`):
             Floor of D-PACE, in [0, 1]: what a slot passes on to those behind it even where the drafter gives the
             committed token no probability.

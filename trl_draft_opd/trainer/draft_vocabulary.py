@@ -9,12 +9,16 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from ..drafters.base import Drafter
-from ..drafters.draft_vocabulary import build_draft_vocabulary, check_draft_vocab_size, count_tokens
+from ..drafters.draft_vocabulary import (
+    build_draft_vocabulary,
+    check_draft_vocab_size,
+    count_tokens,
+    coverage_elsewhere,
+)
 from ..target.frozen import FrozenTarget
 from .adapters import is_adapted
 from .draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY
@@ -73,31 +77,28 @@ def settle_vocabulary(
         return
     counted = rows.take(STREAMED_ROWS) if isinstance(rows, IterableDataset) else rows
     counts_V = count_tokens(counted, model.config.vocab_size)
-    num_new = 0
+    num_new, elsewhere = 0, None
     if size is not None:
         had = model.draft_token_ids
         chosen = build_draft_vocabulary(counts_V, size, target.eos_token_ids, preferred=had)
         model.reduce_vocabulary(chosen, target)
+        elsewhere = coverage_elsewhere(counted, counts_V, chosen)
         num_new = 0 if had is None else size - int(chosen.t2d[had.cpu()].sum())
     assert model.draft_token_ids is not None, "the vocabulary is reduced"
     num_tokens = int(counts_V.sum())
     model.draft_vocab_coverage = float(counts_V[model.draft_token_ids.cpu()].sum() / max(num_tokens, 1))
     if PartialState().is_main_process:
-        logger.warning(_describe(model, counts_V, num_new))
+        logger.warning(_describe(model, num_tokens, num_new, elsewhere))
 
 
-def _describe(model: Drafter, counts_V: torch.Tensor, num_new: int) -> str:
-    """
-    Return what a reduced vocabulary holds, with an estimate for other text: a token seen once stands for one not yet
-    seen. Source: Good, The population frequencies of species, 1953.
-    """
-    num_tokens, coverage = int(counts_V.sum()), model.draft_vocab_coverage
-    unseen = float((counts_V == 1).sum() / max(num_tokens, 1))
+def _describe(model: Drafter, num_tokens: int, num_new: int, elsewhere: float | None) -> str:
+    """Return what a reduced vocabulary covers, of these rows, and if chosen from them, of others like them."""
     new = f", {num_new:,} of them new to it," if num_new else ","
+    others = "" if elsewhere is None else f", and about {elsewhere:.2%} of other responses like them"
     return (
         f"The drafter proposes {model.config.draft_vocab_size:,} of the target's {model.config.vocab_size:,} tokens"
-        f"{new} which cover {coverage:.2%} of the {num_tokens:,} response tokens it trains on; about {unseen:.2%} of "
-        "the tokens of other responses will be ones that never occur in these. `draft_vocab_size` chooses them anew."
+        f"{new} which cover {model.draft_vocab_coverage:.2%} of the {num_tokens:,} response tokens it trains on"
+        f"{others}. Every other token is a rejection. `draft_vocab_size` chooses them anew."
     )
 
 
