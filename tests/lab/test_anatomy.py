@@ -105,7 +105,7 @@ def test_drafters_that_do_not_exist_by_hand():
     assert limits["as_slot_1"]["tau"] == pytest.approx((2 + 1 + 3) / 3)
 
 
-def test_weights_by_hand():
+def test_the_weights_of_a_small_case_by_hand():
     weights = describe([HAND], 1.0)["weights"]
     # Eleven slots lie inside the text: reached and right are 1 + 2 + 1, first wrong 1 + 1 + 1 + 1 + 0 ...
     right, wrong = 4, 4
