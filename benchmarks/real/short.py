@@ -63,7 +63,7 @@ MEANING = """[bold]What the numbers mean[/bold]
 @dataclass(frozen=True)
 class ShortSettings:
     """
-    How much is done; the defaults fit two CPU cores and 20 minutes.
+    How much is done; the defaults are meant for 20 minutes on two CPU cores, which was not measured yet.
 
     Attributes:
         num_prompts (`int`), num_test_prompts (`int`):
