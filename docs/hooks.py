@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What the site needs beside its pages, called by mkdocs (`mkdocs.yml`): the navigation, which is the tables of `index.md`,
-and two kinds of links that only exist outside of the site.
+What the site needs beside its pages, called by mkdocs (`mkdocs.yml`): the navigation, which is the tables of
+`index.md`, and the removal of links that only exist outside of the site.
 """
 
 import re
