@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_docs import PAGES, ROOT, name_of
 from transformers import HfArgumentParser
 from trl import TrlParser
 
 from helpers.tiny import make_target, make_tokenizer
-from test_docs import PAGES, ROOT, name_of, numbered_lines
 from trl_draft_opd.cli import arguments, main
 
 
