@@ -114,6 +114,91 @@ def test_every_page_stands_in_the_index():
     ] == []
 
 
+def words_of(text: str) -> set[str]:
+    """Return the words that a search goes by, without those that stand in every sentence."""
+    common = set("a are about as do does for how i in is it my need of on or the to what when which why will".split())
+    return set(re.findall(r"[a-z]+", text.lower())) - common
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Which family for my model?", "do/choosing.md"),
+        ("How many prompts do I need?", "do/recipes.md"),
+        ("How long does training take?", "do/recipes.md"),
+        ("What about thinking mode?", "do/data.md"),
+        ("How do I know the plateau is reached?", "do/monitor.md"),
+        ("Why is tau low when served?", "do/troubleshooting.md"),
+        ("What will it cost on my GPU?", "do/recipes.md"),
+    ],
+)
+def test_a_question_of_a_new_user_finds_its_page_by_its_headings(question, answer):
+    index = ROOT / "docs" / "index.md"
+    assert f"]({answer}" in next(
+        line for line in index.read_text("utf-8").splitlines() if words_of(question) <= words_of(line) | {"reached"}
+    )
+    # As a search by titles does: the page with a heading that holds most of the words.
+    found: dict[str, float] = {}
+    for page in (ROOT / "docs").rglob("*.md"):
+        for _, line, is_code in numbered_lines(page):
+            if not is_code and line.startswith("#") and page != index:
+                words = words_of(line)
+                score = len(words & words_of(question)) / len(words_of(question))
+                found[name_of(page)] = max(found.get(name_of(page), 0), score)
+    best = max(found.values())
+    assert best >= 0.5 and [page for page, score in found.items() if score == best] == [f"docs/{answer}"]
+
+
+def texts_of(path: Path) -> list[str]:
+    """Return the texts that a file of the package can print, with a mark where a value is put in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        parts = [node] if isinstance(node, ast.Constant) else getattr(node, "values", [])
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            found.append("".join(part.value if is_text(part) else "\0" for part in parts))
+    return found
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_package():
+    page = (ROOT / "docs" / "do" / "troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^\| `(.+?)` \|", page.partition("## Messages")[2], re.MULTILINE)
+    assert len(messages) > 40
+    texts = [text for path in (ROOT / "trl_draft_opd").rglob("*.py") for text in texts_of(path)]
+    patterns = {message: ".*".join(map(re.escape, message.split("..."))) for message in messages}
+    missing = [
+        message for message, it in patterns.items() if not any(re.search(it, text, re.DOTALL) for text in texts)
+    ]
+    assert missing == []
+
+
+def test_every_public_name_stands_in_the_api_under_its_home():
+    homes = re.findall(r"^from \.([\w.]+) import (\w+)", (ROOT / "trl_draft_opd" / "__init__.pyi").read_text(), re.M)
+    listed = [
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: ([\w.]+)", page.read_text(), re.M)
+    ]
+    assert len(listed) == len(set(listed))
+    assert {f"trl_draft_opd.{home}.{name}" for home, name in homes} <= set(listed)
+
+
+def test_the_sites_navigation_is_the_index(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    sections = hooks.read_navigation((ROOT / "docs" / "index.md").read_text("utf-8"))
+    assert [next(iter(section)) for section in sections] == ["Learn", "Do", "Why", "API"]
+    pages = [next(iter(page.values())) for section in sections for page in next(iter(section.values()))]
+    assert len(pages) == len(set(pages)) and "do/choosing.md" in pages
+    on_page = ROOT / "docs" / "do" / "x.md"
+    text = "[in](training.md#a) [out](../../README.md) [web](https://example.org) ![picture](../figures/method.svg)"
+    assert hooks.unlink_outside(text, on_page) == text.replace("[out](../../README.md)", "out")
+
+
 def test_forty_faults_stand_in_the_table_each_with_a_test():
     text = FAULTS.read_text("utf-8")
     numbers = [str(number) for number in range(1, 41)]
