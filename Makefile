@@ -37,7 +37,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check build clean
+.PHONY: help install demo real test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check flags build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -116,6 +116,9 @@ format: $(STAMP)  ## Format the code and mend what lint can mend
 	$(BIN)/ruff format .
 
 check: lint test  ## What must pass before a commit: lint and tests
+
+flags: $(STAMP)  ## Derive the table that `--help` is printed from, after a change of a command's flags
+	PYTHONPATH=.:tests $(BIN)/python -m helpers.flag_table
 
 build: $(STAMP)  ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build
