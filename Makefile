@@ -117,7 +117,7 @@ format: $(STAMP)  ## Format the code and mend what lint can mend
 
 check: lint test  ## What must pass before a commit: lint and tests
 
-flags: $(STAMP)  ## Derive the table that `--help` is printed from, after a change of a command's flags
+flags: $(STAMP)  ## Derive what `--help` prints, after a change of flags
 	PYTHONPATH=.:tests $(BIN)/python -m helpers.flag_table
 
 build: $(STAMP)  ## Build the sdist and the wheel into dist/

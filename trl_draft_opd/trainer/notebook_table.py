@@ -34,16 +34,20 @@ class NotebookTable(LogPrinter):
         """Show the table with one log more."""
         from IPython.display import HTML, display  # here, because only notebooks have it
 
-        if any(name.endswith("_runtime") for name in logs):
-            self._sentences += self.lines(logs, state.global_step, state.max_steps)
-        else:
-            cells, rest = self.cells(readable(logs, ""), state.global_step, state.max_steps)
-            self._rows.append(cells | {name: str(value) for name, value in rest.items()})
+        self.add(logs, state)
         shown = HTML(self.html())
         if self._display is None:
             self._display = display(shown, display_id=True)
         else:
             self._display.update(shown)
+
+    def add(self, logs: Mapping[str, Any], state: TrainerState) -> None:
+        """Take in one log: a row, or a sentence."""
+        if any(name.endswith("_runtime") for name in logs):
+            self._sentences += self.lines(logs, state.global_step, state.max_steps)
+            return
+        cells, rest = self.cells(readable(logs, ""), state.global_step, state.max_steps)
+        self._rows.append(cells | {name: str(value) for name, value in rest.items()})
 
     def html(self) -> str:
         """Return the table and the sentences."""

@@ -168,8 +168,8 @@ def describe_unwritten(
         f"{num_missing} prompts of {place} have no response in {str(folder)!r}, the first of them row {row}, and a "
         f"run with `readings` writes none. Write them with `trl-draft-opd generate --target {name} --dataset DATASET "
         f"--output RESPONSES --max-completion-length {store.origin.max_completion_length}` (by a server with "
-        f"`--engine vllm --base-url URL`), read them with `trl-draft-opd read --target {name} --dataset DATASET --responses "
-        "RESPONSES --output READINGS`, and name both folders; or give the responses as ids in the dataset."
+        f"`--engine vllm --base-url URL`), read them with `trl-draft-opd read --target {name} --dataset DATASET "
+        "--responses RESPONSES --output READINGS`, and name both folders; or give the responses as ids in the dataset."
     )
 
 
