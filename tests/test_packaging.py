@@ -169,8 +169,8 @@ def test_every_imported_package_is_declared_in_setup_cfg():
     for extra in ("peft", "deepspeed", "plots"):
         declared |= _required_names(config["options.extras_require"][extra])
     # huggingface_hub brings its own HTTP client, one of the two by version; readers of exports are imported where they
-    # are installed; torch for CUDA brings Triton, and without it the eager formulas run.
-    declared |= {"httpx", "httpx2", "triton"}
+    # are installed; torch for CUDA brings Triton, and without it the eager formulas run; a notebook brings IPython.
+    declared |= {"httpx", "httpx2", "ipython", "triton"}
     imported = set()
     for path in (ROOT / "trl_draft_opd").rglob("*.py"):
         guests = {"vllm", "sglang", "speculators"} if path.parent.name == "parity" else set()

@@ -39,7 +39,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def words_of(command: str) -> dict[str, str]:
+def words_of(command: str) -> dict[str, Any]:
     """Return what a parser of a command is made with."""
     return {
         "prog": f"trl-draft-opd {command}",

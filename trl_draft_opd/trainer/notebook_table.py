@@ -32,7 +32,8 @@ class NotebookTable(LogPrinter):
 
     def show(self, logs: Mapping[str, Any], state: TrainerState) -> None:
         """Show the table with one log more."""
-        from IPython.display import HTML, display  # here, because only notebooks have it
+        # Here, because only notebooks have it.
+        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 
         self.add(logs, state)
         shown = HTML(self.html())
