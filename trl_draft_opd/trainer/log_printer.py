@@ -67,8 +67,7 @@ class LogPrinter(TrainerCallback):
 
     def show(self, logs: Mapping[str, Any], state: TrainerState) -> None:
         """Print the lines of one log."""
-        width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
-        tqdm.write("\n".join(self.lines(logs, state.global_step, state.max_steps, width)))
+        tqdm.write("\n".join(self.lines(logs, state.global_step, state.max_steps, _terminal_width())))
 
     def time_left(self, state: TrainerState) -> dict[str, str]:
         """Return how long training will go on if it goes on as it did, evaluations included; nothing at its end."""
@@ -132,6 +131,15 @@ def readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         for name, value in metrics.items()
         if name not in _UNPRINTED and (value or name not in _TROUBLES)
     }
+
+
+def _terminal_width() -> int | None:
+    """Return the columns of the terminal that is printed to, `None` where it is a file, or closed."""
+    try:
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    except ValueError:
+        return None
+    return shutil.get_terminal_size().columns if is_terminal else None
 
 
 def _width(cells: Mapping[str, str]) -> int:
