@@ -149,7 +149,7 @@ def test_responses_that_are_not_written_are_counted_with_the_command_that_writes
     rows = rows_in(folder).select_columns(["prompt_ids"])
     prompts = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in ids) for ids in rows["prompt_ids"]]})
     options = {"readings": str(folder / "float32"), "rows": prompts}
-    says = r"16 prompts have no response.* row 0.*trl-draft-opd generate --target .* --max-completion-length \d+`"
+    says = r"16 prompts of the dataset have no response.* row 0.*trl-draft-opd generate --target .* --max-completion-length \d+`"
     with pytest.raises(ValueError, match=says):
         make_trainer(folder, tmp_path / "opd", "opd", completions_from_target=False, **options)
     with pytest.raises(ValueError, match=says):
