@@ -209,9 +209,9 @@ def measure_start(bench: Workbench) -> dict[str, Any]:
     path = bench.folder / "sft" / "result.json"
     if not path.exists():
         drafter = bench.load_drafter(make_start(bench))
-        evals = measure_all(
-            bench, drafter, 1.0 if 2 in bench.pair.budgets else 0.0, is_everywhere=True, is_diagnosed=True
-        )
+        arms = [arm for tier in bench.pair.budgets for arm in read_arms(bench.pair, tier)]
+        hottest = max((arm.temperature for arm in arms), default=0.0)
+        evals = measure_all(bench, drafter, hottest, is_everywhere=True, is_diagnosed=True)
         result = {"arm": "sft_start", "tier": 1, "seed": 0, "updates": 0, "flops_per_update": 0.0, "tflop": 0.0}
         write_json(path, result | {"settings": bench.pair.sft.settings, "log": [], "evals": evals})
     return read_json(path)
