@@ -37,7 +37,7 @@ CONFORMANCE_PIP := $(CONFORMANCE)/bin/python -m pip --disable-pip-version-check 
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -c pyproject.toml -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check docs build clean
+.PHONY: help install demo real test test-slow test-lab crash guard test-oldest test-newest test-unpinned conformance lint format check flags docs build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -123,6 +123,9 @@ $(VENV)/.docs: $(STAMP)
 
 docs: $(VENV)/.docs  ## Build the site of docs/ into outputs/site; a broken link or name ends it with an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+flags: $(STAMP)  ## Derive what `--help` prints, after a change of flags
+	PYTHONPATH=.:tests $(BIN)/python -m helpers.flag_table
 
 build: $(STAMP)  ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build

@@ -23,17 +23,20 @@ class ExampleArguments:
 
     target: str = field(metadata={"help": "Hub id or path of the target."})
     drafter: str = field(metadata={"help": "Hub id or path of the drafter, in any published layout."})
-    dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
-    num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau before and after."})
+    dataset: str = field(metadata={"help": "JSON lines with `question`, `prompt` or `messages`."})
+    num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out, a quarter at most."})
 
 
 if __name__ == "__main__":
     args, config = TrlParser((ExampleArguments, DraftOPDConfig)).parse_args_and_config()
-    rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
+    rows = load_dataset("json", data_files=args.dataset, split="train")
+    if len(rows) < 2:
+        raise SystemExit(f"{args.dataset} has {len(rows)} rows. Give at least 2: a quarter at most is held out.")
+    rows = rows.train_test_split(min(args.num_eval_prompts, max(1, len(rows) // 4)), seed=0)
     trainer = DraftOPDTrainer(args.drafter, args.target, config, rows["train"], rows["test"])
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]
     trainer.save_model()  # after the evaluation, so that the model card has its numbers
     if trainer.is_world_process_zero():
-        print(f"tau on {args.num_eval_prompts} held-out prompts: {before:.3f} before, {after:.3f} after")
+        print(f"tau on {len(rows['test'])} held-out prompts: {before:.3f} before, {after:.3f} after")

@@ -36,12 +36,12 @@ class ExampleArguments:
     """Flags of this script, besides the settings of the trainer."""
 
     target: str = field(metadata={"help": "Hub id or path of the target."})
-    dataset: str = field(metadata={"help": "JSON lines with `prompt` or `messages`."})
+    dataset: str = field(metadata={"help": "JSON lines with `question`, `prompt` or `messages`."})
     drafter: str | None = field(default=None, metadata={"help": "Hub id or path of a drafter to train further."})
     family: Literal["eagle3", "dflash", "dspark", "dflash2"] = field(
         default="eagle3", metadata={"help": "Family of a fresh drafter."}
     )
-    num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out to measure tau."})
+    num_eval_prompts: int = field(default=64, metadata={"help": "Prompts held out, a quarter at most."})
 
 
 if __name__ == "__main__":
@@ -49,7 +49,10 @@ if __name__ == "__main__":
     # What is trained on is the target's own text.
     parser.set_defaults(regenerate=True)
     args, config = parser.parse_args_and_config()
-    rows = load_dataset("json", data_files=args.dataset, split="train").train_test_split(args.num_eval_prompts, seed=0)
+    rows = load_dataset("json", data_files=args.dataset, split="train")
+    if len(rows) < 2:
+        raise SystemExit(f"{args.dataset} has {len(rows)} rows. Give at least 2: a quarter at most is held out.")
+    rows = rows.train_test_split(min(args.num_eval_prompts, max(1, len(rows) // 4)), seed=0)
     target = FrozenTarget.load(args.target, dtype=config.target_dtype)
     set_seed(config.seed)
     if args.drafter is not None:
@@ -63,4 +66,4 @@ if __name__ == "__main__":
     tau = trainer.evaluate()["eval_tau"]
     trainer.save_model()  # after the evaluation, so that the model card has its numbers
     if trainer.is_world_process_zero():
-        print(f"tau on {args.num_eval_prompts} held-out prompts: {tau:.3f}")
+        print(f"tau on {len(rows['test'])} held-out prompts: {tau:.3f}")

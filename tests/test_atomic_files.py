@@ -16,6 +16,7 @@ from trl_draft_opd.utils.atomic_files import (
     check_place,
     clear_leftovers,
     explaining_failure,
+    leaving_no_empty_folder,
     making_folder,
     move_files,
     remove_folder,
@@ -117,3 +118,18 @@ def test_a_folder_that_another_process_makes_meanwhile_is_no_file(tmp_path, monk
     monkeypatch.setattr(Path, "is_dir", is_dir)
     check_place(folder, "`output_dir`")
     assert look(folder)
+
+
+def test_what_fails_leaves_no_empty_folder_of_its_own(tmp_path):
+    new, old, full = tmp_path / "new", tmp_path / "old", tmp_path / "full"
+    old.mkdir()
+    for folder in (new, old, full):
+        with pytest.raises(ValueError, match="refused"), leaving_no_empty_folder(folder):
+            folder.mkdir(exist_ok=True)
+            if folder == full:
+                (folder / "checkpoint").touch()
+            raise ValueError("refused")
+    assert not new.exists() and old.is_dir() and (full / "checkpoint").is_file()
+    with leaving_no_empty_folder(new):
+        new.mkdir()
+    assert new.is_dir()

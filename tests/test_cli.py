@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -15,13 +16,15 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+from helpers.flag_table import groups_of, parser_of
 from helpers.tiny import EOS, VOCAB, make_causal_lm, make_target, make_tokenizer
-from trl_draft_opd import AutoDrafter, ResponseStore, __version__, evaluate_drafter
-from trl_draft_opd.cli import COMMANDS, main
-from trl_draft_opd.cli.arguments import parse
+from trl_draft_opd import AutoDrafter, DraftOPDConfig, ResponseStore, __version__, evaluate_drafter
+from trl_draft_opd.cli import COMMANDS, flag_table, main
+from trl_draft_opd.cli.arguments import parse, read_bytes
 from trl_draft_opd.cli.decoding import EvaluateArguments
+from trl_draft_opd.cli.flag_table import INHERITED
 from trl_draft_opd.cli.rows import load_rows
-from trl_draft_opd.cli.training import make_drafter
+from trl_draft_opd.cli.training import OPDArguments, make_drafter
 from trl_draft_opd.export.record import read_record
 from trl_draft_opd.parity.consumers import CONSUMERS
 from trl_draft_opd.parity.report import VerificationReport
@@ -80,6 +83,58 @@ def test_help_and_version_load_no_heavy_library():
     assert f"trl-draft-opd {__version__}" in done.stdout
     for command in ("demo", "init", "sft", "opd", "evaluate"):
         assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_that_of_its_parser_and_loads_no_heavy_library(command):
+    """The table in `flags.json` is derived: after a change of a command's flags, run `make flags`."""
+    code = (
+        f"import sys\nfrom trl_draft_opd.cli import flag_table\nprint(flag_table.find_help({command!r}), end='')\n"
+        "assert not {'torch', 'transformers', 'datasets', 'trl', 'yaml', 'rich', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parser = parser_of(command)
+    if INHERITED in done.stdout or flag_table.read_table()["versions"] == flag_table.installed_versions():
+        assert flag_table.read_table()["commands"][command] == groups_of(parser)
+        assert done.stdout == parser.format_help()
+
+
+def test_inherited_flags_of_another_version_are_read_from_the_parser(monkeypatch):
+    monkeypatch.setattr(flag_table, "installed_versions", lambda: {"transformers": "5.17.0", "trl": "1.0.0"})
+    assert flag_table.find_help("sft") is None and flag_table.find_help("opd") is None
+    assert flag_table.find_help("evaluate") is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("generate", "`base_url` must be an address", "`--base-url` must be an address"),
+        ("opd", "continue with `resume_from_checkpoint=True`", "continue with `--resume-from-checkpoint true`"),
+        ("sft", "Set `regenerate=True`, or `bf16=False`", "Set `--regenerate`, or `--bf16 false`"),
+        ("sft", "Set `hub_target_id='ORG/NAME'`.", "Set `--hub-target-id ORG/NAME`."),
+        ("sft", "with `resume_from_checkpoint=None` and", "with no `--resume-from-checkpoint` and"),
+        ("push", "`model` and `base_url=1`, `generate`", "`model` and `base_url=1`, `generate`"),
+    ],
+)
+def test_errors_of_a_command_name_its_flags_and_leave_other_words(command, text, said):
+    assert flag_table.with_flags(text, command) == said
+
+
+def test_a_size_is_a_number_or_has_a_unit():
+    sizes = {"1500": 1500, "10GB": 10**10, "2GiB": 2**31, "1.5 mb": 1_500_000, "64k": 64_000, "7B": 7, "3_000": 3000}
+    assert {text: read_bytes(text) for text in sizes} == sizes
+    for wrong in ("", "ten", "10 apples", "-1", "GB"):
+        with pytest.raises(ArgumentTypeError, match="write e.g. 1500000, 10GB or 2GiB"):
+            read_bytes(wrong)
+
+
+def test_a_size_with_a_unit_is_a_flag_and_a_key(tmp_path):
+    (tmp_path / "run.yaml").write_text("reading_bytes: 2GiB\n", encoding="utf-8")
+    words = ["--target", "t", "--dataset", "d", "--drafter", "d", "--output-dir", str(tmp_path / "out")]
+    words += ["--loss-chunk-bytes", "64MB", "--config", str(tmp_path / "run.yaml")]
+    _, config = parse("opd", [OPDArguments, DraftOPDConfig], words)
+    assert (config.loss_chunk_bytes, config.reading_bytes) == (64 * 10**6, 2**31)
 
 
 def test_the_package_runs_as_a_module():
@@ -166,7 +221,7 @@ def test_a_config_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytes
 
 def test_a_value_out_of_range_names_the_setting(capsys: pytest.CaptureFixture):
     needed = ["--target", "t", "--dataset", "d", "--use_cpu"]
-    assert "`position_decay` must be in (0, 1]" in _error(
+    assert "`--position-decay` must be in (0, 1]" in _error(
         ["opd", *needed, "--drafter", "m", "--position_decay", "2"], capsys
     )
 

@@ -11,16 +11,19 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from helpers.tiny import TINY_RUN, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.cli import main
-from trl_draft_opd.trainer import log_printer
+from trl_draft_opd.trainer import log_printer, metrics
 from trl_draft_opd.trainer.log_printer import LogPrinter
+from trl_draft_opd.trainer.metrics import Pace
+from trl_draft_opd.trainer.notebook_table import NotebookTable
 from trl_draft_opd.utils.bars import library_bars
 from trl_draft_opd.utils.console import LastingStream, lasting_output, own_warnings_as_sentences
 
@@ -28,13 +31,13 @@ from trl_draft_opd.utils.console import LastingStream, lasting_output, own_warni
 ROWS = Dataset.from_list([{"prompt_ids": [7, 8, 9], "completion_ids": list(range(10 + i, 26 + i))} for i in range(4)])
 
 
-def run_sft(tmp_path, **settings):
+def run_sft(tmp_path, callbacks=(), **settings):
     """Train a tiny drafter for two updates and return the trainer."""
     target = make_target()
     target.tokenizer = make_tokenizer()
     run = TINY_RUN | {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"}
     config = DraftSFTConfig(str(tmp_path), **run | settings)
-    trainer = DraftSFTTrainer(make_drafter("eagle3", target), target, config, ROWS)
+    trainer = DraftSFTTrainer(make_drafter("eagle3", target), target, config, ROWS, callbacks=list(callbacks))
     trainer.train()
     trainer.save_model()
     return trainer
@@ -186,6 +189,64 @@ def test_the_titles_are_repeated_where_columns_are_new_and_troubles_are_named_wh
     assert len(printer.lines(UPDATE | {"loss/accepted": 1.0, "loss/rejected": 2.0}, 1, 2)) == 2
     titles, row = printer.lines(UPDATE | {"reading_wait": 0.00072}, 1, 2)
     assert titles.endswith("  waiting") and row.endswith("  0.1%")
+
+
+def test_a_narrow_terminal_gets_the_columns_that_matter_most():
+    slots = {f"acceptance/slot_{slot}": 0.5 for slot in range(1, 8)}
+    parts = {"loss/accepted": 1.0, "loss/rejected": 2.0, "tokens_per_second": 1234.5, "time_left": "0:01:02"}
+    titles, row = LogPrinter().lines(UPDATE | slots | parts, 9, 300)
+    assert titles.endswith("tokens/s      left") and row.endswith("   1,234   0:01:02")
+    assert len(titles) > 100
+    for width in (100, 80, 60):
+        titles, row = LogPrinter().lines(UPDATE | slots | parts, 9, 300, width)
+        assert max(len(titles), len(row)) <= width and {"step", "loss", "tau", "left"} <= set(titles.split())
+    assert "rate" not in titles and "kept per slot, %" in titles
+    # What cannot be spared stays, however narrow.
+    assert "tau" in LogPrinter().lines(UPDATE | slots | parts, 9, 300, 10)[0]
+
+
+def test_the_time_left_is_that_of_the_updates_so_far(monkeypatch):
+    printer, state = LogPrinter(), TrainerState(global_step=100, max_steps=300, is_world_process_zero=True)
+    clock = iter([50.0, 250.0])
+    monkeypatch.setattr(log_printer.time, "perf_counter", lambda: next(clock))
+    printer.on_train_begin(None, state, None)
+    assert printer.time_left(state) == {}, "nothing is known before the first update"
+    state.global_step = 140
+    assert printer.time_left(state) == {"time_left": "0:13:20"}, "40 updates in 200 s, 160 to go"
+
+
+def test_the_reporters_get_the_tokens_per_second_and_the_history_does_not(tmp_path):
+    seen = []
+
+    class Keep(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = run_sft(tmp_path, callbacks=[Keep()])
+    speeds = [logs["tokens_per_second"] for logs in seen if "loss" in logs]
+    assert len(speeds) == 2 and all(speed > 0 for speed in speeds)
+    assert not any("tokens_per_second" in entry for entry in trainer.state.log_history)
+
+
+def test_tokens_are_counted_until_they_are_asked_for(monkeypatch):
+    clock = iter([10.0, 14.0, 15.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    pace = Pace()
+    pace.add([torch.tensor([[True, False], [True, True]]), torch.tensor([[True]])])
+    assert pace.pop() == (4.0, 4.0)
+    assert pace.pop() == (0.0, 1.0)
+
+
+def test_a_notebook_shows_one_table_with_tau_and_sentences_below():
+    table, state = NotebookTable(), TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
+    for logs in (UPDATE, UPDATE | {"of <a> callback": 1}, {"eval_runtime": 1.0, "eval_tau": 2.0}):
+        table.add(logs, state)
+    html = table.html()
+    assert html.count("<table>") == 1 and html.count("<tr>") == 3
+    assert "<th>tau</th>" in html and "<td>1.049</td>" in html and "of &lt;a&gt; callback" in html
+    assert html.endswith("<p>evaluation, step 1/2: 1.0 s, tau 2.000</p>")
+    table.on_train_begin(None, state, None)
+    assert table.html() == ""
 
 
 def test_an_evaluation_and_the_end_are_sentences():

@@ -149,7 +149,9 @@ def test_responses_that_are_not_written_are_counted_with_the_command_that_writes
     rows = rows_in(folder).select_columns(["prompt_ids"])
     prompts = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in ids) for ids in rows["prompt_ids"]]})
     options = {"readings": str(folder / "float32"), "rows": prompts}
-    says = r"16 prompts have no response.* row 0.*trl-draft-opd generate --target .* --max-completion-length \d+`"
+    says = (
+        r"16 prompts of the dataset have no .* row 0.*trl-draft-opd generate --target .* --max-completion-length \d+`"
+    )
     with pytest.raises(ValueError, match=says):
         make_trainer(folder, tmp_path / "opd", "opd", completions_from_target=False, **options)
     with pytest.raises(ValueError, match=says):
@@ -158,7 +160,7 @@ def test_responses_that_are_not_written_are_counted_with_the_command_that_writes
     options |= {"rows": rows_in(folder), "eval_rows": prompts}
     for method in ("sft", "opd"):
         changes = {} if method == "sft" else {"completions_from_target": False, "rows": None}
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=says.replace("the dataset", "the evaluation dataset")):
             make_trainer(folder, tmp_path / f"eval-{method}", method, **options | changes)
     for store in tmp_path.glob("*/_responses"):
         assert len(ResponseStore.read_only(store)) == 0

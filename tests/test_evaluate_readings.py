@@ -82,7 +82,9 @@ def test_prompts_without_a_response_or_without_a_reading_are_named(
     rows.write_text(Path(made["rows.jsonl"]).read_text("utf-8") + more, "utf-8")
     assert evaluate(made, *sources, rows=str(rows)) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "1 prompts have no response" in error and "row 6" in error and "trl-draft-opd generate" in error
+    assert (
+        "1 prompts of the dataset have no response" in error and "row 6" in error and "trl-draft-opd generate" in error
+    )
     assert (
         main(["generate", "--target", made["target"], "--dataset", str(rows), "--output", made["responses"], *LENGTH])
         == 0

@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
     make_tokenizer().save_pretrained(folder / "target")
     for family in FAMILIES:
         make_drafter(family, target).save_pretrained(folder / family)
-    rows = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]} for i in range(7, 15)]
+    # Raw, as GSM8K has them.
+    rows = [{"question": f"w{i} w{i + 1}", "answer": "w8 #### w9"} for i in range(7, 15)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return folder
 
@@ -48,9 +49,8 @@ def test_the_readme_names_every_script():
 
 def test_every_script_shows_its_own_command():
     for path in EXAMPLES.glob("*.py"):
-        assert re.search(
-            rf"^    (python|accelerate launch) examples/{path.name} --target ", path.read_text("utf-8"), re.M
-        )
+        shown = path.read_text("utf-8").replace("\\\n        ", "")
+        assert re.search(rf"^    (python|accelerate launch .*) examples/{path.name} --target ", shown, re.M), path.name
 
 
 def test_the_quickstart_runs_on_its_own_raw_rows_and_again_on_others(monkeypatch, folder, tmp_path, capsys):
@@ -82,9 +82,10 @@ def test_the_flat_loop_runs_three_steps(monkeypatch, folder, capsys, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_opd_script_trains_a_drafter_of_any_family(monkeypatch, tmp_path, folder, capsys, family):
-    flags = ["--drafter", folder / family, "--output_dir", tmp_path, "--num_eval_prompts", 2]
+    # 64 prompts are held out unless asked for otherwise, of 8 rows two.
+    flags = ["--drafter", folder / family, "--output_dir", tmp_path]
     run_script(monkeypatch, folder, "train_eagle3_opd.py", *flags, *SMALL)
-    assert "held-out prompts" in capsys.readouterr().out
+    assert "tau on 2 held-out prompts" in capsys.readouterr().out
     assert AutoDrafter.from_pretrained(tmp_path).config.family == family
 
 
@@ -110,3 +111,62 @@ def test_the_adapting_script_saves_a_drafter_or_an_adapter(monkeypatch, tmp_path
     assert "held-out prompts" in capsys.readouterr().out
     assert (tmp_path / "adapter_config.json").exists() == (rank > 0)
     assert AutoDrafter.from_pretrained(tmp_path).config.family == "dflash"
+
+
+@pytest.mark.parametrize("name", ["train_eagle3_opd.py", "adapt_drafter.py", "train_sft.py"])
+def test_a_script_refuses_a_single_row_in_a_sentence(monkeypatch, tmp_path, name):
+    (tmp_path / "prompts.jsonl").write_text('{"question": "w9", "answer": "w8"}\n', encoding="utf-8")
+    flags = ["--output_dir", tmp_path / "out", *(["--drafter", "d"] if name != "train_sft.py" else [])]
+    with pytest.raises(SystemExit, match="has 1 rows. Give at least 2"):
+        run_script(monkeypatch, tmp_path, name, *flags, *SMALL)
+
+
+def test_the_resuming_script_goes_on_where_it_was(monkeypatch, tmp_path, folder, capsys):
+    flags = ["--drafter", folder / "dflash", "--output_dir", tmp_path / "out", *SMALL, "--save_strategy", "steps"]
+    for num_steps in (1, 2):
+        run_script(monkeypatch, folder, "resume_run.py", *flags, "--save_steps", 1, "--max_steps", num_steps)
+        # Started afresh, the second would be refused: the folder holds the checkpoint of the first.
+        assert f"trained to step {num_steps}" in capsys.readouterr().out
+
+
+def test_the_script_for_several_processes_runs_on_one(monkeypatch, tmp_path, folder, capsys):
+    run_script(monkeypatch, folder, "two_processes.py", "--output_dir", tmp_path, *SMALL)
+    assert "trained on 1 processes" in capsys.readouterr().out
+
+
+def test_the_script_with_a_store_trains_without_the_body(monkeypatch, tmp_path, folder, capsys):
+    flags = ["--drafter", folder / "dflash", "--output_dir", tmp_path, *SMALL]
+    trainer = run_script(monkeypatch, folder, "train_from_store.py", *flags)["trainer"]
+    assert not trainer.target.has_body and "trained on 8 texts" in capsys.readouterr().out
+
+
+def test_two_drafters_are_compared_and_the_numbers_kept(monkeypatch, tmp_path, folder, capsys):
+    pair = ["--drafter", folder / "dflash", "--baseline", folder / "eagle3", "--json", tmp_path / "numbers.json"]
+    run_script(monkeypatch, folder, "evaluate_pair.py", *pair, "--max_completion_length", 12)
+    assert "gain in tau" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "numbers.json").read_text("utf-8"))) == 2
+
+
+def test_the_publishing_script_exports_and_verifies_and_pushes_nothing_unasked(monkeypatch, tmp_path, folder, capsys):
+    flags = ["--drafter", folder / "dflash", "--output", tmp_path / "export", "--target_id", "org/target"]
+    run_script(monkeypatch, folder, "publish_drafter.py", *flags)
+    shown = capsys.readouterr().out
+    assert "written: flat" in shown and "verified" in shown and "pushed" not in shown
+
+
+# ---- the notebook ---------------------------------------------------------------------------------------------------
+
+
+def test_the_notebook_runs_in_miniature_and_shows_curves_and_coloured_text(tmp_path, folder):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
+    settings = next(cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", ()))
+    settings.source += f"\nTARGET = {str(folder / 'target')!r}\nNUM_ROWS, MAX_TOKENS, EPOCHS = 8, 16, 1\n"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    html = "".join(output.get("data", {}).get("text/html", "") for output in shown)
+    assert "<th>tau</th>" in html and "kept per slot" in html, "the table of updates"
+    assert any("image/png" in output.get("data", {}) for output in shown), "curves"
+    assert "target's own" in html.replace("&#x27;", "'") and "line-through" in html, "the coloured view"
+    assert not [output for output in shown if output.get("name") == "stderr"], "no warning"

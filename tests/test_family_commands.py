@@ -113,7 +113,7 @@ def test_what_cannot_be_widened_is_refused(target, dflash, tmp_path, capsys):
     error = refusal([*init, dflash, "--family", "eagle3"], capsys)
     assert "only ['dflash2', 'dspark'] start from another one's drafter" in error
     error = refusal([*init, dflash, "--family", "dspark", "--block-size", "8"], capsys)
-    assert "`block_size`: no setting that a DSpark drafter adds to the DFlash one it starts from" in error
+    assert "`--block-size`: no setting that a DSpark drafter adds to the DFlash one it starts from" in error
     eagle3 = str(tmp_path / "eagle3")
     assert main(["init", "--family", "eagle3", "--target", target, "--output", eagle3]) == 0
     error = refusal([*init, eagle3, "--family", "dflash2"], capsys)

@@ -129,6 +129,17 @@ def test_the_sdist_builds_the_same_wheel_as_the_tree(dists: dict[str, Path]):
     assert {i.filename: i.CRC for i in from_sdist.infolist()} == {i.filename: i.CRC for i in from_tree.infolist()}
 
 
+def test_pypi_would_take_sdist_and_wheel_and_show_the_readme(dists: dict[str, Path]):
+    pytest.importorskip("twine", reason="needs the package `twine`, which the extra `test` installs")
+    shown = _run(sys.executable, "-m", "twine", "check", "--strict", dists["sdist"], dists["wheel"], cwd=ROOT)
+    assert shown.count("PASSED") == 2, shown
+
+
+def test_version_changelog_and_citation_name_the_same_release():
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M).group(1) == VERSION
+
+
 def test_the_sdist_can_run_its_own_tests(dists: dict[str, Path]):
     top = f"trl_draft_opd-{VERSION}"
     names = set(tarfile.open(dists["sdist"]).getnames())
@@ -158,8 +169,8 @@ def test_every_imported_package_is_declared_in_setup_cfg():
     for extra in ("peft", "deepspeed", "plots"):
         declared |= _required_names(config["options.extras_require"][extra])
     # huggingface_hub brings its own HTTP client, one of the two by version; readers of exports are imported where they
-    # are installed; torch for CUDA brings Triton, and without it the eager formulas run.
-    declared |= {"httpx", "httpx2", "triton"}
+    # are installed; torch for CUDA brings Triton, and without it the eager formulas run; a notebook brings IPython.
+    declared |= {"httpx", "httpx2", "ipython", "triton"}
     imported = set()
     for path in (ROOT / "trl_draft_opd").rglob("*.py"):
         guests = {"vllm", "sglang", "speculators"} if path.parent.name == "parity" else set()

@@ -293,6 +293,13 @@ def test_what_cannot_be_published_is_refused_before_the_target_responds(
     assert hub.repositories == {}
 
 
+def test_a_push_that_was_not_planned_asks_for_the_target_id_before_the_hub(tmp_path, hub):
+    trainer = make_trainer(tmp_path, hub_target_id=None)
+    with pytest.raises(ValueError, match="names its target by its Hub id.*hub_target_id='ORG/NAME'"):
+        trainer.push_to_hub()
+    assert hub.repositories == {} and (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("setting, value", [("dataset_license", "see /home/me/terms"), ("target_revision", "../x")])
 def test_what_the_record_would_refuse_is_refused_before_training(tmp_path, setting, value):
     with pytest.raises(ValueError, match="training_record.json"):

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 The command `trl-draft-opd`: reads flags and files, calls the library, prints lines; repeats no default of the library.
-The module of a command is imported when the command runs, so that `--help` and `--version` are quick.
+The module of a command is imported when the command runs, and `--help` reads a table, so that both are quick.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..utils.console import lasting_output
+from ..utils.console import lasting_output, own_warnings_as_sentences
 from ..utils.secrets import without_users
 
 
@@ -76,11 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(options.command, COMMANDS, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(COMMANDS)}."
         parser.error(f"Unknown command {options.command!r}. {hint}")
+    # Here, because it reads the commands of this module.
+    from .flag_table import find_help, with_flags
+
+    text = find_help(options.command) if {"-h", "--help"} & set(options.flags) else None
+    if text is not None:
+        print(text, end="")
+        parser.exit(0)
     try:
         module = importlib.import_module(f".{COMMANDS[options.command][0]}", __name__)  # noqa: TID251
         from ..utils.bars import can_draw_bars, library_bars  # here, because it imports what is slow
 
-        with library_bars(can_draw_bars()):
+        with (
+            library_bars(can_draw_bars()),
+            own_warnings_as_sentences(lambda text: with_flags(text, options.command)),
+        ):
             return getattr(module, f"run_{options.command}")(options.flags)
     except KeyboardInterrupt:
         print(f"trl-draft-opd {options.command}: stopped by Ctrl-C.", file=sys.stderr)
@@ -96,5 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 3
         if options.debug:
             traceback.print_exc()
-        print(f"trl-draft-opd {options.command}: {without_users(str(error))}", file=sys.stderr)
+        text = with_flags(without_users(str(error)), options.command)
+        print(f"trl-draft-opd {options.command}: {text}", file=sys.stderr)
         return 2

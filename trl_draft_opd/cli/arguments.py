@@ -9,6 +9,7 @@ import copy
 import difflib
 import inspect
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -26,7 +27,7 @@ from ..target.frozen import FrozenTarget
 from ..target.lengths import Lengths, fit_lengths
 from ..trainer.common_config import CHAT_TEMPLATE_HELP, PROMPT_LENGTH_HELP, DraftTrainingConfig
 from ..utils.settings import check_at_least, check_settings
-from . import COMMANDS
+from .flag_table import INHERITED, words_of
 from .rows import load_rows
 
 
@@ -43,6 +44,16 @@ _MAX_LISTED_CHOICES = 6
 def flag(help: str, choices: list[str] | None = None, **default: Any) -> Any:
     """Return a field with a help text; without a `default` it is required."""
     return field(metadata={"help": help} | ({} if choices is None else {"choices": choices}), **default)
+
+
+def read_bytes(text: str) -> int:
+    """Return the number of bytes that a text names: `1500`, or with a unit, `10GB` (10^10) or `2GiB` (2 * 2^30)."""
+    found = re.fullmatch(r"([\d_]+(?:\.\d+)?) *(?:([kmgt])(i?)b?|b)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write e.g. 1500000, 10GB or 2GiB")
+    number, unit, is_binary = found.groups()
+    power = 1 + "kmgt".index(unit.lower()) if unit else 0
+    return round(float(number) * (1024 if is_binary else 1000) ** power)
 
 
 def write_json(path: str | None, numbers: dict) -> None:
@@ -95,7 +106,7 @@ class _Parser(TrlParser):
         groups: dict[str, Any] = {}
         for owner in dtype.__mro__:
             is_ours = owner.__module__.startswith("trl_draft_opd")
-            title = f"settings of {dtype.__name__ if is_ours else 'TrainingArguments'}"
+            title = f"settings of {dtype.__name__}" if is_ours else INHERITED
             title = getattr(owner, "_argument_group_name", title)
             for name in [name for name in inspect.get_annotations(owner) if name in unlisted]:
                 if title not in groups:
@@ -106,6 +117,8 @@ class _Parser(TrlParser):
                     # As those that are off by default: without a value, it is on.
                     setting.metadata = MappingProxyType({**setting.metadata, "nargs": "?", "const": True})
                 self._parse_dataclass_field(groups[title], setting)
+                if setting.name.endswith("_bytes"):
+                    self._actions[-1].type = read_bytes
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """As TRL's, but unknown keys are refused, before a required flag is missed."""
@@ -144,10 +157,7 @@ def parse(command: str, types: Sequence[Any], argv: Sequence[str]) -> tuple:
         raise FileNotFoundError(f"`--config` names no file: there is none at {path!r}.")
     parser = _Parser(
         types,
-        prog=f"trl-draft-opd {command}",
-        usage=f"trl-draft-opd {command} [--config FILE.yaml] [FLAGS]",
-        description=f"{COMMANDS[command][1]} Flags can also be written with underscores, or as keys in the YAML file "
-        "given to --config.",
+        **words_of(command),
         formatter_class=_Formatter,
         allow_abbrev=False,
     )

@@ -28,7 +28,7 @@ from ..trainer.draft_opd_trainer import DraftOPDTrainer
 from ..trainer.draft_sft_config import DRAFT_VOCAB_SIZE, LARGE_VOCABULARY, DraftSFTConfig
 from ..trainer.draft_sft_trainer import DraftSFTTrainer
 from ..trainer.pair import check_pair, load_target
-from ..utils.atomic_files import check_place, explaining_failure, writing_files
+from ..utils.atomic_files import check_place, explaining_failure, leaving_no_empty_folder, writing_files
 from .arguments import HELD_OUT, TargetArguments, flag, parse, print_next, unless_default
 from .rows import load_rows
 
@@ -369,8 +369,11 @@ def _train(
         config.dataset_id = hub_id_of(args.dataset)
     target = load_target(args.target, config, None)
     model = drafter if isinstance(drafter, str) else drafter(target)
-    trainer = trainer_class(model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config)
-    trainer.train()
+    with leaving_no_empty_folder(config.output_folder):
+        trainer = trainer_class(
+            model, target, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config
+        )
+        trainer.train()
     if held_out is not None and config.eval_strategy == "no":
         # Before it is saved, so that the card has it; the log prints what it finds.
         trainer.evaluate()

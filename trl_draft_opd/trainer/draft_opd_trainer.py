@@ -109,7 +109,8 @@ class DraftOPDTrainer(DraftTrainer[DraftOPDConfig]):
         by_replay = not is_training and pair.target.rollback_reason is not None
         has_responses = (is_training or by_replay) and args.completions_from_target
         if by_replay and not has_responses:
-            dataset, has_responses = respond_to_all(pair.target, args, reader.read_prompts(dataset)), True
+            prompts, has_responses = reader.read_prompts(dataset), True
+            dataset = respond_to_all(pair.target, args, prompts, "the evaluation dataset")
         rows = reader.read_texts(dataset) if has_responses else reader.read_prompts(dataset)
         return check_mask_token(pair.drafter, pair.target, rows, "input_ids" if has_responses else "prompt_ids")
 

@@ -99,7 +99,8 @@ class DraftSFTTrainer(DraftTrainer[DraftSFTConfig]):
         if args.regenerate or (by_replay and not has_ids):
             if is_training:
                 check_resumes(DraftSFTTrainer._method, pair, args)
-            dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset))
+            place = "the dataset" if is_training else "the evaluation dataset"
+            dataset = respond_to_all(pair.target, args, reader.read_prompts(dataset), place)
         rows = reader.read_texts(dataset)
         if is_training and not args.regenerate and not has_ids:
             # As ids, they come out of a store or of the user's own work with the target.

@@ -46,8 +46,8 @@ from .card_memory import check_weights_fit, fit_to_card
 from .common_config import DraftTrainingConfig, check_part_weights
 from .delivery import LookAhead, ShardOrder, WaitMeter, check_texts, open_source, store_of, stored_texts
 from .hub_names import claim_repository
-from .log_printer import print_logs_readably
-from .metrics import best_model_metrics
+from .metrics import Pace, best_model_metrics
+from .notebook_table import print_logs_readably
 from .pair import Pair, load_pair
 from .publishing import PublishingTrainer
 from .step import (
@@ -135,6 +135,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self._waiting = WaitMeter(pair.target.source) if isinstance(pair.target.source, PrefetchingSource) else None
         # Whether responses that are replayed for evaluation were held to the target.
         self._responses_are_checked = False
+        self._pace = Pace()
         assert isinstance(pair.drafter.config, PortableConfig), "every family's"
         self._set_up(args, pair.drafter.config)
 
@@ -264,6 +265,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
         self, batches: list[dict[str, torch.Tensor]], device: torch.device
     ) -> tuple[list[PreparedBatch], torch.Tensor]:
         prepared = self._prepare(batches, int(self.state.epoch or 0))
+        self._pace.add([batch.text.completion_mask for batch in prepared])
         # ZeRO-2 keeps a share of what `fit_to_card` counts whole.
         is_split = is_sharded(self.accelerator) or self.accelerator.state.deepspeed_plugin is not None
         if not self._is_fitted and not is_split:
@@ -276,6 +278,7 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As [`ResumingTrainer.train`]."""
+        self._pace.pop()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -290,14 +293,22 @@ class DraftTrainer(PublishingTrainer, Generic[Settings]):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `reading_wait`, the share of the steps' time that went by waiting for readings."""
+        """
+        Add `tokens_per_second`, response tokens of all processes since the last log or evaluation, and `reading_wait`,
+        the share of the steps' time that went by waiting for readings.
+        """
         is_evaluation = next(iter(logs)).startswith("eval_")
+        tokens, seconds = self._pace.pop()
+        if tokens and not is_evaluation:
+            # Each process adds its own, and all of them its time.
+            self._sums["train"].add({"tokens_per_second": (tokens * self.args.world_size, seconds)})
         share = None if self._waiting is None or is_evaluation else self._waiting.pop()
         if share is not None:
             logs["reading_wait"] = share
         super().log(logs, start_time)
         # A time differs between runs that are the same, and so would their checkpoints, which hold this history.
-        self.state.log_history[-1].pop("reading_wait", None)
+        for name in ("reading_wait", "tokens_per_second"):
+            self.state.log_history[-1].pop(name, None)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Return transformers' sampler, or rows in the order of a store's shards (`shuffle_by_shard`)."""

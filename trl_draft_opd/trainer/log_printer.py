@@ -4,12 +4,15 @@ Prints the metrics of a run for a person: a table of the updates, a sentence for
 only: `state.log_history` and the reporters of `report_to` get every metric, unrounded.
 """
 
+import shutil
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 
 from ..rollout.counts import describe_tau
 
@@ -26,11 +29,15 @@ _COLUMNS = {
     "grad_norm": ("grad norm", "#6.3g"),
     "learning_rate": ("rate", "7.1e"),
     "reading_wait": ("waiting", "6.1%"),
+    "tokens_per_second": ("tokens/s", "8,.0f"),
+    "time_left": ("left", ">8"),
 }
+# Columns that a narrow terminal does without, the first first.
+_SPARED = ("grad norm", "rate", "epoch", "waiting", "supervised", "tokens/s", "accepted", "rejected")
 # Amounts, of interest over time, in a plot.
 _UNPRINTED = {"rounds", "response_length", "slots/accepted", "slots/rejected", "slots/supervised", "total_flos"}
 # What a sentence says in other words.
-_UNSAID = {"epoch", "steps_per_second"}
+_UNSAID = {"epoch", "steps_per_second", "tokens_per_second", "time_left"}
 # Shares of what went wrong, printed when there are any, and what they are called.
 _TROUBLES = {
     "refused_responses": "refused",
@@ -45,34 +52,57 @@ class LogPrinter(TrainerCallback):
 
     def __init__(self) -> None:
         self._titles = ""
-        self._first_step = 0
+        self._first_step, self._begun = 0, 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Note where training begins, which a resumed run does behind its start."""
-        self._first_step = state.global_step
+        """Note where and when training begins, which a resumed run does behind its start."""
+        self._first_step, self._begun = state.global_step, time.perf_counter()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print the lines of one log, but no sum of a training that had ended before."""
         if "train_runtime" in (logs or {}) and state.global_step == self._first_step:
             return
         if logs and state.is_world_process_zero:
-            tqdm.write("\n".join(self.lines(logs, state.global_step, state.max_steps)))
+            self.show(logs | self.time_left(state), state)
 
-    def lines(self, logs: Mapping[str, Any], step: int, max_steps: int) -> list[str]:
-        """Return a sentence, or a row of the table, below the titles if its columns are new."""
+    def show(self, logs: Mapping[str, Any], state: TrainerState) -> None:
+        """Print the lines of one log."""
+        tqdm.write("\n".join(self.lines(logs, state.global_step, state.max_steps, _terminal_width())))
+
+    def time_left(self, state: TrainerState) -> dict[str, str]:
+        """Return how long training will go on if it goes on as it did, evaluations included; nothing at its end."""
+        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        if done <= 0 or left < 0:
+            return {}
+        minutes, seconds = divmod(round((time.perf_counter() - self._begun) / done * left), 60)
+        return {"time_left": f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"}
+
+    def lines(self, logs: Mapping[str, Any], step: int, max_steps: int, width: int | None = None) -> list[str]:
+        """
+        Return a sentence, or a row of the table, below the titles if its columns are new; where a terminal's `width`
+        cannot hold the table, without those that matter least.
+        """
         prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
-        metrics = _readable(logs, prefix)
+        metrics = readable(logs, prefix)
         if prefix:
             what = {"train_": "trained", "eval_": "evaluation"}.get(prefix, prefix.removeprefix("eval_").rstrip("_"))
             when = f", step {step}/{max_steps}" if max_steps else ""
             return [f"{what}{when}: {_sentence(metrics)}"]
-        cells = {"step": f"{step}/{max_steps}".rjust(2 * len(str(max_steps)) + 1)}
-        cells |= {title: _text(metrics.pop(name), form) for name, (title, form) in _COLUMNS.items() if name in metrics}
+        cells, rest = self.cells(metrics, step, max_steps)
+        while width is not None and _width(cells) > width and any(title in cells for title in _SPARED):
+            del cells[next(title for title in _SPARED if title in cells)]
         titles = "  ".join(title.rjust(len(cell)) for title, cell in cells.items())
         row = "  ".join(cell.rjust(len(title)) for title, cell in cells.items())
         is_new, self._titles = titles != self._titles, titles
-        row = "  ".join([row, *(f"{name} {_text(value)}" for name, value in metrics.items())])
+        row = "  ".join([row, *(f"{name} {_text(value)}" for name, value in rest.items())])
         return [titles, row] if is_new else [row]
+
+    def cells(self, metrics: Mapping[str, Any], step: int, max_steps: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """Return the cells of an update's row by title, and the metrics that have no column."""
+        rest = dict(metrics)
+        cells = {"step": f"{step}/{max_steps}".rjust(2 * len(str(max_steps)) + 1)}
+        cells |= {title: _text(rest.pop(name), form) for name, (title, form) in _COLUMNS.items() if name in rest}
+        return cells, rest
 
 
 class Bar(ProgressCallback):
@@ -82,16 +112,7 @@ class Bar(ProgressCallback):
         """Print nothing."""
 
 
-def print_logs_readably(trainer: Any) -> None:
-    """Replace transformers' printing of dictionaries; a notebook keeps its own table."""
-    has_bar = trainer.pop_callback(ProgressCallback) is not None
-    if has_bar:
-        trainer.add_callback(Bar)
-    if has_bar or trainer.pop_callback(PrinterCallback) is not None:
-        trainer.add_callback(LogPrinter)
-
-
-def _readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return what is printed of metrics, without their prefix; acceptance of all slots as one text of percentages."""
     metrics = {name.removeprefix(prefix): value for name, value in logs.items()}
     if prefix == "train_":
@@ -110,6 +131,20 @@ def _readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         for name, value in metrics.items()
         if name not in _UNPRINTED and (value or name not in _TROUBLES)
     }
+
+
+def _terminal_width() -> int | None:
+    """Return the columns of the terminal that is printed to, `None` where it is a file, or closed."""
+    try:
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    except ValueError:
+        return None
+    return shutil.get_terminal_size().columns if is_terminal else None
+
+
+def _width(cells: Mapping[str, str]) -> int:
+    """Return how wide a row of the table is, in characters."""
+    return sum(max(len(title), len(cell)) + 2 for title, cell in cells.items()) - 2
 
 
 def _sentence(metrics: dict[str, Any]) -> str:
@@ -139,4 +174,6 @@ def _duration(seconds: float) -> str:
 
 def _text(value: Any, form: str = ".4g") -> str:
     """Return a value for print; whatever a callback logged, it has a text."""
+    if isinstance(value, str) and form.startswith(">"):
+        return format(value, form)
     return format(value, form) if isinstance(value, (int, float)) else str(value)

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Metrics as sums: numerators and denominators are added over micro-batches, steps and ranks, and divided once."""
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,24 @@ class MetricSums:
             merged.add(sums)
         self._sums.clear()
         return {name: sums[0] / sums[1] for name, sums in sorted(merged._sums.items()) if sums[1]}
+
+
+class Pace:
+    """How many tokens were trained on, and how long that took; counted on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._counts: list[torch.Tensor] = []
+        self._since = time.perf_counter()
+
+    def add(self, masks: Sequence[torch.Tensor]) -> None:
+        """Count the tokens that masks mark."""
+        self._counts += [mask.sum() for mask in masks]
+
+    def pop(self) -> tuple[float, float]:
+        """Return tokens and seconds since it was last asked, and count anew."""
+        tokens, since = float(sum(int(count) for count in self._counts)), self._since
+        self._counts, self._since = [], time.perf_counter()
+        return tokens, self._since - since
 
 
 def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:

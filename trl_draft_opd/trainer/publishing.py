@@ -417,6 +417,8 @@ class PublishingTrainer(ResumingTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        # Before the Hub is asked, which may be far: the name is needed whatever it says.
+        require_target_id(self.args, self.target)
         self._finish_current_push()
         if self._earlier is None and not self._measurements:
             logger.warning(

@@ -128,10 +128,10 @@ def open_store(target: FrozenTarget, args: DraftTrainingConfig) -> ResponseStore
     return ResponseStore.open(args.responses or args.output_folder / PRIVATE_FOLDER, origin)
 
 
-def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: AnyDataset) -> Dataset:
+def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: AnyDataset, place: str) -> Dataset:
     """
     Return every prompt with the target's response, as `prompt_ids` and `completion_ids`; each rank writes its share of
-    those not in the store. Collective.
+    those not in the store. `place` is what errors call the rows. Collective.
     """
     if isinstance(prompts, IterableDataset):
         raise ValueError(
@@ -150,7 +150,7 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
         rows = {prompt_key(prompt): row for prompt, row in zip(prompt_ids, prompts["sample_id"], strict=True)}
         # All ranks cut the same list into shares, so nobody may write before everybody has looked.
         state.wait_for_everyone()
-        _write_responses(store, target, args, missing, [rows[prompt_key(prompt)] for prompt in missing])
+        _write_responses(store, target, args, missing, [rows[prompt_key(prompt)] for prompt in missing], place)
         target.finish_together()
         state.wait_for_everyone()
     store.refresh()
@@ -159,15 +159,17 @@ def respond_to_all(target: FrozenTarget, args: DraftTrainingConfig, prompts: Any
     )
 
 
-def describe_unwritten(target: FrozenTarget, store: ResponseStore, num_missing: int, row: int) -> str:
+def describe_unwritten(
+    target: FrozenTarget, store: ResponseStore, num_missing: int, row: int, place: str = "the dataset"
+) -> str:
     """Return what is wrong where responses are missing and cannot be written, and what to do."""
     name, folder = target.config.name_or_path or "TARGET", store.path
     return (
-        f"{num_missing} prompts have no response in {str(folder)!r}, the first of them row {row}, and a run with "
-        f"`readings` writes none. Write them with `trl-draft-opd generate --target {name} --dataset DATASET --output "
-        f"RESPONSES --max-completion-length {store.origin.max_completion_length}` (by a server with `--engine vllm "
-        f"--base-url URL`), read them with `trl-draft-opd read --target {name} --dataset DATASET --responses "
-        "RESPONSES --output READINGS`, and name both folders; or give the responses as ids in the dataset."
+        f"{num_missing} prompts of {place} have no response in {str(folder)!r}, the first of them row {row}, and a "
+        f"run with `readings` writes none. Write them with `trl-draft-opd generate --target {name} --dataset DATASET "
+        f"--output RESPONSES --max-completion-length {store.origin.max_completion_length}` (by a server with "
+        f"`--engine vllm --base-url URL`), read them with `trl-draft-opd read --target {name} --dataset DATASET "
+        "--responses RESPONSES --output READINGS`, and name both folders; or give the responses as ids in the dataset."
     )
 
 
@@ -177,11 +179,12 @@ def _write_responses(
     args: DraftTrainingConfig,
     prompts: Sequence[Sequence[int]],
     sample_ids: Sequence[int],
+    place: str = "the dataset",
 ) -> None:
-    """Have the target respond to prompts, which errors call by their rows in the dataset."""
+    """Have the target respond to prompts, which errors call by their rows in `place`."""
     if prompts and not target.has_body:
-        raise ValueError(describe_unwritten(target, store, len(prompts), sample_ids[0]))
-    with naming_rows(sample_ids, "the dataset"):
+        raise ValueError(describe_unwritten(target, store, len(prompts), sample_ids[0], place))
+    with naming_rows(sample_ids, place):
         generate_missing(
             store,
             target,

@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -56,6 +56,19 @@ def check_place(folder: Path, name: str) -> None:
         if is_there:
             what = "a link that leads nowhere" if path.is_symlink() else "a file"
             raise ValueError(f"{name} {str(folder)!r} cannot be a folder: {str(path)!r} is {what}. Name another one.")
+
+
+@contextmanager
+def leaving_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Run the body; where it fails, remove the folder if it was not there before and nothing is in it."""
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def check_replaceable(folder: Path) -> None:

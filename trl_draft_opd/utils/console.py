@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -115,13 +115,16 @@ def _nothing(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def own_warnings_as_sentences() -> Iterator[None]:
-    """Run the body with this package's warnings shown as `note: ...`, without the line of code that Python adds."""
+def own_warnings_as_sentences(reword: Callable[[str], str] = str) -> Iterator[None]:
+    """
+    Run the body with this package's warnings shown as `note: ...`, in the words of `reword`, without the line of code
+    that Python adds.
+    """
     usual = warnings.formatwarning
 
     def formatted(message: Any, category: type[Warning], filename: str, *where: Any) -> str:
         is_ours = _PACKAGE in Path(filename).parents
-        return f"note: {message}\n" if is_ours else usual(message, category, filename, *where)
+        return f"note: {reword(str(message))}\n" if is_ours else usual(message, category, filename, *where)
 
     warnings.formatwarning = formatted
     try:
