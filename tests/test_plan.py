@@ -1,12 +1,13 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What `plan` says is what docs/do/scaling.md and the roofline say of the same shapes, what a step takes when it runs, and
-what its commands can be given.
+What `plan` says is what docs/do/scaling.md and the roofline say of the same shapes, and what a step takes that runs.
+Its commands are ones that the program takes.
 """
 
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +203,13 @@ def test_every_line_says_what_it_rests_on_in_text_and_in_json(folder_of, tmp_pat
         line["name"] for line in written["lines"]
     }
     assert all(command in printed for command in written["commands"])
+
+
+def test_the_page_quotes_a_plan_as_it_is_printed(folder_of, tmp_path, monkeypatch, capsys):
+    (tmp_path / "Qwen").mkdir()
+    folder_of("qwen3-8b")
+    (tmp_path / "qwen3-8b").rename(tmp_path / "Qwen" / "Qwen3-8B")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--target", "Qwen/Qwen3-8B", "--gpu", "80"]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "do" / "planning.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in page

@@ -19,6 +19,7 @@ SERVER, SHARED_FOLDER = "http://127.0.0.1:8000", "/dev/shm/readings"  # noqa: S1
 
 COUNTED = "computed, within 5 % of what is counted on a CPU"
 ON_CARD = "computed; an earlier version was measured within 11 % on an H200"
+ON_CARDS = "computed; launches on several cards were not measured"
 SPEED = "computed (roofline), not measured on a GPU"
 EXACT, THUMB, GIVEN = "computed", "rule of thumb", "given"
 
@@ -233,7 +234,7 @@ def _describe(plan: Plan, args: PlanArguments, target_config: Any) -> None:
     target, drafter = run.target, run.drafter
     delivered = plan.launch == planning.DELIVERED
     is_cpu = machine.memory is None
-    on_memory = COUNTED if is_cpu else ON_CARD
+    on_memory = COUNTED if is_cpu else ON_CARD if machine.count == 1 else ON_CARDS
 
     def add(name: str, value: str, basis: str, number: float | None = None, unit: str | None = None) -> None:
         lines.append(Line(name, value, basis, number, unit))
@@ -290,17 +291,17 @@ def _describe(plan: Plan, args: PlanArguments, target_config: Any) -> None:
             flops = planning.training_flops(run, stage, fits[stage], delivered=delivered)
             add(f"work, {stage}", f"{flops / 1e15:,.3g} PFLOP", EXACT, flops, "FLOP")
     if machine.gpu is None:
-        notes.append("Seconds are not computed for this machine: try each command with `--max-steps 5` first.")
+        notes.append("Seconds are not computed for this machine: give `sft` and `opd` `--max-steps 5` first, and see.")
     add("disk, responses", show_bytes(run.responses_bytes), f"{EXACT}, before compression", run.responses_bytes, "B")
     where = "" if delivered else " (not planned: the target reads in process)"
     add("disk, readings", show_bytes(run.readings_bytes) + where, EXACT, run.readings_bytes, "B")
 
     if not delivered and machine.gpu is not None and machine.count == 1:
-        training = [seconds[stage] - _training(plan, stage, delivered=True) for stage in fits]
+        saved = sum(seconds[stage] - _training(plan, stage, delivered=True) for stage in fits)
+        once = show_seconds(planning.reading_seconds(run, machine))
         notes.append(
             f"`--readings` would store what the target makes of the texts: {show_bytes(run.readings_bytes)}, and "
-            f"{show_seconds(sum(training))} less of training for {show_seconds(planning.reading_seconds(run, machine))} "
-            "of reading."
+            f"{show_seconds(saved)} less of training for {once} of reading ({SPEED})."
         )
     notes.append("Every text is counted at its longest: shorter ones take less time and disk in proportion.")
     notes.append(f"Draft-OPD is planned with tau {run.tau:g} ({GIVEN if args.tau else THUMB}).")

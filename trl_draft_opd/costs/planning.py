@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 What a whole run costs before anything is launched: which launch and micro-batch fit, how long the stages take, what
-lies on the disk. Has no formula of its own but that of decoding; the others are those of memory, readings and roofline.
+lies on the disk. Has no formula of its own but that of decoding; all others are those of memory, readings and
+roofline.
 """
 
 import math
@@ -184,7 +185,7 @@ def fit_stage(run: Run, stage: str, launch: str, machine: Machine, rows: int | N
     if machine.memory is None and rows is None:
         sizes = MICRO_BATCHES[2:]  # a CPU gains nothing by more
     tried = []
-    for size, again in [(size, again) for again in (False, True) for size in (sizes if not again else sizes[-1:])]:
+    for size, again in [*((size, False) for size in sizes), (sizes[-1], True)]:
         accumulation = max(1, TEXTS_PER_UPDATE // (size * machine.count))
         work = replace(run.workload(stage, size, accumulation, machine), checkpointing=again)
         counted = count_stages(run.target, run.drafter, work)
