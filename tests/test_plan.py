@@ -31,6 +31,7 @@ from trl_draft_opd.costs.memory import LAUNCHES, launch_bytes
 from trl_draft_opd.costs.roofline import predict
 from trl_draft_opd.costs.shapes import KNOWN_ARCHITECTURES, TARGETS, TargetShape
 from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
+from trl_draft_opd.losses import default_chunk_bytes
 
 
 PARSED = {
@@ -104,6 +105,7 @@ def measured_peak(folder, plan, stage):
     """Return the peak of a micro-batch on the CPU with gradients and optimizer there, everything alive included."""
     fits = plan.fits[stage]
     work = plan.run.workload(stage, fits.rows, fits.accumulation, plan.machine)
+    work = replace(work, chunk_bytes=default_chunk_bytes("cpu"))  # what training takes if it is not told
     target = FrozenTarget.load(folder, dtype="bfloat16")
     drafter = DRAFTER_CLASSES[plan.config.family](plan.config).train()
     scene = scaling.Scene.make(target, plan.config.family, work)

@@ -298,7 +298,7 @@ def _describe(plan: Plan, args: PlanArguments, target_config: Any) -> None:
 
     if not delivered and machine.gpu is not None and machine.count == 1:
         saved = sum(seconds[stage] - _training(plan, stage, delivered=True) for stage in fits)
-        once = show_seconds(planning.reading_seconds(run, machine))
+        once = show_seconds(planning.reading_seconds(run, machine) or 0.0)
         notes.append(
             f"`--readings` would store what the target makes of the texts: {show_bytes(run.readings_bytes)}, and "
             f"{show_seconds(saved)} less of training for {once} of reading ({SPEED})."

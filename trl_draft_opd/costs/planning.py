@@ -105,7 +105,8 @@ class Run:
             blocks,
             accumulation,
             checkpointing=False,
-            chunk_bytes=CHUNK_BYTES_CPU if machine.memory is None else chunk_bytes_of_card(machine.memory),
+            # The budget counts logits in float32, and autocast makes them in bf16.
+            chunk_bytes=CHUNK_BYTES_CPU // 2 if machine.memory is None else chunk_bytes_of_card(machine.memory),
             is_on_cpu=machine.memory is None,
         )
 
