@@ -19,6 +19,7 @@ from ..utils.secrets import without_users
 # Command -> the module of its `run_...` function, and what the command does.
 COMMANDS = {
     "demo": ("demo", "Run the whole method on a CPU in minutes: a tiny target, SFT, Draft-OPD, tau before and after."),
+    "plan": ("plan", "Say what a run would take and which commands make it, from the target's config alone."),
     "generate": ("decoding", "Write the target's responses to prompts once; run it again to resume."),
     "read": ("reading", "Write what the target makes of texts, once, so that training needs no body of it."),
     "init": ("training", "Make a fresh drafter for a target and save it."),

@@ -49,7 +49,31 @@ class TargetShape:
             vocab=config.vocab_size,
             is_tied=bool(config.tie_word_embeddings),
             has_head_norms=config.model_type.startswith("qwen3"),
+            experts=getattr(config, "num_experts", 0),
+            active_experts=getattr(config, "num_experts_per_tok", 0),
+            expert_width=getattr(config, "moe_intermediate_size", 0),
         )
+
+    @classmethod
+    def of_known(cls, config: Any) -> "TargetShape":
+        """
+        Read the sizes off the config of a target whose weights are counted here.
+
+        Raises:
+            ValueError: If its architecture is another one, or only some of its layers have experts.
+        """
+        known = ", ".join(KNOWN_ARCHITECTURES)
+        if config.model_type not in KNOWN_ARCHITECTURES:
+            raise ValueError(
+                f"The architecture {config.model_type!r} is not one whose weights are counted here: {known}. It may "
+                "train all the same; a step that would not fit a card is refused or warned of before it begins."
+            )
+        if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+            raise ValueError(
+                f"This {config.model_type!r} has experts in some of its layers only, which is not counted here. "
+                f"Known are {known} whose layers are all alike."
+            )
+        return cls.of(config)
 
     @property
     def query_width(self) -> int:
@@ -92,6 +116,9 @@ class TargetShape:
         """All weights."""
         return self.layers * self.layer_parameters + self.hidden + self.head * (1 if self.is_tied else 2)
 
+
+# `model_type` of the targets whose weights are counted to the last one, or, with biases, within 1 %.
+KNOWN_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 # As published.
 TARGETS = {
