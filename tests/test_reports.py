@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_record import make_record
 
 from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
-from test_record import make_record
 from trl_draft_opd import evaluate_drafter
 from trl_draft_opd.cli import main
 from trl_draft_opd.data.token_classes import TOKEN_CLASSES, token_class, token_classes

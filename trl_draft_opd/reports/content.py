@@ -155,9 +155,9 @@ def _rejections(reports: dict[str, EvaluationReport]) -> Section | None:
     stretches[f"from_token_{STRETCHES[-1]}"] = f"tokens from {STRETCHES[-1]}"
     classes = {f"class_{name}": _CLASS_NAMES.get(name, name) for name in TOKEN_CLASSES}
     shown, tables = [], []
-    for name, caption, titles in (
-        ("classes", "Rejections by class of the target's token", classes),
-        ("positions", "Rejections by position in the response", stretches),
+    for name, first, caption, titles in (
+        ("classes", "class", "Rejections by class of the target's token", classes),
+        ("positions", "position", "Rejections by position in the response", stretches),
     ):
         met = [key for key in titles if any(f"rejection/{key}" in report.rejections for report in reports.values())]
         if not met:
@@ -166,7 +166,7 @@ def _rejections(reports: dict[str, EvaluationReport]) -> Section | None:
         shown.append(Figure(caption, figures.shares(caption, [titles[key] for key in met], rows, name)))
         head = [f"{label}: {what}" for label in reports for what in ("decided", "rejected", "share")]
         cells = [(titles[key], *(cell for report in reports.values() for cell in _counts(report, key))) for key in met]
-        tables.append(Table(caption, ("", *head), cells))
+        tables.append(Table(caption, (first, *head), cells))
     sentences = [
         "A draft is decided if it was accepted or is the first of its block that the target rejected; what is behind "
         "that was never compared. The class is that of the token that the target wrote there."

@@ -7,6 +7,7 @@ Lines differ by dashes and marks too, and every figure stands above a table of i
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ _VARIABLES = {_INK: "var(--ink)"} | {colour: f"var(--line{number})" for number, 
 _RULES = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trl-draft-opd",
-    "font.size": 9,
+    "font.size": 11,
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -81,6 +82,11 @@ def svg(title: str, draw: Callable[[Any], None], *, name: str, height: float = 2
     return text.replace("@@", label, 1)
 
 
+def _wrapped(name: str) -> str:
+    """Return a label in lines that leave a phone's width to the figure."""
+    return "\n".join(textwrap.wrap(name, 16))
+
+
 def curve(panel: Panel, name: str) -> str:
     """Draw one panel of the training curves."""
     return svg(f"{panel.measure} over optimiser steps", lambda axes: draw_panel(axes, panel, LINES), name=name)
@@ -92,14 +98,19 @@ def taus(rows: Sequence[tuple[str, float, float, float]]) -> str:
     def draw(axes: Any) -> None:
         for place, (_, tau, low, high) in enumerate(rows):
             axes.errorbar(
-                tau, -place, xerr=[[tau - low], [high - tau]], fmt="os^D"[place % 4], color=LINES[place % 4], capsize=4
+                tau,
+                -place,
+                xerr=[[max(0.0, tau - low)], [max(0.0, high - tau)]],
+                fmt="os^D"[place % 4],
+                color=LINES[place % 4],
+                capsize=4,
             )
-        axes.set_yticks([-place for place in range(len(rows))], [name for name, *_ in rows])
+        axes.set_yticks([-place for place in range(len(rows))], [_wrapped(name) for name, *_ in rows])
         axes.set_ylim(-len(rows) + 0.4, 0.6)
         axes.set_xlabel("tau, tokens per verification")
         axes.grid(alpha=0.3, axis="x")
 
-    return svg("tau with its 95 % intervals", draw, name="tau", height=0.9 + 0.4 * len(rows))
+    return svg("tau with its 95 % intervals", draw, name="tau", height=0.9 + 0.45 * len(rows))
 
 
 def slots(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -134,13 +145,13 @@ def shares(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[
                 hatch=("", "///", "...", "xx")[index % 4],
                 label=label,
             )
-        axes.set_yticks([-place for place in range(len(names))], names)
+        axes.set_yticks([-place for place in range(len(names))], [_wrapped(each) for each in names])
         axes.set(xlabel="share of decided drafts that were rejected", xlim=(0, 1))
         axes.grid(alpha=0.3, axis="x")
         if len(rows) > 1:
             axes.legend(frameon=False, fontsize="small")
 
-    return svg(title, draw, name=name, height=0.9 + 0.32 * len(names) * max(1, 0.6 * len(rows)))
+    return svg(title, draw, name=name, height=0.9 + 0.38 * len(names) * max(1, 0.6 * len(rows)))
 
 
 def speedups(levels: Sequence[tuple[int, float, float | None, float | None]], name: str) -> str:
