@@ -18,7 +18,7 @@ from ..export.curves import Panel, draw_panel
 _INK = "#010203"
 LINES = ("#0072b2", "#d55e00", "#009e73", "#010203")
 _VARIABLES = {_INK: "var(--ink)"} | {colour: f"var(--line{number})" for number, colour in enumerate(LINES[:3], 1)}
-_RULES = {
+_RULES: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trl-draft-opd",
     "font.size": 11,
