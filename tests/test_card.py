@@ -280,7 +280,7 @@ def test_the_curve_is_a_table_where_matplotlib_is_not(card, tmp_path, monkeypatc
         text = card().text
     assert "matplotlib is not installed" in caplog.text and not (tmp_path / CURVE_FILE).exists()
     assert CURVE_FILE not in text
-    assert table_rows(text, "Training")[-2:] == [["10", "2.500", ""], ["20", "2.000", "2.500"]]
+    assert table_rows(text, "Training")[-2:] == [["10", "2.500"], ["20", "2.000"]]
 
 
 def test_one_point_is_no_curve(card, tmp_path, monkeypatch, caplog):
