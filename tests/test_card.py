@@ -280,7 +280,7 @@ def test_the_curve_is_a_table_where_matplotlib_is_not(card, tmp_path, monkeypatc
         text = card().text
     assert "matplotlib is not installed" in caplog.text and not (tmp_path / CURVE_FILE).exists()
     assert CURVE_FILE not in text
-    assert table_rows(text, "Training")[-2:] == [["1", "10", "2.500", ""], ["1", "20", "2.000", "2.500"]]
+    assert table_rows(text, "Training")[-2:] == [["10", "2.500"], ["20", "2.000"]]
 
 
 def test_one_point_is_no_curve(card, tmp_path, monkeypatch, caplog):
@@ -296,11 +296,11 @@ def test_a_second_stage_goes_on_where_the_first_ended(card, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     record = make_record()
     text = card(record=replace(record, stages=[replace(record.stages[0], method="sft"), *record.stages])).text
-    assert [row[:2] for row in table_rows(text, "Training")[2:]] == [
-        ["1", "10"],
-        ["1", "20"],
-        ["2", "30"],
-        ["2", "40"],
+    assert [row[:3] for row in table_rows(text, "Training")[2:]] == [
+        ["10", "2.500", ""],
+        ["20", "2.000", ""],
+        ["30", "", "2.500"],
+        ["40", "", "2.000"],
     ]
     assert "by supervised fine-tuning, then Draft-OPD" in text
 

@@ -22,6 +22,7 @@ from trl_draft_opd import (
     DraftOPDTrainer,
     DraftSFTConfig,
     DraftSFTTrainer,
+    evaluate_drafter,
 )
 from trl_draft_opd.export import TargetOfExport, export_drafter
 from trl_draft_opd.export.hub import push_folder
@@ -489,6 +490,24 @@ def test_prompts_count_once_though_ranks_decode_them_again(tmp_path, monkeypatch
     assert gathered.prompts_sha256 == prompts_digest(prompts)
     assert metrics["eval_tau"] == plain["eval_tau"] == gathered.tau
     assert metrics["eval_tau_low"] <= metrics["eval_tau"] <= metrics["eval_tau_high"]
+
+
+def test_an_evaluation_logs_where_drafts_are_rejected_as_evaluate_counts_it(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.evaluate()
+    report = evaluate_drafter(
+        trainer.target,
+        trainer.drafter,
+        [row["input_ids"][: row["completion_mask"].index(1)] for row in trainer.eval_dataset],
+        num_drafts=trainer.num_drafts,
+        max_completion_length=trainer.args.longest_response,
+        compare_with_target=False,
+        show_progress=False,
+    )
+    shares = {f"eval_{name}": rejected / decided for name, (rejected, decided) in report.rejections.items()}
+    logged = trainer.state.log_history[-1]
+    assert "eval_rejection/from_token_0" in shares and shares.items() <= logged.items()
+    assert {name for name in logged if name.startswith("eval_rejection/")} == set(shares)
 
 
 def test_prompt_sets_are_named_by_one_word_whatever_users_call_them(tmp_path):

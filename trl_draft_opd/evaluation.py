@@ -6,7 +6,7 @@ where its cache cannot be rolled back.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from .data.token_classes import TOKEN_CLASSES, token_classes
 from .drafters.base import Drafter
 from .losses import default_chunk_bytes
 from .responses import generate_responses
@@ -24,6 +25,7 @@ from .rollout.counts import Counts, describe_tau, interval, resampled_taus
 from .rollout.drafting import DraftingSettings
 from .rollout.keyed_random import DrawKeys
 from .rollout.live import rollout_live
+from .rollout.rejections import rejection_sums
 from .rollout.replay import rollout_replay
 from .rollout.texts import join_responses
 from .rollout.types import Rollout
@@ -59,6 +61,8 @@ class EvaluationReport:
         min_confidence (`float` or `None`): As it was given.
         calibration (`dict` or `None`): See [`Calibration.report`]; `None` for a drafter without a confidence head.
         is_replay (`bool`): Whether the blocks were found along responses, and none was decoded live.
+        rejections (`dict[str, list[int]]`):
+            Rejected and decided drafts by class of the target's token and by position, see [`rejection_sums`].
     """
 
     tau: float
@@ -82,6 +86,7 @@ class EvaluationReport:
     min_confidence: float | None = None
     calibration: dict[str, Any] | None = None
     is_replay: bool = False
+    rejections: dict[str, list[int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Return plain numbers and lists for JSON."""
@@ -169,6 +174,7 @@ def evaluate_drafter(
     num_resamples: int = 2000,
     seed: int = 0,
     show_progress: bool = True,
+    on_rollout: Callable[[Rollout], None] | None = None,
 ) -> EvaluationReport:
     """
     Measure a drafter on prompts, by live decoding, or by replay along the target's responses, see [`explain_replay`].
@@ -198,6 +204,7 @@ def evaluate_drafter(
         num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
         seed (`int`, *optional*, defaults to 0): Of draws and bootstrap.
         show_progress (`bool`, *optional*, defaults to `True`): Draw a progress bar.
+        on_rollout (`Callable[[Rollout], None]`, *optional*): Called with the blocks of each batch, in order.
 
     Returns:
         [`EvaluationReport`]
@@ -245,7 +252,9 @@ def evaluate_drafter(
             seed=seed,
             show_progress=show_progress,
         )
-    done = _Decoded()
+    done = _Decoded(
+        on_rollout, None if target.tokenizer is None else token_classes(target.tokenizer, target.vocab_size)
+    )
     # Without a terminal it would leave an empty line.
     console = Console()
     with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
@@ -308,7 +317,10 @@ def _replay(
 class _Decoded:
     """What was decoded and counted so far."""
 
+    on_rollout: Callable[[Rollout], None] | None
+    classes: torch.Tensor | None
     counts: Counts = field(default_factory=Counts)
+    rejections: dict[str, list[int]] = field(default_factory=dict)
     calibration: Calibration | None = None
     num_tokens: int = 0
     num_passes: int = 0
@@ -320,6 +332,11 @@ class _Decoded:
         """Count a batch that was decoded with the drafter."""
         self.speculative_seconds += seconds
         self.counts += Counts.of_rollout(rollout)
+        for name, added in rejection_sums(rollout, self.classes, TOKEN_CLASSES).items():
+            held = self.rejections.get(name, [0, 0])
+            self.rejections[name] = [held[0] + int(added[0]), held[1] + int(added[1])]
+        if self.on_rollout is not None:
+            self.on_rollout(rollout)
         if rollout.confidences is not None:
             own = Calibration.of_rollout(rollout)
             self.calibration = own if self.calibration is None else self.calibration + own
@@ -366,4 +383,5 @@ def _report(
         kept_share=counts.kept_share,
         min_confidence=settings.min_confidence,
         calibration=None if done.calibration is None else done.calibration.report(),
+        rejections=done.rejections,
     )

@@ -29,6 +29,7 @@ COMMANDS = {
         "decoding",
         "Measure a drafter; exit code 1 if a greedy float32 output differs from the target's own.",
     ),
+    "report": ("reporting", "Write what a training run and its evaluation measured as one HTML page."),
     "bench": ("bench", "Measure the speed of a server under load, with a drafter against plain decoding if both run."),
     "export": ("publishing", "Write a trained drafter in the layouts that engines load, with a model card."),
     "verify": (

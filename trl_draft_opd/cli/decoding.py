@@ -63,6 +63,7 @@ from .arguments import (
     unless_default,
     write_json,
 )
+from .reporting import PROMPTS_KEY, ReportArguments, check_same
 
 
 def check_recordable(prompt_set: str, drafter: str) -> None:
@@ -100,7 +101,7 @@ def print_recorded(folder: Path, names: Sequence[str]) -> None:
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(TargetArguments, RowsArguments, SamplingArguments):
+class EvaluateArguments(ReportArguments, TargetArguments, RowsArguments, SamplingArguments):
     """Flags of `evaluate`."""
 
     _argument_group_name = "evaluation"
@@ -226,6 +227,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
     (args,) = parse("evaluate", [EvaluateArguments], argv)
     sampling = args.sampling_settings()
     args.check_record()
+    earlier = args.check_report()
     target = args.load_target(body=args.readings is None)
     drafter = AutoDrafter.from_pretrained(args.drafter, num_target_layers=target.num_layers).eval()
     check_pair(drafter, target)
@@ -233,6 +235,10 @@ def run_evaluate(argv: Sequence[str]) -> int:
     num_drafts = drafter.default_num_drafts if args.num_drafts is None else args.num_drafts
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=num_drafts, defaults=EVALUATION_LENGTHS)
     prompts = args.read_prompts(target, lengths.prompt)
+    digest = prompts_digest(prompts)
+    if earlier is not None:
+        check_same(*earlier, prompts_sha256=digest, num_drafts=num_drafts, temperature=args.temperature)
+    collector = args.collector(target)
     responses = args.stored_responses(target, prompts, lengths)
     args.open_source(target, drafter, prompts, responses)
     report = evaluate_drafter(
@@ -248,13 +254,21 @@ def run_evaluate(argv: Sequence[str]) -> int:
         ignore_eos=args.ignore_eos,
         responses=responses,
         seed=args.seed,
+        on_rollout=collector,
     )
     Console().print(report.table(f"{args.drafter} for {args.target}"))
     if report.is_replay:
         print(explain_replay(target.rollback_reason))
     if report.num_different:
         print(explain_difference(target.causal_lm.dtype))
-    write_json(args.json, report.to_dict())
+    write_json(args.json, report.to_dict() | {PROMPTS_KEY: digest})
+    args.write_report(
+        args.drafter,
+        args.target,
+        report,
+        None if earlier is None else earlier[0],
+        [] if collector is None else collector.kept,
+    )
     args.add_to_record(report, target, drafter.config.family, prompts, lengths.completion)
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
 

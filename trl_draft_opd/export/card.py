@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .costs import drafter_parameters
+from .curves import curve_panels, curve_table, draw_panel
 from .publication import Publication
 from .record import Measurement, StageRecord
 from .served import ServedSpeed, describe_served, served_rows
@@ -231,52 +232,24 @@ def _earlier_notes(folder: Path) -> str:
     return "\n"
 
 
-def _curve(stages: Sequence[StageRecord], *names: str) -> dict[tuple[int, int], float]:
-    """Return the first of `names` that a point has, by stage and step over all stages."""
-    points, start = {}, 0
-    for index, stage in enumerate(stages):
-        for point in stage.curve:
-            value = next((point[name] for name in names if name in point), None)
-            if value is not None:
-                points[index, start + point["step"]] = value
-        start += stage.steps
-    return points
-
-
 def _curve_table(stages: Sequence[StageRecord]) -> str | None:
-    """Return about twelve points of the curve as a table, in place of the picture; `None` if there is no curve."""
-    drawn = _curve(stages, "loss"), _curve(stages, "eval_tau", "tau")
-    places = sorted(drawn[0].keys() | drawn[1].keys())
-    if max(map(len, drawn)) < 2:
-        return None
-    rows = [
-        [stage + 1, step, *(f"{points[stage, step]:.3f}" if (stage, step) in points else "" for points in drawn)]
-        for stage, step in places[:: max(1, len(places) // 12)]
-    ]
-    return _table(["stage", "step", "loss", "tau"], rows)
+    """Return about twelve points of the curves as a table, in place of the picture; `None` if there is no curve."""
+    panels = curve_panels(stages)
+    return _table(*curve_table(panels)) if panels else None
 
 
 def _draw_curve(stages: Sequence[StageRecord], folder: Path) -> bool:
-    """Draw loss and tau over steps; return whether there is a picture."""
-    curves = {"loss": _curve(stages, "loss"), "tau": _curve(stages, "eval_tau", "tau")}
-    drawn = [(name, points) for name, points in curves.items() if len(points) > 1]
-    if not drawn:
+    """Draw the losses of each stage and tau over steps; return whether there is a picture."""
+    panels = curve_panels(stages)
+    if not panels:
         return False
     try:
         from matplotlib.figure import Figure
     except ImportError:
         logger.warning("matplotlib is not installed, so the card has a table for a curve (`trl-draft-opd[plots]`).")
         return False
-    figure = Figure(figsize=(4.5 * len(drawn), 3.0), layout="constrained")
-    for axes, (name, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        for index, stage in enumerate(stages):
-            own = [(step, value) for (where, step), value in points.items() if where == index]
-            if own:
-                axes.plot(*zip(*own, strict=True), label=stage.method, marker="." if len(own) < 20 else None)
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-        if len(stages) > 1:
-            axes.legend(frameon=False)
+    figure = Figure(figsize=(4.5 * len(panels), 3.0), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_panel(axes, panel, ("#0072B2", "#D55E00", "#009E73", "#000000"))
     figure.savefig(folder / CURVE_FILE, dpi=120)
     return True

@@ -67,7 +67,7 @@ _CHOICES = {
     "target_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 _PACKAGES = ("trl-draft-opd", "torch", "transformers", "trl", "accelerate", "datasets")
-_CURVE_VALUES = ("loss", "tau", "eval_loss", "eval_tau")
+_CURVE_VALUES = ("loss", "tau", "eval_loss", "eval_tau", "eval_tau_low", "eval_tau_high")
 # Arguments of chat templates that switch thinking, and the words they are switched with.
 _TEMPLATE_ARGUMENTS = ("enable_thinking", "thinking", "reasoning_effort", "reasoning")
 _TEMPLATE_WORDS = ("none", "minimal", "low", "medium", "high", "max", "on", "off", "auto")
@@ -169,7 +169,8 @@ class StageRecord:
         steps (`int`): Optimizer steps done.
         settings (`dict`): See [`recorded_settings`].
         dataset ([`DatasetFacts`]): What it was trained on.
-        curve (`list[dict]`): Points with `step` and any of `loss`, `tau`, `eval_tau`, `eval_loss`.
+        curve (`list[dict]`):
+            Points with `step` and any of `loss`, `tau`, `eval_loss`, `eval_tau`, `eval_tau_low`, `eval_tau_high`.
     """
 
     method: Annotated[str, one_of(METHODS)]

@@ -129,7 +129,7 @@ def readable(logs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {
         _TROUBLES.get(name, name): _percent(value) if name in _TROUBLES else value
         for name, value in metrics.items()
-        if name not in _UNPRINTED and (value or name not in _TROUBLES)
+        if name not in _UNPRINTED and not name.startswith("rejection/") and (value or name not in _TROUBLES)
     }
 
 

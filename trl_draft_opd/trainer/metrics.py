@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import gather_object
 
+from ..data.token_classes import TOKEN_CLASSES
 from ..rollout.calibration import Calibration
 from ..rollout.counts import Counts
+from ..rollout.rejections import rejection_sums
 from ..rollout.types import Rollout
 
 
@@ -98,7 +100,12 @@ class MetricSums:
         for sums in gather_object([self.state()]):
             merged.add(sums)
         self._sums.clear()
-        return {name: sums[0] / sums[1] for name, sums in sorted(merged._sums.items()) if sums[1]}
+        return merged.ratios()
+
+    def ratios(self) -> dict[str, float]:
+        """Return this rank's ratios, by name; metrics whose denominator is 0 are left out."""
+        self._read()
+        return {name: sums[0] / sums[1] for name, sums in sorted(self._sums.items()) if sums[1]}
 
 
 class Pace:
@@ -158,16 +165,23 @@ def rollout_sums(rollout: Rollout, eos_token_ids: Sequence[int]) -> DeviceSums:
 @dataclass(frozen=True)
 class DecodedPrompt:
     """
-    What one evaluation prompt adds to a measurement: its row in the dataset, its tokens, the counts of its blocks.
+    What one evaluation prompt adds to a measurement: its row in the dataset, its tokens, the counts of its blocks, and
+    where its drafts were rejected, see [`rejection_sums`].
     """
 
     sample_id: int
     ids: list[int]
     counts: Counts
+    rejections: dict[str, tuple[float, float]]
 
 
-def decoded_prompts(rollout: Rollout, sample_ids: Sequence[int]) -> list[DecodedPrompt]:
-    """Return what each row of a live rollout adds to a measurement."""
+def decoded_prompts(rollout: Rollout, sample_ids: Sequence[int], classes: torch.Tensor | None) -> list[DecodedPrompt]:
+    """Return what each row of a rollout adds to a measurement; `classes` are [`token_classes`], where known."""
     counts, lengths = Counts.of_rollout(rollout), rollout.prompt_lengths.tolist()
     rows = zip(sample_ids, rollout.input_ids.tolist(), lengths, strict=True)
-    return [DecodedPrompt(number, ids[:length], counts.row(i)) for i, (number, ids, length) in enumerate(rows)]
+    return [
+        DecodedPrompt(
+            number, ids[:length], counts.row(i), rejection_sums(rollout.rows(i, i + 1), classes, TOKEN_CLASSES)
+        )
+        for i, (number, ids, length) in enumerate(rows)
+    ]

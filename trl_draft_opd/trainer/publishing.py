@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
 
+from ..data.token_classes import token_classes
 from ..drafters.auto import AutoDrafter
 from ..export import Publication, TargetOfExport, export_drafter, hub_id_of, read_target
 from ..export.card import write_card
@@ -76,6 +77,7 @@ class PublishingTrainer(ResumingTrainer):
         self._measurements: dict[tuple[str, int], Measurement] = {}
         self._earlier = pair.earlier
         self._decoded: list[DecodedPrompt] = []
+        self._token_classes: torch.Tensor | None = None
         # The step at which the best weights were loaded again, and their own.
         self._best_loaded: tuple[int, int] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
@@ -102,7 +104,9 @@ class PublishingTrainer(ResumingTrainer):
     def _count_rollout(self, rollout: Rollout, sample_ids: Sequence[int]) -> None:
         """Add a rollout of evaluation prompts to the metrics, and its rows to the measurement."""
         self._sums["eval"].add(rollout_sums(rollout, self.target.eos_token_ids))
-        self._decoded += decoded_prompts(rollout, sample_ids)
+        if self._token_classes is None and self.target.tokenizer is not None:
+            self._token_classes = token_classes(self.target.tokenizer, self.target.vocab_size)
+        self._decoded += decoded_prompts(rollout, sample_ids, self._token_classes)
 
     def evaluation_loop(
         self,
@@ -126,6 +130,10 @@ class PublishingTrainer(ResumingTrainer):
             measured = self._add_measurement(metric_key_prefix, in_order)
             metrics |= {"tau": measured.tau, "tau_low": measured.tau_low, "tau_high": measured.tau_high}
             metrics |= {f"acceptance/slot_{k}": rate for k, rate in enumerate(measured.acceptance_per_slot, 1)}
+            rejections = MetricSums()
+            for prompt in in_order:
+                rejections.add(prompt.rejections)
+            metrics |= rejections.ratios()
         assert output.metrics is not None, "transformers has its own in there"
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -1,0 +1,155 @@
+# Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
+"""The command `report`, and the flags of `evaluate` that write the same page with what was just measured."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..evaluation import EvaluationReport
+from ..export.record import read_record
+from ..reports.completions import Completion, CompletionCollector
+from ..reports.content import drafter_page, folder_title
+from ..reports.figures import check_drawing
+from ..reports.page import write_page
+from ..target.frozen import FrozenTarget
+from ..utils.settings import check_at_least
+from .arguments import flag, parse
+
+
+# The key under which the file of `--json` keeps whose prompts were measured, beside the report itself.
+PROMPTS_KEY = "prompts_sha256"
+
+
+def check_page(path: str, name: str) -> None:
+    """Raise where no page could be drawn, or written to the path of the flag `name`."""
+    check_drawing()
+    place = Path(path)
+    if place.is_dir() or not place.parent.is_dir():
+        what = "is a folder" if place.is_dir() else f"is in no folder: there is none at {str(place.parent)!r}"
+        raise ValueError(f"`{name}` must be a file to write, such as report.html; {path!r} {what}.")
+
+
+def read_evaluation(path: str, name: str) -> tuple[EvaluationReport, str | None]:
+    """Return what `evaluate --json` wrote, and the hash of its prompts; `name` is the flag that named the file."""
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # of the encoding, too
+        raise ValueError(f"`{name}` must be a file of `evaluate --json`; {path!r} is no JSON: {error}.") from error
+    known = {known.name for known in fields(EvaluationReport)}
+    if not isinstance(content, dict) or set(content) - {PROMPTS_KEY} != known:
+        raise ValueError(
+            f"`{name}` must be a file that `evaluate --json` of this version wrote; the keys of {path!r} are others. "
+            "Measure again."
+        )
+    digest = content.pop(PROMPTS_KEY, None)
+    return EvaluationReport(**content), digest
+
+
+def check_same(
+    before: EvaluationReport, digest: str | None, *, prompts_sha256: str | None, num_drafts: int, temperature: float
+) -> None:
+    """Raise `ValueError` unless an earlier evaluation can be compared with one of these conditions."""
+    for what, earlier, now in (
+        ("prompts (by their hash)", digest, prompts_sha256),
+        ("drafts per block", before.num_drafts, num_drafts),
+        ("temperature", before.temperature, temperature),
+    ):
+        if earlier != now:
+            raise ValueError(
+                f"The earlier evaluation has other {what}: {earlier}, now {now}. Measure both on the same prompts and "
+                "settings."
+            )
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """Flags of `evaluate` about a page of what it measured."""
+
+    _argument_group_name = "report"
+
+    report: str | None = flag(
+        "HTML file to write: what was measured, the training curves of the drafter's record, and responses, coloured.",
+        default=None,
+    )
+    report_before: str | None = flag(
+        "File that `--json` wrote of an earlier drafter on the same prompts, to show beside this one.", default=None
+    )
+    report_text: int = flag(
+        "Responses whose text the report holds; 0 keeps all text out of it, and no prompt is ever in it.", default=4
+    )
+
+    def check_report(self) -> tuple[EvaluationReport, str | None] | None:
+        """Refuse what could not be written, before anything is measured; return the earlier evaluation."""
+        check_at_least(self, 0, "report_text")
+        if self.report is None:
+            if self.report_before is not None:
+                raise ValueError("`--report-before` is shown in a report. Name its file: `--report report.html`.")
+            return None
+        check_page(self.report, "--report")
+        return None if self.report_before is None else read_evaluation(self.report_before, "--report-before")
+
+    def collector(self, target: FrozenTarget) -> CompletionCollector | None:
+        """Return what keeps responses for the report, if any are wanted."""
+        if self.report is None or self.report_text == 0 or target.tokenizer is None:
+            return None
+        return CompletionCollector(target.tokenizer, self.report_text)
+
+    def write_report(
+        self,
+        drafter: str,
+        target: str,
+        evaluation: EvaluationReport,
+        before: EvaluationReport | None,
+        completions: Sequence[Completion],
+    ) -> None:
+        """Write the page, if one was asked for."""
+        if self.report is None:
+            return
+        record = read_record(drafter)
+        write_page(drafter_page(folder_title(drafter, target), record, evaluation, before, completions), self.report)
+        held = f"; it holds the text of {len(completions)} responses (`--report-text 0` leaves it out)"
+        print(f"Report: {self.report}{held if completions else ''}.")
+
+
+@dataclass(kw_only=True)
+class PageArguments:
+    """Flags of `report`."""
+
+    _argument_group_name = "report"
+
+    drafter: str = flag("Folder of a run, a checkpoint or an export, with its training record.")
+    output: str = flag("HTML file to write.")
+    evaluation: str | None = flag("File that `evaluate --json` wrote of this drafter, to show too.", default=None)
+    before: str | None = flag(
+        "File that `evaluate --json` wrote of an earlier drafter on the same prompts, to show beside it.", default=None
+    )
+
+
+def run_report(argv: Sequence[str]) -> int:
+    """Write the page of a training run; see [`drafter_page`]. Loads no model, and holds no text."""
+    (args,) = parse("report", [PageArguments], argv)
+    check_page(args.output, "--output")
+    record = read_record(args.drafter)
+    if record is None:
+        raise ValueError(
+            f"There is no training record in {args.drafter!r}. Name the `output_dir` of a run, a checkpoint of it, or "
+            "an export."
+        )
+    if args.before is not None and args.evaluation is None:
+        raise ValueError("`--before` is compared with `--evaluation`. Name that file too.")
+    evaluation = before = None
+    if args.evaluation is not None:
+        evaluation, digest = read_evaluation(args.evaluation, "--evaluation")
+        if args.before is not None:
+            before, earlier = read_evaluation(args.before, "--before")
+            check_same(
+                before,
+                earlier,
+                prompts_sha256=digest,
+                num_drafts=evaluation.num_drafts,
+                temperature=evaluation.temperature,
+            )
+    write_page(drafter_page(folder_title(args.drafter, record.target.name), record, evaluation, before), args.output)
+    print(f"Report: {args.output}; it holds no text of prompts or responses.")
+    return 0
