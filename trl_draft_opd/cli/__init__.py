@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words after the program's name; by default those of this process.
 
     Returns:
-        `int`: 0; 1 if `verify` or `import` finds a gap, or `evaluate` in float32 a difference; 2 after a user's error; 3 after any
-        other error, with its traceback, for which Python's own code would be 1; 130 after Ctrl-C.
+        `int`: 0; 1 if `verify` or `import` finds a gap, or `evaluate` in float32 a difference; 2 after a user's error;
+        3 after any other error, with its traceback, for which Python's own code would be 1; 130 after Ctrl-C.
     """
     lines = [f"  {name:10} {description}" for name, (_, description) in COMMANDS.items()]
     parser = argparse.ArgumentParser(

@@ -242,7 +242,7 @@ def _logprob_gap(target: FrozenTarget, sample: Sequence[ServedResponse], origin:
     if total > _LOGPROB_WARN * count:
         warnings.warn(
             f"The log-probabilities in the log are {total / count:.3f} nats from the target's own, on average (warned "
-            f"above {_LOGPROB_WARN}). Expected of a server with another `--logprobs-mode` than vLLM's own; otherwise it "
-            "serves other weights."
+            f"above {_LOGPROB_WARN}). Expected under another `--logprobs-mode` of vLLM's own; otherwise other weights "
+            "are served."
         )
     return total / count

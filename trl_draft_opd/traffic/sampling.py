@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 Which distribution a request's tokens were drawn from, or why it is none that can be replayed: temperature, top-k and
-top-p are, everything else that bends a distribution is not. By the request fields of vLLM 0.32. Knows no text.
+top-p can be, all else that bends a distribution cannot. By the request fields of vLLM 0.32. Knows no text.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ..rollout.acceptance import SamplingSettings
 from .records import Unusable
 
 
-# What a request leaves open, vLLM takes from the model's generation config (its `--generation-config auto`), then here.
+# What a request leaves open, vLLM takes from the model's generation config (`--generation-config auto`), then here.
 _OPEN = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -68,8 +68,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Fields that change neither.
 _IDLE = frozenset(
-    "model messages prompt max_tokens max_completion_tokens logprobs top_logprobs prompt_logprobs logprob_token_ids seed "
-    "stop stop_token_ids include_stop_str_in_output stream stream_options stream_interval user length_penalty "
+    "model messages prompt max_tokens max_completion_tokens logprobs top_logprobs prompt_logprobs logprob_token_ids "
+    "seed stop stop_token_ids include_stop_str_in_output stream stream_options stream_interval user length_penalty "
     "skip_special_tokens spaces_between_special_tokens truncation_side tools parallel_tool_calls "
     "add_special_tokens chat_template_kwargs media_io_kwargs mm_processor_kwargs priority request_id session_id "
     "return_tokens_as_token_ids return_token_ids return_prompt_text return_token_offsets return_mm_kwargs cache_salt "
