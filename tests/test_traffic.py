@@ -1,16 +1,23 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Logs of a server become a store of responses: what is taken, what is left out and why, and that nothing leaks."""
 
+import asyncio
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from helpers.logs import chat_line, streamed, write_log
-from helpers.tiny import EOS, make_drafter, make_target
+from helpers.tiny import EOS, VOCAB, make_drafter, make_target
 from trl_draft_opd import (
     ResponseStore,
     SamplingSettings,
@@ -18,11 +25,15 @@ from trl_draft_opd import (
     import_traffic,
 )
 from trl_draft_opd.cli import main
+from trl_draft_opd.data.text_reader import TextReader
 from trl_draft_opd.rollout.drafting import DraftingSettings
-from trl_draft_opd.traffic.reading import ServedResponse, ServedRounds
+from trl_draft_opd.traffic.reading import ServedResponse, ServedRounds, TrafficReader
+from trl_draft_opd.traffic.records import Exchange, Unusable
+from trl_draft_opd.traffic.sampling import read_defaults
 from trl_draft_opd.traffic.served import _replay, compare_served
 
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "do" / "traffic.md"
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 LENGTH, NUM_DRAFTS = 24, 4
 # In no vocabulary of these tests, and as ids of words.
@@ -90,18 +101,27 @@ def test_completions_of_text_and_of_ids_are_read(target, texts, tmp_path):
     assert take(target, tmp_path, lines).num_written == 2
 
 
-def test_text_without_ids_is_taken_where_the_way_back_is_proven(target, texts, tmp_path):
-    content, prompt, response = texts[0]
-    line = chat_line(content, prompt, response, finish="length")
-    reply = line["response"]
-    del reply["prompt_token_ids"], reply["choices"][0]["token_ids"]
-    reply["choices"][0]["message"]["content"] = target.tokenizer.decode(response)
-    other = copy.deepcopy(line)
-    other["response"]["usage"]["completion_tokens"] += 3
-    report = take(target, tmp_path, [line, other])
-    assert report.num_written == 1
-    assert report.skipped == {"no `token_ids`, and the text has no proven way back to the ids": 1}
-    assert ResponseStore.read_only(tmp_path / "store").find(prompt) == response
+def test_text_without_ids_is_taken_where_the_way_back_is_proven():
+    tokens = Tokenizer(BPE(vocab={"</s>": EOS, "a": 7, "b": 8, "c": 9, "ab": 10}, merges=[("a", "b")]))
+    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False, use_regex=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>")
+    reader = TrafficReader(TextReader(tokenizer, (EOS,), VOCAB), read_defaults(None, "vllm"), None)
+
+    def read(text: str, num_prompt: int, num_response: int, finish: str, **request) -> list[int]:
+        usage = {"prompt_tokens": num_prompt, "completion_tokens": num_response}
+        reply = {"choices": [{"text": text, "finish_reason": finish}], "usage": usage}
+        return reader.read(Exchange({"prompt": "c", "temperature": 0} | request, reply)).completion_ids.tolist()
+
+    assert read("cab", 1, 3, "stop") == [9, 10, EOS] and read("cab", 1, 2, "length") == [9, 10]
+    for wrong, reason in (
+        (("cab", 1, 4, "stop"), "`token_ids`, and the text has no proven way"),
+        (("cab", 1, 3, "length"), "`token_ids`, and the text has no proven way"),
+        (("cab", 2, 3, "stop"), "no `prompt_token_ids`"),
+    ):
+        with pytest.raises(Unusable, match=reason):
+            read(*wrong)
+    with pytest.raises(Unusable, match="a text that is not whole"):
+        read("cab", 1, 3, "stop", stop=["b"])
 
 
 CASES = {
@@ -181,6 +201,63 @@ def test_a_log_of_two_models_is_refused_until_one_is_named(target, lines, tmp_pa
     with pytest.raises(ValueError, match="replies of 2 models.*--served-model-name"):
         take(target, tmp_path, lines)
     assert take(target, tmp_path, lines, served_model_name="target").num_written == 11
+
+
+def test_sampled_traffic_is_checked_by_its_likelihood(target, tmp_path):
+    sampling = SamplingSettings(temperature=0.8, top_k=8, top_p=1.0)
+    prompts = [ids_of(target, f"w{9 + i} w{30 - i}") for i in range(16)]
+    options = {"batch_size": 8, "seed": 0, "show_progress": False, "max_completion_length": LENGTH}
+    request = {"temperature": 0.8, "top_k": 8, "top_p": 1.0}
+
+    def log_of(drawn_from: SamplingSettings) -> list[dict]:
+        responses = generate_responses(target, prompts, sampling=drawn_from, **options)
+        return [
+            chat_line(f"w{9 + i} w{30 - i}", prompt, response, "length", **request)
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+
+    report = take(target, tmp_path, log_of(sampling), sampling=sampling)
+    assert (report.num_written, report.check.num_impossible, report.others) == (16, 0, {})
+    hotter = log_of(SamplingSettings(temperature=3.0, top_k=0, top_p=1.0))
+    with pytest.raises(ValueError, match="did not write these responses"):
+        take(target, tmp_path, hotter, sampling=sampling)
+
+
+def test_a_middleware_of_the_page_logs_what_import_reads(target, texts, lines, tmp_path):
+    source = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)[1]
+    module: dict = {}
+    exec(source, module)
+    module["LOG"] = tmp_path / "log.jsonl"
+    asked = []
+
+    def serve(line: dict) -> None:
+        reply = line["response"]
+        data = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
+
+        async def app(scope, receive, send):
+            asked.append(json.loads((await receive())["body"]))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for part in (data[:50], data[50:]):
+                await send({"type": "http.response.body", "body": part, "more_body": part is not data[50:]})
+
+        body = json.dumps(line["request"]).encode()
+        parts = [{"body": body[:9], "more_body": True}, {"body": body[9:], "more_body": False}]
+
+        async def receive():
+            return parts.pop(0)
+
+        async def send(message):
+            pass
+
+        scope = {"type": "http", "path": "/v1/chat/completions", "headers": [(b"content-length", b"1")]}
+        asyncio.run(module["TrafficLog"](app)(scope, receive, send))
+
+    for line in [*lines[:2], streamed(lines[2])]:
+        serve(line)
+    assert [request["return_token_ids"] for request in asked] == [True] * 3
+    assert module["LOG"].stat().st_mode & 0o077 == 0
+    options = {"sampling": GREEDY, "max_completion_length": LENGTH}
+    assert import_traffic(target, [module["LOG"]], tmp_path / "store", **options).num_written == 3
 
 
 # ---- the drafter that was served ------------------------------------------------------------------------------------

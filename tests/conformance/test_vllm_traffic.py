@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-The whole circle with a real vLLM on the CPU: serve with a drafter, log by the middleware of docs/do/traffic.md, import,
+The circle with a real vLLM on the CPU: serve with a drafter, log by the middleware of docs/do/traffic.md, import,
 train, verify, serve again. Its log is what `import` expects, and its rounds are those of the replay.
 
 Runs with `-m conformance --shared PATH`, in the environment that `make conformance` builds.

@@ -175,6 +175,8 @@ class TrafficReader:
                 ids = retokenize(text, prompt, reply.get("usage") or {}, self.reader.tokenizer)
             except WrongReply:
                 pass
+            # Only an end of sequence is counted and not in the text.
+            ids = None if choice.get("finish_reason") == "length" and ids is not None and len(ids) != count else ids
         if ids is None:
             raise Unusable("no `token_ids`, and the text has no proven way back to the ids")
         if not len(ids):
