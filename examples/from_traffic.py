@@ -29,19 +29,19 @@ class TrafficArguments:
     target: str = field(metadata={"help": "Hub id or path of the target."})
     drafter: str = field(metadata={"help": "The drafter to train, in any published layout."})
     log: str = field(metadata={"help": "JSON lines with `request` and `response`, of requests at temperature 0."})
-    responses: str = field(default="traffic", metadata={"help": "Folder for the responses."})
 
 
 if __name__ == "__main__":
     args, config = TrlParser((TrafficArguments, DraftOPDConfig)).parse_args_and_config()
     target = FrozenTarget.load(args.target)
+    folder = config.responses or "traffic"
     report = import_traffic(
         target,
         [args.log],
-        args.responses,
+        folder,
         sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
         max_completion_length=config.max_completion_length or 2048,
     )
     print("\n".join(report.lines()))
-    rows = ResponseStore.read_only(args.responses).to_dataset().train_test_split(0.1, seed=0)
+    rows = ResponseStore.read_only(folder).to_dataset().train_test_split(0.1, seed=0)
     DraftOPDTrainer(args.drafter, target, config, rows["train"], rows["test"]).train()
