@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 
+from helpers.logs import chat_line, write_log
 from helpers.tiny import FAMILIES, make_drafter, make_target, make_tokenizer
-from trl_draft_opd import AutoDrafter
+from trl_draft_opd import AutoDrafter, FrozenTarget, SamplingSettings, generate_responses
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -152,6 +154,23 @@ def test_the_publishing_script_exports_and_verifies_and_pushes_nothing_unasked(m
     run_script(monkeypatch, folder, "publish_drafter.py", *flags)
     shown = capsys.readouterr().out
     assert "written: flat" in shown and "verified" in shown and "pushed" not in shown
+
+
+def test_the_traffic_script_trains_along_a_log(monkeypatch, tmp_path, folder, capsys):
+    target = FrozenTarget.load(folder / "target")
+    prompts = target.text_reader().read_prompts(
+        load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
+    )
+    options = {"sampling": SamplingSettings(0.0, 0, 1.0), "batch_size": 8, "seed": 0, "show_progress": False}
+    prompts = list(prompts["prompt_ids"])
+    responses = generate_responses(target, prompts, max_completion_length=24, **options)
+    texts = zip(range(7, 15), prompts, responses, strict=True)
+    log = write_log(tmp_path / "log.jsonl", [chat_line(f"w{i} w{i + 1}", *text, "length") for i, *text in texts])
+    words = ["--target", folder / "target", "--drafter", folder / "eagle3", "--log", log]
+    words += ["--responses", tmp_path / "responses", "--output_dir", tmp_path / "out", *SMALL]
+    monkeypatch.setattr(sys, "argv", ["from_traffic.py", *map(str, words)])
+    runpy.run_path(str(EXAMPLES / "from_traffic.py"), run_name="__main__")
+    assert "8 of 8 lines hold a response" in capsys.readouterr().out
 
 
 # ---- the notebook ---------------------------------------------------------------------------------------------------

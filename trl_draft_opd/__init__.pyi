@@ -36,6 +36,8 @@ from .responses import import_responses as import_responses
 from .responses import write_responses as write_responses
 from .rollout.acceptance import SamplingSettings as SamplingSettings
 from .target.frozen import FrozenTarget as FrozenTarget
+from .traffic import TrafficReport as TrafficReport
+from .traffic import import_traffic as import_traffic
 from .trainer.draft_opd_config import DraftOPDConfig as DraftOPDConfig
 from .trainer.draft_opd_trainer import DraftOPDTrainer as DraftOPDTrainer
 from .trainer.draft_sft_config import DraftSFTConfig as DraftSFTConfig

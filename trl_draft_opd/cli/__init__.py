@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": ("demo", "Run the whole method on a CPU in minutes: a tiny target, SFT, Draft-OPD, tau before and after."),
     "plan": ("plan", "Say what a run would take and which commands make it, from the target's config alone."),
     "generate": ("decoding", "Write the target's responses to prompts once; run it again to resume."),
+    "import": ("traffic", "Take in a server's logs as the target's responses, so that a drafter follows its traffic."),
     "read": ("reading", "Write what the target makes of texts, once, so that training needs no body of it."),
     "init": ("training", "Make a fresh drafter for a target and save it."),
     "sft": ("training", "Train a drafter on its target's responses."),
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Words after the program's name; by default those of this process.
 
     Returns:
-        `int`: 0; 1 if `verify` finds a gap, or `evaluate` in float32 a difference; 2 after a user's error; 3 after any
-        other error, with its traceback, for which Python's own code would be 1; 130 after Ctrl-C.
+        `int`: 0; 1 if `verify` or `import` finds a gap, or `evaluate` in float32 a difference; 2 after a user's error;
+        3 after any other error, with its traceback, for which Python's own code would be 1; 130 after Ctrl-C.
     """
     lines = [f"  {name:10} {description}" for name, (_, description) in COMMANDS.items()]
     parser = argparse.ArgumentParser(

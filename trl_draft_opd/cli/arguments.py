@@ -198,27 +198,19 @@ class TargetArguments:
 
 
 @dataclass(kw_only=True)
-class RowsArguments:
-    """The rows that a command reads prompts from."""
+class PromptArguments:
+    """How a command reads prompts."""
 
     _argument_group_name = "prompts"
 
-    dataset: str = flag("Prompts: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).")
-    dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
-    split: str = flag("Split of the dataset.", default="train")
-    num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)
     max_prompt_length: int | None = flag(PROMPT_LENGTH_HELP, default=None)
     chat_template: str | None = flag(CHAT_TEMPLATE_HELP, default=None)
     chat_template_kwargs: str | None = flag("Arguments for the chat template, as JSON.", default=None)
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_prompts", "max_prompt_length")
+        check_at_least(self, 1, "max_prompt_length")
         # Refused before a target is loaded.
         read_template(self.chat_template)
-
-    def load_rows(self) -> Dataset:
-        rows = load_rows(self.dataset, self.dataset_config, self.split)
-        return rows if self.num_prompts is None else rows.select(range(min(self.num_prompts, len(rows))))
 
     def reading(self, max_prompt_length: int) -> dict[str, Any]:
         """Return arguments of [`FrozenTarget.text_reader`]."""
@@ -243,6 +235,26 @@ class RowsArguments:
             num_drafts=num_drafts,
             defaults=defaults,
         )
+
+
+@dataclass(kw_only=True)
+class RowsArguments(PromptArguments):
+    """The rows that a command reads prompts from."""
+
+    _argument_group_name = "prompts"
+
+    dataset: str = flag("Prompts: Hub id, folder, or files (.jsonl, .parquet, .csv, ...; also a pattern).")
+    dataset_config: str | None = flag("Name of the dataset's configuration.", default=None)
+    split: str = flag("Split of the dataset.", default="train")
+    num_prompts: int | None = flag("Rows to read; all of them if unset.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_prompts")
+
+    def load_rows(self) -> Dataset:
+        rows = load_rows(self.dataset, self.dataset_config, self.split)
+        return rows if self.num_prompts is None else rows.select(range(min(self.num_prompts, len(rows))))
 
     def read_prompts(self, target: FrozenTarget, max_prompt_length: int) -> list[list[int]]:
         """Return the prompts as token ids."""

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowInvalid
 
 from ..export import hub_id_of
+from ..responses.store import ResponseStore, is_store
 from ..utils.console import hiding_log_lines
 
 
@@ -37,7 +38,8 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open
 
 def load_rows(name: str, config: str | None, split: str) -> Dataset:
     """
-    Load one split of files (a path or a pattern; their split is `train`), of a folder, or of a Hub dataset.
+    Load one split of files (a path or a pattern; their split is `train`), of a folder, or of a Hub dataset; or all of
+    a folder of responses, which stays in memory: no copy of it is left in a cache.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -46,6 +48,8 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
     path = Path(name).expanduser()
     if path.is_file():
         return _load_files(name, [path], split)
+    if path.is_dir() and is_store(path):
+        return ResponseStore.read_only(path).to_dataset()
     if path.is_dir():
         return _load_folder(name, path, config, split)
     if has_magic(name):

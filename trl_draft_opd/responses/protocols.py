@@ -132,7 +132,7 @@ def _read_vllm(reply: Any, prompt_ids: list[int], tokenizer: PreTrainedTokenizer
     ids = choice.get("token_ids")
     stop_id = choice.get("stop_reason")
     if ids is None:
-        ids = _retokenize(choice["text"], prompt_ids, reply.get("usage") or {}, tokenizer)
+        ids = retokenize(choice["text"], prompt_ids, reply.get("usage") or {}, tokenizer)
     logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
     return ids, logprobs, choice["finish_reason"], stop_id
 
@@ -144,7 +144,7 @@ def _read_sglang(reply: Any, prompt_ids: list[int], tokenizer: PreTrainedTokeniz
         raise WrongReply(f"the server read another prompt, of {num_read} ids in place of {len(prompt_ids)}")
     ids, finish = reply.get("output_ids"), meta["finish_reason"]
     if ids is None:
-        ids = _retokenize(reply["text"], prompt_ids, meta, tokenizer)
+        ids = retokenize(reply["text"], prompt_ids, meta, tokenizer)
     logprobs = meta.get("output_token_logprobs")
     if logprobs is not None:
         # Triples of log-probability, id and text; an id that is not the returned one belongs to another token.
@@ -154,7 +154,7 @@ def _read_sglang(reply: Any, prompt_ids: list[int], tokenizer: PreTrainedTokeniz
     return ids, logprobs, finish["type"], finish.get("matched")
 
 
-def _retokenize(
+def retokenize(
     text: str, prompt_ids: list[int], usage: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[int]:
     """
