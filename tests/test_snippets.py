@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from helpers.tiny import make_target, make_tokenizer
-from trl_draft_opd.cli import arguments, main
+from trl_draft_opd.cli import COMMANDS, arguments, main
 
 
 # Programs that are not ours: their flags are not known here.
@@ -92,7 +92,7 @@ def parse_ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         real(*given)
         raise Parsed
 
-    for name in ("bench", "decoding", "demo", "publishing", "reading", "training"):
+    for name in {module for module, _ in COMMANDS.values()}:
         monkeypatch.setattr(importlib.import_module(f"trl_draft_opd.cli.{name}"), "parse", parse)
     monkeypatch.setattr("traceback.print_exc", lambda: None)
     assert main(words) == 3, "its flags were not read"  # `Parsed` is an error that no user made
