@@ -176,6 +176,11 @@ def test_a_completion_names_what_became_of_every_token_and_what_the_target_prefe
     assert completion.tau == 2.5
 
 
+def test_a_token_of_blanks_alone_can_be_seen():
+    assert Piece("rejected", "\n").shown == "↵" and Piece("bonus", " ").shown == "␣"
+    assert Piece("bonus", "\n").shown == "↵\n" and Piece("accepted", "\n").shown == "\n"
+
+
 def test_a_completion_without_its_rejected_drafts_is_the_response():
     target = make_target()
     collector = CompletionCollector(make_tokenizer(), 3)
@@ -267,7 +272,7 @@ def test_a_page_holds_every_measure_with_a_figure_and_the_table_of_its_numbers(e
     titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
     assert titles == ["Tau", "Acceptance per slot", "Training curves", "Where drafts are rejected", "Completions"]
     assert f"{report.tau:.3f}" in page.text and "Gain in tau: +0.0%" in page.text
-    assert "bench --record" in page.text
+    assert "bench --record" in page.text and "`" not in page.text
     svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(svgs) == 7 and all(svg["role"] == "img" and svg["aria-label"] for svg in svgs)
     assert len([tag for tag, _ in page.tags if tag == "caption"]) == 5
@@ -280,7 +285,7 @@ def test_break_even_is_an_estimate_where_no_server_was_measured_and_says_so(eval
     page = drafter_page("d", make_record(), estimate=estimate)
     section = {section.name: section for section in page.sections}["served"]
     assert section.title == "Break-even, estimated" and "not a measurement" in section.sentences[0]
-    assert [row[1] for row in section.tables[0].rows] == [str(row["break_even_tau"]) for row in estimate["rows"]]
+    assert [row[1] for row in section.tables[0].rows] == [f"{row['break_even_tau']:.2f}" for row in estimate["rows"]]
     pytest.importorskip("matplotlib")
     levels = [ServedLevel(1, 10.0, 9.0, 1.1, 1.0, 1.2, 2.0, 0.1, 0.01, None, None)]
     served = ServedSpeed("x", "a" * 64, 3, "two CPU cores", "vllm", None, 8, 0.0, False, 1, levels)

@@ -95,8 +95,8 @@ def cost_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     head = ["requests at a time", "tau to break even", *(f"speed-up at tau {tau}" for tau in rows[0]["speedup"])]
     has_best = rows[0]["best_drafts"] is not None
     cells = [
-        [str(row["batch"]), str(row["break_even_tau"]), *(f"{speedup}x" for speedup in row["speedup"].values())]
-        + (["{num_drafts} ({speedup}x)".format(**row["best_drafts"])] if has_best else [])
+        [str(row["batch"]), f"{row['break_even_tau']:.2f}", *(f"{each:.2f}x" for each in row["speedup"].values())]
+        + (["{num_drafts} ({speedup:.2f}x)".format(**row["best_drafts"])] if has_best else [])
         for row in rows
     ]
     return [*head, "best number of drafts"] if has_best else head, cells

@@ -32,8 +32,13 @@ class Piece:
 
     @property
     def shown(self) -> str:
-        """The text, with blanks made visible where there is nothing else: a struck-out blank could not be seen."""
-        return self.text if self.text.strip() else visible(self.text)
+        """
+        The text, with blanks made visible where a single token is nothing else: a struck-out blank could not be seen.
+        """
+        if self.kind == "accepted" or self.text.strip():
+            return self.text
+        # A line of the response ends where the target ends it.
+        return visible(self.text) + ("" if self.kind == "rejected" else "\n" * self.text.count("\n"))
 
 
 @dataclass(frozen=True)

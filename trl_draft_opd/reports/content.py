@@ -107,7 +107,7 @@ def _tau(reports: dict[str, EvaluationReport], record: TrainingRecord | None) ->
                 for point in ends
             ]
     for m in record.measurements if record is not None else []:
-        rows.append((f"{m.prompt_set}, temperature {m.temperature:g}", m.tau, m.tau_low, m.tau_high))
+        rows.append((f"recorded: {m.prompt_set}, temperature {m.temperature:g}", m.tau, m.tau_low, m.tau_high))
     if not rows:
         return None
     cells = [(name, f"{tau:.3f}", f"{low:.3f} to {high:.3f}") for name, tau, low, high in rows]
@@ -122,7 +122,10 @@ def _tau(reports: dict[str, EvaluationReport], record: TrainingRecord | None) ->
 
 def _slots(reports: dict[str, EvaluationReport], record: TrainingRecord | None) -> Section | None:
     rows = [(name, report.acceptance_per_slot) for name, report in reports.items()]
-    rows += [(m.prompt_set, m.acceptance_per_slot) for m in (record.measurements if record is not None else [])]
+    rows += [
+        (f"recorded: {m.prompt_set}", m.acceptance_per_slot)
+        for m in (record.measurements if record is not None else [])
+    ]
     if not rows:
         return None
     num_slots = max(len(rates) for _, rates in rows)
