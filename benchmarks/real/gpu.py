@@ -115,7 +115,7 @@ class GpuBench(Workbench):
     def __init__(self, pair: Pair, machine: Machine):
         super().__init__(pair, machine)
         self._ids: dict[PromptSet, list[list[int]]] = {}
-        self._rows: dict[tuple[float, int | None], Dataset] = {}
+        self._rows: dict[tuple[float, int | None, bool], Dataset] = {}
 
     def prompt_ids(self, prompts: PromptSet) -> list[list[int]]:
         """Return the prompts as token ids; see [`Workbench.prompt_ids`]."""
@@ -123,11 +123,12 @@ class GpuBench(Workbench):
             self._ids[prompts] = super().prompt_ids(prompts)
         return self._ids[prompts]
 
-    def training_rows(self, temperature: float = 0.0, pool: int | None = None) -> Dataset:
+    def training_rows(self, temperature: float = 0.0, pool: int | None = None, is_fresh: bool = False) -> Dataset:
         """Return the training prompts with their responses; see [`Workbench.training_rows`]."""
-        if (temperature, pool) not in self._rows:
-            self._rows[temperature, pool] = super().training_rows(temperature, pool)
-        return self._rows[temperature, pool]
+        key = temperature, pool, is_fresh
+        if key not in self._rows:
+            self._rows[key] = super().training_rows(*key)
+        return self._rows[key]
 
     def settle_budget(self, num_updates: int) -> None:
         """Give every arm the FLOPs of so many updates of continued SFT."""

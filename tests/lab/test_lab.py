@@ -158,6 +158,23 @@ def test_a_training_prompt_that_is_measured_on_is_left_out(shared, tmp_path):
         assert not trained & {tuple(ids) for ids in bench.prompt_ids(prompts)}
 
 
+def test_fresh_prompts_are_neither_those_of_the_start_nor_measured_on(shared, tmp_path):
+    words = {"file": "data/words.jsonl", "field": "question"}
+    fresh = [words | {"count": NUM_ROWS}]
+    bench = make_bench(make_pair(tmp_path, fresh=fresh), shared, tmp_path)
+    known = [tuple(ids) for prompts in bench.pair.train for ids in bench.prompt_ids(prompts)]
+    found = {tuple(ids) for ids in bench.training_rows(is_fresh=True)["prompt_ids"]}
+    measured = {tuple(ids) for ids in bench.prompt_ids(bench.pair.tests["words"])}
+    assert found and not found & ({*known} | measured)
+    assert found <= {tuple(ids) for ids in bench.every_prompt()}, "their responses are written with the others"
+
+
+def test_an_arm_of_fresh_prompts_needs_some(shared, tmp_path):
+    bench = make_bench(make_pair(tmp_path), shared, tmp_path)
+    with pytest.raises(SystemExit, match="no `fresh` prompts"):
+        bench.training_rows(is_fresh=True)
+
+
 # -- the plateau ------------------------------------------------------------------------------------------------------
 
 
