@@ -24,7 +24,8 @@ from benchmarks.lab.plan import FOLDER, Arm, PromptSet, build, read_arms, read_p
 from benchmarks.lab.start import count_flops, find_plateau, make_start, sft_flops
 from benchmarks.lab.trainers import bernoulli_forward_kl, bounded_k3
 from benchmarks.lab.workbench import Machine, Workbench
-from helpers.tiny import VOCAB, make_causal_lm, make_drafter, make_tokenizer
+from helpers.tiny import make_drafter
+from helpers.tiny_lab import write_shared
 from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget, evaluate_drafter, write_readings
 
 
@@ -38,14 +39,7 @@ NUM_ROWS = 24
 def shared(tmp_path_factory) -> Path:
     """Return a folder with a tiny target and prompts, laid out as `--shared` is."""
     folder = tmp_path_factory.mktemp("shared")
-    make_causal_lm().save_pretrained(folder / "targets" / "tiny")
-    make_tokenizer().save_pretrained(folder / "targets" / "tiny")
-    generator = torch.Generator().manual_seed(0)
-    (folder / "data").mkdir()
-    with (folder / "data" / "words.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(NUM_ROWS):
-            ids = torch.randint(7, VOCAB, (5,), generator=generator).tolist()
-            file.write(json.dumps({"question": " ".join(f"w{i}" for i in ids), "more": "w9"}) + "\n")
+    write_shared(folder, NUM_ROWS)
     return folder
 
 
