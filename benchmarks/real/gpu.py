@@ -74,7 +74,7 @@ class Plan:
 
 def gpu_plan() -> Plan:
     """Return the plan of a GPU: the real pairs with more prompts, more of them per update, and more updates."""
-    return Plan(tuple(_enlarged(read_pair(f"real-{family}")) for family in ("eagle3", "dflash", "dspark")))
+    return Plan(tuple(_enlarged(read_pair(f"real-{family}-large")) for family in ("eagle3", "dflash", "dspark")))
 
 
 def _enlarged(pair: Pair) -> Pair:
@@ -83,6 +83,7 @@ def _enlarged(pair: Pair) -> Pair:
         pair,
         name=f"{pair.name}-gpu",
         train=[replace(prompts, count=4000) for prompts in pair.train],
+        fresh=[],
         prompts_per_update=64,
         sft=SftPlan(settings, measure_every=200, min_updates=1200, max_updates=3000, cooldown_updates=300),
     )
