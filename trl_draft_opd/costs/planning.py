@@ -99,19 +99,14 @@ class Run:
         blocks = int(self.response / self.tau)
         if stage == "sft":
             blocks = self.response if self.anchors is None else min(self.anchors, self.response)
-        if machine.memory is None:
-            # The budget counts logits in float32, and autocast makes them in bf16; few slots do not fill it.
-            logits = rows * blocks * self.drafter.num_drafts * (self.target.vocab + self.drafter.vocab) * BF16
-            chunk_bytes = min(CHUNK_BYTES_CPU // 2, logits)
-        else:
-            chunk_bytes = chunk_bytes_of_card(machine.memory)
         return Workload(
             rows,
             self.length,
             blocks,
-            accumulation,
+            # SFT reads a micro-batch when its turn comes; Draft-OPD has read all of an update by then.
+            accumulation=1 if stage == "sft" else accumulation,
             checkpointing=False,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=CHUNK_BYTES_CPU if machine.memory is None else chunk_bytes_of_card(machine.memory),
             is_on_cpu=machine.memory is None,
         )
 
