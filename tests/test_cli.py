@@ -139,7 +139,7 @@ def test_the_package_runs_as_a_module():
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    [(["train"], "demo, generate"), (["evalute"], "Did you mean 'evaluate'?"), ([], "Measure a drafter;")],
+    [(["train"], "demo, plan, generate"), (["evalute"], "Did you mean 'evaluate'?"), ([], "Measure a drafter;")],
 )
 def test_an_unknown_or_missing_command_is_answered_with_those_there_are(
     words: list[str], hint: str, capsys: pytest.CaptureFixture

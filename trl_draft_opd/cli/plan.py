@@ -37,7 +37,7 @@ class PlanArguments:
         "slowest known card sold with as many.",
         default="h100",
     )
-    gpus: int = flag("Cards.", default=1)
+    gpus: int = flag("Cards of one machine.", default=1)
     num_prompts: int = flag("Prompts to train on.", default=NUM_PROMPTS)
     max_prompt_length: int | None = flag(f"Longest prompt, in tokens; {LONGEST_PROMPT} if unset.", default=None)
     max_completion_length: int | None = flag(
