@@ -201,6 +201,11 @@ def test_a_narrow_terminal_gets_the_columns_that_matter_most():
         titles, row = LogPrinter().lines(UPDATE | slots | parts, 9, 300, width)
         assert max(len(titles), len(row)) <= width and {"step", "loss", "tau", "left"} <= set(titles.split())
     assert "rate" not in titles and "kept per slot, %" in titles
+    # What has no column counts too, and the columns that it takes the place of do not come back.
+    printer, plain = LogPrinter(), UPDATE | slots | parts
+    first, second = (printer.lines(plain | more, 9, 300, 100) for more in ({}, {"truncated_responses": 1.0}))
+    assert len(second[1]) <= 100 and second[1].endswith("  cut short 100 %") and len(second[0]) < len(first[0])
+    assert len(printer.lines(plain, 9, 300, 100)) == 1, "the same columns"
     # What cannot be spared stays, however narrow.
     assert "tau" in LogPrinter().lines(UPDATE | slots | parts, 9, 300, 10)[0]
 

@@ -176,7 +176,8 @@ def test_the_traffic_script_trains_along_a_log(monkeypatch, tmp_path, folder, ca
 # ---- the notebook ---------------------------------------------------------------------------------------------------
 
 
-def test_the_notebook_runs_in_miniature_and_shows_curves_and_coloured_text(tmp_path, folder):
+def test_the_notebook_runs_in_miniature_and_shows_curves_and_coloured_text(monkeypatch, tmp_path, folder):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own draws inline
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
