@@ -302,6 +302,18 @@ def test_log_history_keeps_every_number_unrounded(tmp_path):
     assert entry["loss/accepted"] != round(entry["loss/accepted"], 4)
 
 
+def test_a_rollout_is_printed_below_no_part_of_the_bar(tmp_path):
+    target, shown = make_target(), io.StringIO()
+    target.tokenizer = make_tokenizer()
+    run = TINY_RUN | {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no", "log_completions": True}
+    run |= {"disable_tqdm": False, "logging_steps": 1, "completions_from_target": True, "max_mismatch_share": 1.0}
+    with redirect_stdout(shown), redirect_stderr(shown):
+        DraftOPDTrainer(make_drafter("eagle3", target), target, DraftOPDConfig(str(tmp_path), **run), ROWS).train()
+    panels = shown.getvalue().split("\u256d")
+    assert len(panels) > 2 and "| 1/2 [" in shown.getvalue()
+    assert all(before[-1] in "\r\n" for before in panels[:-1])
+
+
 def test_rejected_drafts_can_be_told_without_colours(tmp_path, capsys):
     target = make_target()
     target.tokenizer = make_tokenizer()

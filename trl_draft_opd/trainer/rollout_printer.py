@@ -6,6 +6,7 @@ Print what a rollout drafted: text, accepted and rejected drafts by colour. Disp
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..rollout.types import Rollout
@@ -60,4 +61,6 @@ def print_rollout(
         legend = Text(" ").join(
             Text(name, style) if has_styles else Text(MARKS[style] + name + MARKS[style]) for name, style in _LEGEND
         )
-        console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))
+        # Not behind a progress bar, on its line.
+        with tqdm.external_write_mode(console.file):
+            console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))
