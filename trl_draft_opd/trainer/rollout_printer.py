@@ -53,7 +53,7 @@ def print_rollout(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, step: int, console: Console
 ) -> None:
     """Print the first rows of a rollout, prompt above and response below."""
-    has_styles = console.is_terminal and console.color_system is not None
+    has_styles = (console.is_terminal or console.is_jupyter) and console.color_system is not None
     for row in range(min(num_rows, len(rollout.lengths))):
         prompt = _decode(tokenizer, rollout.input_ids[row, : int(rollout.prompt_lengths[row])].tolist())
         response = render_row(rollout, row, tokenizer)
