@@ -60,8 +60,8 @@ def test_without_its_body_a_drafter_has_the_tau_that_it_has_along_the_same_respo
     ("more", "said"),
     [
         (["--readings", "there"], "Name their folder in `--responses`"),
-        (["--shared-folder", "shared"], "Give the servers' `http://...` in `readings`"),
-        (["--readings", "http://127.0.0.1:9", "--responses", "there"], "Name it in `shared_folder`"),
+        (["--shared-folder", "shared"], "Give the servers' `http://...` in `--readings`"),
+        (["--readings", "http://127.0.0.1:9", "--responses", "there"], "Name it in `--shared-folder`"),
     ],
 )
 def test_readings_that_cannot_be_evaluated_on_are_refused_before_anything_is_loaded(
