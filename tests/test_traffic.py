@@ -227,7 +227,7 @@ def test_a_middleware_of_the_page_logs_what_import_reads(target, texts, lines, t
     source = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)[1]
     module: dict = {}
     exec(source, module)
-    module["LOG"] = tmp_path / "log.jsonl"
+    module["LOGS"] = tmp_path / "logs"
     asked = []
 
     def serve(line: dict) -> None:
@@ -255,9 +255,10 @@ def test_a_middleware_of_the_page_logs_what_import_reads(target, texts, lines, t
     for line in [*lines[:2], streamed(lines[2])]:
         serve(line)
     assert [request["return_token_ids"] for request in asked] == [True] * 3
-    assert module["LOG"].stat().st_mode & 0o077 == 0
+    logs = list(module["LOGS"].glob("*/*.jsonl"))
+    assert logs and all(log.stat().st_mode & 0o077 == 0 for log in logs)
     options = {"sampling": GREEDY, "max_completion_length": LENGTH}
-    assert import_traffic(target, [module["LOG"]], tmp_path / "store", **options).num_written == 3
+    assert import_traffic(target, logs, tmp_path / "store", **options).num_written == 3
 
 
 # ---- the drafter that was served ------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def serve_and_log(target: Path, drafter: Path, place: Path, questions: Sequence[
             ask(url, question, **streamed)
         ask(url, questions[0], temperature=0.7)
         ask(url, questions[0], repetition_penalty=1.2)
-    return place / "traffic.jsonl"
+    return place / "logs"
 
 
 def run(command: str, **flags: object) -> int:
