@@ -16,6 +16,7 @@ along=(--temperature 0.0 --top-k 0 --top-p 1.0 --max-completion-length 2048)
 num_held_out=200 num_verified=16
 ((${#logs[@]} >= 2)) || { echo "$3 needs two files or more: the last one is held out" >&2; exit 2; }
 mkdir -p "$work"
+trap 'rm -rf "$work/train" "$work/held-out"' EXIT  # they hold the text
 
 # 1. Text of the target, to train on and to measure with. Exit code 1: the server drafts otherwise than this drafter.
 trl-draft-opd import --log "${logs[@]::${#logs[@]}-1}" --target "$target" --drafter "$serving" "${along[@]}" \
@@ -37,7 +38,6 @@ trl-draft-opd export --drafter "$work/drafter" --target "$target" --output "$wor
     ${repo_id:+--repo-id "$repo_id"}
 trl-draft-opd verify --drafter "$work/export" "${held_out[@]}" --num-prompts "$num_verified" \
     --checkpoint "$work/drafter"
-rm -r "$work/train" "$work/held-out"
 is_better='import json, sys; sys.exit(json.load(open(sys.argv[1]))["gain_in_tau"]["low"] <= 0)'
 if python -c "$is_better" "$work/after.json" && [[ -n $repo_id ]]; then
     trl-draft-opd push --drafter "$work/export" --repo-id "$repo_id" --private
