@@ -13,9 +13,9 @@ target=$1 serving=$2                # the target, and the drafter that the serve
 logs=("$3"/*.jsonl*) work=$4        # a folder with the files of one day, and one to make
 repo_id=${5:-}                      # where a better drafter goes
 along=(--temperature 0.0 --top-k 0 --top-p 1.0 --max-completion-length 2048)
-num_held_out=200 num_verified=16
+num_held_out=200
 ((${#logs[@]} >= 2)) || { echo "$3 needs two files or more: the last one is held out" >&2; exit 2; }
-mkdir -p "$work"
+mkdir -p "$(dirname "$work")"; mkdir "$work"
 trap 'rm -rf "$work/train" "$work/held-out"' EXIT  # they hold the text
 
 # 1. Text of the target, to train on and to measure with. Exit code 1: the server drafts otherwise than this drafter.
@@ -36,8 +36,7 @@ trl-draft-opd "${replay[@]}" --drafter "$work/drafter" --before "$work/before.js
 # 4. The export keeps in every engine what it kept in training. A gain whose interval is clear of zero is pushed.
 trl-draft-opd export --drafter "$work/drafter" --target "$target" --output "$work/export" \
     ${repo_id:+--repo-id "$repo_id"}
-trl-draft-opd verify --drafter "$work/export" "${held_out[@]}" --num-prompts "$num_verified" \
-    --checkpoint "$work/drafter"
+trl-draft-opd verify --drafter "$work/export" --checkpoint "$work/drafter" "${held_out[@]}" --num-prompts 16
 is_better='import json, sys; sys.exit(json.load(open(sys.argv[1]))["gain_in_tau"]["low"] <= 0)'
 if python -c "$is_better" "$work/after.json" && [[ -n $repo_id ]]; then
     trl-draft-opd push --drafter "$work/export" --repo-id "$repo_id" --private

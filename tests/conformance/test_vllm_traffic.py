@@ -102,7 +102,7 @@ def test_a_drafter_follows_its_traffic_from_a_served_log_to_the_next_server(shar
     for name, part in (("00.jsonl", log[:-NUM_HELD_OUT]), ("01.jsonl", log[-NUM_HELD_OUT:])):
         (logs / name).write_text("".join(part), "utf-8")
     settings = NIGHTLY.read_text("utf-8").replace("--max-completion-length 2048", " ".join(EXACT))
-    script.write_text(settings.replace("num_verified=16", "num_verified=4"), "utf-8")
+    script.write_text(settings.replace("--num-prompts 16", "--num-prompts 4"), "utf-8")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", script, target, served, logs, work, "", "--max-steps", NUM_NIGHTLY_STEPS, *SMALL]
     night = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)
