@@ -108,7 +108,8 @@ def test_a_drafter_follows_its_traffic_from_a_served_log_to_the_next_server(shar
     night = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)
     assert night.returncode == 0 and "Nothing is pushed" in night.stdout, night.stdout[-3000:] + night.stderr[-3000:]
     assert json.loads((work / "train.json").read_text())["num_written"] == NUM_TRAINED
-    assert json.loads((work / "after.json").read_text())["gain_in_tau"]["low"] > 0
+    # Seen: 1.617 to 1.693 over 16 prompts, +4.7 % [+0.8 %, +8.8 %].
+    assert json.loads((work / "after.json").read_text())["gain_in_tau"]["gain"] > 0.01
 
     _, before = import_all(target, served, log[-NUM_HELD_OUT:], tmp_path / "held-out-numbers")
     log = serve_and_log(target, work / "export", tmp_path / "second", questions[-NUM_HELD_OUT:])
@@ -116,4 +117,5 @@ def test_a_drafter_follows_its_traffic_from_a_served_log_to_the_next_server(shar
     assert code == 0 and abs(second["served"]["gap"]) < 0.01 and second["served"]["num_other"] <= 1, second
     assert second["served"]["served_tau"] > before["served"]["served_tau"]
     # The old drafter did not make these rounds.
-    assert import_all(target, served, log, tmp_path / "other")[0] == 1
+    _, other = import_all(target, served, log, tmp_path / "other-numbers")
+    assert other["served"]["num_other"] > NUM_HELD_OUT // 2, other
