@@ -390,8 +390,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_loaded
     for flags, message in (
         (["--report", str(tmp_path)], "is a folder"),
         (["--report", str(tmp_path / "none" / "r.html")], "is in no folder"),
-        (["--report-before", "x.json"], "--report report.html"),
-        (["--report", page, "--report-before", str(other)], "of this version wrote"),
+        (["--before", str(other)], "of this version wrote"),
         (["--report", page, "--report-text", "-1"], "--report-text"),
     ):
         assert main([*words, *flags]) == 2
@@ -419,7 +418,10 @@ def test_evaluate_writes_a_report_whose_text_is_as_much_as_was_asked_for(tmp_pat
     assert "the text of 2 responses" in capsys.readouterr().out
     html = (tmp_path / "r.html").read_text("utf-8")
     assert html.count("<details") == 2 and "This file holds text" in html and str(tmp_path) not in html
-    assert main([*words, "--report-text", "0", "--report-before", str(before)]) == 0
+    after = tmp_path / "after.json"
+    assert main([*words, "--report-text", "0", "--before", str(before), "--json", str(after)]) == 0
+    assert "Gain in tau: +0.0% [+0.0%, +0.0%]" in capsys.readouterr().out
+    assert json.loads(after.read_text())["gain_in_tau"] == {"gain": 0.0, "low": 0.0, "high": 0.0}
     html = (tmp_path / "r.html").read_text("utf-8")
     assert "<details" not in html and "Gain in tau" in html and "before: decided" in html
     assert "Break-even, estimated" in html
@@ -428,5 +430,5 @@ def test_evaluate_writes_a_report_whose_text_is_as_much_as_was_asked_for(tmp_pat
         (["--max-completion-length", "10"], "other `--max-completion-length`: 12, now 10"),
         (["--ignore-eos"], "other `--ignore-eos`"),
     ):
-        assert main([*words, "--report-before", str(before), *flags]) == 2
+        assert main([*words, "--before", str(after), *flags]) == 2
         assert what in capsys.readouterr().err

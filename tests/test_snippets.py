@@ -155,6 +155,9 @@ def dry_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert [word for word in words[1:] if "=" not in word and word not in MAKE_TARGETS] == []
     elif words[0] == "python":
         parse_python(words[1:], monkeypatch)
+    elif words[0] == "bash":
+        # What it runs is read in test_examples.py.
+        assert (ROOT / words[1]).is_file()
     else:
         assert words[0] in FOREIGN, f"{words[0]} is no command that is known here"
 

@@ -63,7 +63,7 @@ from .arguments import (
     unless_default,
     write_json,
 )
-from .reporting import PROMPTS_KEY, ReportArguments, check_same
+from .reporting import PROMPTS_KEY, ReportArguments, check_same, measure_gain
 
 
 def check_recordable(prompt_set: str, drafter: str) -> None:
@@ -258,13 +258,14 @@ def run_evaluate(argv: Sequence[str]) -> int:
         print(explain_replay(target.rollback_reason))
     if report.num_different:
         print(explain_difference(target.causal_lm.dtype))
-    write_json(args.json, report.to_dict() | {PROMPTS_KEY: digest})
+    before = None if earlier is None else earlier[0]
+    write_json(args.json, report.to_dict() | {PROMPTS_KEY: digest} | measure_gain(before, report))
     args.write_report(
         (args.drafter, args.target),
         drafter.config,
         target.num_parameters,
         report,
-        None if earlier is None else earlier[0],
+        before,
         [] if collector is None else collector.kept,
     )
     args.add_to_record(report, target, drafter.config.family, digest)

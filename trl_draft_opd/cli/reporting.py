@@ -12,7 +12,7 @@ from ..drafters.auto import DRAFTER_CLASSES
 from ..drafters.base import Drafter
 from ..drafters.portable_config import PortableConfig
 from ..drafters.published.checkpoint import CONFIG_FILE, CheckpointSource, read_drafter_config
-from ..evaluation import EvaluationReport
+from ..evaluation import EvaluationReport, paired_gain
 from ..export.record import TrainingRecord, read_record
 from ..reports.completions import Completion, CompletionCollector
 from ..reports.content import drafter_page, estimate_break_even, folder_title
@@ -24,8 +24,8 @@ from ..utils.settings import check_at_least
 from .arguments import flag, parse
 
 
-# The key under which the file of `--json` keeps whose prompts were measured, beside the report itself.
-PROMPTS_KEY = "prompts_sha256"
+# Keys under which the file of `--json` keeps whose prompts were measured, and the gain, beside the report itself.
+PROMPTS_KEY, GAIN_KEY = "prompts_sha256", "gain_in_tau"
 # What changes tau beside the drafter: taus of other settings are not compared.
 _COMPARED = ("num_drafts", "temperature", "draft_sampling", "max_completion_length", "ignore_eos", "min_confidence")
 
@@ -46,13 +46,23 @@ def read_evaluation(path: str, name: str) -> tuple[EvaluationReport, str | None]
     except ValueError as error:  # of the encoding, too
         raise ValueError(f"`{name}` must be a file of `evaluate --json`; {path!r} is no JSON: {error}.") from error
     known = {known.name for known in fields(EvaluationReport)}
-    if not isinstance(content, dict) or set(content) - {PROMPTS_KEY} != known:
+    if not isinstance(content, dict) or set(content) - {PROMPTS_KEY, GAIN_KEY} != known:
         raise ValueError(
             f"`{name}` must be a file that `evaluate --json` of this version wrote; the keys of {path!r} are others. "
             "Measure again."
         )
     digest = content.pop(PROMPTS_KEY, None)
+    content.pop(GAIN_KEY, None)
     return EvaluationReport(**content), digest
+
+
+def measure_gain(before: EvaluationReport | None, after: EvaluationReport) -> dict[str, dict[str, float]]:
+    """Print the gain in tau over an earlier evaluation, and return it for `--json`; nothing if there is none."""
+    if before is None:
+        return {}
+    gain, low, high = paired_gain(before, after)
+    print(f"Gain in tau: {gain:+.1%} [{low:+.1%}, {high:+.1%}], paired over the same prompts.")
+    return {GAIN_KEY: {"gain": gain, "low": low, "high": high}}
 
 
 def check_same(
@@ -88,8 +98,10 @@ class ReportArguments:
         "HTML file to write: what was measured, the training curves of the drafter's record, and responses, coloured.",
         default=None,
     )
-    report_before: str | None = flag(
-        "File that `--json` wrote of an earlier drafter on the same prompts, to show beside this one.", default=None
+    before: str | None = flag(
+        "File that `--json` wrote of an earlier drafter on the same prompts: the gain in tau over it is printed, and "
+        "kept in the file of this `--json`; a report shows both.",
+        default=None,
     )
     report_text: int = flag(
         "Responses whose text the report holds; 0 keeps all text out of it, and no prompt is ever in it.", default=4
@@ -98,12 +110,9 @@ class ReportArguments:
     def check_report(self) -> tuple[EvaluationReport, str | None] | None:
         """Refuse what could not be written, before anything is measured; return the earlier evaluation."""
         check_at_least(self, 0, "report_text")
-        if self.report is None:
-            if self.report_before is not None:
-                raise ValueError("`--report-before` is shown in a report. Name its file: `--report report.html`.")
-            return None
-        check_page(self.report, "--report")
-        return None if self.report_before is None else read_evaluation(self.report_before, "--report-before")
+        if self.report is not None:
+            check_page(self.report, "--report")
+        return None if self.before is None else read_evaluation(self.before, "--before")
 
     def collector(self, target: FrozenTarget, drafter: Drafter) -> CompletionCollector | None:
         """Return what keeps responses for the report, if any are wanted."""
