@@ -316,7 +316,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_loaded
         (["--report", str(tmp_path)], "is a folder"),
         (["--report", str(tmp_path / "none" / "r.html")], "is in no folder"),
         (["--before", str(other)], "of this version wrote"),
-        (["--report", page, "--report-text", "-1"], "report_text"),
+        (["--report", page, "--report-text", "-1"], "`--report-text` must be at least 0"),
     ):
         assert main([*words, *flags]) == 2
         assert message in capsys.readouterr().err
