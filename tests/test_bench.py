@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from test_record import CANARIES, make_record
 
+from helpers.files import save_target, write_rows
 from helpers.streaming_server import streaming
-from helpers.tiny import make_causal_lm, make_target, make_tokenizer
+from helpers.tiny import make_target
 from trl_draft_opd import Eagle3DraftModel
 from trl_draft_opd.cli import main
 from trl_draft_opd.export import Publication, TargetOfExport, export_drafter
@@ -27,18 +28,13 @@ SLOWER = replace(LEVEL, concurrency=16, speedup=0.8, speedup_low=0.7, speedup_hi
 
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("target")
-    make_causal_lm().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"question": f"w{8 + i} w9 w10", "answer": "w11"} for i in range(4)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture

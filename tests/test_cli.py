@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+from helpers.files import make_word_rows, save_target, write_rows
 from helpers.flag_table import groups_of, parser_of
 from helpers.tiny import EOS, VOCAB, make_causal_lm, make_target, make_tokenizer
 from trl_draft_opd import AutoDrafter, DraftOPDConfig, ResponseStore, __version__, evaluate_drafter
@@ -35,20 +36,12 @@ TRAINING = "--max_steps 1 --warmup_steps 0 --use_cpu --report_to none --save_str
 
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("target")
-    make_causal_lm().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        {"prompt": f"w{8 + i} w9 w10", "completion": " ".join(f"w{10 + i + j}" for j in range(12))} for i in range(6)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", make_word_rows())
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +140,7 @@ def test_the_package_runs_as_a_module():
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    [(["train"], "demo, generate"), (["evalute"], "Did you mean 'evaluate'?"), ([], "Measure a drafter;")],
+    [(["train"], "demo, plan, generate"), (["evalute"], "Did you mean 'evaluate'?"), ([], "Measure a drafter;")],
 )
 def test_an_unknown_or_missing_command_is_answered_with_those_there_are(
     words: list[str], hint: str, capsys: pytest.CaptureFixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.extraction_server import serving
+from helpers.files import make_word_rows, save_target, write_rows
 from helpers.tiny import make_causal_lm, make_drafter, make_target, make_tokenizer
 from trl_draft_opd import FrozenTarget, ResponseStore
 from trl_draft_opd.cli import main
@@ -25,12 +26,8 @@ TRAINING = "--max_steps 1 --warmup_steps 0 --use_cpu --report_to none --save_str
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a target, rows, and the target's responses to them."""
     place = tmp_path_factory.mktemp("place")
-    make_causal_lm().save_pretrained(place / "target")
-    make_tokenizer().save_pretrained(place / "target")
-    rows = [
-        {"prompt": f"w{8 + i} w9 w10", "completion": " ".join(f"w{10 + i + j}" for j in range(12))} for i in range(6)
-    ]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    save_target(place / "target")
+    write_rows(place / "rows.jsonl", make_word_rows())
     make_drafter("eagle3", make_target()).save_pretrained(place / "drafter")
     words = ["generate", *common(place), "--output", str(place / "responses"), "--max-completion-length", "10"]
     assert main(words) == 0

@@ -201,6 +201,11 @@ def test_a_narrow_terminal_gets_the_columns_that_matter_most():
         titles, row = LogPrinter().lines(UPDATE | slots | parts, 9, 300, width)
         assert max(len(titles), len(row)) <= width and {"step", "loss", "tau", "left"} <= set(titles.split())
     assert "rate" not in titles and "kept per slot, %" in titles
+    # What has no column counts too, and the columns that it takes the place of do not come back.
+    printer, plain = LogPrinter(), UPDATE | slots | parts
+    first, second = (printer.lines(plain | more, 9, 300, 100) for more in ({}, {"truncated_responses": 1.0}))
+    assert len(second[1]) <= 100 and second[1].endswith("  cut short 100 %") and len(second[0]) < len(first[0])
+    assert len(printer.lines(plain, 9, 300, 100)) == 1, "the same columns"
     # What cannot be spared stays, however narrow.
     assert "tau" in LogPrinter().lines(UPDATE | slots | parts, 9, 300, 10)[0]
 
@@ -295,6 +300,18 @@ def test_log_history_keeps_every_number_unrounded(tmp_path):
     assert {"loss", "grad_norm", "learning_rate", "loss/accepted", "slots/accepted", "epoch", "step"} <= set(entry)
     assert all(isinstance(value, (int, float)) for value in entry.values())
     assert entry["loss/accepted"] != round(entry["loss/accepted"], 4)
+
+
+def test_a_rollout_is_printed_below_no_part_of_the_bar(tmp_path):
+    target, shown = make_target(), io.StringIO()
+    target.tokenizer = make_tokenizer()
+    run = TINY_RUN | {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no", "log_completions": True}
+    run |= {"disable_tqdm": False, "logging_steps": 1, "completions_from_target": True, "max_mismatch_share": 1.0}
+    with redirect_stdout(shown), redirect_stderr(shown):
+        DraftOPDTrainer(make_drafter("eagle3", target), target, DraftOPDConfig(str(tmp_path), **run), ROWS).train()
+    panels = shown.getvalue().split("\u256d")
+    assert len(panels) > 2 and "| 1/2 [" in shown.getvalue()
+    assert all(before[-1] in "\r\n" for before in panels[:-1])
 
 
 def test_rejected_drafts_can_be_told_without_colours(tmp_path, capsys):

@@ -159,7 +159,9 @@ def test_responses_that_are_not_written_are_counted_with_the_command_that_writes
     # An evaluation that measures tau, of rows that do not hold the target's responses as ids.
     options |= {"rows": rows_in(folder), "eval_rows": prompts}
     for method in ("sft", "opd"):
-        changes = {} if method == "sft" else {"completions_from_target": False, "rows": None}
+        # A stream's own responses are looked for as it comes.
+        stream = {"completions_from_target": False, "rows": rows_in(folder).to_iterable_dataset()}
+        changes = {} if method == "sft" else stream
         with pytest.raises(ValueError, match=says.replace("the dataset", "the evaluation dataset")):
             make_trainer(folder, tmp_path / f"eval-{method}", method, **options | changes)
     for store in tmp_path.glob("*/_responses"):

@@ -2,7 +2,9 @@
 """The demo: its corpus, its tokenizer, its target, and a miniature run of every phase with both families."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -31,11 +33,34 @@ MINIATURE = {
 }
 
 
+# The command, with the sizes of `MINIATURE` for its own.
+COMMAND = """
+import sys
+from dataclasses import replace
+from test_demo import MINIATURE
+from trl_draft_opd.cli import demo, main
+
+run = demo.run_phases
+demo.run_phases = lambda settings, rows: run(replace(settings, **MINIATURE), rows)
+sys.exit(main(["demo", "--output", sys.argv[1]]))
+"""
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoSettings, dict]:
-    """One miniature run: its settings and its results."""
-    settings = DemoSettings(output=tmp_path_factory.mktemp("demo") / "run", **MINIATURE)
-    return settings, run_demo(settings, None)
+def ran(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess:
+    """One miniature run of the command in a process of its own, whose last argument is its folder."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", COMMAND, str(tmp_path_factory.mktemp("demo") / "run")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(ran: subprocess.CompletedProcess) -> tuple[DemoSettings, dict]:
+    """Settings and results of that run."""
+    assert ran.returncode == 0, ran.stderr
+    settings = DemoSettings(output=Path(ran.args[-1]), **MINIATURE)
+    return settings, json.loads((settings.output / "results.json").read_text("utf-8"))
 
 
 def _ages(folder: Path) -> dict[str, int]:
@@ -149,9 +174,13 @@ def test_a_trained_target_is_an_ordinary_checkpoint_that_has_learnt(tmp_path: Pa
 # ---- run ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_demo_prints_no_warning(ran: subprocess.CompletedProcess):
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "gain in tau" in ran.stdout and not re.search("(?i)warning|note:", ran.stdout)
+
+
 def test_a_run_leaves_drafters_plot_and_numbers(finished: tuple[DemoSettings, dict]):
     settings, results = finished
-    assert json.loads((settings.output / "results.json").read_text("utf-8")) == json.loads(json.dumps(results))
     assert (settings.output / "demo.png").read_bytes().startswith(b"\x89PNG")
     for name in ("drafter-sft", "drafter-opd"):
         assert AutoDrafter.from_pretrained(settings.output / name).config.block_size == 4
@@ -191,6 +220,7 @@ def test_a_second_run_reuses_finished_phases_and_changed_ones_run_again(
     first = _ages(settings.output)
     again = run_demo(settings, None)
     assert again["opd"]["accepted_sums"] == results["opd"]["accepted_sums"]
+    assert json.loads((settings.output / "results.json").read_text("utf-8")) == json.loads(json.dumps(again))
     kept = {name for name, age in _ages(settings.output).items() if age == first.get(name)}
     assert set(first) - kept == {"results.json", "demo.png"}
     # Another family needs another drafter, but neither another target nor other responses. An interrupted phase is
@@ -200,7 +230,6 @@ def test_a_second_run_reuses_finished_phases_and_changed_ones_run_again(
     results = run_demo(replace(settings, family="eagle3"), None)
     printed = capsys.readouterr().out
     assert printed.count("already in") == 2
-    assert "WARNING" not in printed
     for word in ("tau", "gain in tau", "kept per slot", "equal outputs", "speed"):
         assert word in printed
     assert AutoDrafter.from_pretrained(settings.output / "drafter-opd").config.family == "eagle3"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny import make_causal_lm, make_tokenizer
+from helpers.files import save_target, write_rows
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.__main__ import main
 
@@ -19,10 +19,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return a target, a drafter, rows, the target's responses and a store of its readings of them."""
     root = tmp_path_factory.mktemp("made")
     made = {name: str(root / name) for name in ("target", "drafter", "rows.jsonl", "responses", "readings")}
-    make_causal_lm().save_pretrained(made["target"])
-    make_tokenizer().save_pretrained(made["target"])
-    lines = [json.dumps({"prompt": f"w{8 + i} w9 w10"}) for i in range(6)]
-    Path(made["rows.jsonl"]).write_text("\n".join(lines) + "\n", "utf-8")
+    save_target(root / "target")
+    write_rows(root / "rows.jsonl", ({"prompt": f"w{8 + i} w9 w10"} for i in range(6)))
     rows = ["--target", made["target"], "--dataset", made["rows.jsonl"]]
     small = ["--num-hidden-layers", "1", "--block-size", "4", "--seed", "3"]
     assert main(["init", "--family", "dflash", "--target", made["target"], "--output", made["drafter"], *small]) == 0
@@ -62,8 +60,8 @@ def test_without_its_body_a_drafter_has_the_tau_that_it_has_along_the_same_respo
     ("more", "said"),
     [
         (["--readings", "there"], "Name their folder in `--responses`"),
-        (["--shared-folder", "shared"], "Give the servers' `http://...` in `readings`"),
-        (["--readings", "http://127.0.0.1:9", "--responses", "there"], "Name it in `shared_folder`"),
+        (["--shared-folder", "shared"], "Give the servers' `http://...` in `--readings`"),
+        (["--readings", "http://127.0.0.1:9", "--responses", "there"], "Name it in `--shared-folder`"),
     ],
 )
 def test_readings_that_cannot_be_evaluated_on_are_refused_before_anything_is_loaded(

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from helpers.tiny import EOS, make_causal_lm, make_tokenizer
+from helpers.files import save_target, write_rows
+from helpers.tiny import EOS
 from trl_draft_opd import AutoDrafter, FrozenTarget
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.training import FreshDrafterArguments, make_drafter
@@ -29,17 +30,13 @@ TRAINING += ["--max-completion-length", "8", "--per-device-train-batch-size", "2
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    make_causal_lm().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"w{8 + i} w9 w10"}) + "\n" for i in range(4)), "utf-8")
-    return str(path)
+    rows = ({"prompt": f"w{8 + i} w9 w10"} for i in range(4))
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture(scope="module")

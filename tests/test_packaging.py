@@ -8,6 +8,7 @@ package from the one that runs the tests.
 
 import ast
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -34,7 +35,11 @@ LEFT_OUT = (".*", "build", "dist", "site", "outputs", "__pycache__", "*.egg-info
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    # PYTHONPATH would come before what is installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or command[0] == sys.executable}
+    done = subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

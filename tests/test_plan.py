@@ -1,12 +1,11 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What `plan` says is what docs/do/scaling.md and the roofline say of the same shapes, and what a step takes that runs.
+What `plan` says is what docs/do/scaling.md and the roofline say of the same shapes, and what training takes that runs.
 Its commands are ones that the program takes.
 """
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3NextConfig
 
 from benchmarks import scaling
-from benchmarks.counters import PeakBytes
+from benchmarks.planned import measured_peak, plan_of
 from benchmarks.scaling import FAMILIES
-from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget
+from trl_draft_opd import DraftOPDConfig, DraftSFTConfig
 from trl_draft_opd.cli import main
 from trl_draft_opd.cli.arguments import parse
 from trl_draft_opd.cli.decoding import GenerateArguments
@@ -30,8 +29,6 @@ from trl_draft_opd.costs.jobs import JOBS
 from trl_draft_opd.costs.memory import LAUNCHES, launch_bytes
 from trl_draft_opd.costs.roofline import predict
 from trl_draft_opd.costs.shapes import KNOWN_ARCHITECTURES, TARGETS, TargetShape
-from trl_draft_opd.drafters.auto import DRAFTER_CLASSES
-from trl_draft_opd.losses import default_chunk_bytes
 
 
 PARSED = {
@@ -92,37 +89,12 @@ def test_readings_take_on_disk_what_the_page_says_of_a_token(folder_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_the_shared_target_takes_what_is_planned_within_15_percent(shared_dir, family):
+def test_training_on_the_shared_target_takes_what_is_planned_within_15_percent(shared_dir, family):
     folder = str(shared_dir / "targets" / "gsm8k-qwen3-7m")
-    sizes = {"max_prompt_length": 128, "max_completion_length": 384, "per_device_train_batch_size": 2}
-    plan = make_plan(PlanArguments(target=folder, gpu="cpu", family=family, **sizes))
+    plan = plan_of(folder, family, prompt=128, response=384)
     for stage in ("sft", "opd"):
         measured = measured_peak(folder, plan, stage)
         assert plan.fits[stage].peak == pytest.approx(measured, rel=0.15), (stage, plan.fits[stage].peak, measured)
-
-
-def measured_peak(folder, plan, stage):
-    """Return the peak of a micro-batch on the CPU with gradients and optimizer there, everything alive included."""
-    fits = plan.fits[stage]
-    work = plan.run.workload(stage, fits.rows, fits.accumulation, plan.machine)
-    work = replace(work, chunk_bytes=default_chunk_bytes("cpu"))  # what training takes if it is not told
-    target = FrozenTarget.load(folder, dtype="bfloat16")
-    drafter = DRAFTER_CLASSES[plan.config.family](plan.config).train()
-    scene = scaling.Scene.make(target, plan.config.family, work)
-    scene = replace(scene, drafter=drafter, optimizer=torch.optim.AdamW(drafter.parameters()))
-    # Gradients and moments come into being.
-    for action in (scene.read, scene.forward, scene.backward, scene.update):
-        action()
-    scene.reading = None
-    weights = [p.nbytes for p in target.causal_lm.parameters()]
-    with PeakBytes() as peak:
-        kept = []
-        for _ in range(fits.accumulation):
-            scene.read()
-            kept.append(scene.reading)
-        for action in (scene.forward, scene.backward, scene.update):
-            action()
-    return sum(weights) + sum(4 * p.nbytes for p in drafter.parameters()) + peak.peak
 
 
 @pytest.mark.parametrize("architecture", KNOWN_ARCHITECTURES)

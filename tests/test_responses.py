@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from helpers.files import make_word_rows, save_target, write_rows
 from helpers.tiny import EOS, TARGETS, VOCAB, make_causal_lm, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import (
     FrozenTarget,
@@ -43,20 +44,12 @@ SAMPLED = SamplingSettings(temperature=0.8, top_k=8, top_p=0.95)
 
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("target")
-    make_causal_lm().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        {"prompt": f"w{8 + i} w9 w10", "completion": " ".join(f"w{10 + i + j}" for j in range(12))} for i in range(6)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", make_word_rows())
 
 
 def _error(argv: list[str], capsys: pytest.CaptureFixture) -> str:

@@ -27,6 +27,7 @@ from helpers.chats import (
     responses_of,
     texts_of,
 )
+from helpers.files import write_rows
 from helpers.tiny import TINY_RUN, make_drafter, make_target
 from trl_draft_opd import DraftOPDConfig, DraftOPDTrainer, DraftSFTConfig, DraftSFTTrainer
 from trl_draft_opd.cli.rows import load_rows
@@ -35,11 +36,6 @@ from trl_draft_opd.data.chats import drop_nulls
 
 def text(*texts):
     return [{"type": "text", "text": each} for each in texts]
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
 
 
 # -- contents ---------------------------------------------------------------------------------------------------------
@@ -54,7 +50,7 @@ IN_PARTS = [
 
 @pytest.mark.parametrize("template", [CHATML, STRINGS_ONLY, PARTS_ONLY, EITHER])
 def test_text_parts_give_what_plain_strings_give_under_every_template(tmp_path, template):
-    file = write_lines(tmp_path / "rows.jsonl", IN_PARTS)
+    file = write_rows(tmp_path / "rows.jsonl", IN_PARTS)
     expected = texts_of(PLAIN, template)
     assert expected[1].endswith("user\nAdd 3 and 5.<|im_end|>\n<|im_start|>assistant\n8<|im_end|>\n")
     assert texts_of(load_rows(file, None, "train"), template) == expected
@@ -67,7 +63,7 @@ def test_text_parts_give_what_plain_strings_give_under_every_template(tmp_path, 
 @pytest.mark.parametrize("answer", ["8", "8.50", "007", "true", "null", '{"a": 1}', "[1, 2]", '"quoted"', "hello"])
 def test_a_text_that_is_json_stays_that_text_next_to_contents_in_parts(tmp_path, answer):
     rows = [IN_PARTS[0], chat(("user", "Say it."), ("assistant", answer))]
-    file = write_lines(tmp_path / "rows.jsonl", rows)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     assert responses_of(load_rows(file, None, "train"))[1] == [answer + "<|im_end|>"]
     if answer != '"quoted"':  # `datasets` itself stores it as it stores the text without quotes.
         mixed = load_dataset("json", data_files=file, split="train")
@@ -75,7 +71,7 @@ def test_a_text_that_is_json_stays_that_text_next_to_contents_in_parts(tmp_path,
         mixed.to_parquet(tmp_path / "rows.parquet")
         assert responses_of(load_rows(str(tmp_path / "rows.parquet"), None, "train"))[1] == [answer + "<|im_end|>"]
     (tmp_path / "folder").mkdir()
-    write_lines(tmp_path / "folder" / "rows.jsonl", rows)
+    write_rows(tmp_path / "folder" / "rows.jsonl", rows)
     assert responses_of(load_rows(str(tmp_path / "folder"), None, "train"))[1] == [answer + "<|im_end|>"]
 
 
@@ -152,7 +148,7 @@ def tool_rows(as_text=False):
 @KEEPS_ORDER
 @pytest.mark.parametrize("template", [ENCODES, JOINS, TAKES_BOTH])
 def test_the_same_calls_give_the_same_text_however_rows_hold_them(tmp_path, template):
-    file = write_lines(tmp_path / "rows.jsonl", tool_rows())
+    file = write_rows(tmp_path / "rows.jsonl", tool_rows())
     expected = [texts_of([row], template)[0] for row in tool_rows()]
     assert '"arguments": {"city": "Rome"}}<|im_end|>' in expected[0] and expected[0].startswith('{"type": "function"')
     assert [run[0][:9] for run in responses_of(tool_rows(), template)] == ['{"name": '] * 2
@@ -170,7 +166,7 @@ def test_the_same_calls_give_the_same_text_however_rows_hold_them(tmp_path, temp
         load_rows(file, None, "train"),
         load_dataset("json", data_files=file, split="train"),
         tool_rows(as_text=True),
-        load_rows(write_lines(tmp_path / "mixed.jsonl", [tool_rows()[0], tool_rows(as_text=True)[1]]), None, "train"),
+        load_rows(write_rows(tmp_path / "mixed.jsonl", [tool_rows()[0], tool_rows(as_text=True)[1]]), None, "train"),
     ):
         assert texts_of(rows, template) == expected
 

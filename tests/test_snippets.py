@@ -231,6 +231,7 @@ def test_python_that_cannot_be_run_is_found(text):
 @pytest.mark.slow
 def test_the_commands_of_the_quickstart_go_from_rows_to_a_verified_export(monkeypatch, tmp_path, capsys):
     """Those that try it small, then export and check, with a tiny target in place of the page's."""
+    pytest.importorskip("matplotlib")
     make_target().causal_lm.save_pretrained(tmp_path / "target")
     make_tokenizer().save_pretrained(tmp_path / "target")
     rows = "".join(json.dumps({"question": f"w{i} w{i + 1}"}) + "\n" for i in range(7, 15))
@@ -239,7 +240,7 @@ def test_the_commands_of_the_quickstart_go_from_rows_to_a_verified_export(monkey
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "learn" / "quickstart.md").read_text("utf-8").replace("Qwen/Qwen3-0.6B", "target")
     (tmp_path / "page.md").write_text(text, "utf-8")
-    small, _, serve = [block for _, language, block in snippets(tmp_path / "page.md") if language == "bash"]
+    _, small, _, serve = [block for _, language, block in snippets(tmp_path / "page.md") if language == "bash"]
     ran = []
     for words in commands(small) + commands(serve.replace("drafter-opd", "try/drafter-opd")):
         if words[0] == "trl-draft-opd":
@@ -247,3 +248,4 @@ def test_the_commands_of_the_quickstart_go_from_rows_to_a_verified_export(monkey
             assert main([*words[1:], *on_cpu]) == 0, f"{words}: {capsys.readouterr().err}"
             ran.append(words[1])
     assert ran == ["generate", "sft", "opd", "evaluate", "export", "verify"]
+    assert (tmp_path / "try" / "report.html").is_file()

@@ -81,7 +81,7 @@ def arm_flops(bench: Workbench, arm: Arm, start: Path, folder: Path) -> float:
     """Return the FLOPs of one update of an arm, counted at the start."""
     path = folder / "flops.json"
     if not path.exists():
-        rows = bench.training_rows(arm.temperature, arm.pool)
+        rows = bench.training_rows(arm.temperature, arm.pool, arm.is_fresh)
         # What an update costs does not depend on what was learned; an adapter wants the drafter that it names.
         drafter = bench.load_drafter(start)
         make = lambda **fields: make_trainer(bench, arm, drafter, rows, folder / "scratch", 0, **fields)  # noqa: E731
@@ -112,7 +112,7 @@ def run_arm(bench: Workbench, arm: Arm, tier: int, seed: int) -> dict[str, Any]:
     start = make_start(bench)
     flops = arm_flops(bench, arm, start, arm_folder)
     updates = max(1, round(bench.pair.budgets[tier] * arm.budget_share * 1e12 / flops))
-    rows = bench.training_rows(arm.temperature, arm.pool)
+    rows = bench.training_rows(arm.temperature, arm.pool, arm.is_fresh)
     print(
         f"{bench.pair.name} tier {tier} {arm.name} seed {seed}: {updates} updates of {flops / 1e9:.1f} GFLOP",
         flush=True,
@@ -171,7 +171,7 @@ def described(arm: Arm) -> dict[str, Any]:
     usual = {field.name: field.default for field in dataclasses.fields(Arm)}
     return {
         name: getattr(arm, name)
-        for name in ("pool", "begins", "lora", "sharpen", "average")
+        for name in ("pool", "is_fresh", "begins", "lora", "sharpen", "average")
         if getattr(arm, name) != usual[name]
     }
 

@@ -85,6 +85,7 @@ class Pair:
         max_completion_length (`int`): Longest response.
         train (`list[PromptSet]`), dev (`list[PromptSet]`), tests (`dict[str, PromptSet]`):
             Prompts; neither a development nor a test prompt is trained on.
+        fresh (`list[PromptSet]`): More prompts, for arms that train on prompts that the start has not seen.
         prompts_per_update (`int`): Prompts of one optimiser step.
         sft (`SftPlan`): How the start is made.
         budgets (`dict[int, float]`): TFLOP of an arm, by tier.
@@ -112,6 +113,7 @@ class Pair:
     continued_sft: dict[str, Any] = field(default_factory=dict)
     arms: list[str] | None = None
     responses: str | None = None
+    fresh: list[PromptSet] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Arm:
             target is confident).
         settings (`dict`): Fields of the trainer's config that differ from the pair's.
         pool (`int`, *optional*): Train on the first so many prompts only.
+        is_fresh (`bool`): Train on the pair's `fresh` prompts in place of those of the start.
         refresh_epochs (`int`): Epochs between two walks of the chain (`"stale"` only).
         temperature (`float`), draft_sampling (`str`): Distribution of text and drafts, in training and evaluation.
         budget_share (`float`): Share of the tier's budget.
@@ -152,6 +155,7 @@ class Arm:
     lora: dict[str, Any] | None = None
     sharpen: float | None = None
     average: float | None = None
+    is_fresh: bool = False
 
     def __post_init__(self):
         if self.trainer not in TRAINERS:
@@ -182,7 +186,7 @@ def read_pair(name: str) -> Pair:
     values = raw | {"name": path.stem}
     if isinstance(values.get("sft"), dict):
         values["sft"] = build(SftPlan, values["sft"], f"{where}, sft")
-    for key in ("train", "dev"):
+    for key in ("train", "dev", "fresh"):
         values[key] = [build(PromptSet, row, f"{where}, {key}") for row in values.get(key, [])]
     values["tests"] = {
         key: build(PromptSet, row, f"{where}, tests") for key, row in (values.get("tests") or {}).items()

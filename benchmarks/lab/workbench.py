@@ -130,7 +130,8 @@ class Workbench:
     def every_prompt(self) -> list[list[int]]:
         """Return the prompts of all sets, trained and measured on, as token ids."""
         pair = self.pair
-        return [ids for each in (*pair.train, *pair.dev, *pair.tests.values()) for ids in self.prompt_ids(each)]
+        sets = (*pair.train, *pair.dev, *pair.tests.values(), *pair.fresh)
+        return [ids for each in sets for ids in self.prompt_ids(each)]
 
     def store(self, temperature: float) -> ResponseStore:
         """Return the store of the target's responses, made if need be."""
@@ -161,15 +162,21 @@ class Workbench:
         responses = [store.find(prompt) for prompt in prompt_ids]
         return Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": responses})
 
-    def training_rows(self, temperature: float = 0.0, pool: int | None = None) -> Dataset:
+    def training_rows(self, temperature: float = 0.0, pool: int | None = None, is_fresh: bool = False) -> Dataset:
         """
-        Return the training prompts with their responses, or the first `pool` of them; none that is measured on is
-        among them.
+        Return the training prompts with their responses, or the first `pool` of them, or the `fresh` ones; none that
+        is measured on is among them.
+
+        Raises:
+            SystemExit: If fresh prompts are asked for and the pair has none.
         """
-        held_out = {
-            tuple(ids) for prompts in (*self.pair.dev, *self.pair.tests.values()) for ids in self.prompt_ids(prompts)
-        }
-        prompt_ids = [ids for prompts in self.pair.train for ids in self.prompt_ids(prompts)]
+        if is_fresh and not self.pair.fresh:
+            raise SystemExit(f"Pair {self.pair.name!r} names no `fresh` prompts, which an arm is to train on.")
+        pair = self.pair
+        sets, others = (pair.fresh, pair.train) if is_fresh else (pair.train, [])
+        others = (*others, *pair.dev, *pair.tests.values())
+        held_out = {tuple(ids) for prompts in others for ids in self.prompt_ids(prompts)}
+        prompt_ids = [ids for prompts in sets for ids in self.prompt_ids(prompts)]
         prompt_ids = [ids for ids in prompt_ids if tuple(ids) not in held_out]
         # So that a smaller pool holds every kind.
         order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(0)).tolist()

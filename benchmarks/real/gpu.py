@@ -74,7 +74,7 @@ class Plan:
 
 def gpu_plan() -> Plan:
     """Return the plan of a GPU: the real pairs with more prompts, more of them per update, and more updates."""
-    return Plan(tuple(_enlarged(read_pair(f"real-{family}")) for family in ("eagle3", "dflash", "dspark")))
+    return Plan(tuple(_enlarged(read_pair(f"real-{family}-large")) for family in ("eagle3", "dflash", "dspark")))
 
 
 def _enlarged(pair: Pair) -> Pair:
@@ -83,6 +83,7 @@ def _enlarged(pair: Pair) -> Pair:
         pair,
         name=f"{pair.name}-gpu",
         train=[replace(prompts, count=4000) for prompts in pair.train],
+        fresh=[],
         prompts_per_update=64,
         sft=SftPlan(settings, measure_every=200, min_updates=1200, max_updates=3000, cooldown_updates=300),
     )
@@ -115,7 +116,7 @@ class GpuBench(Workbench):
     def __init__(self, pair: Pair, machine: Machine):
         super().__init__(pair, machine)
         self._ids: dict[PromptSet, list[list[int]]] = {}
-        self._rows: dict[tuple[float, int | None], Dataset] = {}
+        self._rows: dict[tuple[float, int | None, bool], Dataset] = {}
 
     def prompt_ids(self, prompts: PromptSet) -> list[list[int]]:
         """Return the prompts as token ids; see [`Workbench.prompt_ids`]."""
@@ -123,11 +124,12 @@ class GpuBench(Workbench):
             self._ids[prompts] = super().prompt_ids(prompts)
         return self._ids[prompts]
 
-    def training_rows(self, temperature: float = 0.0, pool: int | None = None) -> Dataset:
+    def training_rows(self, temperature: float = 0.0, pool: int | None = None, is_fresh: bool = False) -> Dataset:
         """Return the training prompts with their responses; see [`Workbench.training_rows`]."""
-        if (temperature, pool) not in self._rows:
-            self._rows[temperature, pool] = super().training_rows(temperature, pool)
-        return self._rows[temperature, pool]
+        key = temperature, pool, is_fresh
+        if key not in self._rows:
+            self._rows[key] = super().training_rows(*key)
+        return self._rows[key]
 
     def settle_budget(self, num_updates: int) -> None:
         """Give every arm the FLOPs of so many updates of continued SFT."""

@@ -207,7 +207,7 @@ def stage(
     arm: Arm | None = None,
 ) -> StageRecord:
     """Return one training run as it is published."""
-    rows = bench.training_rows() if arm is None else bench.training_rows(arm.temperature, arm.pool)
+    rows = bench.training_rows() if arm is None else bench.training_rows(arm.temperature, arm.pool, arm.is_fresh)
     config = kind(**common_settings(bench, bench.folder / "scratch", seed) | settings)
     return StageRecord(
         method="sft" if kind is DraftSFTConfig else "opd",

@@ -68,9 +68,8 @@ def measure_served(
 @contextmanager
 def serving(python: str, target: str, drafter: dict[str, Any] | None, log: Path) -> Iterator[ServerSettings]:
     """Run a server while the block runs, and yield its address once it is up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
+    url = f"http://127.0.0.1:{port}"
     # By its module, because the command `vllm` looks for a distribution of that name; -P, so that the folder at hand
     # shadows nothing of it.
     command = ["env", "VLLM_CPU_KVCACHE_SPACE=1", "VLLM_NO_USAGE_STATS=1", python, "-P", "-m"]
@@ -80,14 +79,28 @@ def serving(python: str, target: str, drafter: dict[str, Any] | None, log: Path)
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        begun = time.monotonic()
-        while not _is_up(f"http://127.0.0.1:{port}"):
-            if server.poll() is not None or time.monotonic() - begun > START_SECONDS:
-                raise SystemExit(f"vLLM did not come up; what it printed stands in {str(log)!r}.")
-            time.sleep(1.0)
-        yield ServerSettings(f"http://127.0.0.1:{port}", max_retries=0)
+        if not comes_up(server, url, START_SECONDS):
+            raise SystemExit(f"vLLM did not come up; what it printed stands in {str(log)!r}.")
+        yield ServerSettings(url, max_retries=0)
     finally:
         _end(server)
+
+
+def find_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def comes_up(server: subprocess.Popen, url: str, seconds: float) -> bool:
+    """Wait until a server is healthy; return false once it has ended or the time is over."""
+    begun = time.monotonic()
+    while not _is_up(url):
+        if server.poll() is not None or time.monotonic() - begun > seconds:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 def _is_up(url: str) -> bool:

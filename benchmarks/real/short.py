@@ -18,19 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lab.memo import RememberingTarget
-from trl_draft_opd import (
-    AutoDrafter,
-    EvaluationReport,
-    FrozenTarget,
-    SamplingSettings,
-    evaluate_drafter,
-    export_drafter,
-    read_target,
-)
+from trl_draft_opd import AutoDrafter, EvaluationReport, FrozenTarget, evaluate_drafter, export_drafter, read_target
 from trl_draft_opd.demo.results import require_matplotlib
-from trl_draft_opd.demo.run import DemoSettings, Phases, train_drafters, write_responses
+from trl_draft_opd.demo.run import DemoSettings, Phases, respond, train_drafters, write_responses
 from trl_draft_opd.evaluation import paired_gain
-from trl_draft_opd.responses import generate_responses
 from trl_draft_opd.served_speed.comparison import Comparison
 from trl_draft_opd.served_speed.report import LoadSettings, SpeedReport
 from trl_draft_opd.served_speed.showing import comparison_table, level_table
@@ -188,15 +179,7 @@ def _write_held_out(
     """Return the target's responses to the test prompts, along which tau is measured."""
 
     def make(folder: Path) -> None:
-        responses = generate_responses(
-            target,
-            prompts,
-            max_completion_length=demo.max_completion_length,
-            sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
-            batch_size=64,
-            seed=demo.seed,
-            show_progress=True,
-        )
+        responses = respond(demo, target, prompts)
         (folder / "rows.json").write_text(json.dumps(responses), encoding="utf-8")
 
     folder = phases.run("2/5 responses to test questions", "held-out", {}, make)

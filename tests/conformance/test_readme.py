@@ -38,8 +38,9 @@ import torch
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.real.serve import find_port
 from helpers.fake_hub import USER, FakeHub, serve_hub
-from helpers.vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
+from helpers.vllm_process import FLAGS, SURROUNDINGS, require_vllm, serve
 from trl_draft_opd import AutoDrafter
 from trl_draft_opd.cli import main
 

@@ -4,16 +4,14 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from benchmarks.real.serve import comes_up
 
 
 START_SECONDS = 400
@@ -30,21 +28,6 @@ def require_vllm() -> None:
         pytest.fail("vLLM is not installed here. Run `make conformance`, which prepares an environment with it.")
 
 
-def find_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-
-
 def start(
     command: Sequence[str], port: int, log: Path, env: Mapping[str, str], cwd: Path | None = None
 ) -> subprocess.Popen:
@@ -54,11 +37,8 @@ def start(
             command, stdout=output, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd, start_new_session=True
         )
     try:
-        begin = time.monotonic()
-        while not _is_up(f"http://127.0.0.1:{port}"):
-            if server.poll() is not None or time.monotonic() - begin > START_SECONDS:
-                pytest.fail(f"the server did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
-            time.sleep(1.0)
+        if not comes_up(server, f"http://127.0.0.1:{port}", START_SECONDS):
+            pytest.fail(f"the server did not start:\n{log.read_text('utf-8', 'replace')[-4000:]}")
     except BaseException:
         stop(server)
         raise

@@ -11,7 +11,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.vllm_process import SURROUNDINGS, find_port, start, stop
+from benchmarks.real.serve import find_port
+from helpers.vllm_process import SURROUNDINGS, start, stop
 from trl_draft_opd.readings.launch import serve_line
 
 

@@ -24,7 +24,8 @@ from benchmarks.lab.plan import FOLDER, Arm, PromptSet, build, read_arms, read_p
 from benchmarks.lab.start import count_flops, find_plateau, make_start, sft_flops
 from benchmarks.lab.trainers import bernoulli_forward_kl, bounded_k3
 from benchmarks.lab.workbench import Machine, Workbench
-from helpers.tiny import VOCAB, make_causal_lm, make_drafter, make_tokenizer
+from helpers.tiny import make_drafter
+from helpers.tiny_lab import write_shared
 from trl_draft_opd import DraftOPDConfig, DraftSFTConfig, FrozenTarget, evaluate_drafter, write_readings
 
 
@@ -38,14 +39,7 @@ NUM_ROWS = 24
 def shared(tmp_path_factory) -> Path:
     """Return a folder with a tiny target and prompts, laid out as `--shared` is."""
     folder = tmp_path_factory.mktemp("shared")
-    make_causal_lm().save_pretrained(folder / "targets" / "tiny")
-    make_tokenizer().save_pretrained(folder / "targets" / "tiny")
-    generator = torch.Generator().manual_seed(0)
-    (folder / "data").mkdir()
-    with (folder / "data" / "words.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(NUM_ROWS):
-            ids = torch.randint(7, VOCAB, (5,), generator=generator).tolist()
-            file.write(json.dumps({"question": " ".join(f"w{i}" for i in ids), "more": "w9"}) + "\n")
+    write_shared(folder, NUM_ROWS)
     return folder
 
 
@@ -156,6 +150,23 @@ def test_a_training_prompt_that_is_measured_on_is_left_out(shared, tmp_path):
     assert len(trained) == NUM_ROWS - 10
     for prompts in (*bench.pair.dev, bench.pair.tests["words"]):
         assert not trained & {tuple(ids) for ids in bench.prompt_ids(prompts)}
+
+
+def test_fresh_prompts_are_neither_those_of_the_start_nor_measured_on(shared, tmp_path):
+    words = {"file": "data/words.jsonl", "field": "question"}
+    fresh = [words | {"count": NUM_ROWS}]
+    bench = make_bench(make_pair(tmp_path, fresh=fresh), shared, tmp_path)
+    known = [tuple(ids) for prompts in bench.pair.train for ids in bench.prompt_ids(prompts)]
+    found = {tuple(ids) for ids in bench.training_rows(is_fresh=True)["prompt_ids"]}
+    measured = {tuple(ids) for ids in bench.prompt_ids(bench.pair.tests["words"])}
+    assert found and not found & ({*known} | measured)
+    assert found <= {tuple(ids) for ids in bench.every_prompt()}, "their responses are written with the others"
+
+
+def test_an_arm_of_fresh_prompts_needs_some(shared, tmp_path):
+    bench = make_bench(make_pair(tmp_path), shared, tmp_path)
+    with pytest.raises(SystemExit, match="no `fresh` prompts"):
+        bench.training_rows(is_fresh=True)
 
 
 # -- the plateau ------------------------------------------------------------------------------------------------------

@@ -2,17 +2,15 @@
 """The prepared GPU run of the real model, rehearsed on a tiny target; and the lots that bring it along."""
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.lab.plan import Pair, PromptSet, SftPlan
+from benchmarks.lab.plan import SftPlan
 from benchmarks.lab.workbench import Machine
 from benchmarks.real import gpu
-from helpers.tiny import VOCAB, make_causal_lm, make_tokenizer
+from helpers.tiny_lab import make_eagle3_pair, write_shared
 
 
 pytestmark = pytest.mark.lab
@@ -21,23 +19,10 @@ pytestmark = pytest.mark.lab
 @pytest.fixture
 def plan_and_machine(tmp_path) -> tuple[gpu.Plan, Machine]:
     """Return the plan of a tiny pair, and where it runs."""
-    make_causal_lm().save_pretrained(tmp_path / "targets" / "tiny")
-    make_tokenizer().save_pretrained(tmp_path / "targets" / "tiny")
-    (tmp_path / "data").mkdir()
-    ids = torch.randint(7, VOCAB, (10, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    lines = [json.dumps({"question": " ".join(f"w{i}" for i in row)}) for row in ids]
-    (tmp_path / "data" / "words.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    words = PromptSet(field="question", count=4, file="data/words.jsonl")
-    pair = Pair(
+    write_shared(tmp_path, 10)
+    pair = make_eagle3_pair(
         name="tiny",
-        family="eagle3",
-        target="targets/tiny",
-        drafter={"ttt_steps": 3},
-        max_completion_length=16,
-        prompts_per_update=2,
-        train=[words],
-        dev=[replace(words, count=2, start=-2)],
-        tests={"words": replace(words, count=3, start=-5)},
+        num_tests=3,
         sft=SftPlan({"learning_rate": 1e-2, "num_anchors": 4, "draft_vocab_size": 32}, 1, 2, 2, 1),
         budgets={gpu.TIER: 1.0},
         seeds={gpu.TIER: 1},

@@ -15,10 +15,11 @@ from transformers.trainer_callback import TrainerState
 from benchmarks.lab import trainers as trainers_module
 from benchmarks.lab.__main__ import diagnose
 from benchmarks.lab.arms import make_trainer
-from benchmarks.lab.plan import Arm, Pair, PromptSet, SftPlan, read_arms
+from benchmarks.lab.plan import Arm, SftPlan, read_arms
 from benchmarks.lab.trainers import AverageCallback
 from benchmarks.lab.workbench import Machine, Workbench
-from helpers.tiny import VOCAB, make_causal_lm, make_drafter, make_tokenizer
+from helpers.tiny import VOCAB, make_drafter
+from helpers.tiny_lab import make_eagle3_pair, write_shared
 from trl_draft_opd import build_draft_vocabulary
 
 
@@ -31,23 +32,10 @@ SEARCH_TIER = 6
 def bench(tmp_path_factory) -> Workbench:
     """Return a workbench of a tiny target and a few prompts."""
     folder = tmp_path_factory.mktemp("search")
-    make_causal_lm().save_pretrained(folder / "targets" / "tiny")
-    make_tokenizer().save_pretrained(folder / "targets" / "tiny")
-    (folder / "data").mkdir()
-    ids = torch.randint(7, VOCAB, (8, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    lines = [json.dumps({"question": " ".join(f"w{i}" for i in row)}) for row in ids]
-    (folder / "data" / "words.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    words = PromptSet(field="question", count=4, file="data/words.jsonl")
-    pair = Pair(
+    write_shared(folder, 8)
+    pair = make_eagle3_pair(
         name="search",
-        family="eagle3",
-        target="targets/tiny",
-        drafter={"ttt_steps": 3},
-        max_completion_length=16,
-        prompts_per_update=2,
-        train=[words],
-        dev=[PromptSet(field="question", count=2, start=-2, file="data/words.jsonl")],
-        tests={"words": PromptSet(field="question", count=2, start=-4, file="data/words.jsonl")},
+        num_tests=2,
         sft=SftPlan({}, 1, 1, 1, 1),
         budgets={SEARCH_TIER: 1.0},
         seeds={SEARCH_TIER: 1},

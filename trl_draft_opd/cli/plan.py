@@ -17,7 +17,7 @@ LONGEST_PROMPT, LONGEST_RESPONSE, LONGEST_THINKING = 512, 1536, 8192
 TARGET_LAYERS_PER_LAYER, MOST_LAYERS = 5, 5
 SERVER, SHARED_FOLDER = "http://127.0.0.1:8000", "/dev/shm/readings"  # noqa: S108  a server is told the same
 
-COUNTED = "computed, its parts within 5 % of what is counted on a CPU"
+COUNTED = "computed; measured within 6 % on a CPU"
 ON_CARD = "computed; an earlier version was measured within 11 % on an H200"
 ON_CARDS = "computed; launches on several cards were not measured"
 SPEED = "computed (roofline), not measured on a GPU"
@@ -37,7 +37,7 @@ class PlanArguments:
         "slowest known card sold with as many.",
         default="h100",
     )
-    gpus: int = flag("Cards.", default=1)
+    gpus: int = flag("Cards of one machine.", default=1)
     num_prompts: int = flag("Prompts to train on.", default=NUM_PROMPTS)
     max_prompt_length: int | None = flag(f"Longest prompt, in tokens; {LONGEST_PROMPT} if unset.", default=None)
     max_completion_length: int | None = flag(

@@ -11,7 +11,7 @@ Shape letters:  T = text tokens of a micro-batch, N = blocks, S = slots of a blo
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..losses.budget import chunk_bytes_of_card
+from ..losses.budget import BLOCK_SHARE_CPU, NUM_TEMPORARIES, chunk_bytes_of_card
 from .shapes import DrafterShape, TargetShape
 
 
@@ -231,6 +231,28 @@ def activation_bytes(drafter: DrafterShape, work: Workload) -> tuple[int, int]:
     return kept, kept + at_once * block + again
 
 
+def logit_bytes(target: TargetShape, drafter: DrafterShape, work: Workload) -> int:
+    """
+    Return what the loss's largest chunk of logits takes: all of its budget, or, on the CPU, whose budget is large
+    against a small vocabulary, what `losses/budget.py` makes of it. It counts logits in float32; autocast makes bf16.
+    """
+    if not work.is_on_cpu:
+        return work.chunk_bytes
+    numbers, compared = work.chunk_bytes // FP32, NUM_TEMPORARIES * max(target.vocab, drafter.vocab)
+    # Of rows that are compared at a time, in float32.
+    temporaries = compared * max(1, int(numbers * BLOCK_SHARE_CPU) // compared)
+    # Rows of candidates and their gradient, in float32.
+    chosen = 2 * drafter.own.candidates * (drafter.own.token_rank + 1)
+    read = target.vocab + (drafter.vocab if drafter.vocab < target.vocab else 0)
+    most = max(1, (numbers - temporaries) // max(read, 2 * drafter.vocab + chosen))
+    slots = work.rows * work.blocks * drafter.num_drafts
+    states, rows = min(most, slots, work.texts), min(most, slots)
+    return max(
+        BF16 * states * read,
+        BF16 * (states + rows) * drafter.vocab + FP32 * (rows * chosen + temporaries),
+    )
+
+
 def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> Stages:
     """Return the bytes of every stage."""
     kept, activations = activation_bytes(drafter, work)
@@ -247,9 +269,14 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
     head = drafter.trained_head * (BF16 + FP32)
     # Of rows that candidates are looked up in, the gradient of all.
     head += FP32 * drafter.vocab * drafter.own.token_rank * (drafter.own.candidates > 0)
-    # Slots that are trained on, their gradients, and those back in place; the target's states.
     of_tokens = slots * drafter.own.token_rank * 3 * BF16
-    loss = slots * target.hidden * 3 * BF16 + of_tokens + texts * target.hidden * BF16 + head
+    # Slots that are trained on, their gradients, and those back in place, before which the CPU adds a chunk's gradient
+    # of the head to the sum; the target's states.
+    states = back = slots * target.hidden * BF16
+    if work.is_on_cpu:
+        back = max(back, BF16 * drafter.trained_head)
+    logits = logit_bytes(target, drafter, work)
+    loss = 2 * states + back + of_tokens + texts * target.hidden * BF16 + head + logits
     # Of gate, up and product of an MLP, behind whose convolution the gradient is; steps of a chain are differentiated
     # one by one.
     widest = BF16 * (3 * drafter.intermediate - drafter.own.taps * drafter.hidden)
@@ -272,8 +299,8 @@ def count_stages(target: TargetShape, drafter: DrafterShape, work: Workload) -> 
         # Beyond the budget a reading is let go and made again, so one more than fits is alive at most.
         readings=min(work.accumulation * reading, work.reading_bytes + reading),
         forward=forward,
-        loss=loss + work.chunk_bytes,
-        passing=work.chunk_bytes + head + of_tokens + slots * joined_bytes(drafter),
+        loss=loss,
+        passing=logits + back - states + head + of_tokens + slots * joined_bytes(drafter),
         gradient=at_once * widest,
         cache=texts * (cached + own),
     )

@@ -103,10 +103,10 @@ class Run:
             rows,
             self.length,
             blocks,
-            accumulation,
+            # SFT reads a micro-batch when its turn comes; Draft-OPD has read all of an update by then.
+            accumulation=1 if stage == "sft" else accumulation,
             checkpointing=False,
-            # The budget counts logits in float32, and autocast makes them in bf16.
-            chunk_bytes=CHUNK_BYTES_CPU // 2 if machine.memory is None else chunk_bytes_of_card(machine.memory),
+            chunk_bytes=CHUNK_BYTES_CPU if machine.memory is None else chunk_bytes_of_card(machine.memory),
             is_on_cpu=machine.memory is None,
         )
 

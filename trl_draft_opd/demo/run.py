@@ -202,15 +202,7 @@ def write_responses(
         reader = target.text_reader(max_prompt_length=lengths.prompt)
         picked = range(min(settings.num_prompts, num_others)), range(num_others, len(rows))
         train, test = (list(reader.read_prompts(rows.select(indices))["prompt_ids"]) for indices in picked)
-        responses = generate_responses(
-            target,
-            train,
-            max_completion_length=settings.max_completion_length,
-            sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
-            batch_size=64,
-            seed=settings.seed,
-            show_progress=True,
-        )
+        responses = respond(settings, target, train)
         pairs = [{"prompt_ids": p, "completion_ids": r} for p, r in zip(train, responses, strict=True)]
         (folder / "rows.json").write_text(json.dumps({"train": pairs, "test": test}), encoding="utf-8")
 
@@ -218,6 +210,19 @@ def write_responses(
     folder = phases.run("2/5 target's responses", "responses", made_from | {"num_rows": len(rows)}, make)
     data = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     return Dataset.from_list(data["train"]), data["test"]
+
+
+def respond(settings: DemoSettings, target: FrozenTarget, prompts: list[list[int]]) -> list[list[int]]:
+    """Let the target respond to prompts, greedily."""
+    return generate_responses(
+        target,
+        prompts,
+        max_completion_length=settings.max_completion_length,
+        sampling=SamplingSettings(temperature=0.0, top_k=0, top_p=1.0),
+        batch_size=64,
+        seed=settings.seed,
+        show_progress=True,
+    )
 
 
 def train_drafters(

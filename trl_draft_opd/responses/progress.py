@@ -76,7 +76,9 @@ def showing_progress(total: int, *, is_shown: bool, name: str = "Target response
     console = Console(stderr=True, quiet=not is_shown)
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bar:
+    is_hidden = not (is_shown and console.is_terminal)
+    # Gone in the end: training writes responses before every update.
+    with Progress(*columns, console=console, disable=is_hidden, transient=True) as bar:
         progress = ResponseProgress(total, console, bar, name)
         yield progress
         progress.end()

@@ -52,6 +52,7 @@ class LogPrinter(TrainerCallback):
 
     def __init__(self) -> None:
         self._titles = ""
+        self._spared: set[str] = set()
         self._first_step, self._begun = 0, 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -79,8 +80,8 @@ class LogPrinter(TrainerCallback):
 
     def lines(self, logs: Mapping[str, Any], step: int, max_steps: int, width: int | None = None) -> list[str]:
         """
-        Return a sentence, or a row of the table, below the titles if its columns are new; where a terminal's `width`
-        cannot hold the table, without those that matter least.
+        Return a sentence, or a row of the table, below the titles if its columns are new. Where a terminal's `width`
+        cannot hold a row, those that matter least are left out, and stay away.
         """
         prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
         metrics = readable(logs, prefix)
@@ -89,13 +90,16 @@ class LogPrinter(TrainerCallback):
             when = f", step {step}/{max_steps}" if max_steps else ""
             return [f"{what}{when}: {_sentence(metrics)}"]
         cells, rest = self.cells(metrics, step, max_steps)
-        while width is not None and _width(cells) > width and any(title in cells for title in _SPARED):
-            del cells[next(title for title in _SPARED if title in cells)]
+        tail = "".join(f"  {name} {_text(value)}" for name, value in rest.items())
+        for title in _SPARED:
+            is_wide = width is not None and _width(cells) + len(tail) > width
+            if title in cells and (is_wide or title in self._spared):
+                del cells[title]
+                self._spared.add(title)
         titles = "  ".join(title.rjust(len(cell)) for title, cell in cells.items())
         row = "  ".join(cell.rjust(len(title)) for title, cell in cells.items())
         is_new, self._titles = titles != self._titles, titles
-        row = "  ".join([row, *(f"{name} {_text(value)}" for name, value in rest.items())])
-        return [titles, row] if is_new else [row]
+        return [titles, row + tail] if is_new else [row + tail]
 
     def cells(self, metrics: Mapping[str, Any], step: int, max_steps: int) -> tuple[dict[str, str], dict[str, Any]]:
         """Return the cells of an update's row by title, and the metrics that have no column."""

@@ -6,6 +6,7 @@ Print what a rollout drafted: text, accepted and rejected drafts by colour. Disp
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..rollout.types import Rollout
@@ -52,7 +53,7 @@ def print_rollout(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, step: int, console: Console
 ) -> None:
     """Print the first rows of a rollout, prompt above and response below."""
-    has_styles = console.is_terminal and console.color_system is not None
+    has_styles = (console.is_terminal or console.is_jupyter) and console.color_system is not None
     for row in range(min(num_rows, len(rollout.lengths))):
         prompt = _decode(tokenizer, rollout.input_ids[row, : int(rollout.prompt_lengths[row])].tolist())
         response = render_row(rollout, row, tokenizer)
@@ -60,4 +61,6 @@ def print_rollout(
         legend = Text(" ").join(
             Text(name, style) if has_styles else Text(MARKS[style] + name + MARKS[style]) for name, style in _LEGEND
         )
-        console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))
+        # Not behind a progress bar, on its line.
+        with tqdm.external_write_mode(console.file):
+            console.print(Panel(body, title=f"step {step}, row {row}", subtitle=legend))
