@@ -13,7 +13,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -83,13 +82,6 @@ def commands(text: str) -> list[list[str]]:
             else:
                 found[-1].append(word)
     return [command[: command.index(">")] if ">" in command else command for command in found if command]
-
-
-def commands_of_program(text: str) -> list[list[str]]:
-    """Return the words of the package's own commands in a script, whose syntax bash has checked."""
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True, capture_output=True)
-    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
-    return [command for line in lines if line.startswith("trl-draft-opd") for command in commands(line)]
 
 
 def parse_ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +183,7 @@ def test_every_snippet_can_be_run(page, monkeypatch, tmp_path, capsys):
     for number, language, text in snippets(page):
         try:
             if language == "bash":
-                for words in commands_of_program(text) if text.startswith("#!") else commands(text):
+                for words in commands(text):
                     with monkeypatch.context() as patches:
                         dry_run(words, patches)
             elif language == "python":
