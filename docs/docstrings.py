@@ -12,6 +12,8 @@ import griffe
 
 
 _SECTION = re.compile(r"(Args|Parameters|Attributes|Returns|Raises|Yields|Example|Examples):$")
+# The name of an entry, which its type follows.
+_NAME = re.compile(r"(?<![`\w])(\w+)(?= \([`*])")
 _TITLES = {"Args": "Arguments", "Parameters": "Settings"}
 _LISTS = ("Args", "Parameters", "Attributes", "Raises")
 
@@ -41,10 +43,10 @@ def to_markdown(docstring: str) -> str:
             lines.append(line)
         elif line.startswith("> "):
             lines += ["", f"*{line[2:].rstrip('.:')}*", ""]
-        elif line.startswith(" ") or is_header:
-            lines.append(f"    {line.removeprefix('    ')}")
+        elif line.startswith(" "):
+            lines.append(line)
         else:
-            lines.append(f"- {line}")
+            lines.append(("    " if is_header else "- ") + _NAME.sub(r"`\1`", line))
         # Several names share a text: each stands on a line of its own, all but the last end with a comma.
         is_header = section in _LISTS and not line.startswith(" ") and line.endswith(",")
     return "\n".join(lines)

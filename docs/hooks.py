@@ -1,7 +1,8 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 What the site needs beside its pages, called by mkdocs (`mkdocs.yml`): the navigation, which is the tables of
-`index.md`, and the removal of links that only exist outside of the site.
+`index.md`, the removal of links that only exist outside of the site, pictures in the reader's colours, and a search
+that leads to the page with the answer.
 """
 
 import re
@@ -43,6 +44,18 @@ def unlink_outside(text: str, page: Path) -> str:
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", replaced, text)
 
 
+def split_pictures(text: str, page: Path) -> str:
+    """Replace a picture that also exists for dark ground by both, of which the theme shows one."""
+
+    def replaced(match: re.Match) -> str:
+        dark = match[2].replace(".svg", ".dark.svg")
+        if not (page.parent / dark).is_file():
+            return match[0]
+        return f"![{match[1]}]({match[2]}#only-light) ![{match[1]}]({dark}#only-dark)"
+
+    return re.sub(r"!\[([^\]]*)\]\(([^)\s]+(?<!\.dark)\.svg)\)", replaced, text)
+
+
 def on_config(config: Any) -> Any:
     """Set the navigation."""
     config.nav = [{"Home": "index.md"}, *read_navigation((DOCS / "index.md").read_text("utf-8"))]
@@ -50,8 +63,16 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Take links out that leave the site."""
-    return unlink_outside(markdown, DOCS / page.file.src_uri)
+    """Take links out that leave the site, and tell the search what a page is for."""
+    place = page.file.src_uri
+    # The index holds the questions and no answer; of the pages that answer, those that say what to do come first.
+    page.meta["search"] = {"exclude": place == "index.md", "boost": 2 if place.startswith("do/") else 1}
+    return split_pictures(unlink_outside(markdown, DOCS / place), DOCS / place)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the dialog of the search, which the theme leaves without a name."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"', 1)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -85,8 +85,7 @@ def test_a_report_holds_calibration_and_what_was_verified(reports):
 
 
 def test_a_measurement_records_the_errors_of_the_head(reports):
-    conditions = {"prompt_set": "x", "prompts_sha256": "0" * 64, "draft_sampling": "greedy", "ignore_eos": False}
-    conditions |= {"max_completion_length": 16, "target_dtype": "float32"}
+    conditions = {"prompt_set": "x", "prompts_sha256": "0" * 64, "target_dtype": "float32"}
     found = [measurement_of(report, **conditions) for report in reports]
     assert found[0].calibration_error == reports[0].calibration["error"] and found[2].brier_score is None
     assert found[0].brier_score == reports[0].calibration["brier"]

@@ -315,4 +315,4 @@ def test_an_export_carries_record_card_and_settings_that_agree(target, tmp_path)
     text = ModelCard.load(tmp_path / "out" / CARD_FILE).text
     assert settings["vllm"]["command"] in text and settings["sglang"]["command"] in text
     for row in settings["break_even"]["rows"]:
-        assert f"\n| {row['batch']} | {row['break_even_tau']} |" in text
+        assert f"\n| {row['batch']} | {row['break_even_tau']:.2f} |" in text

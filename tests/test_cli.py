@@ -107,6 +107,7 @@ def test_inherited_flags_of_another_version_are_read_from_the_parser(monkeypatch
         ("sft", "Set `regenerate=True`, or `bf16=False`", "Set `--regenerate`, or `--bf16 false`"),
         ("sft", "Set `hub_target_id='ORG/NAME'`.", "Set `--hub-target-id ORG/NAME`."),
         ("sft", "with `resume_from_checkpoint=None` and", "with no `--resume-from-checkpoint` and"),
+        ("sft", "with `regenerate=True` (`--regenerate`) alone", "with `--regenerate` alone"),
         ("push", "`model` and `base_url=1`, `generate`", "`model` and `base_url=1`, `generate`"),
     ],
 )

@@ -6,8 +6,10 @@ terminal.
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,6 +199,36 @@ def test_the_sites_navigation_is_the_index(monkeypatch):
     on_page = ROOT / "docs" / "do" / "x.md"
     text = "[in](training.md#a) [out](../../README.md) [web](https://example.org) ![picture](../figures/method.svg)"
     assert hooks.unlink_outside(text, on_page) == text.replace("[out](../../README.md)", "out")
+
+
+def test_the_site_shows_a_picture_in_the_readers_colours(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    on_page = ROOT / "docs" / "learn" / "method.md"
+    shown = hooks.split_pictures("![a](../figures/method.svg) ![b](../figures/slots.png) ![c](none.svg)", on_page)
+    assert shown == (
+        "![a](../figures/method.svg#only-light) ![a](../figures/method.dark.svg#only-dark) ![b](../figures/slots.png) "
+        "![c](none.svg)"
+    )
+
+
+def test_entries_of_docstrings_stand_as_a_list_with_their_names_as_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object, Object=object))
+    import docstrings
+
+    text = "What.\n\nArgs:\n    one (`int`), two (`int` of `(B, A)`):\n        Both.\n    three (`x`): It (or not).\n"
+    assert docstrings.to_markdown(text).split("\n") == [
+        "What.",
+        "",
+        "",
+        "**Arguments**",
+        "",
+        "- `one` (`int`), `two` (`int` of `(B, A)`):",
+        "    Both.",
+        "- `three` (`x`): It (or not).",
+    ]
 
 
 def test_forty_faults_stand_in_the_table_each_with_a_test():

@@ -4,11 +4,13 @@
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from test_snippets import parse_ours
 
 from helpers.logs import chat_line, write_log
 from helpers.tiny import FAMILIES, make_drafter, make_target, make_tokenizer
@@ -171,6 +173,45 @@ def test_the_traffic_script_trains_along_a_log(monkeypatch, tmp_path, folder, ca
     monkeypatch.setattr(sys, "argv", ["from_traffic.py", *map(str, words)])
     runpy.run_path(str(EXAMPLES / "from_traffic.py"), run_name="__main__")
     assert "8 of 8 lines hold a response" in capsys.readouterr().out
+
+
+# Writes down what it is asked to do, and makes what the script looks at.
+STUB = """
+import json, sys
+from pathlib import Path
+
+words = sys.argv[1:]
+with Path(__file__).with_name("asked.jsonl").open("a") as asked:
+    asked.write(json.dumps(words) + "\\n")
+for name, value in zip(words, words[1:]):
+    if name in ("--output", "--output-dir"):
+        Path(value).mkdir()
+    if name == "--json":
+        Path(value).write_text('{"gain_in_tau": {"low": LOW}}')
+"""
+
+
+@pytest.mark.parametrize(("low", "repo_id", "is_pushed"), [(0.01, "me/d", 1), (-0.01, "me/d", 0), (0.01, None, 0)])
+def test_the_nightly_traffic_script_pushes_only_a_gain_clear_of_zero(monkeypatch, tmp_path, low, repo_id, is_pushed):
+    stub = tmp_path / "bin" / "trl-draft-opd"
+    stub.parent.mkdir()
+    stub.write_text(f"#!{sys.executable}{STUB.replace('LOW', str(low))}", encoding="utf-8")
+    stub.chmod(0o755)
+    for hour in ("08", "09", "10"):
+        (tmp_path / f"{hour}.jsonl").touch()
+    monkeypatch.setenv("PATH", f"{stub.parent}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    words = ["bash", EXAMPLES / "nightly.sh", "target", "drafter", tmp_path, tmp_path / "work"]
+    words += [] if repo_id is None else [repo_id, "--learning-rate", "1e-4"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+    asked = [json.loads(line) for line in stub.with_name("asked.jsonl").read_text().splitlines()]
+    names = ["import", "import", "opd", "evaluate", "evaluate", "export", "verify"]
+    assert [command[0] for command in asked] == names + ["push"] * is_pushed, done.stderr
+    train, held_out = (" ".join(command) for command in asked[:2])
+    assert "08.jsonl" in train and "09.jsonl" in train and "10.jsonl" not in train and "10.jsonl" in held_out
+    assert not (tmp_path / "work" / "train").exists() and not (tmp_path / "work" / "held-out").exists()
+    (tmp_path / "work" / "export").mkdir(exist_ok=True)
+    for command in asked:
+        parse_ours(command, monkeypatch)
 
 
 # ---- the notebook ---------------------------------------------------------------------------------------------------

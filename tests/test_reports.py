@@ -14,15 +14,17 @@ import pytest
 import torch
 from test_record import make_record
 
-from helpers.tiny import VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
+from helpers.tiny import FAMILIES, VOCAB, make_drafter, make_prompts, make_target, make_tokenizer
 from trl_draft_opd import evaluate_drafter
 from trl_draft_opd.cli import main
 from trl_draft_opd.data.token_classes import TOKEN_CLASSES, token_class, token_classes
 from trl_draft_opd.export.curves import curve_panels
 from trl_draft_opd.export.record import DatasetFacts, StageRecord, write_record
+from trl_draft_opd.export.served import ServedLevel, ServedSpeed
 from trl_draft_opd.reports.completions import Completion, CompletionCollector, Piece, completion_of
-from trl_draft_opd.reports.content import drafter_page
+from trl_draft_opd.reports.content import drafter_page, estimate_break_even
 from trl_draft_opd.reports.page import render
+from trl_draft_opd.reports.preferences import Preference, read_preferences
 from trl_draft_opd.rollout.rejections import rejection_sums
 from trl_draft_opd.rollout.types import Rollout
 
@@ -160,7 +162,7 @@ def test_special_tokens_and_ids_beyond_the_tokenizer_have_classes_of_their_own()
 
 
 def test_a_completion_names_what_became_of_every_token_and_what_the_target_preferred():
-    completion = completion_of(make_rollout(), 0, make_tokenizer(), number=1)
+    completion = completion_of(make_rollout(), make_tokenizer(), number=1)
     assert [(piece.kind, piece.text) for piece in completion.pieces] == [
         ("bonus", "w10"),
         ("accepted", "w11"),
@@ -172,6 +174,11 @@ def test_a_completion_names_what_became_of_every_token_and_what_the_target_prefe
     ]
     assert completion.pieces[2].note == "slot 2: drafted “w30”, the target preferred “w12”"
     assert completion.tau == 2.5
+
+
+def test_a_token_of_blanks_alone_can_be_seen():
+    assert Piece("rejected", "\n").shown == "↵" and Piece("bonus", " ").shown == "␣"
+    assert Piece("bonus", "\n").shown == "↵\n" and Piece("accepted", "\n").shown == "\n"
 
 
 def test_a_completion_without_its_rejected_drafts_is_the_response():
@@ -189,6 +196,51 @@ def test_a_completion_without_its_rejected_drafts_is_the_response():
     for rollout, completion in zip(rollouts, collector.kept, strict=True):
         text = " ".join(piece.text for piece in completion.pieces if piece.kind != "rejected")
         assert text == make_tokenizer().decode(rollout.responses()[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preferences_are_those_of_the_models_where_the_rejected_draft_was_made(family):
+    target = make_target()
+    drafter, ids = make_drafter(family, target), torch.randint(8, VOCAB, (1, 16))
+    # Blocks of four drafts that keep none, two and one; the last one is cut by the end of the text.
+    anchors, accepted = torch.tensor([[3, 4, 7, 13]]), torch.tensor([[0, 2, 1, 2]])
+    drafts = ids[:, (anchors[0, :, None] + torch.arange(1, 5)).clamp(max=15)]
+    drafts.scatter_(2, accepted[..., None], drafts.gather(2, accepted[..., None]) % 8)  # no id of the text
+    rollout = make_rollout(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        completion_mask=torch.arange(16)[None] >= 3,
+        anchors=anchors,
+        drafts=drafts,
+        accepted=accepted,
+        is_censored=torch.tensor([[False, False, False, True]]),
+        is_counted=torch.tensor([[True, True, True, False]]),
+    )
+    found = read_preferences(target, drafter, rollout)
+    assert list(found) == [4, 7, 9]
+    reading = target.step(ids, None, torch.arange(16)[None], None, drafter.config.target_layer_ids)
+    context = drafter.encode_text(reading.features, ids, target.embed)
+    for anchor, block, kept in zip(anchors[0, :3], drafts[0], accepted[0], strict=False):
+        # Slot by slot, as live decoding drafts.
+        state = drafter.begin(context, anchor.view(1, 1), ids[:, anchor].view(1, 1), 4, target.embed)
+        for draft in block[:kept]:
+            state = drafter.advance(state, draft.view(1, 1))
+        own = drafter.to_target_probs(drafter.draft_logits(state.hidden[0, 0], target.project).softmax(dim=-1))
+        place = int(anchor + kept) + 1
+        probs = target.causal_lm(ids[:, :place]).logits[0, -1].softmax(dim=-1)
+        draft, token = block[kept], ids[0, place]
+        expected = [float(each) for each in (probs[draft], own[draft], probs[token], own[token])]
+        assert found[place] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_note_says_what_both_models_gave_the_two_tokens():
+    preferences = {4: Preference(0.125, 0.75, 0.5, 0.0004)}
+    pieces = completion_of(make_rollout(), make_tokenizer(), number=1, preferences=preferences).pieces
+    assert pieces[2].note == (
+        "slot 2: drafted “w30” (drafter 75.0 %, target 12.5 %), the target preferred “w12” (target 50.0 %, drafter "
+        "under 0.1 %)"
+    )
 
 
 # ---- the curves -----------------------------------------------------------------------------------------------------
@@ -223,10 +275,33 @@ def test_a_page_holds_every_measure_with_a_figure_and_the_table_of_its_numbers(e
     titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
     assert titles == ["Tau", "Acceptance per slot", "Training curves", "Where drafts are rejected", "Completions"]
     assert f"{report.tau:.3f}" in page.text and "Gain in tau: +0.0%" in page.text
-    assert "bench --record" in page.text
+    assert "bench --record" in page.text and "`" not in page.text
     svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(svgs) == 7 and all(svg["role"] == "img" and svg["aria-label"] for svg in svgs)
     assert len([tag for tag, _ in page.tags if tag == "caption"]) == 5
+
+
+def test_break_even_is_an_estimate_where_no_server_was_measured_and_says_so(evaluated):
+    config, report = make_drafter("dflash", make_target()).config, evaluated[0]
+    estimate = estimate_break_even(config, 10**6, None, report)
+    assert list(estimate["rows"][0]["speedup"]) == [f"{report.tau:.2f}"]
+    page = drafter_page("d", make_record(), estimate=estimate)
+    section = {section.name: section for section in page.sections}["served"]
+    assert section.title == "Break-even, estimated" and "not a measurement" in section.sentences[0]
+    assert [row[1] for row in section.tables[0].rows] == [f"{row['break_even_tau']:.2f}" for row in estimate["rows"]]
+    pytest.importorskip("matplotlib")
+    levels = [ServedLevel(1, 10.0, 9.0, 1.1, 1.0, 1.2, 2.0, 0.1, 0.01, None, None)]
+    served = ServedSpeed("x", "a" * 64, 3, "two CPU cores", "vllm", None, 8, 0.0, False, 1, levels)
+    sections = drafter_page("d", make_record(served=[served]), estimate=estimate).sections
+    assert "Break-even, estimated" not in [each.title for each in sections]
+
+
+def test_an_estimate_without_an_evaluation_takes_tau_from_the_record():
+    config, record = make_drafter("dflash", make_target()).config, make_record(stages=make_stages())
+    for num_drafts, tau in ((config.drafts_per_block, "2.25"), (9, "1.50")):
+        measured = replace(record.measurements[0], num_drafts=num_drafts, tau=2.25)
+        estimate = estimate_break_even(config, 10**6, replace(record, measurements=[measured]))
+        assert list(estimate["rows"][0]["speedup"]) == [tau]
 
 
 def test_a_page_asks_a_browser_for_nothing(evaluated):
@@ -315,9 +390,8 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_loaded
     for flags, message in (
         (["--report", str(tmp_path)], "is a folder"),
         (["--report", str(tmp_path / "none" / "r.html")], "is in no folder"),
-        (["--report-before", "x.json"], "--report report.html"),
-        (["--report", page, "--report-before", str(other)], "of this version wrote"),
-        (["--report", page, "--report-text", "-1"], "report_text"),
+        (["--before", str(other)], "of this version wrote"),
+        (["--report", page, "--report-text", "-1"], "--report-text"),
     ):
         assert main([*words, *flags]) == 2
         assert message in capsys.readouterr().err
@@ -344,8 +418,17 @@ def test_evaluate_writes_a_report_whose_text_is_as_much_as_was_asked_for(tmp_pat
     assert "the text of 2 responses" in capsys.readouterr().out
     html = (tmp_path / "r.html").read_text("utf-8")
     assert html.count("<details") == 2 and "This file holds text" in html and str(tmp_path) not in html
-    assert main([*words, "--report-text", "0", "--report-before", str(before)]) == 0
+    after = tmp_path / "after.json"
+    assert main([*words, "--report-text", "0", "--before", str(before), "--json", str(after)]) == 0
+    assert "Gain in tau: +0.0% [+0.0%, +0.0%]" in capsys.readouterr().out
+    assert json.loads(after.read_text())["gain_in_tau"] == {"gain": 0.0, "low": 0.0, "high": 0.0}
     html = (tmp_path / "r.html").read_text("utf-8")
     assert "<details" not in html and "Gain in tau" in html and "before: decided" in html
-    assert main([*words, "--report-before", str(before), "--num-prompts", "2"]) == 2
-    assert "other prompts" in capsys.readouterr().err
+    assert "Break-even, estimated" in html
+    for flags, what in (
+        (["--num-prompts", "2"], "other prompts"),
+        (["--max-completion-length", "10"], "other `--max-completion-length`: 12, now 10"),
+        (["--ignore-eos"], "other `--ignore-eos`"),
+    ):
+        assert main([*words, "--before", str(after), *flags]) == 2
+        assert what in capsys.readouterr().err

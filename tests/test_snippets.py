@@ -13,6 +13,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +85,13 @@ def commands(text: str) -> list[list[str]]:
     return [command[: command.index(">")] if ">" in command else command for command in found if command]
 
 
+def commands_of_program(text: str) -> list[list[str]]:
+    """Return the words of the package's own commands in a script, whose syntax bash has checked."""
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, capture_output=True)
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [command for line in lines if line.startswith("trl-draft-opd") for command in commands(line)]
+
+
 def parse_ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the flags of a command of the package as it does itself, and stop there."""
     real = arguments.parse
@@ -147,6 +155,9 @@ def dry_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert [word for word in words[1:] if "=" not in word and word not in MAKE_TARGETS] == []
     elif words[0] == "python":
         parse_python(words[1:], monkeypatch)
+    elif words[0] == "bash":
+        # What it runs is read in test_examples.py.
+        assert (ROOT / words[1]).is_file()
     else:
         assert words[0] in FOREIGN, f"{words[0]} is no command that is known here"
 
@@ -180,7 +191,7 @@ def test_every_snippet_can_be_run(page, monkeypatch, tmp_path, capsys):
     for number, language, text in snippets(page):
         try:
             if language == "bash":
-                for words in commands(text):
+                for words in commands_of_program(text) if text.startswith("#!") else commands(text):
                     with monkeypatch.context() as patches:
                         dry_run(words, patches)
             elif language == "python":
@@ -228,6 +239,7 @@ def test_python_that_cannot_be_run_is_found(text):
 @pytest.mark.slow
 def test_the_commands_of_the_quickstart_go_from_rows_to_a_verified_export(monkeypatch, tmp_path, capsys):
     """Those that try it small, then export and check, with a tiny target in place of the page's."""
+    pytest.importorskip("matplotlib")
     make_target().causal_lm.save_pretrained(tmp_path / "target")
     make_tokenizer().save_pretrained(tmp_path / "target")
     rows = "".join(json.dumps({"question": f"w{i} w{i + 1}"}) + "\n" for i in range(7, 15))
@@ -236,7 +248,7 @@ def test_the_commands_of_the_quickstart_go_from_rows_to_a_verified_export(monkey
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "learn" / "quickstart.md").read_text("utf-8").replace("Qwen/Qwen3-0.6B", "target")
     (tmp_path / "page.md").write_text(text, "utf-8")
-    small, _, serve = [block for _, language, block in snippets(tmp_path / "page.md") if language == "bash"]
+    _, small, _, serve = [block for _, language, block in snippets(tmp_path / "page.md") if language == "bash"]
     ran = []
     for words in commands(small) + commands(serve.replace("drafter-opd", "try/drafter-opd")):
         if words[0] == "trl-draft-opd":
@@ -244,3 +256,4 @@ def test_the_commands_of_the_quickstart_go_from_rows_to_a_verified_export(monkey
             assert main([*words[1:], *on_cpu]) == 0, f"{words}: {capsys.readouterr().err}"
             ran.append(words[1])
     assert ran == ["generate", "sft", "opd", "evaluate", "export", "verify"]
+    assert (tmp_path / "try" / "report.html").is_file()

@@ -53,7 +53,8 @@ class EvaluationReport:
         different_prompts (`list[int]`): Indices of those prompts.
         num_prompts (`int`), num_tokens (`int`), num_blocks (`int`), num_drafts (`int`), batch_size (`int`):
             Sizes of the run.
-        temperature (`float`): Of the target.
+        temperature (`float`), max_completion_length (`int` or `None`), ignore_eos (`bool`), draft_sampling (`str`):
+            How it was decoded; see [`evaluate_drafter`].
         accepted_sums (`list[int]`), block_counts (`list[int]`):
             Per prompt, for paired comparisons: `sum (r + 1)` and counted blocks.
         drafts_per_block (`float`), kept_share (`float`):
@@ -87,6 +88,9 @@ class EvaluationReport:
     calibration: dict[str, Any] | None = None
     is_replay: bool = False
     rejections: dict[str, list[int]] = field(default_factory=dict)
+    max_completion_length: int | None = None
+    ignore_eos: bool = False
+    draft_sampling: str = "greedy"
 
     def to_dict(self) -> dict:
         """Return plain numbers and lists for JSON."""
@@ -290,7 +294,7 @@ def evaluate_drafter(
                 )
                 done.compare(rollout, own, first=start, seconds=time.perf_counter() - begun)
     report = _report(done, settings, batch_size, compare, num_resamples, seed)
-    return replace(report, is_replay=is_replay)
+    return replace(report, is_replay=is_replay, max_completion_length=max_completion_length, ignore_eos=ignore_eos)
 
 
 def _replay(
@@ -384,4 +388,5 @@ def _report(
         min_confidence=settings.min_confidence,
         calibration=None if done.calibration is None else done.calibration.report(),
         rejections=done.rejections,
+        draft_sampling=settings.draft_sampling,
     )

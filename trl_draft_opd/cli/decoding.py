@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -63,7 +63,7 @@ from .arguments import (
     unless_default,
     write_json,
 )
-from .reporting import PROMPTS_KEY, ReportArguments, check_same
+from .reporting import PROMPTS_KEY, ReportArguments, check_same, measure_gain
 
 
 def check_recordable(prompt_set: str, drafter: str) -> None:
@@ -201,9 +201,7 @@ class EvaluateArguments(ReportArguments, TargetArguments, RowsArguments, Samplin
             raise ValueError("`--record` keeps the numbers of whole blocks. Leave out `--min-confidence`.")
         check_recordable(self.record, self.drafter)
 
-    def add_to_record(
-        self, report: EvaluationReport, target: FrozenTarget, family: str, prompts: Any, max_completion_length: int
-    ) -> None:
+    def add_to_record(self, report: EvaluationReport, target: FrozenTarget, family: str, prompts_sha256: str) -> None:
         """Put what was measured where `--record` says, or say how it gets there."""
         folder = Path(self.drafter)
         if self.record is None:
@@ -213,10 +211,7 @@ class EvaluateArguments(ReportArguments, TargetArguments, RowsArguments, Samplin
         measurement = measurement_of(
             report,
             prompt_set=self.record,
-            prompts_sha256=prompts_digest(prompts),
-            draft_sampling=self.draft_sampling,
-            max_completion_length=max_completion_length,
-            ignore_eos=self.ignore_eos,
+            prompts_sha256=prompts_sha256,
             target_dtype=str(target.causal_lm.dtype).removeprefix("torch."),
         )
         print_recorded(folder, add_measurement(folder, measurement, lambda: fresh_record(target, self, family)))
@@ -237,13 +232,15 @@ def run_evaluate(argv: Sequence[str]) -> int:
     prompts = args.read_prompts(target, lengths.prompt)
     digest = prompts_digest(prompts)
     if earlier is not None:
-        check_same(*earlier, prompts_sha256=digest, num_drafts=num_drafts, temperature=args.temperature)
-    collector = args.collector(target)
+        now = vars(args) | {"num_drafts": num_drafts, "max_completion_length": lengths.completion}
+        check_same(*earlier, prompts_sha256=digest, conditions=now)
+    drafter = drafter.to(target.device)
+    collector = args.collector(target, drafter)
     responses = args.stored_responses(target, prompts, lengths)
     args.open_source(target, drafter, prompts, responses)
     report = evaluate_drafter(
         target,
-        drafter.to(target.device),
+        drafter,
         prompts,
         num_drafts=num_drafts,
         max_completion_length=lengths.completion,
@@ -261,15 +258,17 @@ def run_evaluate(argv: Sequence[str]) -> int:
         print(explain_replay(target.rollback_reason))
     if report.num_different:
         print(explain_difference(target.causal_lm.dtype))
-    write_json(args.json, report.to_dict() | {PROMPTS_KEY: digest})
+    before = None if earlier is None else earlier[0]
+    write_json(args.json, report.to_dict() | {PROMPTS_KEY: digest} | measure_gain(before, report))
     args.write_report(
-        args.drafter,
-        args.target,
+        (args.drafter, args.target),
+        drafter.config,
+        target.num_parameters,
         report,
-        None if earlier is None else earlier[0],
+        before,
         [] if collector is None else collector.kept,
     )
-    args.add_to_record(report, target, drafter.config.family, prompts, lengths.completion)
+    args.add_to_record(report, target, drafter.config.family, digest)
     return int(bool(report.num_different) and target.causal_lm.dtype == torch.float32)
 
 

@@ -98,4 +98,6 @@ def with_flags(text: str, command: str) -> str:
             return f"no `{name}`"
         return f"`{name} {str(value).lower() if isinstance(value, bool) else value}`"
 
-    return re.sub(r"`([a-z]\w*)(=([^`]+))?`", flag, text)
+    text = re.sub(r"`([a-z]\w*)(=([^`]+))?`", flag, text)
+    # Where the message named the flag beside the setting, once is enough.
+    return re.sub(r"(`(--[\w-]+)[^`]*`) \(`\2`\)", r"\1", text)

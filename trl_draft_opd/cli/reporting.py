@@ -2,23 +2,32 @@
 """The command `report`, and the flags of `evaluate` that write the same page with what was just measured."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ..evaluation import EvaluationReport
-from ..export.record import read_record
+from ..drafters.auto import DRAFTER_CLASSES
+from ..drafters.base import Drafter
+from ..drafters.portable_config import PortableConfig
+from ..drafters.published.checkpoint import CONFIG_FILE, CheckpointSource, read_drafter_config
+from ..evaluation import EvaluationReport, paired_gain
+from ..export.record import TrainingRecord, read_record
 from ..reports.completions import Completion, CompletionCollector
-from ..reports.content import drafter_page, folder_title
+from ..reports.content import drafter_page, estimate_break_even, folder_title
 from ..reports.figures import check_drawing
 from ..reports.page import write_page
+from ..reports.preferences import read_preferences
 from ..target.frozen import FrozenTarget
 from ..utils.settings import check_at_least
 from .arguments import flag, parse
 
 
-# The key under which the file of `--json` keeps whose prompts were measured, beside the report itself.
-PROMPTS_KEY = "prompts_sha256"
+# Keys under which the file of `--json` keeps whose prompts were measured, and the gain, beside the report itself.
+PROMPTS_KEY, GAIN_KEY = "prompts_sha256", "gain_in_tau"
+# What changes tau beside the drafter: taus of other settings are not compared.
+_COMPARED = ("num_drafts", "temperature", "draft_sampling", "max_completion_length", "ignore_eos", "min_confidence")
 
 
 def check_page(path: str, name: str) -> None:
@@ -37,29 +46,46 @@ def read_evaluation(path: str, name: str) -> tuple[EvaluationReport, str | None]
     except ValueError as error:  # of the encoding, too
         raise ValueError(f"`{name}` must be a file of `evaluate --json`; {path!r} is no JSON: {error}.") from error
     known = {known.name for known in fields(EvaluationReport)}
-    if not isinstance(content, dict) or set(content) - {PROMPTS_KEY} != known:
+    if not isinstance(content, dict) or set(content) - {PROMPTS_KEY, GAIN_KEY} != known:
         raise ValueError(
             f"`{name}` must be a file that `evaluate --json` of this version wrote; the keys of {path!r} are others. "
             "Measure again."
         )
     digest = content.pop(PROMPTS_KEY, None)
+    content.pop(GAIN_KEY, None)
     return EvaluationReport(**content), digest
 
 
+def measure_gain(before: EvaluationReport | None, after: EvaluationReport) -> dict[str, dict[str, float]]:
+    """Print the gain in tau over an earlier evaluation, and return it for `--json`; nothing if there is none."""
+    if before is None:
+        return {}
+    gain, low, high = paired_gain(before, after)
+    print(f"Gain in tau: {gain:+.1%} [{low:+.1%}, {high:+.1%}], paired over the same prompts.")
+    return {GAIN_KEY: {"gain": gain, "low": low, "high": high}}
+
+
 def check_same(
-    before: EvaluationReport, digest: str | None, *, prompts_sha256: str | None, num_drafts: int, temperature: float
+    before: EvaluationReport, digest: str | None, *, prompts_sha256: str | None, conditions: Mapping[str, Any]
 ) -> None:
-    """Raise `ValueError` unless an earlier evaluation can be compared with one of these conditions."""
-    for what, earlier, now in (
-        ("prompts (by their hash)", digest, prompts_sha256),
-        ("drafts per block", before.num_drafts, num_drafts),
-        ("temperature", before.temperature, temperature),
-    ):
+    """Raise `ValueError` unless an earlier evaluation was made under `conditions`, of `_COMPARED` by their names."""
+    compared = [("prompts (by their hash)", digest, prompts_sha256)]
+    compared += [(f"`{name}`", getattr(before, name), conditions[name]) for name in _COMPARED]
+    for what, earlier, now in compared:
         if earlier != now:
             raise ValueError(
                 f"The earlier evaluation has other {what}: {earlier}, now {now}. Measure both on the same prompts and "
                 "settings."
             )
+
+
+def config_of(folder: str, record: TrainingRecord) -> PortableConfig | None:
+    """Return the config of the drafter in a folder with a record; `None` of a LoRA adapter, which has none."""
+    source = CheckpointSource(folder)
+    if source.find(CONFIG_FILE) is None:
+        return None
+    parsed = read_drafter_config(source, num_target_layers=record.target.num_layers)
+    return DRAFTER_CLASSES[parsed.family].config_class(**parsed.arguments)
 
 
 @dataclass(kw_only=True)
@@ -72,8 +98,10 @@ class ReportArguments:
         "HTML file to write: what was measured, the training curves of the drafter's record, and responses, coloured.",
         default=None,
     )
-    report_before: str | None = flag(
-        "File that `--json` wrote of an earlier drafter on the same prompts, to show beside this one.", default=None
+    before: str | None = flag(
+        "File that `--json` wrote of an earlier drafter on the same prompts: the gain in tau over it is printed, and "
+        "kept in the file of this `--json`; a report shows both.",
+        default=None,
     )
     report_text: int = flag(
         "Responses whose text the report holds; 0 keeps all text out of it, and no prompt is ever in it.", default=4
@@ -82,32 +110,31 @@ class ReportArguments:
     def check_report(self) -> tuple[EvaluationReport, str | None] | None:
         """Refuse what could not be written, before anything is measured; return the earlier evaluation."""
         check_at_least(self, 0, "report_text")
-        if self.report is None:
-            if self.report_before is not None:
-                raise ValueError("`--report-before` is shown in a report. Name its file: `--report report.html`.")
-            return None
-        check_page(self.report, "--report")
-        return None if self.report_before is None else read_evaluation(self.report_before, "--report-before")
+        if self.report is not None:
+            check_page(self.report, "--report")
+        return None if self.before is None else read_evaluation(self.before, "--before")
 
-    def collector(self, target: FrozenTarget) -> CompletionCollector | None:
+    def collector(self, target: FrozenTarget, drafter: Drafter) -> CompletionCollector | None:
         """Return what keeps responses for the report, if any are wanted."""
         if self.report is None or self.report_text == 0 or target.tokenizer is None:
             return None
-        return CompletionCollector(target.tokenizer, self.report_text)
+        return CompletionCollector(target.tokenizer, self.report_text, partial(read_preferences, target, drafter))
 
     def write_report(
         self,
-        drafter: str,
-        target: str,
+        names: tuple[str, str],
+        config: PortableConfig,
+        num_target_parameters: int,
         evaluation: EvaluationReport,
         before: EvaluationReport | None,
         completions: Sequence[Completion],
     ) -> None:
-        """Write the page, if one was asked for."""
+        """Write the page of the drafter and the target of these names, if one was asked for."""
         if self.report is None:
             return
-        record = read_record(drafter)
-        write_page(drafter_page(folder_title(drafter, target), record, evaluation, before, completions), self.report)
+        record = read_record(names[0])
+        estimate = estimate_break_even(config, num_target_parameters, record, evaluation)
+        write_page(drafter_page(folder_title(*names), record, evaluation, before, completions, estimate), self.report)
         held = f"; it holds the text of {len(completions)} responses (`--report-text 0` leaves it out)"
         print(f"Report: {self.report}{held if completions else ''}.")
 
@@ -143,13 +170,11 @@ def run_report(argv: Sequence[str]) -> int:
         evaluation, digest = read_evaluation(args.evaluation, "--evaluation")
         if args.before is not None:
             before, earlier = read_evaluation(args.before, "--before")
-            check_same(
-                before,
-                earlier,
-                prompts_sha256=digest,
-                num_drafts=evaluation.num_drafts,
-                temperature=evaluation.temperature,
-            )
-    write_page(drafter_page(folder_title(args.drafter, record.target.name), record, evaluation, before), args.output)
+            check_same(before, earlier, prompts_sha256=digest, conditions=vars(evaluation))
+    config, estimate = config_of(args.drafter, record), None
+    if config is not None and record.target.num_parameters:
+        estimate = estimate_break_even(config, record.target.num_parameters, record, evaluation)
+    title = folder_title(args.drafter, record.target.name)
+    write_page(drafter_page(title, record, evaluation, before, estimate=estimate), args.output)
     print(f"Report: {args.output}; it holds no text of prompts or responses.")
     return 0

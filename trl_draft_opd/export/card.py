@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .costs import drafter_parameters
+from .costs import cost_table, drafter_parameters
 from .curves import curve_panels, curve_table, draw_panel
 from .publication import Publication
 from .record import Measurement, StageRecord
@@ -86,7 +86,7 @@ def write_card(
         "compared": [_comparison(m) for m in measurements if m.num_different is not None],
         "served": [_served(each) for each in record.served] if record is not None else [],
         "estimate": estimate,
-        "costs": _costs(estimate["rows"]) if estimate else None,
+        "costs": _table(*cost_table(estimate["rows"])) if estimate else None,
         "stages": [_stage(stage) for stage in stages],
         "curve_file": CURVE_FILE if draws_curve and _draw_curve(stages, folder) else None,
         "curve": _curve_table(stages),
@@ -166,18 +166,6 @@ def _coverage(publication: Publication) -> str:
     stages = publication.record.stages if publication.record is not None else []
     shares = [stage.settings["draft_vocab_coverage"] for stage in stages if "draft_vocab_coverage" in stage.settings]
     return f", {shares[-1]:.2%} of the response tokens it was trained on" if shares else ""
-
-
-def _costs(rows: list[dict[str, Any]]) -> str:
-    """Return the table of [`break_even`]: one row per batch size."""
-    has_best = rows[0]["best_drafts"] is not None
-    head = ["requests at a time", "tau to break even", *(f"speed-up at tau {tau}" for tau in rows[0]["speedup"])]
-    cells = [
-        [row["batch"], row["break_even_tau"], *(f"{speedup}x" for speedup in row["speedup"].values())]
-        + (["{num_drafts} ({speedup}x)".format(**row["best_drafts"])] if has_best else [])
-        for row in rows
-    ]
-    return _table([*head, "best number of drafts"] if has_best else head, cells)
 
 
 def _measurement(m: Measurement) -> list[str]:

@@ -88,3 +88,15 @@ def break_even(
         rows.append({"batch": batch, "break_even_tau": round(needed, 2), "speedup": speedups, "best_drafts": best})
     share = drafter_reads(config, num_drafts) / num_target_parameters
     return {"draft_cost": round(share, 4), "ridge_tokens": RIDGE_TOKENS, "rows": rows}
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of the table of [`break_even`], one row per batch size."""
+    head = ["requests at a time", "tau to break even", *(f"speed-up at tau {tau}" for tau in rows[0]["speedup"])]
+    has_best = rows[0]["best_drafts"] is not None
+    cells = [
+        [str(row["batch"]), f"{row['break_even_tau']:.2f}", *(f"{each:.2f}x" for each in row["speedup"].values())]
+        + (["{num_drafts} ({speedup:.2f}x)".format(**row["best_drafts"])] if has_best else [])
+        for row in rows
+    ]
+    return [*head, "best number of drafts"] if has_best else head, cells

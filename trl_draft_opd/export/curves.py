@@ -104,6 +104,12 @@ def draw_panel(axes: Any, panel: Panel, colours: Sequence[str]) -> None:
         axes.errorbar(steps, values, yerr=reach, capsize=3, **style)
     axes.set_xlabel("optimiser step, all stages")
     axes.set_ylabel(panel.measure)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if len(panel.lines) > 1:
-        axes.legend(frameon=False, fontsize="small")
+        draw_legend(axes)
+
+
+def draw_legend(axes: Any) -> None:
+    """Draw the legend above the axes, where it hides nothing."""
+    axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2)

@@ -393,7 +393,7 @@ def measurement_of(report: EvaluationReport, **conditions: Any) -> Measurement:
     """Return a report as it is recorded; `conditions` are the attributes of [`Measurement`] that it does not know."""
     names = (
         "num_prompts temperature num_drafts batch_size tau tau_low tau_high acceptance_per_slot num_blocks "
-        "num_different is_replay"
+        "num_different is_replay max_completion_length ignore_eos draft_sampling"
     ).split()
     calibration = report.calibration or {}
     return Measurement(

@@ -1,12 +1,14 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """Responses cut into what became of their tokens: accepted drafts, rejected drafts, tokens of the target's own."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..rollout.types import Rollout
+from .preferences import Preference
 
 
 # Blanks that a reader could not see.
@@ -30,8 +32,13 @@ class Piece:
 
     @property
     def shown(self) -> str:
-        """The text, with blanks made visible where there is nothing else: a struck-out blank could not be seen."""
-        return self.text if self.text.strip() else visible(self.text)
+        """
+        The text, with blanks made visible where a single token is nothing else: a struck-out blank could not be seen.
+        """
+        if self.kind == "accepted" or self.text.strip():
+            return self.text
+        # A line of the response ends where the target ends it.
+        return visible(self.text) + ("" if self.kind == "rejected" else "\n" * self.text.count("\n"))
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,33 @@ class CompletionCollector:
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
         num_wanted (`int`): Responses to keep.
+        read (`Callable[[Rollout], Mapping[int, Preference]]`, *optional*):
+            Tells the preferences at the rejected drafts of one row, see [`read_preferences`].
     """
 
     tokenizer: PreTrainedTokenizerBase
     num_wanted: int
+    read: Callable[[Rollout], Mapping[int, Preference]] | None = None
     kept: list[Completion] = field(default_factory=list)
 
     def __call__(self, rollout: Rollout) -> None:
         for row in range(min(len(rollout.input_ids), self.num_wanted - len(self.kept))):
-            self.kept.append(completion_of(rollout, row, self.tokenizer, number=len(self.kept) + 1))
+            one = rollout.rows(row, row + 1)
+            preferences = {} if self.read is None else self.read(one)
+            self.kept.append(completion_of(one, self.tokenizer, number=len(self.kept) + 1, preferences=preferences))
 
 
-def completion_of(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase, *, number: int) -> Completion:
-    """Return one row of a rollout in pieces; what stands before its first block is the target's own."""
-    rollout = rollout.rows(row, row + 1)
+def completion_of(
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    number: int,
+    preferences: Mapping[int, Preference] | None = None,
+) -> Completion:
+    """
+    Return a rollout of one row in pieces; what stands before its first block is the target's own. Where `preferences`
+    has the place of a rejected draft, its note holds them.
+    """
     start, end = int(rollout.prompt_lengths[0]), int(rollout.lengths[0])
     ids, is_written = rollout.input_ids[0].tolist(), rollout.completion_mask[0].tolist()
     accepted_places, rejected_at, notes = set(), {}, {}
@@ -79,8 +99,8 @@ def completion_of(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase
         if accepted < num_verified and not bool(rollout.is_censored[0, block]) and place < end:
             draft = _decode(tokenizer, [int(rollout.drafts[0, block, accepted])])
             rejected_at[place] = draft
-            target_token = visible(_decode(tokenizer, [ids[place]]))
-            notes[place] = f"slot {accepted + 1}: drafted “{visible(draft)}”, the target preferred “{target_token}”"
+            target_token = _decode(tokenizer, [ids[place]])
+            notes[place] = _note(accepted + 1, draft, target_token, (preferences or {}).get(place))
     pieces: list[Piece] = []
     run: list[int] = []
 
@@ -102,6 +122,23 @@ def completion_of(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase
             pieces.append(Piece("bonus", _decode(tokenizer, [ids[place]])))
     finish_run()
     return Completion(number, num_tokens / num_blocks if num_blocks else None, pieces)
+
+
+def _note(slot: int, draft: str, token: str, preference: Preference | None) -> str:
+    """Return what a reader is told of a rejected draft and of the token in its place."""
+    drafted, wanted = f"“{visible(draft)}”", f"“{visible(token)}”"
+    if preference is None:
+        return f"slot {slot}: drafted {drafted}, the target preferred {wanted}"
+    of_draft, own_of_draft, of_token, own_of_token = map(_percent, preference)
+    return (
+        f"slot {slot}: drafted {drafted} (drafter {own_of_draft}, target {of_draft}), the target preferred {wanted} "
+        f"(target {of_token}, drafter {own_of_token})"
+    )
+
+
+def _percent(share: float) -> str:
+    """Return a probability as a reader takes it in."""
+    return "under 0.1 %" if share < 0.001 else f"{share:.1%}".replace("%", " %")
 
 
 def visible(text: str) -> str:

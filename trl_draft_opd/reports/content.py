@@ -3,9 +3,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..costs.shapes import DrafterShape
 from ..data.token_classes import TOKEN_CLASSES
+from ..drafters.portable_config import PortableConfig
 from ..evaluation import EvaluationReport, paired_gain
+from ..export.costs import break_even, cost_table
 from ..export.curves import curve_panels, curve_table, stage_names
 from ..export.record import StageRecord, TrainingRecord
 from ..export.served import ServedSpeed, describe_served, served_rows
@@ -25,7 +29,8 @@ _NOT_MEASURED = {
     "slots": "Acceptance per slot: not measured of these weights. Run `trl-draft-opd evaluate --report`.",
     "curves": "Training curves: the drafter's folder has no training record with two points or more.",
     "rejections": "Rejections, completions: only `trl-draft-opd evaluate --report` measures them.",
-    "served": "Served speed: run `trl-draft-opd bench --record` on the drafter's folder first.",
+    "served": "Served speed: run `trl-draft-opd bench --record` on the drafter's folder first. Its estimate needs the "
+    "target's size, which the training record does not name.",
 }
 
 
@@ -35,6 +40,7 @@ def drafter_page(
     evaluation: EvaluationReport | None = None,
     before: EvaluationReport | None = None,
     completions: Sequence[Completion] = (),
+    estimate: dict[str, Any] | None = None,
 ) -> Page:
     """
     Return the page of a drafter.
@@ -45,6 +51,7 @@ def drafter_page(
         evaluation ([`EvaluationReport`], *optional*): What was measured now.
         before ([`EvaluationReport`], *optional*): The same of an earlier drafter, on the same prompts.
         completions (`Sequence[Completion]`, *optional*): Responses to show.
+        estimate (`dict`, *optional*): Of [`estimate_break_even`], to show where no server's speed was measured.
     """
     stages = record.stages if record is not None else []
     reports = {} if evaluation is None else {"this drafter": evaluation}
@@ -55,7 +62,7 @@ def drafter_page(
         "slots": _slots(reports, record),
         "curves": _curves(stages),
         "rejections": _rejections(reports),
-        "served": _served(record.served if record is not None else []),
+        "served": _served(record.served if record is not None else []) or _estimated(estimate),
     }
     return Page(
         title=title,
@@ -100,7 +107,7 @@ def _tau(reports: dict[str, EvaluationReport], record: TrainingRecord | None) ->
                 for point in ends
             ]
     for m in record.measurements if record is not None else []:
-        rows.append((f"{m.prompt_set}, temperature {m.temperature:g}", m.tau, m.tau_low, m.tau_high))
+        rows.append((f"recorded: {m.prompt_set}, temperature {m.temperature:g}", m.tau, m.tau_low, m.tau_high))
     if not rows:
         return None
     cells = [(name, f"{tau:.3f}", f"{low:.3f} to {high:.3f}") for name, tau, low, high in rows]
@@ -115,7 +122,10 @@ def _tau(reports: dict[str, EvaluationReport], record: TrainingRecord | None) ->
 
 def _slots(reports: dict[str, EvaluationReport], record: TrainingRecord | None) -> Section | None:
     rows = [(name, report.acceptance_per_slot) for name, report in reports.items()]
-    rows += [(m.prompt_set, m.acceptance_per_slot) for m in (record.measurements if record is not None else [])]
+    rows += [
+        (f"recorded: {m.prompt_set}", m.acceptance_per_slot)
+        for m in (record.measurements if record is not None else [])
+    ]
     if not rows:
         return None
     num_slots = max(len(rates) for _, rates in rows)
@@ -202,6 +212,42 @@ def _served(served: Sequence[ServedSpeed]) -> Section | None:
             drawn.append(Figure(f"Speed-up, {said['where']}", figures.speedups(levels, f"served{number}")))
         tables.append(Table(f"Served speed, {said['where']}", *served_rows(each)))
     return Section("served", "Served speed and break-even", sentences, drawn, tables)
+
+
+def estimate_break_even(
+    config: PortableConfig,
+    num_target_parameters: int,
+    record: TrainingRecord | None,
+    evaluation: EvaluationReport | None = None,
+) -> dict[str, Any]:
+    """
+    Return [`break_even`] of a drafter at the tau that is known of it: measured now, or else by its record, of
+    measurements with as many drafts per block, or else at the end of its training.
+    """
+    num_drafts = DrafterShape.of(config).num_drafts if evaluation is None else evaluation.num_drafts
+    taus, acceptance = [], []
+    if evaluation is not None:
+        taus, acceptance = [evaluation.tau], evaluation.acceptance_per_slot
+    elif record is not None:
+        fitting = [m for m in record.measurements if m.num_drafts == num_drafts]
+        curve = record.stages[-1].curve if record.stages else []
+        taus = [m.tau for m in fitting] or [point["eval_tau"] for point in curve if "eval_tau" in point][-1:]
+        acceptance = fitting[0].acceptance_per_slot if fitting else []
+    return break_even(config, num_drafts, num_target_parameters, taus=sorted(set(taus)), acceptance=acceptance)
+
+
+def _estimated(estimate: dict[str, Any] | None) -> Section | None:
+    if estimate is None:
+        return None
+    sentences = [
+        "An estimate from shapes, not a measurement: `trl-draft-opd bench --record` measures. A forward pass costs "
+        f"the reading of its weights until it holds {estimate['ridge_tokens']} tokens (bfloat16 on an H100) and grows "
+        "with them from there. Attention over the text and the engine's own work are left out, so an engine needs a "
+        "higher tau than this.",
+        f"Drafting a block reads {estimate['draft_cost']:.1%} of what a target pass reads.",
+    ]
+    table = Table("Estimated break-even", *cost_table(estimate["rows"]))
+    return Section("served", "Break-even, estimated", sentences, tables=[table])
 
 
 def folder_title(drafter: str, target: str | None) -> str:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..export.curves import Panel, draw_panel
+from ..export.curves import Panel, draw_legend, draw_panel
 
 
 # Stand-ins, each replaced by a variable of the page's style sheet.
@@ -124,7 +124,7 @@ def slots(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if len(rows) > 1:
-            axes.legend(frameon=False, fontsize="small")
+            draw_legend(axes)
 
     return svg("acceptance per slot", draw, name="slots")
 
@@ -149,7 +149,7 @@ def shares(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[
         axes.set(xlabel="share of decided drafts that were rejected", xlim=(0, 1))
         axes.grid(alpha=0.3, axis="x")
         if len(rows) > 1:
-            axes.legend(frameon=False, fontsize="small")
+            draw_legend(axes)
 
     return svg(title, draw, name=name, height=0.9 + 0.38 * len(names) * max(1, 0.6 * len(rows)))
 
