@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.vllm_process import FLAGS, SURROUNDINGS, find_port, require_vllm, serve
+from benchmarks.real.serve import find_port
+from helpers.vllm_process import FLAGS, SURROUNDINGS, require_vllm, serve
 from trl_draft_opd.cli import main
 
 
