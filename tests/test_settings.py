@@ -42,7 +42,16 @@ COMMANDS = {
 }
 # Flags whose 0 is a value of its own, or is refused by what they are handed to.
 ZERO_IS_ZERO = {
-    *("temperature", "top_k", "seed", "data_seed", "check_rows", "num_anchors", "num_supervised_anchors"),
+    *(
+        "temperature",
+        "top_k",
+        "seed",
+        "data_seed",
+        "check_rows",
+        "report_text",
+        "num_anchors",
+        "num_supervised_anchors",
+    ),
     *("max_skipped_updates", "reading_bytes", "draft_vocab_size", "d_pace_floor", "warn_mismatch_share"),
     *("accepted_weight", "rejected_weight", "supervised_weight", "mask_token_id", "target_layer_ids", "lora_dropout"),
     *("confidence_loss_weight", "selector_loss_weight", "markov_rank", "warmup"),
