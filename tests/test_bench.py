@@ -58,7 +58,7 @@ def test_two_servers_become_tables_a_file_a_figure_and_a_row_of_the_card(words, 
         # Rows as everywhere: a chat, rendered by the target's template, as ids.
         assert drafted.bodies[0][1]["prompt"] == plain.bodies[0][1]["prompt"] == [1, 4, 8, 9, 10, 2, 1, 5]
     out = capsys.readouterr().out
-    assert "8 runs of at most 120 s each, 4 prompts." in out
+    assert "8 runs, warm-ups included, of at most 120 s each, 4 prompts." in out
     assert "Against the baseline: " in out and "4 of 4" in out
     assert "baseline: the engine counts no drafts: it decodes plainly." in out
     content = json.loads(numbers.read_text())

@@ -397,7 +397,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_loaded
         assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*words, "--report", page]) == 2
-    assert "trl-draft-opd[plots]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert main(["report", "--drafter", str(tmp_path), "--output", page]) == 2
 
 

@@ -176,7 +176,7 @@ def run_bench(argv: Sequence[str]) -> int:
     lengths = args.fit_lengths(target, args.max_completion_length, num_drafts=0, defaults=_LENGTHS)
     ids, prompts = args.prompts(target, lengths.prompt)
     runs = len(settings.concurrency) * len(servers) * (settings.repeats + bool(settings.warmup))
-    print(f"{runs} runs of at most {settings.max_seconds:g} s each, {len(prompts)} prompts.")
+    print(f"{runs} runs, warm-ups included, of at most {settings.max_seconds:g} s each, {len(prompts)} prompts.")
     reports = measure_servers(
         servers,
         prompts,

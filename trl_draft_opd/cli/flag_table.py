@@ -57,16 +57,24 @@ class _Formatter(argparse.HelpFormatter):
 
 def find_help(command: str) -> str | None:
     """
-    Return a command's help for the terminal's width; `None` where the table cannot know it: of a command that it
-    lacks, or with inherited flags of another version.
+    Return a command's help for the terminal's width; `None` of a command that the table lacks. Where flags are
+    inherited from another version than the table was derived with, its last lines say so.
     """
     table = read_table()
     groups = table["commands"].get(command)
     if groups is None:
         return None
-    if any(group["title"] == INHERITED for group in groups) and table["versions"] != installed_versions():
-        return None
-    parser = argparse.ArgumentParser(**words_of(command), formatter_class=_Formatter)
+    is_inheriting = any(group["title"] == INHERITED for group in groups)
+    derived, installed = (
+        " and ".join(f"{library} {release}" for library, release in versions.items())
+        for versions in (table["versions"], installed_versions())
+    )
+    note = f"Settings of TrainingArguments are listed as in {derived}. What is read are those of {installed}."
+    parser = argparse.ArgumentParser(
+        **words_of(command),
+        formatter_class=_Formatter,
+        epilog=note if is_inheriting and derived != installed else None,
+    )
     for group in groups:
         shown = parser.add_argument_group(group["title"])
         for invocation, text in group["flags"]:

@@ -89,13 +89,15 @@ def read_target_config(target: str, revision: str | None) -> Any:
     Read the config of a target.
 
     Raises:
-        OSError: If there is none.
+        OSError: If there is none, or the Hub is out of reach.
         ValueError: If it is of an architecture that transformers does not know, or no decoder of text.
     """
     from transformers import AutoConfig
 
     from ..drafters.target_shape import text_config
+    from ..utils.loading import require_model
 
+    require_model(target)
     return text_config(AutoConfig.from_pretrained(target, revision=revision))
 
 
@@ -292,6 +294,11 @@ def _describe(plan: Plan, args: PlanArguments, target_config: Any) -> None:
             add(f"work, {stage}", f"{flops / 1e15:,.3g} PFLOP", EXACT, flops, "FLOP")
     if machine.gpu is None:
         notes.append("Seconds are not computed for this machine: give `sft` and `opd` `--max-steps 5` first, and see.")
+    if is_cpu:
+        notes.append(
+            "Memory comes on top of that of Python and its libraries. `--bf16 true` is for CPUs with AVX512-BF16 or "
+            "AMX; leave it out on others."
+        )
     add("disk, responses", show_bytes(run.responses_bytes), f"{EXACT}, before compression", run.responses_bytes, "B")
     where = "" if delivered else " (not planned: the target reads in process)"
     add("disk, readings", show_bytes(run.readings_bytes) + where, EXACT, run.readings_bytes, "B")

@@ -43,6 +43,8 @@ def read_evaluation(path: str, name: str) -> tuple[EvaluationReport, str | None]
     """Return what `evaluate --json` wrote, and the hash of its prompts; `name` is the flag that named the file."""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"`{name}` must be a file of `evaluate --json`; {path!r}: {error.strerror}.") from error
     except ValueError as error:  # of the encoding, too
         raise ValueError(f"`{name}` must be a file of `evaluate --json`; {path!r} is no JSON: {error}.") from error
     known = {known.name for known in fields(EvaluationReport)}

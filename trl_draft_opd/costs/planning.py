@@ -32,6 +32,8 @@ from .shapes import DrafterShape, TargetShape
 ONE, DELIVERED = LAUNCHES[0], LAUNCHES[-1]
 # What several cards try in turn: each holds less than the one before.
 SHARED_LAUNCHES = ("DDP", "ZeRO-2", "FSDP2, target sharded")
+# Gigabytes above which a number is the name of a card that is not known, such as 3090.
+LARGEST_CARD = 512
 # Texts of an update and of a micro-batch, and texts that the target writes together (`generate`'s own number).
 TEXTS_PER_UPDATE, MICRO_BATCHES, DECODED_TOGETHER = 16, (8, 4, 2, 1), 32
 # Of a token in the store of responses, before compression: an id; of one that was written, its log-probability too.
@@ -143,7 +145,7 @@ class Machine:
         if name in GPUS:
             return cls(GPUS[name].memory, GPUS[name], count)
         size = int(name) if name.isdecimal() else 0
-        if size < 1:
+        if not 1 <= size <= LARGEST_CARD:
             raise ValueError(
                 f"`--gpu {name}` is no card that is known. Give one of {', '.join(sorted(GPUS))}, the gigabytes of "
                 "another as a number, or cpu."

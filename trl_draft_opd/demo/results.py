@@ -13,7 +13,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("The demo draws a plot with matplotlib. Run `pip install 'trl-draft-opd[plots]'`.") from error
+        raise ValueError("The demo draws a plot with matplotlib. Run `pip install matplotlib`.") from error
 
 
 def results_table(

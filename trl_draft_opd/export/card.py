@@ -234,7 +234,7 @@ def _draw_curve(stages: Sequence[StageRecord], folder: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("matplotlib is not installed, so the card has a table for a curve (`trl-draft-opd[plots]`).")
+        logger.warning("matplotlib is not installed, so the card has a table for a curve (`pip install matplotlib`).")
         return False
     figure = Figure(figsize=(4.5 * len(panels), 3.0), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -39,8 +39,7 @@ def check_drawing() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError(
-            "A report needs matplotlib: pip install 'trl-draft-opd[plots]', or leave it out: `--json` keeps the "
-            "numbers."
+            "A report needs matplotlib: `pip install matplotlib`, or leave it out: `--json` keeps the numbers."
         ) from None
 
 

@@ -78,8 +78,7 @@ def check_drawing() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError(
-            "`--figure` needs matplotlib: pip install 'trl-draft-opd[plots]', or leave it out: `--json` keeps the "
-            "numbers."
+            "`--figure` needs matplotlib: `pip install matplotlib`, or leave it out: `--json` keeps the numbers."
         ) from None
 
 

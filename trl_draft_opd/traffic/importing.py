@@ -150,7 +150,11 @@ def import_traffic(
     if not usable:
         raise ValueError(
             "\n".join(
-                [f"None of {num_lines} lines holds a response of this distribution.", *_count_lines(others, skipped)]
+                [
+                    f"None of {num_lines} lines holds a response of this distribution. A line is a request and its "
+                    "response as JSON, see docs/do/traffic.md.",
+                    *_count_lines(others, skipped),
+                ]
             )
         )
     sample = [usable[index * num_usable // num_checked] for index in range(num_checked)]

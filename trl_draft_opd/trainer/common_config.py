@@ -185,6 +185,9 @@ class DraftTrainingConfig(_BaseConfig):
             Updates skipped in a row after which training ends all the same: by then most likely the weights are at
             fault.
 
+        resume_from_checkpoint (`str`, *optional*):
+            As the argument of `train` of that name; here `"true"` means `True`.
+
         > Parameters that control publishing
 
         hub_target_id (`str`, *optional*):
@@ -213,6 +216,11 @@ class DraftTrainingConfig(_BaseConfig):
         const=True,
     )
     gradient_checkpointing: bool | None = setting(None, "Older name of the same.", nargs="?", const=True)
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "Checkpoint to go on from: its folder; `true` for the last one of `output_dir`; `auto` for that too, and to "
+        "start anew where there is none.",
+    )
     learning_rate: float = setting(3e-4, "Initial learning rate of AdamW.")
     muon_learning_rate: float | None = setting(
         None, "Initial learning rate of Muon for the matrices of layers; unset, AdamW trains everything."
