@@ -78,6 +78,7 @@ def test_the_texts_of_a_store_are_those_that_sft_reads(place: Path, tmp_path: Pa
     command = next_command(capsys.readouterr().out)
     assert command[0] == "sft" and command[command.index("--max-length") + 1] == "9"
     assert main([*command, *TRAINING, "--output-dir", str(tmp_path / "trained")]) == 0
+    assert "--use-cpu" in next_command(capsys.readouterr().out), "pasted, it would take a GPU that sft left alone"
 
 
 @pytest.mark.parametrize("family", ["eagle3", "dflash"])

@@ -316,6 +316,9 @@ def run_sft(argv: Sequence[str]) -> int:
             readings=config.readings,
             shared_folder=config.shared_folder,
             max_completion_length=unless_default(config, "max_completion_length"),
+            use_cpu=config.use_cpu or None,
+            # On a CPU it was asked for; a GPU has it by default.
+            bf16="true" if config.use_cpu and config.bf16 else None,
         )
     return 0
 
