@@ -108,6 +108,11 @@ def test_the_weights_of_known_architectures_are_counted_within_1_percent(archite
     assert counted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.01)
 
 
+def test_a_target_that_is_not_there_is_refused_by_its_name(tmp_path, capsys):
+    assert main(["plan", "--target", str(tmp_path / "none")]) == 2
+    assert f"There is no folder '{tmp_path / 'none'}'" in capsys.readouterr().err
+
+
 def test_an_unknown_architecture_is_refused_by_name_with_those_that_are_known(tmp_path, capsys):
     Qwen3NextConfig().save_pretrained(tmp_path)
     assert main(["plan", "--target", str(tmp_path)]) == 2
@@ -160,7 +165,7 @@ def test_gigabytes_stand_for_the_slowest_card_that_is_sold_with_as_many(name, sl
     assert machine.gpu == (None if slowest is None else GPUS[slowest])
 
 
-@pytest.mark.parametrize("name", ["h1000", "-5", "0", "80gb"])
+@pytest.mark.parametrize("name", ["h1000", "-5", "0", "80gb", "3090"])
 def test_a_card_that_is_not_known_is_refused_with_those_that_are(name):
     with pytest.raises(ValueError, match="Give one of 4090, a100"):
         planning.Machine.of(name)

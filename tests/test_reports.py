@@ -391,6 +391,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_loaded
         (["--report", str(tmp_path)], "is a folder"),
         (["--report", str(tmp_path / "none" / "r.html")], "is in no folder"),
         (["--before", str(other)], "of this version wrote"),
+        (["--before", str(tmp_path / "gone.json")], "`--before` must be a file of `evaluate --json`"),
         (["--report", page, "--report-text", "-1"], "--report-text"),
     ):
         assert main([*words, *flags]) == 2

@@ -268,7 +268,7 @@ def evaluate_drafter(
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             if responses is not None:
                 written = [response[:max_completion_length] for response in responses[start : start + batch_size]]
-                done.add(_replay(target, drafter, batch, written, settings, keys), seconds=0.0)
+                done.add(replay_responses(target, drafter, batch, written, settings, keys), seconds=0.0)
                 continue
             begun = time.perf_counter()
             rollout = rollout_live(
@@ -297,7 +297,7 @@ def evaluate_drafter(
     return replace(report, is_replay=is_replay, max_completion_length=max_completion_length, ignore_eos=ignore_eos)
 
 
-def _replay(
+def replay_responses(
     target: FrozenTarget,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..drafters.base import Drafter
-from ..losses import default_chunk_bytes
+from ..evaluation import replay_responses
 from ..parity.counting import anchors_of
 from ..rollout.acceptance import SamplingSettings
 from ..rollout.counts import Counts, interval, resampled_taus
 from ..rollout.drafting import DraftingSettings
 from ..rollout.keyed_random import DrawKeys
-from ..rollout.replay import rollout_replay
-from ..rollout.texts import join_responses
 from ..target.frozen import FrozenTarget
 from .reading import ServedResponse
 
@@ -149,15 +147,7 @@ def _replay(
     """Return the accepted drafts of each block that the drafter makes along the responses."""
     keys = DrawKeys(0, 0, range(first, first + len(rows)))
     prompts, responses = ([list(each) for each in ids] for ids in zip(*map(_ids, rows), strict=True))
-    rollout = rollout_replay(
-        target,
-        drafter,
-        join_responses(prompts, responses, keys.sample_ids, target.pad_token_id, target.device),
-        settings,
-        keys,
-        segment_length=drafter.config.default_segment_length,
-        chunk_bytes=default_chunk_bytes(target.device),
-    )
+    rollout = replay_responses(target, drafter, prompts, responses, settings, keys)
     pairs = zip(rollout.accepted.tolist(), rollout.num_rounds.tolist(), strict=True)
     return [accepted[:num_rounds] for accepted, num_rounds in pairs]
 
