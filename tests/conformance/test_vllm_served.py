@@ -83,7 +83,11 @@ def texts(shared_dir: Path, target: FrozenTarget) -> list[tuple[list[int], list[
 def make_fresh(family: str, target: FrozenTarget, texts: list) -> Eagle3DraftModel | DFlashDraftModel:
     torch.manual_seed(0)
     if family == "dflash":
-        return DFlashDraftModel.from_target(target, mask_token_id=3, num_hidden_layers=2, block_size=6)
+        drafter = DFlashDraftModel.from_target(target, mask_token_id=3, num_hidden_layers=2, block_size=6)
+        with torch.no_grad():
+            # As long training makes them: no layer's norm of keys is another's.
+            drafter.layers[1].self_attn.k_norm.weight.mul_(torch.linspace(0.5, 1.5, drafter.config.head_dim))
+        return drafter
     written = torch.tensor([token for _, response in texts for token in response])
     counts = torch.bincount(written, minlength=target.vocab_size)
     # A reduced vocabulary, so that the engine's use of d2t is put to the test.
@@ -168,10 +172,7 @@ def test_an_export_served_by_vllm_keeps_the_drafts_it_was_trained_to(published, 
     checkpoint, folder = published
     options = {"checkpoint": checkpoint, "consumers": ["vllm"], "max_completion_length": NUM_TOKENS, "engines": ENGINE}
     report = verify_drafter(folder, target, prompts, **options)
-    # On the CPU, vLLM 0.32 norms the context's keys of every DFlash layer with the first layer's weights (vLLM PR
-    # 56431 mends the same fault on XPU): rounds differ then, and nothing else may.
-    excused = [p for p in report.problems if report.family == "dflash" and "vllm: tau is" in p and "No near tie" in p]
-    assert report.problems == excused
+    assert report.problems == []
     rows = {row.name: row for row in report.rows}
     ours, served = rows["reference"], rows["vllm"]
     assert ours.tau > 1.3, f"tau {ours.tau:.3f} hardly tests acceptance"
@@ -180,8 +181,10 @@ def test_an_export_served_by_vllm_keeps_the_drafts_it_was_trained_to(published, 
     for own, theirs in zip(ours.acceptance_per_slot, served.acceptance_per_slot, strict=True):
         assert abs(own - theirs) <= 0.01, report.notes
     # Equal to the last round, or reported why not.
-    assert (served.num_other_chains == 0) == (report.notes + report.problems == [])
+    assert (served.num_other_chains == 0) == (report.notes == [])
     assert rows["estimate"].num_other_chains == 0
+    # Where this fails for DFlash, vLLM has mended its kernel, and `mend_norms` can go.
+    assert ("mended here" in served.remark) == (report.family == "dflash"), served.remark
 
 
 def test_one_argument_serves_the_speculators_layout(published, target, prompts):

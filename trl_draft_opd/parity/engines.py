@@ -25,6 +25,10 @@ WORKERS = {"vllm": "vllm_worker.py", "sglang": "sglang_worker.py"}
 _LEAST_CACHE = 1 << 28
 # How an engine's log ends and what of it names a cause: `SomeError: reason`, behind whatever stands before it.
 _LAST_LINES, _NUM_CAUSES = 4, 2
+_MENDED = (
+    "its kernel for CPUs norms the context's keys of every layer by the first layer's weights, which was mended here: "
+    "served on a CPU, it keeps somewhat fewer drafts"
+)
 _CAUSE = re.compile(r"\b(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt)\b: *\S.*")
 
 
@@ -98,6 +102,8 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
                 "its requests report others."
             )
     remark = f"{name} {reply['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"
+    if reply.get("is_mended"):
+        remark += f"; {_MENDED}"
     return Outcome(name, reply["responses"], chains, counts, remark)
 
 

@@ -22,6 +22,44 @@ _COUNTERS = {
 _PER_REQUEST = "per_request_spec_decode_metrics"
 
 
+def mend_norms(request: dict[str, Any]) -> bool:
+    """
+    Have DFlash drafters norm their context's keys by each layer's weights where this vLLM does not, and return whether
+    that was needed. It hands its kernel the weights of all layers at once; of its kernels, those for CPUs (as of 0.32)
+    take the first row for all, so a folder that is right would draft otherwise than it was trained to.
+    """
+    if not request["has_drafter"] or (request["speculative"] or {}).get("method", "dflash") != "dflash":
+        return False
+    import torch
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if not current_platform.is_cpu():
+        return False
+    from vllm import _custom_ops  # pyright: ignore[reportMissingImports]
+
+    # Keys of ones, in two layers of weights 1 and 2.
+    weights = torch.tensor([1.0, 2.0])[:, None].expand(2, 64).contiguous()
+    keys, normed = torch.ones(2, 1, 1, 64), torch.empty(2, 1, 1, 64)
+    _custom_ops.rms_norm(normed, keys, weights, 0.0)
+    if normed[1].amax() > 1.5:
+        return False
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model  # pyright: ignore[reportMissingImports]
+
+    DFlashQwen3Model._normalize_context_k = _norm_by_layer
+    return True
+
+
+def _norm_by_layer(model: Any, keys: Any) -> Any:
+    """Return the keys `(layers, tokens, heads, width)`, each layer's normed by its own weights."""
+    import torch
+    from vllm import _custom_ops  # pyright: ignore[reportMissingImports]
+
+    normed = torch.empty_like(keys)
+    for layer, weights in enumerate(model._k_norm_weights):
+        _custom_ops.rms_norm(normed[layer], keys[layer], weights, model._rms_norm_eps)
+    return normed
+
+
 def decode(request: dict[str, Any]) -> dict[str, Any]:
     """
     Start an engine, decode the prompts greedily to a fixed number of tokens, and return tokens and counters.
@@ -35,13 +73,14 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `dict` with `version`, `responses` (token ids), `accepted` (accepted drafts by round and request, or `None`
         where nothing is drafted or this vLLM does not report them), and the engine's counters `num_rounds` and
-        `kept_at_slot`.
+        `kept_at_slot`; `is_mended`, see [`mend_norms`].
     """
     # It may be in another environment than the types are checked in.
     import vllm  # pyright: ignore[reportMissingImports]
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
     from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
 
+    is_mended = mend_norms(request)
     options = {
         "model": request["model"],
         "dtype": request["dtype"],
@@ -66,6 +105,7 @@ def decode(request: dict[str, Any]) -> dict[str, Any]:
     kept: list[Any] = [getattr(output, "spec_decode_metrics", None) for output in outputs]
     return {
         "version": vllm.__version__,
+        "is_mended": is_mended,
         "responses": [list(output.token_ids) for output in outputs],
         "accepted": None if None in kept else [list(each.per_step_accepted) for each in kept],
         **_count(engine.get_metrics()),
@@ -84,3 +124,6 @@ def _count(metrics: list) -> dict[str, Any]:
 if __name__ == "__main__":
     asked, reply = map(Path, sys.argv[1:])
     reply.write_text(json.dumps(decode(json.loads(asked.read_text("utf-8")))), encoding="utf-8")
+elif __name__ == "__mp_main__":
+    # A process of the engine's, which begins with this file and holds the model.
+    mend_norms(json.loads(Path(sys.argv[1]).read_text("utf-8")))
