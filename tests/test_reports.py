@@ -281,6 +281,20 @@ def test_a_page_holds_every_measure_with_a_figure_and_the_table_of_its_numbers(e
     assert len([tag for tag, _ in page.tags if tag == "caption"]) == 5
 
 
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(1, "Not told apart from before"), (2, "Better than before"), (0.5, "Worse than before")]
+)
+def test_a_page_says_first_whether_the_drafter_got_better(evaluated, factor: float, verdict: str):
+    pytest.importorskip("matplotlib")
+    before = evaluated[0]
+    sums = [total * factor for total in before.accepted_sums]
+    after = replace(before, tau=before.tau * factor, accepted_sums=sums)
+    first, second, *_ = drafter_page("d for t", None, after, before).facts
+    assert first == f"A pass of the target yields {after.tau:.2f} tokens (tau), where plain decoding has 1."
+    assert second.startswith(f"{verdict} on these prompts: {factor - 1:+.1%}")
+    assert drafter_page("d for t", None, after).facts[1].startswith("Measured")
+
+
 def test_break_even_is_an_estimate_where_no_server_was_measured_and_says_so(evaluated):
     config, report = make_drafter("dflash", make_target()).config, evaluated[0]
     estimate = estimate_break_even(config, 10**6, None, report)

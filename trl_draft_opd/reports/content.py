@@ -66,11 +66,23 @@ def drafter_page(
     }
     return Page(
         title=title,
-        facts=_facts(stages, evaluation),
+        facts=[*_verdict(evaluation, before), *_facts(stages, evaluation)],
         sections=[section for section in found.values() if section is not None],
         completions=completions,
         missing=[_NOT_MEASURED[name] for name, section in found.items() if section is None],
     )
+
+
+def _verdict(evaluation: EvaluationReport | None, before: EvaluationReport | None) -> list[str]:
+    """Return what a reader wants to know first, in a sentence or two."""
+    if evaluation is None:
+        return []
+    found = [f"A pass of the target yields {evaluation.tau:.2f} tokens (tau), where plain decoding has 1."]
+    if before is not None:
+        gain, low, high = paired_gain(before, evaluation)
+        word = "Better than before" if low > 0 else "Worse than before" if high < 0 else "Not told apart from before"
+        found.append(f"{word} on these prompts: {gain:+.1%} [{low:+.1%}, {high:+.1%}] tau.")
+    return found
 
 
 def _facts(stages: Sequence[StageRecord], evaluation: EvaluationReport | None) -> list[str]:
