@@ -67,7 +67,7 @@ NOT_RUN = {
     ("Where to go next", "", 1): r"trl_draft_opd/\n.*",  # the tree
 }
 # Code within sentences: what the tests below run or look up.
-INLINE_FLAGS = ("sft", "evaluate", "verify")
+INLINE_FLAGS = ("sft", "evaluate", "verify", "plan")
 FRESH_DFLASH = "DFlashDraftModel.from_target(target, mask_token_id=target.find_mask_token_id())"
 PUSH_IN_A_SCRIPT = "trainer.push_to_hub()"
 
