@@ -102,7 +102,8 @@ def run_engine(name: str, scene: Scene, *, model: str | None = None, is_plain: b
                 "its requests report others."
             )
     remark = f"{name} {reply['version']}, {settings.dtype}; a block cut by the limit counts whole, here as there"
-    if reply.get("is_mended"):
+    config = scene.drafter.config
+    if reply.get("is_mended") and config.exported.method == "dflash" and config.num_hidden_layers > 1:
         remark += f"; {_MENDED}"
     return Outcome(name, reply["responses"], chains, counts, remark)
 
