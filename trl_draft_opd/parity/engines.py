@@ -27,7 +27,7 @@ _LEAST_CACHE = 1 << 28
 _LAST_LINES, _NUM_CAUSES = 4, 2
 _MENDED = (
     "its kernel for CPUs norms the context's keys of every layer by the first layer's weights, which was mended here: "
-    "served on a CPU, it keeps somewhat fewer drafts"
+    "served on a CPU, it keeps fewer drafts"
 )
 _CAUSE = re.compile(r"\b(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt)\b: *\S.*")
 

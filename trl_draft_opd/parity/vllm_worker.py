@@ -36,15 +36,17 @@ def mend_norms(request: dict[str, Any]) -> bool:
     if not current_platform.is_cpu():
         return False
     from vllm import _custom_ops  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model  # pyright: ignore[reportMissingImports]
 
+    # Before June 2026, vLLM looped over the layers itself.
+    if not hasattr(DFlashQwen3Model, "_normalize_context_k"):
+        return False
     # Keys of ones, in two layers of weights 1 and 2.
     weights = torch.tensor([1.0, 2.0])[:, None].expand(2, 64).contiguous()
     keys, normed = torch.ones(2, 1, 1, 64), torch.empty(2, 1, 1, 64)
     _custom_ops.rms_norm(normed, keys, weights, 0.0)
     if normed[1].amax() > 1.5:
         return False
-    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model  # pyright: ignore[reportMissingImports]
-
     DFlashQwen3Model._normalize_context_k = _norm_by_layer
     return True
 
