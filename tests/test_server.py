@@ -12,7 +12,7 @@ import time
 import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.local_server import LocalServer
 from helpers.response_rows import EOS, VOCAB, make_origin, make_rows
 from trl_draft_opd import Origin, ResponseStore, ServerSettings
 from trl_draft_opd.responses import ServerError, ask_server
@@ -66,14 +67,12 @@ class Raw(bytes):
     """A whole reply, status line and headers included."""
 
 
-class FakeServer(ThreadingHTTPServer):
+class FakeServer(LocalServer):
     """
     Replies with `script(number of the request, path, body)`: JSON, a status, bytes, `None` to hang up, or a [`Raw`].
 
     `pages` are what it replies to a GET, by path.
     """
-
-    daemon_threads = True
 
     def __init__(self, script: Callable[[int, str, dict], Any]):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -84,13 +83,6 @@ class FakeServer(ThreadingHTTPServer):
         self.models = ["tiny"]
         self.pages: dict[str, Any] = {"/version": {"version": "0.0"}}
         self.seen_gets: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that gave up waiting are part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,14 +132,12 @@ def serve() -> Iterator[Callable[[Callable], FakeServer]]:
     servers = []
 
     def start(script: Callable[[int, str, dict], Any]) -> FakeServer:
-        servers.append(FakeServer(script))
-        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(FakeServer(script).start())
         return servers[-1]
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.stop()
 
 
 @pytest.fixture

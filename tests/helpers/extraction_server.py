@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 
 from trl_draft_opd import FrozenTarget
 from trl_draft_opd.readings.launch import served_states
+
+from .local_server import LocalServer
 
 
 # A target is tapped by one thread at a time, also where several servers have the same.
@@ -46,14 +48,12 @@ class Trouble:
     place: Callable[[Path], None] | None = None
 
 
-class ExtractionServer(ThreadingHTTPServer):
+class ExtractionServer(LocalServer):
     """
     Serves a target's states at `layer_ids`; `trouble(number of the request, body)` says what goes wrong, if anything.
 
     `numbers` replaces vLLM's numbers of the states, and `order` the order in which they come.
     """
-
-    daemon_threads = True
 
     def __init__(
         self,
@@ -76,22 +76,6 @@ class ExtractionServer(ThreadingHTTPServer):
         self.headers_seen: list[dict] = []
         self.at_once = self.most_at_once = 0
         super().__init__(("127.0.0.1", port), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def start(self) -> "ExtractionServer":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def stop(self) -> None:
-        """Stop listening; another server may take the port."""
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that gave up waiting are part of the tests."""
 
     def states(self, text: Sequence[int]) -> tuple[dict[str, torch.Tensor], list[Any]]:
         """Return what vLLM writes for a text, and its `prompt_logprobs`."""
@@ -183,8 +167,5 @@ def serving(
     target: FrozenTarget, layer_ids: Sequence[int], folder: Path, **settings: Any
 ) -> Iterator[ExtractionServer]:
     """Run a server while the block runs; `settings` as of [`ExtractionServer`]."""
-    server = ExtractionServer(target, layer_ids, folder, **settings).start()
-    try:
+    with ExtractionServer(target, layer_ids, folder, **settings).running() as server:
         yield server
-    finally:
-        server.stop()

@@ -8,12 +8,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
+
+from .local_server import LocalServer
 
 
 USER = "someone"
@@ -240,13 +241,6 @@ class _Handler(BaseHTTPRequestHandler):
 def serve_hub(token: str = "hf_" + "x" * 34) -> Iterator[FakeHub]:
     """Run the stand-in while the block runs."""
     hub = FakeHub(token)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with LocalServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub})).running() as server:
+        hub.endpoint = server.url
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from .local_server import LocalServer
 
 
 # What a reply can be in place of whole.
@@ -23,7 +25,7 @@ def written(prompt: Any, count: int) -> list[int]:
     return [(start + 3 * index) % 50 + 7 for index in range(count)]
 
 
-class StreamingServer(ThreadingHTTPServer):
+class StreamingServer(LocalServer):
     """
     Writes `per_round` tokens per piece, `delay` seconds apart.
 
@@ -36,9 +38,6 @@ class StreamingServer(ThreadingHTTPServer):
         change (`int`): Added to the ids that it writes.
         foreign (`int`): Tokens it says it wrote for others, per piece.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, **changes: Any) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -53,13 +52,6 @@ class StreamingServer(ThreadingHTTPServer):
         self.counts = {"generation_tokens": 0, "spec_decode_num_drafts": 0, "spec_decode_num_accepted_tokens": 0}
         self.changed = threading.Condition()
         vars(self).update(changes)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests."""
 
     def page(self) -> str:
         """What `/metrics` says, of two engines that counted a half each."""
@@ -176,10 +168,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def streaming(**changes: Any) -> Iterator[StreamingServer]:
     """Yield a running server, its attributes changed."""
-    server = StreamingServer(**changes)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with StreamingServer(**changes).running() as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
