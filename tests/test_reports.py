@@ -440,8 +440,11 @@ def test_evaluate_writes_a_report_whose_text_is_as_much_as_was_asked_for(tmp_pat
     html = (tmp_path / "r.html").read_text("utf-8")
     assert "<details" not in html and "Gain in tau" in html and "before: decided" in html
     assert "Break-even, estimated" in html
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps({"prompt": f"w{9 + i} w9 w10"}) + "\n" for i in range(3)), "utf-8")
     for flags, what in (
-        (["--num-prompts", "2"], "other prompts"),
+        (["--num-prompts", "2"], "other number of prompts: 3, now 2"),
+        (["--dataset", str(others)], "other prompts, though as many"),
         (["--max-completion-length", "10"], "other `--max-completion-length`: 12, now 10"),
         (["--ignore-eos"], "other `--ignore-eos`"),
     ):

@@ -233,7 +233,7 @@ def run_evaluate(argv: Sequence[str]) -> int:
     digest = prompts_digest(prompts)
     if earlier is not None:
         now = vars(args) | {"num_drafts": num_drafts, "max_completion_length": lengths.completion}
-        check_same(*earlier, prompts_sha256=digest, conditions=now)
+        check_same(*earlier, num_prompts=len(prompts), prompts_sha256=digest, conditions=now)
     drafter = drafter.to(target.device)
     collector = args.collector(target, drafter)
     responses = args.stored_responses(target, prompts, lengths)

@@ -68,17 +68,23 @@ def measure_gain(before: EvaluationReport | None, after: EvaluationReport) -> di
 
 
 def check_same(
-    before: EvaluationReport, digest: str | None, *, prompts_sha256: str | None, conditions: Mapping[str, Any]
+    before: EvaluationReport,
+    digest: str | None,
+    *,
+    num_prompts: int,
+    prompts_sha256: str | None,
+    conditions: Mapping[str, Any],
 ) -> None:
     """Raise `ValueError` unless an earlier evaluation was made under `conditions`, of `_COMPARED` by their names."""
-    compared = [("prompts (by their hash)", digest, prompts_sha256)]
+    compared = [("number of prompts", before.num_prompts, num_prompts)]
     compared += [(f"`{name}`", getattr(before, name), conditions[name]) for name in _COMPARED]
-    for what, earlier, now in compared:
-        if earlier != now:
-            raise ValueError(
-                f"The earlier evaluation has other {what}: {earlier}, now {now}. Measure both on the same prompts and "
-                "settings."
-            )
+    found = [f"{what}: {earlier}, now {now}" for what, earlier, now in compared if earlier != now]
+    if not found and digest != prompts_sha256:
+        found = ["prompts, though as many, or the same through another chat template"]
+    if found:
+        raise ValueError(
+            f"The earlier evaluation has other {'; '.join(found)}. Measure both on the same prompts and settings."
+        )
 
 
 def config_of(folder: str, record: TrainingRecord) -> PortableConfig | None:
@@ -172,7 +178,13 @@ def run_report(argv: Sequence[str]) -> int:
         evaluation, digest = read_evaluation(args.evaluation, "--evaluation")
         if args.before is not None:
             before, earlier = read_evaluation(args.before, "--before")
-            check_same(before, earlier, prompts_sha256=digest, conditions=vars(evaluation))
+            check_same(
+                before,
+                earlier,
+                num_prompts=evaluation.num_prompts,
+                prompts_sha256=digest,
+                conditions=vars(evaluation),
+            )
     config, estimate = config_of(args.drafter, record), None
     if config is not None and record.target.num_parameters:
         estimate = estimate_break_even(config, record.target.num_parameters, record, evaluation)
