@@ -27,6 +27,7 @@ class PromptSet:
         field (`str`): Column that holds the user's message.
         count (`int`): Prompts taken.
         start (`int`): First row taken; counted from the end if negative.
+        joined (`int`): Rows in a row that make one prompt, a blank line between them: several tasks, long responses.
         extra_field (`str`, *optional*): A second column, put on a line behind the first where it is not empty.
         file (`str`, *optional*): JSONL file, relative to `--shared`.
         hub (`str`, *optional*), config (`str`, *optional*), split (`str`): Dataset on the Hub, if there is no file.
@@ -35,6 +36,7 @@ class PromptSet:
     field: str
     count: int
     start: int = 0
+    joined: int = 1
     extra_field: str | None = None
     file: str | None = None
     hub: str | None = None
@@ -44,8 +46,9 @@ class PromptSet:
     def __post_init__(self):
         if (self.file is None) == (self.hub is None):
             raise ValueError(f"A prompt set needs either `file` or `hub`, got {self.file!r} and {self.hub!r}.")
-        if self.count < 1:
-            raise ValueError(f"`count` of a prompt set must be at least 1, got {self.count}.")
+        for name in ("count", "joined"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` of a prompt set must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,16 @@ class Workbench:
                 raise SystemExit(f"Prompts come from {prompts.file!r}: give the folder it lies in with --shared PATH.")
             rows = Dataset.from_json(str(self.machine.shared / prompts.file))
         start = prompts.start if prompts.start >= 0 else len(rows) + prompts.start
-        if start < 0 or start + prompts.count > len(rows):
+        num_rows = prompts.count * prompts.joined
+        if start < 0 or start + num_rows > len(rows):
             raise SystemExit(
-                f"{prompts.file or prompts.hub} has {len(rows)} rows; {prompts.count} from row {prompts.start} on "
-                "were asked for."
+                f"{prompts.file or prompts.hub} has {len(rows)} rows; {num_rows} from row {prompts.start} on were "
+                "asked for."
             )
-        rows = rows.select(range(start, start + prompts.count))
+        rows = rows.select(range(start, start + num_rows))
         extra = rows[prompts.extra_field] if prompts.extra_field else [""] * len(rows)
-        return ["\n".join(filter(None, pair)) for pair in zip(rows[prompts.field], extra, strict=True)]
+        tasks = ["\n".join(filter(None, pair)) for pair in zip(rows[prompts.field], extra, strict=True)]
+        return ["\n\n".join(tasks[row : row + prompts.joined]) for row in range(0, num_rows, prompts.joined)]
 
     def prompt_ids(self, prompts: PromptSet) -> list[list[int]]:
         """Return the prompts as token ids, chat template applied."""

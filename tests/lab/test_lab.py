@@ -108,7 +108,7 @@ def test_no_test_prompt_of_a_committed_plan_is_trained_on():
                 if (test.file or test.hub, test.split) == (train.file or train.hub, train.split):
                     assert train.start == 0 and test.start < 0, path
                     # gsm8k_train has 7,473 rows, codealpaca 6,482: the front and the back never meet.
-                    assert train.count - test.start <= 6_482, path
+                    assert train.count * train.joined - test.start <= 6_482, path
 
 
 def test_a_key_that_nobody_reads_is_refused():
@@ -141,6 +141,15 @@ def test_a_second_field_is_put_behind_the_first(shared, tmp_path):
     bench = make_bench(make_pair(tmp_path), shared, tmp_path)
     prompts = PromptSet(field="question", extra_field="more", count=1, file="data/words.jsonl")
     assert bench.messages(prompts)[0].endswith("\nw9")
+
+
+def test_rows_are_joined_into_prompts(shared, tmp_path):
+    bench = make_bench(make_pair(tmp_path), shared, tmp_path)
+    words = {"field": "question", "start": 1, "file": "data/words.jsonl"}
+    one, two, three, four = bench.messages(PromptSet(count=4, **words))
+    assert bench.messages(PromptSet(count=2, joined=2, **words)) == [f"{one}\n\n{two}", f"{three}\n\n{four}"]
+    with pytest.raises(SystemExit, match=f"has {NUM_ROWS} rows; {NUM_ROWS} from row 1"):
+        bench.messages(PromptSet(count=NUM_ROWS // 2, joined=2, **words))
 
 
 def test_a_training_prompt_that_is_measured_on_is_left_out(shared, tmp_path):
