@@ -75,7 +75,7 @@ test-slow: $(STAMP)  ## Run the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
 
 test-lab: TESTS = tests/lab
-test-lab: $(STAMP)  ## Run the tests of the laboratory (benchmarks/lab)
+test-lab: $(STAMP)  ## Run the tests of benchmarks/, the laboratory among it
 	$(PYTEST) -m lab $(ARGS)
 
 crash: $(STAMP)  ## Run the crash matrix: stops at every file operation, lost renames, full disks, kills

@@ -4,7 +4,7 @@ What holds for every test: no network, nothing written outside temporary folders
 
 Two options decide which tests run: `--shared PATH` gives tests real text and a real small target (without it they are
 skipped, and report so), `--run-slow` adds the slow ones. Tests against real engines run with `-m conformance` alone,
-those of the laboratory with `-m lab`. This file builds no model and no data: see `helpers/tiny.py`.
+those of `benchmarks/` with `-m lab`. This file builds no model and no data: see `helpers/tiny.py`.
 """
 
 import gc
@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     runs = {
         "conformance": "conformance" in asked,
         "crash": "crash" in asked,
-        "lab": "lab" in asked,
+        "lab": "lab" in asked or "slow" in asked,
         "slow": config.getoption("--run-slow") or "slow" in asked,
     }
     left_out = [name for name, is_asked in runs.items() if not is_asked]

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
 What the code does beside what it must, counted: `python -m benchmarks.roofline --count` writes the figures of layers,
-kernels and waits anew, `tests/test_roofline.py` counts some of them again.
+kernels and waits anew, `tests/lab/test_roofline.py` counts some of them again.
 """
 
 from .roofline import Counts, FamilyCounts

@@ -28,8 +28,11 @@ from trl_draft_opd.drafters.target_shape import middle_layer_ids
 from trl_draft_opd.readings.launch import serve_line
 
 
+pytestmark = pytest.mark.lab
+
+
 H100 = GPUS["h100"]
-PAGE = Path(__file__).parents[1] / "docs" / "do" / "scaling.md"
+PAGE = Path(__file__).parents[2] / "docs" / "do" / "scaling.md"
 
 
 def flow_of(name, job_name):

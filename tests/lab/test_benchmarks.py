@@ -17,6 +17,9 @@ from benchmarks.suites import dflash, loss, rollout, step, ttt
 from helpers.tiny import make_drafter, make_prompts, make_target
 
 
+pytestmark = pytest.mark.lab
+
+
 def settings(**options) -> argparse.Namespace:
     defaults = {"pairs": 1, "device": "cpu", "dtype": "float32", "quick": True, "only": [], "seed": 0, "shared": None}
     defaults |= {"drafter_eagle3": None, "drafter_dflash": None, "prompts": 4, "max_completion_length": 8}

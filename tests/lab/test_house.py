@@ -12,6 +12,9 @@ import pytest
 from benchmarks import house
 
 
+pytestmark = pytest.mark.lab
+
+
 def make_file(name: str, text: str) -> house.File:
     return house.File(name, text, ast.parse(text))
 

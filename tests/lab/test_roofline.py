@@ -27,6 +27,9 @@ from trl_draft_opd.losses.budget import fit_budget
 from trl_draft_opd.rollout import replay
 
 
+pytestmark = pytest.mark.lab
+
+
 H100, QWEN3_8B = GPUS["h100"], TARGETS["qwen3-8b"]
 
 # An audit on paper of commit 8aa045a: seconds, floor in seconds, TFLOP of target, drafter, heads and walk.
@@ -236,7 +239,7 @@ def test_what_a_gpu_measured_stands_beside_what_is_predicted(tmp_path):
 
 
 def test_the_pages_quote_the_tables_as_they_are_printed():
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     page = (docs / "do" / "scaling.md").read_text(encoding="utf-8")
     found = roofline.predictions(QWEN3_8B, H100)
     assert roofline.job_table(found) in page

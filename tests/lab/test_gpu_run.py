@@ -19,6 +19,9 @@ from trl_draft_opd.costs.jobs import JOBS
 from trl_draft_opd.rollout.counts import Counts
 
 
+pytestmark = pytest.mark.lab
+
+
 STAGES = {"read", "draft", "loss", "backward", "update", "step"}
 
 
