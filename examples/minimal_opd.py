@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-Draft-OPD in one flat loop, without a Trainer: decode, mark the errors, draft again, distil, step.
+Draft-OPD as in the paper, in one flat loop without a Trainer: decode, mark the errors, draft again, distil, step.
 
     python examples/minimal_opd.py --target Qwen/Qwen3-0.6B --drafter drafter-sft --dataset prompts.jsonl
 

@@ -239,8 +239,8 @@ def draw_train(axes, theme):
     last = 1 + NUM_KEPT
     words = "accepted drafts: keep covering\nwhat the target may write"
     draw_card(axes, theme, 2, last, theme.kept, "forward KL(p ‖ q)", words, KEPT_BARS)
-    words = "error position: give up\nwhat the target rejects"
-    draw_card(axes, theme, last + 1, last + 2, theme.error, "reverse KL(q ‖ p)", words, ERROR_BARS)
+    words = "error position: learn what\nthe target writes there"
+    draw_card(axes, theme, last + 1, last + 2, theme.error, "forward KL(p ‖ q)", words, ERROR_BARS)
     draw_legend(axes, theme, 0.50, y - 1.62)
 
 

@@ -97,7 +97,10 @@ def command(name: str, **flags: Any) -> int:
 
 def make_config(method: str, folder: str | Path, **settings: Any):
     settings = {SETTINGS.get(name, name): value for name, value in settings.items()}
-    return (DraftSFTConfig if method == "sft" else DraftOPDConfig)(str(folder), **settings)
+    if method == "sft":
+        return DraftSFTConfig(str(folder), **settings)
+    # The default when the record was made.
+    return DraftOPDConfig(str(folder), **{"rejected_loss": "reverse_kl"} | settings)
 
 
 def make_trainer(

@@ -272,8 +272,6 @@ def train_drafters(
         own = {
             "num_train_epochs": settings.opd_epochs,
             "learning_rate": settings.opd_learning_rate,
-            # Minutes of SFT end far below the plateau, where the paper's reverse KL lowers tau.
-            "rejected_loss": "forward_kl",
             # The responses are there already; at temperature 0 the blocks are those of live decoding.
             "rollout": "replay",
             "completions_from_target": True,
