@@ -21,6 +21,7 @@ from trl_draft_opd import (
     generate_responses,
 )
 from trl_draft_opd.evaluation import paired_gain
+from trl_draft_opd.responses import progress
 from trl_draft_opd.rollout import live
 from trl_draft_opd.rollout.counts import Counts
 
@@ -109,6 +110,14 @@ def test_batches_of_any_size_give_the_same_report(family, target):
     for name, value in (one.calibration or {}).items():
         assert three.calibration[name] == pytest.approx(value)
     assert one.num_different == 0
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is(target, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    drafter = make_drafter("eagle3", target)
+    evaluate_drafter(target, drafter, make_prompts(3), max_completion_length=8, batch_size=2)
+    shown = capsys.readouterr().err
+    assert "Prompts measured: 2 of 3, " in shown and "left" in shown and "Prompts measured: 3 of 3, " in shown
 
 
 def test_a_lossy_loop_is_caught(monkeypatch, target):

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from .data.token_classes import TOKEN_CLASSES, token_classes
 from .drafters.base import Drafter
 from .losses import default_chunk_bytes
 from .responses import generate_responses
+from .responses.progress import showing_progress
 from .rollout.acceptance import SamplingSettings
 from .rollout.calibration import Calibration
 from .rollout.counts import Counts, describe_tau, interval, resampled_taus
@@ -207,7 +206,7 @@ def evaluate_drafter(
             `max_completion_length` tokens. Without them, a target whose cache cannot be rolled back writes them.
         num_resamples (`int`, *optional*, defaults to 2000): Bootstrap resamples.
         seed (`int`, *optional*, defaults to 0): Of draws and bootstrap.
-        show_progress (`bool`, *optional*, defaults to `True`): Draw a progress bar.
+        show_progress (`bool`, *optional*, defaults to `True`): A bar, or a line every half minute without a terminal.
         on_rollout (`Callable[[Rollout], None]`, *optional*): Called with the blocks of each batch, in order.
 
     Returns:
@@ -259,16 +258,15 @@ def evaluate_drafter(
     done = _Decoded(
         on_rollout, None if target.tokenizer is None else token_classes(target.tokenizer, target.vocab_size)
     )
-    # Without a terminal it would leave an empty line.
-    console = Console()
-    with Progress(console=console, disable=not (show_progress and console.is_terminal), transient=True) as progress:
-        for start in progress.track(range(0, len(prompts), batch_size), description="Evaluating"):
-            batch = prompts[start : start + batch_size]
+    with showing_progress(len(prompts), is_shown=show_progress, name="Prompts measured") as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch, before = prompts[start : start + batch_size], done.num_tokens
             # By a prompt's number, so that the batch size changes no draw.
             keys = DrawKeys(seed, 0, range(start, start + len(batch)))
             if responses is not None:
                 written = [response[:max_completion_length] for response in responses[start : start + batch_size]]
                 done.add(replay_responses(target, drafter, batch, written, settings, keys), seconds=0.0)
+                progress.add(len(batch), done.num_tokens - before)
                 continue
             begun = time.perf_counter()
             rollout = rollout_live(
@@ -293,6 +291,7 @@ def evaluate_drafter(
                     show_progress=False,
                 )
                 done.compare(rollout, own, first=start, seconds=time.perf_counter() - begun)
+            progress.add(len(batch), done.num_tokens - before)
     report = _report(done, settings, batch_size, compare, num_resamples, seed)
     return replace(report, is_replay=is_replay, max_completion_length=max_completion_length, ignore_eos=ignore_eos)
 

@@ -52,7 +52,17 @@ class Scene:
         self.seconds = time.time() - began
         self.whole = folder / "whole"
 
-    def run(self, output_dir, resume=None, at=None, end="kill", wait=True, sigterm_after=None, **changes):
+    def run(
+        self,
+        output_dir,
+        resume=None,
+        at=None,
+        end="kill",
+        wait=True,
+        sigterm_after=None,
+        signals=(signal.SIGTERM,),
+        **changes,
+    ):
         """Train in a child, to its end or to the chosen event; return how it ended."""
         events = output_dir.with_suffix(".events")
 
@@ -61,7 +71,7 @@ class Scene:
             if resume is None:
                 Events(output_dir, at, end, events)
             drafter = make_drafter(self.family, self.target, seed=1 if resume is None else 9)
-            progress = Progress(output_dir.with_suffix(".progress"), sigterm_after)
+            progress = Progress(output_dir.with_suffix(".progress"), sigterm_after, signals)
             train(self.kind, output_dir, drafter, self.target, self.rows, progress, resume, **changes)
 
         return in_child(work, output_dir.with_suffix(".log"), wait)
@@ -158,6 +168,24 @@ def test_sigterm_saves_the_step_at_hand_and_leaves_with_143(one_scene, tmp_path)
     for name in ("model.safetensors", "optimizer.safetensors"):
         final = output_dir / f"checkpoint-{STEPS}" / name
         assert final.read_bytes() == (one_scene.whole / f"checkpoint-{STEPS}" / name).read_bytes()
+
+
+def test_ctrl_c_saves_the_step_at_hand_and_a_second_one_ends_at_once(one_scene, tmp_path):
+    output_dir = tmp_path / "out"
+    assert one_scene.run(output_dir, sigterm_after=1, signals=(signal.SIGINT,), save_steps=100) == 1
+    log = output_dir.with_suffix(".log").read_text()
+    assert "this step is finished and saved first" in log and "Ctrl-C came: saved after step 2, leaving." in log, log
+    assert log.rstrip().endswith("KeyboardInterrupt")
+    assert [step for step, folder in list_checkpoints(output_dir) if is_whole(folder)] == [2]
+    assert one_scene.run(output_dir, resume=True) == 0, output_dir.with_suffix(".log").read_text()
+    name = f"checkpoint-{STEPS}/model.safetensors"
+    assert (output_dir / name).read_bytes() == (one_scene.whole / name).read_bytes()
+    # Twice; and with processes that load data, which a terminal interrupts too.
+    for times, workers in ((2, 0), (1, 1)):
+        other = tmp_path / f"out-{times}"
+        options = {"save_steps": 100, "dataloader_num_workers": workers}
+        assert one_scene.run(other, sigterm_after=1, signals=(signal.SIGINT,) * times, **options) == 1
+        assert "leaving" not in other.with_suffix(".log").read_text() and not list_checkpoints(other)
 
 
 def test_ctrl_c_in_the_middle_of_a_save_leaves_no_trace_of_it(one_scene, tmp_path):

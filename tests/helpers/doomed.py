@@ -30,18 +30,19 @@ _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 class Progress(TrainerCallback):
     """
     Notes every finished step, and the step a run began with, in a file outside of the output folder; where asked to,
-    it sends its own process SIGTERM once so many steps are done and the next has begun.
+    it sends its own process SIGTERM, or other signals, once so many steps are done and the next has begun.
     """
 
-    def __init__(self, path, sigterm_after=None):
-        self.path, self.sigterm_after = path, sigterm_after
+    def __init__(self, path, sigterm_after=None, signals=(signal.SIGTERM,)):
+        self.path, self.sigterm_after, self.signals = path, sigterm_after, signals
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._note(f"begin {state.global_step}")
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.sigterm_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in self.signals:
+                os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._note(f"end {state.global_step}")

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl-draft-opd authors. Licensed under the Apache License, Version 2.0.
 """
-What makes a run last: checkpoints that survive any stop, resuming bit for bit, a guard before every update, SIGTERM.
+What makes a run last: checkpoints that survive any stop, resuming bit for bit, a guard before every update, stops.
 
 A base class, because every part of it overrides a method of transformers' Trainer; what they are made of is in `runs`.
 """
@@ -53,7 +53,7 @@ from ..runs.guard import NonFiniteGuard, check_weights
 from ..runs.identity import RunIdentity
 from ..runs.out_of_memory import explained_memory
 from ..runs.run_state import RankState, RunState, random_states, set_random_states
-from ..runs.sigterm import StopOnSigterm
+from ..runs.stopping import StopOnSignal
 from ..utils.atomic_files import explaining_failure
 from ..utils.private_trl import _BaseTrainer
 from .adapters import is_adapted, load_adapter_weights
@@ -91,7 +91,7 @@ class ResumingTrainer(_BaseTrainer):
         check_muon(self.args, self.accelerator, self.model, self.optimizer)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._guard = NonFiniteGuard(self.accelerator, self.args.on_nonfinite, self.args.max_skipped_updates)
-        self._stop = StopOnSigterm(self.accelerator)
+        self._stop = StopOnSignal(self.accelerator, handles_interrupt=not self.args.dataloader_num_workers)
         self.add_callback(self._guard)
         self.add_callback(self._stop)
         # Of the run that `train` starts: its id and identity, and the state it resumes from.
@@ -137,7 +137,8 @@ class ResumingTrainer(_BaseTrainer):
         unless more steps are asked for than when it ended.
 
         On SIGTERM the current step is finished, a checkpoint is written, and `SystemExit(143)` is raised, which ends a
-        script quietly with the exit code that schedulers expect of a job they stopped.
+        script quietly with the exit code that schedulers expect of a job they stopped. Ctrl-C does the same with
+        `KeyboardInterrupt`, unless `dataloader_num_workers` are set; a second one ends at once.
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
@@ -154,6 +155,7 @@ class ResumingTrainer(_BaseTrainer):
             FloatingPointError: If losses or gradients are not finite under `on_nonfinite="stop"`, and nothing was
                 updated; or if an update left weights that are not finite, and nothing of it was written.
             SystemExit: After SIGTERM.
+            KeyboardInterrupt: After Ctrl-C.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         output_dir = self.args.output_folder
