@@ -422,6 +422,13 @@ def test_one_call_reads_prompts_writes_responses_and_goes_on(tmp_path: Path):
     assert json.loads(json.dumps(summary)) == summary
 
 
+def test_rows_that_cannot_be_read_leave_no_folder_behind(tmp_path: Path):
+    rows, store = Dataset.from_dict({"wrong": ["w7"]}), tmp_path / "store"
+    with pytest.raises(ValueError, match="has columns"):
+        write_responses(make_target(), rows, store, sampling=GREEDY, max_completion_length=5)
+    assert not store.exists()
+
+
 def test_engines_and_servers_that_do_not_go_together_are_refused(tmp_path: Path):
     target, rows = make_target(), Dataset.from_dict({"prompt": ["w7"]})
     common = {"sampling": GREEDY, "max_completion_length": 5, "show_progress": False}

@@ -373,6 +373,8 @@ def test_how_other_columns_are_read_is_said_once_and_what_they_hold_is_checked()
     assert noted(lambda: prompts_of(rows))[1] == ["The rows are read as chats: `question` as the user's turn."]
     with pytest.raises(ValueError, match="Row 0 of the dataset: `answer` must be a string, got 12"):
         texts_of([{"question": "7 + 5?", "answer": 12}])
+    # Where the target answers, theirs is not read.
+    assert prompts_of([{"question": "7 + 5?", "answer": 12}]) == prompts_of([rows[0]])
     with pytest.raises(ValueError, match="Row 1 of the dataset: the prompt is empty"):
         prompts_of([rows[0], {"question": None, "answer": "12"}])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, Json
@@ -62,11 +63,13 @@ def find_format(columns: Iterable[str], forms: tuple[Form, ...]) -> RowFormat:
     if not _extra(names, (*_SYSTEMS, *_CONTEXTS[1:])):
         if "question" in names and "input" not in names and ("answer" in names or not wants_response):
             ending = ", `answer` as the assistant's" if wants_response else ""
-            return RowFormat(form, _read_question, f"`question` as the user's turn{ending}")
+            return RowFormat(form, partial(_read_question, wants_response), f"`question` as the user's turn{ending}")
         if "instruction" in names and "question" not in names and ("output" in names or not wants_response):
             question = "`instruction` and, under an empty line, `input`" if "input" in names else "`instruction`"
             ending = ", `output` as the assistant's" if wants_response else ""
-            return RowFormat(form, _read_instruction, f"{question} as the user's turn{ending}")
+            return RowFormat(
+                form, partial(_read_instruction, wants_response), f"{question} as the user's turn{ending}"
+            )
     raise ValueError(_explain(names, forms))
 
 
@@ -74,15 +77,16 @@ def _extra(names: list[str], others: tuple[str, ...]) -> bool:
     return any(name in names for name in others)
 
 
-def _read_question(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, **_pair(row["question"], row.get("answer"), ("question", "answer"))}
+def _read_question(wants_response: bool, row: dict[str, Any]) -> dict[str, Any]:
+    answer = row["answer"] if wants_response else None
+    return {**row, **_pair(row["question"], answer, ("question", "answer"))}
 
 
-def _read_instruction(row: dict[str, Any]) -> dict[str, Any]:
+def _read_instruction(wants_response: bool, row: dict[str, Any]) -> dict[str, Any]:
     question, further = row["instruction"], row.get("input") or ""
     if isinstance(question, str) and isinstance(further, str) and further.strip():
         question = f"{question}\n\n{further}"
-    return {**row, **_pair(question, row.get("output"), ("instruction", "output"))}
+    return {**row, **_pair(question, row["output"] if wants_response else None, ("instruction", "output"))}
 
 
 def _pair(question: Any, answer: Any, names: tuple[str, str]) -> dict[str, Any]:

@@ -90,12 +90,13 @@ def write_responses(
     if engine == "transformers":
         target.require_body("Writing responses in this process")
     reader = reader or target.text_reader()
+    # Before there is a folder, which later settings would have to keep to.
+    prompts = [] if engine == "dataset" else list(reader.read_prompts(dataset)["prompt_ids"])
     origin = Origin.of(target, reader, sampling=sampling, max_completion_length=max_completion_length)
     store = ResponseStore.open(path, origin)
     if engine == "dataset":
         import_responses(store, dataset, reader, shard_size=shard_size)
         return store
-    prompts = list(reader.read_prompts(dataset)["prompt_ids"])
     missing = store.missing(prompts)
     if missing and show_progress:
         logger.warning(describe_filling(store, len(missing)))
