@@ -295,6 +295,24 @@ def test_a_page_says_first_whether_the_drafter_got_better(evaluated, factor: flo
     assert drafter_page("d for t", None, after).facts[1].startswith("Measured")
 
 
+@pytest.mark.parametrize(("tau", "word"), [(1.4, "no faster"), (1.6, "faster")])
+def test_a_page_says_whether_the_drafter_pays_and_with_how_many_drafts(evaluated, tau: float, word: str):
+    pytest.importorskip("matplotlib")
+    row = {"batch": 1, "break_even_tau": 1.5, "speedup": {f"{tau:.2f}": 1.0}, "best_drafts": None}
+    report = replace(evaluated[0], tau=tau, num_drafts=7)
+    for best, ending in (
+        (None, "per block."),
+        ({"num_drafts": 2, "speedup": 1.2}, "2 drafts per block would be 1.20 times as fast."),
+    ):
+        estimate = {"ridge_tokens": 1, "draft_cost": 0.1, "rows": [row | {"best_drafts": best}]}
+        said = drafter_page("d for t", None, report, estimate=estimate).facts[1]
+        assert (
+            f"decoded {word} with it than without" in said
+            and "above 1.50 at 7 drafts" in said
+            and said.endswith(ending)
+        )
+
+
 def test_break_even_is_an_estimate_where_no_server_was_measured_and_says_so(evaluated):
     config, report = make_drafter("dflash", make_target()).config, evaluated[0]
     estimate = estimate_break_even(config, 10**6, None, report)

@@ -66,15 +66,17 @@ def drafter_page(
     }
     return Page(
         title=title,
-        facts=[*_verdict(evaluation, before), *_facts(stages, evaluation)],
+        facts=[*_verdict(evaluation, before, estimate), *_facts(stages, evaluation)],
         sections=[section for section in found.values() if section is not None],
         completions=completions,
         missing=[_NOT_MEASURED[name] for name, section in found.items() if section is None],
     )
 
 
-def _verdict(evaluation: EvaluationReport | None, before: EvaluationReport | None) -> list[str]:
-    """Return what a reader wants to know first, in a sentence or two."""
+def _verdict(
+    evaluation: EvaluationReport | None, before: EvaluationReport | None, estimate: dict[str, Any] | None
+) -> list[str]:
+    """Return what a reader wants to know first, in up to three sentences."""
     if evaluation is None:
         return []
     found = [f"A pass of the target yields {evaluation.tau:.2f} tokens (tau), where plain decoding has 1."]
@@ -82,6 +84,16 @@ def _verdict(evaluation: EvaluationReport | None, before: EvaluationReport | Non
         gain, low, high = paired_gain(before, evaluation)
         word = "Better than before" if low > 0 else "Worse than before" if high < 0 else "Not told apart from before"
         found.append(f"{word} on these prompts: {gain:+.1%} [{low:+.1%}, {high:+.1%}] tau.")
+    if estimate is not None:
+        alone = estimate["rows"][0]
+        word = "faster" if evaluation.tau > alone["break_even_tau"] else "no faster"
+        best = alone["best_drafts"]
+        fewer = best is not None and best["num_drafts"] < evaluation.num_drafts
+        hint = f" {best['num_drafts']} drafts per block would be {best['speedup']:.2f} times as fast." if fewer else ""
+        found.append(
+            f"By the estimate below, single requests are decoded {word} with it than without: that takes a tau above "
+            f"{alone['break_even_tau']:.2f} at {evaluation.num_drafts} drafts per block.{hint}"
+        )
     return found
 
 

@@ -128,7 +128,10 @@ def choose_checkpoint(output_dir: Path, asked: str | Path | bool | None) -> Chec
     `True` or `"true"` is the newest valid one, `"auto"` the same or `None` if there are none, a path that one.
     """
     word = str(asked).lower()
-    if asked in (None, False) or (word == "auto" and not list_checkpoints(output_dir)):
+    if asked in (None, False):
+        return None
+    if word == "auto" and not list_checkpoints(output_dir):
+        logger.warning("There is no checkpoint in %r yet: a new run begins.", str(output_dir))
         return None
     if word in ("true", "auto"):
         return newest_valid(output_dir)
