@@ -87,9 +87,9 @@ def _verdict(
     if estimate is not None:
         alone = estimate["rows"][0]
         word = "faster" if evaluation.tau > alone["break_even_tau"] else "no faster"
-        best = alone["best_drafts"]
-        fewer = best is not None and best["num_drafts"] < evaluation.num_drafts
-        hint = f" {best['num_drafts']} drafts per block would be {best['speedup']:.2f} times as fast." if fewer else ""
+        best, hint = alone["best_drafts"], ""
+        if best is not None and best["num_drafts"] < evaluation.num_drafts:
+            hint = f" {best['num_drafts']} drafts per block would be {best['speedup']:.2f} times as fast."
         found.append(
             f"By the estimate below, single requests are decoded {word} with it than without: that takes a tau above "
             f"{alone['break_even_tau']:.2f} at {evaluation.num_drafts} drafts per block.{hint}"
