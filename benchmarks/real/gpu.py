@@ -45,7 +45,8 @@ from .fetch import SMOLLM2, fetch_target, fetch_wheel
 
 PIECE_BYTES = 48 * 10**6
 TIER = 6
-ARMS = ("sft_continued", "opd_first", "opd", "accept_until_fail", "mix_half")
+# What decides first: the default against SFT, then the paper's loss, the rivals, the paper's suffix.
+ARMS = ("sft_continued", "forward_first", "opd_first", "accept_until_fail", "chain_until_fail", "opd")
 NUM_RESAMPLES = 10_000
 
 
