@@ -302,7 +302,7 @@ def test_a_page_says_whether_the_drafter_pays_and_with_how_many_drafts(evaluated
     report = replace(evaluated[0], tau=tau, num_drafts=7)
     for best, ending in (
         (None, "per block."),
-        ({"num_drafts": 2, "speedup": 1.2}, "2 drafts per block would be 1.20 times as fast."),
+        ({"num_drafts": 2, "speedup": 1.2}, "2 drafts per block would be 1.20 times as fast as without."),
     ):
         estimate = {"ridge_tokens": 1, "draft_cost": 0.1, "rows": [row | {"best_drafts": best}]}
         said = drafter_page("d for t", None, report, estimate=estimate).facts[1]

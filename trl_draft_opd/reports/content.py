@@ -89,7 +89,7 @@ def _verdict(
         word = "faster" if evaluation.tau > alone["break_even_tau"] else "no faster"
         best, hint = alone["best_drafts"], ""
         if best is not None and best["num_drafts"] < evaluation.num_drafts:
-            hint = f" {best['num_drafts']} drafts per block would be {best['speedup']:.2f} times as fast."
+            hint = f" {best['num_drafts']} drafts per block would be {best['speedup']:.2f} times as fast as without."
         found.append(
             f"By the estimate below, single requests are decoded {word} with it than without: that takes a tau above "
             f"{alone['break_even_tau']:.2f} at {evaluation.num_drafts} drafts per block.{hint}"
